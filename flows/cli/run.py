@@ -1,0 +1,207 @@
+"""`opd run`, `resume`, `stop`, `fork`, `check`: the commands that make things."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from storage.errors import ConfigError, InputError, OpdError
+from storage.runs import Run
+
+if TYPE_CHECKING:
+    from flows.executor import PlanLine, Reporter
+    from flows.experiment import Experiment
+
+Root = Annotated[Path, typer.Option("--root", envvar="OPD_ROOT", help="the store's folder")]
+Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="override a field, e.g. train.lr=1e-4")]
+Rounds = Annotated[int | None, typer.Option("--rounds", min=0, help="rounds to reach instead of policy.rounds")]
+Name = Annotated[str | None, typer.Option("--name", help="the run's name (default: the config's file name)")]
+NoPrefect = Annotated[bool, typer.Option("--no-prefect", help="call the stages without Prefect")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
+DEFAULT_ROOT = Path("opd-store")
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    app.command(epilog=_example("opd run configs/quickstart.yaml --name demo --set train.lr=1e-3"))(run)
+    app.command(epilog=_example("opd resume demo"))(resume)
+    app.command(epilog=_example("opd stop demo"))(stop)
+    app.command(epilog=_example("opd fork demo@2 --name wider --set objective.support.k=32"))(fork)
+    app.command(epilog=_example("opd check configs/qwen3-gpu.yaml"))(check)
+
+
+def _example(command: str) -> str:
+    return f"Example: {command}"
+
+
+def run(
+    config: Annotated[Path, typer.Argument(help="an experiment's YAML", show_default=False)],
+    name: Name = None,
+    set_: Set = [],  # noqa: B006  typer copies it
+    rounds: Rounds = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the resolved config and the plan; start nothing")
+    ] = False,
+    no_prefect: NoPrefect = False,
+    json_: Json = False,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Run an experiment, or bring the run of that name to where its config says.
+
+    What is in the store already is not made again. Exit codes: 0 done, 1 failed, 2 bad config or input,
+    75 the run is held by another process, 130 stopped."""
+    from flows.experiment import load_experiment
+
+    experiment = load_experiment(config, set_)
+    name = name or config.stem
+    if dry_run:
+        return _dry_run(experiment, name, root, rounds, json_)
+    _go(experiment, name, root, rounds, no_prefect, json_)
+
+
+def resume(
+    name: Annotated[str, typer.Argument(help="a run's name", show_default=False)],
+    set_: Set = [],  # noqa: B006
+    rounds: Rounds = None,
+    no_prefect: NoPrefect = False,
+    json_: Json = False,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Go on with a run where it stands; only runtime.* and policy.* can be set.
+
+    Exit codes as `opd run`."""
+    from flows.runner import resume_experiment
+
+    _go(resume_experiment(name, root, set_), name, root, rounds, no_prefect, json_)
+
+
+def fork(
+    point: Annotated[str, typer.Argument(metavar="NAME@ROUND", help="where to start from", show_default=False)],
+    name: Annotated[str, typer.Option("--name", help="the new run's name")],
+    set_: Set = [],  # noqa: B006
+    rounds: Rounds = None,
+    no_prefect: NoPrefect = False,
+    json_: Json = False,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Start a new run from a round of another: the same student and optimizer state, another loss, say.
+
+    Rounds up to ROUND are shared through the store and not made again. Exit codes as `opd run`."""
+    from flows.runner import fork_experiment
+
+    parent, at, number = point.rpartition("@")
+    if not at or not number.isdigit():
+        raise ConfigError(f"{point!r}: expected NAME@ROUND, for example demo@2")
+    _go(fork_experiment(parent, int(number), root, set_), name, root, rounds, no_prefect, json_)
+
+
+def stop(
+    name: Annotated[str, typer.Argument(help="a run's name", show_default=False)],
+    wait: Annotated[float, typer.Option("--wait", min=0, help="seconds to wait until it has stopped")] = 30.0,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Stop a run that is under way, with everything it started; it can be resumed.
+
+    Exit codes: 0 it is stopped (or was not running), 1 it did not stop in time, 2 no such run."""
+    held = Run.open(root, name)
+    holder = held.holder_info()
+    if holder is None:
+        out.print(f"run {name!r} is not running")
+        return
+    if holder.host != socket.gethostname():
+        raise InputError(f"run {name!r} is held by {holder}: stop it on that host")
+    os.kill(holder.pid, signal.SIGTERM)
+    deadline = time.monotonic() + wait
+    while held.holder() is not None:
+        if time.monotonic() > deadline:
+            raise OpdError(f"run {name!r}: {holder} did not stop within {wait:.0f} s")
+        time.sleep(0.1)
+    out.print(f"run {name!r} is stopped; go on with: opd resume {name}")
+
+
+def check(
+    config: Annotated[Path, typer.Argument(help="an experiment's YAML", show_default=False)],
+    set_: Set = [],  # noqa: B006
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Check a config, its files and both tokenizers; print the audit and the size of a round. Starts no engine.
+
+    Exit codes: 0 fine, 2 a problem."""
+    from flows.check import check_experiment
+    from flows.experiment import load_experiment
+
+    for line in check_experiment(load_experiment(config, set_), root):
+        out.print(line)
+
+
+def _dry_run(experiment: Experiment, name: str, root: Path, rounds: int | None, as_json: bool) -> None:
+    from flows.runner import plan
+
+    lines = plan(experiment, root, rounds)
+    if as_json:
+        data = {"name": name, "config": experiment.model_dump(mode="json"), "plan": [vars(line) for line in lines]}
+        print(json.dumps(data, indent=2))
+        return
+    out.print(experiment.to_yaml())
+    out.print(_plan_table(name, lines))
+
+
+def _plan_table(name: str, lines: list[PlanLine]) -> Table:
+    colours = {"cached": "green", "run": "yellow", "pending": "dim"}
+    meaning = {"cached": "in the store", "run": "would run", "pending": "waits for what would run"}
+    table = Table("round", "stage", "", "key", title=f"plan of {name}", title_justify="left")
+    for line in lines:
+        keys = ", ".join(f"{stage}/{key}" for stage, key in line.keys.items())
+        table.add_row(str(line.round), line.stage, f"[{colours[line.state]}]{meaning[line.state]}[/]", keys)
+    return table
+
+
+def _go(experiment: Experiment, name: str, root: Path, rounds: int | None, no_prefect: bool, as_json: bool) -> None:
+    """Run in the foreground, show what happens, and say at the end what came out and what to do next."""
+    from flows.progress import LineReporter, SilentReporter, TerminalReporter
+    from flows.report import print_report, status_json
+    from flows.runner import run_experiment
+
+    with ExitStack() as stack:
+        reporter: Reporter = SilentReporter() if as_json else LineReporter()
+        if not as_json and sys.stderr.isatty():
+            reporter = stack.enter_context(TerminalReporter())
+        try:
+            state, built = run_experiment(
+                experiment, name=name, root=root, rounds=rounds, prefect=not no_prefect, reporter=reporter
+            )
+        except KeyboardInterrupt:
+            stack.close()
+            err.print(
+                f"\nstopped: everything it had started is ended, what was committed stays.\ngo on with: opd resume {name}"
+            )
+            raise typer.Exit(130) from None
+        except OpdError as error:
+            stack.close()
+            if error.exit_code == 1:
+                error.args = (f"{error}\nwhat was committed stays; once the cause is gone: opd resume {name}",)
+            raise
+    if as_json:
+        print(json.dumps(_with_built(status_json(state), built), indent=2))
+        return
+    print_report(state, root)
+    if built == 0:
+        out.print(f"nothing to do: every stage of {name!r} up to here is in the store")
+
+
+def _with_built(status: dict[str, Any], built: int) -> dict[str, Any]:
+    return status | {"stages_built": built}

@@ -1,0 +1,166 @@
+"""The one config model. Identity decides what is computed, runtime where, policy how long; they are apart by type."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from flows.config_file import merge, parse_override, read_config, validate
+from storage.errors import ConfigError
+from storage.identity import Identity, RunPolicy
+from tasks.evaluate import EvaluateConfig
+from tasks.losses.config import ObjectiveConfig
+from tasks.models import ModelSource
+from tasks.prepare import PrepareConfig
+from tasks.rollout import RolloutConfig
+from tasks.runtime import RuntimeConfig
+from tasks.supervise import SuperviseConfig
+from tasks.tokenizers import TokenizerPolicy
+from tasks.train import TrainConfig
+from tasks.warmup import WarmupConfig
+
+
+class ModelConfig(Identity):
+    """Where a model comes from, and the supervised warm-up it gets first, if any."""
+
+    source: ModelSource = Field(description="a folder, a pinned Hub revision, or an architecture to initialise")
+    warmup: WarmupConfig | None = Field(None, description="supervised fine-tuning before distillation (cold start)")
+
+
+class Policy(RunPolicy):
+    """What may change between two calls of the same run."""
+
+    rounds: int = Field(5, ge=0, description="rounds of rollout, supervision and training after the initial evaluation")
+
+
+class Fork(BaseModel):
+    """The point in another run from which this one started."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: str
+    round: int = Field(ge=0)
+    experiment: dict[str, Any]
+
+
+class Experiment(BaseModel):
+    """Everything a run needs. Fields above `runtime` are identity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seed: int = Field(0, ge=0, description="makes every other seed")
+    student: ModelConfig
+    teacher: ModelConfig
+    prompts: PrepareConfig
+    tokenizers: TokenizerPolicy = Field(default_factory=TokenizerPolicy)
+    rollout: RolloutConfig
+    supervise: SuperviseConfig = Field(default_factory=SuperviseConfig)
+    objective: ObjectiveConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+    plugins: tuple[str, ...] = Field((), description="modules of yours that register engines, objectives, verifiers")
+    fork: Fork | None = Field(None, description="set by `opd fork`")
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
+    policy: Policy = Field(default_factory=Policy)
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Experiment:
+        problems = list(cross_problems(self))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The parts that decide what is computed, as JSON."""
+        return self.model_dump(mode="json", exclude={"runtime", "policy"})
+
+    def at(self, round: int) -> Experiment:
+        """The experiment that governs a round: up to the point of a fork, the parent's."""
+        if self.fork is not None and round <= self.fork.round:
+            parent = Experiment.model_validate(self.fork.experiment)
+            return parent.model_copy(update={"runtime": self.runtime}).at(round)
+        return self
+
+    @property
+    def steps_per_round(self) -> int:
+        samples = self.rollout.prompts_per_round * self.rollout.num_generations * self.train.epochs_per_round
+        return samples // self.train.samples_per_step
+
+    def to_yaml(self) -> str:
+        """The resolved config: `opd run` on it makes the same run."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def cross_problems(e: Experiment) -> list[str]:
+    """Combinations of fields that cannot work, each with what to do; checked before anything starts."""
+    found: list[str] = []
+    samples = e.rollout.prompts_per_round * e.rollout.num_generations * e.train.epochs_per_round
+    if samples % e.train.samples_per_step:
+        found.append(
+            f"train.samples_per_step: {e.train.samples_per_step} does not divide the {samples} samples of a round"
+            " (rollout.prompts_per_round x rollout.num_generations x train.epochs_per_round)"
+        )
+    if e.objective.estimator == "sft":
+        found.append("objective.estimator: 'sft' trains on given text and belongs to student.warmup; choose another")
+    truncated = [
+        f"rollout.{name} is {value}"
+        for name, value, plain in (
+            ("top_p", e.rollout.top_p, 1.0),
+            ("top_k", e.rollout.top_k or 0, 0),
+            ("temperature", e.rollout.temperature, 1.0),
+        )
+        if value != plain
+    ]
+    if truncated and e.objective.requires_untruncated_sampling:
+        found.append(
+            f"objective: a sampled estimator needs exact samples of the student, but {' and '.join(truncated)}; set"
+            " rollout.top_p: 1, top_k: 0, temperature: 1 (no importance weight restores tokens that were cut off)"
+        )
+    for name, model in (("student", e.student), ("teacher", e.teacher)):
+        if model.warmup is not None and e.prompts.warmup is None:
+            found.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
+    architecture = getattr(e.student.source, "config", None)
+    if isinstance(architecture, dict):
+        longest = architecture.get("max_position_embeddings", math.inf)
+        wanted = e.rollout.max_completion_length
+        if wanted >= longest:
+            found.append(
+                f"rollout.max_completion_length: {wanted} leaves no room in the student's"
+                f" max_position_embeddings {longest}"
+            )
+        vocabulary = architecture.get("vocab_size")
+        for need in e.objective.needs().signals:
+            if vocabulary and need.k and need.k > vocabulary:
+                found.append(f"objective.support.k: {need.k} is above the vocabulary of {vocabulary}")
+    return found
+
+
+def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:
+    """Read, override and validate a config; ConfigError says which file and field, what was found, what to do."""
+    data = read_config(Path(path))
+    for text in overrides or []:
+        data = merge(data, parse_override(text))
+    return validate(Experiment, _absolute(data), str(path))
+
+
+def _absolute(value: Any, key: str = "") -> Any:
+    """Paths in a config are relative to the current directory, as in a shell; a run must not depend on it later."""
+    if isinstance(value, dict):
+        return {k: _absolute(v, k) for k, v in value.items()}
+    if key in ("path", "deepspeed") and isinstance(value, str):
+        return str(Path(value).expanduser().absolute())
+    return value
+
+
+def check_plugins(experiment: Experiment) -> None:
+    """Refuse plugins that cannot be found, before anything starts."""
+    from tasks.plugins import source_digest
+
+    try:
+        source_digest(experiment.plugins)
+    except ImportError as error:
+        raise ConfigError(f"plugins: {error}") from error

@@ -1,0 +1,177 @@
+"""A run from start to finish: its name and lock, its workers, Prefect around it, and what happens when it is stopped."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from flows.distill import distill
+from flows.executor import Maker, PlanLine, Planner, Reporter
+from flows.experiment import Experiment, check_plugins, load_experiment
+from flows.progress import SilentReporter
+from storage.errors import ConfigError
+from storage.runs import Run, RunState
+from storage.store import Store
+from tasks.plugins import load_plugins
+from tasks.stage import Context
+from tasks.workers import WorkerPool
+
+
+def plan(experiment: Experiment, root: str | Path, rounds: int | None = None) -> list[PlanLine]:
+    """What is in the store, what would run, and what waits for that; starts nothing."""
+    planner = Planner(Store(root))
+    distill(experiment, planner, experiment.policy.rounds if rounds is None else rounds)
+    return planner.lines
+
+
+def open_run(experiment: Experiment, name: str, root: str | Path) -> Run:
+    """The run of that name, made if new; IdentityMismatch when the name holds another experiment."""
+    identity = experiment.identity()
+    existing = next((run for run in Run.list(root) if run.name == name), None)
+    if existing is not None and Experiment.model_validate(existing.experiment).identity() == identity:
+        return existing  # equal as this version reads it, whatever fields its own version did not have
+    return Run.create(root, name, experiment.model_dump(mode="json"), identity)
+
+
+def run_experiment(
+    experiment: Experiment,
+    *,
+    name: str,
+    root: str | Path,
+    rounds: int | None = None,
+    further: int | None = None,
+    prefect: bool = True,
+    reporter: Reporter | None = None,
+) -> tuple[RunState, int]:
+    """Bring a run to `rounds` rounds (default: the config's), or `further` ones past where it stands.
+
+    Returns its state and how many stages had to be built. Raises RunBusy when another process holds the name,
+    IdentityMismatch when the name holds another experiment, and whatever a stage raises."""
+    check_plugins(experiment)
+    load_plugins(experiment.plugins)
+    store = Store(root)
+    run = open_run(experiment, name, root)
+    reporter = reporter or SilentReporter()
+    with run.lock(), terminating():
+        run.save_experiment(experiment.model_dump(mode="json"))
+        state = run.state
+        goal = experiment.policy.rounds if rounds is None else rounds
+        if further is not None:
+            goal = min(goal, rounds_done(state) + further)
+        refuse_full_disk(store, experiment)
+        state.status = "running"
+        run.save(state)
+        try:
+            with ExitStack() as stack:
+                workers = stack.enter_context(
+                    WorkerPool(experiment.runtime, run.log_path("run").parent, experiment.plugins)
+                )
+
+                log = logger(run.log_path("run"))
+
+                def context(progress: Callable[[int, int, str], None]) -> Context:
+                    return Context(store, experiment.runtime, workers, progress, log, experiment.plugins)
+
+                maker = Maker(store, run, state, context, reporter)
+                if prefect:
+                    from flows.prefect_glue import prefect_session, run_as_flow, run_stage_task
+
+                    stack.enter_context(prefect_session(Path(root)))
+                    maker.run_task = run_stage_task
+                    run_as_flow(f"distill {name}", lambda: distill(experiment, maker, goal))
+                else:
+                    distill(experiment, maker, goal)
+        except BaseException as error:
+            state.status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            run.save(state)
+            raise
+        state.status = "finished" if rounds_done(state) >= experiment.policy.rounds else "stopped"
+        run.save(state)
+        return state, maker.built
+
+
+def run_rounds(config_path: str, name: str, root: str, rounds: int, overrides: list[str]) -> RunState:
+    """The next `rounds` rounds of a run: what a schedule's tick calls."""
+    return run_experiment(load_experiment(config_path, overrides), name=name, root=root, further=rounds)[0]
+
+
+def logger(path: Path) -> Callable[[str], None]:
+    """Appends lines with their time to the run's own log."""
+
+    def log(line: str) -> None:
+        with path.open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {line}\n")
+
+    return log
+
+
+def rounds_done(state: RunState) -> int:
+    """Distillation rounds whose last stage is committed."""
+    done = [r.round for r in state.rounds if r.student_sha256 and r.stages.get("evaluate") is not None]
+    return max(done, default=0)
+
+
+def resume_experiment(name: str, root: str | Path, overrides: list[str]) -> Experiment:
+    """The experiment that a run holds, with overrides of `runtime` and `policy` alone."""
+    from flows.config_file import merge, parse_override, validate
+
+    run = Run.open(root, name)
+    data = run.experiment
+    for text in overrides:
+        if text.split(".")[0] not in ("runtime", "policy"):
+            raise ConfigError(
+                f"--set {text}: a run's identity is fixed, only runtime.* and policy.* can change; to try something"
+                f" else from here: opd fork {name}@ROUND --name NEW --set {text}"
+            )
+        data = merge(data, parse_override(text))
+    return validate(Experiment, data, f"run {name}")
+
+
+def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str]) -> Experiment:
+    """The experiment of a run that shares rounds up to `round` with the run `name` and differs after it."""
+    from flows.config_file import merge, parse_override, validate
+
+    run = Run.open(root, name)
+    done = rounds_done(run.state)
+    if round > done:
+        raise ConfigError(f"run {name!r} has finished {done} round(s); it cannot be forked at round {round}")
+    data: dict[str, Any] = dict(run.experiment)
+    for text in overrides:
+        data = merge(data, parse_override(text))
+    data["fork"] = {"run": name, "round": round, "experiment": run.experiment}
+    return validate(Experiment, data, f"fork of {name}@{round}")
+
+
+@contextmanager
+def terminating() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: children are stopped, the state says so, what is committed stays."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        old = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread: whoever runs us handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def refuse_full_disk(store: Store, experiment: Experiment) -> None:
+    """Refuse to start when one round's signals would not fit."""
+    store.require_space(bytes_per_round(experiment), "one round's rollouts and signals")
+
+
+def bytes_per_round(e: Experiment) -> int:
+    """Upper estimate of a round's rollouts and signals in bytes, uncompressed, every completion at full length."""
+    tokens = e.rollout.prompts_per_round * e.rollout.num_generations * e.rollout.max_completion_length
+    per_token = 4 + 4 + 6 * 4 + sum(8 * (need.k or 0) for need in e.objective.needs().signals)
+    return tokens * per_token

@@ -1,0 +1,316 @@
+"""Building one artifact: shards and trees are collected, checked against what was recorded, and committed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from storage.artifact import (
+    MANIFEST,
+    Artifact,
+    ArtifactSpec,
+    Manifest,
+    ShardRecord,
+    TreeRecord,
+    check_name,
+    load_manifest,
+    provenance,
+)
+from storage.digests import combine_digests
+from storage.errors import CorruptArtifact, InputError, StoreError
+from storage.files import (
+    TEMPORARY,
+    explain_full_disk,
+    fsync_directory,
+    publish_exclusively,
+    quarantine,
+    replace_atomically,
+    unique,
+    utc_now,
+)
+from storage.schemas import schema_version
+from storage.shards import SIDECAR, ShardWriter, check_file, sidecar, sidecars
+from storage.trees import (
+    content_digests,
+    damaged_files,
+    external_files,
+    fsync_tree,
+    own_files,
+    record_files,
+    tree_directory,
+)
+
+
+class Builder(ShardWriter):
+    """Made by `Store.building`, which holds the artifact's lock meanwhile.
+
+    `committed` is the artifact if there is nothing to build. For a damaged artifact only what is damaged is missing;
+    `commit` then insists on the content that was recorded before."""
+
+    def __init__(self, root: Path, spec: ArtifactSpec, committed: Artifact | None, recorded: Manifest | None) -> None:
+        super().__init__(root, spec.stage, spec.key)
+        self.spec = spec
+        self.committed = committed
+        self._recorded = recorded
+        self._memo = root / "memo"
+        self._temporary: dict[str, Path] = {}
+        self._external: dict[str, Path] = {}
+        self._started = time.monotonic()
+        self._closed = False
+        if committed is None:
+            self._sweep(recorded)
+
+    @property
+    def repairing(self) -> bool:
+        """Whether this restores a damaged artifact, so that its content is already fixed."""
+        return self.committed is None and self._recorded is not None
+
+    def missing(self, table: str, n_shards: int) -> list[int]:
+        """Shards of 0..n_shards-1 that must be (re)built. Bad files found on the way go to quarantine."""
+        if self.committed is not None:
+            return []
+        good, _ = self._inspect(table)
+        return [shard for shard in range(n_shards) if shard not in good]
+
+    def needs_tree(self, name: str = "model") -> bool:
+        """Whether `directory(name)` must be filled; False where a damaged artifact still has this tree whole."""
+        return self.committed is None and name not in self._kept_trees()
+
+    def directory(self, name: str = "model") -> Path:
+        """A fresh temporary directory; its files become the artifact's tree `name` at commit."""
+        self._new_tree(name)
+        path = self.path / f"{TEMPORARY}{name}-{unique()}"
+        with explain_full_disk(path):
+            path.mkdir()
+        self._temporary[name] = path
+        return path
+
+    def external(self, name: str, path: Path) -> None:
+        """Records a tree that stays where it is (a user's checkpoint), with the hashes of its files."""
+        self._new_tree(name)
+        if not path.is_dir():
+            raise InputError(f"{path}: no such folder")
+        self._external[name] = path.resolve()
+
+    def commit(
+        self,
+        content: Mapping[str, str] | None = None,
+        meta: Mapping[str, Any] | None = None,
+        tables: Mapping[str, int] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Artifact:
+        """Publishes the manifest; the artifact is immutable from then on.
+
+        `tables` maps a table to the shards expected; without it every table that has shards counts, from 0 without
+        gaps. `content` adds digests to those of tables and trees; `provenance` adds what is recorded unhashed.
+        If another process published first, its artifact is returned. Raises StoreError for missing shards,
+        CorruptArtifact (artifact in quarantine) when a rebuilt part differs from what was recorded."""
+        if self.committed is not None:
+            return self.committed
+        if self._closed:
+            raise StoreError(f"{self._name}: its lock was given back; commit inside `Store.building`")
+        shards = self._collect(tables)
+        found, rows = self._table_content(shards)
+        trees = self._collect_trees(found)
+        clash = sorted(set(found) & set(content or {}))
+        if clash:
+            raise StoreError(f"{self._name}: content {clash} is computed by the store; give it another name")
+        found.update(content or {})
+        manifest = self._manifest(shards, trees, found, rows, dict(meta or {}), dict(provenance or {}))
+        self.committed = self._publish(manifest)
+        return self.committed
+
+    def close(self) -> None:
+        """Called when the lock is given back: nothing can be committed afterwards."""
+        self._closed = True
+
+    # --- shards ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _name(self) -> str:
+        return f"{self.stage}/{self.key}"
+
+    def _inspect(self, table: str) -> tuple[dict[int, ShardRecord], dict[int, set[str]]]:
+        """(good shards, every row digest ever recorded per shard) of one table."""
+        good: dict[int, ShardRecord] = {}
+        digests: dict[int, set[str]] = defaultdict(set)
+        for path, record in self._records(table):
+            if record is None:
+                self._distrust(path, "its sidecar is unreadable or belongs to another file")
+                continue
+            if record.schema_version != schema_version(table):
+                self._distrust(path, f"written with schema version {record.schema_version}")
+                continue
+            digests[record.shard].add(record.row_digest)
+            problem = check_file(path, record.bytes, record.sha256)
+            if problem is None:
+                good[record.shard] = record
+            elif problem != "missing":  # the sidecar stays: the rebuilt shard must reproduce its rows
+                quarantine(self.root, path, f"shard {record.shard} of {table}: {problem}")
+        return good, digests
+
+    def _records(self, table: str) -> list[tuple[Path, ShardRecord | None]]:
+        found = {path: record for path, record in sidecars(self.path) if path.name.rsplit("-", 2)[0] == table}
+        if self._recorded is not None:
+            found.update({self.path / record.file: record for record in self._recorded.shards if record.table == table})
+        return sorted(found.items())
+
+    def _distrust(self, path: Path, reason: str) -> None:
+        quarantine(self.root, path, reason)
+        quarantine(self.root, sidecar(path), reason)
+
+    def _tables(self, tables: Mapping[str, int] | None) -> dict[str, int]:
+        if self._recorded is not None:
+            before = dict.fromkeys(self._recorded.artifact.rows, 0)
+            for record in self._recorded.shards:
+                before[record.table] += 1
+            if tables is not None and dict(tables) != before:
+                self._refuse(f"it had shards {before}, the rebuild has {dict(tables)}")
+            return before
+        if tables is not None:
+            return dict(tables)
+        found: dict[str, int] = {}
+        for _, shard in sidecars(self.path):
+            if shard is not None:
+                found[shard.table] = max(found.get(shard.table, 0), shard.shard + 1)
+        return found
+
+    def _collect(self, tables: Mapping[str, int] | None) -> dict[str, list[ShardRecord]]:
+        result = {}
+        for table, count in sorted(self._tables(tables).items()):
+            good, digests = self._inspect(table)
+            for shard in range(count):
+                if len(digests[shard]) > 1:
+                    self._refuse(f"shard {shard} of {table} was rebuilt with other rows than the recorded ones")
+            absent = [shard for shard in range(count) if shard not in good]
+            if absent:
+                raise StoreError(f"{self._name}: cannot commit, {table} lacks shards {absent[:10]} of {count}")
+            result[table] = [good[shard] for shard in range(count)]
+        return result
+
+    def _table_content(self, shards: dict[str, list[ShardRecord]]) -> tuple[dict[str, str], dict[str, int]]:
+        content = {
+            table: combine_digests([(record.rows, record.row_digest) for record in records])
+            for table, records in shards.items()
+        }
+        return content, {table: sum(record.rows for record in records) for table, records in shards.items()}
+
+    # --- trees -------------------------------------------------------------------------------------------------------
+
+    def _new_tree(self, name: str) -> None:
+        check_name(name, "tree")
+        if self.committed is not None:
+            raise StoreError(f"{self._name}: already committed")
+        if name in self._temporary or name in self._external:
+            raise StoreError(f"{self._name}: tree {name!r} was begun twice")
+
+    def _kept_trees(self) -> dict[str, TreeRecord]:
+        if self._recorded is None:
+            return {}
+        return {
+            name: tree
+            for name, tree in self._recorded.trees.items()
+            if not any(True for _ in damaged_files(tree_directory(self.path, tree), tree, self._memo))
+        }
+
+    def _collect_trees(self, content: dict[str, str]) -> dict[str, TreeRecord]:
+        """Hashes, fsyncs and renames the new trees; adds their digests to `content`."""
+        trees = {}
+        for name, temporary in self._temporary.items():
+            with explain_full_disk(temporary):
+                files = own_files(temporary)
+                if not files:
+                    raise StoreError(f"{self._name}: the tree {name!r} is empty")
+                fsync_tree(temporary, files)
+                final = self.path / f"{name}-{unique()}"
+                os.rename(temporary, final)
+                fsync_directory(self.path)
+            records = record_files(final, own_files(final), self._memo)
+            trees[name] = TreeRecord(directory=final.name, external=False, files=records)
+        for name, path in self._external.items():
+            records = record_files(path, external_files(path), self._memo)
+            if not records:
+                raise InputError(f"{path}: an empty folder")
+            trees[name] = TreeRecord(directory=str(path), external=True, files=records)
+        for name, tree in self._kept_trees().items():
+            trees.setdefault(name, tree)
+        for name, tree in trees.items():
+            found = content_digests(name, tree_directory(self.path, tree), tree.files, self._memo)
+            clash = sorted(set(found) & set(content))
+            if clash:
+                raise StoreError(f"{self._name}: tree {name!r} and another part both have the content {clash}")
+            content.update(found)
+        return trees
+
+    # --- manifest ----------------------------------------------------------------------------------------------------
+
+    def _manifest(
+        self,
+        shards: dict[str, list[ShardRecord]],
+        trees: dict[str, TreeRecord],
+        content: dict[str, str],
+        rows: dict[str, int],
+        meta: dict[str, Any],
+        extra: dict[str, Any],
+    ) -> Manifest:
+        records = tuple(record for table in shards.values() for record in table)
+        if self._recorded is not None:
+            before = self._recorded.artifact.content
+            differing = sorted(name for name in before.keys() | content.keys() if before.get(name) != content.get(name))
+            if differing:
+                self._refuse(f"the rebuild has another content: {', '.join(differing)}")
+            again = (*self._recorded.repaired, utc_now())
+            return self._recorded.model_copy(update={"shards": records, "trees": trees, "repaired": again})
+        artifact = Artifact(
+            stage=self.stage,
+            key=self.key,
+            version=self.spec.version,
+            content=content,
+            rows=rows,
+            meta=meta,
+            identity=self.spec.identity,
+            inputs=self.spec.inputs,
+            created=utc_now(),
+            seconds=round(time.monotonic() - self._started, 3),
+            provenance={**provenance(), **extra},
+        )
+        return Manifest(artifact=artifact, shards=records, trees=trees)
+
+    def _publish(self, manifest: Manifest) -> Artifact:
+        path = self.path / MANIFEST
+        if self._recorded is not None:
+            replace_atomically(path, manifest.dump())
+            self._sweep(manifest)
+            return manifest.artifact
+        if publish_exclusively(path, manifest.dump()):
+            return manifest.artifact
+        winner = load_manifest(self.path)
+        if winner is None:
+            raise StoreError(f"{self._name}: its manifest vanished while it was being committed; run again")
+        return winner.artifact
+
+    def _refuse(self, what: str) -> NoReturn:
+        quarantine(self.root, self.path, f"not reproduced: {what}")
+        raise CorruptArtifact(
+            f"{self._name}: {what}. The artifact is in quarantine ({self.root / 'quarantine'}); run again to rebuild it"
+            " whole. If this repeats, the stage is not deterministic on this machine"
+        )
+
+    def _sweep(self, manifest: Manifest | None) -> None:
+        """Removes what a killed builder left: temporary files, trees and shards that no manifest or sidecar names."""
+        keep = {MANIFEST}
+        if manifest is not None:
+            keep |= {record.file for record in manifest.shards}
+            keep |= {tree.directory for tree in manifest.trees.values() if not tree.external}
+        for path in self.path.iterdir():
+            if path.name in keep or (path.name.endswith(SIDECAR) and not path.name.startswith(TEMPORARY)):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif not sidecar(path).exists():
+                path.unlink(missing_ok=True)

@@ -1,0 +1,214 @@
+"""Questions about committed artifacts, in SQL. DuckDB reads through lazy Arrow datasets that verify page checksums.
+
+DuckDB's read-only mode still reads and writes files, so the connection is sealed instead: no access outside, no
+replacement scans of Python variables, configuration locked; one SELECT, within memory and time limits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import duckdb
+import pyarrow as pa
+
+from storage.artifact import Artifact
+from storage.errors import CorruptArtifact, OpdError
+from storage.runs import Run, RunState
+from storage.store import Store
+from storage.views import (
+    METRICS,
+    VIEWS,
+    missing_of,
+    relation,
+    uses_of,
+    view_sql,
+    wanted_views,
+)
+
+_BATCH_ROWS = 65_536
+_MAX_RESULT_BYTES = 1 << 30
+_THREADS = 4
+
+
+class QueryRefused(OpdError):
+    """A statement that is not one SELECT, that DuckDB does not understand, or that passed a limit."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class Catalog:
+    """The views over a store, or over one run's part of it."""
+
+    def __init__(self, store: Store, run: Run | None = None) -> None:
+        self.store, self.run = store, run
+
+    def query(self, sql: str, limit_seconds: float = 30, memory: str = "1GB", max_rows: int = 1_000_000) -> pa.Table:
+        """The result of one SELECT over the views in `storage.views.VIEWS`.
+
+        QueryRefused for anything else, and past `limit_seconds`, `memory` (of the execution) or `max_rows`;
+        CorruptArtifact when a shard that the statement reads is damaged.
+        """
+        if limit_seconds <= 0:
+            raise QueryRefused(f"limit of {limit_seconds} seconds: must be above 0")
+        try:
+            with duckdb.connect(":memory:") as connection:
+                statement = _one_select(connection, sql)
+                self._create_views(connection, sql)
+                _seal(connection, memory)
+                return _run(connection, statement, limit_seconds, max_rows)
+        except (duckdb.Error, pa.ArrowException) as error:
+            raise _refusal(error, memory) from error
+
+    def _create_views(self, connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+        """All views exist; those that the statement cannot mean have no rows, and nothing is opened for them."""
+        wanted = wanted_views(sql)
+        if not wanted:
+            for name in VIEWS:
+                connection.execute(view_sql(name, None))
+            return
+        states = [run.state for run in ([self.run] if self.run else Run.list(self.store.root))]
+        tables = {table for name in wanted for table in VIEWS[name].tables}
+        committed = self.store.list()
+        missing = missing_of(states, committed, tables)
+        if missing:
+            raise CorruptArtifact(
+                f"damaged or gone: {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}; `opd resume`"
+                " of that run rebuilds just what is damaged. `opd query NAME` reads only the run NAME"
+            )
+        uses = uses_of(states, committed, with_unused=self.run is None)
+        artifacts = {use.artifact.key: use.artifact for use in uses}
+        for artifact in artifacts.values():
+            for table in tables & artifact.rows.keys():
+                connection.register(relation(table, artifact), self.store.arrow_dataset(artifact, table))
+        if "artifacts" in wanted:
+            connection.register("artifacts@", _artifacts_table(artifacts.values()))
+        if "rounds" in wanted:
+            connection.register("rounds@", _rounds_table(states))
+        for name in VIEWS:
+            connection.execute(view_sql(name, uses if name in wanted else None))
+
+
+def _one_select(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
+    statements = connection.extract_statements(sql)
+    if len(statements) != 1:
+        raise QueryRefused(f"found {len(statements)} statements; a query is exactly one SELECT")
+    if statements[0].type != duckdb.StatementType.SELECT:
+        kind = statements[0].type.name
+        raise QueryRefused(
+            f"this is a {kind} statement; only one SELECT over the views {', '.join(VIEWS)} is run. Nothing can be"
+            " written or read from files here: to save a result, use `opd query --csv` or `--json` and redirect it"
+        )
+    return statements[0]
+
+
+def _seal(connection: duckdb.DuckDBPyConnection, memory: str) -> None:
+    threads = max(1, min(_THREADS, os.cpu_count() or 1))
+    settings = (
+        ("memory_limit", f"'{memory}'"),
+        ("threads", str(threads)),
+        ("temp_directory", "''"),
+        ("autoinstall_known_extensions", "false"),
+        ("autoload_known_extensions", "false"),
+        ("python_enable_replacements", "false"),
+        ("enable_external_access", "false"),
+        ("lock_configuration", "true"),
+    )
+    for name, value in settings:
+        connection.execute(f"SET {name} = {value}")
+
+
+def _run(
+    connection: duckdb.DuckDBPyConnection, statement: duckdb.Statement, limit_seconds: float, max_rows: int
+) -> pa.Table:
+    """Execute and fetch, ended by a timer; the sizes are watched while fetching."""
+    late = threading.Event()
+
+    def interrupt() -> None:
+        late.set()
+        connection.interrupt()
+
+    timer = threading.Timer(limit_seconds, interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        reader = connection.sql(statement).to_arrow_reader(_BATCH_ROWS)
+        batches, rows, size = [], 0, 0
+        for batch in reader:
+            rows += batch.num_rows
+            size += batch.nbytes
+            if rows > max_rows or size > _MAX_RESULT_BYTES:
+                what = f"{max_rows:,} rows" if rows > max_rows else f"{_MAX_RESULT_BYTES:,} bytes"
+                raise QueryRefused(f"the result has more than {what}; aggregate, name fewer columns, or add a LIMIT")
+            batches.append(batch)
+        return _distinct_names(pa.Table.from_batches(batches, reader.schema))
+    except (duckdb.Error, OSError, pa.ArrowException) as error:
+        if not late.is_set():
+            raise duckdb.Error(str(error)) from error
+        raise QueryRefused(
+            f"ended after {limit_seconds:g} seconds; narrow it (WHERE run = ... AND round = ...), or raise the limit"
+            " (--limit-seconds)"
+        ) from error
+    finally:
+        timer.cancel()
+
+
+def _refusal(error: Exception, memory: str) -> OpdError:
+    """What DuckDB or Arrow says, in the words of this program."""
+    text = str(error).strip()
+    if "CRC checksum" in text or "page checksum" in text.lower():
+        return CorruptArtifact(f"a shard that this query reads is damaged: {text}")
+    narrow = "narrow it (WHERE run = ... AND round = ...) or aggregate"
+    if "Out of Memory" in text:
+        return QueryRefused(f"needs more than {memory} of memory; {narrow}")
+    unknown = "does not exist" in text or "Referenced column" in text
+    hint = f"\nviews: {', '.join(VIEWS)}; `opd query` alone lists their columns" if unknown else ""
+    return QueryRefused(text + hint)
+
+
+def _distinct_names(table: pa.Table) -> pa.Table:
+    """Columns of equal name get a number, so that no format loses one."""
+    seen: dict[str, int] = {}
+    names = []
+    for name in table.column_names:
+        count = seen.get(name, 0)
+        names.append(f"{name}_{count}" if count else name)
+        seen[name] = count + 1
+    return table.rename_columns(names)
+
+
+def _artifacts_table(artifacts: Iterable[Artifact]) -> pa.Table:
+    """Rows of the view `artifacts`."""
+    documents = ("content", "inputs", "identity", "meta")
+    rows = [
+        {"stage": a.stage, "artifact": a.key, "created": a.created, "seconds": a.seconds, "rows": sum(a.rows.values())}
+        | {name: json.dumps(getattr(a, name), sort_keys=True) for name in documents}
+        for a in artifacts
+    ]
+    return pa.Table.from_pylist(rows, VIEWS["artifacts"].arrow)
+
+
+def _rounds_table(states: Iterable[RunState]) -> pa.Table:
+    """Rows of the view `rounds`."""
+    rows: list[dict[str, Any]] = []
+    for state in states:
+        for round in state.rounds:
+            evaluation = round.stages.get("evaluate")
+            row: dict[str, Any] = {column.name: round.metrics.get(column.name) for column in METRICS}
+            row |= {
+                "run": state.name,
+                "round": round.round,
+                "artifact": evaluation.key if evaluation else None,
+                "student_sha256": round.student_sha256,
+                "seconds": sum(stage.seconds or 0.0 for stage in round.stages.values()),
+                "metrics": list(round.metrics.items()),
+                "stages": [
+                    {"stage": label, **stage.model_dump(include={"key", "state", "seconds", "rows", "error"})}
+                    for label, stage in round.stages.items()
+                ],
+            }
+            rows.append(row)
+    return pa.Table.from_pylist(rows, VIEWS["rounds"].arrow)

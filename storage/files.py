@@ -1,0 +1,157 @@
+"""Durable small-file primitives under the store: atomic writes, directory fsync, sealed JSON, quarantine."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from storage.errors import CorruptArtifact, NotEnoughSpace, StoreError
+from storage.identity import canonical_json
+
+TEMPORARY = ".tmp-"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def unique() -> str:
+    """12 hex digits that no other writer uses."""
+    return uuid.uuid4().hex[:12]
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Turns "no space left" and "quota exceeded", in any library's wording, into `NotEnoughSpace`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL or "No space left on device" in str(error):
+            left = ""
+            with suppress(OSError):
+                free = shutil.disk_usage(path if path.is_dir() else path.parent).free
+                left = f" ({_gib(free)} free)"
+            raise NotEnoughSpace(
+                f"the disk is full: could not write {path}{left}. Nothing committed is lost: free space, then resume"
+            ) from error
+        raise
+
+
+def require_space(path: Path, bytes_needed: int, purpose: str = "") -> None:
+    """Raises NotEnoughSpace unless the file system of `path` has that many bytes for us."""
+    free = shutil.disk_usage(path).free
+    if free < bytes_needed:
+        for_what = f" for {purpose}" if purpose else ""
+        raise NotEnoughSpace(
+            f"{path}: {_gib(bytes_needed)} needed{for_what}, {_gib(free)} free. Free some space or choose another root"
+            " (--root, OPD_ROOT)"
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**20 else f"{size} bytes"
+
+
+def write_durably(directory: Path, data: bytes) -> Path:
+    """A fsynced temporary file in `directory`, which the caller renames or links to its name."""
+    path = directory / f"{TEMPORARY}{unique()}"
+    with explain_full_disk(path):
+        try:
+            with open(path, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+    return path
+
+
+def replace_atomically(path: Path, data: bytes) -> None:
+    """Readers see the old bytes or the new ones, also after a crash."""
+    temporary = write_durably(path.parent, data)
+    os.replace(temporary, path)
+    fsync_directory(path.parent)
+
+
+def publish_exclusively(path: Path, data: bytes) -> bool:
+    """Publishes a whole file under a name that must be free, or returns False. Exactly one of many racers wins."""
+    temporary = write_durably(path.parent, data)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+    return True
+
+
+def seal(content: dict[str, Any]) -> bytes:
+    """JSON that carries the sha256 of its own content, so that a flipped bit in it is noticed."""
+    checksum = hashlib.sha256(canonical_json(content).encode("ascii")).hexdigest()
+    return json.dumps({**content, "checksum": checksum}, indent=1, sort_keys=True, allow_nan=False).encode()
+
+
+def unseal(path: Path) -> dict[str, Any]:
+    """Content of a sealed JSON file. FileNotFoundError if missing, CorruptArtifact if it is not what was written."""
+    data = path.read_bytes()
+    try:
+        content = json.loads(data)
+        checksum = content.pop("checksum")
+        good = checksum == hashlib.sha256(canonical_json(content).encode("ascii")).hexdigest()
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise CorruptArtifact(f"{path}: not a record of this store ({error})") from error
+    if not good:
+        raise CorruptArtifact(f"{path}: its checksum does not match its content")
+    return dict(content)
+
+
+def quarantine(root: Path, path: Path, reason: str) -> Path | None:
+    """Moves a file or directory of the store to `<root>/quarantine`, with the reason beside it as JSON.
+
+    Returns where it lies now, or None if it was already gone (another reader was faster)."""
+    try:
+        inside = path.parent.resolve().relative_to(root.resolve()) / path.name
+    except ValueError:
+        raise StoreError(f"{path} is outside the store {root}: it is not ours to quarantine") from None
+    folder = root / "quarantine"
+    folder.mkdir(exist_ok=True)
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    target = folder / f"{stamp}-{unique()}-{'-'.join(inside.parts[1:]) or inside.name}"
+    try:
+        os.rename(path, target)
+    except FileNotFoundError:
+        return None
+    fsync_directory(path.parent)
+    fsync_directory(folder)
+    note = {"path": inside.as_posix(), "reason": reason, "when": utc_now(), "host": socket.gethostname()}
+    replace_atomically(target.with_name(target.name + ".reason.json"), json.dumps(note, indent=1).encode())
+    return target

@@ -1,0 +1,153 @@
+"""flock locks with a readable holder. The kernel drops them when the holder dies, however it dies."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shlex
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from storage.errors import StoreError
+from storage.files import TEMPORARY, unique, utc_now
+
+_POLL_SECONDS = 0.1
+_ATTEMPTS = 5  # a probe holds the lock for microseconds: taking it is tried again before anyone is called busy
+_BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+
+_held: dict[int, tuple[str, int]] = {}  # descriptor -> (path, thread)
+
+
+class Holder(BaseModel):
+    """Who holds a lock."""
+
+    pid: int
+    host: str
+    command: str
+    since: str
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} on {self.host} ({self.command}), since {self.since}"
+
+
+def _myself() -> Holder:
+    command = shlex.join([Path(sys.argv[0] or "python").name, *sys.argv[1:]])
+    return Holder(pid=os.getpid(), host=socket.gethostname(), command=command[:200], since=utc_now())
+
+
+def _forget_in_child() -> None:
+    # A forked child shares the parent's lock; closing its copies leaves the lock with the parent alone.
+    for descriptor in list(_held):
+        with suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def _try(descriptor: int, operation: int) -> bool:
+    try:
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _BUSY:
+            return False
+        raise
+    return True
+
+
+def _read_holder(path: Path) -> Holder | None:
+    try:
+        return Holder.model_validate(json.loads(path.read_bytes()))
+    except (OSError, ValueError, ValidationError):
+        return None
+
+
+def describe(path: Path) -> str:
+    """The holder as a user reads it; "another process" while it has not yet written its name."""
+    return str(_read_holder(path) or "another process")
+
+
+def holder(path: Path) -> Holder | None:
+    """Who holds the lock now; None if nobody does. A name left by a killed holder does not count."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        if _try(descriptor, fcntl.LOCK_SH):
+            return None
+        return _read_holder(path) or Holder(pid=0, host="unknown host", command="unknown command", since="just now")
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, on_busy: Callable[[str], None]) -> Iterator[None]:
+    """Holds the exclusive lock `path`. While another holds it, `on_busy` is called once with the holder's description:
+    it raises to give up at once, or returns to wait."""
+    thread = threading.get_ident()
+    if any(held == (str(path), thread) for held in _held.values()):
+        raise StoreError(f"{path}: this thread holds this lock already and would wait for itself")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    owner = os.getpid()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        _wait(descriptor, path, on_busy)
+        _held[descriptor] = (str(path), thread)
+        with suppress(OSError):  # a full disk takes the name, not the lock
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, _myself().model_dump_json().encode(), 0)
+        yield
+    finally:
+        if os.getpid() == owner:  # a forked child has closed its copy already
+            if _held.pop(descriptor, None):
+                with suppress(OSError):
+                    os.ftruncate(descriptor, 0)
+            os.close(descriptor)
+
+
+def _wait(descriptor: int, path: Path, on_busy: Callable[[str], None]) -> None:
+    attempts, told = 0, False
+    while not _try(descriptor, fcntl.LOCK_EX):
+        attempts += 1
+        if attempts >= _ATTEMPTS and not told:
+            told = True
+            on_busy(describe(path))
+        time.sleep(_POLL_SECONDS if told else 0.02)
+
+
+def probe(directory: Path) -> None:
+    """Raises StoreError unless flock excludes and hard links work in `directory` (some network mounts lack them)."""
+    name = directory / f"{TEMPORARY}probe-{unique()}"
+    link = name.with_name(name.name + "-link")
+    try:
+        first = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise StoreError(f"{directory}: cannot be written ({error.strerror}); choose another root") from error
+    try:
+        second = os.open(name, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if not _try(first, fcntl.LOCK_EX) or _try(second, fcntl.LOCK_EX):
+                raise StoreError(f"{directory}: file locks do not exclude on this file system; choose another root")
+        finally:
+            os.close(second)
+        os.link(name, link)
+    except OSError as error:
+        raise StoreError(
+            f"{directory}: file locks or hard links do not work on this file system ({error.strerror}); choose another"
+            " root"
+        ) from error
+    finally:
+        os.close(first)
+        name.unlink(missing_ok=True)
+        link.unlink(missing_ok=True)

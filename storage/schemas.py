@@ -1,0 +1,252 @@
+"""Every column of every table, declared once: Arrow type, nullability, meaning. Shards and DuckDB views come from here.
+
+Missing is null, never 0.0. Lists hold no nulls; log-probabilities are natural logarithms, entropies are in nats.
+T stands for the completion's tokens, K for the candidates kept per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntFlag
+from functools import cache
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from storage.errors import StoreError
+
+
+class MaskReason(IntFlag):
+    """Why a completion token may be left out of the loss; a policy turns reasons into the loss mask."""
+
+    SPECIAL_TOKEN = 1
+    TRUNCATED = 2
+    TEACHER_PREFIX = 4
+    UNMAPPED = 8
+    INVALID_VALUE = 16
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column. `nullable` is about the cell; elements of lists are never null."""
+
+    name: str
+    type: pa.DataType
+    doc: str
+    nullable: bool = False
+
+
+@dataclass(frozen=True)
+class TableSchema:
+    """One table. `version` rises when a column changes its meaning or type; it is written beside every shard."""
+
+    name: str
+    doc: str
+    columns: tuple[Column, ...]
+    version: int = 1
+
+    @property
+    def arrow(self) -> pa.Schema:
+        return pa.schema([pa.field(column.name, column.type, column.nullable) for column in self.columns])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(column.name for column in self.columns)
+
+
+_STR, _BOOL, _INT, _LONG, _DOUBLE = pa.string(), pa.bool_(), pa.int32(), pa.int64(), pa.float64()
+_INTS, _SHORTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.int16()), pa.list_(pa.float32())
+_INTS_K, _FLOATS_K = pa.list_(_INTS), pa.list_(_FLOATS)
+
+
+def _table(name: str, doc: str, *columns: Column) -> TableSchema:
+    return TableSchema(name, doc, columns)
+
+
+def _col(name: str, type: pa.DataType, doc: str) -> Column:
+    return Column(name, type, doc)
+
+
+def _opt(name: str, type: pa.DataType, doc: str) -> Column:
+    return Column(name, type, doc, nullable=True)
+
+
+_REASONS = ", ".join(f"{reason.value} {(reason.name or '').lower()}" for reason in MaskReason)
+_SAMPLE_ID = _col("sample_id", _STR, "prompt_id/round/sample_index")
+
+_ALL = (
+    _table(
+        "prompts",
+        "Prompts as given to the models, after filtering.",
+        _col("prompt_id", _STR, "the user's id, or derived from the text"),
+        _col("split", _STR, "train, eval or warmup"),
+        _col("text", _STR, "as given to the tokenizer, chat template applied"),
+        _opt("messages", _STR, "JSON of the messages; null where the prompt came as text"),
+        _col("token_ids", _INTS, "the student's tokens of the prompt"),
+        _opt("teacher_token_ids", _INTS, "the teacher's tokens; null means equal to token_ids"),
+        _opt("answer", _STR, "what the verifier compares with"),
+        _opt("completion", _STR, "target of supervised fine-tuning"),
+        _opt("completion_token_ids", _INTS, "tokens of that target, end of sequence included"),
+        _opt("teacher_id", _STR, "which teacher; null means the only one"),
+    ),
+    _table(
+        "vocabulary",
+        "The tokenizers' vocabularies, so that SQL can read tokens.",
+        _col("tokenizer", _STR, "student or teacher"),
+        _col("id", _INT, "token id"),
+        _col("token", _STR, "the tokenizer's own name of the token"),
+        _opt("text", _STR, "what it decodes to alone; null where that is no valid text"),
+        _col("special", _BOOL, "special token"),
+    ),
+    _table(
+        "rollouts",
+        "One row per sample.",
+        _SAMPLE_ID,
+        _col("prompt_id", _STR, "the prompt it answers"),
+        _col("sample_index", _INT, "0 .. num_generations-1"),
+        _col("prompt_token_ids", _INTS, "tokens the sampler was given"),
+        _col("completion_token_ids", _INTS, "T sampled tokens, the stop token included"),
+        _col("sampling_logprobs", _FLOATS, "T values under the distribution sampled from: after temperature and top-p"),
+        _col("behaviour", _STR, "who sampled: student, blended or teacher"),
+        _col("prefix_length", _INT, "leading tokens that the teacher wrote"),
+        _col("finish_reason", _STR, "stop or length"),
+        _col("seed", _LONG, "seed of this sample"),
+        _col("completion_text", _STR, "decoded completion, special tokens left out"),
+        _opt("reward", _DOUBLE, "null where nothing judged it"),
+    ),
+    _table(
+        "sampled",
+        "Signal: both models' log-probabilities of the tokens that were sampled (temperature 1, full vocabulary).",
+        _SAMPLE_ID,
+        _col("student_logprobs", _FLOATS, "T values of the rollout-time student"),
+        _col("teacher_logprobs", _FLOATS, "T values of the teacher"),
+        _col("student_entropy", _FLOATS, "T entropies in nats"),
+        _col("teacher_entropy", _FLOATS, "T entropies in nats"),
+        _opt(
+            "behaviour_logprobs",
+            _FLOATS,
+            "T values of the scorer's student under the sampling distribution (temperature, top-p, top-k applied)",
+        ),
+    ),
+    _table(
+        "teacher_topk",
+        "Signal: the teacher's K most likely tokens.",
+        _SAMPLE_ID,
+        _col("ids", _INTS_K, "T lists of at most K token ids, likeliest first"),
+        _col("logprobs", _FLOATS_K, "the teacher's log-probabilities of these"),
+        _col("valid", _SHORTS, "T counts of usable entries"),
+        _col("tail_logmass", _FLOATS, "T log-probabilities of everything outside the list"),
+    ),
+    _table(
+        "student_topk",
+        "Signal: the rollout-time student's K most likely tokens.",
+        _SAMPLE_ID,
+        _col("ids", _INTS_K, "T lists of at most K token ids, likeliest first"),
+        _col("student_logprobs", _FLOATS_K, "the student's log-probabilities of these"),
+        _col("teacher_logprobs", _FLOATS_K, "the teacher's log-probabilities of these"),
+        _col("valid", _SHORTS, "T counts of usable entries"),
+        _col("student_tail_logmass", _FLOATS, "T log-probabilities of the rest under the student"),
+        _col("teacher_tail_logmass", _FLOATS, "T log-probabilities of the rest under the teacher"),
+    ),
+    _table(
+        "mask",
+        "Signal: reasons to leave tokens out of the loss.",
+        _SAMPLE_ID,
+        _col("mask_reasons", _INTS, "T bit sets: " + _REASONS),
+    ),
+    _table(
+        "training_steps",
+        "One row per optimizer step. Token means over the global batch, loss mask applied.",
+        _col("step", _LONG, "optimizer step over the whole run, from 1"),
+        _col("round", _INT, "round it belongs to; 0 for warm-up"),
+        _col("epoch", _INT, "pass over the round's rollouts, from 0"),
+        _col("loss", _DOUBLE, "objective, mean per unmasked token"),
+        _col("grad_norm", _DOUBLE, "before clipping"),
+        _col("lr", _DOUBLE, "learning rate of the step"),
+        _col("samples", _INT, "samples in the step"),
+        _col("tokens", _LONG, "unmasked tokens in the step"),
+        _col("seconds", _DOUBLE, "wall time of the step"),
+        _opt("teacher_mass", _DOUBLE, "the teacher's probability on the support"),
+        _opt("student_mass", _DOUBLE, "the live student's probability on the support"),
+        _opt("overlap_ratio", _DOUBLE, "share of the support that both models' top-K lists hold"),
+        _opt("student_entropy", _DOUBLE, "live student, nats"),
+        _opt("teacher_entropy", _DOUBLE, "teacher, nats"),
+        _opt("clip_fraction", _DOUBLE, "share of tokens whose importance ratio was clipped"),
+        _opt("outlier_fraction", _DOUBLE, "share of tokens whose value was capped or dropped"),
+        _opt("log_ratio_mean", _DOUBLE, "live student to rollout-time student, log"),
+        _opt("log_ratio_p05", _DOUBLE, "5th percentile of it"),
+        _opt("log_ratio_p50", _DOUBLE, "median of it"),
+        _opt("log_ratio_p95", _DOUBLE, "95th percentile of it"),
+        _opt("reverse_kl", _DOUBLE, "KL(student || teacher) as the objective sees it"),
+        _opt("importance_weight_mean", _DOUBLE, "after truncation"),
+    ),
+    _table(
+        "evaluations",
+        "One row per held-out sample.",
+        _col("prompt_id", _STR, "the prompt it answers"),
+        _col("mode", _STR, "greedy, sampled, or kl (temperature 1, scored by both models)"),
+        _col("sample_index", _INT, "0 .. samples-1"),
+        _col("prompt_token_ids", _INTS, "tokens the sampler was given"),
+        _col("completion_token_ids", _INTS, "T tokens, the stop token included"),
+        _col("completion_text", _STR, "decoded completion, special tokens left out"),
+        _col("finish_reason", _STR, "stop or length"),
+        _opt("verifier", _STR, "what judged it; null where nothing did"),
+        _opt("correct", _BOOL, "the verifier's verdict; null where it gave none"),
+        _opt("reverse_kl_sum", _DOUBLE, "sum over T of the exact full-vocabulary KL(student || teacher)"),
+        _col("tokens", _INT, "T"),
+    ),
+)
+
+TABLES: dict[str, TableSchema] = {table.name: table for table in _ALL}
+
+
+@cache
+def schema_for(table: str) -> pa.Schema:
+    """The Arrow schema of a table. StoreError for a table that is not declared here."""
+    if table not in TABLES:
+        raise StoreError(f"table {table!r} is not declared; there are {', '.join(sorted(TABLES))}")
+    return TABLES[table].arrow
+
+
+def schema_version(table: str) -> int:
+    """The version that is written beside every shard. StoreError for a table that is not declared here."""
+    schema_for(table)
+    return TABLES[table].version
+
+
+def validate_table(table: str, data: pa.Table) -> pa.Table:
+    """`data` with exactly the declared columns, order and types.
+
+    Nullable columns may be missing and become null; losslessly convertible types are converted. StoreError for an
+    unknown column, a missing one, a type that does not convert, a null where none may be.
+    """
+    schema = schema_for(table)
+    unknown = [name for name in data.column_names if name not in schema.names]
+    if unknown:
+        raise StoreError(f"table {table!r}: unknown column {unknown[0]!r}; declared are {', '.join(schema.names)}")
+    if len(set(data.column_names)) < len(data.column_names):
+        raise StoreError(f"table {table!r}: a column is given twice in {data.column_names}")
+    columns = [_conform_column(table, field, data) for field in schema]
+    return pa.table(columns, schema=schema)
+
+
+def _conform_column(table: str, field: pa.Field, data: pa.Table) -> pa.ChunkedArray:
+    where = f"table {table!r}, column {field.name!r}"
+    if field.name not in data.column_names:
+        if not field.nullable:
+            raise StoreError(f"{where}: missing")
+        return pa.chunked_array([pa.nulls(data.num_rows, field.type)])
+    column = data.column(field.name)
+    if column.type != field.type:
+        try:
+            column = column.cast(field.type)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise StoreError(f"{where}: expected {field.type}, found {column.type} ({error})") from error
+    if column.null_count and not field.nullable:
+        raise StoreError(f"{where}: {column.null_count} nulls, but every row needs a value")
+    inner = column
+    while pa.types.is_list(inner.type):
+        inner = pc.list_flatten(inner)
+        if inner.null_count:
+            raise StoreError(f"{where}: {inner.null_count} nulls inside lists; leave the whole cell null instead")
+    return column

@@ -1,0 +1,306 @@
+"""The artifact store: the only way to what stages have made.
+
+Layout under the root: `artifacts/<stage>/<key>/` (without `manifest.json` unfinished, with it immutable), `runs/`,
+`quarantine/`, `locks/`, `memo/` (remembered file hashes). Readers go by manifest, never by listing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+
+from storage.artifact import (
+    MANIFEST,
+    Artifact,
+    ArtifactSpec,
+    FileRecord,
+    Manifest,
+    ShardRecord,
+    TreeRecord,
+    artifact_directory,
+    load_manifest,
+)
+from storage.builder import Builder
+from storage.digests import combine_digests
+from storage.errors import CorruptArtifact, InputError, StoreError
+from storage.files import explain_full_disk, fsync_directory, quarantine, require_space
+from storage.locks import locked, probe
+from storage.schemas import schema_for
+from storage.shards import ShardWriter, check_file, dataset, footer_sha256, read_parquet, row_digest
+from storage.trees import content_digests, damaged, damaged_by_stat, external_files, own_files, tree_directory
+
+__all__ = ["Artifact", "ArtifactSpec", "Builder", "FileRecord", "ShardRecord", "ShardWriter", "Store"]
+
+Shards = list[ShardRecord]
+Problems = list[str]
+_AGAIN = "run again: only what is damaged is rebuilt"
+
+
+class Store:
+    """A store at a local directory, which is made if need be.
+
+    Raises StoreError where the file system has no working flock or hard links."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root).absolute()
+        try:
+            for name in ("artifacts", "runs", "quarantine", "locks", "memo"):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise StoreError(f"{self.root}: cannot hold a store ({error.strerror}: {error.filename})") from error
+        probe(self.root)
+        self._memo = self.memo = self.root / "memo"
+
+    # --- planning ----------------------------------------------------------------------------------------------------
+
+    def get(self, stage: str, key: str) -> Artifact | None:
+        """The artifact if it is committed and its files are there with their recorded stat stamps, else None.
+
+        A file with another time stamp (a copied store) is hashed before it is believed. Moves nothing. Trees outside
+        the store are not looked at: `materialize` does that."""
+        try:
+            manifest = load_manifest(artifact_directory(self.root, stage, key))
+        except CorruptArtifact:
+            return None
+        if manifest is None or self._damage(manifest) is not None:
+            return None
+        return manifest.artifact
+
+    def list(self, stage: str | None = None) -> list[Artifact]:
+        """Every committed and undamaged artifact, oldest first."""
+        found = []
+        for path in (self.root / "artifacts").glob(f"{stage or '*'}/*/{MANIFEST}"):
+            try:
+                artifact = self.get(path.parent.parent.name, path.parent.name)
+            except StoreError:  # a folder that is no artifact's
+                continue
+            if artifact is not None:
+                found.append(artifact)
+        return sorted(found, key=lambda artifact: (artifact.created, artifact.stage, artifact.key))
+
+    def require_space(self, bytes_needed: int, purpose: str = "") -> None:
+        """Raises NotEnoughSpace unless that many bytes are free under the root."""
+        require_space(self.root, bytes_needed, purpose)
+
+    # --- building ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def building(self, spec: ArtifactSpec, waiting: Callable[[str], None] | None = None) -> Iterator[Builder]:
+        """Holds the artifact's lock and yields its builder. While another process builds it, `waiting` is called once
+        with that process's description; afterwards `builder.committed` is its result.
+
+        Whoever builds several artifacts at once enters them in sorted (stage, key) order, or two runs may wait for
+        each other. An exception leaves the artifact unfinished: its finished shards count next time."""
+        directory = artifact_directory(self.root, spec.stage, spec.key)
+        lock = self.root / "locks" / f"{spec.stage}-{spec.key}.lock"
+        with locked(lock, waiting or (lambda holder: None)):
+            builder = self._builder(spec, directory)
+            try:
+                yield builder
+            finally:
+                builder.close()
+
+    def _builder(self, spec: ArtifactSpec, directory: Path) -> Builder:
+        committed = self.get(spec.stage, spec.key)
+        recorded = None
+        if committed is None:
+            with explain_full_disk(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+                fsync_directory(directory.parent)
+            try:
+                recorded = load_manifest(directory)
+            except CorruptArtifact as error:
+                quarantine(self.root, directory / MANIFEST, str(error))
+        return Builder(self.root, spec, committed, recorded)
+
+    def shard_writer(self, stage: str, key: str) -> ShardWriter:
+        """For worker processes, under the lock that their parent holds."""
+        return ShardWriter(self.root, stage, key)
+
+    # --- tables ------------------------------------------------------------------------------------------------------
+
+    def shards(self, artifact: Artifact, table: str) -> Shards:
+        """The shards of a table, in order. StoreError for a table that the artifact does not have."""
+        return self._shards(self._manifest(artifact), table)
+
+    def read_table(self, artifact: Artifact, table: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows of a table in shard order. Each file's full hash is verified the first time in this process, page
+        checksums every time; a bad file moves to quarantine and CorruptArtifact is raised."""
+        records = self.shards(artifact, table)
+        empty = schema_for(table).empty_table()
+        if columns is not None:
+            unknown = [name for name in columns if name not in empty.column_names]
+            if unknown:
+                raise StoreError(f"table {table!r}: no column {unknown[0]!r}; it has {', '.join(empty.column_names)}")
+            empty = empty.select(list(columns))
+        parts = [self._read(artifact, record, columns) for record in records]
+        return pa.concat_tables(parts) if parts else empty
+
+    def read_shard(self, artifact: Artifact, table: str, shard: int) -> pa.Table:
+        """One shard, verified like `read_table`."""
+        records = self.shards(artifact, table)
+        if not 0 <= shard < len(records):
+            raise StoreError(f"{_name(artifact)}: {table} has {len(records)} shards, there is no shard {shard}")
+        return self._read(artifact, records[shard], None)
+
+    def arrow_dataset(self, artifact: Artifact, table: str) -> pads.Dataset:
+        """A lazy dataset for queries: the footers are verified now, page checksums as it is scanned."""
+        directory = self._directory(artifact)
+        records = self.shards(artifact, table)
+        for record in records:
+            path = directory / record.file
+            try:
+                problem = None if footer_sha256(path) == record.footer_sha256 else "its footer differs"
+            except FileNotFoundError:
+                problem = "missing"
+            except CorruptArtifact as error:
+                problem = str(error)
+            if problem is not None:
+                self._bad_file(artifact, path, problem)
+        if not records:
+            return pads.dataset(schema_for(table).empty_table())
+        return dataset([directory / record.file for record in records], schema_for(table))
+
+    # --- trees -------------------------------------------------------------------------------------------------------
+
+    def materialize(self, artifact: Artifact, name: str = "model") -> Path:
+        """A local directory with the tree's files, every hash verified (remembered by path, inode, size, mtime).
+
+        A bad file of the store moves to quarantine (CorruptArtifact); a changed file of a user's own folder is
+        InputError; a file that does not belong to the tree moves to quarantine, for engines read what lies there."""
+        tree = self._tree(self._manifest(artifact), name)
+        directory = tree_directory(self._directory(artifact), tree)
+        for record in tree.files:
+            problem = damaged(directory / record.path, record, self._memo)
+            if problem is None:
+                continue
+            if tree.external:
+                raise InputError(
+                    f"{directory / record.path}: {problem}. The folder has changed since {_name(artifact)}"
+                    " recorded it: put the old files back, or point the config at a folder of its own for the new ones"
+                )
+            self._bad_file(artifact, directory / record.path, problem)
+        known = {directory / record.path for record in tree.files}
+        if tree.external:
+            added = [path for path in external_files(directory) if path not in known and path.suffix == ".safetensors"]
+            if added:
+                raise InputError(f"{added[0]}: was not there when {_name(artifact)} recorded this folder; move it away")
+        else:
+            for path in own_files(directory):
+                if path not in known:
+                    quarantine(self.root, path, f"does not belong to the tree {name!r} of {_name(artifact)}")
+        return directory
+
+    # --- damage ------------------------------------------------------------------------------------------------------
+
+    def quarantine(self, path: Path, reason: str) -> Path | None:
+        """Moves a file or directory of the store to `quarantine/`, the reason beside it. None if it was gone."""
+        return quarantine(self.root, path, reason)
+
+    def verify(self, artifact: Artifact, move: bool = True) -> Problems:
+        """Hashes everything, trusting no memo, and returns the problems found. Bad files move to quarantine unless
+        `move` is False; a later run then rebuilds just these."""
+        manifest = self._manifest(artifact)
+        directory = self._directory(artifact)
+        problems = []
+        for record in manifest.shards:
+            path = directory / record.file
+            problem = damaged(path, _as_file(record), None) or self._wrong_rows(path, record)
+            if problem is not None:
+                problems.append(f"{path}: {problem}")
+                if move:
+                    quarantine(self.root, path, problem)
+        for name, tree in manifest.trees.items():
+            base = tree_directory(directory, tree)
+            found = [(base / r.path, p) for r in tree.files if (p := damaged(base / r.path, r, None)) is not None]
+            problems += [f"{path}: {problem}" for path, problem in found]
+            if move and not tree.external:
+                for path, problem in found:
+                    quarantine(self.root, path, problem)
+            if not found:
+                digests = content_digests(name, base, tree.files, None)
+                wrong = [part for part, digest in digests.items() if manifest.artifact.content.get(part) != digest]
+                problems += [f"{base}: content {part!r} is not the recorded one" for part in wrong]
+        for table in manifest.artifact.rows:
+            parts = [(record.rows, record.row_digest) for record in self._shards(manifest, table)]
+            if combine_digests(parts) != manifest.artifact.content.get(table):
+                problems.append(f"{directory / MANIFEST}: content {table!r} is not that of its shards")
+        return problems
+
+    def _wrong_rows(self, path: Path, record: ShardRecord) -> str | None:
+        try:
+            rows = read_parquet(path)
+        except CorruptArtifact as error:
+            return str(error)
+        if (rows.num_rows, row_digest(record.table, rows)) != (record.rows, record.row_digest):
+            return "its rows are not the recorded ones"
+        return None
+
+    def _damage(self, manifest: Manifest) -> str | None:
+        """The first damage that stat stamps show, or None."""
+        directory = self._directory(manifest.artifact)
+        stamps = [(directory / s.file, s.bytes, s.mtime_ns, s.sha256) for s in manifest.shards]
+        for tree in manifest.trees.values():
+            if not tree.external:
+                base = tree_directory(directory, tree)
+                stamps += [(base / file.path, file.bytes, file.mtime_ns, file.sha256) for file in tree.files]
+        for path, size, mtime_ns, sha256 in stamps:
+            problem = damaged_by_stat(path, size, mtime_ns, sha256, self._memo)
+            if problem is not None:
+                return f"{path}: {problem}"
+        return None
+
+    def _bad_file(self, artifact: Artifact, path: Path, problem: str) -> None:
+        moved = quarantine(self.root, path, problem)
+        where = f"moved to {moved}; " if moved else ""
+        raise CorruptArtifact(f"{path}: {problem}; {where}{_AGAIN}")
+
+    def _read(self, artifact: Artifact, record: ShardRecord, columns: Sequence[str] | None) -> pa.Table:
+        path = self._directory(artifact) / record.file
+        problem = check_file(path, record.bytes, record.sha256)
+        if problem is None:
+            try:
+                rows = read_parquet(path, columns)
+                if rows.num_rows == record.rows:
+                    return rows
+                problem = f"{rows.num_rows} rows instead of {record.rows}"
+            except (CorruptArtifact, FileNotFoundError) as error:
+                problem = str(error)
+        self._bad_file(artifact, path, problem)
+        raise AssertionError("unreachable")
+
+    # --- manifests ---------------------------------------------------------------------------------------------------
+
+    def _directory(self, artifact: Artifact) -> Path:
+        return artifact_directory(self.root, artifact.stage, artifact.key)
+
+    def _manifest(self, artifact: Artifact) -> Manifest:
+        manifest = load_manifest(self._directory(artifact))
+        if manifest is None:
+            raise CorruptArtifact(f"{_name(artifact)}: not committed in {self.root}, or in quarantine; {_AGAIN}")
+        if manifest.artifact.content != artifact.content:
+            raise CorruptArtifact(f"{_name(artifact)}: was rebuilt with other content since it was planned; run again")
+        return manifest
+
+    def _shards(self, manifest: Manifest, table: str) -> Shards:
+        if table not in manifest.artifact.rows:
+            has = ", ".join(sorted(manifest.artifact.rows)) or "none"
+            raise StoreError(f"{_name(manifest.artifact)}: has no table {table!r}; its tables: {has}")
+        return sorted((s for s in manifest.shards if s.table == table), key=lambda record: record.shard)
+
+    def _tree(self, manifest: Manifest, name: str) -> TreeRecord:
+        if name not in manifest.trees:
+            has = ", ".join(sorted(manifest.trees)) or "none"
+            raise StoreError(f"{_name(manifest.artifact)}: has no tree {name!r}; its trees: {has}")
+        return manifest.trees[name]
+
+
+def _name(artifact: Artifact) -> str:
+    return f"{artifact.stage}/{artifact.key}"
+
+
+def _as_file(record: ShardRecord) -> FileRecord:
+    return FileRecord(path=record.file, sha256=record.sha256, bytes=record.bytes, mtime_ns=record.mtime_ns)

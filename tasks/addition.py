@@ -1,0 +1,72 @@
+"""A task that needs no download: additions with a digit-by-digit scratchpad.
+
+    prompt       4821+1357=
+    completion   1+7+0=08 2+5+0=07 8+3+0=11 4+1+1=06#06178
+
+From the last digit to the first: both digits, the carry, their sum in two digits; after `#` the result. All prompts
+have one length and so have all completions, and a small transformer learns it in a few hundred steps."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from storage.identity import Identity
+
+ANSWER_PATTERN = r"#(\d+)$"
+"""Finds the result in a completion (for the `exact_match` verifier)."""
+
+
+class AdditionSource(Identity):
+    """Generated additions; `answer` and `completion` (the scratchpad) come with every prompt."""
+
+    kind: Literal["addition"] = "addition"
+    digits: int = Field(4, ge=1, le=12, description="digits of both numbers; no leading zeros")
+    count: int = Field(ge=1, description="different prompts to write")
+    seed: int = Field(0, ge=0, description="another seed, other prompts (splits never share one all the same)")
+
+    @model_validator(mode="after")
+    def _enough_pairs(self) -> AdditionSource:
+        low, high = bounds(self.digits)
+        pairs = (high - low + 1) ** 2
+        if self.count > pairs:
+            raise ValueError(f"count: only {pairs} additions of {self.digits} digits exist, {self.count} were asked for")
+        return self
+
+
+def bounds(digits: int) -> tuple[int, int]:
+    """Smallest and largest number with that many digits; 0 counts as a number of one digit."""
+    return (10 ** (digits - 1) if digits > 1 else 0), 10**digits - 1
+
+
+def scratchpad(left: int, right: int, digits: int) -> str:
+    """The worked solution of `left + right`, both of at most `digits` digits."""
+    columns, carry = [], 0
+    for place in range(digits):
+        upper, lower = left // 10**place % 10, right // 10**place % 10
+        total = upper + lower + carry
+        columns.append(f"{upper}+{lower}+{carry}={total:02d}")
+        carry = total // 10
+    return " ".join(columns) + "#" + answer(left, right, digits)
+
+
+def answer(left: int, right: int, digits: int) -> str:
+    """The sum, with zeros in front up to one digit more than the numbers have."""
+    return f"{left + right:0{digits + 1}d}"
+
+
+def additions(source: AdditionSource) -> Iterator[dict[str, str]]:
+    """Rows with prompt, answer and completion: `count` different pairs, a pure function of the source's fields."""
+    low, high = bounds(source.digits)
+    width = high - low + 1
+    draw = random.Random(f"addition/{source.digits}/{source.seed}")
+    for pair in draw.sample(range(width * width), source.count):
+        left, right = low + pair // width, low + pair % width
+        yield {
+            "prompt": f"{left}+{right}=",
+            "answer": answer(left, right, source.digits),
+            "completion": scratchpad(left, right, source.digits),
+        }

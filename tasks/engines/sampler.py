@@ -1,0 +1,422 @@
+"""The sampler: a warm vLLM engine that writes completions. The only place that imports vLLM.
+
+Jobs (`op`), all with `model` (directory), `weights` (its weights digest), `dtype` and `sampling` (temperature, top_p, top_k
+or null, max_completion_length, stop_token_ids or "eos"):
+
+- `rollout_shard`: `store`, `stage`, `key`, `shard`, `prompts` ({prompt_id, token_ids} list), `samples` ({sample_id, prompt
+  (position in prompts), sample_index, seed} list). Writes one shard of the table `rollouts`.
+  Returns samples, tokens, clipped, stop_token_ids, proof.
+- `generate_shard`: `prompts` (list of token id lists) and `seeds` (one per prompt, ignored at temperature 0). Writes nothing.
+  Returns completions ({token_ids, text, finish_reason, logprobs} list in the order of the prompts), stop_token_ids, proof.
+
+Every request has its own seed, so that a completion depends neither on its company nor on the order. Log-probabilities
+are of the distribution that was sampled from (temperature, top-p and top-k applied; at temperature 0 the model's own)."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storage.digests import weights_digest
+from storage.errors import ConfigError, InputError, OpdError
+from storage.identity import derive_seed
+from tasks.engines.weights import judge_probes, judge_weights
+
+Progress = Callable[[int, int], None]
+
+BATCHED_TOKENS = 16384
+"""Prompt tokens of one engine step."""
+_PROBES = 2
+_PROBE_PROMPT = 8
+_PROBE_TOKENS = 8
+_TRIES = 2
+
+
+class SamplingFailed(OpdError):
+    """The engine gave no usable completion for a sample, twice."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion. `logprobs` has one value per token id, under the distribution that was sampled from."""
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    logprobs: list[float]
+
+
+class Sampler:
+    """Serves rollout and evaluation jobs from one engine, kept warm between jobs and between weights.
+
+    Settings: device (cpu|cuda), threads, tensor_parallel_size, gpu_memory_utilization, kv_cache_gib (CPU), enforce_eager
+    (null: on CPU only), max_num_seqs, verify_weights (full|checksums), batched_tokens."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.on_cpu = settings.get("device", "cpu") == "cpu"
+        self.llm: Any = None
+        self.proof: dict[str, Any] = {}
+        self._weights: str | None = None
+        self._shape: dict[str, Any] = {}
+        self._tokenizer: Any = None
+        _prepare_environment(self.on_cpu, int(settings.get("threads", 1)))
+
+    def handle(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """Do one job (see the module's description). Raises InputError for prompts that do not fit the model,
+        StaleWeights when the engine could not be brought to the job's weights, SamplingFailed, StoreError."""
+        if job.get("op") == "rollout_shard":
+            return self._rollout_shard(job, progress)
+        if job.get("op") == "generate_shard":
+            return self._generate_shard(job, progress)
+        raise ConfigError(f"sampler: no operation {job.get('op')!r}; there are rollout_shard and generate_shard")
+
+    def close(self) -> None:
+        """End the engine explicitly: left to the interpreter's exit it may abort the process."""
+        llm, self.llm, self._weights, self._tokenizer = self.llm, None, None, None
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+
+    # --- jobs ----------------------------------------------------------------------------------------------------
+
+    def _rollout_shard(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        import pyarrow as pa
+
+        from storage.schemas import schema_for
+        from storage.store import Store
+
+        prompts, samples = job["prompts"], job["samples"]
+        completions, stop_ids = self._complete(
+            job, [prompts[sample["prompt"]]["token_ids"] for sample in samples], [s["seed"] for s in samples], progress
+        )
+        rows = [
+            {
+                "sample_id": sample["sample_id"],
+                "prompt_id": prompts[sample["prompt"]]["prompt_id"],
+                "sample_index": sample["sample_index"],
+                "prompt_token_ids": prompts[sample["prompt"]]["token_ids"],
+                "completion_token_ids": completion.token_ids,
+                "sampling_logprobs": completion.logprobs,
+                "behaviour": "student",
+                "prefix_length": 0,
+                "finish_reason": completion.finish_reason,
+                "seed": sample["seed"],
+                "completion_text": completion.text,
+                "reward": None,
+            }
+            for sample, completion in zip(samples, completions, strict=True)
+        ]
+        writer = Store(job["store"]).shard_writer(job["stage"], job["key"])
+        writer.write_shard("rollouts", job["shard"], pa.Table.from_pylist(rows, schema=schema_for("rollouts")))
+        return {
+            "samples": len(completions),
+            "tokens": sum(len(completion.token_ids) for completion in completions),
+            "clipped": sum(completion.finish_reason == "length" for completion in completions),
+            "stop_token_ids": stop_ids,
+            "proof": self.proof,
+        }
+
+    def _generate_shard(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        completions, stop_ids = self._complete(job, job["prompts"], job["seeds"], progress)
+        return {"completions": [vars(c) for c in completions], "stop_token_ids": stop_ids, "proof": self.proof}
+
+    def _complete(
+        self, job: dict[str, Any], prompts: list[list[int]], seeds: list[int], progress: Progress
+    ) -> tuple[list[Completion], list[int]]:
+        sampling = job["sampling"]
+        path = Path(job["model"])
+        config = _config(path)
+        length = check_lengths(config, path, prompts, sampling["max_completion_length"])
+        self._load(path, job["weights"], job["dtype"], length)
+        stop_ids = stop_token_ids(path, sampling.get("stop_token_ids", "eos"), self._tokenizer.eos_token_id)
+        vocabulary = int(config["vocab_size"])
+        if not all(0 <= token < vocabulary for token in stop_ids):
+            raise InputError(f"stop_token_ids: {stop_ids} has ids that {path} (vocabulary of {vocabulary}) cannot write")
+        return self._sample(prompts, seeds, sampling, stop_ids, progress), stop_ids
+
+    # --- sampling ------------------------------------------------------------------------------------------------
+
+    def _sample(
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        sampling: dict[str, Any],
+        stop_ids: list[int],
+        progress: Progress,
+    ) -> list[Completion]:
+        """One completion per (prompt, seed). An empty or aborted one is asked for once more with the same seed."""
+        if len(prompts) != len(seeds):
+            raise ConfigError(f"sampler: {len(prompts)} prompts but {len(seeds)} seeds")
+        # the bits of a log-probability may depend on what was computed together: every job starts from an empty cache
+        self.llm.reset_prefix_cache()
+        done: dict[int, Completion] = {}
+        wrong: dict[int, str] = {}
+        for _ in range(_TRIES):
+            asked = [index for index in range(len(prompts)) if index not in done]
+            if not asked:
+                break
+            params = [self._params(sampling, seeds[index], stop_ids) for index in asked]
+            base = len(done)
+            outputs = self._run([prompts[i] for i in asked], params, lambda n, b=base: progress(b + n, len(prompts)))
+            for index, output in zip(asked, outputs, strict=True):
+                problem = _problem(output)
+                if problem is None:
+                    done[index] = self._completion(output)
+                else:
+                    wrong[index] = problem
+        failed = [index for index in range(len(prompts)) if index not in done]
+        if failed:
+            raise SamplingFailed(
+                f"{len(failed)} of {len(prompts)} samples failed twice, e.g. number {failed[0]} (seed {seeds[failed[0]]},"
+                f" prompt of {len(prompts[failed[0]])} tokens): {wrong[failed[0]]}"
+            )
+        return [done[index] for index in range(len(prompts))]
+
+    def _params(self, sampling: dict[str, Any], seed: int, stop_ids: Sequence[int]) -> Any:
+        from vllm import SamplingParams
+
+        greedy = sampling["temperature"] == 0
+        return SamplingParams(
+            n=1,
+            temperature=sampling["temperature"],
+            top_p=1.0 if greedy else sampling.get("top_p", 1.0),
+            top_k=0 if greedy else sampling.get("top_k") or 0,
+            seed=None if greedy else seed,
+            max_tokens=sampling["max_completion_length"],
+            stop_token_ids=list(stop_ids),
+            ignore_eos=True,  # the stop ids are explicit; the engine adds none of its own
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            detokenize=False,
+        )
+
+    def _run(self, prompts: list[list[int]], params: list[Any], progress: Callable[[int], None]) -> list[Any]:
+        """Outputs in the order of the prompts; None for a request that ended without one."""
+        names = self.llm.enqueue([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        # enqueue answers with names that the engine may have made unique; outputs carry the caller's part of it
+        order = {str(name).split("-")[0]: index for index, name in enumerate(names)}
+        outputs: list[Any] = [None] * len(prompts)
+        engine, count = self.llm.llm_engine, 0
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    outputs[order[output.request_id.split("-")[0]]] = output.outputs[0]
+                    count += 1
+            progress(count)
+        return outputs
+
+    def _completion(self, output: Any) -> Completion:
+        token_ids = [int(token) for token in output.token_ids]
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Completion(token_ids, text, output.finish_reason, _logprobs(output))
+
+    # --- weights -------------------------------------------------------------------------------------------------
+
+    def _load(self, path: Path, weights: str, dtype: str, length: int) -> None:
+        """Bring the engine to the checkpoint: reload in place, or build (anew) where that cannot be right; prove it."""
+        architecture = {k: v for k, v in _config(path).items() if k not in ("_name_or_path", "transformers_version")}
+        shape = {"dtype": dtype, "architecture": architecture}
+        same_shape = self.llm is not None and self._shape == shape and length <= self.llm.model_config.max_model_len
+        if same_shape and self._weights == weights:
+            return
+        actual = weights_digest(path)
+        if actual != weights:
+            raise InputError(f"{path}: the weights' digest is {actual[:16]}…, the job asks for {weights[:16]}…")
+        self._weights = None
+        # an output head tied to the embeddings keeps the old weights when vLLM reloads them in place
+        if same_shape and not architecture.get("tie_word_embeddings", False):
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+            change = "reloaded"
+        else:
+            self.close()
+            self._build(path, dtype, length)
+            self._shape = shape
+            change = "built"
+        self._tokenizer = load_tokenizer(path)
+        self.prove(path, dtype)
+        self.proof = {"weights": weights, "change": change, **self.proof}
+        self._weights = weights
+
+    def prove(self, path: Path, dtype: str) -> None:
+        """Prove that the engine computes with the checkpoint in `path`; sets `proof`. Raises StaleWeights."""
+        full = self.settings.get("verify_weights", "full") == "full"
+        reports = self.llm.collective_rpc("opd_compare_weights", args=(str(path),))
+        self.proof = {"method": "full" if full else "checksums", **judge_weights(reports, path, need_all=not full)}
+        self.llm.reset_prefix_cache()  # what it holds was computed with the old weights
+        if full:
+            self.proof |= self._probe(path, dtype)
+
+    def _probe(self, path: Path, dtype: str) -> dict[str, Any]:
+        vocabulary = int(_config(path)["vocab_size"])
+        prompts = [[derive_seed("probe", i, j) % vocabulary for j in range(_PROBE_PROMPT)] for i in range(_PROBES)]
+        sampling = {"temperature": 1.0, "max_completion_length": _PROBE_TOKENS}
+        params = [self._params(sampling, derive_seed("probe", i), ()) for i in range(_PROBES)]
+        outputs = self._run(prompts, params, lambda _: None)
+        for output in outputs:
+            if (problem := _problem(output)) is not None:
+                raise SamplingFailed(f"a probe after a weight change failed: {problem}")
+        sequences = [(prompt, [int(t) for t in out.token_ids]) for prompt, out in zip(prompts, outputs, strict=True)]
+        result = judge_probes(path, sequences, [_logprobs(output) for output in outputs], dtype)
+        self.llm.reset_prefix_cache()
+        return result
+
+    def _build(self, path: Path, dtype: str, length: int) -> None:
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        if self.on_cpu and not current_platform.is_cpu():
+            raise ConfigError("runtime.device: cpu, but the installed vllm is built for GPUs; see make setup EXTRA=cpu")
+        if not self.on_cpu and current_platform.is_cpu():
+            raise ConfigError("runtime.device: cuda, but the installed vllm is built for CPU; see make setup EXTRA=gpu")
+        setting = self.settings.get
+        limit = _longest(_config(path), path)
+        length = min(max(32, 1 << (length - 1).bit_length()), limit)  # room, so that a later job seldom needs a rebuild
+        eager = setting("enforce_eager")
+        sequences = int(setting("max_num_seqs", 256))
+        machine: dict[str, Any]
+        if self.on_cpu:
+            # a seeded prompt that is prefilled in pieces crashes on CPU: never cut one
+            machine = {
+                "kv_cache_memory_bytes": int(float(setting("kv_cache_gib", 1)) * 2**30),
+                "enable_chunked_prefill": False,
+            }
+        else:
+            machine = {
+                "gpu_memory_utilization": float(setting("gpu_memory_utilization", 0.85)),
+                "tensor_parallel_size": int(setting("tensor_parallel_size", 1)),
+            }
+        self.llm = LLM(
+            model=str(path),
+            skip_tokenizer_init=True,
+            dtype=dtype,
+            seed=0,
+            max_model_len=length,
+            max_num_seqs=sequences,
+            max_num_batched_tokens=max(int(setting("batched_tokens", BATCHED_TOKENS)), length, sequences),
+            enforce_eager=self.on_cpu if eager is None else bool(eager),
+            generation_config="vllm",  # a checkpoint's own defaults would change the sampling
+            logprobs_mode="processed_logprobs",
+            enable_prefix_caching=True,
+            worker_extension_cls="tasks.engines.weights.EngineWeights",
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            **machine,
+        )
+
+
+# --- what a checkpoint says of itself --------------------------------------------------------------------------------
+
+
+def check_lengths(config: dict[str, Any], path: Path, prompts: list[list[int]], completion_length: int) -> int:
+    """Tokens of the longest prompt with its completion. Raises InputError for an empty prompt, or when the model's
+    positions do not suffice."""
+    if not prompts or min(map(len, prompts)) == 0:
+        raise InputError("sampler: no prompts, or one without tokens; prepare filters these")
+    longest = max(map(len, prompts))
+    limit = _longest(config, path)
+    if longest + completion_length > limit:
+        over = sum(len(ids) + completion_length > limit for ids in prompts)
+        raise InputError(
+            f"max_completion_length: {over} of {len(prompts)} prompts (the longest has {longest} tokens) with completions of"
+            f" {completion_length} do not fit the {limit} positions of {path}; lower it or filter long prompts in prepare"
+        )
+    return longest + completion_length
+
+
+def stop_token_ids(path: Path, policy: str | Sequence[int], tokenizer_eos: int | None) -> list[int]:
+    """The ids that end a completion. "eos": the tokenizer's end of sequence and those of generation_config.json (where
+    there is none: of config.json). Raises InputError when there is none at all."""
+    if policy != "eos":
+        return sorted({int(token) for token in policy})
+    source = path / "generation_config.json"
+    declared = (json.loads(source.read_text()) if source.is_file() else _config(path)).get("eos_token_id")
+    ids = {int(token) for token in (declared if isinstance(declared, list) else [declared]) if token is not None}
+    ids |= {tokenizer_eos} if tokenizer_eos is not None else set()
+    if not ids:
+        raise InputError(f"stop_token_ids: {path} names no end-of-sequence token; give the ids explicitly")
+    return sorted(ids)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The checkpoint's tokenizer. Raises InputError when the directory holds none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no tokenizer that transformers can load ({error})") from error
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no readable config.json ({error})") from error
+    return {**config, **config.get("text_config", {})}
+
+
+def _longest(config: dict[str, Any], path: Path) -> int:
+    limit = config.get("max_position_embeddings")
+    if not isinstance(limit, int) or limit < 1:
+        raise InputError(f"{path / 'config.json'}: max_position_embeddings is {limit!r}; a positive integer is needed")
+    return limit
+
+
+# --- outputs ---------------------------------------------------------------------------------------------------------
+
+
+def _logprobs(output: Any) -> list[float]:
+    """The log-probability of each sampled token: with logprobs=0 the engine reports this one alone."""
+    flat = output.logprobs
+    values = [float(flat.logprobs[start]) for start in flat.start_indices]
+    if [flat.token_ids[start] for start in flat.start_indices] != list(output.token_ids):
+        raise SamplingFailed("the engine's log-probabilities are not of the tokens that it sampled")
+    return values
+
+
+def _problem(output: Any) -> str | None:
+    """Why a request's output cannot be used; None when it can."""
+    if output is None:
+        return "it ended without an output"
+    if output.finish_reason not in ("stop", "length"):
+        return f"it ended as {output.finish_reason!r}"
+    if not output.token_ids:
+        return "the completion is empty"
+    if output.logprobs is None or len(output.logprobs) != len(output.token_ids):
+        return "log-probabilities are missing"
+    if not all(math.isfinite(value) for value in _logprobs(output)):
+        return "a log-probability is not finite"
+    return None
+
+
+def _prepare_environment(on_cpu: bool, threads: int) -> None:
+    """Must come before the first import of vLLM, which reads these once."""
+    os.environ |= {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not on_cpu:
+        return
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: deterministic, and no second import of 15 s
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # workers share cores with others; the count is what matters
+        "OMP_NUM_THREADS": str(threads),
+    }
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_gib, and takes whole GiB only
+
+    import torch
+
+    torch.set_num_threads(threads)

@@ -1,0 +1,327 @@
+"""Divergences between student p and teacher q, one registered class each: parameters, terms, f and advantage.
+
+Every one is an f-divergence in the form `D = sum_v p_v f(u_v)`, `u = q / p`. The class is its own configuration
+(torch is never imported here: the methods use those of the tensors they are given), so adding a divergence is adding
+one class:
+
+    @register
+    class Mine(Divergence):
+        kind: Literal["mine"] = "mine"
+        ...
+
+`terms` is what the direct estimator sums and back-propagates, over categories in log space. `f` and `w` serve the
+policy gradient: minimising `E_{y~p} f(u)` has the unbiased advantage `w_f(u) = -f(u) + u f'(u)` (OPD+, arXiv
+2606.01039), where the usual stop-gradient reward is `-f(u)`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+
+from pydantic import Field, field_validator
+
+from storage.identity import Identity
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ALPHA_BOUNDS = (-2.0, 3.0)
+"""Outside of these u^alpha overflows float32 at the default clamp of log-probabilities."""
+
+
+class Divergence(Identity):
+    """A divergence; zero where p = q, non-negative between distributions over the same categories."""
+
+    kind: str
+    equation: ClassVar[str]
+    paper: ClassVar[str]
+
+    @abstractmethod
+    def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """One term per category, of the shape of the inputs. Both inputs finite; the caller sums what is valid."""
+
+    @abstractmethod
+    def f(self, log_u: Tensor) -> Tensor:
+        """f(u) elementwise, from log u (finite)."""
+
+    @abstractmethod
+    def w(self, log_u: Tensor) -> Tensor:
+        """w_f(u) = -f(u) + u f'(u) elementwise, from log u (finite)."""
+
+    @property
+    def w_at_one(self) -> float:
+        """w_f(1): the constant that centring subtracts.
+
+        Its sign says what an unnormalised sum over a support (`drop`) does at p = q: the derivative of `p f(q/p)` with
+        respect to p is -w_f, so a negative value pushes student mass off the support, without end."""
+        return 0.0
+
+
+REGISTRY: dict[str, type[Divergence]] = {}
+
+D = TypeVar("D", bound=Divergence)
+
+
+def register(cls: type[D]) -> type[D]:
+    """Make a divergence known to configs, help and property tests under its `kind`."""
+    kind = cls.model_fields["kind"].default
+    if not isinstance(kind, str):
+        raise TypeError(f"{cls.__name__}: give `kind` a default, for example kind: Literal['mine'] = 'mine'")
+    if kind in REGISTRY:
+        raise ValueError(f"{cls.__name__}: divergence {kind!r} is already {REGISTRY[kind].__name__}")
+    REGISTRY[kind] = cls
+    return cls
+
+
+@register
+class ReverseKL(Divergence):
+    """KL(p||q) = sum p log(p/q); f(u) = -ln u, w(u) = ln u - 1. Mode-seeking, the usual choice on-policy
+    (2306.13649)."""
+
+    kind: Literal["reverse_kl"] = "reverse_kl"
+    equation = "sum p log(p/q)"
+    paper = "2306.13649"
+
+    def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return log_p.exp() * (log_p - log_q)
+
+    def f(self, log_u: Tensor) -> Tensor:
+        return -log_u
+
+    def w(self, log_u: Tensor) -> Tensor:
+        return log_u - 1
+
+    @property
+    def w_at_one(self) -> float:
+        return -1.0
+
+
+@register
+class ForwardKL(Divergence):
+    """KL(q||p) = sum q log(q/p); f(u) = u ln u, w(u) = u. Mass-covering (2306.13649)."""
+
+    kind: Literal["forward_kl"] = "forward_kl"
+    equation = "sum q log(q/p)"
+    paper = "2306.13649"
+
+    def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return log_q.exp() * (log_q - log_p)
+
+    def f(self, log_u: Tensor) -> Tensor:
+        return log_u.exp() * log_u
+
+    def w(self, log_u: Tensor) -> Tensor:
+        return log_u.exp()
+
+    @property
+    def w_at_one(self) -> float:
+        return 1.0
+
+
+@register
+class JSD(Divergence):
+    """Generalised Jensen-Shannon: beta KL(q||m) + (1-beta) KL(p||m), m = beta q + (1-beta) p; GKD, arXiv 2306.13649.
+
+    beta = 0 is defined as forward KL and beta = 1 as reverse KL (the divergence itself vanishes there), as TRL's
+    `beta`. f(u) = beta u ln(u/m) - (1-beta) ln m and w(u) = (1-beta) ln m with m = beta u + 1 - beta; at beta = 1/2
+    these are OPD+'s (2606.01039)."""
+
+    kind: Literal["jsd"] = "jsd"
+    beta: float = Field(0.5, ge=0, le=1, description="weight of the teacher in the mixture; 0 forward KL, 1 reverse KL")
+    equation = "beta KL(q||m) + (1-beta) KL(p||m), m = beta q + (1-beta) p"
+    paper = "2306.13649"
+
+    def _end(self) -> Divergence | None:
+        return ForwardKL() if self.beta == 0 else ReverseKL() if self.beta == 1 else None
+
+    def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        end = self._end()
+        if end is not None:
+            return end.terms(log_p, log_q)
+        log_m = (log_q + math.log(self.beta)).logaddexp(log_p + math.log1p(-self.beta))
+        of_q = log_q.exp() * (log_q - log_m)
+        of_p = log_p.exp() * (log_p - log_m)
+        return self.beta * of_q + (1 - self.beta) * of_p
+
+    def f(self, log_u: Tensor) -> Tensor:
+        end = self._end()
+        if end is not None:
+            return end.f(log_u)
+        log_m = self._log_m(log_u)
+        return self.beta * log_u.exp() * (log_u - log_m) - (1 - self.beta) * log_m
+
+    def w(self, log_u: Tensor) -> Tensor:
+        end = self._end()
+        return end.w(log_u) if end is not None else (1 - self.beta) * self._log_m(log_u)
+
+    def _log_m(self, log_u: Tensor) -> Tensor:
+        return (self.beta * log_u.expm1()).log1p()
+
+    @property
+    def w_at_one(self) -> float:
+        end = self._end()
+        return end.w_at_one if end is not None else 0.0
+
+
+@register
+class SkewedForwardKL(Divergence):
+    """KL(q || m), m = alpha q + (1-alpha) p; DistiLLM, arXiv 2402.03898.
+
+    f(u) = u ln(u/m), w(u) = (1-alpha) u / m, with m = alpha u + 1 - alpha (derived by us)."""
+
+    kind: Literal["skewed_forward_kl"] = "skewed_forward_kl"
+    alpha: float = Field(0.1, gt=0, lt=1, description="share of the teacher in the mixture")
+    equation = "sum q log(q/m), m = alpha q + (1-alpha) p"
+    paper = "2402.03898"
+
+    def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        log_m = (log_q + math.log(self.alpha)).logaddexp(log_p + math.log1p(-self.alpha))
+        return log_q.exp() * (log_q - log_m)
+
+    def f(self, log_u: Tensor) -> Tensor:
+        return log_u.exp() * (log_u - self._log_m(log_u))
+
+    def w(self, log_u: Tensor) -> Tensor:
+        return (1 - self.alpha) * (log_u - self._log_m(log_u)).exp()
+
+    def _log_m(self, log_u: Tensor) -> Tensor:
+        return (self.alpha * log_u.expm1()).log1p()
+
+    @property
+    def w_at_one(self) -> float:
+        return 1 - self.alpha
+
+
+@register
+class SkewedReverseKL(Divergence):
+    """KL(p || m), m = (1-alpha) q + alpha p; DistiLLM, arXiv 2402.03898.
+
+    f(u) = -ln m, w(u) = ln m - (1-alpha) u / m, with m = (1-alpha) u + alpha (derived by us)."""
+
+    kind: Literal["skewed_reverse_kl"] = "skewed_reverse_kl"
+    alpha: float = Field(0.1, gt=0, lt=1, description="share of the student in the mixture")
+    equation = "sum p log(p/m), m = (1-alpha) q + alpha p"
+    paper = "2402.03898"
+
+    def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        log_m = (log_q + math.log1p(-self.alpha)).logaddexp(log_p + math.log(self.alpha))
+        return log_p.exp() * (log_p - log_m)
+
+    def f(self, log_u: Tensor) -> Tensor:
+        return -self._log_m(log_u)
+
+    def w(self, log_u: Tensor) -> Tensor:
+        log_m = self._log_m(log_u)
+        return log_m - (1 - self.alpha) * (log_u - log_m).exp()
+
+    def _log_m(self, log_u: Tensor) -> Tensor:
+        return ((1 - self.alpha) * log_u.expm1()).log1p()
+
+    @property
+    def w_at_one(self) -> float:
+        return self.alpha - 1
+
+
+@register
+class Alpha(Divergence):
+    """sum p (u^a - a u - (1-a)) / (a (a-1)); w(u) = (u^a - 1) / a (2606.01039).
+
+    Forward KL as a -> 1, reverse KL as a -> 0."""
+
+    kind: Literal["alpha"] = "alpha"
+    alpha: float = Field(0.5, ge=ALPHA_BOUNDS[0], le=ALPHA_BOUNDS[1], description="order; neither 0 nor 1")
+    equation = "sum p (u^alpha - alpha u - (1-alpha)) / (alpha (alpha-1)), u = q/p"
+    paper = "2606.01039"
+
+    @field_validator("alpha")
+    @classmethod
+    def _not_a_limit(cls, value: float) -> float:
+        if value in (0, 1):
+            raise ValueError("the formula divides by alpha (alpha-1); use kind: reverse_kl for 0, forward_kl for 1")
+        return value
+
+    def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        a = self.alpha
+        mixed = (a * log_q + (1 - a) * log_p).exp()
+        return (mixed - a * log_q.exp() - (1 - a) * log_p.exp()) / (a * (a - 1))
+
+    def f(self, log_u: Tensor) -> Tensor:
+        a = self.alpha
+        return ((a * log_u).expm1() - a * log_u.expm1()) / (a * (a - 1))
+
+    def w(self, log_u: Tensor) -> Tensor:
+        return (self.alpha * log_u).expm1() / self.alpha
+
+
+@register
+class PearsonChi2(Divergence):
+    """sum p (u-1)^2; w(u) = u^2 - 1 (2606.01039)."""
+
+    kind: Literal["pearson_chi2"] = "pearson_chi2"
+    equation = "sum p (q/p - 1)^2"
+    paper = "2606.01039"
+
+    def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return ((log_p / 2).exp() * (log_q - log_p).expm1()) ** 2
+
+    def f(self, log_u: Tensor) -> Tensor:
+        return log_u.expm1() ** 2
+
+    def w(self, log_u: Tensor) -> Tensor:
+        return (2 * log_u).expm1()
+
+
+@register
+class NeymanChi2(Divergence):
+    """sum q (p/q-1)^2; f(u) = (1-u)^2 / u, w(u) = 2 - 2/u (2606.01039)."""
+
+    kind: Literal["neyman_chi2"] = "neyman_chi2"
+    equation = "sum q (p/q - 1)^2"
+    paper = "2606.01039"
+
+    def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return ((log_q / 2).exp() * (log_p - log_q).expm1()) ** 2
+
+    def f(self, log_u: Tensor) -> Tensor:
+        return log_u.exp() * (-log_u).expm1() ** 2
+
+    def w(self, log_u: Tensor) -> Tensor:
+        return -2 * (-log_u).expm1()
+
+
+@register
+class SquaredHellinger(Divergence):
+    """sum p (sqrt(u)-1)^2; w(u) = sqrt(u) - 1 (2606.01039)."""
+
+    kind: Literal["squared_hellinger"] = "squared_hellinger"
+    equation = "sum (sqrt(q) - sqrt(p))^2"
+    paper = "2606.01039"
+
+    def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return ((log_q / 2).exp() - (log_p / 2).exp()) ** 2
+
+    def f(self, log_u: Tensor) -> Tensor:
+        return (log_u / 2).expm1() ** 2
+
+    def w(self, log_u: Tensor) -> Tensor:
+        return (log_u / 2).expm1()
+
+
+@register
+class TotalVariation(Divergence):
+    """1/2 sum |p - q|; f(u) = 1/2 |u-1|, w(u) = 1/2 sign(u-1) (2606.01039). Its gradient at p = q is taken as zero."""
+
+    kind: Literal["total_variation"] = "total_variation"
+    equation = "1/2 sum |p - q|"
+    paper = "2606.01039"
+
+    def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return (log_p.exp() - log_q.exp()).abs() / 2
+
+    def f(self, log_u: Tensor) -> Tensor:
+        return log_u.expm1().abs() / 2
+
+    def w(self, log_u: Tensor) -> Tensor:
+        return log_u.sign() / 2

@@ -1,0 +1,240 @@
+"""Head providers: from hidden states and the output head to just what an objective asks of the live student.
+
+The head is called as a module (`head(hidden)`), so that hooks on it run (ZeRO-3 gathers the weight there, LoRA adds its
+part). Three ways, one result:
+
+- `PlainHead` makes all logits at once: the reference, for small cases.
+- `ChunkedHead` makes them for a chunk of unmasked tokens at a time and again in backward, so that N x V never exists.
+- K rows: where only scores on the support are wanted (`renormalize`), `ChunkedHead` multiplies with these rows of the
+  head's weight alone. That needs the weight itself: a head that is not exactly `nn.Linear`, or whose weight ZeRO-3 has
+  partitioned, gets full logits in chunks instead.
+
+Logits are taken to float32 (float64 stays) before anything is summed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from tasks.losses.needs import StudentRequest
+from tasks.losses.support import listed_mask
+from tasks.losses.types import StudentView, TokenBatch, lowest, required, working
+
+Parts = tuple[Tensor | None, ...]
+FIELDS = (
+    "token_logprobs_N",
+    "support_logprobs_NK",
+    "log_normaliser_N",
+    "support_tail_logmass_N",
+    "entropy_N",
+    "support_overlap_N",
+)
+
+
+class HeadProvider(Protocol):
+    """Answers a request about the live student, with gradient to hidden states and head."""
+
+    def __call__(self, hidden_ND: Tensor, head: nn.Module, batch: TokenBatch, request: StudentRequest) -> StudentView:
+        """hidden_ND: the last hidden state at the position that predicts each token."""
+
+
+class PlainHead:
+    """All logits at once."""
+
+    def __call__(self, hidden_ND: Tensor, head: nn.Module, batch: TokenBatch, request: StudentRequest) -> StudentView:
+        ids, listed = _support(batch, request)
+        return _view(from_logits(head(hidden_ND), batch.token_ids_N, ids, listed, request))
+
+
+class ChunkedHead:
+    """Logits of `chunk_tokens` tokens at a time, recomputed in backward; masked tokens are skipped (their values are
+    0).
+
+    The memory for logits is chunk_tokens x V, whatever N. Scores on a support alone come from K rows of the head where
+    the vocabulary has at least `rows_from` times K entries (below that a full product is faster)."""
+
+    def __init__(self, chunk_tokens: int, rows_from: int = 4) -> None:
+        if chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens: {chunk_tokens}; at least one token per chunk")
+        self.chunk_tokens = chunk_tokens
+        self.rows_from = rows_from
+
+    def __call__(self, hidden_ND: Tensor, head: nn.Module, batch: TokenBatch, request: StudentRequest) -> StudentView:
+        kept_M = batch.loss_mask_N.nonzero().squeeze(-1)
+        hidden_MD = hidden_ND.index_select(0, kept_M)
+        ids_MK, listed_MK = (None if t is None else t.index_select(0, kept_M) for t in _support(batch, request))
+        n = hidden_ND.shape[0]
+        if ids_MK is not None and not request.whole_vocabulary and self._rows_apply(head, ids_MK.shape[-1]):
+            scores_MK = _row_scores(hidden_MD, head, ids_MK, self.chunk_tokens)
+            return StudentView(support_logprobs_NK=_spread(scores_MK, kept_M, n))
+        tokens_M = batch.token_ids_N.index_select(0, kept_M)
+
+        def part(*chunk: Tensor | None) -> Parts:
+            hidden, tokens, ids, listed = chunk
+            assert hidden is not None and tokens is not None
+            return from_logits(head(hidden), tokens, ids, listed, request)
+
+        count = _chunk_count(kept_M.shape[0], self.chunk_tokens, head)
+        inputs = [
+            [None] * count if t is None else t.tensor_split(count) for t in (hidden_MD, tokens_M, ids_MK, listed_MK)
+        ]
+        chunks: list[Parts] = [
+            checkpoint(part, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in zip(*inputs, strict=True)
+        ]
+        whole = (_joined(list(column)) for column in zip(*chunks, strict=True))
+        return _view(tuple(None if value is None else _spread(value, kept_M, n) for value in whole))
+
+    def _rows_apply(self, head: nn.Module, k: int) -> bool:
+        if type(head) is not nn.Linear or _partitioned(head) or head._forward_hooks or head._forward_pre_hooks:
+            return False
+        return head.out_features >= self.rows_from * k
+
+
+def from_logits(
+    logits_NV: Tensor,
+    token_ids_N: Tensor,
+    ids_NK: Tensor | None,
+    listed_NK: Tensor | None,
+    request: StudentRequest,
+) -> Parts:
+    """What `request` asks for, in the order of FIELDS, null where not asked.
+
+    The tail is a logsumexp over the complement of the support: it neither cancels as 1 - sum does nor makes NaN where
+    nothing lies outside. Entropy is -sum p log p, with 0 log 0 = 0."""
+    raw = working(logits_NV)
+    token = entropy = normaliser = scores = tail = overlap = None
+    if request.token_logprobs or request.entropy:
+        raw_normaliser = raw.logsumexp(-1)
+        if request.token_logprobs:
+            token = raw.gather(-1, token_ids_N.unsqueeze(-1)).squeeze(-1) - raw_normaliser
+        if request.entropy:
+            floored = raw.clamp(min=lowest(raw))
+            entropy = raw_normaliser - ((raw - raw_normaliser.unsqueeze(-1)).exp() * floored).sum(-1)
+    if request.exclude_ids:
+        gone = torch.tensor(request.exclude_ids, device=raw.device)
+        raw = raw.index_fill(-1, gone, float("-inf"))
+    if request.log_normaliser or request.tail:
+        normaliser = raw.logsumexp(-1)
+    if ids_NK is not None and listed_NK is not None:
+        scores = raw.gather(-1, ids_NK)
+        if request.tail:
+            assert normaliser is not None
+            outside = raw.scatter(-1, ids_NK, lowest(raw)).logsumexp(-1)
+            tail = torch.where(listed_NK.any(-1), outside, normaliser) - normaliser
+        if request.overlap:
+            overlap = _overlap(raw, scores, listed_NK)
+        if request.log_normaliser:
+            assert normaliser is not None
+            scores = scores - normaliser.unsqueeze(-1)
+    return token, scores, normaliser if request.log_normaliser else None, tail, entropy, overlap
+
+
+@torch.no_grad()
+def _overlap(logits_NV: Tensor, scores_NK: Tensor, listed_NK: Tensor) -> Tensor:
+    count = listed_NK.sum(-1)
+    top = logits_NV.topk(scores_NK.shape[-1], dim=-1).values
+    threshold = top.gather(-1, (count - 1).clamp(min=0).unsqueeze(-1))
+    return ((scores_NK >= threshold) & listed_NK).sum(-1) / count.clamp(min=1)
+
+
+def _support(batch: TokenBatch, request: StudentRequest) -> tuple[Tensor | None, Tensor | None]:
+    """Support ids with a real id of the row in place of padding (so that a scatter over them is safe), and the mask."""
+    if request.support is None:
+        return None, None
+    ids = required(batch.support_ids_NK, "batch.support_ids_NK").long()
+    listed = listed_mask(ids, required(batch.support_valid_N, "batch.support_valid_N"))
+    return torch.where(listed, ids, ids[:, :1]), listed
+
+
+class _RowScores(torch.autograd.Function):
+    """scores[n, k] = weight[ids[n, k]] . hidden[n] + bias[ids[n, k]], a chunk of tokens at a time, both ways.
+
+    Saves only its inputs. The gradient of the weight is summed in float32 at least, over the rows in use."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, ids_MK: Tensor, chunk: int
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_MD, weight_VD, bias_V, ids_MK)
+        ctx.chunk = chunk
+        scores = [
+            torch.bmm(working(weight_VD[ids]), working(h).unsqueeze(-1)).squeeze(-1)
+            for h, ids in zip(torch.split(hidden_MD, chunk), torch.split(ids_MK, chunk), strict=True)
+        ]
+        whole = torch.cat(scores)
+        return whole if bias_V is None else whole + working(bias_V)[ids_MK]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_MK: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, ids = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        used, inverse = torch.unique(ids, return_inverse=True)
+        grad_rows = grad_MK.new_zeros((used.shape[0], weight.shape[1])) if wants_weight else None
+        grads_hidden = []
+        for grad, h, chunk_ids, rows in zip(
+            *(torch.split(t, ctx.chunk) for t in (grad_MK, hidden, ids, inverse)), strict=True
+        ):
+            if wants_hidden:
+                grads_hidden.append(torch.bmm(grad.unsqueeze(1), working(weight[chunk_ids])).squeeze(1))
+            if grad_rows is not None:
+                outer = grad.unsqueeze(-1) * working(h).unsqueeze(1)
+                grad_rows.index_add_(0, rows.reshape(-1), outer.reshape(-1, h.shape[-1]))
+        grad_weight = grad_bias = None
+        if grad_rows is not None:
+            grad_weight = torch.zeros_like(weight)
+            grad_weight[used] = grad_rows.to(weight.dtype)
+        if wants_bias:
+            sums = grad_MK.new_zeros(used.shape[0]).index_add_(0, inverse.reshape(-1), grad_MK.reshape(-1))
+            grad_bias = torch.zeros_like(bias)
+            grad_bias[used] = sums.to(bias.dtype)
+        grad_hidden = torch.cat(grads_hidden).to(hidden.dtype) if wants_hidden else None
+        return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _row_scores(hidden_MD: Tensor, head: nn.Module, ids_MK: Tensor, chunk_tokens: int) -> Tensor:
+    """K-row scores in chunks that take no more memory than `chunk_tokens` rows of logits would."""
+    assert isinstance(head, nn.Linear)
+    per_token = ids_MK.shape[-1] * head.in_features
+    chunk = max(1, min(chunk_tokens, chunk_tokens * head.out_features // per_token))
+    with torch.autocast(hidden_MD.device.type, enabled=False):
+        scores: Tensor = _RowScores.apply(  # type: ignore[no-untyped-call]
+            hidden_MD, head.weight, head.bias, ids_MK, chunk
+        )
+    return scores
+
+
+def _partitioned(head: nn.Module) -> bool:
+    """Whether ZeRO-3 holds the weight in pieces (DeepSpeed marks such parameters with `ds_id`)."""
+    return any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+
+
+def _chunk_count(tokens: int, chunk_tokens: int, head: nn.Module) -> int:
+    """At least one chunk (an empty one keeps the graph). Under ZeRO-3 the same on every rank: each call is
+    collective."""
+    count = max(1, -(-tokens // chunk_tokens))
+    if _partitioned(head) and torch.distributed.is_initialized():
+        shared = torch.tensor([count], device=next(head.parameters()).device)
+        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+        count = int(shared.item())
+    return count
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
+
+
+def _spread(values_M: Tensor, kept_M: Tensor, n: int) -> Tensor:
+    """Values of the unmasked tokens at their places, zero at the masked ones."""
+    return values_M.new_zeros((n, *values_M.shape[1:])).index_copy(0, kept_M, values_M)
+
+
+def _view(parts: Parts) -> StudentView:
+    return StudentView(**dict(zip(FIELDS, parts, strict=True)))

@@ -1,0 +1,53 @@
+"""What an objective asks for: stored signals, and quantities of the live student. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+SignalName = Literal["sampled", "teacher_topk", "student_topk", "mask"]
+SupportKind = Literal["teacher_topk", "student_topk", "union", "full"]
+
+
+@dataclass(frozen=True)
+class SignalNeed:
+    """One signal of supervision; `k` is the least number of entries per token where the signal is a top-K list."""
+
+    name: SignalName
+    k: int | None = None
+
+
+@dataclass(frozen=True)
+class StudentRequest:
+    """What a head provider must compute of the live student; everything not asked for may be left out.
+
+    `support` gives the ids of which scores are wanted: normalised over the vocabulary when `log_normaliser` is set,
+    else raw logits (K rows of the head then suffice). `tail` is the student's log-mass outside the support,
+    `overlap` the share of the support among the student's own top entries; both imply the full vocabulary, as do
+    `token_logprobs` and `entropy`. `exclude_ids` do not exist for support, normaliser and tail; `token_logprobs` and
+    `entropy` ignore them."""
+
+    support: SupportKind | None = None
+    token_logprobs: bool = False
+    log_normaliser: bool = False
+    tail: bool = False
+    entropy: bool = False
+    overlap: bool = False
+    exclude_ids: tuple[int, ...] = ()
+
+    @property
+    def whole_vocabulary(self) -> bool:
+        """Whether anything asked for depends on logits outside the support."""
+        return self.token_logprobs or self.log_normaliser or self.tail or self.entropy or self.overlap
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Signals to be cached, and what the loss wants of the student.
+
+    `metrics` is a second request, for steps that log: the trainer computes it without gradient beside `student` and
+    hands it to the objective as `observed`, so that logging changes no bit of the loss."""
+
+    signals: tuple[SignalNeed, ...]
+    student: StudentRequest
+    metrics: StudentRequest

@@ -1,0 +1,90 @@
+"""What goes into an objective and what comes out. Shapes: see `tasks.losses`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """Packed completion tokens of a micro-batch with their cached signals; null where a signal was not asked for.
+
+    Rows of a support list with fewer than K valid entries are padded with id 0 and -inf. All log-probabilities are at
+    temperature 1 over the whole vocabulary, in nats. Raises ValueError when lengths disagree."""
+
+    token_ids_N: Tensor
+    loss_mask_N: Tensor
+    """1 where the token counts, 0 where it does not; floating."""
+    sample_N: Tensor
+    """index of the sample that a token belongs to, within the global batch"""
+    position_N: Tensor
+    """index of the token in its completion"""
+    student_logprobs_N: Tensor | None = None
+    """log p_old of the sampled token: the rollout-time student, scored by transformers"""
+    teacher_logprobs_N: Tensor | None = None
+    teacher_entropy_N: Tensor | None = None
+    student_entropy_N: Tensor | None = None
+    sampling_logprobs_N: Tensor | None = None
+    behaviour_logprobs_N: Tensor | None = None
+    support_ids_NK: Tensor | None = None
+    support_valid_N: Tensor | None = None
+    """number of valid entries, at the front of each row"""
+    teacher_support_logprobs_NK: Tensor | None = None
+    student_support_logprobs_NK: Tensor | None = None
+    """rollout-time student on the support"""
+    teacher_tail_logmass_N: Tensor | None = None
+    """log of the teacher's mass outside the support"""
+
+    def __post_init__(self) -> None:
+        n = self.token_ids_N.shape[0]
+        k = None if self.support_ids_NK is None else self.support_ids_NK.shape[-1]
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            wanted = (n, k) if entry.name.endswith("_NK") else (n,)
+            if value is not None and tuple(value.shape) != wanted:
+                raise ValueError(f"TokenBatch.{entry.name}: shape {tuple(value.shape)}, expected {wanted}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentView:
+    """What a head provider computed of the live student; null where it was not asked for."""
+
+    token_logprobs_N: Tensor | None = None
+    support_logprobs_NK: Tensor | None = None
+    """normalised over the vocabulary where the log-normaliser was asked for, else logits on the support"""
+    log_normaliser_N: Tensor | None = None
+    support_tail_logmass_N: Tensor | None = None
+    """log of the student's mass outside the support, never NaN: a very low number where nothing lies outside"""
+    entropy_N: Tensor | None = None
+    support_overlap_N: Tensor | None = None
+    """share of the support that is among the student's own top entries, as many as the support has"""
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """Per-token loss (exactly 0 where masked out) and per-token metrics, named as columns of `training_steps`.
+
+    The trainer weighs and sums `per_token_N`, and takes masked global means of the metrics."""
+
+    per_token_N: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+def required(value: Tensor | None, what: str) -> Tensor:
+    """`value`, or ValueError naming what is missing."""
+    if value is None:
+        raise ValueError(f"the objective needs {what}, which is missing; its `needs` say what to compute and cache")
+    return value
+
+
+def working(tensor: Tensor) -> Tensor:
+    """In float32 at least: half-precision inputs are never subtracted or exponentiated as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def lowest(tensor: Tensor) -> float:
+    """A finite stand-in for -inf that can be added to another without overflow."""
+    return torch.finfo(tensor.dtype).min / 4

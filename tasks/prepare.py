@@ -1,0 +1,337 @@
+"""Stage `prepare`: prompts from files or a generator, filtered, rendered and tokenised, in three disjoint splits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, field_validator, model_validator
+
+from storage.artifact import Artifact
+from storage.digests import table_digest
+from storage.errors import InputError
+from storage.identity import Identity, canonical_json
+from storage.schemas import schema_for
+from storage.store import ArtifactSpec, Builder
+from tasks.addition import AdditionSource
+from tasks.sources import FileSource, PromptSource, Row, read_rows, source_identity
+from tasks.stage import Context, Work
+from tasks.tokenizers import TokenizerAudit, TokenizerPolicy, audit_tokenizers, load_tokenizer, vocabulary_rows
+
+VERSION = 1
+SPLITS: tuple[Literal["eval", "train", "warmup"], ...] = ("eval", "train", "warmup")
+"""In order of precedence: a prompt that is in two splits stays in the first of them."""
+SHARD_ROWS = 20_000
+_BATCH = 1_000
+_TEMPLATE_ARGUMENTS = ("conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "chat_template")
+
+
+class PrepareConfig(Identity):
+    """Which prompts there are and how they are given to the models."""
+
+    train: PromptSource | None = Field(None, description="prompts to write rollouts for")
+    eval: PromptSource | None = Field(None, description="held-out prompts; none of them is left in train or warmup")
+    warmup: PromptSource | None = Field(None, description="prompts with completions for supervised fine-tuning")
+    chat_template: bool = Field(True, description="wrap a plain `prompt` as one user message; else tokenise it as it is")
+    chat_template_kwargs: dict[str, str | int | float | bool | None] = Field(
+        {}, description="passed to the chat template (enable_thinking: false)"
+    )
+    add_generation_prompt: bool = Field(True, description="end the rendering where the assistant's turn begins")
+    add_special_tokens: bool = Field(True, description="plain prompts without template: BOS as the tokenizer adds it")
+    append_eos: bool = Field(True, description="end the tokens of a `completion` with the end of sequence")
+    max_prompt_length: int = Field(1024, ge=1, description="tokens; longer prompts are left out and counted")
+    max_teacher_prompt_length: int | None = Field(None, ge=1, description="the same for what the teacher reads")
+    tokenizers: TokenizerPolicy = TokenizerPolicy()
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _own_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in _TEMPLATE_ARGUMENTS:
+            if name in value:
+                raise ValueError(f"chat_template_kwargs: {name!r} is set by this program, not by the template's arguments")
+        return value
+
+    @model_validator(mode="after")
+    def _some_prompts(self) -> PrepareConfig:
+        if not any(getattr(self, split) for split in SPLITS):
+            raise ValueError("no prompts: give train, eval or warmup a source")
+        return self
+
+    def sources(self) -> dict[str, FileSource | AdditionSource]:
+        """The splits that are configured, in order of precedence."""
+        return {split: source for split in SPLITS if (source := getattr(self, split)) is not None}
+
+
+def prepare_work(
+    config: PrepareConfig, student_model: Artifact, teacher_model: Artifact | None, *, memo: Path | None = None
+) -> Work:
+    """The work that makes the `prepare` artifact: tables `prompts` and `vocabulary`.
+
+    Content: `prompts:train`, `prompts:eval`, `prompts:warmup` (digests of the splits' rows) and `audit`. Meta: prompts
+    and `filtered` (by reason) per split, `warnings`, `longest_prompt` in tokens, `audit`. `memo` is a folder that
+    remembers hashes of unchanged files. Raises InputError for a source that cannot be read, here or when built."""
+    identity = json.loads(canonical_json(config))
+    contents = {split: source_identity(source, memo) for split, source in config.sources().items()}
+    inputs = {"tokenizer": _tokenizer_content(student_model)}
+    if teacher_model is not None:
+        inputs["teacher_tokenizer"] = _tokenizer_content(teacher_model)
+        # Padding rows and stop ids are part of the audit, and these are in the configs.
+        inputs["architectures"] = canonical_json([_architecture(student_model), _architecture(teacher_model)])
+    spec = ArtifactSpec.of("prepare", VERSION, {**identity, **contents}, inputs)
+
+    def build(builders: dict[str, Builder], context: Context) -> None:
+        if "prepare" not in builders:
+            return
+        student = context.store.materialize(student_model)
+        teacher = None if teacher_model is None else context.store.materialize(teacher_model)
+        prepared = prepare(config, student, teacher, context)
+        for split, source in config.sources().items():
+            if source_identity(source, memo) != contents[split]:
+                raise InputError(f"{split}: {getattr(source, 'path', source)} changed while it was read; run again")
+        _commit(builders["prepare"], prepared)
+
+    return Work(stage="prepare", outputs={"prepare": spec}, build=build)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` found."""
+
+    prompts: pa.Table
+    vocabulary: pa.Table
+    filtered: dict[str, dict[str, int]]
+    warnings: list[str]
+    audit: TokenizerAudit | None
+
+
+def prepare(config: PrepareConfig, student: Path, teacher: Path | None, context: Context) -> Prepared:
+    """Read, filter, render and tokenise all splits with the tokenizers of two checkpoint folders."""
+    audit = None if teacher is None else audit_tokenizers(student, teacher, config.tokenizers)
+    if audit is not None:
+        if audit.verdict != "identical":
+            context.log(str(audit))
+        audit.require()
+    renderer = _Renderer(config, load_tokenizer(student), None if teacher is None else load_tokenizer(teacher), audit)
+    taken = _Taken()
+    columns: dict[str, list[Any]] = {name: [] for name in schema_for("prompts").names}
+    filtered: dict[str, dict[str, int]] = {}
+    warnings: list[str] = []
+    for split, source in config.sources().items():
+        rows, notes = read_rows(source)
+        warnings += [f"{split}: {note}" for note in notes]
+        left_out: Counter[str] = Counter()
+        kept = 0
+        for done, (row, prompt) in enumerate(renderer.render(rows), start=1):
+            reason = taken.reason(split, row, prompt) or renderer.too_long(prompt)
+            if reason is not None:
+                left_out[reason] += 1
+            else:
+                kept += 1
+                for name, value in taken.add(split, row, prompt).items():
+                    columns[name].append(value)
+            if done % _BATCH == 0 or done == len(rows):
+                context.progress(done, len(rows), "prompts")
+        filtered[split] = dict(sorted(left_out.items()))
+        said = ", ".join(f"{count} {reason}" for reason, count in filtered[split].items())
+        context.log(f"{split}: {kept} prompts" + (f"; left out: {said}" if said else ""))
+        if kept == 0:
+            raise InputError(f"{split}: no prompt is left of {len(rows)} ({said}); see max_prompt_length and the source")
+    for warning in warnings:
+        context.log(f"warning: {warning}")
+    vocabularies = [vocabulary_rows("student", renderer.student)]
+    if renderer.teacher is not None:
+        vocabularies.append(vocabulary_rows("teacher", renderer.teacher))
+    return Prepared(
+        prompts=pa.table(columns, schema=schema_for("prompts")),
+        vocabulary=pa.concat_tables([pa.table(rows, schema=schema_for("vocabulary")) for rows in vocabularies]),
+        filtered=filtered,
+        warnings=warnings,
+        audit=audit,
+    )
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A row as the models see it."""
+
+    text: str
+    token_ids: list[int]
+    teacher_token_ids: list[int] | None
+    completion_token_ids: list[int] | None
+
+
+class _Renderer:
+    """Rows to texts to tokens."""
+
+    def __init__(self, config: PrepareConfig, student: Any, teacher: Any | None, audit: TokenizerAudit | None) -> None:
+        self.config = config
+        self.student = student
+        self.teacher = teacher
+        self._teacher_renders = audit is not None and audit.teacher_renders
+        # Otherwise the teacher's tokens of a text are the student's.
+        self._teacher_tokenises = audit is not None and (self._teacher_renders or audit.verdict == "masked")
+        if config.append_eos and student.eos_token_id is None:
+            raise InputError("append_eos: the student's tokenizer has no end of sequence; set append_eos: false")
+
+    def render(self, rows: list[Row]) -> Iterator[tuple[Row, _Prompt]]:
+        """Every row with its tokens, in order."""
+        for start in range(0, len(rows), _BATCH):
+            batch = rows[start : start + _BATCH]
+            texts = [self._text(row, row.prompt, self.student) for row in batch]
+            token_ids = self._tokens(self.student, texts, batch)
+            teacher_ids = self._teacher_tokens(batch, texts, token_ids)
+            completions = [row.completion or "" for row in batch]
+            targets = self.student(completions, add_special_tokens=False).input_ids
+            end = [self.student.eos_token_id] if self.config.append_eos else []
+            for index, row in enumerate(batch):
+                target = None if row.completion is None else targets[index] + end
+                yield row, _Prompt(texts[index], token_ids[index], teacher_ids[index], target)
+
+    def too_long(self, prompt: _Prompt) -> str | None:
+        """The reason to leave a prompt out for its length, or None."""
+        if len(prompt.token_ids) > self.config.max_prompt_length:
+            return "overlong"
+        limit = self.config.max_teacher_prompt_length
+        if limit is not None and len(prompt.teacher_token_ids or prompt.token_ids) > limit:
+            return "overlong for the teacher"
+        return None
+
+    def _text(self, row: Row, prompt: str | list[dict[str, Any]], tokenizer: Any) -> str:
+        if isinstance(prompt, str) and not self.config.chat_template:
+            return prompt
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if tokenizer.chat_template is None:
+            raise InputError(
+                f"{row.where}: the tokenizer has no chat template; set prepare.chat_template: false and give plain prompts"
+            )
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=self.config.add_generation_prompt,
+                    **self.config.chat_template_kwargs,
+                )
+            )
+        except Exception as error:  # templates raise jinja2's errors, and any other out of their expressions
+            raise InputError(f"{row.where}: the chat template refuses it ({type(error).__name__}: {error})") from error
+
+    def _tokens(self, tokenizer: Any, texts: list[str], rows: list[Row]) -> list[list[int]]:
+        """Templates write BOS themselves; plain texts get what the tokenizer adds."""
+        plain = [isinstance(row.prompt, str) and not self.config.chat_template for row in rows]
+        result: list[list[int]] = [[] for _ in texts]
+        for special in (False, True):
+            chosen = [index for index, raw in enumerate(plain) if (raw and self.config.add_special_tokens) == special]
+            if chosen:
+                ids = tokenizer([texts[index] for index in chosen], add_special_tokens=special).input_ids
+                for index, tokens in zip(chosen, ids, strict=True):
+                    result[index] = tokens
+        return result
+
+    def _teacher_tokens(self, rows: list[Row], texts: list[str], student: list[list[int]]) -> list[list[int] | None]:
+        """The teacher's tokens where they differ from the student's, None elsewhere."""
+        wanted = [i for i, row in enumerate(rows) if self._teacher_tokenises or row.teacher_prompt is not None]
+        result: list[list[int] | None] = [None] * len(rows)
+        if self.teacher is None or not wanted:
+            return result
+        renderer = self.teacher if self._teacher_renders else self.student
+        own = {i: rows[i].teacher_prompt or rows[i].prompt for i in wanted}
+        rendered = [
+            texts[i] if renderer is self.student and rows[i].teacher_prompt is None else self._text(rows[i], own[i], renderer)
+            for i in wanted
+        ]
+        tokens = self._tokens(self.teacher, rendered, [rows[i] for i in wanted])
+        for i, ids in zip(wanted, tokens, strict=True):
+            result[i] = ids if ids != student[i] else None
+        return result
+
+
+class _Taken:
+    """Prompts seen so far, in all splits."""
+
+    def __init__(self) -> None:
+        self._split: dict[str, str] = {}  # rendered text -> split
+        self._place: dict[str, str] = {}  # prompt id -> where it was found
+
+    def reason(self, split: str, row: Row, prompt: _Prompt) -> str | None:
+        """Why this prompt must not be taken, or None."""
+        said = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
+        if not said.strip() or not prompt.token_ids:
+            return "empty"
+        earlier = self._split.get(prompt.text)
+        if earlier is not None:
+            return "duplicate" if earlier == split else f"in {earlier}"
+        return None
+
+    def add(self, split: str, row: Row, prompt: _Prompt) -> dict[str, Any]:
+        """Takes it and returns its row of the table."""
+        if split == "warmup" and not row.completion:
+            raise InputError(f"{row.where}: a warmup row needs a completion to learn")
+        name = hashlib.sha256(prompt.text.encode("utf-8", "surrogatepass")).hexdigest()[:16] if row.id is None else row.id
+        if name == "":
+            raise InputError(f"{row.where}: its id is empty; leave the id out to get one made")
+        if name in self._place:
+            raise InputError(f"{row.where}: id {name!r} belongs to another prompt as well ({self._place[name]})")
+        self._split[prompt.text], self._place[name] = split, row.where
+        return {
+            "prompt_id": name,
+            "split": split,
+            "text": prompt.text,
+            "messages": None if isinstance(row.prompt, str) else json.dumps(row.prompt, ensure_ascii=False),
+            "token_ids": prompt.token_ids,
+            "teacher_token_ids": prompt.teacher_token_ids,
+            "answer": row.answer,
+            "completion": row.completion,
+            "completion_token_ids": prompt.completion_token_ids,
+            "teacher_id": row.teacher_id,
+        }
+
+
+def _commit(builder: Builder, prepared: Prepared) -> None:
+    shards = {name: _write(builder, name, getattr(prepared, name)) for name in ("prompts", "vocabulary")}
+    prompts, audit = prepared.prompts, prepared.audit
+    found = {split: prompts.filter(pc.equal(prompts["split"], split)) for split in SPLITS}
+    audited = None if audit is None else audit.model_dump(mode="json")
+    builder.commit(
+        content={
+            **{f"prompts:{split}": table_digest(rows) for split, rows in found.items()},
+            "audit": hashlib.sha256(canonical_json(audited).encode("ascii")).hexdigest(),
+        },
+        meta={
+            "prompts": {split: rows.num_rows for split, rows in found.items()},
+            "filtered": prepared.filtered,
+            "warnings": prepared.warnings,
+            "longest_prompt": max(_lengths(prompts["token_ids"])),
+            "audit": audited,
+        },
+        tables=shards,
+    )
+
+
+def _write(builder: Builder, name: str, table: pa.Table) -> int:
+    """Write the shards that are missing; returns how many shards the table has."""
+    count = -(-table.num_rows // SHARD_ROWS)
+    for shard in builder.missing(name, count):
+        builder.write_shard(name, shard, table.slice(shard * SHARD_ROWS, SHARD_ROWS))
+    return count
+
+
+def _lengths(lists: pa.ChunkedArray) -> Iterable[int]:
+    return pc.list_value_length(lists).to_pylist()
+
+
+def _tokenizer_content(model: Artifact) -> str:
+    if "tokenizer" not in model.content:
+        raise InputError(f"{model.stage}/{model.key}: this model has no tokenizer; save one beside its weights")
+    return model.content["tokenizer"]
+
+
+def _architecture(model: Artifact) -> str:
+    return model.content.get("architecture", "")

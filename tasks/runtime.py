@@ -1,0 +1,85 @@
+"""Where and how stages run: devices, memory, processes. Recorded with every artifact, never part of its key."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from storage.identity import Runtime
+
+
+class SamplerRuntime(Runtime):
+    """vLLM workers, which write completions."""
+
+    devices: list[int] | None = Field(None, description="GPU ids to spread over; null means all that are visible")
+    workers: int = Field(1, ge=1, description="data-parallel engines")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs per engine")
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="fraction of a GPU's memory an engine may take")
+    kv_cache_gib: float = Field(1, gt=0, description="key-value cache on CPU, GiB")
+    enforce_eager: bool | None = Field(None, description="no CUDA graphs; null means: on CPU only")
+    max_num_seqs: int = Field(256, ge=1, description="sequences decoded together")
+    verify_weights: Literal["full", "checksums"] = Field(
+        "full", description="proof after a weight change: parameter checksums, and (full) log-probability probes"
+    )
+
+
+class ScorerRuntime(Runtime):
+    """transformers workers, which score completions under student and teacher."""
+
+    devices: list[int] | None = Field(None, description="GPU ids to spread over; null means all that are visible")
+    workers: int = Field(1, ge=1, description="data-parallel scorers")
+    batch_tokens: int = Field(8192, ge=1, description="tokens (padding included) per forward")
+    head_chunk_tokens: int = Field(1024, ge=1, description="completion tokens per output-head chunk: bounds T x V")
+
+
+class TrainerRuntime(Runtime):
+    """DeepSpeed ranks, which train the student."""
+
+    devices: list[int] | None = Field(None, description="GPU ids of the ranks; null means the first `processes`")
+    processes: int = Field(1, ge=1, description="data-parallel ranks")
+    micro_batch_tokens: int = Field(8192, ge=1, description="tokens per forward/backward of one rank")
+    head_chunk_tokens: int = Field(1024, ge=1, description="completion tokens per output-head chunk")
+    deepspeed: Path | None = Field(None, description="DeepSpeed JSON (ZeRO stage, offload); null means ZeRO-0")
+    activation_checkpointing: bool = Field(False, description="recompute activations in backward to save memory")
+
+
+class RuntimeConfig(Runtime):
+    """Everything about the machine. Changing it never changes a key; `numerics` of it are recorded."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA when an NVIDIA GPU is visible")
+    threads: int = Field(2, ge=1, description="CPU threads per worker; pins the order of floating-point sums")
+    keep_warm: bool | None = Field(
+        None, description="keep workers between stages; null means: on CPU only (on GPUs stages need the memory)"
+    )
+    stage_timeout: float | None = Field(None, gt=0, description="seconds a stage's job may take before it is stopped")
+    retries: int = Field(1, ge=0, description="times a stage is tried again after its worker died")
+    sampler: SamplerRuntime = SamplerRuntime()
+    scorer: ScorerRuntime = ScorerRuntime()
+    trainer: TrainerRuntime = TrainerRuntime()
+
+    @model_validator(mode="after")
+    def _resolve_auto(self) -> RuntimeConfig:
+        if self.device == "auto":
+            self.device = "cuda" if gpu_visible() else "cpu"
+        if self.keep_warm is None:
+            self.keep_warm = self.device == "cpu"
+        return self
+
+    def numerics(self) -> dict[str, object]:
+        """What bit-identity is promised at equal values of (design: numerics)."""
+        return {
+            "device": self.device,
+            "threads": self.threads,
+            "processes": self.trainer.processes,
+            "micro_batch_tokens": self.trainer.micro_batch_tokens,
+            "deepspeed": str(self.trainer.deepspeed.name) if self.trainer.deepspeed else None,
+        }
+
+
+def gpu_visible() -> bool:
+    """Whether an NVIDIA device node exists and is not hidden; asks no CUDA library (that would take its memory)."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    return not hidden and Path("/dev/nvidiactl").exists() and any(Path("/dev").glob("nvidia[0-9]*"))

@@ -1,0 +1,39 @@
+"""What a stage is: inputs with identities in, artifacts out.
+
+Every `tasks/<stage>.py` offers a pure function that returns a `Work`; `flows/distill.py` decides the order and an
+executor decides whether anything needs to be built at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from storage.store import ArtifactSpec, Builder, Store
+from tasks.runtime import RuntimeConfig
+from tasks.workers import WorkerPool
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage may use while it builds."""
+
+    store: Store
+    runtime: RuntimeConfig
+    workers: WorkerPool
+    progress: Callable[[int, int, str], None]
+    """Called with (done, total, unit)."""
+    log: Callable[[str], None]
+    plugins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage's work: which artifacts it makes and how.
+
+    `build` gets a builder for every output that is missing, and must commit each of them."""
+
+    stage: str
+    outputs: dict[str, ArtifactSpec]
+    build: Callable[[dict[str, Builder], Context], None]
+    shared: dict[str, str] = field(default_factory=dict)
+    """Outputs that another artifact can serve: output name -> key of the artifact (a larger top-K, say)."""

@@ -1,0 +1,318 @@
+"""Tokenizers: a byte-level one for models that start from nothing, and the audit of a student's against a teacher's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from storage.errors import InputError
+from storage.identity import Identity
+
+PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
+BYTE_SPECIALS = (PAD, END, SYSTEM, USER, ASSISTANT)
+BYTE_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+MASKED_SHARE_LIMIT = 0.05
+"""Above this share of differing ids two vocabularies are different ones, and masking would hide it."""
+_PROBES = (
+    "The quick brown fox doesn't jump over 12 lazy dogs.\n\n  Indented,\ttabbed  and spaced ",
+    "def add(a, b):\n    return a+b  # 4821+1357=6178, 3.14e-10, 1/2",
+    "Größe, naïve, 東京タワー, Привет, مرحبا, 🙂🧪",
+    r"\frac{x^2}{\sqrt{y}} \le \sum_{i=0}^{n} 10^{i} = \boxed{42}",
+)
+_SHOWN = 8
+
+
+class TokenizerPolicy(Identity):
+    """What to do where the student's and the teacher's tokenizers differ."""
+
+    on_mismatch: Literal["refuse", "mask"] = Field(
+        "refuse", description="ids that mean different tokens, or another end of sequence: refuse, or mask such tokens"
+    )
+    on_template_mismatch: Literal["refuse", "student", "teacher"] = Field(
+        "refuse",
+        description="other chat template or automatic BOS/EOS: refuse, or say whose rendering of a prompt the teacher reads",
+    )
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NamedToken(_Record):
+    """An id and the token it stands for."""
+
+    id: int
+    token: str
+
+
+class TokenizerFacts(_Record):
+    """One model's side of the comparison."""
+
+    tokens: int
+    """Ids that stand for a token: the highest id, plus one."""
+    rows: int
+    """Rows of the model's embedding; those past `tokens` are padding."""
+    eos: NamedToken | None
+    bos: NamedToken | None
+    pad: NamedToken | None
+    stop_ids: tuple[int, ...]
+    """End-of-sequence ids of the generation config (or of the model config)."""
+    chat_template: str | None
+    """sha256 of the template; null without one."""
+    special: int
+    """Number of special tokens."""
+
+
+class Mismatch(_Record):
+    """An id that stands for different tokens; null where one tokenizer has none at that id."""
+
+    id: int
+    student: str | None
+    teacher: str | None
+
+
+class TokenizerAudit(_Record):
+    """What was compared and what follows. `str()` of it is for people."""
+
+    student: TokenizerFacts
+    teacher: TokenizerFacts
+    policy: TokenizerPolicy
+    mismatches: int
+    mismatched: tuple[Mismatch, ...]
+    """The first of them."""
+    verdict: Literal["identical", "compatible", "masked", "refused"]
+    problems: tuple[str, ...]
+    """Why it is refused, each with the way out."""
+    notes: tuple[str, ...]
+    """Differences that are harmless, or that the policy settles."""
+    masked_ids: tuple[int, ...]
+    """Completion tokens with these ids get the mask reason UNMAPPED; empty unless the verdict is `masked`."""
+    teacher_renders: bool
+    """Prompts reach the teacher by its own template (policy `teacher`), not by the student's."""
+
+    def require(self) -> None:
+        """Raises InputError when the verdict is `refused`."""
+        if self.verdict == "refused":
+            raise InputError("student and teacher tokenizers do not fit: " + "; ".join(self.problems))
+
+    def __str__(self) -> str:
+        lines = [f"tokenizers: {self.verdict}"]
+        for name, facts in (("student", self.student), ("teacher", self.teacher)):
+            named = ", ".join(
+                f"{kind} {token.id} {token.token!r}" if token else f"no {kind}"
+                for kind, token in (("eos", facts.eos), ("bos", facts.bos), ("pad", facts.pad))
+            )
+            template = facts.chat_template[:8] if facts.chat_template else "none"
+            lines.append(
+                f"  {name}: {facts.tokens} tokens in {facts.rows} rows, {facts.special} special, {named},"
+                f" stops at {list(facts.stop_ids)}, chat template {template}"
+            )
+        lines += [f"  refused: {problem}" for problem in self.problems]
+        lines += [f"  note: {note}" for note in self.notes]
+        for item in self.mismatched:
+            lines.append(f"  id {item.id}: student {item.student!r}, teacher {item.teacher!r}")
+        if self.mismatches > len(self.mismatched):
+            lines.append(f"  ... and {self.mismatches - len(self.mismatched)} more ids")
+        return "\n".join(lines)
+
+
+def build_byte_tokenizer() -> Any:
+    """A transformers tokenizer whose ids 0..255 are the bytes, then pad, end, system, user and assistant tokens.
+
+    No download, no training, no unknown token; 261 ids. It has a chat template with one token per role."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in _byte_symbols().items()}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in BYTE_SPECIALS])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = BYTE_TEMPLATE
+    return tokenizer
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The transformers tokenizer of a checkpoint folder. Runs no code of the checkpoint, asks no network.
+
+    Raises InputError where there is none or it does not load."""
+    from transformers import AutoTokenizer
+
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise InputError(
+            f"{directory}: a checkpoint without tokenizer (no tokenizer.json, tokenizer_config.json or tokenizer.model);"
+            " save the tokenizer beside the weights"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        raise InputError(f"{directory}: its tokenizer does not load ({error})") from error
+
+
+def vocabulary_rows(name: str, tokenizer: Any) -> dict[str, list[Any]]:
+    """Columns of the table `vocabulary`: every id with its token, its text (null where it is not valid alone)."""
+    tokens = dict(sorted((index, token) for token, index in tokenizer.get_vocab().items()))
+    special = special_ids(tokenizer)
+    texts = tokenizer.batch_decode([[index] for index in tokens], clean_up_tokenization_spaces=False)
+    return {
+        "tokenizer": [name] * len(tokens),
+        "id": list(tokens),
+        "token": list(tokens.values()),
+        "text": [None if "\N{REPLACEMENT CHARACTER}" in text else text for text in texts],
+        "special": [index in special for index in tokens],
+    }
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of special tokens: the named ones (eos, pad, ...) and all added tokens that are marked special."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def audit_tokenizers(
+    student_dir: Path | str, teacher_dir: Path | str, policy: TokenizerPolicy | None = None
+) -> TokenizerAudit:
+    """Compare two checkpoints' tokenizers: ids, end of sequence, special tokens, template, padded rows, splitting.
+
+    Raises InputError where a tokenizer or config.json is missing; a bad fit is not raised but is the verdict."""
+    policy = policy or TokenizerPolicy()
+    folders = Path(student_dir), Path(teacher_dir)
+    student, teacher = (load_tokenizer(folder) for folder in folders)
+    facts = tuple(_facts(folder, tokenizer) for folder, tokenizer in zip(folders, (student, teacher), strict=True))
+    names = tuple({index: token for token, index in side.get_vocab().items()} for side in (student, teacher))
+    mismatched = [
+        Mismatch(id=index, student=names[0].get(index), teacher=names[1].get(index))
+        for index in sorted(names[0].keys() | names[1].keys())
+        if names[0].get(index) != names[1].get(index)
+    ]
+    problems, notes, masked = _judge_ids(policy, facts[0], facts[1], mismatched)
+    rendering = _rendering_differences(student, teacher, facts[0], facts[1])
+    if rendering and policy.on_template_mismatch == "refuse":
+        problems.append(f"{'; '.join(rendering)} (set tokenizers.on_template_mismatch to say whose rendering the teacher reads)")
+    elif rendering:
+        notes.append(f"{'; '.join(rendering)}: the teacher reads the {policy.on_template_mismatch}'s rendering")
+    if not mismatched and (text := _split_difference(student, teacher)) is not None:
+        problems.append(f"the same ids, but text is split differently, e.g. {text!r}; take a teacher with the same tokenizer")
+    notes += _harmless(student, teacher, facts[0], facts[1])
+    verdict = "refused" if problems else "masked" if masked else "compatible" if notes else "identical"
+    return TokenizerAudit(
+        student=facts[0], teacher=facts[1], policy=policy, verdict=verdict,
+        mismatches=len(mismatched), mismatched=tuple(mismatched[:_SHOWN]),
+        problems=tuple(problems), notes=tuple(notes),
+        masked_ids=tuple(sorted(masked)) if verdict == "masked" else (),
+        teacher_renders=bool(rendering) and policy.on_template_mismatch == "teacher",
+    )  # fmt: skip
+
+
+def _judge_ids(
+    policy: TokenizerPolicy, student: TokenizerFacts, teacher: TokenizerFacts, mismatched: list[Mismatch]
+) -> tuple[list[str], list[str], set[int]]:
+    """(problems, notes, ids to mask) from the id -> token maps and the ends of sequence."""
+    found, masked = [], {item.id for item in mismatched}
+    if mismatched:
+        found.append(f"{len(mismatched)} ids stand for different tokens")
+    if student.eos != teacher.eos:
+        found.append(f"sequences end with {_name(student.eos)} for the student, {_name(teacher.eos)} for the teacher")
+        masked |= {token.id for token in (student.eos, teacher.eos) if token}
+    if not found:
+        return [], [], set()
+    if len(mismatched) > MASKED_SHARE_LIMIT * max(student.tokens, teacher.tokens):
+        return [f"{found[0]}: these are two vocabularies; take a teacher with the student's tokenizer"], [], set()
+    if policy.on_mismatch == "refuse":
+        return [f"{'; '.join(found)} (tokenizers.on_mismatch: mask leaves such tokens out of the loss)"], [], set()
+    return [], [f"{'; '.join(found)}: {len(masked)} ids are masked"], masked
+
+
+def _facts(directory: Path, tokenizer: Any) -> TokenizerFacts:
+    config = _read_json(directory / "config.json", required=True)
+    config = config.get("text_config") or config
+    generation = _read_json(directory / "generation_config.json", required=False)
+    names = {index: token for token, index in tokenizer.get_vocab().items()}
+    stops = generation.get("eos_token_id", config.get("eos_token_id"))
+    template = tokenizer.chat_template
+    tokens, rows = max(names) + 1, config.get("vocab_size")
+    if not isinstance(rows, int):
+        raise InputError(f"{directory / 'config.json'}: vocab_size must be a number, found {rows!r}")
+    if rows < tokens:
+        raise InputError(f"{directory}: the tokenizer has {tokens} ids, the model only {rows} rows (config.json, vocab_size)")
+    return TokenizerFacts(
+        tokens=tokens,
+        rows=rows,
+        eos=_named(names, tokenizer.eos_token_id),
+        bos=_named(names, tokenizer.bos_token_id),
+        pad=_named(names, tokenizer.pad_token_id),
+        stop_ids=tuple(stops if isinstance(stops, list) else [] if stops is None else [stops]),
+        chat_template=hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else None,
+        special=len(special_ids(tokenizer)),
+    )
+
+
+def _rendering_differences(student: Any, teacher: Any, ours: TokenizerFacts, theirs: TokenizerFacts) -> list[str]:
+    found = []
+    if ours.chat_template != theirs.chat_template:
+        found.append("the chat templates differ")
+    around = [side.convert_ids_to_tokens(side("a").input_ids) for side in (student, teacher)]
+    if around[0] != around[1]:
+        found.append("the tokens put around a plain text (BOS, EOS) differ")
+    return found
+
+
+def _split_difference(student: Any, teacher: Any) -> str | None:
+    """The first probe that two tokenizers with one vocabulary split differently."""
+    for text in _PROBES:
+        if student(text, add_special_tokens=False).input_ids != teacher(text, add_special_tokens=False).input_ids:
+            return text
+    return None
+
+
+def _harmless(student: Any, teacher: Any, ours: TokenizerFacts, theirs: TokenizerFacts) -> Iterable[str]:
+    if ours.rows != theirs.rows:
+        yield f"{ours.rows} and {theirs.rows} rows: what is past the tokens is padding"
+    if ours.pad != theirs.pad:
+        yield f"padding is {_name(ours.pad)} and {_name(theirs.pad)}: no completion holds it"
+    if ours.bos != theirs.bos:
+        yield f"BOS is {_name(ours.bos)} and {_name(theirs.bos)}"
+    if ours.eos == theirs.eos and set(ours.stop_ids) != set(theirs.stop_ids):
+        yield f"generation stops at {list(ours.stop_ids)} and {list(theirs.stop_ids)}: the rollout's stop ids decide"
+    both = special_ids(student) ^ special_ids(teacher)
+    if both:
+        yield f"{len(both)} tokens are special for one of them only (first: id {min(both)})"
+
+
+def _named(names: dict[int, str], index: int | None) -> NamedToken | None:
+    return None if index is None else NamedToken(id=index, token=names[index])
+
+
+def _name(token: NamedToken | None) -> str:
+    return f"{token.token!r} (id {token.id})" if token else "nothing"
+
+
+def _read_json(path: Path, required: bool) -> dict[str, Any]:
+    if not path.is_file():
+        if required:
+            raise InputError(f"{path}: missing; a checkpoint needs it")
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must hold a JSON object")
+    return content
+
+
+def _byte_symbols() -> dict[int, str]:
+    """The printable character by which byte-level tokenizers (GPT-2 on) write each byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}

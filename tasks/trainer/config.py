@@ -1,0 +1,111 @@
+"""What decides how weights are updated: the identity settings that `train` and `warmup` share. Imports no engine."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from storage.identity import Identity
+
+
+class LrSchedule(Identity):
+    """The learning rate over optimizer steps, as a factor of `lr`.
+
+    Linear warm-up over `warmup_steps`, then `constant`, or `linear` / `cosine` down to `final_ratio` at
+    `horizon_steps`; past the horizon the final value holds, so adding rounds changes no key."""
+
+    kind: Literal["constant", "linear", "cosine"] = Field("constant", description="shape after the warm-up")
+    warmup_steps: int = Field(
+        0, ge=0, description="steps of linear warm-up; a constant lr without it can collapse first"
+    )
+    horizon_steps: int | None = Field(None, ge=1, description="step at which linear and cosine reach final_ratio")
+    final_ratio: float = Field(0.0, ge=0, le=1, description="final lr as a fraction of lr")
+
+    @model_validator(mode="after")
+    def _check(self) -> LrSchedule:
+        if self.kind == "constant":
+            if self.horizon_steps is not None or self.final_ratio != 0.0:
+                raise ValueError(
+                    "schedule: horizon_steps and final_ratio have no effect with kind: constant; remove them"
+                )
+        elif self.horizon_steps is None:
+            raise ValueError(f"schedule.horizon_steps: kind {self.kind} needs the step at which the lr has come down")
+        elif self.horizon_steps <= self.warmup_steps:
+            raise ValueError(
+                f"schedule.horizon_steps: {self.horizon_steps} must be above warmup_steps ({self.warmup_steps})"
+            )
+        return self
+
+    def factor(self, step: int) -> float:
+        """The factor at optimizer step `step` (the first is 1), in [0, 1]."""
+        if step <= self.warmup_steps:
+            return step / self.warmup_steps
+        if self.kind == "constant" or self.horizon_steps is None:
+            return 1.0
+        done = min(1.0, (step - self.warmup_steps) / (self.horizon_steps - self.warmup_steps))
+        shape = 1.0 - done if self.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return self.final_ratio + (1.0 - self.final_ratio) * shape
+
+
+class NoCorrection(Identity):
+    """Sampler and trainer are taken to agree."""
+
+    kind: Literal["none"] = "none"
+
+
+class TruncatedCorrection(Identity):
+    """Each token's loss is weighted by min(cap, exp(behaviour_logprob - sampling_logprob)), detached.
+
+    The numerator is the transformers student under the sampling distribution, the denominator what the sampling engine
+    reported: it corrects the mismatch of two implementations, not staleness."""
+
+    kind: Literal["truncated"] = "truncated"
+    cap: float = Field(2.0, gt=0, description="largest weight of a token")
+
+
+ImportanceCorrection = Annotated[NoCorrection | TruncatedCorrection, Field(discriminator="kind")]
+
+
+class LoraSettings(Identity):
+    """Low-rank adapters (PEFT) are trained instead of the weights; the exported student has them merged."""
+
+    r: int = Field(16, ge=1, description="rank")
+    alpha: float = Field(32.0, gt=0, description="scale: adapters count alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
+    target_modules: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        description="names of the linear layers that get adapters",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> LoraSettings:
+        refused = {"lm_head", "embed_tokens", "embed_out"} & set(self.target_modules)
+        if refused:
+            raise ValueError(
+                f"lora.target_modules: {sorted(refused)[0]!r} is applied in chunks by the losses and takes no adapter"
+            )
+        return self
+
+
+class OptimizerSettings(Identity):
+    """AdamW and everything that decides one update."""
+
+    lr: float = Field(ge=0, description="learning rate; 0 is a control that trains nothing")
+    schedule: LrSchedule = LrSchedule()
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, on matrices only (no norms, no biases)")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay of the two moments")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="global norm to clip to; null never clips")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the weights in forward and backward, and of the export; the master is always float32"
+    )
+    lora: LoraSettings | None = Field(None, description="low-rank adapters instead of all weights")
+
+    @model_validator(mode="after")
+    def _check_betas(self) -> OptimizerSettings:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: {list(self.betas)} must be two numbers in [0, 1)")
+        return self

@@ -1,0 +1,305 @@
+"""From stored tables to the tensors of a micro-batch: ragged all the way, every length checked beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from storage.errors import ConfigError, InputError
+from storage.schemas import MaskReason
+from tasks.losses.needs import Needs
+from tasks.losses.types import TokenBatch
+from tasks.trainer.support import Support, TopK, UnionTopK, check_width, harmless
+
+_TOPK = {  # columns: teacher's log-probabilities, rollout-time student's, teacher's tail
+    "teacher_topk": ("logprobs", None, "tail_logmass"),
+    "student_topk": ("teacher_logprobs", "student_logprobs", "teacher_tail_logmass"),
+}
+_SOURCES = {
+    "teacher_topk": ("teacher_topk",),
+    "full": ("teacher_topk",),
+    "student_topk": ("student_topk",),
+    "union": ("teacher_topk", "student_topk"),
+}
+_SAMPLED = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy", "behaviour_logprobs")
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """A column of lists: row i is `values[offsets[i]:offsets[i + 1]]`."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All samples of a round (or of a warm-up) in memory, one row each."""
+
+    ids: list[str]
+    prompts: Ragged
+    completions: Ragged
+    keep: np.ndarray
+    """Loss mask over the flat completion tokens."""
+    floats: dict[str, np.ndarray] = field(default_factory=dict)
+    """Per flat completion token: sampling_logprobs, student_logprobs, ..."""
+    support: Support | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def forward_lengths(self) -> np.ndarray:
+        """Tokens of a forward pass: prompt and completion but for its last token, which predicts nothing here."""
+        return self.prompts.lengths + self.completions.lengths - 1
+
+    @cached_property
+    def kept(self) -> np.ndarray:
+        """Masked-in tokens per sample."""
+        edges = np.concatenate([[0], np.cumsum(self.keep)])
+        return edges[self.completions.offsets[1:]] - edges[self.completions.offsets[:-1]]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One micro-batch on the device. Shapes: B rows padded to T input tokens, N packed completion tokens."""
+
+    input_ids_BT: torch.Tensor
+    hidden_index_N: torch.Tensor
+    """Where in the flattened B x T hidden states the token's prediction stands."""
+    tokens: TokenBatch
+    weight_N: torch.Tensor
+    """Normalisation: what a token's loss counts in the global batch's loss; 0 where masked."""
+
+
+def from_rollouts(
+    rollouts: pa.Table, signals: Mapping[str, pa.Table], needs: Needs, mask_reasons: Iterable[MaskReason]
+) -> Samples:
+    """Joins rollouts with the signals that the objective needs, by sample_id.
+
+    Raises InputError when a signal is not given, lacks a sample or repeats one, when a list's length is not its
+    completion's, or a top-K list is narrower than the objective asks for."""
+    ids = rollouts["sample_id"].to_pylist()
+    completions = _ragged(rollouts["completion_token_ids"], np.int64)
+    widths = {need.name: need.k for need in needs.signals}
+    absent = sorted(set(widths) - set(signals))
+    if absent:
+        raise InputError(f"train: the objective needs the signal {absent[0]!r}; given are {sorted(signals) or 'none'}")
+    ordered = {name: table.take(_order(name, table, ids)) for name, table in signals.items()}
+
+    def aligned(table: pa.Table, where: str, column: str, dtype: type) -> np.ndarray:
+        return _aligned(_ragged(table[column], dtype), completions, ids, f"{where}.{column}")
+
+    floats = {"sampling_logprobs": aligned(rollouts, "rollouts", "sampling_logprobs", np.float32)}
+    if "sampled" in ordered:
+        for name in _SAMPLED:
+            if ordered["sampled"][name].null_count == 0:
+                floats[name] = aligned(ordered["sampled"], "sampled", name, np.float32)
+    keep = np.ones(len(completions.values), bool)
+    if "mask" in ordered:
+        masked = MaskReason.INVALID_VALUE  # never trainable, whatever the policy
+        for reason in mask_reasons:
+            masked |= reason
+        keep = (aligned(ordered["mask"], "mask", "mask_reasons", np.int32) & int(masked)) == 0
+    support: Support | None = None
+    if needs.student.support is not None:
+        lists = [
+            _top_k(name, ordered[name], completions, ids, widths.get(name)) for name in _SOURCES[needs.student.support]
+        ]
+        support = UnionTopK(*lists) if len(lists) == 2 else lists[0]
+    prompts = _ragged(rollouts["prompt_token_ids"], np.int64)
+    return _checked(Samples(ids, prompts, completions, keep, floats, support))
+
+
+def from_prompts(prompts: pa.Table, split: str) -> Samples:
+    """Supervised targets: the rows of `split`, prompt and completion tokens as prepared, nothing masked.
+
+    Raises InputError when the split is empty or a row has no completion."""
+    chosen = prompts.filter(pa.compute.equal(prompts["split"], split))
+    if chosen.num_rows == 0:
+        raise InputError(f"warmup: no prompt has the split {split!r}; give prompts.{split} rows with a `completion`")
+    ids = chosen["prompt_id"].to_pylist()
+    missing = [
+        i
+        for i, has in zip(ids, pa.compute.is_valid(chosen["completion_token_ids"]).to_pylist(), strict=True)
+        if not has
+    ]
+    if missing:
+        raise InputError(
+            f"warmup: {len(missing)} prompts of split {split!r} have no completion, the first is {missing[0]!r}"
+        )
+    completions = _ragged(chosen["completion_token_ids"], np.int64)
+    keep = np.ones(len(completions.values), bool)
+    return _checked(Samples(ids, _ragged(chosen["token_ids"], np.int64), completions, keep))
+
+
+def _checked(samples: Samples) -> Samples:
+    for name, lists in (("prompt", samples.prompts), ("completion", samples.completions)):
+        empty = np.flatnonzero(lists.lengths == 0)
+        if len(empty):
+            raise InputError(
+                f"sample {samples.ids[empty[0]]!r} has no {name} tokens ({len(empty)} such samples)"
+            )
+    return samples
+
+
+def _order(name: str, table: pa.Table, ids: list[str]) -> np.ndarray:
+    found = table["sample_id"].to_pylist()
+    place = {sample: row for row, sample in enumerate(found)}
+    if len(place) != len(found):
+        raise InputError(f"signal {name}: {len(found) - len(place)} sample_ids occur twice")
+    missing = [sample for sample in ids if sample not in place]
+    if missing or len(found) != len(ids):
+        what = (
+            f"{missing[0]!r} and {len(missing) - 1} more are missing"
+            if missing
+            else f"{len(found) - len(ids)} too many"
+        )
+        raise InputError(f"signal {name}: {len(found)} rows for {len(ids)} rollouts: {what}")
+    return np.fromiter((place[sample] for sample in ids), np.int64, len(ids))
+
+
+def _aligned(lists: Ragged, completions: Ragged, ids: list[str], where: str) -> np.ndarray:
+    wrong = np.flatnonzero(lists.lengths != completions.lengths)
+    if len(wrong):
+        row = wrong[0]
+        raise InputError(
+            f"{where}: sample {ids[row]!r} has {lists.lengths[row]} values for {completions.lengths[row]}"
+            f" completion tokens ({len(wrong)} such samples)"
+        )
+    return lists.values
+
+
+def _top_k(name: str, table: pa.Table, completions: Ragged, ids: list[str], k: int | None) -> TopK:
+    teacher_column, student_column, tail_column = _TOPK[name]
+    outer, edges, entries = _nested(table["ids"])
+    _aligned(Ragged(edges[:-1], outer), completions, ids, f"{name}.ids")
+
+    def logprobs(column: str) -> np.ndarray:
+        _, other, values = _nested(table[column])
+        if not np.array_equal(other, edges):
+            raise InputError(f"{name}.{column}: its lists are not as long as those of {name}.ids")
+        return values.astype(np.float32, copy=False)
+
+    valid = _aligned(_ragged(table["valid"], np.int64), completions, ids, f"{name}.valid")
+    counts = np.minimum(valid, np.diff(edges))
+    return TopK(
+        k=check_width(name, counts, k),
+        starts=edges[:-1],
+        counts=counts,
+        ids=entries.astype(np.int64, copy=False),
+        teacher=logprobs(teacher_column),
+        student=None if student_column is None else logprobs(student_column),
+        teacher_tail=_aligned(_ragged(table[tail_column], np.float32), completions, ids, f"{name}.{tail_column}"),
+    )
+
+
+def _nested(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(token offsets per row, entry offsets per token, flat entries) of a list<list<...>> column."""
+    array = _one_array(column)
+    outer = array.offsets.to_numpy().astype(np.int64)
+    inner = array.flatten()
+    edges = inner.offsets.to_numpy().astype(np.int64)
+    return outer - outer[0], edges - edges[0], inner.flatten().to_numpy(zero_copy_only=False)
+
+
+def _ragged(column: pa.ChunkedArray, dtype: type) -> Ragged:
+    array = _one_array(column)
+    offsets = array.offsets.to_numpy().astype(np.int64)
+    return Ragged(array.flatten().to_numpy(zero_copy_only=False).astype(dtype, copy=False), offsets - offsets[0])
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    array = column.combine_chunks()
+    return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
+
+
+def token_weights(samples: Samples, rows: Sequence[int], normalisation: str, constant_length: int | None) -> np.ndarray:
+    """What one masked-in token of each of the step's samples counts in the step's loss (float64, one per sample).
+
+    `token`: 1 / masked-in tokens of the step. `sequence`: 1 / (samples that have such tokens x the sample's own).
+    `constant`: 1 / (samples x constant_length)."""
+    kept = samples.kept[list(rows)].astype(np.float64)
+    if normalisation == "token":
+        return np.full(len(rows), 1.0 / max(1.0, kept.sum()))
+    if normalisation == "sequence":
+        return 1.0 / (max(1, np.count_nonzero(kept)) * np.maximum(kept, 1.0))
+    if normalisation == "constant" and constant_length is not None:
+        return np.full(len(rows), 1.0 / (len(rows) * constant_length))
+    raise ConfigError(f"objective.normalisation: {normalisation!r} is not token, sequence or constant")
+
+
+def forward_batch(
+    samples: Samples,
+    rows: Sequence[int],
+    weights: np.ndarray,
+    places: Sequence[int],
+    filler: bool,
+    device: torch.device,
+) -> Forward:
+    """One forward pass over the samples `places` of a step; `rows` and `weights` are the whole step's.
+
+    Only masked-in completion tokens are packed: the output head is never applied to the others. Where nothing is left,
+    and for a filler, one token with mask 0 and harmless signals keeps the graph whole."""
+    length = int(max(samples.forward_lengths[rows[place]] for place in places))
+    input_ids = np.zeros((len(places), length), np.int64)  # right padding: causal attention never looks at it
+    parts = []
+    for line, place in enumerate(places):
+        row = rows[place]
+        prompt, completion = samples.prompts[row], samples.completions[row]
+        input_ids[line, : len(prompt) + len(completion) - 1] = np.concatenate([prompt, completion[:-1]])
+        start = samples.completions.offsets[row]
+        at = np.flatnonzero(samples.keep[start : start + len(completion)])
+        parts.append((start + at, at, np.full(len(at), place), line * length + len(prompt) - 1 + at))
+    index, position, place_N, hidden = (np.concatenate(column) for column in zip(*parts, strict=True))
+    counts = len(index) > 0 and not filler
+    if not counts:
+        row = rows[places[0]]
+        index, position = samples.completions.offsets[row : row + 1], np.zeros(1, np.int64)
+        place_N, hidden = np.array([places[0]]), np.array([len(samples.prompts[row]) - 1])
+
+    def tensor(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+    signals = {f"{name}_N": tensor(_at(name, values, index, counts)) for name, values in samples.floats.items()}
+    if samples.support is not None:
+        found = samples.support.rows(index)
+        found = found if counts else harmless(found)
+        signals |= {
+            "support_ids_NK": tensor(found.ids_NK),
+            "support_valid_N": tensor(found.valid_N),
+            "teacher_support_logprobs_NK": tensor(found.teacher_NK),
+            "teacher_tail_logmass_N": tensor(found.teacher_tail_N),
+        }
+        if found.student_NK is not None:
+            signals["student_support_logprobs_NK"] = tensor(found.student_NK)
+    batch = TokenBatch(
+        token_ids_N=tensor(samples.completions.values[index]),
+        loss_mask_N=torch.full((len(index),), float(counts), device=device),
+        sample_N=tensor(place_N),
+        position_N=tensor(position),
+        **signals,
+    )
+    weight = weights[place_N].astype(np.float32) * float(counts)
+    return Forward(tensor(input_ids), tensor(hidden), batch, tensor(weight.astype(np.float32)))
+
+
+def _at(name: str, values: np.ndarray, index: np.ndarray, counts: bool) -> np.ndarray:
+    if not counts:
+        return np.full(len(index), 1.0 if name.endswith("entropy") else -1.0, np.float32)
+    return values[index].astype(np.float32, copy=False)

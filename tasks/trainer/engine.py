@@ -1,0 +1,189 @@
+"""DeepSpeed: starting it, its configuration, and one optimizer step over an explicit number of micro-batches.
+
+The loss is normalised over the global batch before it gets here. DeepSpeed averages gradients over ranks, so the loss
+is scaled by the world size; its own scaling by accumulation steps is off, and boundaries are set by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from storage.errors import ConfigError
+from tasks.trainer.config import OptimizerSettings
+from tasks.trainer.data import Forward
+from tasks.trainer.model import TrainModule
+
+_OURS = {
+    "optimizer": "train.lr, betas, eps, weight_decay",
+    "scheduler": "train.schedule",
+    "gradient_clipping": "train.max_grad_norm",
+    "bf16": "train.dtype",
+    "fp16": "train.dtype (float32 or bfloat16)",
+    "train_batch_size": "train.samples_per_step",
+    "train_micro_batch_size_per_gpu": "runtime.trainer.micro_batch_tokens",
+    "gradient_accumulation_steps": "runtime.trainer.micro_batch_tokens",
+    "data_types": "train.dtype",
+    "communication_data_type": "train.dtype",
+}
+
+
+def start() -> torch.device:
+    """Joins this process to the other ranks (once per process) and returns its device.
+
+    Ranks meet through a file in the folder of the supervisor's socket: no port is opened beyond gloo's or NCCL's own on
+    the loopback device."""
+    cuda = get_accelerator().device_name() == "cuda"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # compiled with g++ at the first start and used by inference alone
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        meeting = Path(os.environ["OPD_WORKER_SOCKET"]).parent / "ranks"
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo",
+            init_method=f"file://{meeting}",
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            verbose=False,
+        )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    return device
+
+
+def deepspeed_config(path: str | None, settings: OptimizerSettings, parameters: int) -> dict[str, Any]:
+    """The complete DeepSpeed configuration: the user's file (ZeRO stage, offload, buckets) and what is ours.
+
+    bfloat16 at ZeRO stage 0 runs as stage 1: only from there on DeepSpeed accumulates its gradients in float32.
+    Raises ConfigError for a file that cannot be read and for keys that the experiment's own config decides."""
+    config: dict[str, Any] = {}
+    if path is not None:
+        try:
+            config = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"runtime.trainer.deepspeed: {path} is not a readable JSON file ({error})") from error
+    for key, instead in _OURS.items():
+        if key in config:
+            raise ConfigError(f"{path}: {key!r} is decided by {instead}; remove it from the DeepSpeed file")
+    zero = config.setdefault("zero_optimization", {})
+    stage = zero.setdefault("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{path}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
+    for offload in ("offload_optimizer", "offload_param"):
+        if (zero.get(offload) or {}).get("device") == "nvme":
+            raise ConfigError(f"{path}: zero_optimization.{offload}.device: nvme is not supported; use cpu")
+    if settings.dtype == "bfloat16":
+        zero["stage"] = stage = max(stage, 1)
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    zero.setdefault("reduce_bucket_size", min(max(parameters, 1), 500_000_000))
+    config |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "communication_data_type": "fp32",
+        "steps_per_print": None,
+        "zero_force_ds_cpu_optimizer": False,
+        # stage 0 has no step of its own: `Engine.step` clips there
+        "gradient_clipping": (settings.max_grad_norm or 0.0) if stage else 0.0,
+    }
+    return config
+
+
+class Engine:
+    """A DeepSpeed engine over `module` that trains `parameters` with AdamW."""
+
+    def __init__(
+        self,
+        module: TrainModule,
+        parameters: dict[str, nn.Parameter],
+        settings: OptimizerSettings,
+        config_path: str | None,
+        device: torch.device,
+    ) -> None:
+        count = sum(parameter.numel() for parameter in parameters.values())
+        config = deepspeed_config(config_path, settings, count)
+        self.stage: int = config["zero_optimization"]["stage"]
+        self.parameters, self.device, self.settings = parameters, device, settings
+        self.world = dist.get_world_size()
+        matrices = [p for p in parameters.values() if p.ndim >= 2]
+        others = [p for p in parameters.values() if p.ndim < 2]
+        groups = [
+            {"params": group, "weight_decay": decay}
+            for group, decay in ((matrices, settings.weight_decay), (others, 0.0))
+            if group
+        ]
+        fused = device.type == "cuda"
+        self.adamw = torch.optim.AdamW(
+            groups,
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            foreach=False if not fused else None,
+            fused=fused,
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=self.adamw, config=config, dist_init_required=False
+        )
+        if self.stage == 3:
+            head = module.loss_head.head  # used by the loss head, owned by the model: gathered around the loss head too
+            for parameter in head.parameters(recurse=False):
+                deepspeed.zero.register_external_parameter(module.loss_head, parameter)
+        self.engine.train()
+
+    def accumulate(self, batch: Forward, observe: bool, last: bool) -> float:
+        """Forward and backward of one micro-batch; its share of the global loss. `last` completes the step's gradient.
+        Collective: every rank does the same number."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        loss = self.engine(batch, observe)
+        self.engine.backward(loss * self.world, scale_wrt_gas=False)
+        return float(loss.detach())
+
+    def step(self, lr: float) -> float | None:
+        """Clip, update, clear the gradients. The global gradient norm before clipping, or None when it is not finite: no
+        weight has changed then. Collective."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        if self.stage == 0:
+            norm = self._norm_and_clip()
+            if not math.isfinite(norm):
+                self.engine.zero_grad()
+                return None
+            self.engine.step()
+            return norm
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm())
+        return norm if self.engine.was_step_applied() and math.isfinite(norm) else None
+
+    def _norm_and_clip(self) -> float:
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = float(torch.stack([g.float().square().sum() for g in gradients]).sum().sqrt())
+        limit = self.settings.max_grad_norm
+        if limit is not None and norm + 1e-6 > limit:
+            for gradient in gradients:
+                gradient.mul_(1.0 / ((norm + 1e-6) / limit))
+        return norm
+
+    def flat_masters(self) -> Iterable[torch.Tensor]:
+        """The tensors that AdamW keeps moments of on this rank: parameters themselves, or flat float32 partitions."""
+        if self.stage == 0:
+            return list(self.parameters.values())
+        optimizer = self.engine.optimizer
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            if hasattr(optimizer, name):
+                return list(getattr(optimizer, name))
+        raise RuntimeError(f"DeepSpeed's {type(optimizer).__name__} keeps its float32 weights in an unknown place")
+
+    def close(self) -> None:
+        """Remove DeepSpeed's hooks and free its buffers; the next job builds a new engine."""
+        self.engine.destroy()

@@ -1,0 +1,65 @@
+"""The student as everyone else sees it: Hugging Face weights, tokenizer and generation config in one folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from storage.errors import InputError
+from tasks.trainer.config import LoraSettings
+from tasks.trainer.model import add_adapters, load_model
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json")
+
+
+def export_student(
+    target: Path,
+    base: Path,
+    companions: Path,
+    masters: Iterable[tuple[str, torch.Tensor]],
+    dtype: str,
+    lora: LoraSettings | None,
+) -> None:
+    """Writes the trained model into the empty folder `target`.
+
+    `base` is the checkpoint that training started from (architecture; with LoRA also the frozen weights), `companions` the
+    student whose tokenizer, chat template and generation config go along. `masters` are (name, float32 tensor); they are
+    rounded to `dtype` once, after adapters have been merged in float32.
+    Raises InputError when the student has no tokenizer."""
+    model = load_model(base, dtype)
+    if lora is not None:
+        add_adapters(model, lora)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in masters:
+            parameters[name].data = tensor.to(torch.float32 if lora is not None else parameters[name].dtype)
+        if lora is not None:
+            model = _merged(model)
+    model.config.use_cache = True
+    model.save_pretrained(target, safe_serialization=True)
+    copied = [file for file in sorted(companions.iterdir()) if _goes_along(file)]
+    if not any(file.name.startswith("tokenizer") for file in copied):
+        raise InputError(f"{companions}: the checkpoint has no tokenizer files")
+    for file in copied:
+        shutil.copyfile(file, target / file.name)
+
+
+def _goes_along(file: Path) -> bool:
+    return file.is_file() and file.name != "config.json" and not file.name.endswith(_WEIGHTS)
+
+
+def _merged(model: torch.nn.Module) -> torch.nn.Module:
+    """Adds every adapter to the weight below it, in float32, and takes the adapter layers out again."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            below = layer.get_base_layer()
+            weight = below.weight
+            weight.data = (weight.float() + layer.get_delta_weight("default").float()).to(weight.dtype)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, below)
+    return model

@@ -1,0 +1,144 @@
+"""The model and its objective as one module, so that DeepSpeed's hooks see every use of every parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from storage.errors import ConfigError, InputError
+from tasks.losses.needs import StudentRequest
+from tasks.losses.registry import Objective
+from tasks.losses.types import StudentView, TokenBatch
+from tasks.trainer.config import LoraSettings
+from tasks.trainer.data import Forward
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+HeadProvider = Callable[[torch.Tensor, nn.Module, TokenBatch, StudentRequest], StudentView]
+
+
+def load_model(path: Path, dtype: str) -> PreTrainedModel:
+    """The checkpoint at `path` on the CPU in `dtype`, in training mode.
+
+    Raises InputError when it cannot be loaded, ConfigError for models whose logits are more than head(hidden)."""
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[dtype], attn_implementation="sdpa", local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a causal language model that transformers can load ({error})") from error
+    for name in _CHANGED_LOGITS:
+        if getattr(model.config, name, None) not in (None, 1, 1.0):
+            raise ConfigError(
+                f"{path}: config.{name} changes the logits after the output head; such models are not supported"
+            )
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise ConfigError(
+            f"{path}: the output head is no linear layer, but {type(model.get_output_embeddings()).__name__}"
+        )
+    model.config.use_cache = False
+    return model.train()
+
+
+def add_adapters(model: PreTrainedModel, lora: LoraSettings) -> None:
+    """Puts LoRA layers into `model` in place; only they stay trainable. Draws from torch's global generator.
+
+    Raises ConfigError when no layer has one of the wanted names."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules),
+        bias="none",
+    )
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:
+        raise ConfigError(f"train.lora.target_modules: {error}") from error
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name; tied ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """What a forward says about its tokens besides the loss; all detached, all of length N."""
+
+    per_token_N: torch.Tensor
+    mask_N: torch.Tensor
+    sample_N: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+    log_ratio_N: torch.Tensor | None
+    """Live student to rollout-time student, log; None where token log-probabilities were not computed."""
+
+
+class LossHead(nn.Module):
+    """Hidden states of the completion tokens in, the micro-batch's share of the loss out."""
+
+    def __init__(self, head: nn.Module, objective: Objective, provider: HeadProvider, cap: float | None) -> None:
+        super().__init__()
+        self._head = [head]  # in a list: it belongs to the model and must not be registered a second time
+        self.objective, self.provider, self.cap = objective, provider, cap
+        self.stats: TokenStats | None = None
+
+    @property
+    def head(self) -> nn.Module:
+        return self._head[0]
+
+    def forward(self, hidden_ND: torch.Tensor, batch: Forward, observe: bool) -> torch.Tensor:
+        """Scalar: sum over tokens of weight x importance weight x per-token loss (float32).
+
+        With `observe`, what only metrics need is computed too, without gradient; it changes no bit of the loss."""
+        tokens, needs = batch.tokens, self.objective.needs
+        view, observed = self.provider(hidden_ND, self.head, tokens, needs.student), None
+        if observe:
+            with torch.no_grad():
+                observed = self.provider(hidden_ND.detach(), self.head, tokens, needs.metrics)
+        output = self.objective(tokens, view, observed)
+        per_token_N = output.per_token_N.float()
+        metrics = {name: value.detach().float() for name, value in output.metrics.items()}
+        weight_N = batch.weight_N
+        if self.cap is not None:
+            importance_N = (tokens.behaviour_logprobs_N - tokens.sampling_logprobs_N).exp().clamp(max=self.cap)
+            metrics["importance_weight_mean"] = importance_N
+            weight_N = weight_N * importance_N
+        log_ratio_N = _log_ratio(tokens, observed or view)
+        if log_ratio_N is not None:
+            metrics["log_ratio_mean"] = log_ratio_N
+        stats = (per_token_N.detach(), tokens.loss_mask_N, tokens.sample_N, metrics, log_ratio_N)
+        self.stats = TokenStats(*stats)
+        return (weight_N * per_token_N).sum()
+
+
+def _log_ratio(tokens: TokenBatch, view: StudentView) -> torch.Tensor | None:
+    if view.token_logprobs_N is None or tokens.student_logprobs_N is None:
+        return None
+    return view.token_logprobs_N.detach().float() - tokens.student_logprobs_N
+
+
+class TrainModule(nn.Module):
+    """What DeepSpeed trains: backbone, hidden states at the completion's positions, output head, objective."""
+
+    def __init__(
+        self, model: PreTrainedModel, objective: Objective, provider: HeadProvider, cap: float | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_head = LossHead(model.get_output_embeddings(), objective, provider, cap)
+
+    def forward(self, batch: Forward, observe: bool) -> torch.Tensor:
+        hidden_BTD = self.model.get_decoder()(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state
+        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.hidden_index_N)
+        return self.loss_head(hidden_ND, batch, observe)

@@ -1,0 +1,119 @@
+"""Top-K lists as they are stored, and as the rectangles that objectives take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from storage.errors import InputError
+
+_FLOOR = 1e-30
+"""Least mass that a union leaves outside, so that its log stays finite."""
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """The support of N tokens, padded with id 0 and -inf; `valid_N` entries of each row count."""
+
+    ids_NK: np.ndarray
+    valid_N: np.ndarray
+    teacher_NK: np.ndarray
+    student_NK: np.ndarray | None
+    """Rollout-time student, where every entry has it."""
+    teacher_tail_N: np.ndarray
+
+
+class Support(Protocol):
+    """Where the support of a token comes from."""
+
+    def rows(self, index: np.ndarray) -> Rectangle:
+        """The support of the flat completion tokens `index`."""
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A stored signal: flat token n has the entries `starts[n]` on, `counts[n]` many, likeliest first.
+
+    `k` entries are used; a smaller k than stored is a slice, and what is cut off joins the tail."""
+
+    k: int
+    starts: np.ndarray
+    counts: np.ndarray
+    ids: np.ndarray
+    teacher: np.ndarray
+    student: np.ndarray | None
+    teacher_tail: np.ndarray
+    """Log of the teacher's mass outside the stored list, per token."""
+
+    def rows(self, index: np.ndarray) -> Rectangle:
+        stored, starts = self.counts[index], self.starts[index][:, None]
+        place = np.arange(self.k)[None, :]
+        here = place < stored[:, None]
+        at = np.where(here, starts + place, 0)
+        tail = self.teacher_tail[index].astype(np.float64)
+        more = int(stored.max(initial=0)) - self.k
+        if more > 0:
+            place = self.k + np.arange(more)[None, :]
+            cut = place < stored[:, None]
+            lost = np.where(cut, self.teacher[np.where(cut, starts + place, 0)].astype(np.float64), -np.inf)
+            tail = np.logaddexp.reduce(np.concatenate([lost, tail[:, None]], axis=1), axis=1)
+        return Rectangle(
+            ids_NK=np.where(here, self.ids[at], 0).astype(np.int64),
+            valid_N=np.minimum(stored, self.k).astype(np.int64),
+            teacher_NK=np.where(here, self.teacher[at], -np.inf).astype(np.float32),
+            student_NK=None if self.student is None else np.where(here, self.student[at], -np.inf).astype(np.float32),
+            teacher_tail_N=tail.astype(np.float32),
+        )
+
+
+@dataclass(frozen=True)
+class UnionTopK:
+    """The ids of either model's list, the teacher's first; between k and 2k entries."""
+
+    teacher: TopK
+    student: TopK
+
+    def rows(self, index: np.ndarray) -> Rectangle:
+        first, second = self.teacher.rows(index), self.student.rows(index)
+        width = first.ids_NK.shape[1]
+        of_first = np.arange(width)[None, :] < first.valid_N[:, None]
+        of_second = np.arange(second.ids_NK.shape[1])[None, :] < second.valid_N[:, None]
+        shared = ((second.ids_NK[:, :, None] == first.ids_NK[:, None, :]) & of_first[:, None, :]).any(axis=2)
+        new = of_second & ~shared
+        extra = np.where(new, np.exp(second.teacher_NK.astype(np.float64)), 0.0).sum(axis=1)
+        tail = np.log(np.maximum(np.exp(first.teacher_tail_N.astype(np.float64)) - extra, _FLOOR))
+        there = np.concatenate([of_first, new], axis=1)
+        order = np.argsort(~there, axis=1, kind="stable")  # valid entries to the front
+        there = np.take_along_axis(there, order, axis=1)
+        ids = np.take_along_axis(np.concatenate([first.ids_NK, second.ids_NK], axis=1), order, axis=1)
+        teacher = np.take_along_axis(np.concatenate([first.teacher_NK, second.teacher_NK], axis=1), order, axis=1)
+        return Rectangle(
+            ids_NK=np.where(there, ids, 0),
+            valid_N=there.sum(axis=1),
+            teacher_NK=np.where(there, teacher, -np.inf).astype(np.float32),
+            student_NK=None,
+            teacher_tail_N=tail.astype(np.float32),
+        )
+
+
+def harmless(rectangle: Rectangle) -> Rectangle:
+    """The same shape with finite, consistent values: for a token that counts for nothing."""
+    n, k = rectangle.ids_NK.shape
+    inside = np.full((n, k), np.log((1 - np.exp(-1.0)) / k), np.float32)
+    return Rectangle(
+        ids_NK=np.tile(np.arange(k, dtype=np.int64), (n, 1)),
+        valid_N=np.full(n, k, np.int64),
+        teacher_NK=inside,
+        student_NK=None if rectangle.student_NK is None else inside,
+        teacher_tail_N=np.full(n, -1.0, np.float32),
+    )
+
+
+def check_width(name: str, counts: np.ndarray, k: int | None) -> int:
+    """The K to use of the signal `name`. InputError when the lists are narrower than the objective asks for."""
+    widest = int(counts.max(initial=1))
+    if k is not None and k > widest:
+        raise InputError(f"{name}: the objective asks for K={k}, but the stored lists hold {widest} entries at most")
+    return k or widest

@@ -1,0 +1,115 @@
+"""The child's side of a worker: `python -m tasks.worker_main ROLE` serves a stream of jobs over a Unix socket.
+
+The supervisor (`tasks/workers.py`) gives the socket's path and the settings in the environment. Every message is one line
+of JSON. When the socket closes the parent is gone, and the worker ends its whole process group at once."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import Any, Protocol
+
+from storage.errors import OpdError
+from tasks.plugins import ROLES, load_plugins
+
+PROGRESS_INTERVAL = 0.2
+"""Seconds between two progress messages at least."""
+
+
+class Handler(Protocol):
+    """What serves a role's jobs. `settings` are facts about the machine that hold for the worker's life."""
+
+    def handle(self, job: dict[str, Any], progress: Any) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+class Channel:
+    """Line-wise JSON over the supervisor's socket; ends the process group when the supervisor is gone."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.connect(path)
+        self._lock = threading.Lock()
+        self.incoming: queue.Queue[dict[str, Any]] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True, name="supervisor-watch").start()
+
+    def send(self, message: dict[str, Any]) -> None:
+        data = json.dumps(message).encode() + b"\n"
+        with self._lock:
+            self._socket.sendall(data)
+
+    def _read(self) -> None:
+        try:
+            with self._socket.makefile("rb") as lines:
+                for line in lines:
+                    self.incoming.put(json.loads(line))
+        except OSError:
+            pass
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def main(role: str) -> None:
+    """Serve jobs until told to stop. Every rank of a multi-process worker runs this and gets every job."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides; a terminal's Ctrl-C reaches it alone
+    rank = int(os.environ.get("RANK", "0"))
+    settings = json.loads(os.environ["OPD_WORKER_SETTINGS"])
+    channel = Channel(os.environ["OPD_WORKER_SOCKET"])
+    try:
+        load_plugins(settings.get("plugins", ()), settings.get("plugin_path"))
+        module, _, name = ROLES[role].partition(":")
+        handler: Handler = getattr(importlib.import_module(module), name)(settings)
+    except BaseException as error:
+        channel.send({"kind": "failed", "rank": rank, **_describe(error)})
+        raise
+    channel.send({"kind": "ready", "rank": rank, "pid": os.getpid()})
+    while True:
+        message = channel.incoming.get()
+        if message["kind"] == "stop":
+            handler.close()
+            channel.send({"kind": "stopped", "rank": rank})
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)  # engines may abort in interpreter exit; everything that matters is committed
+        _serve(handler, channel, message, rank)
+
+
+def _serve(handler: Handler, channel: Channel, message: dict[str, Any], rank: int) -> None:
+    sent = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal sent
+        now = time.monotonic()
+        if rank == 0 and (now - sent >= PROGRESS_INTERVAL or done >= total):
+            sent = now
+            channel.send({"kind": "progress", "id": message["id"], "done": int(done), "total": int(total)})
+
+    try:
+        result = handler.handle(message["job"], progress)
+    except Exception as error:
+        traceback.print_exc()
+        sys.stderr.flush()
+        channel.send({"kind": "error", "id": message["id"], "rank": rank, **_describe(error)})
+        return
+    channel.send({"kind": "result", "id": message["id"], "rank": rank, "result": result if rank == 0 else {}})
+
+
+def _describe(error: BaseException) -> dict[str, Any]:
+    return {
+        "type": type(error).__name__,
+        "message": str(error),
+        "ours": isinstance(error, OpdError),
+        "traceback": "".join(traceback.format_exception(error)[-12:]),
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,58 @@
+"""One true run with vLLM, DeepSpeed, Prefect and DuckDB, made once and read by the tests that look at it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from opd_cli import TINY, opd
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    root: Path
+    name: str
+    status: dict
+
+    def opd(self, *args: object, **options) -> subprocess.CompletedProcess[str]:
+        return opd(*args, root=self.root, **options)
+
+    def stage(self, round: int, label: str) -> dict:
+        return self.status["rounds"][round]["stages"][label]
+
+    def sha(self, round: int) -> str:
+        return self.status["rounds"][round]["student_sha256"]
+
+    def query(self, sql: str) -> list[dict]:
+        return json.loads(self.opd("query", self.name, sql, "--json").stdout)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """The tiny experiment, three rounds, by `opd run` with its embedded Prefect server."""
+    root = tmp_path_factory.mktemp("real") / "store"
+    status = json.loads(opd("run", TINY, "--name", "base", "--json", root=root).stdout)
+    return FinishedRun(root, "base", status)
+
+
+@pytest.fixture
+def prepared_root(finished: FinishedRun, tmp_path: Path) -> Callable[[], Path]:
+    """New stores that hold what round 0 made and nothing else, so that interruptions need not warm up again."""
+
+    def make(name: str = "store") -> Path:
+        root = tmp_path / name
+        keys = {
+            (stage, key)
+            for label in ("model", "model_teacher", "prepare", "warmup", "warmup_teacher", "evaluate")
+            for stage, key in finished.stage(0, label)["artifacts"].items()
+        }
+        for stage, key in keys:
+            shutil.copytree(finished.root / "artifacts" / stage / key, root / "artifacts" / stage / key)
+        return root
+
+    return make

@@ -1,0 +1,47 @@
+"""A plugin that takes the scorer's place and does what a job tells it to: real worker code, faults on demand."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from storage.errors import InputError
+from tasks.plugins import register_role
+
+register_role("scorer", f"{__name__}:Scripted")
+
+
+class Scripted:
+    def __init__(self, settings: dict) -> None:
+        self.settings = settings
+        self.served = 0
+
+    def handle(self, job: dict, progress) -> dict:
+        self.served += 1
+        match job["op"]:
+            case "echo":
+                progress(1, 1)
+                return {"value": job["value"], "served": self.served, "pid": os.getpid()}
+            case "die_once":
+                marker = Path(job["marker"])
+                if not marker.exists():
+                    marker.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return {"value": "second try"}
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "refuse":
+                raise InputError("prompts.jsonl:3: no field `prompt`")
+            case "crash":
+                raise ZeroDivisionError("a bug")
+            case "grandchild":
+                child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+                Path(job["pids"]).write_text(f"{os.getpid()} {child.pid}")
+                time.sleep(600)
+        raise ValueError(job["op"])
+
+    def close(self) -> None: ...

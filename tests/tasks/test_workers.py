@@ -1,0 +1,109 @@
+"""The supervisor's promises: answers in order, crashes contained, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from storage.errors import InputError
+from tasks.runtime import RuntimeConfig, ScorerRuntime
+from tasks.workers import WorkerDied, WorkerFailed, WorkerPool
+
+PLUGINS = Path(__file__).parent.parent / "plugins"
+
+
+def pool(tmp_path: Path, **runtime) -> WorkerPool:
+    config = RuntimeConfig(device="cpu", threads=1, **runtime)
+    return WorkerPool(config, tmp_path / "logs", ("scripted_worker",), str(PLUGINS))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_one_warm_worker_serves_a_stream_of_jobs(tmp_path):
+    seen = []
+    with pool(tmp_path) as workers:
+        jobs = [{"op": "echo", "value": i} for i in range(5)]
+        first = workers.run("scorer", jobs, lambda job, done, total: seen.append((job, done, total)))
+        second = workers.run("scorer", jobs[:1])
+        workers.stage_done()
+    assert [r["value"] for r in first] == [0, 1, 2, 3, 4]
+    assert second[0]["served"] == 6 and second[0]["pid"] == first[0]["pid"]
+    assert seen == [(i, 1, 1) for i in range(5)]
+    assert not alive(first[0]["pid"])
+
+
+def test_two_workers_share_the_jobs_and_answers_keep_their_order(tmp_path):
+    with pool(tmp_path, scorer=ScorerRuntime(workers=2)) as workers:
+        results = workers.run("scorer", [{"op": "echo", "value": i} for i in range(20)])
+    assert [r["value"] for r in results] == list(range(20))
+
+
+def test_cold_workers_end_with_their_stage(tmp_path):
+    with pool(tmp_path, keep_warm=False) as workers:
+        (result,) = workers.run("scorer", [{"op": "echo", "value": 1}])
+        workers.stage_done()
+        assert not alive(result["pid"])
+
+
+def test_a_worker_that_dies_is_replaced_and_its_job_tried_again(tmp_path):
+    with pool(tmp_path) as workers:
+        (result,) = workers.run("scorer", [{"op": "die_once", "marker": str(tmp_path / "died")}])
+    assert result == {"value": "second try"}
+
+
+def test_retries_are_bounded_and_the_error_names_the_log(tmp_path):
+    with pool(tmp_path) as workers, pytest.raises(WorkerDied, match=r"killed by signal 9[\s\S]*scorer\.log"):
+        workers.run("scorer", [{"op": "die"}])
+
+
+def test_a_users_error_keeps_its_type_and_text_and_the_worker(tmp_path):
+    with pool(tmp_path) as workers:
+        with pytest.raises(InputError, match=r"prompts\.jsonl:3"):
+            workers.run("scorer", [{"op": "refuse"}])
+        assert workers.run("scorer", [{"op": "echo", "value": 7}])[0]["value"] == 7
+
+
+def test_a_bug_is_reported_with_its_traceback(tmp_path):
+    with pool(tmp_path) as workers, pytest.raises(WorkerFailed, match="ZeroDivisionError: a bug"):
+        workers.run("scorer", [{"op": "crash"}])
+
+
+def test_a_job_past_its_time_limit_is_stopped_with_its_children(tmp_path):
+    pids = tmp_path / "pids"
+    with pool(tmp_path, stage_timeout=5, retries=0) as workers, pytest.raises(WorkerDied, match="time limit"):
+        workers.run("scorer", [{"op": "grandchild", "pids": str(pids)}])
+    assert not any(alive(int(pid)) for pid in pids.read_text().split())
+
+
+def test_a_killed_supervisor_leaves_nothing_behind(tmp_path):
+    pids = tmp_path / "pids"
+    script = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[3])\n"
+        "from tasks.runtime import RuntimeConfig; from tasks.workers import WorkerPool\n"
+        "pool = WorkerPool(RuntimeConfig(device='cpu', threads=1), Path(sys.argv[1]), ('scripted_worker',), sys.argv[3])\n"
+        "pool.run('scorer', [{'op': 'grandchild', 'pids': sys.argv[2]}])\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "logs"), str(pids), str(PLUGINS)])
+    deadline = time.monotonic() + 60
+    while not (pids.exists() and len(pids.read_text().split()) == 2):
+        assert parent.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    family = [int(pid) for pid in pids.read_text().split()]
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in family) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in family)

@@ -34,7 +34,7 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
 
             maker = Maker(store, run, run.state, context, SilentReporter())
             student, teacher = (maker_model(experiment, maker, side) for side in ("student", "teacher"))
-            audit = audit_tokenizers(store.materialize(student), store.materialize(teacher), experiment.tokenizers)
+            audit = audit_tokenizers(store.materialize(student), store.materialize(teacher), experiment.prompts.tokenizers)
             yield str(audit)
             audit.require()
             _, _, prompts = inputs(experiment, maker)
@@ -56,7 +56,7 @@ def maker_model(experiment: Experiment, maker: Maker, side: str) -> Artifact:
 
 
 def _prompts(prompts: Artifact) -> Iterator[str]:
-    counts = prompts.meta.get("splits") or {}
+    counts = prompts.meta.get("prompts") or {}
     for split, count in counts.items():
         dropped = (prompts.meta.get("filtered") or {}).get(split) or {}
         left_out = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items() if number)

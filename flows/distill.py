@@ -25,7 +25,7 @@ def distill(experiment: Experiment, do: Executor, rounds: int) -> Result:
             rollouts = do("rollout", rollout_work, now.rollout, student, prompts, now.seed, number)["rollout"]
             needs = now.objective.needs().signals
             signals = do(
-                "supervise", supervise_work, now.supervise, rollouts, student, teacher, prompts, needs, now.rollout
+                "supervise", supervise_work, now.supervise, rollouts, student, teacher, prompts, needs, now.rollout, do.store
             )
             trained = do(
                 "train", train_work, now.train, now.objective, student, state, rollouts, signals, now.seed, number
@@ -50,10 +50,10 @@ def begin(experiment: Experiment, do: Executor) -> tuple[Result, Result, Result]
 
 def inputs(first: Experiment, do: Executor) -> tuple[Result, Result, Result]:
     """Student model, teacher model and prompts, before anything is trained."""
-    model = partial(model_work, memo=do.store.memo)
+    model, prepare = partial(model_work, memo=do.store.memo), partial(prepare_work, memo=do.store.memo)
     student_model = do("model", model, first.student.source, first.seed)["model"]
     teacher_model = do("model_teacher", model, first.teacher.source, first.seed)["model"]
-    prompts = do("prepare", prepare_work, first.prompts, student_model, teacher_model)["prepare"]
+    prompts = do("prepare", prepare, first.prompts, student_model, teacher_model)["prepare"]
     return student_model, teacher_model, prompts
 
 

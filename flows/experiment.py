@@ -19,7 +19,6 @@ from tasks.prepare import PrepareConfig
 from tasks.rollout import RolloutConfig
 from tasks.runtime import RuntimeConfig
 from tasks.supervise import SuperviseConfig
-from tasks.tokenizers import TokenizerPolicy
 from tasks.train import TrainConfig
 from tasks.warmup import WarmupConfig
 
@@ -56,7 +55,6 @@ class Experiment(BaseModel):
     student: ModelConfig
     teacher: ModelConfig
     prompts: PrepareConfig
-    tokenizers: TokenizerPolicy = Field(default_factory=TokenizerPolicy)
     rollout: RolloutConfig
     supervise: SuperviseConfig = Field(default_factory=SuperviseConfig)
     objective: ObjectiveConfig

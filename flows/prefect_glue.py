@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +87,8 @@ def _open(home: Path, root: Path, stack: ExitStack, warn: Warn) -> Session:
     try:
         home.mkdir(parents=True, exist_ok=True)
         if external:
-            environment, url, ui = quiet_environment(), external, None
+            environment: Mapping[str, str | None] = quiet_environment()
+            url, ui = external, None
         else:
             server = EmbeddedServer(root, warn)
             url = server.ensure()
@@ -115,11 +116,11 @@ def _check_external() -> None:
 
 
 @contextmanager
-def _settings(environment: dict[str, str], log_path: Path) -> Iterator[None]:
-    """Prefect settings for the block: in the environment (for a first import and for child processes) and, since Prefect may
-    have been imported long ago, as a fresh settings context."""
+def _settings(environment: Mapping[str, str | None], log_path: Path) -> Iterator[None]:
+    """Prefect settings for the block: in the environment (for a first import and for child processes; None: not set) and,
+    since Prefect may have been imported long ago, as a fresh settings context."""
     before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
+    _set_environment(environment)
     try:
         with _quiet_logging(log_path):
             from prefect.context import SettingsContext, get_settings_context
@@ -128,11 +129,15 @@ def _settings(environment: dict[str, str], log_path: Path) -> Iterator[None]:
             with SettingsContext(profile=get_settings_context().profile, settings=Settings()):
                 yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set_environment(before)
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextmanager
@@ -140,7 +145,7 @@ def _quiet_logging(log_path: Path) -> Iterator[None]:
     """Importing Prefect puts its own handler on the root logger: take that off, and send Prefect's warnings to a file."""
     import_root = logging.getLogger()
     level = import_root.level
-    import prefect  # noqa: F401
+    import prefect.main  # noqa: F401  (this import sets up logging)
     from prefect.logging.handlers import PrefectConsoleHandler
 
     for handler in [h for h in import_root.handlers if isinstance(h, PrefectConsoleHandler)]:
@@ -214,9 +219,9 @@ def run_stage_task(
 ) -> T:
     """Call a stage's function as a Prefect task of the flow around it; its state is named `Cached` when `cached(result)`.
 
-    `name` reads "rollout · round 3": the part before " · " names the task, the whole names this run of it. Tried again up
-    to `retries` times when a worker process failed (`tasks.workers.WorkerFailed` that is not marked permanent), with and
-    without Prefect. The task has no Prefect cache and no persisted result: the store is both."""
+    `name` reads "rollout · round 3": the part before " · " names the task, the whole names this run of it. Tried again
+    up to `retries` times when a worker process died (`is_transient`), with and without Prefect. The task has no Prefect
+    cache and no persisted result: the store is both."""
     attempts = _Attempts(function, retries, retry_delay_seconds)
 
     def call(session: Session, body: Callable[[], Any]) -> None:
@@ -274,10 +279,10 @@ class _Attempts:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether trying again may help: a worker process failed, and its error is not marked permanent."""
-    from tasks.workers import WorkerFailed
+    """Whether trying again may help: a worker process died without an answer."""
+    from tasks.workers import WorkerDied
 
-    return isinstance(error, WorkerFailed) and bool(getattr(error, "transient", True))
+    return isinstance(error, WorkerDied)
 
 
 class _Outcome:

@@ -1,11 +1,11 @@
 """The embedded Prefect server of a store: one per root, shared by every `opd` command that runs there.
 
-A real `prefect server start` on a loopback port; its database, home and log live in `<root>/prefect/`. Nothing of a run is kept there alone:
-deleting the folder loses history in the UI and nothing else.
+A real `prefect server start` on a loopback port; its database, home and log lie in `<root>/prefect/`. Nothing of a run is
+kept there alone: deleting the folder loses history in the UI and nothing else.
 
 Lifetime without leases, so that a SIGKILL anywhere leaves nothing behind:
 - a client (a run, a schedule, `opd ui`) holds `clients.lock` shared for as long as it needs the server;
-- the server holds `server.lock` exclusively while it lives (so there is one), and ends itself once nobody holds `clients.lock`;
+- the server holds `server.lock` while it lives (so there is one), and ends itself once nobody holds `clients.lock`;
 - `start.lock` serialises starting: the second client finds the first one's server and uses it.
 """
 
@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -43,19 +44,23 @@ def home_of(root: Path) -> Path:
     return Path(root).resolve() / "prefect"
 
 
-def server_environment(home: Path) -> dict[str, str]:
-    """Settings shared by the embedded server and its clients: database under `home`, no telemetry, quiet, no proxy for loopback."""
-    no_proxy = ",".join(
-        filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1", "localhost"])
-    )
+def server_environment(home: Path) -> dict[str, str | None]:
+    """Settings of the embedded server and its clients; None means: not set.
+
+    The database lies under `home`, telemetry is off, proxies are not used for loopback, and what the user has set for
+    another Prefect (a profile, a key, a database) does not reach this one."""
+    no_proxy = [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1", "localhost"]
+    foreign = [name for name in os.environ if name.startswith("PREFECT_") and not name.startswith("PREFECT__")]
     return {
+        **dict.fromkeys(foreign),
         "PREFECT_HOME": str(home),
         "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / 'prefect.db'}",
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+        "PREFECT_CLIENT_MAX_RETRIES": "2",  # with the default of 5, every call to a server that died takes a minute
         **quiet_environment(),
-        "NO_PROXY": no_proxy,
-        "no_proxy": no_proxy,
+        "NO_PROXY": ",".join(filter(None, no_proxy)),
+        "no_proxy": ",".join(filter(None, no_proxy)),
     }
 
 
@@ -81,7 +86,7 @@ def healthy(api_url: str, timeout: float = 5.0) -> bool:
 
 
 class EmbeddedServer:
-    """One client's hold on the root's server. `ensure()` takes it (starting the server if need be), `release()` gives it back.
+    """One client's hold on the root's server: `ensure()` takes it, starting the server if need be, `release()` ends it.
 
     The last client to release stops the server and waits for its end, so no process is left when a command returns.
     """
@@ -97,6 +102,11 @@ class EmbeddedServer:
     def ui_url(self) -> str | None:
         """Address for a browser, once `ensure()` returned."""
         return None if self.api_url is None else self.api_url.removesuffix("/api")
+
+    @property
+    def port(self) -> int | None:
+        """The server's port, once `ensure()` returned."""
+        return None if self.api_url is None else urllib.parse.urlsplit(self.api_url).port
 
     @property
     def log_path(self) -> Path:
@@ -147,17 +157,16 @@ class EmbeddedServer:
         """URL of the root's living server, waiting for it to answer; None if there is none."""
         if not self.alive():
             return None
-        deadline = time.monotonic() + 30
+        record, deadline = None, time.monotonic() + START_TIMEOUT_SECONDS
         while time.monotonic() < deadline:
             record = _read_record(self.home)
-            if record and healthy(record["api_url"]):
+            if record and healthy(str(record["api_url"])):
                 return str(record["api_url"])
             if not self.alive():
                 return None
             time.sleep(0.2)
-        raise ServerUnavailable(
-            f"the Prefect server of {self.home} (pid {(record or {}).get('pid', '?')}) lives but does not answer; end that process or see {self.log_path}"
-        )
+        pid = (record or {}).get("pid", "?")
+        raise ServerUnavailable(f"the Prefect server (pid {pid}) lives but does not answer; its log: {self.log_path}")
 
     def _start(self, port: int | None) -> str:
         first = not (self.home / "prefect.db").exists()
@@ -176,16 +185,13 @@ class EmbeddedServer:
         raise AssertionError("unreachable")
 
     def _launch(self, port: int, url: str) -> None:
-        environment = {
-            **os.environ,
-            **server_environment(self.home),
+        settings = server_environment(self.home) | {
+            "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "0",  # the server's console is its log file
             "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
             "PREFECT_UI_API_URL": url,
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
         }
-        environment["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "0"  # the server's console is its log file
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), environment.get("PYTHONPATH")]))
-        for name in ("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_PROFILE"):
-            environment.pop(name, None)
+        environment = {name: value for name, value in (os.environ | settings).items() if value is not None}
         with self.log_path.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "flows.prefect_server", str(self.home), str(port)],
@@ -201,7 +207,8 @@ class EmbeddedServer:
             while not healthy(url):
                 if process.poll() is not None:
                     raise ServerUnavailable(
-                        f"the Prefect server ended with code {process.returncode} while starting; {self.log_path} ends with:\n{_tail(self.log_path)}"
+                        f"the Prefect server ended with code {process.returncode} while starting;"
+                        f" {self.log_path} ends with:\n{_tail(self.log_path)}"
                     )
                 if time.monotonic() > deadline:
                     raise ServerUnavailable(
@@ -211,9 +218,6 @@ class EmbeddedServer:
         except BaseException:
             _end(process)
             raise
-        temporary = self.home / f"server.json.{os.getpid()}"
-        temporary.write_text(json.dumps({"api_url": url, "pid": process.pid}))
-        os.replace(temporary, self.home / "server.json")
 
     def _stop(self) -> None:
         """End the server; called with `clients.lock` held exclusively, so nobody needs it and nobody can join."""
@@ -228,7 +232,6 @@ class EmbeddedServer:
                 time.sleep(0.05)
             if not self.alive():
                 break
-        (self.home / "server.json").unlink(missing_ok=True)
         if self._process is not None:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=5)
@@ -259,20 +262,6 @@ def _lock(path: Path, kind: int, timeout: float, what: str) -> int:
 def _locked(path: Path, kind: int, timeout: float, what: str) -> Iterator[None]:
     fd = _lock(path, kind, timeout, what)
     try:
-        yield
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def exclusive(path: Path, busy: OpdError) -> Iterator[None]:
-    """Hold `path` exclusively in the block; raises `busy` at once when another process does."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise busy from None
         yield
     finally:
         os.close(fd)
@@ -327,7 +316,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _watch_clients(home: Path) -> None:
-    """End this process once no client is left. The exclusive lock is kept until the end, so a newcomer waits and starts a fresh server."""
+    """End this process once no client is left. The exclusive lock is kept until the end: a newcomer waits for it, and
+    starts a fresh server."""
     fd = os.open(home / "clients.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     while True:
         time.sleep(WATCH_SECONDS)
@@ -339,9 +329,12 @@ def _watch_clients(home: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m flows.prefect_server HOME PORT`: `prefect server start`, bound to the locks above. Started by EmbeddedServer only."""
+    """`python -m flows.prefect_server HOME PORT`: `prefect server start`, bound to the locks. EmbeddedServer starts it."""
     home, port = Path(arguments[0]), int(arguments[1])
     lock = _lock(home / "server.lock", fcntl.LOCK_EX, 5.0, "the old Prefect server to end")
+    temporary = home / f"server.json.{os.getpid()}"
+    temporary.write_text(json.dumps({"api_url": f"http://127.0.0.1:{port}/api", "pid": os.getpid()}))
+    os.replace(temporary, home / "server.json")
     threading.Thread(target=_watch_clients, args=(home,), daemon=True).start()
     sys.argv = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     try:

@@ -25,8 +25,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from multiprocessing.connection import wait as wait_for_sentinels
@@ -34,8 +34,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.prefect_glue import prefect_session
-from flows.prefect_server import ServerUnavailable, exclusive
-from storage.errors import ConfigError, OpdError, RunBusy
+from flows.prefect_server import ServerUnavailable
+from storage import locks
+from storage.errors import ConfigError, InputError, OpdError, RunBusy
+from storage.runs import RUN_NAME
 
 FLOW_NAME = "opd-schedule"
 RUN_ROUNDS = "flows.runner:run_rounds"
@@ -64,6 +66,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if (self.every is None) == (self.cron is None):
             raise ConfigError("give exactly one of --every (as 6h, 30m, 45s) and --cron (as '0 2 * * *')")
+        if not RUN_NAME.fullmatch(self.name):
+            raise InputError(f"--name {self.name!r}: letters, digits, dot, dash and underscore, at most 64")
         if self.rounds < 1:
             raise ConfigError(f"--rounds {self.rounds}: a tick runs at least 1 round")
 
@@ -113,8 +117,7 @@ def serve(schedule: Schedule, say: Callable[[str], None] = print) -> int:
     unset it starts the root's own `prefect server start`, and stops it at the end unless another command uses it."""
     root = Path(schedule.root)
     with ExitStack() as stack:
-        (root / "prefect").mkdir(parents=True, exist_ok=True)
-        stack.enter_context(exclusive(root / "prefect" / f"schedule-{schedule.name}.lock", _busy(schedule)))
+        stack.enter_context(locks.locked(root / "prefect" / f"schedule-{schedule.name}.lock", _busy(schedule)))
         notes: list[str] = []
         session = stack.enter_context(prefect_session(root, warn=lambda line: (notes.append(line), say(line))[0]))
         if not session.active:
@@ -124,7 +127,19 @@ def serve(schedule: Schedule, say: Callable[[str], None] = print) -> int:
         stack.callback(os.environ.pop, REPORTS, None)
         when = f"every {schedule.every}" if schedule.every else f"at {schedule.cron!r} ({_zone(schedule)})"
         say(f"{schedule.name}: {schedule.rounds} round(s) {when}; Ctrl-C stops it" + _seen_at(session.ui_url))
+        stack.enter_context(_signal_handlers_kept())
         return asyncio.run(_serve(schedule, Path(reports), say))
+
+
+@contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """The event loop and Prefect's runner put their own handlers in; afterwards the caller's hold again."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 async def _serve(schedule: Schedule, reports: Path, say: Callable[[str], None]) -> int:
@@ -276,6 +291,7 @@ def tick(
         _report(f"{name}: tick skipped: {error}", None)
         return Completed(name="Skipped", message=str(error))
     except (KeyboardInterrupt, SystemExit):
+        _report(f"{name}: tick stopped; what is finished stays", None)
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         final = isinstance(error, OpdError) and error.exit_code == 2
@@ -326,5 +342,8 @@ def _seen_at(ui_url: str | None) -> str:
     return f"; seen at {ui_url}" if ui_url else ""
 
 
-def _busy(schedule: Schedule) -> RunBusy:
-    return RunBusy(f"run {schedule.name!r} is scheduled by another process already; stop that one first")
+def _busy(schedule: Schedule) -> Callable[[str], None]:
+    def busy(holder: str) -> None:
+        raise RunBusy(f"run {schedule.name!r} is scheduled already, by {holder}; stop that one first", holder)
+
+    return busy

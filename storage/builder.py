@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -33,6 +34,7 @@ from storage.files import (
     unique,
     utc_now,
 )
+from storage.identity import canonical_json
 from storage.schemas import schema_version
 from storage.shards import SIDECAR, ShardWriter, check_file, sidecar, sidecars
 from storage.trees import (
@@ -114,6 +116,7 @@ class Builder(ShardWriter):
             return self.committed
         if self._closed:
             raise StoreError(f"{self._name}: its lock was given back; commit inside `Store.building`")
+        plain_meta, plain_provenance = self._plain("meta", meta), self._plain("provenance", provenance)
         shards = self._collect(tables)
         found, rows = self._table_content(shards)
         trees = self._collect_trees(found)
@@ -121,7 +124,7 @@ class Builder(ShardWriter):
         if clash:
             raise StoreError(f"{self._name}: content {clash} is computed by the store; give it another name")
         found.update(content or {})
-        manifest = self._manifest(shards, trees, found, rows, dict(meta or {}), dict(provenance or {}))
+        manifest = self._manifest(shards, trees, found, rows, plain_meta, plain_provenance)
         self.committed = self._publish(manifest)
         return self.committed
 
@@ -143,7 +146,7 @@ class Builder(ShardWriter):
             if record is None:
                 self._distrust(path, "its sidecar is unreadable or belongs to another file")
                 continue
-            if record.schema_version != schema_version(table):
+            if record.schema_version != schema_version(table) and not self._is_recorded(record):
                 self._distrust(path, f"written with schema version {record.schema_version}")
                 continue
             digests[record.shard].add(record.row_digest)
@@ -159,6 +162,9 @@ class Builder(ShardWriter):
         if self._recorded is not None:
             found.update({self.path / record.file: record for record in self._recorded.shards if record.table == table})
         return sorted(found.items())
+
+    def _is_recorded(self, record: ShardRecord) -> bool:
+        return self._recorded is not None and record in self._recorded.shards
 
     def _distrust(self, path: Path, reason: str) -> None:
         quarantine(self.root, path, reason)
@@ -280,6 +286,13 @@ class Builder(ShardWriter):
             provenance={**provenance(), **extra},
         )
         return Manifest(artifact=artifact, shards=records, trees=trees)
+
+    def _plain(self, what: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
+        """As it will be read back from JSON, so that the artifact is the same object before and after."""
+        try:
+            return dict(json.loads(canonical_json({what: dict(value or {})}))[what])
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"{self._name}: {what} must be plain JSON, null for a missing number ({error})") from error
 
     def _publish(self, manifest: Manifest) -> Artifact:
         path = self.path / MANIFEST

@@ -6,8 +6,10 @@ replacement scans of Python variables, configuration locked; one SELECT, within 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import re
 import threading
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -23,7 +25,7 @@ from storage.views import (
     METRICS,
     VIEWS,
     missing_of,
-    relation,
+    used_dataset,
     uses_of,
     view_sql,
     wanted_views,
@@ -32,6 +34,7 @@ from storage.views import (
 _BATCH_ROWS = 65_536
 _MAX_RESULT_BYTES = 1 << 30
 _THREADS = 4
+_DAMAGED = re.compile(r"stream registered as '(\w+)@' failed")
 
 
 class QueryRefused(OpdError):
@@ -61,14 +64,24 @@ class Catalog:
                 _seal(connection, memory)
                 return _run(connection, statement, limit_seconds, max_rows)
         except (duckdb.Error, pa.ArrowException) as error:
+            if damaged := _DAMAGED.search(str(error)):
+                self._find_damage(damaged.group(1))
+                raise CorruptArtifact(f"a shard of {damaged.group(1)} could not be read: {error}") from error
             raise _refusal(error, memory) from error
+
+    def _find_damage(self, table: str) -> None:
+        """Reads the table's shards one by one; the store names the bad one and moves it to quarantine."""
+        states = [run.state for run in ([self.run] if self.run else Run.list(self.store.root))]
+        for use in uses_of(states, self.store.list(), with_unused=self.run is None):
+            if table in use.artifact.rows:
+                self.store.read_table(use.artifact, table)
 
     def _create_views(self, connection: duckdb.DuckDBPyConnection, sql: str) -> None:
         """All views exist; those that the statement cannot mean have no rows, and nothing is opened for them."""
         wanted = wanted_views(sql)
         if not wanted:
             for name in VIEWS:
-                connection.execute(view_sql(name, None))
+                connection.execute(view_sql(name, rows_wanted=False))
             return
         states = [run.state for run in ([self.run] if self.run else Run.list(self.store.root))]
         tables = {table for name in wanted for table in VIEWS[name].tables}
@@ -80,16 +93,16 @@ class Catalog:
                 " of that run rebuilds just what is damaged. `opd query NAME` reads only the run NAME"
             )
         uses = uses_of(states, committed, with_unused=self.run is None)
-        artifacts = {use.artifact.key: use.artifact for use in uses}
-        for artifact in artifacts.values():
-            for table in tables & artifact.rows.keys():
-                connection.register(relation(table, artifact), self.store.arrow_dataset(artifact, table))
+        for table in sorted(tables):
+            open_one = functools.partial(self.store.arrow_dataset, table=table)
+            connection.register(f"{table}@", used_dataset(table, uses, open_one))
         if "artifacts" in wanted:
-            connection.register("artifacts@", _artifacts_table(artifacts.values()))
+            used = {use.artifact.key: use.artifact for use in uses}
+            connection.register("artifacts@", _artifacts_table(used.values()))
         if "rounds" in wanted:
             connection.register("rounds@", _rounds_table(states))
         for name in VIEWS:
-            connection.execute(view_sql(name, uses if name in wanted else None))
+            connection.execute(view_sql(name, rows_wanted=name in wanted))
 
 
 def _one_select(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
@@ -159,8 +172,6 @@ def _run(
 def _refusal(error: Exception, memory: str) -> OpdError:
     """What DuckDB or Arrow says, in the words of this program."""
     text = str(error).strip()
-    if "CRC checksum" in text or "page checksum" in text.lower():
-        return CorruptArtifact(f"a shard that this query reads is damaged: {text}")
     narrow = "narrow it (WHERE run = ... AND round = ...) or aggregate"
     if "Out of Memory" in text:
         return QueryRefused(f"needs more than {memory} of memory; {narrow}")

@@ -45,7 +45,7 @@ class Store:
     Raises StoreError where the file system has no working flock or hard links."""
 
     def __init__(self, root: Path | str) -> None:
-        self.root = Path(root).absolute()
+        self.root = Path(root).expanduser().absolute()
         try:
             for name in ("artifacts", "runs", "quarantine", "locks", "memo"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)

@@ -1,16 +1,19 @@
 """The views that queries see, made from the columns of `storage.schemas` and from what the runs' states say.
 
-Every artifact that a statement needs becomes one lazy Arrow dataset, named `table@key`. A view is the union of these,
-one branch per use (run, round, artifact), with the three as constants: a filter on run or round prunes whole branches
-before anything is read.
+Every table becomes one lazy Arrow dataset over the shards of all artifacts that a run used (or that none did). Each
+shard carries its use (run, round, stage, artifact) as a partition: a filter on these prunes files before anything is
+read. A shard that several runs or rounds used is there once for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.dataset as pads
 
 from storage.artifact import Artifact
 from storage.runs import RunState
@@ -35,6 +38,12 @@ _ROUND = Column("round", _INT, "round of that run; null for none", nullable=True
 _STAGE = Column("stage", _STR, "the run's name of the stage (train, warmup, warmup_teacher)", nullable=True)
 _STAGE_STATE = pa.struct(
     [("stage", _STR), ("key", _STR), ("state", _STR), ("seconds", _DOUBLE), ("rows", _LONG), ("error", _STR)]
+)
+_USE = (
+    pa.field("use_run", _STR),
+    pa.field("use_round", _INT),
+    pa.field("use_stage", _STR),
+    pa.field("use_artifact", _STR),
 )
 METRICS = (
     Column("accuracy_greedy", _DOUBLE, "share of held-out prompts answered correctly, greedy", nullable=True),
@@ -89,8 +98,8 @@ def _signal_name(signal: str, column: str) -> str:
 
 
 _ALL = (
-    View("prompts", TABLES["prompts"].doc, (_ARTIFACT, *_columns("prompts")), ("prompts",)),
-    View("vocabulary", TABLES["vocabulary"].doc, (_ARTIFACT, *_columns("vocabulary")), ("vocabulary",)),
+    View("prompts", TABLES["prompts"].doc, (_RUN, _ARTIFACT, *_columns("prompts")), ("prompts",)),
+    View("vocabulary", TABLES["vocabulary"].doc, (_RUN, _ARTIFACT, *_columns("vocabulary")), ("vocabulary",)),
     View("rollouts", TABLES["rollouts"].doc, (_RUN, _ROUND, _ARTIFACT, *_columns("rollouts")), ("rollouts",)),
     View(
         "supervision",
@@ -202,9 +211,31 @@ def missing_of(states: Iterable[RunState], artifacts: Iterable[Artifact], tables
     ]
 
 
-def relation(table: str, artifact: Artifact) -> str:
-    """Name of the dataset of one artifact's table."""
-    return f"{table}@{artifact.key}"
+def used_dataset(table: str, uses: Sequence[Use], dataset: Callable[[Artifact], pads.Dataset]) -> pads.Dataset:
+    """The shards of all artifacts that hold `table`, lazily; `dataset` gives those of one artifact."""
+    fragments = []
+    opened: dict[str, list[pads.Fragment]] = {}
+    for use in uses:
+        if table not in use.artifact.rows:
+            continue
+        key = use.artifact.key
+        if key not in opened:
+            opened[key] = list(dataset(use.artifact).get_fragments()) if use.artifact.rows[table] else []
+        for shard in opened[key]:
+            fragments.append(shard.format.make_fragment(shard.path, shard.filesystem, _partition(use)))
+    schema = pa.schema([*_USE, *TABLES[table].arrow])
+    if not fragments:
+        return pads.dataset(schema.empty_table())
+    return pads.FileSystemDataset(fragments, schema, fragments[0].format, fragments[0].filesystem)
+
+
+def _partition(use: Use) -> pads.Expression:
+    values = (use.run, use.round, use.stage, use.artifact.key) if use.run else (None, None, use.stage, use.artifact.key)
+    terms = [
+        pads.field(field.name).is_null() if value is None else pads.field(field.name) == pa.scalar(value, field.type)
+        for field, value in zip(_USE, values, strict=True)
+    ]
+    return functools.reduce(operator.and_, terms)
 
 
 def wanted_views(sql: str) -> set[str]:
@@ -213,119 +244,65 @@ def wanted_views(sql: str) -> set[str]:
     return {name for name in VIEWS if name in text}
 
 
-def view_sql(name: str, uses: Sequence[Use] | None) -> str:
-    """`CREATE VIEW` for one view over the datasets of `uses`; with None, the same columns and no rows."""
-    view = VIEWS[name]
-    branches = _branches(name, uses) if uses is not None else []
-    if not branches:
-        return f"CREATE VIEW {name} AS SELECT {_casts(view.columns, null=True)} WHERE false"
-    union = " UNION ALL ".join(branches)
-    if name == "tokens":
-        union = _with_text(union, uses or ())
-    return f"CREATE VIEW {name} AS SELECT {_casts(view.columns)} FROM ({union})"
-
-
-def _branches(name: str, uses: Sequence[Use] | None) -> list[str]:
-    uses = uses or ()
+def view_sql(name: str, rows_wanted: bool) -> str:
+    """`CREATE VIEW` over the datasets registered as `<table>@`; or, needing none, the same columns without rows."""
+    columns = VIEWS[name].columns
+    if not rows_wanted:
+        return f"CREATE VIEW {name} AS SELECT {_casts(columns, null=True)} WHERE false"
     if name in ("artifacts", "rounds"):
-        return [f"SELECT * FROM {_identifier(name + '@')}"]
-    if name == "supervision":
-        return [_supervision(group) for group in _groups(uses)]
-    if name == "tokens":
-        return [_tokens(group) for group in _groups(uses)]
-    holding = [use for use in uses if name in use.artifact.rows]
-    if name in ("prompts", "vocabulary"):
-        once = {use.artifact.key: use for use in holding}
-        return [_rows(name, use, "") for use in once.values()]
-    return [_rows(name, use, _where_used(use, name)) for use in holding]
+        rows = f"SELECT * FROM {_identifier(name + '@')}"
+    elif name == "supervision":
+        rows = _supervision()
+    elif name == "tokens":
+        rows = _tokens()
+    else:
+        rows = _rows(name)
+    return f"CREATE VIEW {name} AS SELECT {_casts(columns)} FROM ({rows})"
 
 
-def _rows(table: str, use: Use, constants: str) -> str:
-    columns = [f"{_text(use.artifact.key)} AS artifact"]
-    columns += [_identifier(c.name) for c in _columns(table, without=("round",))]
-    return f"SELECT {constants}{', '.join(columns)} FROM {_identifier(relation(table, use.artifact))}"
+def _rows(table: str) -> str:
+    """A table's dataset under the views' names."""
+    columns = [_identifier(name) for name in TABLES[table].names if name not in ("run", "round", "stage")]
+    own_round = 'coalesce(use_round, "round")' if "round" in TABLES[table].names else "use_round"
+    use = f'use_run AS run, {own_round} AS "round", use_stage AS stage, use_artifact AS artifact'
+    return f"SELECT {use}, {', '.join(columns)} FROM {_identifier(table + '@')}"
 
 
-def _where_used(use: Use, table: str) -> str:
-    own = '"round"' if table == "training_steps" else "NULL"
-    run, round = (_text(use.run), str(use.round)) if use.run else ("NULL", own)
-    stage = f"{_text(use.stage)} AS stage, " if table == "training_steps" else ""
-    return f'{run} AS run, {round} AS "round", {stage}'
+def _with_signals(signals: Sequence[str]) -> str:
+    """The runs' rollouts, each beside its signals of the same round; nulls where a signal is not there.
+
+    Run and round are join keys, so that a filter on them reaches the signals' shards too."""
+    joins = " ".join(f'LEFT JOIN ({_rows(s)}) AS {s} USING (run, "round", sample_id)' for s in signals)
+    return f"FROM (SELECT * FROM ({_rows('rollouts')}) WHERE run IS NOT NULL) AS rollouts {joins}"
 
 
-@dataclass(frozen=True)
-class _Group:
-    """A run's rollouts of one round, with the signals that describe them and the vocabulary they are in."""
-
-    run: str
-    round: int
-    rollouts: Artifact
-    signals: dict[str, Artifact]
-
-
-def _groups(uses: Sequence[Use]) -> list[_Group]:
-    found = []
-    for use in uses:
-        if use.run and "rollouts" in use.artifact.rows:
-            beside = [u.artifact for u in uses if (u.run, u.round) == (use.run, use.round)]
-            signals = {name: a for name in SIGNALS for a in beside if name in a.rows}
-            found.append(_Group(use.run, use.round, use.artifact, signals))
-    return found
-
-
-def _constants(group: _Group) -> str:
-    return f'{_text(group.run)} AS run, {group.round} AS "round", {_text(group.rollouts.key)} AS artifact'
-
-
-def _joins(group: _Group, signals: Sequence[str]) -> str:
-    joined = "".join(
-        f" LEFT JOIN {_identifier(relation(signal, group.signals[signal]))} AS {signal} USING (sample_id)"
-        for signal in signals
-        if signal in group.signals
-    )
-    return f"FROM {_identifier(relation('rollouts', group.rollouts))} AS rollouts{joined}"
-
-
-def _supervision(group: _Group) -> str:
-    columns = [_constants(group), "sample_id"]
+def _supervision() -> str:
+    columns = ['run, "round", rollouts.artifact, sample_id']
     for signal in SIGNALS:
-        for column in _columns(signal, without=("sample_id",)):
-            held = f"{signal}.{column.name}" if signal in group.signals else "NULL"
-            columns.append(f"{held} AS {_signal_name(signal, column.name)}")
-    return f"SELECT {', '.join(columns)} {_joins(group, SIGNALS)}"
+        held = _columns(signal, without=("sample_id",))
+        columns += [f"{signal}.{column.name} AS {_signal_name(signal, column.name)}" for column in held]
+    return f"SELECT {', '.join(columns)} {_with_signals(SIGNALS)}"
 
 
-def _tokens(group: _Group) -> str:
-    def unnested(signal: str, column: str, name: str) -> str:
-        known = signal == "rollouts" or signal in group.signals
-        return f"unnest({signal}.{column}) AS {name}" if known else f"NULL AS {name}"
-
-    columns = [
-        _constants(group),
-        "sample_id",
-        "generate_subscripts(rollouts.completion_token_ids, 1) - 1 AS position",
-        unnested("rollouts", "completion_token_ids", "token_id"),
-        unnested("rollouts", "sampling_logprobs", "sampling_logprob"),
-        unnested("sampled", "student_logprobs", "student_logprob"),
-        unnested("sampled", "teacher_logprobs", "teacher_logprob"),
-        unnested("sampled", "student_entropy", "student_entropy"),
-        unnested("sampled", "teacher_entropy", "teacher_entropy"),
-        unnested("mask", "mask_reasons", "mask_reasons"),
-    ]
-    return f"SELECT {', '.join(columns)} {_joins(group, ('sampled', 'mask'))}"
-
-
-def _with_text(exploded: str, uses: Sequence[Use]) -> str:
-    """The exploded tokens with their texts, in the vocabulary of the run."""
-    vocabularies = {use.run: use.artifact for use in uses if use.run and "vocabulary" in use.artifact.rows}
-    if not vocabularies:
-        return f"SELECT *, NULL AS token FROM ({exploded})"
-    texts = " UNION ALL ".join(
-        f"SELECT {_text(run)} AS run, id AS token_id, coalesce(text, token) AS token"
-        f" FROM {_identifier(relation('vocabulary', artifact))} WHERE tokenizer = 'student'"
-        for run, artifact in vocabularies.items()
+def _tokens() -> str:
+    """Lists are exploded side by side; the texts come from the vocabulary that the run prepared."""
+    lists = {
+        "token_id": "rollouts.completion_token_ids",
+        "sampling_logprob": "rollouts.sampling_logprobs",
+        "student_logprob": "sampled.student_logprobs",
+        "teacher_logprob": "sampled.teacher_logprobs",
+        "student_entropy": "sampled.student_entropy",
+        "teacher_entropy": "sampled.teacher_entropy",
+        "mask_reasons": "mask.mask_reasons",
+    }
+    exploded = ", ".join(f"unnest({values}) AS {name}" for name, values in lists.items())
+    position = "generate_subscripts(rollouts.completion_token_ids, 1) - 1 AS position"
+    samples = _with_signals(("sampled", "mask"))
+    return (
+        f'SELECT e.*, v.token FROM (SELECT run, "round", rollouts.artifact, sample_id, {position}, {exploded} {samples})'
+        " AS e LEFT JOIN (SELECT run, id AS token_id, any_value(coalesce(text, token)) AS token"
+        f" FROM ({_rows('vocabulary')}) WHERE tokenizer = 'student' GROUP BY ALL) AS v USING (run, token_id)"
     )
-    return f"SELECT e.*, v.token FROM ({exploded}) AS e LEFT JOIN ({texts}) AS v USING (run, token_id)"
 
 
 _DUCKDB_TYPES = {

@@ -33,7 +33,9 @@ class AdditionSource(Identity):
         low, high = bounds(self.digits)
         pairs = (high - low + 1) ** 2
         if self.count > pairs:
-            raise ValueError(f"count: only {pairs} additions of {self.digits} digits exist, {self.count} were asked for")
+            raise ValueError(
+                f"count: only {pairs} additions of {self.digits} digits exist, {self.count} were asked for"
+            )
         return self
 
 

@@ -93,9 +93,7 @@ class ArchitectureModel(Identity):
 ModelSource = Annotated[CheckpointModel | HubModel | ArchitectureModel, Field(discriminator="kind")]
 
 
-def model_work(
-    source: CheckpointModel | HubModel | ArchitectureModel, seed: int, *, memo: Path | None = None
-) -> Work:
+def model_work(source: CheckpointModel | HubModel | ArchitectureModel, seed: int, *, memo: Path | None = None) -> Work:
     """The work that makes a `model` artifact of a source. `seed` is the run's, used by new weights only.
 
     `memo` is a folder that remembers hashes of unchanged files. A checkpoint's folder is checked and hashed here, at
@@ -177,7 +175,9 @@ def _build_hub(source: HubModel, builder: Builder, context: Context) -> None:
     check_checkpoint(folder)
     builder.external("model", folder)
     # The Hub's cache names a snapshot's folder after its commit.
-    builder.commit(meta={"source": "hub", "repo": source.repo, "commit": folder.name, "parameters": _parameters(folder)})
+    builder.commit(
+        meta={"source": "hub", "repo": source.repo, "commit": folder.name, "parameters": _parameters(folder)}
+    )
 
 
 # --- fresh weights ---------------------------------------------------------------------------------------------------
@@ -221,7 +221,9 @@ def initialise(source: ArchitectureModel, init_seed: int, directory: Path) -> in
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         except (ValueError, TypeError, RuntimeError, ZeroDivisionError, KeyError) as error:
-            raise ConfigError(f"config: {source.config} makes no {source.config['model_type']} model ({error})") from error
+            raise ConfigError(
+                f"config: {source.config} makes no {source.config['model_type']} model ({error})"
+            ) from error
     model.generation_config = GenerationConfig(
         eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id
     )

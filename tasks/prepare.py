@@ -30,7 +30,14 @@ SPLITS: tuple[Literal["eval", "train", "warmup"], ...] = ("eval", "train", "warm
 """In order of precedence: a prompt that is in two splits stays in the first of them."""
 SHARD_ROWS = 20_000
 _BATCH = 1_000
-_TEMPLATE_ARGUMENTS = ("conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "chat_template")
+_TEMPLATE_ARGUMENTS = (
+    "conversation",
+    "messages",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+)
 
 
 class PrepareConfig(Identity):
@@ -39,7 +46,9 @@ class PrepareConfig(Identity):
     train: PromptSource | None = Field(None, description="prompts to write rollouts for")
     eval: PromptSource | None = Field(None, description="held-out prompts; none of them is left in train or warmup")
     warmup: PromptSource | None = Field(None, description="prompts with completions for supervised fine-tuning")
-    chat_template: bool = Field(True, description="wrap a plain `prompt` as one user message; else tokenise it as it is")
+    chat_template: bool = Field(
+        True, description="wrap a plain `prompt` as one user message; else tokenise it as it is"
+    )
     chat_template_kwargs: dict[str, str | int | float | bool | None] = Field(
         {}, description="passed to the chat template (enable_thinking: false)"
     )
@@ -55,7 +64,9 @@ class PrepareConfig(Identity):
     def _own_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name in _TEMPLATE_ARGUMENTS:
             if name in value:
-                raise ValueError(f"chat_template_kwargs: {name!r} is set by this program, not by the template's arguments")
+                raise ValueError(
+                    f"chat_template_kwargs: {name!r} is set by this program, not by the template's arguments"
+                )
         return value
 
     @model_validator(mode="after")
@@ -74,7 +85,7 @@ def prepare_work(
 ) -> Work:
     """The work that makes the `prepare` artifact: tables `prompts` and `vocabulary`.
 
-    Content: `prompts:train`, `prompts:eval`, `prompts:warmup` (digests of the splits' rows) and `audit`. Meta: prompts
+    Content: `prompts:train` and so on (digest of the rows of each configured split) and `audit`. Meta: prompts
     and `filtered` (by reason) per split, `warnings`, `longest_prompt` in tokens, `audit`. `memo` is a folder that
     remembers hashes of unchanged files. Raises InputError for a source that cannot be read, here or when built."""
     identity = json.loads(canonical_json(config))
@@ -142,7 +153,9 @@ def prepare(config: PrepareConfig, student: Path, teacher: Path | None, context:
         said = ", ".join(f"{count} {reason}" for reason, count in filtered[split].items())
         context.log(f"{split}: {kept} prompts" + (f"; left out: {said}" if said else ""))
         if kept == 0:
-            raise InputError(f"{split}: no prompt is left of {len(rows)} ({said}); see max_prompt_length and the source")
+            raise InputError(
+                f"{split}: no prompt is left of {len(rows)} ({said}); see prompts.max_prompt_length and the source"
+            )
     for warning in warnings:
         context.log(f"warning: {warning}")
     vocabularies = [vocabulary_rows("student", renderer.student)]
@@ -209,7 +222,7 @@ class _Renderer:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if tokenizer.chat_template is None:
             raise InputError(
-                f"{row.where}: the tokenizer has no chat template; set prepare.chat_template: false and give plain prompts"
+                f"{row.where}: the tokenizer has no chat template; set prompts.chat_template: false and give plain prompts"
             )
         try:
             return str(
@@ -244,7 +257,9 @@ class _Renderer:
         renderer = self.teacher if self._teacher_renders else self.student
         own = {i: rows[i].teacher_prompt or rows[i].prompt for i in wanted}
         rendered = [
-            texts[i] if renderer is self.student and rows[i].teacher_prompt is None else self._text(rows[i], own[i], renderer)
+            texts[i]
+            if renderer is self.student and rows[i].teacher_prompt is None
+            else self._text(rows[i], own[i], renderer)
             for i in wanted
         ]
         tokens = self._tokens(self.teacher, rendered, [rows[i] for i in wanted])
@@ -274,7 +289,9 @@ class _Taken:
         """Takes it and returns its row of the table."""
         if split == "warmup" and not row.completion:
             raise InputError(f"{row.where}: a warmup row needs a completion to learn")
-        name = hashlib.sha256(prompt.text.encode("utf-8", "surrogatepass")).hexdigest()[:16] if row.id is None else row.id
+        name = (
+            hashlib.sha256(prompt.text.encode("utf-8", "surrogatepass")).hexdigest()[:16] if row.id is None else row.id
+        )
         if name == "":
             raise InputError(f"{row.where}: its id is empty; leave the id out to get one made")
         if name in self._place:
@@ -301,7 +318,7 @@ def _commit(builder: Builder, prepared: Prepared) -> None:
     audited = None if audit is None else audit.model_dump(mode="json")
     builder.commit(
         content={
-            **{f"prompts:{split}": table_digest(rows) for split, rows in found.items()},
+            **{f"prompts:{split}": table_digest(found[split]) for split in prepared.filtered},
             "audit": hashlib.sha256(canonical_json(audited).encode("ascii")).hexdigest(),
         },
         meta={

@@ -198,11 +198,15 @@ def audit_tokenizers(
     problems, notes, masked = _judge_ids(policy, facts[0], facts[1], mismatched)
     rendering = _rendering_differences(student, teacher, facts[0], facts[1])
     if rendering and policy.on_template_mismatch == "refuse":
-        problems.append(f"{'; '.join(rendering)} (set tokenizers.on_template_mismatch to say whose rendering the teacher reads)")
+        problems.append(
+            f"{'; '.join(rendering)} (set prompts.tokenizers.on_template_mismatch to say whose rendering the teacher reads)"
+        )
     elif rendering:
         notes.append(f"{'; '.join(rendering)}: the teacher reads the {policy.on_template_mismatch}'s rendering")
     if not mismatched and (text := _split_difference(student, teacher)) is not None:
-        problems.append(f"the same ids, but text is split differently, e.g. {text!r}; take a teacher with the same tokenizer")
+        problems.append(
+            f"the same ids, but text is split differently, e.g. {text!r}; take a teacher with the same tokenizer"
+        )
     notes += _harmless(student, teacher, facts[0], facts[1])
     verdict = "refused" if problems else "masked" if masked else "compatible" if notes else "identical"
     return TokenizerAudit(
@@ -229,7 +233,11 @@ def _judge_ids(
     if len(mismatched) > MASKED_SHARE_LIMIT * max(student.tokens, teacher.tokens):
         return [f"{found[0]}: these are two vocabularies; take a teacher with the student's tokenizer"], [], set()
     if policy.on_mismatch == "refuse":
-        return [f"{'; '.join(found)} (tokenizers.on_mismatch: mask leaves such tokens out of the loss)"], [], set()
+        return (
+            [f"{'; '.join(found)} (prompts.tokenizers.on_mismatch: mask leaves such tokens out of the loss)"],
+            [],
+            set(),
+        )
     return [], [f"{'; '.join(found)}: {len(masked)} ids are masked"], masked
 
 
@@ -244,7 +252,9 @@ def _facts(directory: Path, tokenizer: Any) -> TokenizerFacts:
     if not isinstance(rows, int):
         raise InputError(f"{directory / 'config.json'}: vocab_size must be a number, found {rows!r}")
     if rows < tokens:
-        raise InputError(f"{directory}: the tokenizer has {tokens} ids, the model only {rows} rows (config.json, vocab_size)")
+        raise InputError(
+            f"{directory}: the tokenizer has {tokens} ids, the model only {rows} rows (config.json, vocab_size)"
+        )
     return TokenizerFacts(
         tokens=tokens,
         rows=rows,

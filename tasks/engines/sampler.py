@@ -1,21 +1,22 @@
 """The sampler: a warm vLLM engine that writes completions. The only place that imports vLLM.
 
-Jobs (`op`), all with `model` (directory), `weights` (its weights digest), `dtype` and `sampling` (temperature, top_p, top_k
-or null, max_completion_length, stop_token_ids or "eos"):
+Jobs (`op`), all with `model` (directory), `weights` (its weights digest), `dtype` and `sampling` (temperature, top_p,
+top_k (0: all), max_completion_length, stop_token_ids or "eos"):
 
-- `rollout_shard`: `store`, `stage`, `key`, `shard`, `prompts` ({prompt_id, token_ids} list), `samples` ({sample_id, prompt
-  (position in prompts), sample_index, seed} list). Writes one shard of the table `rollouts`.
+- `rollout_shard`: `store`, `stage`, `key`, `shard`, `prompts` ({prompt_id, token_ids} list), `samples` ({sample_id,
+  prompt (position in prompts), sample_index, seed} list). Writes one shard of the table `rollouts`.
   Returns samples, tokens, clipped, stop_token_ids, proof.
-- `generate_shard`: `prompts` (list of token id lists) and `seeds` (one per prompt, ignored at temperature 0). Writes nothing.
-  Returns completions ({token_ids, text, finish_reason, logprobs} list in the order of the prompts), stop_token_ids, proof.
+- `generate_shard`: `prompts` (list of token id lists), `seeds` (one per prompt, ignored at temperature 0). Writes
+  nothing. Returns completions ({token_ids, text, finish_reason, logprobs} list in the order of the prompts),
+  stop_token_ids, proof.
 
 Every request has its own seed, so that a completion depends neither on its company nor on the order. Log-probabilities
-are of the distribution that was sampled from (temperature, top-p and top-k applied; at temperature 0 the model's own)."""
+are of the distribution sampled from (temperature, top-p and top-k applied; at temperature 0 the model's own)."""
 
 from __future__ import annotations
 
 import gc
-import json
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -26,7 +27,9 @@ from typing import Any
 from storage.digests import weights_digest
 from storage.errors import ConfigError, InputError, OpdError
 from storage.identity import derive_seed
+from tasks.engines.checkpoint import check_lengths, longest_sequence, read_config, stop_token_ids
 from tasks.engines.weights import judge_probes, judge_weights
+from tasks.tokenizers import load_tokenizer
 
 Progress = Callable[[int, int], None]
 
@@ -55,8 +58,8 @@ class Completion:
 class Sampler:
     """Serves rollout and evaluation jobs from one engine, kept warm between jobs and between weights.
 
-    Settings: device (cpu|cuda), threads, tensor_parallel_size, gpu_memory_utilization, kv_cache_gib (CPU), enforce_eager
-    (null: on CPU only), max_num_seqs, verify_weights (full|checksums), batched_tokens."""
+    Settings: device (cpu|cuda), threads, tensor_parallel_size, gpu_memory_utilization, kv_cache_gib (CPU),
+    enforce_eager (null: on CPU only), max_num_seqs, verify_weights (full|checksums), batched_tokens."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -133,13 +136,15 @@ class Sampler:
     ) -> tuple[list[Completion], list[int]]:
         sampling = job["sampling"]
         path = Path(job["model"])
-        config = _config(path)
+        config = read_config(path)
         length = check_lengths(config, path, prompts, sampling["max_completion_length"])
         self._load(path, job["weights"], job["dtype"], length)
         stop_ids = stop_token_ids(path, sampling.get("stop_token_ids", "eos"), self._tokenizer.eos_token_id)
         vocabulary = int(config["vocab_size"])
         if not all(0 <= token < vocabulary for token in stop_ids):
-            raise InputError(f"stop_token_ids: {stop_ids} has ids that {path} (vocabulary of {vocabulary}) cannot write")
+            raise InputError(
+                f"stop_token_ids: {stop_ids} has ids that {path} (vocabulary of {vocabulary}) cannot write"
+            )
         return self._sample(prompts, seeds, sampling, stop_ids, progress), stop_ids
 
     # --- sampling ------------------------------------------------------------------------------------------------
@@ -175,8 +180,8 @@ class Sampler:
         failed = [index for index in range(len(prompts)) if index not in done]
         if failed:
             raise SamplingFailed(
-                f"{len(failed)} of {len(prompts)} samples failed twice, e.g. number {failed[0]} (seed {seeds[failed[0]]},"
-                f" prompt of {len(prompts[failed[0]])} tokens): {wrong[failed[0]]}"
+                f"{len(failed)} of {len(prompts)} samples failed twice, e.g. number {failed[0]} (seed"
+                f" {seeds[failed[0]]}, prompt of {len(prompts[failed[0]])} tokens): {wrong[failed[0]]}"
             )
         return [done[index] for index in range(len(prompts))]
 
@@ -222,7 +227,9 @@ class Sampler:
 
     def _load(self, path: Path, weights: str, dtype: str, length: int) -> None:
         """Bring the engine to the checkpoint: reload in place, or build (anew) where that cannot be right; prove it."""
-        architecture = {k: v for k, v in _config(path).items() if k not in ("_name_or_path", "transformers_version")}
+        architecture = {
+            k: v for k, v in read_config(path).items() if k not in ("_name_or_path", "transformers_version")
+        }
         shape = {"dtype": dtype, "architecture": architecture}
         same_shape = self.llm is not None and self._shape == shape and length <= self.llm.model_config.max_model_len
         if same_shape and self._weights == weights:
@@ -255,7 +262,7 @@ class Sampler:
             self.proof |= self._probe(path, dtype)
 
     def _probe(self, path: Path, dtype: str) -> dict[str, Any]:
-        vocabulary = int(_config(path)["vocab_size"])
+        vocabulary = int(read_config(path)["vocab_size"])
         prompts = [[derive_seed("probe", i, j) % vocabulary for j in range(_PROBE_PROMPT)] for i in range(_PROBES)]
         sampling = {"temperature": 1.0, "max_completion_length": _PROBE_TOKENS}
         params = [self._params(sampling, derive_seed("probe", i), ()) for i in range(_PROBES)]
@@ -272,12 +279,13 @@ class Sampler:
         from vllm import LLM
         from vllm.platforms import current_platform
 
+        _quieten()
         if self.on_cpu and not current_platform.is_cpu():
             raise ConfigError("runtime.device: cpu, but the installed vllm is built for GPUs; see make setup EXTRA=cpu")
         if not self.on_cpu and current_platform.is_cpu():
             raise ConfigError("runtime.device: cuda, but the installed vllm is built for CPU; see make setup EXTRA=gpu")
         setting = self.settings.get
-        limit = _longest(_config(path), path)
+        limit = longest_sequence(read_config(path), path)
         length = min(max(32, 1 << (length - 1).bit_length()), limit)  # room, so that a later job seldom needs a rebuild
         eager = setting("enforce_eager")
         sequences = int(setting("max_num_seqs", 256))
@@ -312,64 +320,6 @@ class Sampler:
         )
 
 
-# --- what a checkpoint says of itself --------------------------------------------------------------------------------
-
-
-def check_lengths(config: dict[str, Any], path: Path, prompts: list[list[int]], completion_length: int) -> int:
-    """Tokens of the longest prompt with its completion. Raises InputError for an empty prompt, or when the model's
-    positions do not suffice."""
-    if not prompts or min(map(len, prompts)) == 0:
-        raise InputError("sampler: no prompts, or one without tokens; prepare filters these")
-    longest = max(map(len, prompts))
-    limit = _longest(config, path)
-    if longest + completion_length > limit:
-        over = sum(len(ids) + completion_length > limit for ids in prompts)
-        raise InputError(
-            f"max_completion_length: {over} of {len(prompts)} prompts (the longest has {longest} tokens) with completions of"
-            f" {completion_length} do not fit the {limit} positions of {path}; lower it or filter long prompts in prepare"
-        )
-    return longest + completion_length
-
-
-def stop_token_ids(path: Path, policy: str | Sequence[int], tokenizer_eos: int | None) -> list[int]:
-    """The ids that end a completion. "eos": the tokenizer's end of sequence and those of generation_config.json (where
-    there is none: of config.json). Raises InputError when there is none at all."""
-    if policy != "eos":
-        return sorted({int(token) for token in policy})
-    source = path / "generation_config.json"
-    declared = (json.loads(source.read_text()) if source.is_file() else _config(path)).get("eos_token_id")
-    ids = {int(token) for token in (declared if isinstance(declared, list) else [declared]) if token is not None}
-    ids |= {tokenizer_eos} if tokenizer_eos is not None else set()
-    if not ids:
-        raise InputError(f"stop_token_ids: {path} names no end-of-sequence token; give the ids explicitly")
-    return sorted(ids)
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The checkpoint's tokenizer. Raises InputError when the directory holds none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no tokenizer that transformers can load ({error})") from error
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no readable config.json ({error})") from error
-    return {**config, **config.get("text_config", {})}
-
-
-def _longest(config: dict[str, Any], path: Path) -> int:
-    limit = config.get("max_position_embeddings")
-    if not isinstance(limit, int) or limit < 1:
-        raise InputError(f"{path / 'config.json'}: max_position_embeddings is {limit!r}; a positive integer is needed")
-    return limit
-
-
 # --- outputs ---------------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +345,13 @@ def _problem(output: Any) -> str | None:
     if not all(math.isfinite(value) for value in _logprobs(output)):
         return "a log-probability is not finite"
     return None
+
+
+def _quieten() -> None:
+    """Silence warnings that mean nothing here: no tokenizer (ids go in and come out), no preloaded allocator, and
+    rotary tables that no checkpoint holds ("failed to load"; whether weights arrived is proven, not read in a log)."""
+    for name in ("renderers.base", "v1.worker.cpu_worker", "model_executor.model_loader.reload.layerwise"):
+        logging.getLogger(f"vllm.{name}").setLevel(logging.ERROR)
 
 
 def _prepare_environment(on_cpu: bool, threads: int) -> None:

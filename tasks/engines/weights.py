@@ -33,7 +33,7 @@ class StaleWeights(OpdError):
 
 
 class EngineWeights:
-    """Extension of vLLM's worker class (`worker_extension_cls`): compares its share of the weights with a checkpoint."""
+    """Extension of vLLM's worker class (`worker_extension_cls`): compares its weights with a checkpoint."""
 
     def opd_compare_weights(self, path: str) -> dict[str, Any]:
         """Compare this worker's parameters with the checkpoint in the directory `path`.
@@ -89,7 +89,7 @@ class _Checkpoint:
             raise InputError(f"{path}: no *.safetensors in it; the engine's weights cannot be proven without")
         for file in files:
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
+                for name in tensors.keys():  # noqa: SIM118 (no mapping: it iterates by keys() only)
                     if (mapped := rename(name)) is not None:
                         self._files[mapped] = (str(file), name)
         self._read: set[str] = set()
@@ -172,7 +172,11 @@ def _share(module: nn.Module, parameter: str, parts: list[torch.Tensor]) -> torc
     if "QKVParallelLinear" in kind:
         replica = rank // module.num_kv_head_replicas
         value = getattr(module, "v_head_size", module.head_size)
-        sizes = [module.num_heads * module.head_size, module.num_kv_heads * module.head_size, module.num_kv_heads * value]
+        sizes = [
+            module.num_heads * module.head_size,
+            module.num_kv_heads * module.head_size,
+            module.num_kv_heads * value,
+        ]
         blocks = [(rank, sizes[0]), (replica, sizes[1]), (replica, sizes[2])]
         return torch.cat([part.narrow(0, at * size, size) for part, (at, size) in zip(parts, blocks, strict=True)])
     if "ColumnParallelLinear" in kind:  # the merged ones too: each part is cut by itself
@@ -193,10 +197,10 @@ def judge_weights(reports: list[dict[str, Any]], path: Path, need_all: bool) -> 
         )
     unproven = sorted({name for report in reports for name in (*report["unproven"], *report["unread"])})
     compared = sum(report["compared"] for report in reports)
-    if need_all and unproven or not compared:
+    if (need_all and unproven) or not compared:
         raise StaleWeights(
             f"the engine's weights could not all be compared with {path}: {len(unproven)} of unknown layout, e.g."
-            f" {'; '.join(unproven[:_SHOWN])}. Set runtime.sampler.verify_weights to full, which adds log-probability probes"
+            f" {'; '.join(unproven[:_SHOWN])}. Set runtime.sampler.verify_weights to full, which adds probes"
         )
     return {
         "params_compared": compared,
@@ -224,7 +228,9 @@ def reference_logprobs(path: Path, sequences: list[tuple[list[int], list[int]]])
 def judge_probes(
     path: Path, sequences: list[tuple[list[int], list[int]]], engine: list[list[float]], dtype: str
 ) -> dict[str, Any]:
-    """Compare the engine's log-probabilities (temperature 1, nothing cut off) with transformers'. Raises StaleWeights."""
+    """Compare the engine's log-probabilities (temperature 1, nothing cut off) with transformers'.
+
+    Raises StaleWeights when they are further apart than the engine's dtype explains."""
     largest = 0.0
     for expected_T, found in zip(reference_logprobs(path, sequences), engine, strict=True):
         gap = (expected_T - torch.tensor(found, dtype=torch.float64)).abs().max().item()

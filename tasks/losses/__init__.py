@@ -13,6 +13,6 @@ Names of tensors end in their shape, one letter per axis:
 
 A method is a point in a small product of axes: `config.py` names the axes and refuses what makes no sense,
 `divergences.py` has one class per divergence, `support.py` what lies outside a top-K list, `direct.py`,
-`policy_gradient.py` and `sft.py` one estimator each, `head.py` what is computed of the live student, `reduction.py` the
-denominators. The trainer alone sums over tokens.
+`policy_gradient.py` and `sft.py` one estimator each, `head.py` what is computed of the live student. The trainer alone
+weighs and sums over tokens.
 """

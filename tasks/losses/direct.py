@@ -23,7 +23,7 @@ class DirectObjective:
         config = self.config
         ids = required(batch.support_ids_NK, "batch.support_ids_NK")
         counted = batch.loss_mask_N > 0
-        listed = listed_mask(ids, required(batch.support_valid_N, "batch.support_valid_N")) & counted.unsqueeze(-1)
+        listed = listed_mask(ids, required(batch.support_valid_N, "batch.support_valid_N"))
         scores = required(student.support_logprobs_NK, "student.support_logprobs_NK")
         if config.support.outside != "renormalize":
             required(student.log_normaliser_N, "student.log_normaliser_N (scores normalised over the vocabulary)")
@@ -32,6 +32,7 @@ class DirectObjective:
             scores,
             required(batch.teacher_support_logprobs_NK, "batch.teacher_support_logprobs_NK"),
             listed,
+            counted,
             outside=config.support.outside,
             logprob_min=config.logprob_min,
             tail_logmass_min=config.tail_logmass_min,

@@ -58,7 +58,7 @@ class ChunkedHead:
     The memory for logits is chunk_tokens x V, whatever N. Scores on a support alone come from K rows of the head where
     the vocabulary has at least `rows_from` times K entries (below that a full product is faster)."""
 
-    def __init__(self, chunk_tokens: int, rows_from: int = 4) -> None:
+    def __init__(self, chunk_tokens: int, rows_from: int = 16) -> None:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens: {chunk_tokens}; at least one token per chunk")
         self.chunk_tokens = chunk_tokens

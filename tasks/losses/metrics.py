@@ -53,6 +53,7 @@ def support_metrics(
                 view.support_logprobs_NK,
                 teacher,
                 listed,
+                batch.loss_mask_N > 0,
                 outside="bucket",
                 logprob_min=logprob_min,
                 tail_logmass_min=tail_logmass_min,

@@ -68,6 +68,7 @@ def categories(
     student_NK: Tensor,
     teacher_NK: Tensor,
     listed_NK: Tensor,
+    counted_N: Tensor,
     *,
     outside: Outside,
     logprob_min: float,
@@ -76,7 +77,7 @@ def categories(
     teacher_tail_N: Tensor | None = None,
     excluded_NK: Tensor | None = None,
 ) -> Categories:
-    """The categories that a divergence compares.
+    """The categories that a divergence compares; none where `counted_N` (bool) is false.
 
     student_NK: log-probabilities of the live student on the support, without the excluded ids (logits will do for
     `renormalize`); teacher_NK: the teacher's over the whole vocabulary. Without a tail given it is computed as
@@ -85,6 +86,7 @@ def categories(
     does."""
     p, q = working(student_NK), working(teacher_NK)
     p, q = p.clamp(min=lowest(p)), q.clamp(min=lowest(q)).to(p.dtype)
+    listed_NK = listed_NK & counted_N.unsqueeze(-1)
     valid = listed_NK if excluded_NK is None else listed_NK & ~excluded_NK
     if outside == "renormalize":
         p = p.masked_fill(~valid, lowest(p)).log_softmax(-1)
@@ -103,7 +105,7 @@ def categories(
     if tail_p is None:
         tail_p = log1mexp(masked_logsumexp(p, valid), tail_logmass_min)
     body = _floored(p, q, valid, logprob_min)
-    tail = _floored(tail_p.unsqueeze(-1), tail_q.unsqueeze(-1), torch.ones_like(valid[..., :1]), tail_logmass_min)
+    tail = _floored(tail_p.unsqueeze(-1), tail_q.unsqueeze(-1), counted_N.unsqueeze(-1), tail_logmass_min)
     return Categories(
         torch.cat((body.log_p_NC, tail.log_p_NC), -1),
         torch.cat((body.log_q_NC, tail.log_q_NC), -1),

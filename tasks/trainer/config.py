@@ -109,3 +109,41 @@ class OptimizerSettings(Identity):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: {list(self.betas)} must be two numbers in [0, 1)")
         return self
+
+
+MaskReasonName = Literal["special_token", "truncated", "teacher_prefix", "unmapped"]
+
+
+class TrainConfig(OptimizerSettings):
+    """One round's training on its rollouts."""
+
+    samples_per_step: int = Field(ge=1, description="samples of an optimizer step, whatever the world size")
+    epochs_per_round: int = Field(1, ge=1, description="passes over a round's rollouts")
+    metrics_every: int = Field(
+        10, ge=1, description="steps between those that also log what needs the whole vocabulary (entropy, mass, ...)"
+    )
+    mask_reasons: tuple[MaskReasonName, ...] = Field(
+        ("special_token", "teacher_prefix", "unmapped"),
+        description="reasons that take a token out of the loss; an invalid value always does",
+    )
+    importance_correction: ImportanceCorrection = Field(
+        NoCorrection(), description="correction of the mismatch between sampling engine and trainer"
+    )
+    max_drift: float | None = Field(
+        None,
+        gt=0,
+        description="end the round after a step whose mean log-ratio of rollout-time to live student is above this",
+    )
+
+    @property
+    def needs_behaviour_logprobs(self) -> bool:
+        """Whether supervise must score the student under the sampling distribution as well."""
+        return self.importance_correction.kind != "none"
+
+
+class WarmupConfig(OptimizerSettings):
+    """Supervised fine-tuning on the prompts of split `warmup`, epoch after epoch in a seeded order."""
+
+    steps: int = Field(ge=1, description="optimizer steps")
+    samples_per_step: int = Field(32, ge=1, description="samples of an optimizer step, whatever the world size")
+    metrics_every: int = Field(50, ge=1, description="steps between those that also log the student's entropy")

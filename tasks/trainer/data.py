@@ -152,9 +152,7 @@ def _checked(samples: Samples) -> Samples:
     for name, lists in (("prompt", samples.prompts), ("completion", samples.completions)):
         empty = np.flatnonzero(lists.lengths == 0)
         if len(empty):
-            raise InputError(
-                f"sample {samples.ids[empty[0]]!r} has no {name} tokens ({len(empty)} such samples)"
-            )
+            raise InputError(f"sample {samples.ids[empty[0]]!r} has no {name} tokens ({len(empty)} such samples)")
     return samples
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+import transformers
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import set_log_level_from_string
 from torch import nn
 
 from storage.errors import ConfigError
@@ -23,6 +24,7 @@ from tasks.trainer.config import OptimizerSettings
 from tasks.trainer.data import Forward
 from tasks.trainer.model import TrainModule
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 _OURS = {
     "optimizer": "train.lr, betas, eps, weight_decay",
     "scheduler": "train.schedule",
@@ -46,6 +48,8 @@ def start() -> torch.device:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    set_log_level_from_string("warning")
+    transformers.utils.logging.disable_progress_bar()
     if not dist.is_initialized():
         # compiled with g++ at the first start and used by inference alone
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -150,8 +154,8 @@ class Engine:
         return float(loss.detach())
 
     def step(self, lr: float) -> float | None:
-        """Clip, update, clear the gradients. The global gradient norm before clipping, or None when it is not finite: no
-        weight has changed then. Collective."""
+        """Clip, update, clear the gradients. The global gradient norm before clipping; None when it is not finite, and
+        then no weight has changed. Collective."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
         if self.stage == 0:
@@ -174,7 +178,20 @@ class Engine:
                 gradient.mul_(1.0 / ((norm + 1e-6) / limit))
         return norm
 
-    def flat_masters(self) -> Iterable[torch.Tensor]:
+    def make_moments(self, step: int) -> None:
+        """Gives AdamW zero moments and a step count now, so that they can be set and read before its first step.
+
+        For a fresh start too: DeepSpeed links the moments to the parameters when the first parameter group has made its
+        step, and those of a second group stay unlinked for ever."""
+        for flat in self._flat_masters():
+            on = flat.device if self.device.type == "cuda" else "cpu"
+            moments = {name: torch.zeros_like(flat, memory_format=torch.preserve_format) for name in MOMENTS}
+            self.adamw.state[flat] = {"step": torch.tensor(float(step), device=on), **moments}
+        link = getattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+
+    def _flat_masters(self) -> list[torch.Tensor]:
         """The tensors that AdamW keeps moments of on this rank: parameters themselves, or flat float32 partitions."""
         if self.stage == 0:
             return list(self.parameters.values())

@@ -25,9 +25,9 @@ def export_student(
 ) -> None:
     """Writes the trained model into the empty folder `target`.
 
-    `base` is the checkpoint that training started from (architecture; with LoRA also the frozen weights), `companions` the
-    student whose tokenizer, chat template and generation config go along. `masters` are (name, float32 tensor); they are
-    rounded to `dtype` once, after adapters have been merged in float32.
+    `base` is the checkpoint that training started from (architecture; with LoRA also the frozen weights), `companions`
+    the student whose tokenizer, chat template and generation config go along. `masters` are (name, float32 tensor);
+    they are rounded to `dtype` once, after adapters have been merged in float32.
     Raises InputError when the student has no tokenizer."""
     model = load_model(base, dtype)
     if lora is not None:

@@ -1,8 +1,8 @@
 """How the trainer is started: DeepSpeed's per-node launcher, one process per rank. Imports no engine.
 
 The launcher puts RANK, WORLD_SIZE, LOCAL_RANK and the visible devices into each rank's environment; the ranks stay in
-the launcher's process group, so killing the group ends everything. When a rank fails the launcher terminates the others;
-on SIGTERM or SIGINT it terminates all. Ranks find each other through a file beside the supervisor's socket (see
+the launcher's process group, so killing the group ends everything. When a rank fails the launcher terminates the
+others; on SIGTERM or SIGINT it terminates all. Ranks find each other through a file beside the supervisor's socket (see
 `engine.start`), so concurrent runs share no port and nothing listens beyond the loopback device."""
 
 from __future__ import annotations

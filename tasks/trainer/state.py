@@ -1,8 +1,8 @@
-"""The trainer's state between rounds, free of topology: float32 master weights and AdamW's moments, one full tensor each.
+"""The trainer's state between rounds, free of topology: float32 master weights and AdamW's moments, in full.
 
 It loads into any ZeRO stage and any number of ranks, bit for bit. Layout of the tree: `master.safetensors`,
-`exp_avg.safetensors`, `exp_avg_sq.safetensors` (by parameter name), `trainer.json`, and with LoRA `base/`: the frozen
-weights that the adapters belong to. No pickle."""
+`exp_avg.safetensors`, `exp_avg_sq.safetensors` (tensors `<kind>/<parameter name>`), `trainer.json`, and with LoRA
+`base/`: the frozen weights that the adapters belong to. No pickle."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from storage.errors import CorruptArtifact, InputError
-from tasks.trainer.engine import Engine
+from tasks.trainer.engine import MOMENTS, Engine
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _KINDS = ("master", *MOMENTS)
 
 
@@ -66,23 +65,23 @@ def load_weights(directory: Path, parameters: dict[str, nn.Parameter]) -> None:
     CorruptArtifact when names or shapes differ."""
     with _opened(directory, "master", parameters) as tensors:
         for name, parameter in parameters.items():
-            parameter.data.copy_(tensors.get_tensor(name))
+            parameter.data.copy_(tensors.get_tensor(f"master/{name}"))
 
 
 def load(directory: Path, engine: Engine, step: int) -> None:
     """Sets master weights, moments and step count of every rank's partition exactly. Collective."""
-    _prepare_moments(engine, step)
+    engine.make_moments(step)
     for kind in _KINDS:
         with _opened(directory, kind, engine.parameters) as tensors:
             for name, parameter in engine.parameters.items():
-                _set(engine, parameter, kind, tensors.get_tensor(name))
+                _set(engine, parameter, kind, tensors.get_tensor(f"{kind}/{name}"))
     dist.barrier()
 
 
 def save(directory: Path, engine: Engine, state: TrainerState, base: Path | None) -> None:
     """Writes the tree; rank 0 writes, all ranks take part. `base` is the folder of the frozen weights, with LoRA."""
     for kind in _KINDS:
-        tensors = dict(full_tensors(engine, kind))
+        tensors = {f"{kind}/{name}": tensor for name, tensor in full_tensors(engine, kind)}
         if dist.get_rank() == 0:
             save_file(tensors, directory / f"{kind}.safetensors")
         del tensors
@@ -103,18 +102,6 @@ def full_tensors(engine: Engine, kind: str) -> Iterator[tuple[str, torch.Tensor]
         tensor = _get(engine, parameter, kind)
         if dist.get_rank() == 0:
             yield name, tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-
-
-def _prepare_moments(engine: Engine, step: int) -> None:
-    """AdamW makes its moments at the first step; a loaded state needs them before."""
-    for flat in engine.flat_masters():
-        engine.adamw.state[flat] = {
-            "step": torch.tensor(float(step), device=flat.device if engine.device.type == "cuda" else "cpu"),
-            **{name: torch.zeros_like(flat, memory_format=torch.preserve_format) for name in MOMENTS},
-        }
-    link = getattr(engine.engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-    if link is not None:  # stages 1 and 2 look moments up through the parameters
-        link()
 
 
 def _set(engine: Engine, parameter: nn.Parameter, kind: str, value: torch.Tensor) -> None:
@@ -142,8 +129,9 @@ def _opened(directory: Path, kind: str, parameters: dict[str, nn.Parameter]) -> 
         tensors = safe_open(path, "pt")
     except Exception as error:  # the Rust reader raises its own type
         raise CorruptArtifact(f"{path}: not readable ({error})") from error
-    names = set(tensors.keys())
-    if names != set(parameters):
-        odd = sorted(names ^ set(parameters))
-        raise CorruptArtifact(f"{path}: its tensors are not the model's parameters ({len(odd)} differ, first {odd[0]!r})")
+    odd = sorted(set(tensors.keys()) ^ {f"{kind}/{name}" for name in parameters})
+    if odd:
+        raise CorruptArtifact(
+            f"{path}: its tensors are not the model's parameters ({len(odd)} differ, first {odd[0]!r})"
+        )
     return tensors

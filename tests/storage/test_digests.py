@@ -1,3 +1,5 @@
+import hashlib
+import itertools
 import json
 import os
 import struct
@@ -7,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
@@ -31,6 +33,7 @@ SCHEMA = pa.schema(
         ("pair", pa.struct([("a", pa.int16()), ("b", pa.string())])),
     ]
 )
+slowly = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines are shared
 FLOAT32 = st.floats(width=32)
 ROW = st.fixed_dictionaries(
     {
@@ -49,13 +52,14 @@ def table(rows: list[dict]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
+@slowly
 @given(ROWS, st.lists(st.integers(0, 9), max_size=3), ROWS, ROWS)
 def test_table_digest_ignores_how_rows_are_held(rows: list, cuts: list, before: list, after: list) -> None:
     whole = table(rows)
     digest = table_digest(whole)
     bounds = sorted({0, len(rows), *(cut for cut in cuts if cut <= len(rows))})
     chunked = pa.concat_tables(
-        [whole.slice(start, end - start) for start, end in zip(bounds, bounds[1:], strict=False)] or [whole]
+        [whole.slice(start, end - start) for start, end in itertools.pairwise(bounds)] or [whole]
     )
     assert table_digest(chunked) == digest
     assert table_digest(table(before + rows + after).slice(len(before), len(rows))) == digest
@@ -66,6 +70,7 @@ def test_table_digest_ignores_how_rows_are_held(rows: list, cuts: list, before: 
     assert table_digest(whole.set_column(0, "text", whole["text"].dictionary_encode())) == digest
 
 
+@slowly
 @given(ROWS, ROWS)
 def test_table_digest_tells_different_rows_apart(one: list, other: list) -> None:
     # repr tells -0.0 from 0.0 and takes every NaN for the same, as the digest does
@@ -146,8 +151,6 @@ def test_weights_digest_ignores_the_split_and_sees_the_rest(tmp_path: Path) -> N
 
 
 def test_tensor_digests_are_those_of_the_raw_bytes(tmp_path: Path) -> None:
-    import hashlib
-
     found = tensor_digests(save(tmp_path / "m", ["a", "b"], ["scalar", "empty"]))
     assert list(found) == sorted(TENSORS)
     assert found == {name: hashlib.sha256(tensor.tobytes()).hexdigest() for name, tensor in TENSORS.items()}

@@ -9,11 +9,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from storage.artifact import ArtifactSpec
 from storage.digests import weights_digest
 from storage.errors import InputError
 from storage.identity import derive_seed
-from tasks.engines.sampler import Sampler, SamplingFailed, stop_token_ids
+from storage.store import Store
+from tasks.engines.checkpoint import stop_token_ids
+from tasks.engines.sampler import Sampler, SamplingFailed
 from tasks.engines.weights import StaleWeights, judge_probes
+from tasks.tokenizers import load_tokenizer
 
 VOCABULARY = 264
 EOS = 257
@@ -123,7 +127,8 @@ def test_sampling_logprobs_are_of_the_truncated_distribution(sampler, checkpoint
 
 def test_top_k_bounds_what_is_sampled(sampler, checkpoints):
     path, ids = checkpoints["one"], prompt(0)
-    first = {c["token_ids"][0] for c in ask(sampler, path, [ids] * 40, list(range(40)), top_p=1.0, top_k=3, temperature=2.0)}
+    completions = ask(sampler, path, [ids] * 40, list(range(40)), top_p=1.0, top_k=3, temperature=2.0)
+    first = {completion["token_ids"][0] for completion in completions}
     top3 = set(logits_of(path, ids, [0])[0].topk(3).indices.tolist())
     assert first <= top3 and len(first) > 1
 
@@ -146,7 +151,8 @@ def test_long_prompts_are_never_cut_into_pieces(sampler, checkpoints):
     completions = ask(sampler, checkpoints["one"], prompts, list(range(8)))
     path = checkpoints["one"]
     tokens = completions[5]["token_ids"]
-    expected = truncated_logprobs(logits_of(path, prompts[5], tokens), 0.8, 0.7).gather(1, torch.tensor(tokens)[:, None])
+    expected_TV = truncated_logprobs(logits_of(path, prompts[5], tokens), 0.8, 0.7)
+    expected = expected_TV.gather(1, torch.tensor(tokens)[:, None])
     torch.testing.assert_close(torch.tensor(completions[5]["logprobs"]).double(), expected[:, 0], atol=1e-4, rtol=0)
 
 
@@ -171,9 +177,11 @@ def test_an_engine_with_stale_weights_is_caught(sampler, checkpoints):
         sampler.prove(checkpoints["two"], "float32")
 
     def nudge(model):
-        model.model.layers[1].mlp.down_proj.cpu_linear = lambda x, weight, bias, was=(
-            model.model.layers[1].mlp.down_proj.cpu_linear
-        ): was(x, weight, bias) * (1 + 1e-6)
+        model.model.layers[1].mlp.down_proj.cpu_linear = (
+            lambda x, weight, bias, was=(model.model.layers[1].mlp.down_proj.cpu_linear): (
+                was(x, weight, bias) * (1 + 1e-6)
+            )
+        )
 
     sampler.llm.apply_model(nudge)  # packed weights: only what the layer computes can tell
     with pytest.raises(StaleWeights, match=r"layers\.1\.mlp\.down_proj\.weight as multiplied with"):
@@ -190,7 +198,8 @@ def test_an_engine_with_stale_weights_is_caught(sampler, checkpoints):
 def test_a_job_after_a_failed_reload_does_not_sample(sampler, checkpoints, monkeypatch):
     ask(sampler, checkpoints["one"], [prompt(0)], [0])
     rpc = sampler.llm.collective_rpc
-    monkeypatch.setattr(sampler.llm, "collective_rpc", lambda name, **kw: None if name == "reload_weights" else rpc(name, **kw))
+    deaf = lambda name, **kw: None if name == "reload_weights" else rpc(name, **kw)  # noqa: E731
+    monkeypatch.setattr(sampler.llm, "collective_rpc", deaf)
     for _ in range(2):  # the second job must not believe the first one's attempt
         with pytest.raises(StaleWeights):
             ask(sampler, checkpoints["two"], [prompt(0)], [0])
@@ -205,21 +214,6 @@ def test_probes_notice_other_weights(checkpoints):
         judge_probes(checkpoints["two"], [sequence], [values], "float32")
     with pytest.raises(StaleWeights, match="log-probabilities"):
         judge_probes(checkpoints["one"], [sequence], [[*values[:-1], values[-1] + 2e-4]], "float32")
-
-
-def test_tied_embeddings_get_a_new_engine(sampler, checkpoints):
-    ids, seeds = [prompt(2)], [9]
-    ask(sampler, checkpoints["tied_one"], ids, seeds)
-    result = sampler.handle(job(checkpoints["tied_two"], ids, seeds, temperature=0), lambda *_: None)
-    assert result["proof"]["change"] == "built" and result["proof"]["max_logprob_difference"] < 1e-4
-    (completion,) = result["completions"]
-    logits_TV = logits_of(checkpoints["tied_two"], ids[0], completion["token_ids"])
-    assert completion["token_ids"] == logits_TV.argmax(-1).tolist()
-    # the reason: reloaded in place, the output head keeps a packed copy of the old embeddings, and the proof says so
-    sampler.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoints["tied_one"])})
-    with pytest.raises(StaleWeights, match="lm_head.weight as multiplied with"):
-        sampler.prove(checkpoints["tied_one"], "float32")
-    sampler._weights = None
 
 
 def test_an_aborted_sample_is_asked_again_then_fails_loudly(sampler, checkpoints, monkeypatch):
@@ -239,18 +233,65 @@ def test_an_aborted_sample_is_asked_again_then_fails_loudly(sampler, checkpoints
     assert calls == [[1, 2], [2]]
     calls.clear()
     failures = 2
-    with pytest.raises(SamplingFailed, match="1 of 2 samples failed twice.*seed 2.*abort"):
+    with pytest.raises(SamplingFailed, match=r"1 of 2 samples failed twice.*seed 2.*abort"):
         ask(sampler, path, [prompt(0), prompt(1)], [1, 2])
 
 
 def test_jobs_that_cannot_be_right_are_refused(sampler, checkpoints):
     path = checkpoints["one"]
-    with pytest.raises(InputError, match="max_completion_length: 1 of 2 prompts.*120 tokens.*128 positions"):
+    with pytest.raises(InputError, match=r"max_completion_length: 1 of 2 prompts.*120 tokens.*128 positions"):
         ask(sampler, path, [prompt(0), prompt(1, 120)], [0, 1])
-    with pytest.raises(InputError, match="stop_token_ids.*264"):
+    with pytest.raises(InputError, match=r"stop_token_ids.*264"):
         ask(sampler, path, [prompt(0)], [0], stop_token_ids=[264])
     with pytest.raises(InputError, match="digest"):
         sampler.handle(job(path, [prompt(0)], [0]) | {"weights": weights_digest(checkpoints["two"])}, lambda *_: None)
+
+
+def test_a_rollout_shard_is_written_and_redone_bit_for_bit(sampler, checkpoints, tmp_path):
+    prompts = [{"prompt_id": f"p{i}", "token_ids": prompt(i)} for i in range(3)]
+    samples = [
+        {"sample_id": f"p{i}/1/{g}", "prompt": i, "sample_index": g, "seed": 10 * i + g}
+        for i in range(3)
+        for g in (0, 1)
+    ]
+    digests, results = [], []
+    for name in ("first", "again"):
+        store = Store(tmp_path / name)
+        with store.building(ArtifactSpec.of("rollout", 1, {}, {})) as builder:
+            rollout = job(checkpoints["one"], prompts, []) | {"op": "rollout_shard", "samples": samples, "shard": 0}
+            rollout |= {"store": str(store.root), "stage": "rollout", "key": builder.key}
+            results.append(sampler.handle(rollout, lambda *_: None))
+            artifact = builder.commit(tables={"rollouts": 1})
+        digests.append(artifact.content["rollouts"])
+        ask(sampler, checkpoints["one"], [prompt(0), prompt(9)], [3, 4])  # other work between the two
+    assert digests[0] == digests[1]
+    rows = store.read_table(artifact, "rollouts").to_pylist()
+    assert [row["sample_id"] for row in rows] == [sample["sample_id"] for sample in samples]
+    token_ids = [prompts[sample["prompt"]]["token_ids"] for sample in samples]
+    expected = ask(sampler, checkpoints["one"], token_ids, [sample["seed"] for sample in samples])
+    assert [row["completion_token_ids"] for row in rows] == [completion["token_ids"] for completion in expected]
+    tokenizer = load_tokenizer(checkpoints["one"])
+    for row in rows:
+        assert row["prompt_token_ids"] == prompt(int(row["prompt_id"][1:]))
+        assert row["completion_text"] == tokenizer.decode(row["completion_token_ids"], skip_special_tokens=True)
+    assert results[0]["tokens"] == sum(len(row["completion_token_ids"]) for row in rows)
+    assert results[0]["clipped"] == sum(row["finish_reason"] == "length" for row in rows)
+    assert results[0]["samples"] == 6 and results[0]["stop_token_ids"] == [EOS]
+
+
+def test_tied_embeddings_get_a_new_engine(sampler, checkpoints):
+    ids, seeds = [prompt(2)], [9]
+    ask(sampler, checkpoints["tied_one"], ids, seeds)
+    result = sampler.handle(job(checkpoints["tied_two"], ids, seeds, temperature=0), lambda *_: None)
+    assert result["proof"]["change"] == "built" and result["proof"]["max_logprob_difference"] < 1e-4
+    (completion,) = result["completions"]
+    logits_TV = logits_of(checkpoints["tied_two"], ids[0], completion["token_ids"])
+    assert completion["token_ids"] == logits_TV.argmax(-1).tolist()
+    # the reason: reloaded in place, the output head keeps a packed copy of the old embeddings, and the proof says so
+    sampler.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoints["tied_one"])})
+    with pytest.raises(StaleWeights, match=r"lm_head\.weight as multiplied with"):
+        sampler.prove(checkpoints["tied_one"], "float32")
+    sampler._weights = None
 
 
 def test_stop_ids_come_from_tokenizer_and_generation_config(checkpoints, tmp_path):

@@ -1,0 +1,1 @@
+"""`opd`, the command line: a file per group of commands."""

@@ -1,0 +1,32 @@
+"""How errors reach the user: what is theirs or the machine's as one block on stderr, what is a bug with its traceback.
+
+Exit codes: 0 done, 1 failed, 2 bad config, input or usage, 75 held by another process, 130 stopped by Ctrl-C."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from storage.errors import OpdError
+
+STOPPED = 130
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Ends the process with the error's exit code. What is no `OpdError` passes through, traceback and all."""
+    try:
+        yield
+    except OpdError as error:
+        print(block(error), file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(STOPPED)
+
+
+def block(error: OpdError) -> str:
+    """The message, its further lines indented under the first."""
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    return "\n".join([f"error: {first}", *(f"  {line}".rstrip() for line in rest)])

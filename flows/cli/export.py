@@ -1,0 +1,116 @@
+"""`opd export`: a round's student as a checkpoint folder of one's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.cli.options import DEFAULT_ROOT, Json, Root, RunName, example, existing_root, opd_command
+from storage.errors import CorruptArtifact, InputError
+from storage.files import TEMPORARY, explain_full_disk, fsync_directory, require_space, unique
+from storage.runs import RoundState, Run
+
+if TYPE_CHECKING:
+    from storage.artifact import TreeRecord
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    app.command(epilog=example("opd export demo ./demo-student --round 2"))(export)
+
+
+def export(
+    name: RunName,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that is new or empty", show_default=False)],
+    round: Annotated[int | None, typer.Option("--round", min=0, help="which round (default: the last)")] = None,
+    json_: Json = False,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Copy a round's student to DIR: a Hugging Face checkpoint (safetensors, tokenizer, configs).
+
+    The hash of every file and of the weights is verified; the latter is printed. DIR appears whole or not at all.
+    Exit codes: 0 done, 1 the store is damaged or the disk full, 2 no such run or round, or DIR is not empty."""
+    from flows.report import student_of, tree_of
+    from storage.store import Store
+
+    run = Run.open(root, name)
+    chosen = _round(run, round)
+    store = Store(existing_root(root))
+    artifact = student_of(store, chosen)
+    if artifact is None:
+        raise CorruptArtifact(
+            f"the student of {name!r} round {chosen.round} is damaged or gone; make it again with:"
+            f" {opd_command(root, 'resume', name)}"
+        )
+    _refuse_unless_free(directory)
+    source = store.materialize(artifact)
+    sha = _copy(source, tree_of(store, artifact)[1], directory, str(chosen.student_sha256))
+    if json_:
+        typer.echo(json.dumps({"run": name, "round": chosen.round, "directory": str(directory), "student_sha256": sha}))
+        return
+    typer.echo(f"student of {name!r} round {chosen.round} is in {directory}\nweights sha256: {sha}")
+
+
+def _round(run: Run, number: int | None) -> RoundState:
+    from flows.report import last_round
+
+    state = run.state
+    last = last_round(state)
+    if last is None:
+        raise InputError(f"run {run.name!r} has no finished round yet; see: opd status {run.name}")
+    if number is None:
+        return last
+    finished = {r.round: r for r in state.rounds if r.student_sha256}
+    if number not in finished:
+        there = ", ".join(str(n) for n in sorted(finished))
+        raise InputError(f"run {run.name!r} has no finished round {number}; finished are {there}")
+    return finished[number]
+
+
+def _refuse_unless_free(directory: Path) -> None:
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise InputError(f"{directory}: exists and is no folder; choose another DIR")
+    if directory.is_dir() and any(directory.iterdir()):
+        raise InputError(f"{directory}: is not empty; choose another DIR, nothing is overwritten")
+
+
+def _copy(source: Path, tree: TreeRecord, directory: Path, expected: str) -> str:
+    """Copies the recorded files beside DIR, verifies the copies, and renames. Returns the weights' sha256."""
+    from storage.digests import file_sha256, weights_digest
+    from storage.trees import fsync_tree
+
+    target = directory.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    require_space(target.parent, sum(file.bytes for file in tree.files), "the exported student")
+    temporary = target.parent / f"{TEMPORARY}{target.name}-{unique()}"
+    try:
+        with explain_full_disk(target):
+            for file in tree.files:
+                copy = temporary / file.path
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / file.path, copy)
+                if file_sha256(copy) != file.sha256:
+                    raise CorruptArtifact(f"{source / file.path}: changed while it was copied; export again")
+        sha = weights_digest(temporary)
+        if sha != expected:
+            raise CorruptArtifact(f"{source}: weights {sha[:16]}, the run recorded {expected[:16]}; run `opd resume`")
+        fsync_tree(temporary, [temporary / file.path for file in tree.files])
+        _publish(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return sha
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    try:
+        os.replace(temporary, target)  # takes the place of an empty folder, and of no other
+    except OSError as error:
+        raise InputError(
+            f"{target}: cannot be put there ({error.strerror}); choose a DIR that does not exist"
+        ) from error
+    fsync_directory(target.parent)

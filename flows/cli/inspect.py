@@ -1,0 +1,197 @@
+"""`opd status`, `ls`, `logs`, `query`: the commands that only look. They load no engine and write nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from flows.cli.options import DEFAULT_ROOT, Json, Root, RunName, console, example, existing_root
+from storage.errors import InputError
+from storage.runs import Run, RunState
+
+POLL_SECONDS = 0.5
+"""How often `opd logs --follow` looks for new lines."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    app.command(epilog=example("opd status demo --json"))(status)
+    app.command("ls", epilog=example("opd ls --json"))(list_runs)
+    app.command(epilog=example("opd logs demo --stage train --follow"))(logs)
+    app.command(
+        epilog=example("opd query demo 'SELECT round, avg(teacher_logprob) AS mean FROM tokens GROUP BY round' --csv")
+    )(query)
+
+
+def status(
+    name: Annotated[str | None, typer.Argument(help="a run's name (default: the one that changed last)")] = None,
+    json_: Json = False,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Show a run: the figures of each round, what failed, where the student is, what to do next.
+
+    With --json: name, status, and per round metrics, student_sha256, and per stage key, state, seconds, rows, error.
+    Exit codes: 0 shown (whatever the run's status), 2 no such run."""
+    from flows.report import print_report, settled, status_json
+
+    run = Run.open(root, name) if name is not None else _latest(root)
+    holder = run.holder()
+    state = settled(run.state, holder)
+    if json_:
+        typer.echo(json.dumps(status_json(state), indent=2))
+    else:
+        print_report(state, root, holder)
+
+
+def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
+    """List the runs of a store, the one that changed last at the end.
+
+    Exit codes: 0, also when there is none."""
+    from flows.report import last_round, settled
+
+    states = sorted((settled(run.state, run.holder()) for run in Run.list(root)), key=lambda state: state.updated)
+    if json_:
+        typer.echo(json.dumps([_line(state) for state in states], indent=2))
+        return
+    if not states:
+        typer.echo(f"no runs in {root}; start one with: opd run CONFIG")
+        return
+    table = Table("run", "status", "round", "accuracy", "reverse KL", "changed")
+    for state in states:
+        last = last_round(state)
+        metrics = last.metrics if last else {}
+        accuracy, kl = metrics.get("accuracy_greedy"), metrics.get("reverse_kl")
+        table.add_row(
+            state.name,
+            state.status,
+            str(last.round) if last else "",
+            f"{accuracy:.1%}" if accuracy is not None else "",
+            f"{kl:.4f}" if kl is not None else "",
+            state.updated,
+        )
+    console().print(table)
+
+
+def logs(
+    name: RunName,
+    stage: Annotated[str | None, typer.Option("--stage", help="only logs whose name begins so")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the run ends")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="last lines of each log; 0: all of them")] = 200,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Show what a run's stages and workers wrote.
+
+    Exit codes: 0 shown, 2 no such run or log, 130 Ctrl-C."""
+    run = Run.open(root, name)
+    names = sorted(path.stem for path in _log_files(run, None))
+    shown = _log_files(run, stage)
+    if not shown and not follow:
+        wanted = (
+            f"no log begins with {stage!r}; there are: {', '.join(names) or 'none yet'}" if stage else "no logs yet"
+        )
+        raise InputError(f"run {name!r}: {wanted}")
+    ends = {path: _show_tail(path, lines, heading=len(shown) > 1) for path in shown}
+    if follow:
+        _follow(run, stage, ends)
+
+
+def query(
+    name_or_sql: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="a run; without it, all runs", show_default=False)
+    ] = None,
+    sql: Annotated[str | None, typer.Argument(metavar="SQL", help="one SELECT", show_default=False)] = None,
+    json_: Json = False,
+    csv: Annotated[bool, typer.Option("--csv", help="print the result as CSV")] = False,
+    limit_seconds: Annotated[float, typer.Option("--limit-seconds", min=0.001, help="end it after so long")] = 30.0,
+    memory: Annotated[str, typer.Option("--memory", help="DuckDB's memory limit")] = "1GB",
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Ask the committed artifacts in SQL (DuckDB). Without SQL: the views and their columns.
+
+    Nothing can be written, and no other file read. --json is an array of objects, NaN and infinities as strings.
+    Exit codes: 0 done, 1 damaged data, 2 refused, wrong SQL, no such run, or past a limit."""
+    from flows.cli import tables
+    from storage.catalog import Catalog
+    from storage.store import Store
+
+    if json_ and csv:
+        raise InputError("--json and --csv: choose one")
+    name, statement = (name_or_sql, sql) if sql is not None else (None, name_or_sql)
+    if statement is None or (sql is None and any(run.name == statement for run in Run.list(root))):
+        tables.print_views(console())
+        return
+    run = Run.open(root, name) if name is not None else None
+    result = Catalog(Store(existing_root(root)), run).query(statement, limit_seconds=limit_seconds, memory=memory)
+    if json_:
+        tables.write_json(result, sys.stdout)
+    elif csv:
+        tables.write_csv(result, sys.stdout)
+    else:
+        tables.print_table(result, console())
+
+
+def _latest(root: Path) -> Run:
+    runs = Run.list(root)
+    if not runs:
+        raise InputError(
+            f"no runs in {root}; start one with `opd run CONFIG`, or name the store with --root or OPD_ROOT"
+        )
+    return max(runs, key=lambda run: run.state.updated)
+
+
+def _line(state: RunState) -> dict[str, Any]:
+    from flows.report import last_round
+
+    last = last_round(state)
+    return {
+        "name": state.name,
+        "status": state.status,
+        "round": last.round if last else None,
+        "student_sha256": last.student_sha256 if last else None,
+        "metrics": last.metrics if last else {},
+        "updated": state.updated,
+    }
+
+
+def _log_files(run: Run, stage: str | None) -> list[Path]:
+    """The run's logs, those that were written last at the end."""
+    found = [path for path in (run.directory / "logs").glob("*.log") if path.stem.startswith(stage or "")]
+    return sorted(found, key=lambda path: (path.stat().st_mtime, path.name))
+
+
+def _show_tail(path: Path, lines: int, heading: bool) -> int:
+    """Prints the last lines of a log and returns the offset behind them."""
+    if heading:
+        typer.echo(f"==> {path.stem} <==")
+    with path.open("rb") as file:
+        for line in deque(file, maxlen=lines or None):
+            typer.echo(line.decode(errors="replace"), nl=False)
+        return file.tell()
+
+
+def _follow(run: Run, stage: str | None, ends: dict[Path, int]) -> None:
+    """Prints what is added to the logs, new ones included, until nobody works on the run."""
+    import time
+
+    current = next(reversed(ends), None)
+    while True:
+        held = run.holder() is not None  # asked before reading, so that the last lines are read too
+        for path in _log_files(run, stage):
+            with path.open("rb") as file:
+                file.seek(min(ends.get(path, 0), path.stat().st_size))
+                added = file.read()
+                ends[path] = file.tell()
+            if added:
+                if path != current:
+                    typer.echo(f"==> {path.stem} <==")
+                    current = path
+                typer.echo(added.decode(errors="replace"), nl=False)
+        if not held:
+            return
+        time.sleep(POLL_SECONDS)

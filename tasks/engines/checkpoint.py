@@ -1,0 +1,58 @@
+"""What a checkpoint says of itself: its lengths, and what ends its completions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from storage.errors import InputError
+
+
+def check_lengths(config: dict[str, Any], path: Path, prompts: list[list[int]], completion_length: int) -> int:
+    """Tokens of the longest prompt with its completion. Raises InputError for an empty prompt, or when the model's
+    positions do not suffice."""
+    if not prompts or min(map(len, prompts)) == 0:
+        raise InputError("sampler: no prompts, or one without tokens; prepare filters these")
+    longest = max(map(len, prompts))
+    limit = longest_sequence(config, path)
+    if longest + completion_length > limit:
+        over = sum(len(ids) + completion_length > limit for ids in prompts)
+        raise InputError(
+            f"max_completion_length: {over} of {len(prompts)} prompts (the longest has {longest} tokens) with"
+            f" completions of {completion_length} do not fit the {limit} positions of {path}; lower it, or let prepare"
+            " filter long prompts"
+        )
+    return longest + completion_length
+
+
+def stop_token_ids(path: Path, policy: str | Sequence[int], tokenizer_eos: int | None) -> list[int]:
+    """The ids that end a completion. "eos": the tokenizer's end of sequence and those of generation_config.json (where
+    there is none: of config.json). Raises InputError when there is none at all."""
+    if policy != "eos":
+        return sorted({int(token) for token in policy})
+    source = path / "generation_config.json"
+    declared = (json.loads(source.read_text()) if source.is_file() else read_config(path)).get("eos_token_id")
+    ids = {int(token) for token in (declared if isinstance(declared, list) else [declared]) if token is not None}
+    ids |= {tokenizer_eos} if tokenizer_eos is not None else set()
+    if not ids:
+        raise InputError(f"stop_token_ids: {path} names no end-of-sequence token; give the ids explicitly")
+    return sorted(ids)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json, the text part of a multimodal one unfolded. Raises InputError when it cannot be read."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no readable config.json ({error})") from error
+    return {**config, **config.get("text_config", {})}
+
+
+def longest_sequence(config: dict[str, Any], path: Path) -> int:
+    """Positions of the model. Raises InputError when the config does not say."""
+    limit = config.get("max_position_embeddings")
+    if not isinstance(limit, int) or limit < 1:
+        raise InputError(f"{path / 'config.json'}: max_position_embeddings is {limit!r}; a positive integer is needed")
+    return limit

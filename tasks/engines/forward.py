@@ -1,0 +1,173 @@
+"""Transformers models kept warm, and their hidden states at the positions that predict completion tokens."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from storage.errors import InputError
+
+_PROBE_IDS = 4
+_PROBE_TOLERANCE = {torch.float32: 1e-4}
+"""Relative to the largest logit, by dtype: equal products may differ by far less, a scale makes far more."""
+_PROBE_TOLERANCE_LOW_PRECISION = 1e-2
+_LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
+"""Config fields that change logits after the head, with the values at which they do nothing."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A prompt and a completion as one model reads them."""
+
+    prompt: list[int]
+    completion: list[int]
+
+    @property
+    def inputs(self) -> list[int]:
+        """All but the last token, which predicts nothing that is scored."""
+        return [*self.prompt, *self.completion[:-1]] if self.completion else self.prompt
+
+
+def plan_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices in batches of similar length, longest first: padding included, at most `budget` tokens each (one that is
+    longer goes alone). A pure function of its arguments: a shard that is scored again has the same batches."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def vocabulary_rows(path: Path) -> int:
+    """Rows of a checkpoint's vocabulary, by its config alone."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: transformers cannot read its config ({error})") from error
+    return int(config.get_text_config().vocab_size)
+
+
+class LoadedModel:
+    """A checkpoint on the device: backbone and output head apart, so that T x V logits never exist at once.
+
+    Raises InputError for a checkpoint that does not load, or whose logits are more than head times hidden state."""
+
+    def __init__(self, path: Path, dtype: str, device: torch.device) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self.path, self.device = path, device
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{path}: transformers cannot load it ({error})") from error
+        self._model = model.eval().requires_grad_(False).to(device)
+        head = self._model.get_output_embeddings()
+        if head is None or self._model.base_model is self._model:
+            raise InputError(f"{path}: no causal language model with an output head ({type(model).__name__})")
+        self.head: nn.Module = head
+        text = model.config.get_text_config()
+        self.rows = int(text.vocab_size)
+        self.positions: int | None = getattr(text, "max_position_embeddings", None)
+        for name, neutral in _LOGIT_CHANGES.items():
+            value = getattr(text, name, None)
+            if value is not None and value != neutral:
+                self._refuse(f"{name}: {value} in its config")
+        self._check_head()
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        ids = torch.arange(min(_PROBE_IDS, self.rows), device=self.device)[None]
+        mask = torch.ones_like(ids)
+        expected = self._model(ids, attention_mask=mask, use_cache=False).logits
+        found = self.head(self._backbone(ids, mask))
+        if found.shape != expected.shape or found.shape[-1] != self.rows:
+            raise InputError(f"{self.path}: logits of shape {list(expected.shape)}, but vocab_size is {self.rows}")
+        limit = _PROBE_TOLERANCE.get(expected.dtype, _PROBE_TOLERANCE_LOW_PRECISION)
+        gap = (found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1)
+        if gap > limit:  # NaN weights pass: their positions are flagged one by one
+            self._refuse(f"relative difference {gap.item():.2g}")
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise InputError(
+            f"{self.path}: a {type(self._model).__name__} does more to its logits than multiply hidden states with the"
+            f" output head ({why}); neither scoring nor training in chunks computes that"
+        )
+
+    def _backbone(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        output: Any = self._model.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+        return output.last_hidden_state
+
+    def check(self, passages: Sequence[Passage], names: Sequence[str]) -> None:
+        """Raises InputError for a passage that is empty, too long, or has ids that this model lacks."""
+        for passage, name in zip(passages, names, strict=True):
+            if not passage.prompt:
+                raise InputError(f"{name}: a prompt without tokens; nothing predicts its completion's first token")
+            length = len(passage.inputs)
+            if self.positions is not None and length > self.positions:
+                raise InputError(
+                    f"{name}: {length} tokens of prompt and completion, but {self.path} has {self.positions} positions;"
+                    " lower max_completion_length or max_prompt_length"
+                )
+            if max(passage.inputs) >= self.rows or min(passage.inputs) < 0:
+                raise InputError(f"{name}: token id {max(passage.inputs)}, but {self.path} has {self.rows} rows")
+
+    @torch.inference_mode()
+    def hidden(self, passages: Sequence[Passage]) -> Tensor:
+        """hidden_ND: for every completion token, passage after passage, the hidden state that predicts it (one position
+        before). One forward, padded on the right."""
+        lengths = [len(passage.inputs) for passage in passages]
+        longest = max(lengths)
+        ids_BT = torch.zeros(len(passages), longest, dtype=torch.long)
+        mask_BT = torch.zeros_like(ids_BT)
+        index: list[Tensor] = []
+        for row, passage in enumerate(passages):
+            ids_BT[row, : lengths[row]] = torch.tensor(passage.inputs)
+            mask_BT[row, : lengths[row]] = 1
+            first = row * longest + len(passage.prompt) - 1
+            index.append(torch.arange(first, first + len(passage.completion)))
+        hidden_BTD = self._backbone(ids_BT.to(self.device), mask_BT.to(self.device))
+        return hidden_BTD.flatten(0, 1).index_select(0, torch.cat(index).to(self.device))
+
+
+class WarmModels:
+    """Models by content: loaded when first asked for, freed when a job no longer names them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._models: dict[tuple[str, str, str], LoadedModel] = {}
+        self.loads = 0
+
+    def get(self, models: dict[str, dict[str, str]], names: Sequence[str], dtype: str) -> dict[str, LoadedModel]:
+        """Those of a job's models that are named. Each is described by {path, weights, architecture}, the last two
+        being content digests. Loaded models that the job does not describe are freed first."""
+        keys = {name: (model["weights"], model["architecture"], dtype) for name, model in models.items()}
+        self.free(keep=list(keys.values()))
+        for name in names:
+            if keys[name] not in self._models:
+                self._models[keys[name]] = LoadedModel(Path(models[name]["path"]), dtype, self.device)
+                self.loads += 1
+        return {name: self._models[keys[name]] for name in names}
+
+    def free(self, keep: Sequence[tuple[str, str, str]] = ()) -> None:
+        """Give back the memory of all models but these."""
+        old = [key for key in self._models if key not in keep]
+        for key in old:
+            del self._models[key]
+        if old:
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()

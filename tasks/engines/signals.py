@@ -1,0 +1,141 @@
+"""From computed values to rows of the signal tables, and the mask's reasons. numpy and Arrow only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from storage.schemas import MaskReason, schema_for
+
+Values = dict[str, list[np.ndarray]]
+"""Per quantity one array per sample: (T,) of tokens, or (T, K) of candidates."""
+
+TOPK_COLUMNS = {
+    "teacher_topk": {
+        "ids": "teacher_ids",
+        "logprobs": "teacher_top",
+        "valid": "teacher_valid",
+        "tail_logmass": "teacher_tail",
+    },
+    "student_topk": {
+        "ids": "student_ids",
+        "student_logprobs": "student_top",
+        "teacher_logprobs": "teacher_on_student",
+        "valid": "student_valid",
+        "student_tail_logmass": "student_tail",
+        "teacher_tail_logmass": "teacher_tail_of_student",
+    },
+}
+"""Columns of the two tables, and the quantities that fill them."""
+SAMPLED_COLUMNS = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy")
+_FLOAT16_MIN = float(np.finfo(np.float16).min)
+
+
+def sampled_table(rollouts: pa.Table, values: Values) -> pa.Table:
+    """Rows of `sampled`, in the order of the rollouts. `behaviour_logprobs` is null where it was not computed, and
+    where another than the student alone wrote the completion."""
+    columns: dict[str, Any] = {name: _lists(values[name], pa.float32()) for name in SAMPLED_COLUMNS}
+    if "behaviour_logprobs" in values:
+        own = [behaviour == "student" for behaviour in rollouts["behaviour"].to_pylist()]
+        columns["behaviour_logprobs"] = _lists(values["behaviour_logprobs"], pa.float32(), own)
+    else:
+        columns["behaviour_logprobs"] = pa.nulls(rollouts.num_rows, pa.list_(pa.float32()))
+    return _table("sampled", rollouts, columns)
+
+
+def topk_table(table: str, rollouts: pa.Table, values: Values, encoding: str) -> pa.Table:
+    """Rows of `teacher_topk` or `student_topk`: only usable entries are stored. `compact` rounds log-probabilities to
+    float16 (11 significant bits); the column's type stays, and compression drops the rest."""
+    valid = values[TOPK_COLUMNS[table]["valid"]]
+    columns: dict[str, Any] = {}
+    for name, quantity in TOPK_COLUMNS[table].items():
+        arrays = values[quantity]
+        if name == "valid":
+            columns[name] = _lists(arrays, pa.int16())
+            continue
+        if name != "ids" and encoding == "compact":
+            arrays = [_rounded(array) for array in arrays]
+        kind = pa.int32() if name == "ids" else pa.float32()
+        columns[name] = _lists(arrays, kind) if name.endswith("tail_logmass") else _nested(arrays, valid, kind)
+    return _table(table, rollouts, columns)
+
+
+def mask_table(rollouts: pa.Table, sampled: pa.Table, rules: dict[str, Any]) -> pa.Table:
+    """Rows of `mask`. `rules`: unmapped (ids that the teacher's vocabulary lacks or reads otherwise), teacher_rows (ids
+    from there on are unmapped too), special (ids), occurrence (all, or the first of each id in a completion)."""
+    unmapped = np.array(sorted(rules["unmapped"]), np.int64)
+    special = np.array(sorted(rules["special"]), np.int64)
+    reasons = []
+    columns = ("completion_token_ids", "prefix_length", "finish_reason")
+    rows = zip(*(rollouts[name].to_pylist() for name in columns), invalid_tokens(rollouts, sampled), strict=True)
+    for completion, prefix_length, finish_reason, invalid in rows:
+        ids = np.array(completion, np.int64)
+        found = np.zeros(len(ids), np.int32)
+        is_special = np.isin(ids, special)
+        if rules["occurrence"] == "first":
+            first = np.zeros(len(ids), bool)
+            first[np.unique(ids, return_index=True)[1]] = True
+            is_special &= first
+        found[is_special] |= int(MaskReason.SPECIAL_TOKEN)
+        found[np.isin(ids, unmapped) | (ids >= rules["teacher_rows"])] |= int(MaskReason.UNMAPPED)
+        if finish_reason == "length":
+            found |= int(MaskReason.TRUNCATED)
+        found[:prefix_length] |= int(MaskReason.TEACHER_PREFIX)
+        found[invalid] |= int(MaskReason.INVALID_VALUE)
+        reasons.append(found)
+    return _table("mask", rollouts, {"mask_reasons": _lists(reasons, pa.int32())})
+
+
+def invalid_tokens(rollouts: pa.Table, sampled: pa.Table) -> list[np.ndarray]:
+    """Per sample the tokens (T, bool) where a model gave no finite number, or the sampler no log-probability."""
+    columns = [sampled[name].to_pylist() for name in SAMPLED_COLUMNS]
+    found = []
+    for *values, sampling in zip(*columns, rollouts["sampling_logprobs"].to_pylist(), strict=True):
+        given = np.array(sampling, np.float64)
+        finite = np.isfinite(np.array(values, np.float64)).all(axis=0)
+        found.append(~(finite & np.isfinite(given) & (given <= 0)))
+    return found
+
+
+def _table(name: str, rollouts: pa.Table, columns: dict[str, Any]) -> pa.Table:
+    schema = schema_for(name)
+    columns = {"sample_id": rollouts["sample_id"].combine_chunks(), **columns}
+    return pa.table([columns[field.name] for field in schema], schema=schema)
+
+
+def _lists(arrays: Sequence[np.ndarray], kind: pa.DataType, present: Sequence[bool] | None = None) -> pa.Array:
+    """One list per sample; null where `present` is false."""
+    if present is not None:
+        empty = np.empty(0, np.float32)
+        arrays = [array if here else empty for array, here in zip(arrays, present, strict=True)]
+    mask = None if present is None else pa.array([not here for here in present])
+    return pa.ListArray.from_arrays(_offsets(arrays), pa.array(_joined(arrays), kind), mask=mask)
+
+
+def _nested(arrays: Sequence[np.ndarray], valid: Sequence[np.ndarray], kind: pa.DataType) -> pa.Array:
+    """One list of lists per sample: of every token its first `valid` entries."""
+    kept = [array[np.arange(array.shape[1]) < count[:, None]] for array, count in zip(arrays, valid, strict=True)]
+    counts = _joined(valid).astype(np.int64)
+    inner = pa.ListArray.from_arrays(_edges(counts), pa.array(_joined(kept), kind))
+    return pa.ListArray.from_arrays(_offsets(valid), inner)
+
+
+def _offsets(arrays: Sequence[np.ndarray]) -> pa.Array:
+    return _edges(np.array([len(array) for array in arrays], np.int64))
+
+
+def _edges(counts: np.ndarray) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if len(arrays) else np.empty(0)
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """To float16 and back; what is finite stays finite."""
+    finite = np.isfinite(values)
+    return np.where(finite, np.maximum(values, _FLOAT16_MIN), values).astype(np.float16).astype(np.float32)

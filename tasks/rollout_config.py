@@ -1,0 +1,45 @@
+"""How the student is sampled: the config of rollouts, which supervision reads too (it scores under this distribution)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from storage.identity import Identity
+
+
+class RolloutConfig(Identity):
+    """How the student is sampled. Log-probabilities are recorded under the distribution really sampled from."""
+
+    temperature: float = Field(1.0, ge=0.01, le=2, description="divides the logits")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample from the smallest set of tokens with this probability; 1: all"
+    )
+    top_k: int = Field(0, ge=0, description="sample from this many likeliest tokens; 0: all")
+    num_generations: int = Field(1, ge=1, description="completions per prompt")
+    max_completion_length: int = Field(256, ge=1, description="tokens of a completion; longer ones are cut (clipped)")
+    stop_token_ids: Literal["eos"] | tuple[int, ...] = Field(
+        "eos", description="ids that end a completion; eos: those of the student's tokenizer and generation config"
+    )
+    prompts_per_round: int = Field(
+        128, ge=1, description="prompts of a round, from a seeded permutation, epoch after epoch"
+    )
+    shard_prompts: int = Field(64, ge=1, description="prompts per shard: the unit of redo and of data parallelism")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="the engine's weights and arithmetic"
+    )
+
+    @field_validator("stop_token_ids")
+    @classmethod
+    def _check_stop_ids(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
+        if isinstance(value, str):
+            return value
+        if not value or min(value) < 0:
+            raise ValueError(f"{list(value)} must be a list of one or more token ids, or eos")
+        return tuple(sorted(set(value)))
+
+    def sampling(self) -> dict[str, Any]:
+        """What the sampler needs of it (see `tasks/engines/sampler.py`), as JSON."""
+        fields = {"temperature", "top_p", "top_k", "max_completion_length", "stop_token_ids"}
+        return self.model_dump(mode="json", include=fields)

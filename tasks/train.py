@@ -1,0 +1,69 @@
+"""train: rollouts and their signals in, a better student out (and the state that the next round goes on from)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from storage.errors import InputError
+from storage.store import Artifact, ArtifactSpec, Builder
+from tasks.losses.config import DirectConfig, PolicyGradientConfig, SftConfig
+from tasks.stage import Context, Work
+from tasks.trainer.config import TrainConfig
+from tasks.trainer.dispatch import place, run_and_commit
+
+__all__ = ["VERSION", "TrainConfig", "train_work"]
+
+VERSION = 1
+
+
+def train_work(
+    config: TrainConfig,
+    objective: DirectConfig | PolicyGradientConfig | SftConfig,
+    student: Artifact,
+    state: Artifact | None,
+    rollouts: Artifact,
+    signals: Mapping[str, Artifact],
+    seed: int,
+    round: int,
+) -> Work:
+    """Work with the outputs `student` (tree model), `trainer_state` (tree state) and `train` (table training_steps).
+
+    Steps, learning rate and moments go on from `state`; without one they start at step 0 from the student's weights.
+    Raises InputError when the state belongs to another student, or a signal that the objective needs is not given."""
+    needed = {need.name: need for need in objective.needs().signals}
+    missing = sorted(set(needed) - set(signals))
+    if missing:
+        raise InputError(f"train: the objective needs the signal {missing[0]!r}; given are {sorted(signals) or 'none'}")
+    used = {name: signals[name] for name in sorted(needed)}
+    if state is not None and state.meta.get("student_weights") not in (None, student.content["weights"]):
+        raise InputError(
+            f"train: the trainer state {state.key} belongs to the student with weights"
+            f" {state.meta['student_weights'][:12]}, not to {student.content['weights'][:12]}"
+        )
+    inputs = {
+        "weights": student.content["weights"],
+        "tokenizer": student.content["tokenizer"],
+        "rollouts": rollouts.content["rollouts"],
+    }
+    inputs |= {f"signal:{name}": artifact.content[name] for name, artifact in used.items()}
+    if state is not None:
+        inputs["state"] = state.content["state"]
+    identity = {"config": config, "objective": objective, "seed": seed, "round": round}
+    outputs = {name: ArtifactSpec.of(name, VERSION, identity, inputs) for name in ("student", "trainer_state", "train")}
+
+    def build(builders: dict[str, Builder], context: Context) -> None:
+        job: dict[str, Any] = {
+            "op": "train",
+            "model": str(context.store.materialize(student, "model")),
+            "state": str(context.store.materialize(state, "state")) if state is not None else None,
+            "rollouts": place(rollouts),
+            "signals": {name: place(artifact) for name, artifact in used.items()},
+            "config": config.model_dump(mode="json"),
+            "objective": objective.model_dump(mode="json"),
+            "seed": seed,
+            "round": round,
+        }
+        run_and_commit(job, outputs, builders, context)
+
+    return Work("train", outputs, build)

@@ -1,0 +1,50 @@
+"""The coordinating half of the trainer's stages, in the flow's process: a job out, artifacts in. No engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from storage.store import Artifact, ArtifactSpec, Builder
+from tasks.stage import Context
+
+_TREES = {"student": "model", "trainer_state": "state"}
+
+
+def place(artifact: Artifact) -> dict[str, str]:
+    """How a job names an artifact that the worker reads from the store."""
+    return {"stage": artifact.stage, "key": artifact.key}
+
+
+def run_and_commit(
+    job: dict[str, Any], specs: Mapping[str, ArtifactSpec], builders: Mapping[str, Builder], context: Context
+) -> None:
+    """Runs the job on the trainer and commits what `builders` hold: trees `student` and `trainer_state`, and the table
+    training_steps of whatever else there is. Training is one whole: it is done again when any of them is missing."""
+    outputs: dict[str, Any] = {}
+    for name, builder in builders.items():
+        if name in _TREES:
+            outputs[name] = str(builder.directory(_TREES[name])) if builder.needs_tree(_TREES[name]) else None
+        else:
+            missing = builder.missing("training_steps", 1)
+            outputs["steps"] = {"stage": builder.stage, "key": builder.key} if missing else None
+    context.log(f"{job['op']}: {job['model']}")
+    [result] = context.workers.run(
+        "trainer",
+        [{**job, "store": str(context.store.root), "outputs": outputs}],
+        lambda _, done, total: context.progress(done, total, "steps"),
+    )
+    provenance = {"numerics": context.runtime.numerics()}
+    meta = {"steps": result["steps"], "last_step": result["last_step"]}
+    student: Artifact | None = None
+    for name in sorted(builders, key=lambda name: name != "student"):  # the state names the student it belongs to
+        if name == "student":
+            student = builders[name].commit(meta=meta, provenance=provenance)
+        elif name == "trainer_state":
+            student = student or context.store.get(specs["student"].stage, specs["student"].key)
+            weights = {"student_weights": student.content["weights"]} if student is not None else {}
+            builders[name].commit(meta=meta | weights, provenance=provenance)
+        else:
+            builders[name].commit(
+                meta=meta | {"metrics": result["metrics"]}, tables={"training_steps": 1}, provenance=provenance
+            )

@@ -1,0 +1,170 @@
+"""The optimizer steps of one job: every rank runs this with the same arguments and takes its part of every step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from storage.errors import OpdError
+from storage.identity import derive_seed
+from storage.schemas import TABLES
+from tasks.trainer.batching import Step, split_step
+from tasks.trainer.config import OptimizerSettings
+from tasks.trainer.data import Samples, forward_batch, token_weights
+from tasks.trainer.engine import Engine
+from tasks.trainer.model import TokenStats, TrainModule
+
+METRICS = tuple(column.name for column in TABLES["training_steps"].columns if column.nullable)
+"""Columns that are token means or percentiles, null where nothing computed them."""
+_PERCENTILES = (("log_ratio_p05", 5), ("log_ratio_p50", 50), ("log_ratio_p95", 95))
+_NAMED = 8
+"""Sample ids that an error lists at most."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job's loop is to do."""
+
+    steps: list[Step]
+    first_step: int
+    """Optimizer steps done before."""
+    seed: int
+    round: int
+    normalisation: str
+    normalisation_length: int | None
+    metrics_every: int
+    max_drift: float | None
+    micro_batch_tokens: int
+
+
+def run_steps(
+    plan: Plan,
+    samples: Samples,
+    engine: Engine,
+    module: TrainModule,
+    settings: OptimizerSettings,
+    progress: Callable[[int, int], None],
+) -> list[dict[str, Any]]:
+    """Does the steps and returns their rows of `training_steps` (the same on every rank).
+
+    Ends early after the step whose mean KL from the rollout-time student passed `max_drift`. Raises OpdError naming
+    samples, on every rank, before any weight changes, when a loss or a gradient is not finite."""
+    table: list[dict[str, Any]] = []
+    for number, step in enumerate(plan.steps):
+        began = time.monotonic()
+        now = plan.first_step + number + 1
+        torch.manual_seed(derive_seed(plan.seed, "dropout", plan.round, now, dist.get_rank()))
+        observe = plan.max_drift is not None or (now - 1) % plan.metrics_every == 0
+        weights = token_weights(samples, step.rows, plan.normalisation, plan.normalisation_length)
+        lengths = samples.forward_lengths[list(step.rows)].tolist()
+        micros = split_step(lengths, engine.world, plan.micro_batch_tokens)[dist.get_rank()]
+        tally = Tally(engine.device)
+        for place, micro in enumerate(micros):
+            batch = forward_batch(samples, step.rows, weights, micro.places, micro.filler, engine.device)
+            loss = engine.accumulate(batch, observe, last=place == len(micros) - 1)
+            tally.add(loss, module.loss_head.stats)
+        tally.reduce()
+        where = f"step {now} (round {plan.round}, epoch {step.epoch})"
+        if tally.bad_places:
+            raise OpdError(f"the loss is not finite at {where}; samples: {_names(samples, step, tally.bad_places)}")
+        lr = settings.lr * settings.schedule.factor(now)
+        norm = engine.step(lr)
+        if norm is None:
+            names = _names(samples, step, list(range(len(step.rows))))
+            raise OpdError(
+                f"the gradient is not finite at {where}, though the loss is ({tally.loss:.6g}); no weight has changed;"
+                f" samples: {names}"
+            )
+        table.append(
+            {
+                "step": now,
+                "round": plan.round,
+                "epoch": step.epoch,
+                "loss": tally.loss,
+                "grad_norm": norm,
+                "lr": lr,
+                "samples": len(step.rows),
+                "tokens": int(samples.kept[list(step.rows)].sum()),
+                "seconds": time.monotonic() - began,
+                **tally.means(),
+            }
+        )
+        progress(number + 1, len(plan.steps))
+        drift = table[-1]["log_ratio_mean"]
+        if plan.max_drift is not None and drift is not None and -drift > plan.max_drift:
+            break
+    return table
+
+
+class Tally:
+    """Sums of a step over micro-batches, then over ranks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.loss = 0.0
+        self.bad_places: list[int] = []
+        self._sums = torch.zeros((len(METRICS), 2), dtype=torch.float64)
+        self._log_ratios: list[np.ndarray] = []
+
+    def add(self, loss: float, stats: TokenStats | None) -> None:
+        """One micro-batch. A token whose mask is 0 counts for nothing."""
+        assert stats is not None, "the loss head keeps what its forward saw"
+        self.loss += loss
+        kept = stats.mask_N > 0
+        bad = kept & ~stats.per_token_N.isfinite()
+        if bad.any() or not math.isfinite(loss):
+            places = stats.sample_N[bad if bad.any() else kept].unique()
+            self.bad_places += [int(place) for place in places.tolist()]
+        for name, values in stats.metrics.items():
+            if name in METRICS:
+                chosen = values[kept].double()
+                self._sums[METRICS.index(name)] += torch.tensor([float(chosen.sum()), float(len(chosen))]).double()
+        if stats.log_ratio_N is not None:
+            self._log_ratios.append(stats.log_ratio_N[kept].cpu().numpy())
+
+    def reduce(self) -> None:
+        """Sums over the ranks, the same on each. Collective."""
+        sums = torch.cat([self._sums.flatten(), torch.tensor([self.loss], dtype=torch.float64)]).to(self.device)
+        dist.all_reduce(sums)
+        self.loss = float(sums[-1])
+        self._sums = sums[:-1].cpu().reshape(len(METRICS), 2)
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, (self.bad_places, self._log_ratios))
+        self.bad_places = sorted({place for places, _ in everywhere for place in places})
+        self._log_ratios = [values for _, arrays in everywhere for values in arrays]
+
+    def means(self) -> dict[str, float | None]:
+        """Every metric column: mean over the step's masked-in tokens, or null."""
+        found: dict[str, float | None] = {
+            name: float(total / count) if count > 0 else None
+            for name, (total, count) in zip(METRICS, self._sums.tolist(), strict=True)
+        }
+        ratios = np.concatenate(self._log_ratios) if self._log_ratios else np.empty(0)
+        if len(ratios):
+            found |= {name: float(np.percentile(ratios, percent)) for name, percent in _PERCENTILES}
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in found.items()}
+
+
+def _names(samples: Samples, step: Step, places: list[int]) -> str:
+    ids = [samples.ids[step.rows[place]] for place in places]
+    more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
+    return ", ".join(ids[:_NAMED]) + more
+
+
+@contextmanager
+def pinned(threads: int) -> Iterator[None]:
+    """CPU threads of torch for the length of a job: the order of floating-point sums depends on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,47 @@
+"""warmup: supervised fine-tuning before distillation, by the same trainer with the objective `sft`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from storage.errors import InputError
+from storage.store import Artifact, ArtifactSpec, Builder
+from tasks.losses.config import SftConfig
+from tasks.stage import Context, Work
+from tasks.trainer.config import WarmupConfig
+from tasks.trainer.dispatch import place, run_and_commit
+
+__all__ = ["VERSION", "WarmupConfig", "warmup_work"]
+
+VERSION = 1
+
+
+def warmup_work(config: WarmupConfig, model: Artifact, prompts: Artifact, seed: int) -> Work:
+    """Work with the outputs `student` (tree model; the teacher's warm-up makes one too) and `warmup` (training_steps).
+
+    Raises InputError when there are no prompts of the split `warmup`."""
+    if "prompts:warmup" not in prompts.content:
+        raise InputError("warmup: there are no prompts of split warmup; give prompts.warmup rows with a `completion`")
+    objective = SftConfig()
+    inputs = {
+        "weights": model.content["weights"],
+        "tokenizer": model.content["tokenizer"],
+        "prompts": prompts.content["prompts:warmup"],
+    }
+    identity = {"config": config, "objective": objective, "seed": seed}
+    outputs = {name: ArtifactSpec.of(name, VERSION, identity, inputs) for name in ("student", "warmup")}
+
+    def build(builders: dict[str, Builder], context: Context) -> None:
+        job: dict[str, Any] = {
+            "op": "warmup",
+            "model": str(context.store.materialize(model, "model")),
+            "state": None,
+            "prompts": place(prompts),
+            "config": config.model_dump(mode="json"),
+            "objective": objective.model_dump(mode="json"),
+            "seed": seed,
+            "round": 0,
+        }
+        run_and_commit(job, outputs, builders, context)
+
+    return Work("warmup", outputs, build)

@@ -1,0 +1,133 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from storage.errors import CorruptArtifact, IdentityMismatch, InputError, RunBusy
+from storage.runs import RoundState, Run, RunState, StageState
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+EXPERIMENT = {"seed": 1, "rollout": {"top_p": 0.9}, "rounds": 3}
+IDENTITY = {"seed": 1, "rollout": {"top_p": 0.9, "stop": []}}
+
+
+def test_a_run_is_found_again_as_it_was_saved(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "demo", EXPERIMENT, IDENTITY)
+    assert (run.experiment, run.identity, run.state.status) == (EXPERIMENT, IDENTITY, "new")
+    state = run.state
+    stage = StageState(key="ab", state="done", seconds=1.5, rows=8, artifacts={"rollout": "ab"})
+    state.rounds.append(RoundState(round=0, metrics={"reverse_kl": None, "accuracy_greedy": 0.5}, stages={"r": stage}))
+    state.status = "running"
+    run.save(state)
+    again = Run.open(tmp_path, "demo")
+    assert again.state == state
+    assert again.state.updated
+    run.save_experiment({**EXPERIMENT, "rounds": 4})
+    assert again.experiment["rounds"] == 4
+    assert again.log_path("rollout").parent.is_dir()
+    assert [found.name for found in Run.list(tmp_path)] == ["demo"]
+
+
+def test_creating_the_same_run_again_touches_nothing(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "demo", EXPERIMENT, IDENTITY)
+    run.save(RunState(name="demo", status="stopped"))
+    again = Run.create(tmp_path, "demo", {**EXPERIMENT, "rounds": 9}, IDENTITY)
+    assert again.state.status == "stopped"
+    assert again.experiment["rounds"] == 3
+
+
+def test_another_identity_is_refused_with_the_difference(tmp_path: Path) -> None:
+    Run.create(tmp_path, "demo", EXPERIMENT, IDENTITY)
+    with pytest.raises(IdentityMismatch) as error:
+        Run.create(tmp_path, "demo", EXPERIMENT, {"seed": 1, "rollout": {"top_p": 1.0, "stop": []}, "k": 4})
+    assert "rollout.top_p: 0.9 in the run, 1.0 now" in str(error.value)
+    assert "k: absent in the run, 4 now" in str(error.value)
+    assert "seed" not in str(error.value)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../evil", "a/b", "/etc", "-x", ".hidden", "a" * 65, "a\n", "a\0b", "ä", "a b", "a\\b"]
+)
+def test_names_that_could_leave_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+    for use in (lambda: Run.open(tmp_path, name), lambda: Run.create(tmp_path, name, EXPERIMENT, IDENTITY)):
+        with pytest.raises(InputError, match="run name"):
+            use()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a", "A.b_c-9", "9", "a..b", "a" * 64])
+def test_ordinary_names_work(tmp_path: Path, name: str) -> None:
+    Run.create(tmp_path, name, EXPERIMENT, IDENTITY)
+    assert [run.name for run in Run.list(tmp_path)] == [name]
+
+
+def test_symlinked_runs_are_refused(tmp_path: Path) -> None:
+    elsewhere = Run.create(tmp_path / "other", "real", EXPERIMENT, IDENTITY).directory
+    Run.create(tmp_path, "mine", EXPERIMENT, IDENTITY)
+    (tmp_path / "runs" / "linked").symlink_to(elsewhere)
+    with pytest.raises(InputError, match="symbolic link"):
+        Run.open(tmp_path, "linked")
+    with pytest.raises(InputError, match="symbolic link"):
+        Run.create(tmp_path, "linked", EXPERIMENT, IDENTITY)
+    assert [run.name for run in Run.list(tmp_path)] == ["mine"]
+
+
+@pytest.mark.parametrize("stage", ["../x", "a/b", "", ".", "A", "-a"])
+def test_logs_stay_in_the_run(tmp_path: Path, stage: str) -> None:
+    with pytest.raises(InputError, match="stage"):
+        Run.create(tmp_path, "demo", EXPERIMENT, IDENTITY).log_path(stage)
+
+
+def test_an_unknown_run_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there are: none"):
+        Run.open(tmp_path, "demo")
+    Run.create(tmp_path, "demonstration", EXPERIMENT, IDENTITY)
+    with pytest.raises(InputError, match="did you mean 'demonstration'"):
+        Run.open(tmp_path, "demonstratoin")
+
+
+def test_a_held_run_is_busy_at_once_and_names_the_holder(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "demo", EXPERIMENT, IDENTITY)
+    script = "import sys; from storage.runs import Run\nwith Run.open(sys.argv[1], 'demo').lock(): print(); input()"
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=CHECKOUT, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert f"pid {other.pid} on" in (run.holder() or "")
+        with pytest.raises(RunBusy, match="demo") as error, run.lock():
+            pass
+        assert error.value.exit_code == 75
+        assert f"pid {other.pid}" in error.value.holder
+        other.communicate("\n", timeout=30)
+    assert run.holder() is None
+    with run.lock():
+        info = run.holder_info()
+        assert info is not None
+        assert info.pid == os.getpid()
+
+
+def test_damaged_records_are_named(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "demo", EXPERIMENT, IDENTITY)
+    (run.directory / "state.json").write_text('{"name": "demo", "stat')
+    with pytest.raises(CorruptArtifact, match=r"state\.json"):
+        _ = run.state
+    (run.directory / "experiment.yaml").write_text("a: [")
+    with pytest.raises(CorruptArtifact, match=r"experiment\.yaml"):
+        _ = run.experiment
+    (run.directory / "experiment.yaml").write_text("just text")
+    with pytest.raises(CorruptArtifact, match="not a mapping"):
+        _ = run.experiment
+    (run.directory / "identity.json").write_text("{")
+    with pytest.raises(CorruptArtifact, match=r"identity\.json"):
+        Run.create(tmp_path, "demo", EXPERIMENT, IDENTITY)
+
+
+def test_states_are_checked_when_set() -> None:
+    stage = StageState()
+    with pytest.raises(ValidationError, match="state"):
+        stage.state = "finished"  # type: ignore[assignment]

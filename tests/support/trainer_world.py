@@ -1,0 +1,209 @@
+"""A small store to train on, and jobs for a trainer that is already running."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from storage.schemas import schema_for
+from storage.store import Artifact, ArtifactSpec, Store
+from tasks.runtime import RuntimeConfig
+from tasks.stage import Context, Work
+from tasks.workers import Worker
+
+SAMPLES, K, VOCABULARY = 12, 8, 264
+
+
+def tiny_model(seed: int, hidden: int = 64) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        hidden_size=hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        vocab_size=VOCABULARY,
+        intermediate_size=96,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
+def commit_model(store: Store, number: int, model: PreTrainedModel) -> Artifact:
+    with store.building(ArtifactSpec.of("model", 1, {"number": number}, {})) as builder:
+        folder = builder.directory("model")
+        model.save_pretrained(folder)
+        (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+        (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+        (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
+        return builder.commit()
+
+
+def commit_table(store: Store, stage: str, table: str, rows: list[dict[str, Any]], **content: str) -> Artifact:
+    with store.building(ArtifactSpec.of(stage, 1, {"table": table, "rows": len(rows)}, {})) as builder:
+        builder.write_shard(table, 0, pa.Table.from_pylist(rows, schema_for(table)))
+        return builder.commit(content=content, tables={table: 1})
+
+
+@torch.no_grad()
+def logprobs_of(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    """Log-probabilities of the whole vocabulary at every completion token."""
+    logits = model(torch.tensor([prompt + completion])).logits[0]
+    return logits[len(prompt) - 1 : -1].log_softmax(-1)
+
+
+@dataclass
+class World:
+    """A store with a student, rollouts and signals."""
+
+    store: Store
+    student: Artifact
+    rollouts: Artifact
+    signals: dict[str, Artifact]
+    prompts: Artifact
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+def make_world(root: Path) -> World:
+    store = Store(root)
+    student, teacher = tiny_model(1), tiny_model(2, hidden=96)
+    random = np.random.Generator(np.random.PCG64(0))
+    rollouts, sampled, topk, masks = [], [], [], []
+    for index in range(SAMPLES):
+        prompt = random.integers(8, VOCABULARY, size=int(random.integers(3, 9))).tolist()
+        completion = random.integers(8, VOCABULARY, size=int(random.integers(2, 21))).tolist()
+        ids = torch.tensor(completion)[:, None]
+        of_student, of_teacher = (logprobs_of(model, prompt, completion) for model in (student, teacher))
+        behaviour = of_student.gather(1, ids)[:, 0]
+        top = of_teacher.topk(K, dim=-1)
+        tail = of_teacher.scatter(1, top.indices, -torch.inf).logsumexp(-1)
+        name = f"p{index}/1/0"
+        rollouts.append(
+            {
+                "sample_id": name,
+                "prompt_id": f"p{index}",
+                "sample_index": 0,
+                "prompt_token_ids": prompt,
+                "completion_token_ids": completion,
+                "sampling_logprobs": (behaviour - 0.1 * torch.tensor(random.standard_normal(len(ids)))).tolist(),
+                "behaviour": "student",
+                "prefix_length": 0,
+                "finish_reason": "stop",
+                "seed": index,
+                "completion_text": "",
+            }
+        )
+        sampled.append(
+            {
+                "sample_id": name,
+                "student_logprobs": behaviour.tolist(),
+                "teacher_logprobs": of_teacher.gather(1, ids)[:, 0].tolist(),
+                "student_entropy": (-(of_student.exp() * of_student).sum(-1)).tolist(),
+                "teacher_entropy": (-(of_teacher.exp() * of_teacher).sum(-1)).tolist(),
+                "behaviour_logprobs": behaviour.tolist(),
+            }
+        )
+        topk.append(
+            {
+                "sample_id": name,
+                "ids": top.indices.tolist(),
+                "logprobs": top.values.tolist(),
+                "valid": [K] * len(completion),
+                "tail_logmass": tail.tolist(),
+            }
+        )
+        # one sample has nothing left to learn from; elsewhere a token is now and then masked
+        reasons = np.ones(len(completion), int) if index == 3 else (random.random(len(completion)) < 0.15).astype(int)
+        masks.append({"sample_id": name, "mask_reasons": reasons.tolist()})
+    texts = [
+        {
+            "prompt_id": f"w{index}",
+            "split": "warmup",
+            "text": "",
+            "token_ids": row["prompt_token_ids"],
+            "completion": "",
+            "completion_token_ids": row["completion_token_ids"],
+        }
+        for index, row in enumerate(rollouts)
+    ]
+    return World(
+        store=store,
+        student=commit_model(store, 1, student),
+        rollouts=commit_table(store, "rollout", "rollouts", rollouts),
+        signals={
+            "sampled": commit_table(store, "sampled", "sampled", list(reversed(sampled))),
+            "teacher_topk": commit_table(store, "teacher_topk", "teacher_topk", topk),
+            "mask": commit_table(store, "mask", "mask", masks),
+        },
+        prompts=commit_table(store, "prepare", "prompts", texts, **{"prompts:warmup": "some"}),
+        samples=rollouts,
+    )
+
+
+@dataclass
+class Made:
+    """What a job made, read back."""
+
+    artifacts: dict[str, Artifact]
+    store: Store
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        name = "train" if "train" in self.artifacts else "warmup"
+        return self.store.read_table(self.artifacts[name], "training_steps").to_pylist()
+
+    @property
+    def losses(self) -> np.ndarray:
+        return np.array([row["loss"] for row in self.rows])
+
+    def tensors(self, kind: str) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self.store.materialize(self.artifacts["trainer_state"], "state") / f"{kind}.safetensors")
+
+    def student(self) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(self.store.materialize(self.artifacts["student"]), dtype="auto")
+
+
+class Pool:
+    """Stands in for `WorkerPool`: jobs go to one warm trainer, with the runtime settings that a test wants."""
+
+    def __init__(self, worker: Worker, runtime: dict[str, Any]) -> None:
+        self.worker, self.runtime = worker, runtime
+        self.seen: list[tuple[int, int]] = []
+
+    def run(self, role: str, jobs: list[dict[str, Any]], on_progress: Any) -> list[dict[str, Any]]:
+        assert role == "trainer"
+        report = lambda done, total: (self.seen.append((done, total)), on_progress(0, done, total))  # noqa: E731
+        return [self.worker.run(job | {"runtime": self.runtime}, report, timeout=120) for job in jobs]
+
+
+def make(work: Work, store: Store, worker: Worker, tag: str, **runtime: Any) -> Made:
+    """Builds all outputs of `work`. `tag` keeps artifacts apart that differ in runtime only, which no key shows."""
+    pool = Pool(worker, runtime)
+    context = Context(
+        store=store,
+        runtime=RuntimeConfig(device="cpu"),
+        workers=pool,  # type: ignore[arg-type]
+        progress=lambda done, total, unit: None,
+        log=lambda text: None,
+    )
+    other = {
+        name: ArtifactSpec.of(spec.stage, spec.version, spec.identity | {"tag": tag}, spec.inputs)
+        for name, spec in work.outputs.items()
+    }
+    with ExitStack() as stack:
+        builders = {name: stack.enter_context(store.building(other[name])) for name in sorted(other)}
+        work.build(builders, context)
+    made = {name: store.get(spec.stage, spec.key) for name, spec in other.items()}
+    assert pool.seen and pool.seen[-1][0] == pool.seen[-1][1], "progress reaches its total"
+    return Made({name: artifact for name, artifact in made.items() if artifact is not None}, store)

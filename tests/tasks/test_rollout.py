@@ -1,0 +1,183 @@
+"""The planning half of rollouts: which prompts, which seeds, which key; shards are resumed, not repeated."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from storage.artifact import Artifact, ArtifactSpec
+from storage.errors import InputError
+from storage.schemas import schema_for
+from storage.store import Store
+from tasks.rollout import RolloutConfig, plan_samples, prompts_for_round, rollout_work
+from tasks.runtime import RuntimeConfig, SamplerRuntime
+from tasks.stage import Context
+from tasks.workers import WorkerDied, WorkerPool
+
+PLUGINS = Path(__file__).parent.parent / "plugins"
+CONFIG = RolloutConfig(num_generations=2, prompts_per_round=5, shard_prompts=2, max_completion_length=4, top_p=0.9)
+
+
+@given(st.sets(st.text(min_size=1, max_size=5), min_size=1, max_size=12), st.integers(0, 99), st.integers(1, 7))
+def test_every_epoch_takes_every_prompt_once(ids, seed, per_round):
+    rounds = [prompts_for_round(sorted(ids), seed, r, per_round) for r in range(1, 2 * len(ids) + 1)]
+    assert all(len(chosen) == per_round for chosen in rounds)
+    taken = [prompt for chosen in rounds for prompt in chosen]
+    whole = len(taken) // len(ids)
+    for epoch in range(whole):
+        assert Counter(taken[epoch * len(ids) : (epoch + 1) * len(ids)]) == Counter(ids)
+    assert rounds[0] == prompts_for_round(sorted(ids, reverse=True), seed, 1, per_round)
+
+
+def test_the_order_is_the_seeds_and_the_epochs():
+    ids = [f"p{i}" for i in range(40)]
+    first, second = (prompts_for_round(ids, 1, r, 40) for r in (1, 2))
+    assert first != second and first != prompts_for_round(ids, 2, 1, 40) and first != ids
+    assert first == [*prompts_for_round(ids, 1, 1, 20), *prompts_for_round(ids, 1, 2, 20)]
+    with pytest.raises(InputError, match="no prompt"):
+        prompts_for_round([], 1, 1, 4)
+
+
+def test_samples_are_unique_even_where_a_round_holds_a_prompt_twice():
+    shards = plan_samples(["a", "b", "a"], CONFIG, seed=3, round=2)
+    samples = [sample for shard in shards for sample in shard]
+    assert [s.sample_id for s in samples] == ["a/2/0", "a/2/1", "b/2/0", "b/2/1", "a/2/2", "a/2/3"]
+    assert len({s.seed for s in samples}) == 6 and [len(shard) for shard in shards] == [4, 2]
+    other = plan_samples(["b"], CONFIG, seed=3, round=2)[0]
+    assert [s.seed for s in other] == [s.seed for s in samples[2:4]]  # whatever the company
+    assert {s.seed for s in plan_samples(["b"], CONFIG, 3, 3)[0]}.isdisjoint(s.seed for s in other)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("top_p", 0), ("top_p", 1.01), ("temperature", 0), ("temperature", 3), ("top_k", -1), ("num_generations", 0),
+        ("max_completion_length", 0), ("stop_token_ids", []), ("stop_token_ids", [-1]), ("stop_token_ids", "EOS"),
+        ("dtype", "int8"), ("prompts_per_round", 0), ("shard_prompts", 0), ("top_n", 3),
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_refused(field, value):
+    with pytest.raises(ValidationError, match=field):
+        RolloutConfig.model_validate({field: value})
+
+
+def artifact(stage: str, **content: str) -> Artifact:
+    return Artifact(
+        stage=stage, key="0" * 16, content=content, rows={}, identity={}, inputs={}, created="2026-01-01", seconds=0
+    )
+
+
+def test_the_key_follows_what_changes_the_completions():
+    student = artifact("student", weights="w", architecture="a", tokenizer="t", model="m")
+    prompts = artifact("prepare", **{"prompts:train": "p", "prompts:eval": "e"})
+
+    def key(config=CONFIG, student=student, prompts=prompts, seed=1, round=1) -> str:
+        return rollout_work(config, student, prompts, seed, round).outputs["rollout"].key
+
+    assert key() == key(
+        student=artifact("model", weights="w", architecture="a", tokenizer="t", model="other file split"),
+        prompts=artifact("prepare", **{"prompts:train": "p", "prompts:eval": "other"}),
+    )
+    others = [key(CONFIG.model_copy(update={"top_p": 0.8})), key(seed=2), key(round=2)]
+    others += [key(student=artifact("student", weights="x", architecture="a", tokenizer="t"))]
+    others += [key(student=artifact("student", weights="w", architecture="b", tokenizer="t"))]
+    others += [key(prompts=artifact("prepare", **{"prompts:train": "q"}))]
+    assert len({key(), *others}) == 7
+    equal = RolloutConfig(**CONFIG.model_dump() | {"stop_token_ids": [5, 3, 5]})
+    assert key(equal) == key(RolloutConfig(**CONFIG.model_dump() | {"stop_token_ids": [3, 5]}))
+
+
+class Stage:
+    """A store with a student and seven prompts, and rollouts of them through a worker with a scripted engine."""
+
+    def __init__(self, root: Path) -> None:
+        self.store = Store(root / "store")
+        with self.store.building(ArtifactSpec.of("model", 1, {}, {})) as builder:
+            folder = builder.directory("model")
+            (folder / "config.json").write_text("{}")
+            (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+            (folder / "tokenizer.json").write_text("{}")
+            self.student = builder.commit()
+        rows = [
+            {"prompt_id": f"p{i}", "split": "eval" if i == 7 else "train", "text": "x", "token_ids": [i, i + 1]}
+            for i in range(8)
+        ]
+        table = pa.Table.from_pylist(rows, schema=schema_for("prompts"))
+        with self.store.building(ArtifactSpec.of("prepare", 1, {}, {})) as builder:
+            builder.write_shard("prompts", 0, table)
+            self.prompts = builder.commit(content={"prompts:train": "p"})
+        self.work = rollout_work(CONFIG, self.student, self.prompts, seed=5, round=2)
+        self.spec = self.work.outputs["rollout"]
+        self.progress: list[tuple[int, int, str]] = []
+
+    def build(self, pool: WorkerPool) -> Artifact:
+        self.progress.clear()
+        with self.store.building(self.spec) as builder:
+            context = Context(self.store, pool.runtime, pool, lambda *p: self.progress.append(p), lambda line: None)
+            self.work.build({"rollout": builder}, context)
+            assert builder.committed is not None
+            return builder.committed
+
+    def done(self) -> list[int]:
+        log = self.store.root / "shards-done"
+        shards = [int(line) for line in log.read_text().split()]
+        log.unlink()
+        return shards
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    runtime = RuntimeConfig(device="cpu", threads=1, retries=0, sampler=SamplerRuntime(workers=2))
+    logs = tmp_path_factory.mktemp("logs")
+    with WorkerPool(runtime, logs, ("scripted_sampler",), str(PLUGINS)) as pool:
+        yield pool
+
+
+def test_an_interrupted_round_goes_on_where_it_broke(tmp_path, pool):
+    whole = Stage(tmp_path / "whole")
+    expected = whole.build(pool)
+    assert sorted(whole.done()) == [0, 1, 2]
+
+    broken = Stage(tmp_path / "broken")
+    (broken.store.root / "die-before-shard").write_text("2")
+    with pytest.raises(WorkerDied):
+        broken.build(pool)
+    assert broken.store.get("rollout", broken.spec.key) is None and sorted(broken.done()) == [0, 1]
+    (broken.store.root / "die-before-shard").unlink()
+    result = broken.build(pool)
+    assert broken.done() == [2]
+    assert result.content == expected.content and result.meta["metrics"] == expected.meta["metrics"]
+    assert broken.progress[0] == (8, 10, "samples") and broken.progress[-1] == (10, 10, "samples")
+
+    rows = broken.store.read_table(result, "rollouts").to_pylist()
+    chosen = prompts_for_round([f"p{i}" for i in range(7)], 5, 2, 5)
+    planned = [sample for shard in plan_samples(chosen, CONFIG, 5, 2) for sample in shard]
+    assert [row["sample_id"] for row in rows] == [sample.sample_id for sample in planned]
+    assert [row["seed"] for row in rows] == [sample.seed for sample in planned]
+    assert all(row["prompt_token_ids"] == [int(row["prompt_id"][1:]), int(row["prompt_id"][1:]) + 1] for row in rows)
+    lengths = [len(row["completion_token_ids"]) for row in rows]
+    assert [len(row["sampling_logprobs"]) for row in rows] == lengths
+    clipped = sum(row["finish_reason"] == "length" for row in rows)
+    assert 0 < clipped < 10
+    tokens = sum(lengths)
+    assert result.meta["metrics"] == {"mean_length": tokens / 10, "clipped_ratio": clipped / 10, "tokens": tokens}
+    assert result.meta["stop_token_ids"] == [7]
+    assert result.meta["weight_proofs"] == [{"weights": broken.student.content["weights"]}]
+
+
+def test_a_damaged_shard_alone_is_sampled_again(tmp_path, pool):
+    stage = Stage(tmp_path)
+    before = stage.build(pool)
+    stage.done()
+    folder = stage.store.root / "artifacts" / "rollout" / stage.spec.key
+    damaged = folder / stage.store.shards(before, "rollouts")[1].file
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    after = stage.build(pool)
+    assert stage.done() == [1]
+    assert after.content == before.content and after.meta == before.meta

@@ -1,0 +1,60 @@
+"""Two real trainers (one rank, two ranks), launched once, and a small store to train on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from trainer_world import World, make_world
+
+from tasks.trainer.launch import free_port, launch_command
+from tasks.workers import CHECKOUT, Worker
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("trainer") / "store")
+
+
+Start = Callable[[int], Worker]
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Launches trainers of the given number of ranks as the supervisor does, and ends them with the session."""
+    started: list[Worker] = []
+
+    def launch(processes: int) -> Worker:
+        settings = {
+            "device": "cpu",
+            "threads": 1,
+            "micro_batch_tokens": 64,
+            "head_chunk_tokens": 16,
+            "deepspeed": None,
+            "activation_checkpointing": False,
+        }
+        argv, more = launch_command(processes, "cpu", free_port())
+        env = dict(os.environ) | {
+            "PYTHONPATH": str(CHECKOUT),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OPD_WORKER_SETTINGS": json.dumps(settings),
+        }
+        log = tmp_path_factory.getbasetemp() / f"trainer-{processes}-{len(started)}.log"
+        started.append(Worker("trainer", argv, env | more, log, processes))
+        return started[-1]
+
+    yield launch
+    for worker in started:
+        worker.close()
+
+
+@pytest.fixture(scope="session")
+def trainers(start: Start) -> dict[int, Worker]:
+    """Trainers of one and of two ranks, kept warm."""
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(start, (1, 2))
+    return {1: one, 2: two}

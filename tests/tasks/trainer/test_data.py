@@ -1,0 +1,191 @@
+"""From tables to tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from storage.errors import ConfigError, InputError
+from storage.schemas import MaskReason, schema_for
+from tasks.losses.config import DirectConfig, TopkSupport
+from tasks.trainer.config import OptimizerSettings
+from tasks.trainer.data import forward_batch, from_rollouts, token_weights
+from tasks.trainer.engine import deepspeed_config
+from tasks.trainer.support import TopK, UnionTopK
+
+CPU = torch.device("cpu")
+SPECIAL = [MaskReason.SPECIAL_TOKEN]
+
+
+def tables(lengths: list[int] = (3, 1, 2), k: int = 4) -> tuple[pa.Table, dict[str, pa.Table]]:
+    """Token t of sample i has the id 10 i + t; its top-K ids are 100 id + rank, likeliest first."""
+    random = np.random.Generator(np.random.PCG64(1))
+    rows: dict[str, list] = {"rollouts": [], "sampled": [], "teacher_topk": [], "student_topk": [], "mask": []}
+    for index, length in enumerate(lengths):
+        completion = [10 * index + t for t in range(length)]
+        name = f"p{index}/1/0"
+        values = {
+            "student_logprobs": [-float(i) for i in completion],
+            "teacher_logprobs": [-0.5 * i for i in completion],
+            "student_entropy": [1.0] * length,
+            "teacher_entropy": [2.0] * length,
+        }
+        fixed = {"sample_index": 0, "behaviour": "student", "prefix_length": 0, "finish_reason": "stop", "seed": 0}
+        lists = {
+            "prompt_token_ids": [1] * (index + 1),
+            "completion_token_ids": completion,
+            "sampling_logprobs": [-1.0] * length,
+        }
+        rows["rollouts"].append(fixed | lists | {"sample_id": name, "prompt_id": f"p{index}", "completion_text": ""})
+        rows["sampled"].append({"sample_id": name} | values)
+        mass = random.dirichlet(np.ones(k + 5), size=length)
+        mass[:, :k] = -np.sort(-mass[:, :k], axis=1)
+        ids = [[100 * token + rank for rank in range(k)] for token in completion]
+        shared = {"sample_id": name, "valid": [k] * length}
+        top, tail = np.log(mass[:, :k]).tolist(), np.log(mass[:, k:].sum(axis=1)).tolist()
+        rows["teacher_topk"].append(shared | {"ids": ids, "logprobs": top, "tail_logmass": tail})
+        shifted = [[i + 2 for i in row] for row in ids]
+        both = {"student_logprobs": top, "teacher_logprobs": np.log(mass[:, :k] * 0.01).tolist()}
+        tails = {"student_tail_logmass": tail, "teacher_tail_logmass": tail}
+        rows["student_topk"].append(shared | {"ids": shifted} | both | tails)
+        rows["mask"].append({"sample_id": name, "mask_reasons": [0] * length})
+    made = {name: pa.Table.from_pylist(found, schema_for(name)) for name, found in rows.items()}
+    return made.pop("rollouts"), made
+
+
+def needs(kind: str = "teacher_topk", k: int = 4) -> DirectConfig:
+    return DirectConfig(support=TopkSupport(kind=kind, k=k)).needs()
+
+
+def replaced(table: pa.Table, column: str, values: list) -> pa.Table:
+    rows = table.to_pylist()
+    for row, value in zip(rows, values, strict=True):
+        row[column] = value
+    return pa.Table.from_pylist(rows, table.schema)
+
+
+def test_tokens_stand_with_their_signals_and_hidden_states() -> None:
+    rollouts, signals = tables()
+    signals["sampled"] = signals["sampled"].take([2, 0, 1])  # joined by sample_id, not by place
+    masks = [[0, 1, 0], [16], [2, 0]]
+    signals["mask"] = replaced(signals["mask"], "mask_reasons", masks)
+    samples = from_rollouts(rollouts, signals, needs(), SPECIAL)
+    rows = (2, 0, 1)
+    batch = forward_batch(samples, rows, token_weights(samples, rows, "token", None), (0, 1, 2), False, CPU)
+    tokens = batch.tokens
+    assert tokens.token_ids_N.tolist() == [20, 21, 0, 2], "masked: 1 special, 16 invalid; 2 truncated is no reason here"
+    assert tokens.student_logprobs_N.tolist() == [-20.0, -21.0, 0.0, -2.0]
+    assert tokens.sample_N.tolist() == [0, 0, 1, 1] and tokens.position_N.tolist() == [0, 1, 0, 2]
+    assert tokens.support_ids_NK[:, 0].tolist() == [2000, 2100, 0, 200]
+    assert batch.weight_N.tolist() == [0.25] * 4
+    # the hidden state before each token: prompts of 3, 1 and 2 tokens, forward length 4
+    assert batch.input_ids_BT.tolist() == [[1, 1, 1, 20], [1, 0, 1, 0], [1, 1, 0, 0]]
+    assert batch.hidden_index_N.tolist() == [2, 3, 4 + 0, 4 + 2]
+
+
+def test_weights_of_the_three_normalisations() -> None:
+    rollouts, signals = tables([3, 1, 2, 2])
+    signals["mask"] = replaced(signals["mask"], "mask_reasons", [[0, 1, 0], [0], [1, 1], [0, 0]])
+    samples = from_rollouts(rollouts, signals, needs(), SPECIAL)
+    rows = (3, 1, 0, 2)  # with 2, 1, 2 and 0 tokens left
+    assert token_weights(samples, rows, "token", None).tolist() == [1 / 5] * 4
+    assert token_weights(samples, rows, "sequence", None).tolist()[:3] == [1 / 6, 1 / 3, 1 / 6]
+    assert token_weights(samples, rows, "constant", 10).tolist() == [1 / 40] * 4
+    with pytest.raises(ConfigError, match="normalisation"):
+        token_weights(samples, rows, "constant", None)
+
+
+def test_fillers_and_empty_batches_count_for_nothing() -> None:
+    rollouts, signals = tables([2, 2])
+    signals["mask"] = replaced(signals["mask"], "mask_reasons", [[16, 16], [0, 0]])
+    topk = signals["teacher_topk"]
+    signals["teacher_topk"] = replaced(topk, "tail_logmass", [[float("nan")] * 2, topk["tail_logmass"][1].as_py()])
+    samples = from_rollouts(rollouts, signals, needs(), SPECIAL)
+    weights = token_weights(samples, (0, 1), "token", None)
+    for places, filler in (((0,), False), ((1,), True)):
+        batch = forward_batch(samples, (0, 1), weights, places, filler, CPU)
+        assert batch.tokens.loss_mask_N.tolist() == [0.0] and batch.weight_N.tolist() == [0.0]
+        finite = (batch.tokens.teacher_tail_logmass_N, batch.tokens.teacher_support_logprobs_NK)
+        assert all(values.isfinite().all() for values in finite)
+
+
+def test_a_smaller_k_is_a_slice_with_the_rest_in_the_tail() -> None:
+    rollouts, signals = tables()
+    wide, narrow = (from_rollouts(rollouts, signals, needs(k=k), SPECIAL).support for k in (4, 2))
+    index = np.arange(6)
+    all_of_it, sliced = wide.rows(index), narrow.rows(index)
+    assert (sliced.ids_NK == all_of_it.ids_NK[:, :2]).all() and (sliced.valid_N == 2).all()
+    mass = np.exp(sliced.teacher_NK).sum(1) + np.exp(sliced.teacher_tail_N)
+    np.testing.assert_allclose(mass, 1.0, rtol=1e-6)
+
+
+def test_lists_shorter_than_k_are_padded() -> None:
+    entries = np.array([7, 8, 9]), np.array([-1.0, -2.0, -0.5], np.float32)
+    found = TopK(2, np.array([0, 2]), np.array([2, 1]), *entries, None, np.array([-3.0, -4.0])).rows(np.array([1, 0]))
+    assert found.ids_NK.tolist() == [[9, 0], [7, 8]] and found.valid_N.tolist() == [1, 2]
+    assert found.teacher_NK.tolist() == [[-0.5, -np.inf], [-1.0, -2.0]]
+
+
+def test_a_union_holds_both_lists_once_and_keeps_the_mass() -> None:
+    teacher = TopK(2, np.array([0]), np.array([2]), np.array([5, 6]), np.log([0.5, 0.2]), None, np.log([0.3]))
+    student = TopK(
+        2, np.array([0]), np.array([2]), np.array([6, 9]), np.log([0.2, 0.1]), np.log([0.6, 0.3]), np.log([0.7])
+    )
+    found = UnionTopK(teacher, student).rows(np.array([0]))
+    assert found.ids_NK.tolist() == [[5, 6, 9, 0]] and found.valid_N.tolist() == [3]
+    np.testing.assert_allclose(np.exp(found.teacher_NK[0]), [0.5, 0.2, 0.1, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(np.exp(found.teacher_tail_N), [0.2], rtol=1e-6)
+
+
+def test_union_support_needs_both_signals() -> None:
+    rollouts, signals = tables()
+    samples = from_rollouts(rollouts, signals, needs("union"), SPECIAL)
+    assert samples.support.rows(np.arange(6)).valid_N.tolist() == [6] * 6  # ids 0..3 and 2..5
+    del signals["student_topk"]
+    with pytest.raises(InputError, match="'student_topk'"):
+        from_rollouts(rollouts, signals, needs("union"), SPECIAL)
+
+
+@pytest.mark.parametrize(
+    ("signal", "change", "named"),
+    [
+        ("sampled", lambda t: t.slice(1), "p0/1/0"),
+        ("sampled", lambda t: pa.concat_tables([t, t.slice(0, 1)]), "twice"),
+        ("sampled", lambda t: replaced(t, "teacher_logprobs", [[-1.0] * 3, [-1.0] * 2, [-1.0] * 2]), "'p1/1/0' has 2"),
+        ("mask", lambda t: replaced(t, "mask_reasons", [[0] * 3, [], [0] * 2]), "mask.mask_reasons"),
+        ("teacher_topk", lambda t: replaced(t, "tail_logmass", [[-1.0] * 2, [-1.0], [-1.0] * 2]), "tail_logmass"),
+        ("teacher_topk", lambda t: replaced(t, "logprobs", [[[-1.0]] * 3, [[-1.0]], [[-1.0]] * 2]), "as long as"),
+    ],
+)
+def test_lengths_that_disagree_are_refused(signal: str, change, named: str) -> None:
+    rollouts, signals = tables()
+    signals[signal] = change(signals[signal])
+    with pytest.raises(InputError, match=named):
+        from_rollouts(rollouts, signals, needs(), SPECIAL)
+
+
+def test_more_candidates_than_stored_are_refused() -> None:
+    rollouts, signals = tables()
+    with pytest.raises(InputError, match="K=8.*4 entries"):
+        from_rollouts(rollouts, signals, needs(k=8), SPECIAL)
+
+
+def test_deepspeed_file_decides_zero_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    settings = OptimizerSettings(lr=0.1, dtype="bfloat16", max_grad_norm=2.0)
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    made = deepspeed_config(str(file), settings, 1000)
+    assert made["zero_optimization"]["stage"] == 2 and made["gradient_clipping"] == 2.0
+    assert made["data_types"]["grad_accum_dtype"] == "fp32"
+    for text, named in (
+        ('{"optimizer": {}}', "train.lr"),
+        ("{", "JSON"),
+        ('{"zero_optimization": {"stage": 4}}', "stage"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=named):
+            deepspeed_config(str(file), settings, 1000)

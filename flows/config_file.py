@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from storage.errors import ConfigError
@@ -97,9 +97,11 @@ def _numbers(value: Any) -> Any:
 
 def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
     location = tuple(error["loc"])
-    field = ".".join(str(part) for part in location if part not in _tags(model, location)) or "(whole config)"
+    unknown = error["type"] == "extra_forbidden"
+    tags = _walk(model, location[:-1] if unknown else location)[1]
+    field = ".".join(str(part) for part in location if part not in tags) or "(whole config)"
     found = error.get("input")
-    if error["type"] == "extra_forbidden":
+    if unknown:
         known = _fields_at(model, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
@@ -165,14 +167,3 @@ def _walk(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[list
 def _fields_at(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
     candidates, _ = _walk(model, location)
     return [name for candidate in candidates for name in candidate.model_fields]
-
-
-def _tags(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str | int]:
-    """The parts of a location that pydantic adds for a union's tag and that stand in no file."""
-    tags = _walk(model, location)[1]
-    return [tag for tag in tags if tag != location[-1]] if tags and tags[-1] == location[-1] else tags
-
-
-def schema(model: type[BaseModel]) -> dict[str, Any]:
-    """JSON schema of a config model: the one source of documentation."""
-    return TypeAdapter(model).json_schema()

@@ -160,7 +160,7 @@ class Maker:
         if len(found) == len(work.outputs):
             kept = old is not None and old.artifacts == keys and old.state in ("done", "cached")
             state = old if kept and old is not None else StageState(state="cached", seconds=0.0, artifacts=keys)
-            return self._finish(label, state, found)
+            return self._finish(label, state, found, shown="cached")
         self._note(label, StageState(state="running", artifacts=keys, started=time.strftime("%Y-%m-%dT%H:%M:%S%z")))
         try:
             found |= self._build(label, work, found, context)
@@ -201,16 +201,19 @@ class Maker:
                 made[name] = artifact
         return made
 
-    def _finish(self, label: str, state: StageState, found: dict[str, Artifact]) -> dict[str, Artifact]:
+    def _finish(
+        self, label: str, state: StageState, found: dict[str, Artifact], shown: str | None = None
+    ) -> dict[str, Artifact]:
+        """Record the stage's end. `shown` is the state to report where the record keeps that of an earlier call."""
         state.key = next(iter(state.artifacts.values()), None)
         state.rows = sum(sum(artifact.rows.values()) for artifact in found.values())
         for artifact in found.values():
             for name, value in (artifact.meta.get("metrics") or {}).items():
                 self._round.metrics[name if label == "evaluate" else f"{label}_{name}"] = value
-        self._note(label, state)
+        self._note(label, state, shown)
         return found
 
-    def _note(self, label: str, state: StageState) -> None:
+    def _note(self, label: str, state: StageState, shown: str | None = None) -> None:
         self._round.stages[label] = state
         self.run.save(self.state)
-        self.reporter.stage(self._round.round, label, state)
+        self.reporter.stage(self._round.round, label, state.model_copy(update={"state": shown or state.state}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from storage.errors import ConfigError
 from storage.identity import Identity, RunPolicy
 from tasks.evaluate import EvaluateConfig
 from tasks.losses.config import ObjectiveConfig
-from tasks.models import ModelSource
+from tasks.models import ModelSource, declared_sizes
 from tasks.prepare import PrepareConfig
 from tasks.rollout import RolloutConfig
 from tasks.runtime import RuntimeConfig
@@ -121,19 +120,16 @@ def cross_problems(e: Experiment) -> list[str]:
     for name, model in (("student", e.student), ("teacher", e.teacher)):
         if model.warmup is not None and e.prompts.warmup is None:
             found.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
-    architecture = getattr(e.student.source, "config", None)
-    if isinstance(architecture, dict):
-        longest = architecture.get("max_position_embeddings", math.inf)
-        wanted = e.rollout.max_completion_length
-        if wanted >= longest:
+    rows, positions = declared_sizes(e.student.source)
+    for section, length in (("rollout", e.rollout.max_completion_length), ("evaluate", e.evaluate.max_completion_length)):
+        if positions and length >= positions:
             found.append(
-                f"rollout.max_completion_length: {wanted} leaves no room in the student's"
-                f" max_position_embeddings {longest}"
+                f"{section}.max_completion_length: {length} leaves no room for a prompt in the student's"
+                f" max_position_embeddings, {positions}"
             )
-        vocabulary = architecture.get("vocab_size")
-        for need in e.objective.needs().signals:
-            if vocabulary and need.k and need.k > vocabulary:
-                found.append(f"objective.support.k: {need.k} is above the vocabulary of {vocabulary}")
+    for need in e.objective.needs().signals:
+        if rows and need.k and need.k > rows:
+            found.append(f"objective.support.k: {need.k} is above the vocabulary of {rows}")
     return found
 
 

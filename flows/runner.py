@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +53,8 @@ def run_experiment(
 
     Returns its state and how many stages had to be built. Raises RunBusy when another process holds the name,
     IdentityMismatch when the name holds another experiment, and whatever a stage raises."""
+    if experiment.runtime.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
     check_plugins(experiment)
     load_plugins(experiment.plugins)
     store = Store(root)
@@ -60,6 +63,7 @@ def run_experiment(
     with run.lock(), terminating():
         run.save_experiment(experiment.model_dump(mode="json"))
         state = run.state
+        state.forked_from = f"{experiment.fork.run}@{experiment.fork.round}" if experiment.fork else None
         goal = experiment.policy.rounds if rounds is None else rounds
         if further is not None:
             goal = min(goal, rounds_done(state) + further)

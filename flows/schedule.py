@@ -45,6 +45,7 @@ REPORTS = "OPD_SCHEDULE_REPORTS"
 """Environment variable with the folder where a tick leaves word for the process that serves it."""
 
 INTERRUPTED = 130
+SCHEDULER_SECONDS = 120.0  # the server plans the ticks of a new deployment within 5 seconds, of any within 60
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -161,16 +162,18 @@ async def _serve(schedule: Schedule, reports: Path, say: Callable[[str], None]) 
         await _tick_now(deployment)
     stopping = asyncio.Event()
     serving = asyncio.ensure_future(runner.start())
+    checking = asyncio.ensure_future(_check_scheduler(deployment))
     try:
         while not runner.started and not serving.done():
             await asyncio.sleep(0.05)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):  # replaces the runner's own handler, which blocks the loop
             loop.add_signal_handler(number, stopping.set)
-        code = await _watch(reports, stopping, serving, say)
+        code = await _watch(reports, stopping, [serving, checking], say)
         if code == INTERRUPTED:
             say(f"stopping; what is finished stays. To go on: opd schedule again, or opd resume {schedule.name}")
     finally:
+        checking.cancel()
         if runner.started:
             with suppress(Exception):
                 await runner.astop()
@@ -180,7 +183,7 @@ async def _serve(schedule: Schedule, reports: Path, say: Callable[[str], None]) 
 
 
 async def _watch(
-    reports: Path, stopping: asyncio.Event, serving: asyncio.Future[None], say: Callable[[str], None]
+    reports: Path, stopping: asyncio.Event, tasks: list[asyncio.Future[None]], say: Callable[[str], None]
 ) -> int:
     """Say what ticks report; return the exit code when one says that there is nothing left to do."""
     while True:
@@ -193,11 +196,33 @@ async def _watch(
                 return int(report["exit"])
         if stopping.is_set():
             return INTERRUPTED
-        if serving.done():
-            error = serving.exception()
-            raise ServerUnavailable(f"Prefect's runner ended: {error!r}; start the schedule again") from error
+        for task in tasks:
+            if task.done() and (error := task.exception()) is not None:
+                if isinstance(error, OpdError):
+                    raise error
+                raise ServerUnavailable(f"Prefect's runner ended: {error!r}; start the schedule again") from error
         with suppress(TimeoutError):
             await asyncio.wait_for(stopping.wait(), timeout=0.3)
+
+
+async def _check_scheduler(deployment: uuid.UUID) -> None:
+    """Raise when the server has planned no tick: its scheduler is switched off or broken, and nothing would ever happen."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import DeploymentFilter
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    which = {"deployment_filter": DeploymentFilter(id={"any_": [deployment]}), "limit": 5}
+    deadline = time.monotonic() + SCHEDULER_SECONDS
+    async with get_client() as client:
+        while time.monotonic() < deadline:
+            await asyncio.sleep(5)
+            runs = await client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_DESC, **which)
+            if any(run.auto_scheduled for run in runs):
+                return
+    raise ServerUnavailable(
+        f"the Prefect server at {client.api_url} planned no tick in {SCHEDULER_SECONDS:.0f} s: its scheduler is off, or"
+        " fails (see the server's log; Prefect 3.7 fails so with SQLAlchemy 2.1)"
+    )
 
 
 async def _gone(pid: int, seconds: float = 20.0) -> None:

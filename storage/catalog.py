@@ -121,7 +121,7 @@ def _one_select(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.State
 def _seal(connection: duckdb.DuckDBPyConnection, memory: str) -> None:
     threads = max(1, min(_THREADS, os.cpu_count() or 1))
     settings = (
-        ("memory_limit", f"'{memory}'"),
+        ("memory_limit", "'" + memory.replace("'", "''") + "'"),
         ("threads", str(threads)),
         ("temp_directory", "''"),
         ("autoinstall_known_extensions", "false"),

@@ -70,9 +70,10 @@ def tokenizer_digest(directory: Path | str, memo: Path | None = None) -> str:
     return files_digest({path.relative_to(directory).as_posix(): file_sha256(path, memo) for path in files})
 
 
-def architecture_digest(directory: Path | str) -> str:
-    """Digest of a checkpoint's `config.json`, without what changes no result (library version, own name, dtype)."""
-    path = Path(directory) / "config.json"
+def architecture_digest(directory: Path | str, name: str = "config.json") -> str:
+    """Digest of a checkpoint's `config.json` (or `generation_config.json`), without what changes no result (library
+    version, own name, dtype)."""
+    path = Path(directory) / name
     try:
         config = json.loads(path.read_bytes())
         if not isinstance(config, dict):

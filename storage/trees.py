@@ -61,15 +61,17 @@ def fsync_tree(directory: Path, files: list[Path]) -> None:
 
 
 def content_digests(name: str, directory: Path, files: tuple[FileRecord, ...], memo: Path | None) -> dict[str, str]:
-    """Content digests of a tree: `<name>` (its files), and what it holds of `weights`, `tokenizer`, `architecture`.
+    """Content digests of a tree: `<name>` (its files), and what it holds of `weights`, `tokenizer`, `architecture` and
+    `generation` (config.json and generation_config.json).
 
-    The last three bear these plain names for the tree "model", and `<name>:weights` and so on for any other."""
+    The last four bear these plain names for the tree "model", and `<name>:weights` and so on for any other."""
     prefix = "" if name == "model" else f"{name}:"
     result = {name: files_digest({record.path: record.sha256 for record in files})}
     if any("/" not in record.path and record.path.endswith(".safetensors") for record in files):
         result[f"{prefix}weights"] = weights_digest(directory, memo)
-    if any(record.path == "config.json" for record in files):
-        result[f"{prefix}architecture"] = architecture_digest(directory)
+    for part, file in (("architecture", "config.json"), ("generation", "generation_config.json")):
+        if any(record.path == file for record in files):
+            result[f"{prefix}{part}"] = architecture_digest(directory, file)
     try:
         result[f"{prefix}tokenizer"] = tokenizer_digest(directory, memo)
     except InputError:

@@ -299,7 +299,8 @@ def _tokens() -> str:
     position = "generate_subscripts(rollouts.completion_token_ids, 1) - 1 AS position"
     samples = _with_signals(("sampled", "mask"))
     return (
-        f'SELECT e.*, v.token FROM (SELECT run, "round", rollouts.artifact, sample_id, {position}, {exploded} {samples})'
+        f'SELECT e.*, v.token FROM (SELECT run, "round", rollouts.artifact, sample_id, {position}, {exploded}'
+        f" {samples})"
         " AS e LEFT JOIN (SELECT run, id AS token_id, any_value(coalesce(text, token)) AS token"
         f" FROM ({_rows('vocabulary')}) WHERE tokenizer = 'student' GROUP BY ALL) AS v USING (run, token_id)"
     )
@@ -336,7 +337,3 @@ def _casts(columns: Sequence[Column], null: bool = False) -> str:
 
 def _identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
-
-
-def _text(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"

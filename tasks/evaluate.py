@@ -126,6 +126,8 @@ def evaluate_work(config: EvaluateConfig, student: Artifact, teacher: Artifact, 
         for part in parts[who]
         if part in models[who].content
     }
+    if f"prompts:{SPLIT}" not in prompts.content:
+        raise _nothing_held_out()
     inputs["prompts"] = prompts.content[f"prompts:{SPLIT}"]
     source = None if config.verifier is None else verifier_digest(config.verifier)
     spec = ArtifactSpec.of(STAGE, VERSION, _EvaluateIdentity(config=config, seed=seed, verifier_source=source), inputs)
@@ -206,8 +208,12 @@ def _held_out(store: Store, prompts: Artifact) -> list[Prompt]:
     table = store.read_table(prompts, "prompts", columns=[*columns, "split"])
     table = table.filter(pc.equal(table["split"], SPLIT)).select(columns)
     if table.num_rows == 0:
-        raise InputError("evaluate: no held-out prompts; give prompts.eval a source")
+        raise _nothing_held_out()
     return [Prompt(**row) for row in table.to_pylist()]
+
+
+def _nothing_held_out() -> InputError:
+    return InputError("evaluate: no held-out prompts; give prompts.eval a source")
 
 
 def _model(store: Store, artifact: Artifact) -> dict[str, str]:

@@ -20,7 +20,7 @@ from storage.identity import Identity, derive_seed
 from storage.store import ArtifactSpec, Builder
 from storage.trees import external_files
 from tasks.stage import Context, Work
-from tasks.tokenizers import build_byte_tokenizer, load_tokenizer
+from tasks.tokenizers import BYTE_IDS, build_byte_tokenizer, load_tokenizer
 
 VERSION = 1
 ROW_MULTIPLE = 8
@@ -112,6 +112,25 @@ def _work(spec: ArtifactSpec, build: Callable[[Builder, Context], None]) -> Work
             build(builders["model"], context)
 
     return Work(stage="model", outputs={"model": spec}, build=run)
+
+
+def declared_sizes(source: CheckpointModel | HubModel | ArchitectureModel) -> tuple[int | None, int | None]:
+    """(vocabulary rows, positions) as far as they are known before anything is loaded: from the architecture's fields or
+    the checkpoint's config.json; null where they are not."""
+    if isinstance(source, HubModel):
+        return None, None
+    if isinstance(source, CheckpointModel):
+        try:
+            config = json.loads((source.path / "config.json").read_bytes())
+        except (OSError, ValueError):
+            return None, None  # what is wrong with the folder, `model_work` says
+        config = config.get("text_config") or config
+    else:
+        config = dict(source.config)
+        if isinstance(source.tokenizer, ByteTokenizer):
+            config.setdefault("vocab_size", -(-BYTE_IDS // ROW_MULTIPLE) * ROW_MULTIPLE)
+    rows, positions = config.get("vocab_size"), config.get("max_position_embeddings")
+    return rows if isinstance(rows, int) else None, positions if isinstance(positions, int) else None
 
 
 # --- a folder of the user's ------------------------------------------------------------------------------------------
@@ -212,7 +231,9 @@ def initialise(source: ArchitectureModel, init_seed: int, directory: Path) -> in
     Raises ConfigError for an unknown model_type or field, or values that make no model."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     folder = isinstance(source.tokenizer, FolderTokenizer)
     tokenizer = load_tokenizer(source.tokenizer.path) if folder else build_byte_tokenizer()
     config = transformers_config(source.config, tokenizer)

@@ -1,4 +1,4 @@
-"""How the student is sampled: the config of rollouts, which supervision reads too (it scores under this distribution)."""
+"""How the student is sampled. Supervision reads this config too: it scores under the same distribution."""
 
 from __future__ import annotations
 

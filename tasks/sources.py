@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from storage.digests import file_sha256
 from storage.errors import InputError
@@ -31,6 +31,14 @@ class FileSource(Identity):
     path: Path = Field(description="file or folder; its content, not its path, enters the identity")
     columns: dict[str, str] = Field({}, description="our name -> the file's name, where they differ (prompt: question)")
     limit: int | None = Field(None, ge=1, description="read the first rows only")
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, value: dict[str, str]) -> dict[str, str]:
+        for column in value:
+            if column not in COLUMNS:
+                raise ValueError(f"columns: {column!r} is no column of prompts; there are {', '.join(COLUMNS)}")
+        return value
 
 
 PromptSource = Annotated[FileSource | AdditionSource, Field(discriminator="kind")]
@@ -76,7 +84,7 @@ def data_files(path: Path) -> list[Path]:
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(child.name for child in path.iterdir() if child.is_dir()))
         raise InputError(f"{path}: holds several splits ({splits}); name one of these folders")
-    patterns = ("*.arrow", "*.json") if _saved_dataset(path) else ("*.parquet", "*.jsonl", "*.ndjson")
+    patterns = ("*.arrow",) if _saved_dataset(path) else ("*.parquet", "*.jsonl", "*.ndjson")
     files = sorted({file for pattern in patterns for file in path.rglob(pattern) if file.is_file()})
     if not files:
         raise InputError(f"{path}: no .parquet or .jsonl in this folder, and no dataset saved with save_to_disk")
@@ -91,22 +99,25 @@ def read_rows(source: FileSource | AdditionSource) -> tuple[list[Row], list[str]
         named = ((f"addition {index}", values) for index, values in enumerate(additions(source)))
         return [_row(where, values) for where, values in named], []
     ours = {column: source.columns.get(column, column) for column in COLUMNS}
-    strange = sorted(set(source.columns) - set(COLUMNS))
-    if strange:
-        raise InputError(f"columns: {strange[0]!r} is no column of prompts; there are {', '.join(COLUMNS)}")
     rows: list[Row] = []
-    unread: set[str] = set()
+    seen: set[str] = set()
     for where, values in _records(source.path):
         if source.limit is not None and len(rows) >= source.limit:
             break
-        missing = [theirs for column, theirs in source.columns.items() if theirs not in values and column != "id"]
-        if missing:
-            raise InputError(f"{where}: no column {missing[0]!r}; found {', '.join(values) or 'none'}")
+        seen.update(values)
         rows.append(_row(where, {column: values.get(theirs) for column, theirs in ours.items()}, tuple(values)))
-        unread.update(set(values) - set(ours.values()))
     if not rows:
         raise InputError(f"{source.path}: no rows in it")
-    return rows, [f"{source.path}: column {name!r} is not read" for name in sorted(unread)]
+    for column, theirs in source.columns.items():
+        if theirs not in seen:
+            raise InputError(
+                f"{source.path}: no row has the column {theirs!r} (columns.{column}); found {_names(seen)}"
+            )
+    return rows, [f"{source.path}: column {name!r} is not read" for name in sorted(seen - set(ours.values()))]
+
+
+def _names(columns: set[str]) -> str:
+    return ", ".join(sorted(columns)) or "none"
 
 
 def _saved_dataset(path: Path) -> bool:

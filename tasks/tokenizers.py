@@ -15,6 +15,8 @@ from storage.identity import Identity
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 BYTE_SPECIALS = (PAD, END, SYSTEM, USER, ASSISTANT)
+BYTE_IDS = 256 + len(BYTE_SPECIALS)
+"""Ids of the byte-level tokenizer."""
 BYTE_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -42,8 +42,7 @@ def train_work(
             f" {state.meta['student_weights'][:12]}, not to {student.content['weights'][:12]}"
         )
     inputs = {
-        "weights": student.content["weights"],
-        "tokenizer": student.content["tokenizer"],
+        **{part: student.content[part] for part in ("weights", "architecture", "tokenizer", "generation") if part in student.content},
         "rollouts": rollouts.content["rollouts"],
     }
     inputs |= {f"signal:{name}": artifact.content[name] for name, artifact in used.items()}

@@ -24,8 +24,7 @@ def warmup_work(config: WarmupConfig, model: Artifact, prompts: Artifact, seed: 
         raise InputError("warmup: there are no prompts of split warmup; give prompts.warmup rows with a `completion`")
     objective = SftConfig()
     inputs = {
-        "weights": model.content["weights"],
-        "tokenizer": model.content["tokenizer"],
+        **{part: model.content[part] for part in ("weights", "architecture", "tokenizer", "generation") if part in model.content},
         "prompts": prompts.content["prompts:warmup"],
     }
     identity = {"config": config, "objective": objective, "seed": seed}

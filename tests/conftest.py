@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
+from safetensors.numpy import save_file
 
 from storage.runs import RoundState, Run, StageState
 from storage.schemas import schema_for
@@ -30,9 +32,6 @@ def commit(store: Store, stage: str, number: int, meta: dict[str, Any] | None = 
 
 def commit_student(store: Store, number: int) -> Artifact:
     """A committed tree with the files of a tiny checkpoint."""
-    from safetensors.numpy import save_file
-
-    np = pytest.importorskip("numpy")
     with store.building(ArtifactSpec.of("student", 1, {"number": number}, {})) as builder:
         folder = builder.directory("model")
         save_file({"weight": np.full((2, 2), number, dtype="float32")}, folder / "model.safetensors")
@@ -121,7 +120,7 @@ def done(**artifacts: Artifact) -> StageState:
 
 @pytest.fixture(scope="session")
 def example_store_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run `demo` with round 0 and rounds 1 and 2, run `other` that shares round 1's rollouts, and one unused artifact."""
+    """Run `demo` with rounds 0 to 2, run `other` that shares its rounds 0 and 1, and one artifact that none uses."""
     root = tmp_path_factory.mktemp("store")
     store = Store(root)
     prepare = commit(
@@ -176,17 +175,6 @@ def example_store_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def example_store(example_store_once: Path, tmp_path: Path) -> Path:
     """A copy of the example that a test may change. Hard links would share damage, so files are copied."""
-    import shutil
-
     root = tmp_path / "store"
     shutil.copytree(example_store_once, root)
     return root
-
-
-def tree_digest(folder: Path) -> str:
-    """One digest of all names and bytes under a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()

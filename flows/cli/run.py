@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows.cli.options import DEFAULT_ROOT, Json, Root, console, example, opd_command
 from storage.errors import ConfigError, InputError, OpdError
 from storage.runs import Run
 
@@ -23,29 +24,22 @@ if TYPE_CHECKING:
     from flows.executor import PlanLine, Reporter
     from flows.experiment import Experiment
 
-Root = Annotated[Path, typer.Option("--root", envvar="OPD_ROOT", help="the store's folder")]
 Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="override a field, e.g. train.lr=1e-4")]
 Rounds = Annotated[int | None, typer.Option("--rounds", min=0, help="rounds to reach instead of policy.rounds")]
 Name = Annotated[str | None, typer.Option("--name", help="the run's name (default: the config's file name)")]
 NoPrefect = Annotated[bool, typer.Option("--no-prefect", help="call the stages without Prefect")]
-Json = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
-DEFAULT_ROOT = Path("opd-store")
 
-out = Console(highlight=False)
+out = console()
 err = Console(stderr=True, highlight=False)
 
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
-    app.command(epilog=_example("opd run configs/quickstart.yaml --name demo --set train.lr=1e-3"))(run)
-    app.command(epilog=_example("opd resume demo"))(resume)
-    app.command(epilog=_example("opd stop demo"))(stop)
-    app.command(epilog=_example("opd fork demo@2 --name wider --set objective.support.k=32"))(fork)
-    app.command(epilog=_example("opd check configs/qwen3-gpu.yaml"))(check)
-
-
-def _example(command: str) -> str:
-    return f"Example: {command}"
+    app.command(epilog=example("opd run configs/quickstart.yaml --name demo --set train.lr=1e-3"))(run)
+    app.command(epilog=example("opd resume demo"))(resume)
+    app.command(epilog=example("opd stop demo"))(stop)
+    app.command(epilog=example("opd fork demo@2 --name wider --set objective.support.k=32"))(fork)
+    app.command(epilog=example("opd check configs/qwen3-gpu.yaml"))(check)
 
 
 def run(
@@ -130,7 +124,7 @@ def stop(
         if time.monotonic() > deadline:
             raise OpdError(f"run {name!r}: {holder} did not stop within {wait:.0f} s")
         time.sleep(0.1)
-    out.print(f"run {name!r} is stopped; go on with: opd resume {name}")
+    out.print(f"run {name!r} is stopped; go on with: {opd_command(root, 'resume', name)}")
 
 
 def check(
@@ -186,14 +180,15 @@ def _go(experiment: Experiment, name: str, root: Path, rounds: int | None, no_pr
             )
         except KeyboardInterrupt:
             stack.close()
-            err.print(
-                f"\nstopped: everything it had started is ended, what was committed stays.\ngo on with: opd resume {name}"
-            )
+            err.print("\nstopped: everything it had started is ended, what was committed stays.")
+            err.print(f"go on with: {opd_command(root, 'resume', name)}")
             raise typer.Exit(130) from None
         except OpdError as error:
             stack.close()
             if error.exit_code == 1:
-                error.args = (f"{error}\nwhat was committed stays; once the cause is gone: opd resume {name}",)
+                error.args = (
+                    f"{error}\nwhat was committed stays; once the cause is gone: {opd_command(root, 'resume', name)}",
+                )
             raise
     if as_json:
         print(json.dumps(_with_built(status_json(state), built), indent=2))

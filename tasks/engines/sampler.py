@@ -64,12 +64,14 @@ class Sampler:
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.on_cpu = settings.get("device", "cpu") == "cpu"
+        eager = settings.get("enforce_eager")
+        self.eager = self.on_cpu if eager is None else bool(eager)
         self.llm: Any = None
         self.proof: dict[str, Any] = {}
         self._weights: str | None = None
         self._shape: dict[str, Any] = {}
         self._tokenizer: Any = None
-        _prepare_environment(self.on_cpu, int(settings.get("threads", 1)))
+        _prepare_environment(self.on_cpu, self.eager, int(settings.get("threads", 1)))
 
     def handle(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
         """Do one job (see the module's description). Raises InputError for prompts that do not fit the model,
@@ -287,7 +289,6 @@ class Sampler:
         setting = self.settings.get
         limit = longest_sequence(read_config(path), path)
         length = min(max(32, 1 << (length - 1).bit_length()), limit)  # room, so that a later job seldom needs a rebuild
-        eager = setting("enforce_eager")
         sequences = int(setting("max_num_seqs", 256))
         machine: dict[str, Any]
         if self.on_cpu:
@@ -309,7 +310,7 @@ class Sampler:
             max_model_len=length,
             max_num_seqs=sequences,
             max_num_batched_tokens=max(int(setting("batched_tokens", BATCHED_TOKENS)), length, sequences),
-            enforce_eager=self.on_cpu if eager is None else bool(eager),
+            enforce_eager=self.eager,
             generation_config="vllm",  # a checkpoint's own defaults would change the sampling
             logprobs_mode="processed_logprobs",
             enable_prefix_caching=True,
@@ -354,7 +355,7 @@ def _quieten() -> None:
         logging.getLogger(f"vllm.{name}").setLevel(logging.ERROR)
 
 
-def _prepare_environment(on_cpu: bool, threads: int) -> None:
+def _prepare_environment(on_cpu: bool, eager: bool, threads: int) -> None:
     """Must come before the first import of vLLM, which reads these once."""
     os.environ |= {
         "VLLM_NO_USAGE_STATS": "1",
@@ -372,6 +373,8 @@ def _prepare_environment(on_cpu: bool, threads: int) -> None:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # workers share cores with others; the count is what matters
         "OMP_NUM_THREADS": str(threads),
     }
+    if eager:  # vLLM compiles parts of its sampling even so: seconds at every start, and a C++ compiler, for little
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_gib, and takes whole GiB only
 
     import torch

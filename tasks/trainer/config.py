@@ -135,11 +135,6 @@ class TrainConfig(OptimizerSettings):
         description="end the round after a step whose mean log-ratio of rollout-time to live student is above this",
     )
 
-    @property
-    def needs_behaviour_logprobs(self) -> bool:
-        """Whether supervise must score the student under the sampling distribution as well."""
-        return self.importance_correction.kind != "none"
-
 
 class WarmupConfig(OptimizerSettings):
     """Supervised fine-tuning on the prompts of split `warmup`, epoch after epoch in a seeded order."""
@@ -147,3 +142,9 @@ class WarmupConfig(OptimizerSettings):
     steps: int = Field(ge=1, description="optimizer steps")
     samples_per_step: int = Field(32, ge=1, description="samples of an optimizer step, whatever the world size")
     metrics_every: int = Field(50, ge=1, description="steps between those that also log the student's entropy")
+    stop_loss: float | None = Field(
+        None,
+        gt=0,
+        description="end after the first step at which the running mean of the loss (the newest step counts 1/10) is"
+        " below this; null: do all steps. What a student can do after a fixed number of steps varies between seeds",
+    )

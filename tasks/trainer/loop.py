@@ -27,6 +27,8 @@ METRICS = tuple(column.name for column in TABLES["training_steps"].columns if co
 _PERCENTILES = (("log_ratio_p05", 5), ("log_ratio_p50", 50), ("log_ratio_p95", 95))
 _NAMED = 8
 """Sample ids that an error lists at most."""
+_RUNNING = 0.1
+"""Share of the newest step in the running mean of the loss."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Plan:
     metrics_every: int
     max_drift: float | None
     micro_batch_tokens: int
+    stop_loss: float | None = None
 
 
 def run_steps(
@@ -55,9 +58,11 @@ def run_steps(
 ) -> list[dict[str, Any]]:
     """Does the steps and returns their rows of `training_steps` (the same on every rank).
 
-    Ends early after the step whose mean KL from the rollout-time student passed `max_drift`. Raises OpdError naming
+    Ends early after the step whose mean KL from the rollout-time student passed `max_drift`, or at which the running mean
+    of the loss fell below `stop_loss`. Raises OpdError naming
     samples, on every rank, before any weight changes, when a loss or a gradient is not finite."""
     table: list[dict[str, Any]] = []
+    running: float | None = None
     for number, step in enumerate(plan.steps):
         began = time.monotonic()
         now = plan.first_step + number + 1
@@ -99,7 +104,10 @@ def run_steps(
         )
         progress(number + 1, len(plan.steps))
         drift = table[-1]["log_ratio_mean"]
-        if plan.max_drift is not None and drift is not None and -drift > plan.max_drift:
+        drifted = plan.max_drift is not None and drift is not None and -drift > plan.max_drift
+        running = tally.loss if running is None else (1 - _RUNNING) * running + _RUNNING * tally.loss
+        if drifted or (plan.stop_loss is not None and running < plan.stop_loss):
+            progress(number + 1, number + 1)
             break
     return table
 

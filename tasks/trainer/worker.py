@@ -46,6 +46,7 @@ class Lesson:
     total_samples: int
     metrics_every: int = 1
     max_drift: float | None = None
+    stop_loss: float | None = None
     cap: float | None = None
 
 
@@ -109,6 +110,7 @@ class Trainer:
                 normalisation_length=lesson.objective.normalisation_length,
                 metrics_every=lesson.metrics_every,
                 max_drift=lesson.max_drift,
+                stop_loss=lesson.stop_loss,
                 micro_batch_tokens=int(runtime["micro_batch_tokens"]),
             )
             rows = run_steps(plan, lesson.samples, engine, module, settings, progress)
@@ -188,6 +190,7 @@ def _warmup_lesson(job: dict[str, Any], store: Store) -> Lesson:
         samples_per_step=config.samples_per_step,
         total_samples=config.samples_per_step * config.steps,
         metrics_every=config.metrics_every,
+        stop_loss=config.stop_loss,
     )
 
 

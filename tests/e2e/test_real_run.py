@@ -75,9 +75,10 @@ def test_every_engine_was_proven_to_hold_the_new_weights(finished):
     rollouts = store.list("rollout")
     assert len(rollouts) == 3
     for artifact in rollouts:
-        proofs = artifact.meta["proof"]
-        assert proofs and all(p["weights"] == artifact.inputs["weights"] for p in proofs)
-        assert all(p["compared"] > 0 and p["max_logprob_difference"] < 1e-4 for p in proofs)
+        proofs = artifact.meta["weight_proofs"]
+        assert proofs and all(p["weights"] == artifact.inputs["student:weights"] for p in proofs)
+        assert all(p["params_compared"] > 0 and p["params_unproven"] == 0 for p in proofs)
+        assert all(p["max_logprob_difference"] < 1e-4 for p in proofs)
     assert all(e["metrics"]["supervise_sampler_mismatch_max"] < 1e-3 for e in finished.status["rounds"][1:])
 
 

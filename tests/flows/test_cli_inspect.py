@@ -233,7 +233,7 @@ def test_query_without_a_name_covers_all_runs(opd):
 
 def test_query_json_is_json_for_every_type(opd):
     sql = (
-        "select 'nan'::float as a, '-inf'::double as b, [[0.5, 'inf']]::double[][] as c, map {'k': 1} as d,"
+        "select 'nan'::float as a, '-inf'::double as b, [[0.5::double, 'inf'::double]] as c, map {'k': 1} as d,"
         " {'x': date '2020-01-02'} as e, 1.50::decimal(4, 2) as f, 'ab'::blob as g, '[red]' as h"
     )
     (row,) = json.loads(opd("query", sql, "--json").out)

@@ -320,7 +320,7 @@ def test_ending_a_schedule_ends_its_tick_and_another_goes_on(session, root, tmp_
         env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        (started,) = eventually(lambda: events(root), 60)
+        (started,) = eventually(lambda: events(root), 120)
         with pytest.raises(RunBusy, match=f"pid {process.pid}"):
             serve(schedule)
         process.send_signal(number)
@@ -338,8 +338,35 @@ def test_ending_a_schedule_ends_its_tick_and_another_goes_on(session, root, tmp_
     assert [e["round"] for e in stubs(root) if e["event"] == "end"] == [1]
 
 
+@pytest.mark.parametrize("when", ["create_flow_run", "set_flow_run_state"])
+def test_a_prefect_that_fails_before_or_after_the_work_changes_nothing(session, monkeypatch, capsys, when):
+    import httpx
+    from prefect.client.orchestration import SyncPrefectClient
+
+    calls, real = [], getattr(SyncPrefectClient, when)
+
+    def broken(self, *args, **kwargs):
+        if when == "create_flow_run" or calls:
+            raise httpx.ConnectError("the server is gone")
+        return real(self, *args, **kwargs)
+
+    lines = []
+    monkeypatch.setattr(SyncPrefectClient, when, broken)
+    monkeypatch.setattr(session, "warn", lines.append)
+    try:
+        assert run_as_flow("distill", lambda: calls.append(1) or "made") == "made"
+        assert calls == [1]
+        assert not session.active
+        assert run_stage_task("t", lambda: 2) == 2
+    finally:
+        session.active = True
+    (line,) = lines
+    assert "nothing of the run is lost" in line
+
+
+@pytest.mark.slow
 def test_a_server_that_dies_takes_no_work_with_it(tmp_path_factory, root, session):
-    """Last, since it ends the server of this file and starts another."""
+    """The same with a real server, killed in the middle of a flow."""
     script = """
 import json, os, sys, time
 from pathlib import Path

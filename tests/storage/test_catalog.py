@@ -209,6 +209,12 @@ def test_a_query_ends_at_its_memory_limit(catalog):
         catalog.query("SELECT list(range) FROM range(1000000000)", memory="50MB")
 
 
+@pytest.mark.parametrize("memory", ["much", "1GB'; DROP VIEW rollouts; --"])
+def test_a_memory_limit_that_is_none_is_refused(memory, catalog):
+    with pytest.raises(QueryRefused, match=r"(?i)memory"):
+        catalog.query("SELECT 1", memory=memory)
+
+
 def test_a_result_ends_at_its_row_limit_instead_of_being_cut(catalog):
     assert catalog.query("SELECT * FROM range(10)", max_rows=10).num_rows == 10
     with pytest.raises(QueryRefused, match="more than 9 rows"):

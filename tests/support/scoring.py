@@ -125,12 +125,12 @@ class ScoringBench(Bench):
         train, held_out = folder / "train.jsonl", folder / "eval.jsonl"
         train.write_text('{"prompt": "ab", "id": "a"}\n{"prompt": "cd", "id": "b", "teacher_prompt": "see cd"}\n')
         held_out.write_text("".join(f'{{"prompt": "q{i}", "id": "e{i}", "answer": "x"}}\n' for i in range(5)))
-        sources = {name: {"path": str(path)} for name, path in (("train", train), ("eval", held_out))}
+        sources = {name: {"kind": "file", "path": str(path)} for name, path in (("train", train), ("eval", held_out))}
         return self.make(prepare_work(PrepareConfig(**sources, **config), student, teacher))["prepare"]
 
     def rollouts(self, student: Path, prompts: Artifact, shards: list[int], length: int = 5, **fields: Any) -> Artifact:
-        """Completions for the train prompts in turn, `shards` many per shard. Their sampling log-probabilities are those
-        of the student under SAMPLING."""
+        """Completions for the train prompts in turn, `shards` many per shard, sampled from the student under SAMPLING:
+        their sampling log-probabilities are exact."""
         table = self.store.read_table(prompts, "prompts").to_pylist()
         rows = {row["prompt_id"]: row["token_ids"] for row in table if row["split"] == "train"}
         spec = ArtifactSpec.of("rollout", 1, {"shards": shards, "length": length, "fields": str(fields)}, {})

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from storage.schemas import schema_for
@@ -166,9 +167,11 @@ class Made:
         return np.array([row["loss"] for row in self.rows])
 
     def tensors(self, kind: str) -> dict[str, torch.Tensor]:
-        from safetensors.torch import load_file
-
-        return load_file(self.store.materialize(self.artifacts["trainer_state"], "state") / f"{kind}.safetensors")
+        """Of the trainer's state, by parameter name: master, exp_avg or exp_avg_sq."""
+        folder = self.store.materialize(self.artifacts["trainer_state"], "state")
+        return {
+            name.removeprefix(f"{kind}/"): value for name, value in load_file(folder / f"{kind}.safetensors").items()
+        }
 
     def student(self) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(self.store.materialize(self.artifacts["student"]), dtype="auto")

@@ -228,6 +228,10 @@ def test_columns_can_be_named_and_unread_ones_are_warned_of(desk, tmp_path):
     (row,) = desk.rows(artifact, "train")
     assert row["answer"] == "y"
     assert artifact.meta["warnings"] == [f"train: {tmp_path / 'a.jsonl'}: column 'level' is not read"]
+    with pytest.raises(
+        InputError, match=r"no row has the column 'solution' \(columns\.answer\); found label, level, question"
+    ):
+        desk.prepare(train={**source, "columns": {"prompt": "question", "answer": "solution"}})
 
 
 MALFORMED = [
@@ -331,6 +335,7 @@ def test_source_that_changes_after_planning_is_noticed(desk, tmp_path):
         ),
         ({"train": {"kind": "sql"}}, "sql"),
         ({"train": {"kind": "file", "path": "a", "column": {}}}, "column"),
+        ({"train": {"kind": "file", "path": "a", "columns": {"question": "q"}}}, "'question' is no column of prompts"),
     ],
 )
 def test_bad_configs_are_refused_when_loaded(fields, message):

@@ -54,12 +54,12 @@ def score(models, samples, wanted=ALL, *, student="student", teacher="teacher", 
     return values
 
 
-def expected(models, sample, student="student", teacher="teacher") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(student logits, log p, log q), each (T, V) in float64, the teacher cut to the student's rows."""
+def expected(models, sample, student="student", teacher="teacher") -> tuple[torch.Tensor, torch.Tensor]:
+    """(log p, log q), each (T, V) in float64, the teacher cut to the student's rows."""
     logits_TV = plain_logits(models[student], sample.prompt, sample.completion)
     other = sample.prompt if sample.teacher_prompt is None else sample.teacher_prompt
     teacher_TV = plain_logits(models[teacher], other, sample.completion)[:, : logits_TV.shape[1]]
-    return logits_TV, logits_TV.log_softmax(-1), teacher_TV.log_softmax(-1)
+    return logits_TV.log_softmax(-1), teacher_TV.log_softmax(-1)
 
 
 def close(found: np.ndarray, wanted: torch.Tensor, atol: float = 2e-5) -> None:
@@ -70,7 +70,7 @@ def close(found: np.ndarray, wanted: torch.Tensor, atol: float = 2e-5) -> None:
 def test_every_signal_is_that_of_a_plain_computation(models, samples, teacher):
     values = score(models, samples, teacher=teacher, batch_tokens=40, head_chunk_tokens=7)
     for i, sample in enumerate(samples):
-        logits_TV, p_TV, q_TV = expected(models, sample, teacher=teacher)
+        p_TV, q_TV = expected(models, sample, teacher=teacher)
         y_T1 = torch.tensor(sample.completion)[:, None]
         close(values["student_logprobs"][i], p_TV.gather(1, y_T1)[:, 0])
         close(values["teacher_logprobs"][i], q_TV.gather(1, y_T1)[:, 0])
@@ -182,7 +182,7 @@ def test_what_is_no_number_is_nan_at_its_position_alone():
     logits_NV = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     logits_NV[1, 3], logits_NV[2, 0], logits_NV[3, 5] = math.nan, math.inf, -math.inf
     logprobs_NV = distributions.log_probabilities(logits_NV.clone())
-    ids_NK, top_NK, valid_N = distributions.top(logprobs_NV, 8, 8)
+    ids_NK, _, valid_N = distributions.top(logprobs_NV, 8, 8)
     assert valid_N.tolist() == [8, 0, 0, 7, 8]  # an id without probability is no candidate
     broken = [False, True, True, False, False]
     ids_N1 = torch.full((5, 1), 2)
@@ -236,7 +236,7 @@ def test_models_stay_warm_until_a_job_names_others(models, samples):
 def test_half_precision_is_scored_in_float32(models, samples):
     exact, rough = (score(models, samples, Wanted(sampled=True), dtype=dtype) for dtype in ("float32", "bfloat16"))
     gap = np.abs(np.concatenate(exact["student_logprobs"]) - np.concatenate(rough["student_logprobs"]))
-    assert rough["student_logprobs"][0].dtype == np.float32 and 1e-4 < gap.max() and np.median(gap) < 0.1
+    assert rough["student_logprobs"][0].dtype == np.float32 and gap.max() > 1e-4 and np.median(gap) < 0.1
 
 
 @pytest.mark.parametrize(

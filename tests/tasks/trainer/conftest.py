@@ -48,8 +48,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         return started[-1]
 
     yield launch
-    for worker in started:
-        worker.close()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(Worker.close, started))
 
 
 @pytest.fixture(scope="session")

@@ -170,7 +170,7 @@ def test_lengths_that_disagree_are_refused(signal: str, change, named: str) -> N
 
 def test_more_candidates_than_stored_are_refused() -> None:
     rollouts, signals = tables()
-    with pytest.raises(InputError, match="K=8.*4 entries"):
+    with pytest.raises(InputError, match=r"K=8.*4 entries"):
         from_rollouts(rollouts, signals, needs(k=8), SPECIAL)
 
 

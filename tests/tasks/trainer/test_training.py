@@ -95,7 +95,7 @@ def by_hand(world: World) -> tuple[float, dict[str, torch.Tensor]]:
         divergence = (p.exp() * (p - q)).sum(1)
         total, count = total + divergence[torch.tensor(keep)].sum(), count + len(keep)
     (total / count).backward()
-    return float(total / count), {name: p.grad for name, p in student.named_parameters()}
+    return float(total.detach() / count), {name: p.grad for name, p in student.named_parameters()}
 
 
 def test_the_first_step_is_the_formulas(train: Train, by_hand: tuple) -> None:
@@ -176,11 +176,11 @@ def test_a_loaded_state_is_the_saved_one_to_the_bit(train: Train) -> None:
 
 
 def test_the_same_job_gives_the_same_bits(train: Train) -> None:
-    """The first jobs of a fresh worker against those of one that has done others in between."""
+    """The first time this was asked of the workers, and now, after other jobs with other engines."""
+    train(config(lr=0.0))
     runtime = {"deepspeed": str(ZERO / "zero2.json")}
     for ranks, more in ((1, {}), (2, runtime)):
         fresh = train(TWELVE, ranks, **more)
-        train(TWELVE, ranks, objective=PolicyGradientConfig(), **more)
         warm = train(TWELVE, ranks, again=1, **more)
         assert warm.artifacts["student"].content == fresh.artifacts["student"].content
         assert warm.artifacts["trainer_state"].content == fresh.artifacts["trainer_state"].content
@@ -289,7 +289,7 @@ def test_lora_trains_adapters_and_exports_them_merged(train: Train, world: World
         assert all("lora_" in name for name in adapters)
         after = load_file(made.store.materialize(made.artifacts["student"]) / "model.safetensors")
         for name, tensor in before.items():
-            stem = f"master/{name.removesuffix('.weight')}"
+            stem = name.removesuffix(".weight")
             if "q_proj" in name:
                 b, a = (adapters[f"{stem}.lora_{part}.default.weight"] for part in "BA")
                 assert float(b.abs().max()) > 0
@@ -349,7 +349,7 @@ def test_work_refuses_a_foreign_state_and_missing_signals(train: Train, world: W
     made = train(TWELVE)
     with pytest.raises(InputError, match="belongs to the student"):
         train_work(TWELVE, BUCKET, world.student, made.artifacts["trainer_state"], world.rollouts, world.signals, 0, 2)
-    with pytest.raises(InputError, match="teacher_topk"):
+    with pytest.raises(InputError, match="'sampled'"):
         train_work(TWELVE, BUCKET, world.student, None, world.rollouts, {"mask": world.signals["mask"]}, 0, 1)
 
 

@@ -1,0 +1,241 @@
+"""The stage with the real scorer; the sampler is a plain transformers loop behind the sampler's job interface."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from scoring import END, InProcess, ScoringBench, model_folder, nucleus_logprobs, plain_logits
+from transformers import AutoTokenizer
+
+from storage.errors import InputError
+from storage.store import Artifact, Store
+from tasks.engines.sampler import Sampler
+from tasks.evaluate import EvaluateConfig, Prompt, evaluate_work, plan_shards
+from tasks.prepare import PrepareConfig, prepare_work
+
+CONFIG = EvaluateConfig(
+    greedy=True, num_generations=2, temperature=0.7, top_p=0.8, kl_prompts=3, kl_generations=2, max_completion_length=4,
+    shard_prompts=2,
+)  # fmt: skip
+
+
+class PlainSampler:
+    """Serves `generate_shard` as the sampler does, slowly and plainly."""
+
+    def handle(self, job: dict[str, Any], progress: Any) -> dict[str, Any]:
+        assert job["op"] == "generate_shard" and len(job["prompts"]) == len(job["seeds"])
+        path, how = Path(job["model"]), job["sampling"]
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        completions = []
+        for prompt, seed in zip(job["prompts"], job["seeds"], strict=True):
+            generator = torch.Generator().manual_seed(seed)
+            ids: list[int] = []
+            while len(ids) < how["max_completion_length"] and END not in ids:
+                logits_V = plain_logits(path, prompt, [*ids, 0])[-1]
+                if how["temperature"] == 0:
+                    ids.append(int(logits_V.argmax()))
+                else:
+                    shape = (how["temperature"], how["top_p"], how["top_k"])
+                    probs_V = nucleus_logprobs(logits_V[None], *shape)[0].exp()
+                    ids.append(int(torch.multinomial(probs_V, 1, generator=generator)))
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            reason = "stop" if ids[-1] == END else "length"
+            completions.append({"token_ids": ids, "text": text, "finish_reason": reason, "logprobs": [0.0] * len(ids)})
+            progress(len(completions), len(job["prompts"]))
+        return {"completions": completions, "stop_token_ids": [END], "proof": {}}
+
+
+class World:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.bench = ScoringBench(Store(root / "store"), InProcess({"head_chunk_tokens": 3}, sampler=PlainSampler()))
+        folders = [model_folder(root, "student", 1), model_folder(root, "teacher", 2)]
+        self.student, self.teacher = (self.bench.model(folder) for folder in folders)
+        self.folders = {"student": folders[0], "teacher": folders[1]}
+        self.prompts = self.bench.prompts(self.student, self.teacher, root / "data")
+
+    def make(self, config: EvaluateConfig = CONFIG, **changed: Any) -> Artifact:
+        inputs = {"student": self.student, "teacher": self.teacher, "prompts": self.prompts, "seed": 5} | changed
+        return self.bench.make(evaluate_work(config, **inputs))["evaluate"]
+
+    def rows(self, artifact: Artifact) -> list[dict[str, Any]]:
+        return self.bench.store.read_table(artifact, "evaluations").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_rows_and_metrics(shared):
+    artifact = shared.make()
+    rows = shared.rows(artifact)
+    by_mode = {mode: [row for row in rows if row["mode"] == mode] for mode in ("greedy", "sampled", "kl")}
+    assert {mode: len(part) for mode, part in by_mode.items()} == {"greedy": 5, "sampled": 10, "kl": 6}
+    assert len({(row["prompt_id"], row["sample_index"]) for row in by_mode["sampled"]}) == 10
+    assert len({row["prompt_id"] for row in by_mode["kl"]}) == 3
+    assert all(row["correct"] is None and row["verifier"] is None for row in by_mode["kl"])
+    for row in by_mode["greedy"] + by_mode["sampled"]:
+        assert row["correct"] == (row["completion_text"].strip() == "x") and row["verifier"] == "exact_match"
+        assert row["reverse_kl_sum"] is None
+    for row in by_mode["kl"]:
+        log_p, log_q = (
+            plain_logits(shared.folders[name], row["prompt_token_ids"], row["completion_token_ids"]).log_softmax(-1)
+            for name in ("student", "teacher")
+        )
+        assert row["reverse_kl_sum"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), rel=1e-4)
+    kl_tokens = sum(row["tokens"] for row in by_mode["kl"])
+    assert all(row["tokens"] == len(row["completion_token_ids"]) for row in rows)
+    assert artifact.meta["metrics"] == {
+        "accuracy_greedy": 0.0,
+        "accuracy_sampled": 0.0,
+        "reverse_kl": pytest.approx(sum(row["reverse_kl_sum"] for row in by_mode["kl"]) / kl_tokens),
+        "mean_length": kl_tokens / 6,
+        "clipped_ratio": sum(row["finish_reason"] == "length" for row in by_mode["kl"]) / 6,
+        "eval_tokens": sum(row["tokens"] for row in rows),
+    }
+    assert shared.bench.progressed[-1] == (5 + 10 + 2 * 6, 5 + 10 + 2 * 6, "samples")
+
+
+def test_a_teacher_that_is_the_student_has_no_kl(shared):
+    config = EvaluateConfig(greedy=False, max_completion_length=4)
+    assert abs(shared.make(config, teacher=shared.student).meta["metrics"]["reverse_kl"]) < 1e-6
+    assert shared.make(config).meta["metrics"]["reverse_kl"] > 0.01
+
+
+def test_right_answers_are_counted(world):
+    """The eval answers become what the student says greedily, for two of five prompts."""
+    config = EvaluateConfig(kl_prompts=0, max_completion_length=3)
+    said = {row["prompt_id"]: row["completion_text"] for row in world.rows(world.make(config))}
+    assert world.make(config).meta["metrics"]["accuracy_greedy"] == 0
+    rows = [{"prompt": f"q{i}", "id": f"e{i}"} for i in range(5)]
+    rows[0]["answer"], rows[3]["answer"], rows[4]["answer"] = said["e0"] or "", said["e3"] or "", said["e4"] + "no"
+    (world.root / "data" / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = {n: {"kind": "file", "path": str(world.root / "data" / f"{n}.jsonl")} for n in ("train", "eval")}
+    prompts = world.bench.make(prepare_work(PrepareConfig(**sources), world.student, world.teacher))["prepare"]
+    artifact = world.make(config, prompts=prompts)
+    assert {row["prompt_id"]: row["correct"] for row in world.rows(artifact)} == {
+        "e0": True, "e1": None, "e2": None, "e3": True, "e4": False,
+    }  # fmt: skip
+    metrics = artifact.meta["metrics"]
+    assert metrics["accuracy_greedy"] == pytest.approx(2 / 3) and metrics["accuracy_sampled"] is None
+    assert metrics["reverse_kl"] is None and metrics["mean_length"] > 0
+    unjudged = world.make(config.model_copy(update={"verifier": None}), prompts=prompts)
+    assert unjudged.meta["metrics"]["accuracy_greedy"] is None and unjudged.meta["judged"] == 0
+
+
+def test_a_user_function_may_judge_without_an_answer(world, tmp_path, monkeypatch):
+    module = tmp_path / "my_verifier_of_evaluate.py"
+    module.write_text("def judge(text, answer):\n    return True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = EvaluateConfig(
+        kl_prompts=0, max_completion_length=2, verifier={"kind": "function", "target": "my_verifier_of_evaluate:judge"}
+    )
+    before = evaluate_work(config, world.student, world.teacher, world.prompts, 5).outputs["evaluate"].key
+    assert world.make(config).meta["metrics"]["accuracy_greedy"] == 1
+    module.write_text("def judge(text, answer):\n    return False  # another function, another key\n")
+    assert evaluate_work(config, world.student, world.teacher, world.prompts, 5).outputs["evaluate"].key != before
+
+
+def test_keys_leave_the_round_out_and_hold_the_rest(shared):
+    def key(config: EvaluateConfig = CONFIG, seed: int = 5, **changed: Artifact) -> str:
+        inputs = {"student": shared.student, "teacher": shared.teacher, "prompts": shared.prompts} | changed
+        return evaluate_work(config, **inputs, seed=seed).outputs["evaluate"].key
+
+    def other(artifact: Artifact, part: str) -> Artifact:
+        return artifact.model_copy(update={"content": artifact.content | {part: "other"}})
+
+    assert key(student=other(shared.student, "model")) == key()
+    assert key(prompts=other(shared.prompts, "prompts:train")) == key()
+    changed = [
+        key(seed=6), key(student=other(shared.student, "weights")), key(student=other(shared.student, "tokenizer")),
+        key(teacher=other(shared.teacher, "weights")), key(prompts=other(shared.prompts, "prompts:eval")),
+        key(CONFIG.model_copy(update={"top_p": 0.9})),
+    ]  # fmt: skip
+    assert len({key(), *changed}) == 7
+    plain = EvaluateConfig(kl_prompts=0)
+    assert key(plain) == key(plain, teacher=other(shared.teacher, "weights"))
+
+
+def test_an_interrupted_evaluation_goes_on(world):
+    """The scorer dies: what was sampled for accuracy is kept, only the KL's shards are made again."""
+    pool = world.bench.workers
+    scorer = pool.handlers["scorer"]
+
+    class Dead:
+        def handle(self, job: dict, progress: Any) -> dict:
+            raise KeyboardInterrupt
+
+    pool.handlers["scorer"] = Dead()
+    with pytest.raises(KeyboardInterrupt):
+        world.make()
+    pool.handlers["scorer"] = scorer
+    before = len(pool.jobs)
+    artifact = world.make()
+    redone = [job for role, job in pool.jobs[before:] if role == "sampler"]
+    assert [(job["sampling"]["temperature"], len(job["prompts"])) for job in redone] == [(1.0, 4), (1.0, 2)]
+    whole = World(world.root / "other").make()
+    assert artifact.content == whole.content and artifact.meta == whole.meta
+
+
+def test_the_prompts_are_a_seeded_choice():
+    prompts = [Prompt(f"p{i}", [i], None, None) for i in range(20)]
+
+    def ids(config: EvaluateConfig, mode: str, seed: int = 1, given: list[Prompt] = prompts) -> list[str]:
+        shards = [shard for shard in plan_shards(given, config, seed) if shard.mode == mode]
+        return [prompt.prompt_id for shard in shards for prompt, index in shard.samples if index == 0]
+
+    few = EvaluateConfig(prompts=8, kl_prompts=3, shard_prompts=3, num_generations=2)
+    assert len(ids(few, "greedy")) == 8 and ids(few, "sampled") == ids(few, "greedy")
+    assert ids(few, "kl") == ids(few, "greedy")[:3]
+    assert ids(few, "greedy", given=prompts[::-1]) == ids(few, "greedy")
+    assert ids(few, "greedy", seed=2) != ids(few, "greedy")
+    assert sorted(ids(EvaluateConfig(), "greedy")) == sorted(p.prompt_id for p in prompts)
+    assert [len(shard.prompts) for shard in plan_shards(prompts, few, 1)] == [3, 3, 2, 3, 3, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"greedy": False, "kl_prompts": 0}, "nothing to evaluate"),
+        ({"top_p": 0}, "top_p"),
+        ({"stop_token_ids": []}, "one or more token ids"),
+        ({"verifier": {"kind": "exact"}}, "verifier"),
+        ({"kl_generations": 0}, "kl_generations"),
+        ({"generations": 1}, "generations"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        EvaluateConfig.model_validate(fields)
+
+
+def test_there_must_be_held_out_prompts(world):
+    source = {"kind": "file", "path": str(world.root / "data" / "train.jsonl")}
+    prompts = world.bench.make(prepare_work(PrepareConfig(train=source), world.student, world.teacher))["prepare"]
+    with pytest.raises(InputError, match=r"prompts\.eval"):
+        world.make(prompts=prompts)
+
+
+def test_jobs_are_such_as_the_sampler_reads(shared):
+    """The fields that the real sampler takes from a job before it needs an engine."""
+    shared.make(EvaluateConfig(kl_prompts=0, max_completion_length=2))
+    job = next(job for role, job in shared.bench.workers.jobs if role == "sampler")
+    sampler = Sampler({"device": "cpu", "threads": 1})
+    loaded: list[Any] = []
+    sampler._load = lambda *arguments: loaded.append(arguments) or (_ for _ in ()).throw(InterruptedError)
+    with pytest.raises(InterruptedError):
+        sampler.handle(job, lambda *_: None)
+    ((path, weights, dtype, length),) = loaded
+    assert path == Path(job["model"]) and weights == shared.student.content["weights"]
+    assert dtype == "float32" and length == max(map(len, job["prompts"])) + job["sampling"]["max_completion_length"]

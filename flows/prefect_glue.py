@@ -108,8 +108,10 @@ def _open(home: Path, root: Path, stack: ExitStack, warn: Warn) -> Session:
 
 def _check_external() -> None:
     from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    with get_client(sync_client=True) as client:
+    retries = min(2, PREFECT_CLIENT_MAX_RETRIES.value())  # a few seconds, not a minute, for a server that is not there
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: retries}), get_client(sync_client=True) as client:
         error = client.api_healthcheck()
     if error is not None:
         raise ServerUnavailable(f"it does not answer ({_first_line(error)})")

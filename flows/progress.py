@@ -31,11 +31,12 @@ class LineReporter(SilentReporter):
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
-        self._started = time.monotonic()
         self._last = 0.0
+        self._first: tuple[float, int] | None = None
+        """Time and count of the stage's first report: an engine's start is not its rate."""
 
     def stage(self, round: int, label: str, state: StageState) -> None:
-        self._started = self._last = time.monotonic()
+        self._last, self._first = time.monotonic(), None
         if state.state == "running":
             self._line(round, label, "started")
         elif state.state == "cached":
@@ -47,12 +48,13 @@ class LineReporter(SilentReporter):
 
     def progress(self, round: int, label: str, done: int, total: int, unit: str) -> None:
         now = time.monotonic()
+        since, before = self._first = self._first or (now, done)
         if now - self._last < LINE_INTERVAL:
             return
         self._last = now
-        rate = done / max(now - self._started, 1e-9)
-        left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
-        self._line(round, label, f"{done:,}/{total:,} {unit} ({rate:,.1f}/s{left})")
+        rate = (done - before) / (now - since) if now > since else 0.0
+        pace = f" ({rate:,.1f}/s, {(total - done) / rate:.0f} s left)" if rate > 0 else ""
+        self._line(round, label, f"{done:,}/{total:,} {unit}{pace}")
 
     def waiting(self, label: str, holder: str) -> None:
         self.console.print(f"{label}: another process is making this; waiting for {holder}")

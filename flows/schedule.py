@@ -44,6 +44,9 @@ RUN_ROUNDS = "flows.runner:run_rounds"
 REPORTS = "OPD_SCHEDULE_REPORTS"
 """Environment variable with the folder where a tick leaves word for the process that serves it."""
 
+ENDED = "ended"
+"""File in that folder: a tick has said that there is nothing left to do."""
+
 INTERRUPTED = 130
 SCHEDULER_SECONDS = 120.0  # the server plans the ticks of a new deployment within 5 seconds, of any within 60
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -308,6 +311,8 @@ def tick(
     from prefect.states import Completed, Failed
 
     _die_with_parent()
+    if (folder := _reports()) and (folder / ENDED).exists():  # started while the last one was still on its way out
+        return Completed(name="Skipped", message="the schedule has ended")
     module, _, function = run_rounds.partition(":")
     started = time.monotonic()
     try:
@@ -336,14 +341,22 @@ def tick(
 
 def _report(line: str, exit_code: int | None) -> None:
     """Leave word for `serve`; written whole, then renamed."""
-    folder = os.environ.get(REPORTS)
-    if not folder or not Path(folder).is_dir():
+    folder = _reports()
+    if folder is None:
         print(line, flush=True)
         return
+    if exit_code is not None:
+        (folder / ENDED).touch()
     name = f"{time.time_ns():020d}-{os.getpid()}"
-    temporary = Path(folder) / f".{name}"
+    temporary = folder / f".{name}"
     temporary.write_text(json.dumps({"line": line, "exit": exit_code, "pid": os.getpid()}))
-    os.replace(temporary, Path(folder) / f"{name}.json")
+    os.replace(temporary, folder / f"{name}.json")
+
+
+def _reports() -> Path | None:
+    """The folder of the process that serves this tick; None when that is gone, or this is no tick of a schedule."""
+    folder = os.environ.get(REPORTS)
+    return Path(folder) if folder and Path(folder).is_dir() else None
 
 
 def _die_with_parent() -> None:

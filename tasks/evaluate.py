@@ -15,7 +15,7 @@ from storage.identity import Identity, derive_seed
 from storage.schemas import schema_for
 from storage.shards import read_parquet, sidecars
 from storage.store import Artifact, ArtifactSpec, Builder, Store
-from tasks.stage import Context, Work
+from tasks.stage import Context, Work, model_inputs
 from tasks.verifiers import ExactMatch, FunctionVerifier, VerifierConfig, verifier_digest, verify
 
 VERSION = 1
@@ -116,16 +116,9 @@ def evaluate_work(config: EvaluateConfig, student: Artifact, teacher: Artifact, 
     completions, null where none was judged), reverse_kl (nats per token, exact over the vocabulary, on fresh rollouts
     at temperature 1; null where off), mean_length (tokens) and clipped_ratio of the same rollouts (else of the sampled,
     else of the greedy ones), eval_tokens (all). Raises InputError without held-out prompts."""
-    parts = {"student": ["weights", "architecture", "tokenizer", "generation"]}
+    inputs = model_inputs(student, "student:")
     if config.generations("kl"):
-        parts["teacher"] = ["weights", "architecture"]
-    models = {"student": student, "teacher": teacher}
-    inputs = {
-        f"{who}:{part}": models[who].content[part]
-        for who in parts
-        for part in parts[who]
-        if part in models[who].content
-    }
+        inputs |= {f"teacher:{part}": teacher.content[part] for part in ("weights", "architecture")}
     if f"prompts:{SPLIT}" not in prompts.content:
         raise _nothing_held_out()
     inputs["prompts"] = prompts.content[f"prompts:{SPLIT}"]

@@ -15,7 +15,7 @@ from storage.identity import Identity, derive_seed
 from storage.shards import read_parquet, sidecars
 from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.rollout_config import RolloutConfig
-from tasks.stage import Context, Work
+from tasks.stage import Context, Work, model_inputs
 
 VERSION = 1
 STAGE = "rollout"
@@ -46,8 +46,7 @@ def rollout_work(config: RolloutConfig, student: Artifact, prompts: Artifact, se
     Output "rollout": table rollouts; meta: metrics (mean_length and tokens in tokens, clipped_ratio), proofs of the
     engines' weights. Raises InputError when a prompt with its completion exceeds the student's positions."""
     # what a completion depends on: a checkpoint's generation config decides where "eos" ends it
-    parts = ("weights", "architecture", "tokenizer", "generation")
-    inputs = {f"student:{part}": student.content[part] for part in parts if part in student.content}
+    inputs = model_inputs(student, "student:")
     inputs["prompts"] = prompts.content[f"prompts:{SPLIT}"]
     spec = ArtifactSpec.of(STAGE, VERSION, _RolloutIdentity(config=config, seed=seed, round=round), inputs)
 

@@ -75,6 +75,8 @@ class RuntimeConfig(Runtime):
             "threads": self.threads,
             "processes": self.trainer.processes,
             "micro_batch_tokens": self.trainer.micro_batch_tokens,
+            "scorer_batch_tokens": self.scorer.batch_tokens,
+            "scorer_head_chunk_tokens": self.scorer.head_chunk_tokens,
             "deepspeed": str(self.trainer.deepspeed.name) if self.trainer.deepspeed else None,
         }
 

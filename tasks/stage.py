@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from storage.store import ArtifactSpec, Builder, Store
+from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.runtime import RuntimeConfig
 from tasks.workers import WorkerPool
 
@@ -37,3 +37,12 @@ class Work:
     build: Callable[[dict[str, Builder], Context], None]
     shared: dict[str, str] = field(default_factory=dict)
     """Outputs that another artifact can serve: output name -> key of the artifact (a larger top-K, say)."""
+
+
+MODEL_CONTENT = ("weights", "architecture", "tokenizer", "generation")
+"""What of a model's content decides what it computes and writes."""
+
+
+def model_inputs(artifact: Artifact, prefix: str = "") -> dict[str, str]:
+    """The content digests by which a model enters a key."""
+    return {f"{prefix}{part}": artifact.content[part] for part in MODEL_CONTENT if part in artifact.content}

@@ -8,7 +8,7 @@ from typing import Any
 from storage.errors import InputError
 from storage.store import Artifact, ArtifactSpec, Builder
 from tasks.losses.config import DirectConfig, PolicyGradientConfig, SftConfig
-from tasks.stage import Context, Work
+from tasks.stage import Context, Work, model_inputs
 from tasks.trainer.config import TrainConfig
 from tasks.trainer.dispatch import place, run_and_commit
 
@@ -42,7 +42,7 @@ def train_work(
             f" {state.meta['student_weights'][:12]}, not to {student.content['weights'][:12]}"
         )
     inputs = {
-        **{part: student.content[part] for part in ("weights", "architecture", "tokenizer", "generation") if part in student.content},
+        **model_inputs(student),
         "rollouts": rollouts.content["rollouts"],
     }
     inputs |= {f"signal:{name}": artifact.content[name] for name, artifact in used.items()}

@@ -7,7 +7,7 @@ from typing import Any
 from storage.errors import InputError
 from storage.store import Artifact, ArtifactSpec, Builder
 from tasks.losses.config import SftConfig
-from tasks.stage import Context, Work
+from tasks.stage import Context, Work, model_inputs
 from tasks.trainer.config import WarmupConfig
 from tasks.trainer.dispatch import place, run_and_commit
 
@@ -24,7 +24,7 @@ def warmup_work(config: WarmupConfig, model: Artifact, prompts: Artifact, seed: 
         raise InputError("warmup: there are no prompts of split warmup; give prompts.warmup rows with a `completion`")
     objective = SftConfig()
     inputs = {
-        **{part: model.content[part] for part in ("weights", "architecture", "tokenizer", "generation") if part in model.content},
+        **model_inputs(model),
         "prompts": prompts.content["prompts:warmup"],
     }
     identity = {"config": config, "objective": objective, "seed": seed}

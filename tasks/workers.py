@@ -363,7 +363,7 @@ class WorkerPool:
             from tasks.trainer.launch import free_port, launch_command
 
             world = self.runtime.trainer.processes
-            argv, more = launch_command(world, self.runtime.device, free_port())
+            argv, more = launch_command(world, self.runtime.device, free_port(), self.runtime.trainer.devices)
             return argv, env | more, world
         return [sys.executable, "-m", "tasks.worker_main", role], env, 1
 

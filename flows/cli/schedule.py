@@ -11,17 +11,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-Root = Annotated[Path, typer.Option("--root", envvar="OPD_ROOT", help="the store's folder")]
+from flows.cli.options import DEFAULT_ROOT, Root, example
+
 Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="override a field, e.g. train.lr=1e-4")]
-DEFAULT_ROOT = Path("opd-store")
 
 out = Console(highlight=False)
 
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
-    app.command(epilog="Example: opd schedule configs/quickstart.yaml --name nightly --cron '0 2 * * *'")(schedule)
-    app.command(epilog="Example: opd ui --root opd-store")(ui)
+    app.command(epilog=example("opd schedule configs/quickstart.yaml --name nightly --cron '0 2 * * *'"))(schedule)
+    app.command(epilog=example("opd ui --root opd-store"))(ui)
 
 
 def schedule(

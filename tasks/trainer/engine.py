@@ -56,6 +56,7 @@ def start() -> torch.device:
         meeting = Path(os.environ["OPD_WORKER_SOCKET"]).parent / "ranks"
         deepspeed.init_distributed(
             dist_backend="nccl" if cuda else "gloo",
+            auto_mpi_discovery=False,
             init_method=f"file://{meeting}",
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),

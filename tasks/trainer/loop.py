@@ -58,9 +58,9 @@ def run_steps(
 ) -> list[dict[str, Any]]:
     """Does the steps and returns their rows of `training_steps` (the same on every rank).
 
-    Ends early after the step whose mean KL from the rollout-time student passed `max_drift`, or at which the running mean
-    of the loss fell below `stop_loss`. Raises OpdError naming
-    samples, on every rank, before any weight changes, when a loss or a gradient is not finite."""
+    Ends early after the step whose mean KL from the rollout-time student passed `max_drift`, or at which the running
+    mean of the loss fell below `stop_loss`. Raises OpdError naming samples, on every rank, before any weight changes,
+    when a loss or a gradient is not finite."""
     table: list[dict[str, Any]] = []
     running: float | None = None
     for number, step in enumerate(plan.steps):

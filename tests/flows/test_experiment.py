@@ -108,3 +108,9 @@ def test_a_fork_is_governed_by_its_parent_up_to_the_fork():
 def test_every_config_in_the_repository_loads(path, monkeypatch):
     monkeypatch.chdir(CHECKOUT)
     load_experiment(path)
+
+
+def test_the_reference_in_the_docs_is_the_schema():
+    from flows.reference import reference
+
+    assert (CHECKOUT / "docs" / "config.md").read_text() == reference(), "python -m flows.reference > docs/config.md"

@@ -317,16 +317,17 @@ def test_ending_a_schedule_ends_its_tick_and_another_goes_on(session, root, tmp_
     path = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, str(script), schedule.config_path, name, str(root)],
-        env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
-        (started,) = eventually(lambda: events(root), 120)
+        (started,) = eventually(lambda: events(root) or process.poll() is not None, 120)
         with pytest.raises(RunBusy, match=f"pid {process.pid}"):
             serve(schedule)
         process.send_signal(number)
         output, _ = process.communicate(timeout=60)
     finally:
         process.kill()
+        print(process.stdout.read() if not process.stdout.closed else "")
     assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL)
     if number == signal.SIGTERM:
         assert f"opd resume {name}" in output

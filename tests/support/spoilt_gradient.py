@@ -4,6 +4,7 @@ Prints one JSON line per kind: the step's answers, and whether the bad step left
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -52,7 +53,7 @@ def main(folder: str) -> None:
                 norms.append(engine.step(0.1))
                 weights.append(dict(full_tensors(engine, "master")))
                 assert loss == loss and abs(loss) < 1e6
-            same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(weights, weights[1:], strict=False)]
+            same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in itertools.pairwise(weights)]
             print("RESULT", json.dumps({"stage": stage, "dtype": dtype, "norms": norms, "same": same}))
             engine.close()
 

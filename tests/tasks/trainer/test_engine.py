@@ -14,7 +14,9 @@ def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
     script = CHECKOUT / "tests" / "support" / "spoilt_gradient.py"
     env = os.environ | {"PYTHONPATH": str(CHECKOUT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=300)
-    found = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    found = [
+        json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")
+    ]
     assert len(found) == 8, done.stderr[-3000:]
     for kind in found:
         first, bad, after = kind["norms"]

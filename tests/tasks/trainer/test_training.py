@@ -330,6 +330,15 @@ def test_warmup_learns_the_given_text(world: World, trainers: dict[int, Worker])
         assert (folder / name).read_bytes() == (source / name).read_bytes()
 
 
+def test_warmup_stops_at_a_running_loss(world: World, trainers: dict[int, Worker]) -> None:
+    settings = WarmupConfig(lr=3e-3, steps=20, samples_per_step=6, stop_loss=4.5)
+    losses = make(warmup_work(settings, world.student, world.prompts, 0), world.store, trainers[1], "stop").losses
+    running = [losses[0]]
+    for loss in losses[1:]:
+        running.append(0.9 * running[-1] + 0.1 * loss)
+    assert 1 < len(losses) < 20 and running[-1] < 4.5 <= min(running[:-1])
+
+
 def test_a_loss_that_is_not_finite_names_the_sample(train: Train, world: World, tmp_path: Path) -> None:
     rows = world.store.read_table(world.signals["sampled"], "sampled").to_pylist()
     [bad] = [row for row in rows if row["sample_id"] == "p5/1/0"]

@@ -87,7 +87,7 @@ def run_experiment(
 
                     stack.enter_context(prefect_session(Path(root)))
                     maker.run_task = run_stage_task
-                    run_as_flow(f"distill {name}", lambda: distill(experiment, maker, goal))
+                    run_as_flow("distill", lambda: distill(experiment, maker, goal), run_name=name)
                 else:
                     distill(experiment, maker, goal)
         except BaseException as error:

@@ -351,6 +351,8 @@ class WorkerPool:
             "PYTHONPATH": path,
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": str(self.runtime.threads),
+            # threads that spin at barriers starve each other as soon as anything else runs (docs/log.md: 4 to 7 times)
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",  # workers get local folders; nothing is fetched behind the user's back
             "DO_NOT_TRACK": "1",

@@ -1,0 +1,30 @@
+"""Teacher = student: the whole pipeline must see no difference between them."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow.compute as pc
+from opd_cli import TINY, opd
+
+from storage.store import Store
+
+
+def test_a_student_that_is_its_own_teacher_has_no_divergence_anywhere(finished, tmp_path):
+    model = tmp_path / "model"
+    finished.opd("export", "base", model)
+    root = tmp_path / "store"
+    changes = [f"{side}={{source: {{kind: checkpoint, path: {model}}}}}" for side in ("student", "teacher")]
+    arguments = [part for change in [*changes, "policy.rounds=1"] for part in ("--set", change)]
+    status = json.loads(opd("run", TINY, "--name", "self", "--no-prefect", "--json", *arguments, root=root).stdout)
+
+    first, second = status["rounds"]
+    assert abs(first["metrics"]["reverse_kl"]) < 1e-6
+    assert abs(second["metrics"]["train_loss"]) < 1e-6
+    assert abs(second["metrics"]["reverse_kl"]) < 1e-3  # the steps follow rounding errors, nothing else
+
+    store = Store(root)
+    (signal,) = store.list("sampled")
+    table = store.read_table(signal, "sampled")
+    gaps = pc.subtract(pc.list_flatten(table["student_logprobs"]), pc.list_flatten(table["teacher_logprobs"]))
+    assert pc.max(pc.abs(gaps)).as_py() < 1e-6

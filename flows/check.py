@@ -34,7 +34,9 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
 
             maker = Maker(store, run, run.state, context, SilentReporter())
             student, teacher = (maker_model(experiment, maker, side) for side in ("student", "teacher"))
-            audit = audit_tokenizers(store.materialize(student), store.materialize(teacher), experiment.prompts.tokenizers)
+            audit = audit_tokenizers(
+                store.materialize(student), store.materialize(teacher), experiment.prompts.tokenizers
+            )
             yield str(audit)
             audit.require()
             _, _, prompts = inputs(experiment, maker)

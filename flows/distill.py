@@ -25,7 +25,16 @@ def distill(experiment: Experiment, do: Executor, rounds: int) -> Result:
             rollouts = do("rollout", rollout_work, now.rollout, student, prompts, now.seed, number)["rollout"]
             needs = now.objective.needs().signals
             signals = do(
-                "supervise", supervise_work, now.supervise, rollouts, student, teacher, prompts, needs, now.rollout, do.store
+                "supervise",
+                supervise_work,
+                now.supervise,
+                rollouts,
+                student,
+                teacher,
+                prompts,
+                needs,
+                now.rollout,
+                do.store,
             )
             trained = do(
                 "train", train_work, now.train, now.objective, student, state, rollouts, signals, now.seed, number

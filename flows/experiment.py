@@ -121,7 +121,10 @@ def cross_problems(e: Experiment) -> list[str]:
         if model.warmup is not None and e.prompts.warmup is None:
             found.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
     rows, positions = declared_sizes(e.student.source)
-    for section, length in (("rollout", e.rollout.max_completion_length), ("evaluate", e.evaluate.max_completion_length)):
+    for section, length in (
+        ("rollout", e.rollout.max_completion_length),
+        ("evaluate", e.evaluate.max_completion_length),
+    ):
         if positions and length >= positions:
             found.append(
                 f"{section}.max_completion_length: {length} leaves no room for a prompt in the student's"

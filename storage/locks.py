@@ -119,7 +119,10 @@ def locked(path: Path, on_busy: Callable[[str], None]) -> Iterator[None]:
 def _wait(descriptor: int, path: Path, on_busy: Callable[[str], None]) -> None:
     attempts, told = 0, False
     while not _try(descriptor, fcntl.LOCK_EX):
-        attempts += 1
+        if _try(descriptor, fcntl.LOCK_SH):  # nobody holds it: someone was only looking who does
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        else:
+            attempts += 1
         if attempts >= _ATTEMPTS and not told:
             told = True
             on_busy(describe(path))

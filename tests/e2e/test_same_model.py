@@ -14,14 +14,17 @@ def test_a_student_that_is_its_own_teacher_has_no_divergence_anywhere(finished, 
     model = tmp_path / "model"
     finished.opd("export", "base", model)
     root = tmp_path / "store"
-    changes = [f"{side}={{source: {{kind: checkpoint, path: {model}}}}}" for side in ("student", "teacher")]
-    arguments = [part for change in [*changes, "policy.rounds=1"] for part in ("--set", change)]
+    changes = [
+        f"{side}={{source: {{kind: checkpoint, path: {model}}}, warmup: null}}" for side in ("student", "teacher")
+    ]
+    changes += ["train.lr=0", "policy.rounds=1"]  # Adam would walk along rounding errors
+    arguments = [part for change in changes for part in ("--set", change)]
     status = json.loads(opd("run", TINY, "--name", "self", "--no-prefect", "--json", *arguments, root=root).stdout)
 
     first, second = status["rounds"]
     assert abs(first["metrics"]["reverse_kl"]) < 1e-6
     assert abs(second["metrics"]["train_loss"]) < 1e-6
-    assert abs(second["metrics"]["reverse_kl"]) < 1e-3  # the steps follow rounding errors, nothing else
+    assert abs(second["metrics"]["reverse_kl"]) < 1e-6
 
     store = Store(root)
     (signal,) = store.list("sampled")

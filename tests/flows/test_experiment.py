@@ -69,7 +69,9 @@ def test_numbers_in_scientific_notation_are_numbers():
 
 
 def test_a_changed_variant_does_not_inherit_the_old_ones_fields():
-    changed = load_experiment(TINY, ["objective.divergence={kind: jsd, beta: 0.3}", "objective.divergence.kind=reverse_kl"])
+    changed = load_experiment(
+        TINY, ["objective.divergence={kind: jsd, beta: 0.3}", "objective.divergence.kind=reverse_kl"]
+    )
     assert changed.objective.divergence.kind == "reverse_kl"
 
 

@@ -22,6 +22,7 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
     """Read both models' configs and tokenizers and all prompts in a scratch store; yield lines for people.
 
     Raises ConfigError or InputError for the first problem."""
+    experiment.runtime.tell_libraries()
     check_plugins(experiment)
     yield "config: valid"
     with tempfile.TemporaryDirectory(prefix="opd-check-") as scratch:

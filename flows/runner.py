@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -53,8 +52,7 @@ def run_experiment(
 
     Returns its state and how many stages had to be built. Raises RunBusy when another process holds the name,
     IdentityMismatch when the name holds another experiment, and whatever a stage raises."""
-    if experiment.runtime.device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+    experiment.runtime.tell_libraries()
     check_plugins(experiment)
     load_plugins(experiment.plugins)
     store = Store(root)

@@ -68,6 +68,11 @@ class RuntimeConfig(Runtime):
             self.keep_warm = self.device == "cpu"
         return self
 
+    def tell_libraries(self) -> None:
+        """Say in this process's environment what the device is, before a library warns that it found no GPU."""
+        if self.device == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
     def numerics(self) -> dict[str, object]:
         """What bit-identity is promised at equal values of (design: numerics)."""
         return {

@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from storage.errors import InputError
 from storage.identity import Identity, derive_seed
 from storage.schemas import schema_for
 from storage.shards import read_parquet, sidecars
 from storage.store import Artifact, ArtifactSpec, Builder, Store
+from tasks.rollout_config import StopTokenIds
 from tasks.stage import Context, Work, model_inputs
 from tasks.verifiers import ExactMatch, FunctionVerifier, VerifierConfig, verifier_digest, verify
 
@@ -39,7 +40,7 @@ class EvaluateConfig(Identity):
     )
     kl_generations: int = Field(1, ge=1, description="such rollouts per prompt")
     max_completion_length: int = Field(256, ge=1, description="tokens of a completion; longer ones are cut (clipped)")
-    stop_token_ids: Literal["eos"] | tuple[int, ...] = Field(
+    stop_token_ids: StopTokenIds = Field(
         "eos", description="ids that end a completion; eos: those of the student's tokenizer and generation config"
     )
     verifier: VerifierConfig | None = Field(
@@ -47,15 +48,6 @@ class EvaluateConfig(Identity):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the engine and of the scorer")
     shard_prompts: int = Field(64, ge=1, description="prompts per shard: the unit of redo and of data parallelism")
-
-    @field_validator("stop_token_ids")
-    @classmethod
-    def _check_stop_ids(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
-        if isinstance(value, str):
-            return value
-        if not value or min(value) < 0:
-            raise ValueError(f"{list(value)} must be a list of one or more token ids, or eos")
-        return tuple(sorted(set(value)))
 
     @model_validator(mode="after")
     def _something(self) -> EvaluateConfig:

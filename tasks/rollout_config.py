@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from storage.identity import Identity
+
+
+def _sorted_ids(value: str | tuple[int, ...]) -> str | tuple[int, ...]:
+    if isinstance(value, str):
+        return value
+    if not value or min(value) < 0:
+        raise ValueError(f"{list(value)} must be a list of one or more token ids, or eos")
+    return tuple(sorted(set(value)))
+
+
+StopTokenIds = Annotated[Literal["eos"] | tuple[int, ...], AfterValidator(_sorted_ids)]
+"""The ids that end a completion: explicit, or those of the student's tokenizer and generation config."""
 
 
 class RolloutConfig(Identity):
@@ -19,7 +31,7 @@ class RolloutConfig(Identity):
     top_k: int = Field(0, ge=0, description="sample from this many likeliest tokens; 0: all")
     num_generations: int = Field(1, ge=1, description="completions per prompt")
     max_completion_length: int = Field(256, ge=1, description="tokens of a completion; longer ones are cut (clipped)")
-    stop_token_ids: Literal["eos"] | tuple[int, ...] = Field(
+    stop_token_ids: StopTokenIds = Field(
         "eos", description="ids that end a completion; eos: those of the student's tokenizer and generation config"
     )
     prompts_per_round: int = Field(
@@ -29,15 +41,6 @@ class RolloutConfig(Identity):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="the engine's weights and arithmetic"
     )
-
-    @field_validator("stop_token_ids")
-    @classmethod
-    def _check_stop_ids(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
-        if isinstance(value, str):
-            return value
-        if not value or min(value) < 0:
-            raise ValueError(f"{list(value)} must be a list of one or more token ids, or eos")
-        return tuple(sorted(set(value)))
 
     def sampling(self) -> dict[str, Any]:
         """What the sampler needs of it (see `tasks/engines/sampler.py`), as JSON."""

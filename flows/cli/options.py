@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -40,6 +41,16 @@ def console() -> Console:
 
 
 def opd_command(root: Path, *words: str) -> str:
-    """A command line to paste, with --root where the default would not find the store."""
+    """A command line to paste: `opd` by its path where the shell would not find this one, with --root where the default
+    would not find the store."""
     given = () if root.absolute() == DEFAULT_ROOT.absolute() else ("--root", str(root))
-    return shlex.join(("opd", *words, *given))
+    return shlex.join((_program(), *words, *given))
+
+
+def _program() -> str:
+    beside = Path(sys.executable).parent / "opd"
+    found = shutil.which("opd")
+    if not beside.exists() or (found is not None and Path(found).resolve() == beside.resolve()):
+        return "opd"
+    here = Path.cwd()
+    return str(beside.relative_to(here) if beside.is_relative_to(here) else beside)

@@ -124,7 +124,7 @@ def stop(
         if time.monotonic() > deadline:
             raise OpdError(f"run {name!r}: {holder} did not stop within {wait:.0f} s")
         time.sleep(0.1)
-    out.print(f"run {name!r} is stopped; go on with: {opd_command(root, 'resume', name)}")
+    out.print(f"run {name!r} is stopped; go on with: {opd_command(root, 'resume', name)}", soft_wrap=True)
 
 
 def check(
@@ -181,7 +181,7 @@ def _go(experiment: Experiment, name: str, root: Path, rounds: int | None, no_pr
         except KeyboardInterrupt:
             stack.close()
             err.print("\nstopped: everything it had started is ended, what was committed stays.")
-            err.print(f"go on with: {opd_command(root, 'resume', name)}")
+            err.print(f"go on with: {opd_command(root, 'resume', name)}", soft_wrap=True)
             raise typer.Exit(130) from None
         except OpdError as error:
             stack.close()

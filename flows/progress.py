@@ -99,7 +99,8 @@ class TerminalReporter(LineReporter):
 
     def stage(self, round: int, label: str, state: StageState) -> None:
         running = state.state == "running"
-        self._bar.reset(self._task, total=None, description=f"round {round} {label}", unit="", visible=running)
+        self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(f"round {round} {label}", total=None, unit="", visible=running)
         if not running:
             super().stage(round, label, state)
 

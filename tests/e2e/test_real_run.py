@@ -62,6 +62,15 @@ def test_runtime_changes_no_key(finished):
     assert set(plan_of(finished, *changed).values()) == {"cached"}
 
 
+def test_a_fork_shares_its_parents_rounds_and_starts_anew_after_them(finished):
+    from flows.runner import fork_experiment, plan
+
+    fork = fork_experiment("base", 2, finished.root, ["objective.divergence.kind=forward_kl"])
+    states = {(line.round, line.stage): line.state for line in plan(fork, finished.root)}
+    assert all(state == "cached" for (round, _), state in states.items() if round <= 2)
+    assert (states[3, "rollout"], states[3, "supervise"], states[3, "train"]) == ("cached", "cached", "run")
+
+
 def test_a_name_that_holds_another_experiment_is_refused_with_the_difference(finished):
     result = finished.opd("run", TINY, "--name", "base", "--set", "train.lr=0.5", "--no-prefect", check=False)
     assert result.returncode == 2

@@ -20,7 +20,12 @@ def check(tmp_path: Path, *changes: str) -> str:
 
 def test_a_good_config_is_described(tmp_path):
     text = check(tmp_path)
-    assert "tokenizers: identical" in text and "prompts: 32 for eval" in text and "in eval)" in text and "4 optimizer steps" in text
+    assert (
+        "tokenizers: identical" in text
+        and "prompts: 32 for eval" in text
+        and "in eval)" in text
+        and "4 optimizer steps" in text
+    )
     assert not (tmp_path / "store").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from safetensors.numpy import save_file
 from storage.runs import RoundState, Run, StageState
 from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores Ctrl-C, and children inherit that
 
 WORDS = ["<end>", "one", "two", "three", "\ufffd"]
 """Texts of the token ids in `example_store`; the last is no valid text alone."""

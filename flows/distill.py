@@ -24,18 +24,8 @@ def distill(experiment: Experiment, do: Executor, rounds: int) -> Result:
         with do.round(number) as round:
             rollouts = do("rollout", rollout_work, now.rollout, student, prompts, now.seed, number)["rollout"]
             needs = now.objective.needs().signals
-            signals = do(
-                "supervise",
-                supervise_work,
-                now.supervise,
-                rollouts,
-                student,
-                teacher,
-                prompts,
-                needs,
-                now.rollout,
-                do.store,
-            )
+            supervise = partial(supervise_work, store=do.store)
+            signals = do("supervise", supervise, now.supervise, rollouts, student, teacher, prompts, needs, now.rollout)
             trained = do(
                 "train", train_work, now.train, now.objective, student, state, rollouts, signals, now.seed, number
             )

@@ -250,16 +250,6 @@ def run_stage_task(
     return _guarded(call, attempts, state)
 
 
-def as_flow(name: str, function: Callable[..., T]) -> Callable[..., T]:
-    """`function`, run as a flow whenever it is called inside a session."""
-    return lambda *args, **kwargs: run_as_flow(name, lambda: function(*args, **kwargs))
-
-
-def as_task(name: str, function: Callable[..., T], **options: Any) -> Callable[..., T]:
-    """`function`, run as a task whenever it is called inside a session; options as of `run_stage_task`."""
-    return lambda *args, **kwargs: run_stage_task(name, lambda: function(*args, **kwargs), **options)
-
-
 class _Attempts:
     """Tries again after transient worker failures. Not Prefect's retries, so that `--no-prefect` behaves the same."""
 

@@ -1,7 +1,7 @@
 """The user's own code: engines, objectives, verifiers, named in a config as `plugins: [module]`.
 
-A plugin is a Python module that registers what it brings when it is imported. It is looked for beside the config file
-first, then on the import path. The digest of its source enters the identity of every stage that it can change."""
+A plugin is a Python module that registers what it brings when it is imported; it must be on the import path. The digest
+of its source does not enter keys yet: after a change of a plugin, use a new seed or a new store."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load_plugins(modules: Iterable[str], search: str | None = None) -> None:
         except ModuleNotFoundError as error:
             if error.name != name:
                 raise
-            raise ConfigError(f"plugins: no module named {name!r} beside the config or on the import path") from error
+            raise ConfigError(f"plugins: no module named {name!r} on the import path") from error
 
 
 def source_digest(modules: Iterable[str], search: str | None = None) -> str | None:
@@ -50,6 +50,6 @@ def source_digest(modules: Iterable[str], search: str | None = None) -> str | No
             sys.path.insert(0, search)
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
-            raise ConfigError(f"plugins: no module named {name!r} beside the config or on the import path")
+            raise ConfigError(f"plugins: no module named {name!r} on the import path")
         digest.update(Path(spec.origin).read_bytes())
     return digest.hexdigest() if names else None

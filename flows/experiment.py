@@ -132,7 +132,9 @@ def cross_problems(e: Experiment) -> list[str]:
             )
     for need in e.objective.needs().signals:
         if rows and need.k and need.k > rows:
-            found.append(f"objective.support.k: {need.k} is above the vocabulary of {rows}")
+            side = getattr(e.objective, "side", None)
+            where = "trust_region" if side is not None and side.support.k == need.k else "support"
+            found.append(f"objective.{where}.k: {need.k} is above the vocabulary of {rows}")
     return found
 
 

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
-from storage.identity import Identity
+from tasks.losses.kinds import Kind, Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,12 +31,8 @@ ALPHA_BOUNDS = (-2.0, 3.0)
 """Outside of these u^alpha overflows float32 at the default clamp of log-probabilities."""
 
 
-class Divergence(Identity):
+class Divergence(Kind):
     """A divergence; zero where p = q, non-negative between distributions over the same categories."""
-
-    kind: str
-    equation: ClassVar[str]
-    paper: ClassVar[str]
 
     @abstractmethod
     def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -59,20 +55,9 @@ class Divergence(Identity):
         return 0.0
 
 
-REGISTRY: dict[str, type[Divergence]] = {}
-
-D = TypeVar("D", bound=Divergence)
-
-
-def register(cls: type[D]) -> type[D]:
-    """Make a divergence known to configs, help and property tests under its `kind`."""
-    kind = cls.model_fields["kind"].default
-    if not isinstance(kind, str):
-        raise TypeError(f"{cls.__name__}: give `kind` a default, for example kind: Literal['mine'] = 'mine'")
-    if kind in REGISTRY:
-        raise ValueError(f"{cls.__name__}: divergence {kind!r} is already {REGISTRY[kind].__name__}")
-    REGISTRY[kind] = cls
-    return cls
+DIVERGENCES: Registry[Divergence] = Registry("divergence")
+REGISTRY = DIVERGENCES.classes
+register = DIVERGENCES.register
 
 
 @register

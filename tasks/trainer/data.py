@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 
 from storage.errors import ConfigError, InputError
+from storage.identity import derive_seed
 from storage.schemas import MaskReason
 from tasks.losses.needs import Needs
 from tasks.losses.types import TokenBatch
@@ -88,9 +89,13 @@ class Forward:
 
 
 def from_rollouts(
-    rollouts: pa.Table, signals: Mapping[str, pa.Table], needs: Needs, mask_reasons: Iterable[MaskReason]
+    rollouts: pa.Table,
+    signals: Mapping[str, pa.Table],
+    needs: Needs,
+    mask_reasons: Iterable[MaskReason],
+    seed: int = 0,
 ) -> Samples:
-    """Joins rollouts with the signals that the objective needs, by sample_id.
+    """Joins rollouts with the signals that the objective needs, by sample_id. `seed` is the run's, for counter-based draws.
 
     Raises InputError when a signal is not given, lacks a sample or repeats one, when a list's length is not its
     completion's, or a top-K list is narrower than the objective asks for."""
@@ -115,7 +120,13 @@ def from_rollouts(
         masked = MaskReason.INVALID_VALUE  # never trainable, whatever the policy
         for reason in mask_reasons:
             masked |= reason
+        if needs.takes_prefixes:
+            masked &= ~MaskReason.TEACHER_PREFIX  # the objective has a term of its own for them
         keep = (aligned(ordered["mask"], "mask", "mask_reasons", np.int32) & int(masked)) == 0
+    if needs.draws:
+        floats["uniform"] = _uniform(seed, ids, completions)
+    if needs.takes_prefixes:
+        floats["teacher_prefix"] = _leading(rollouts["prefix_length"], completions)
     support: Support | None = None
     if needs.student.support is not None:
         lists = [
@@ -124,6 +135,20 @@ def from_rollouts(
         support = UnionTopK(*lists) if len(lists) == 2 else lists[0]
     prompts = _ragged(rollouts["prompt_token_ids"], np.int64)
     return _checked(Samples(ids, prompts, completions, keep, floats, support))
+
+
+def _uniform(seed: int, ids: list[str], completions: Ragged) -> np.ndarray:
+    """A number in [0, 1) per completion token: the token's place in the Philox stream of (seed, sample id), so that it
+    depends neither on batching nor on how long the completion is."""
+    streams = (np.random.Generator(np.random.Philox(key=derive_seed(seed, "draws", sample))) for sample in ids)
+    drawn = [stream.random(length, np.float32) for stream, length in zip(streams, completions.lengths, strict=True)]
+    return np.concatenate(drawn) if drawn else np.empty(0, np.float32)
+
+
+def _leading(counts: pa.ChunkedArray, completions: Ragged) -> np.ndarray:
+    """1.0 for the first `counts` tokens of each completion, 0.0 for the others."""
+    place = np.arange(len(completions.values)) - np.repeat(completions.offsets[:-1], completions.lengths)
+    return (place < np.repeat(counts.to_numpy(), completions.lengths)).astype(np.float32)
 
 
 def from_prompts(prompts: pa.Table, split: str) -> Samples:

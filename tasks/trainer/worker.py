@@ -159,7 +159,7 @@ def _train_lesson(job: dict[str, Any], store: Store) -> Lesson:
     rollouts = _table(store, job["rollouts"], "rollouts")
     signals = {name: _table(store, where, name) for name, where in job["signals"].items()}
     reasons = [MaskReason[name.upper()] for name in config.mask_reasons]
-    samples = from_rollouts(rollouts, signals, objective.needs(), reasons)
+    samples = from_rollouts(rollouts, signals, objective.needs(), reasons, job["seed"])
     correction, cap = config.importance_correction, None
     if isinstance(correction, TruncatedCorrection):
         cap = correction.cap

@@ -181,7 +181,6 @@ class PolicyGradientConfig(Weighted):
                 f"trust_region: {self.trust_region.kind} judges the sampled token, but support.kind is"
                 f" {self.support.kind}; use support.kind: sampled, or another trust region"
             )
-        _ = self.side  # its own refusals, now rather than at the first step
         return self
 
     @property

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.losses.divergences import Divergence, ForwardKL
 from tasks.losses.kinds import Kind, Registry
@@ -220,6 +220,12 @@ class EntropyGate(TrustRegion):
     equation = "-A rho + 1[H(q) > threshold] weight sum_{v in top-k} q log(q/p)"
     paper = "2603.07079"
     experimental = True
+
+    @model_validator(mode="after")
+    def _sensible(self) -> EntropyGate:
+        if self.k == 1 and self.outside == "renormalize":
+            raise ValueError("k: one renormalised category is 1 in both distributions, so the term is identically zero")
+        return self
 
     @property
     def side(self) -> SideTerm:

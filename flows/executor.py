@@ -57,6 +57,8 @@ class PlanLine:
     stage: str
     state: str
     keys: dict[str, str] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    """outputs (signals, say) that are not in the store"""
 
 
 class Planner:
@@ -71,9 +73,10 @@ class Planner:
             return Pending()
         work = make(*inputs)
         found = resolved(work, self.store)
-        state = "cached" if len(found) == len(work.outputs) else "run"
         keys = {name: spec.key for name, spec in work.outputs.items()}
-        self.lines.append(PlanLine(self._round, label, state, keys))
+        missing = tuple(name for name in work.outputs if name not in found)
+        state = "run" if missing else "cached"
+        self.lines.append(PlanLine(self._round, label, state, keys, missing))
         return found if state == "cached" else Pending()
 
     @contextmanager

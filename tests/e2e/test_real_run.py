@@ -62,6 +62,13 @@ def test_runtime_changes_no_key(finished):
     assert set(plan_of(finished, *changed).values()) == {"cached"}
 
 
+def test_another_objective_misses_only_the_signals_that_it_adds(finished):
+    line = "objective.estimator=policy_gradient", "objective.support={kind: student_topk, k: 4}"
+    plan = json.loads(finished.opd("run", TINY, "--name", "other", "--dry-run", "--json", "--set", line[0], "--set", line[1]).stdout)
+    (supervise,) = (row for row in plan["plan"] if (row["round"], row["stage"]) == (1, "supervise"))
+    assert supervise["missing"] == ["student_topk"] and {"sampled", "mask"} <= set(supervise["keys"])
+
+
 def test_a_fork_shares_its_parents_rounds_and_starts_anew_after_them(finished):
     from flows.runner import fork_experiment, plan
 

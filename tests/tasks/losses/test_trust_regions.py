@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -195,8 +196,7 @@ def test_advantage_floor() -> None:
 def test_entropy_gate_adds_forward_kl_where_the_teacher_is_unsure(outside: str) -> None:
     p, q, old = models()
     entropies = torch.tensor([0.0, 0.79, 0.81, 2, 0.1, 1, 0.8], dtype=F64)
-    batch = batch_of(q, old)
-    batch = TokenBatch(**{**batch.__dict__, "teacher_entropy_N": entropies})
+    batch = replace(batch_of(q, old), teacher_entropy_N=entropies)
     region = {"kind": "entropy_gate", "k": K, "weight": 0.5, "outside": outside}
     found, plain = run(p, batch, trust_region=region), run(p, batch)
     ids = q.topk(K).indices
@@ -316,3 +316,21 @@ def test_equal_models_on_policy_give_no_pull(kind: str) -> None:
     batch = batch_of(old, old, uniform_N=torch.full((V,), 0.5, dtype=F64))
     out = run(p, batch, trust_region=region)
     assert gradient((old.exp() * out.per_token_N).sum(), p).abs().max() < 1e-12
+
+
+PLACES = [(kind, "sampled") for kind in TRUST_REGIONS.classes]
+PLACES += [(kind, "student_topk") for kind, cls in TRUST_REGIONS.classes.items() if not cls.sampled_only]
+
+
+@pytest.mark.parametrize(("region", "support"), PLACES)
+def test_a_batch_without_a_token_that_counts_is_a_zero_that_back_propagates(region: str, support: str) -> None:
+    cls = TRUST_REGIONS.classes[region]
+    p, q, old = models()
+    nothing = torch.zeros(V, dtype=F64)
+    batch = batch_of(q, old, of="student" if support == "student_topk" else "teacher", uniform_N=nothing)
+    batch = replace(batch, loss_mask_N=nothing, teacher_logprobs_N=q * float("nan"))
+    choice = {"kind": region} | ({"k": K} if "k" in cls.model_fields else {})
+    listed = {"support": {"kind": support} | ({"k": K} if support == "student_topk" else {})}
+    out = run(p, batch, trust_region=choice, **listed)
+    assert out.per_token_N.requires_grad and (out.per_token_N == 0).all()
+    assert (gradient(out.per_token_N.sum(), p) == 0).all()

@@ -63,9 +63,11 @@ def test_runtime_changes_no_key(finished):
 
 
 def test_another_objective_misses_only_the_signals_that_it_adds(finished):
-    line = "objective.estimator=policy_gradient", "objective.support={kind: student_topk, k: 4}"
-    plan = json.loads(finished.opd("run", TINY, "--name", "other", "--dry-run", "--json", "--set", line[0], "--set", line[1]).stdout)
-    (supervise,) = (row for row in plan["plan"] if (row["round"], row["stage"]) == (1, "supervise"))
+    changes = ("objective.estimator=policy_gradient", "objective.support={kind: student_topk, k: 4}")
+    args = [part for change in changes for part in ("--set", change)]
+    result = finished.opd("run", TINY, "--name", "other", "--dry-run", "--json", *args)
+    lines = {(line["round"], line["stage"]): line for line in json.loads(result.stdout)["plan"]}
+    supervise = lines[1, "supervise"]
     assert supervise["missing"] == ["student_topk"] and {"sampled", "mask"} <= set(supervise["keys"])
 
 

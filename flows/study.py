@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -57,7 +57,10 @@ class Sweep(_Part):
     """The search for learning rates: every group gets as many candidates, seeds and rounds as any other."""
 
     seeds: tuple[Seed, ...] = Field(min_length=1, description="better not the study's, which would favour their tuning")
-    rounds: int = Field(ge=1, description="rounds of each candidate; the reverse KL after the last decides")
+    rounds: int = Field(ge=1, description="rounds of each candidate; its figures after the last decide")
+    by: Literal["reverse_kl", "accuracy"] = Field(
+        "reverse_kl", description="the figure that decides: the lowest reverse KL or the highest accuracy at the end"
+    )
     groups: dict[str, Group] = Field(min_length=1, description="name -> Group; each equally many learning rates")
 
     @model_validator(mode="after")

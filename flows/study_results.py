@@ -17,7 +17,7 @@ from storage.runs import Run, RunState
 from storage.store import Store
 
 if TYPE_CHECKING:
-    from flows.study import StudyPlan, StudyRun
+    from flows.study import StudyPlan, StudyRun, Sweep
 
 SCHEMA = pa.schema(
     [
@@ -130,27 +130,29 @@ def _error(state: RunState) -> str:
     return "; ".join(f"round {round} {label}: {error}" for round, label, error in failed) or "failed before a stage"
 
 
-def final_kl(rows: Iterable[Row], group: str, rounds: int) -> dict[float, dict[int, float | None]]:
-    """Learning rate -> seed -> reverse KL after the sweep's last round; null where the run failed or is not finite.
+def finals_of(rows: Iterable[Row], group: str, sweep: Sweep) -> dict[float, dict[int, float | None]]:
+    """Learning rate -> seed -> the sweep's figure after its last round; null where the run failed or is not finite.
 
     Candidates whose run is neither finished nor failed are not in it."""
     found: dict[float, dict[int, float | None]] = {}
     for row in rows:
         if row["part"] == "sweep" and row["group"] == group and row["status"] in ("finished", "failed"):
-            value = row["reverse_kl"] if row["status"] == "finished" and row["round"] == rounds else None
+            value = row[sweep.by] if row["status"] == "finished" and row["round"] == sweep.rounds else None
             usable = value if value is not None and math.isfinite(value) else None
             known = found.setdefault(row["lr"], {})
             known[row["seed"]] = usable if usable is not None else known.get(row["seed"])
     return found
 
 
-def best_lr(finals: dict[float, dict[int, float | None]]) -> float | None:
-    """The rate with the lowest mean final reverse KL, the smaller of two that tie. One that failed on any seed is out."""
+def best_lr(finals: dict[float, dict[int, float | None]], by: str = "reverse_kl") -> float | None:
+    """The rate with the lowest mean reverse KL, or highest mean accuracy; the smaller of two that tie. One that failed on
+    any seed is out."""
+    sign = -1 if by == "accuracy" else 1
     means = {}
     for lr, by_seed in finals.items():
         values = [value for value in by_seed.values() if value is not None]
         if by_seed and len(values) == len(by_seed):
-            means[lr] = sum(values) / len(values)
+            means[lr] = sign * sum(values) / len(values)
     return min(means, key=lambda lr: (means[lr], lr), default=None)
 
 
@@ -159,9 +161,9 @@ def best_lrs(plan: StudyPlan, rows: Sequence[Row]) -> dict[str, float]:
     sweep = plan.study.sweep
     chosen = {}
     for name, group in sweep.groups.items() if sweep else ():
-        finals = final_kl(rows, name, sweep.rounds)
+        finals = finals_of(rows, name, sweep)
         if all(set(finals.get(lr, ())) == set(sweep.seeds) for lr in group.lrs):
-            lr = best_lr(finals)
+            lr = best_lr(finals, sweep.by)
             if lr is not None:
                 chosen[name] = lr
     return chosen
@@ -228,20 +230,23 @@ def _sweep(plan: StudyPlan, rows: Sequence[Row]) -> Grid:
     chosen = best_lrs(plan, rows)
     lines = []
     for name, group in sweep.groups.items():
-        finals = final_kl(rows, name, sweep.rounds)
+        finals = finals_of(rows, name, sweep)
         edges = {min(group.lrs), max(group.lrs)}
         for lr in group.lrs:
             mine = [row for row in rows if row["part"] == "sweep" and row["group"] == name and row["lr"] == lr]
             values = list(finals.get(lr, {}).values())
-            last = [row["accuracy"] for row in mine if row["round"] == sweep.rounds]
+            last = [row for row in mine if row["round"] == sweep.rounds]
             remark = "failed" if values and None in values else "" if values else "not tried yet"
             if chosen.get(name) == lr:
                 remark = "chosen, the end of its list" if lr in edges and len(group.lrs) > 1 else "chosen"
-            kl, accuracy = spread(values, "{:.4f}", len(sweep.seeds)), spread(last, "{:.1%}", len(sweep.seeds))
+            kl, accuracy = (
+                spread([row[column] for row in last], form, len(sweep.seeds))
+                for column, form in (("reverse_kl", "{:.4f}"), ("accuracy", "{:.1%}"))
+            )
             lines.append((name, group.method, f"{lr:g}", kl, accuracy, _norm(mine), remark))
     note = (
-        f"each group: {len(group.lrs)} rates, seed {', '.join(map(str, sweep.seeds))}, rounds: {sweep.rounds}; the lowest"
-        " reverse KL at the end is used"
+        f"each group: {len(group.lrs)} rates, seed {', '.join(map(str, sweep.seeds))}, rounds: {sweep.rounds}; used is the"
+        f" {'highest accuracy' if sweep.by == 'accuracy' else 'lowest reverse KL'} at the end"
     )
     header = ("group", "method", "lr", "reverse KL", "accuracy", _NORM_HEADING, "")
     return Grid("Learning rates", note, header, lines)

@@ -113,6 +113,11 @@ def test_the_rate_with_the_lowest_mean_final_kl_is_chosen(finals, best):
     assert best_lr(finals) == best
 
 
+def test_or_the_one_with_the_highest_mean_accuracy():
+    finals = {1e-4: {0: 0.4, 1: 0.4}, 1e-3: {0: 0.9, 1: 0.1}, 1e-2: {0: 0.9, 1: None}}
+    assert best_lr(finals, "accuracy") == 1e-3
+
+
 class FakeRuns:
     """Takes the place of `run_experiment`: real run folders and states, no engines. The KL falls fastest at lr 1e-3."""
 

@@ -191,10 +191,12 @@ def _figures(plan: StudyPlan, rows: Sequence[Row], column: str, title: str, unit
     for method in plan.study.methods:
         mine = [row for row in rows if row["part"] == "study" and row["method"] == method]
         cells = [spread([r[column] for r in mine if r["round"] == number], form, seeds) for number in rounds]
-        lines.append((method, _lrs(mine), _seeds(mine, seeds), *cells, _norm(mine)))
+        lines.append(
+            (method, _lrs(mine), _seeds(mine, seeds), *cells, *([_norm(mine)] if column == "reverse_kl" else []))
+        )
     note = f"{unit}; mean over seeds (lowest to highest), [n] where only n of them have it"
     header = ("method", "lr", "seeds", *(f"round {number}" for number in rounds), _NORM_HEADING)
-    return Grid(title, note, header, lines)
+    return Grid(title, note, header if column == "reverse_kl" else header[:-1], lines)
 
 
 def _norm(rows: Sequence[Row]) -> str:

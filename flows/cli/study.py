@@ -102,7 +102,7 @@ class StudyReporter(LineReporter):
 
 def _table(grid: Grid) -> Table:
     title = Text.assemble((grid.title, "bold"), f" ({grid.note})")
-    table = Table(*map(Text, grid.header), title=title, title_justify="left", title_style="")
+    table = Table(*grid.header, title=title, title_justify="left", title_style="")
     for line in grid.lines:
         table.add_row(*map(Text, line))
     return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tasks.losses.axes import StudentCandidates
 from tasks.losses.config import DirectConfig, PolicyGradientConfig
 from tasks.losses.direct import DirectObjective
 from tasks.losses.divergences import Divergence
@@ -98,7 +99,8 @@ class PolicyGradientObjective:
             )
         )
         log_u = at_live if self.config.advantage_at == "live" else at_rollout
-        loss, clipped, replaced = self._terms(log_u, live, old, weights)
+        a, replaced = self._advantage(log_u, weights)
+        loss, clipped = self._surrogate(a, live, old)
         clip = self.config.log_ratio_clip
         metrics = {
             "log_ratio_mean": difference(live.detach(), old),
@@ -134,15 +136,19 @@ class PolicyGradientObjective:
         )
         required(student.log_normaliser_N, "student.log_normaliser_N (scores normalised over the vocabulary)")
         log_u = difference(teacher, live.detach() if self.config.advantage_at == "live" else old)
-        loss, clipped, replaced = self._terms(log_u, live, old, None)
         support = self.config.support
-        weigher = live.detach() if getattr(support, "weights_at", None) == "live" else old
-        weigher = working(weigher).clamp(min=lowest(working(weigher)))
-        weights = weigher.masked_fill(~listed, lowest(weigher)).softmax(-1).masked_fill(~listed, 0)
+        assert isinstance(support, StudentCandidates)
+        weigher = working(live.detach() if support.weights_at == "live" else old)
+        weights = weigher.clamp(min=lowest(weigher)).masked_fill(~listed, lowest(weigher)).softmax(-1)
+        weights = weights.masked_fill(~listed, 0)
 
         def mean(values_NK: Tensor) -> Tensor:
             return (weights * values_NK).sum(-1)
 
+        a, replaced = self._advantage(log_u, None)
+        if support.baseline == "list":
+            a = a - mean(a).unsqueeze(-1)
+        loss, clipped = self._surrogate(a, live, old)
         metrics = {"divergence": mean(-log_u.clamp(-self.config.log_ratio_clip, self.config.log_ratio_clip))}
         if self.config.ppo_clip is not None:
             metrics["clip_fraction"] = mean(clipped)
@@ -150,19 +156,19 @@ class PolicyGradientObjective:
             metrics["outlier_fraction"] = mean(replaced)
         return mean(loss), metrics
 
-    def _terms(
-        self, log_u: Tensor, live: Tensor, old: Tensor, weights: TermWeights | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(-sg(A) rho, 1 where a ratio clip holds, 1 where the trust region replaced A or null), elementwise."""
+    def _advantage(self, log_u: Tensor, weights: TermWeights | None) -> tuple[Tensor, Tensor | None]:
+        """(A, 1 where the trust region replaced it or null where it replaces nothing), elementwise."""
         config, region = self.config, self.config.trust_region
         log_u = region.reshape(log_u).clamp(-config.log_ratio_clip, config.log_ratio_clip)
         whole = advantage(config.divergence, log_u, unbiased=config.advantage == "opd_plus", center=config.center)
         a = region.bound(whole, weights)
-        loss, clipped = surrogate(
+        return a, None if a is whole or weights is not None else (a != whole).to(a.dtype)
+
+    def _surrogate(self, a: Tensor, live: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return surrogate(
             a, live, old, ppo_clip=config.ppo_clip, dual_clip=config.dual_clip, log_rho_clip=config.log_rho_clip
         )
-        replaced = None if a is whole or weights is not None else (a != whole).to(loss.dtype)
-        return loss, clipped, replaced
 
 
 def _harmless(values_N: Tensor | None, out_N: Tensor) -> Tensor | None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from storage.runs import RoundState, Run, RunState, StageState
 from storage.store import Artifact, Builder, Store
+from tasks.figures import Figures, StageProgress
 from tasks.stage import Context, Work
 
 
@@ -57,6 +58,8 @@ class PlanLine:
     stage: str
     state: str
     keys: dict[str, str] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    """outputs (signals, say) that are not in the store"""
 
 
 class Planner:
@@ -71,9 +74,10 @@ class Planner:
             return Pending()
         work = make(*inputs)
         found = resolved(work, self.store)
-        state = "cached" if len(found) == len(work.outputs) else "run"
         keys = {name: spec.key for name, spec in work.outputs.items()}
-        self.lines.append(PlanLine(self._round, label, state, keys))
+        missing = tuple(name for name in work.outputs if name not in found)
+        state = "run" if missing else "cached"
+        self.lines.append(PlanLine(self._round, label, state, keys, missing))
         return found if state == "cached" else Pending()
 
     @contextmanager
@@ -94,9 +98,12 @@ def _is_pending(value: Any) -> bool:
 class Reporter(Protocol):
     """Who watches: a terminal, a log, a test."""
 
-    def stage(self, round: int, label: str, state: StageState) -> None: ...
+    def stage(self, round: int, label: str, state: StageState, metrics: Figures | None = None) -> None:
+        """A stage begins or ends; `metrics` are of what it made."""
 
-    def progress(self, round: int, label: str, done: int, total: int, unit: str) -> None: ...
+    def progress(
+        self, round: int, label: str, done: int, total: int, unit: str, figures: Figures | None = None
+    ) -> None: ...
 
     def waiting(self, label: str, holder: str) -> None: ...
 
@@ -120,7 +127,7 @@ class Maker:
         store: Store,
         run: Run,
         state: RunState,
-        context: Callable[[Callable[[int, int, str], None]], Context],
+        context: Callable[[StageProgress], Context],
         reporter: Reporter,
         run_task: RunTask = directly,
     ) -> None:
@@ -152,7 +159,9 @@ class Maker:
     def _make(self, label: str, work: Work) -> dict[str, Artifact]:
         started = time.monotonic()
         context = self.context(
-            lambda done, total, unit: self.reporter.progress(self._round.round, label, done, total, unit)
+            lambda done, total, unit, figures=None: self.reporter.progress(
+                self._round.round, label, done, total, unit, figures
+            )
         )
         keys = {name: work.shared.get(name, spec.key) for name, spec in work.outputs.items()}
         found = resolved(work, self.store)
@@ -207,13 +216,15 @@ class Maker:
         """Record the stage's end. `shown` is the state to report where the record keeps that of an earlier call."""
         state.key = next(iter(state.artifacts.values()), None)
         state.rows = sum(sum(artifact.rows.values()) for artifact in found.values())
+        metrics: dict[str, float | None] = {}
         for artifact in found.values():
-            for name, value in (artifact.meta.get("metrics") or {}).items():
-                self._round.metrics[name if label == "evaluate" else f"{label}_{name}"] = value
-        self._note(label, state, shown)
+            metrics |= artifact.meta.get("metrics") or {}
+        for name, value in metrics.items():
+            self._round.metrics[name if label == "evaluate" else f"{label}_{name}"] = value
+        self._note(label, state, shown, metrics)
         return found
 
-    def _note(self, label: str, state: StageState, shown: str | None = None) -> None:
+    def _note(self, label: str, state: StageState, shown: str | None = None, metrics: Figures | None = None) -> None:
         self._round.stages[label] = state
         self.run.save(self.state)
-        self.reporter.stage(self._round.round, label, state.model_copy(update={"state": shown or state.state}))
+        self.reporter.stage(self._round.round, label, state.model_copy(update={"state": shown or state.state}), metrics)

@@ -12,7 +12,7 @@ from flows.config_file import merge, parse_override, read_config, validate
 from storage.errors import ConfigError
 from storage.identity import Identity, RunPolicy
 from tasks.evaluate import EvaluateConfig
-from tasks.losses.config import ObjectiveConfig
+from tasks.losses.config import FullSupport, ObjectiveConfig
 from tasks.models import ModelSource, declared_sizes
 from tasks.prepare import PrepareConfig
 from tasks.rollout import RolloutConfig
@@ -132,7 +132,15 @@ def cross_problems(e: Experiment) -> list[str]:
             )
     for need in e.objective.needs().signals:
         if rows and need.k and need.k > rows:
-            found.append(f"objective.support.k: {need.k} is above the vocabulary of {rows}")
+            side = getattr(e.objective, "side", None)
+            where = "trust_region" if side is not None and side.support.k == need.k else "support"
+            found.append(f"objective.{where}.k: {need.k} is above the vocabulary of {rows}")
+    support, sizes = getattr(e.objective, "support", None), (rows, declared_sizes(e.teacher.source)[0])
+    if isinstance(support, FullSupport) and all(sizes) and support.k < (least := min(filter(None, sizes))):
+        found.append(
+            f"objective.support.k: full support means every id, but k is {support.k} and the vocabulary has {least}"
+            f" rows; set k: {least}, or take kind: teacher_topk with outside: bucket"
+        )
     return found
 
 
@@ -141,7 +149,12 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
     data = read_config(Path(path))
     for text in overrides or []:
         data = merge(data, parse_override(text))
-    return validate(Experiment, _absolute(data), str(path))
+    return experiment_of(data, str(path))
+
+
+def experiment_of(data: dict[str, Any], where: str) -> Experiment:
+    """The experiment that a config's fields make. ConfigError lists every bad one, after `where`."""
+    return validate(Experiment, _absolute(data), where)
 
 
 def _absolute(value: Any, key: str = "") -> Any:

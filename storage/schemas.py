@@ -172,7 +172,7 @@ _ALL = (
         _opt("student_entropy", _DOUBLE, "live student, nats"),
         _opt("teacher_entropy", _DOUBLE, "teacher, nats"),
         _opt("clip_fraction", _DOUBLE, "share of tokens whose importance ratio was clipped"),
-        _opt("outlier_fraction", _DOUBLE, "share of tokens whose value was capped or dropped"),
+        _opt("outlier_fraction", _DOUBLE, "share of tokens outside the trust region: gated, dropped or capped"),
         _opt("log_ratio_mean", _DOUBLE, "live student to rollout-time student, log"),
         _opt("log_ratio_p05", _DOUBLE, "5th percentile of it"),
         _opt("log_ratio_p50", _DOUBLE, "median of it"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from storage.errors import InputError
 from storage.store import Artifact, ArtifactSpec, Builder
-from tasks.losses.config import DirectConfig, PolicyGradientConfig, SftConfig
+from tasks.losses.config import AnyObjective
 from tasks.stage import Context, Work, model_inputs
 from tasks.trainer.config import TrainConfig
 from tasks.trainer.dispatch import place, run_and_commit
@@ -19,7 +19,7 @@ VERSION = 1
 
 def train_work(
     config: TrainConfig,
-    objective: DirectConfig | PolicyGradientConfig | SftConfig,
+    objective: AnyObjective,
     student: Artifact,
     state: Artifact | None,
     rollouts: Artifact,

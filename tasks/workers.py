@@ -6,6 +6,7 @@ stage's."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import queue
@@ -19,12 +20,14 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import storage.errors
 from storage.errors import OpdError
+from tasks.figures import JobsProgress, Progress, silent
 from tasks.runtime import RuntimeConfig
 
 START_TIMEOUT = 600.0
@@ -32,9 +35,6 @@ START_TIMEOUT = 600.0
 STOP_TIMEOUT = 10.0
 """Seconds a worker gets to end by itself before its process group is killed."""
 CHECKOUT = Path(__file__).resolve().parent.parent
-
-Progress = Callable[[int, int, int], None]
-"""Called with (job index, done, total)."""
 
 
 class WorkerFailed(OpdError):
@@ -100,14 +100,19 @@ class Worker:
                 ready += message["kind"] == "ready"
 
     def run(
-        self, job: dict[str, Any], progress: Callable[[int, int], None], timeout: float | None = None
+        self,
+        job: dict[str, Any],
+        progress: Progress,
+        timeout: float | None = None,
+        log: Path | None = None,
     ) -> dict[str, Any]:
-        """Do one job and return rank 0's result.
+        """Do one job and return rank 0's result. From now on the worker writes to `log`, if one is given.
 
         Raises the OpdError that the worker raised, WorkerFailed for anything else it raised, WorkerDied when it ended
         without an answer or did not answer within `timeout` seconds; after the last two the worker is gone."""
         self._jobs += 1
-        line = json.dumps({"kind": "job", "id": self._jobs, "job": job}).encode() + b"\n"
+        self.log = log or self.log
+        line = json.dumps({"kind": "job", "id": self._jobs, "job": job, "log": str(self.log)}).encode() + b"\n"
         deadline = time.monotonic() + timeout if timeout else None
         result: dict[str, Any] = {}
         done = 0
@@ -117,7 +122,8 @@ class Worker:
             while done < self.world:
                 for _, message in self._receive(deadline):
                     if message["kind"] == "progress":
-                        progress(message["done"], message["total"])
+                        told = {"figures": message["figures"]} if "figures" in message else {}
+                        progress(message["done"], message["total"], **told)
                     elif message["kind"] == "error":
                         raise self._error(message)
                     elif message["kind"] == "result":
@@ -210,7 +216,8 @@ class Worker:
 
 
 class WorkerPool:
-    """The workers of a run, by role: started on first use, kept warm or ended after a stage, all ended at the end."""
+    """The workers of a run, or of several runs in turn (`serving`), by role: started on first use, kept warm or ended after
+    a stage, all ended at the end."""
 
     def __init__(
         self,
@@ -233,11 +240,26 @@ class WorkerPool:
         else:
             self.kill()
 
+    @contextmanager
+    def serving(self, runtime: RuntimeConfig, logs: Path, plugins: tuple[str, ...]) -> Iterator[WorkerPool]:
+        """For one of several runs that share these workers: what they do for it is logged in its folder `logs`.
+
+        They stay warm afterwards; after an error all end, since a job may still be under way. ConfigError when the run
+        asks for other workers than these."""
+        if (runtime, plugins) != (self.runtime, self.plugins):
+            raise storage.errors.ConfigError("runtime, plugins: runs that share their workers must not differ in these")
+        self.logs = logs
+        try:
+            yield self
+        except BaseException:
+            self.kill()
+            raise
+
     def run(
         self,
         role: str,
         jobs: list[dict[str, Any]],
-        on_progress: Progress | None = None,
+        on_progress: JobsProgress | None = None,
         settings_extra: dict[str, Any] | None = None,
     ) -> list[dict[str, Any]]:
         """Do the jobs over the role's workers and return their results in the order of the jobs.
@@ -257,7 +279,7 @@ class WorkerPool:
             try:
                 while not errors:
                     index = pending.get_nowait()
-                    report = (lambda done, total, i=index: on_progress(i, done, total)) if on_progress else _silent
+                    report = functools.partial(on_progress, index) if on_progress else silent
                     results[index] = self._attempt(role, number, jobs[index], report, settings_extra or {})
             except queue.Empty:
                 pass
@@ -282,12 +304,12 @@ class WorkerPool:
         return results
 
     def _attempt(
-        self, role: str, number: int, job: dict[str, Any], report: Callable[[int, int], None], extra: dict[str, Any]
+        self, role: str, number: int, job: dict[str, Any], report: Progress, extra: dict[str, Any]
     ) -> dict[str, Any]:
         for attempt in range(self.runtime.retries + 1):
             worker = self._worker(role, number, extra)
             try:
-                return worker.run(job, report, self.runtime.stage_timeout)
+                return worker.run(job, report, self.runtime.stage_timeout, self._log(role, number))
             except WorkerDied:
                 if attempt == self.runtime.retries:
                     raise
@@ -315,6 +337,9 @@ class WorkerPool:
         for thread in threads:
             thread.join()
 
+    def _log(self, role: str, number: int) -> Path:
+        return self.logs / f"{role if number == 0 else f'{role}-{number}'}.log"
+
     def _count(self, role: str) -> int:
         return {"sampler": self.runtime.sampler.workers, "scorer": self.runtime.scorer.workers}.get(role, 1)
 
@@ -327,8 +352,7 @@ class WorkerPool:
             worker = self._workers.get(key)
         if worker is None:
             argv, env, world = self._command(role, number, settings)
-            name = role if number == 0 else f"{role}-{number}"
-            worker = Worker(role, argv, env, self.logs / f"{name}.log", world)
+            worker = Worker(role, argv, env, self._log(role, number), world)
             with self._lock:
                 self._workers[key] = worker
         return worker
@@ -385,7 +409,3 @@ class WorkerPool:
                 f" {width}; name at least {own.workers * width}"
             )
         return ",".join(map(str, mine))
-
-
-def _silent(done: int, total: int) -> None:
-    """No one listens."""

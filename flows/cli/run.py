@@ -160,7 +160,10 @@ def _plan_table(name: str, lines: list[PlanLine]) -> Table:
     table = Table("round", "stage", "", "key", title=f"plan of {name}", title_justify="left")
     for line in lines:
         keys = ", ".join(f"{stage}/{key}" for stage, key in line.keys.items())
-        table.add_row(str(line.round), line.stage, f"[{colours[line.state]}]{meaning[line.state]}[/]", keys)
+        what = meaning[line.state]
+        if 0 < len(line.missing) < len(line.keys):
+            what += f": {', '.join(line.missing)} missing"
+        table.add_row(str(line.round), line.stage, f"[{colours[line.state]}]{what}[/]", keys)
     return table
 
 

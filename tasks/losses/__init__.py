@@ -11,8 +11,8 @@ Names of tensors end in their shape, one letter per axis:
 
 `p` is the live student, `q` the teacher, `u = q / p`, everything at temperature 1 and in natural logarithms.
 
-A method is a point in a small product of axes: `config.py` names the axes and refuses what makes no sense,
-`divergences.py` has one class per divergence, `support.py` what lies outside a top-K list, `direct.py`,
-`policy_gradient.py` and `sft.py` one estimator each, `head.py` what is computed of the live student. The trainer alone
-weighs and sums over tokens.
+A method is a point in a small product of axes. `config.py` names the axes and refuses what makes no sense;
+`divergences.py`, `trust_regions.py` and `token_weights.py` have one registered class per choice (`kinds.py`), `support.py`
+what lies outside a top-K list; `direct.py`, `policy_gradient.py` and `sft.py` are the estimators, `head.py` computes what
+they want of the live student. The trainer alone weighs and sums over tokens.
 """

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import Field, SerializeAsAny, WrapValidator, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
-from storage.identity import Identity
-from tasks.losses.divergences import REGISTRY, Divergence, ReverseKL
-from tasks.losses.needs import Needs, SignalNeed, StudentRequest
+from storage.identity import omit_at
+from tasks.losses.axes import FullSupport, Normalised, SampledToken, StudentCandidates, TopkSupport
+from tasks.losses.divergences import DIVERGENCES, Divergence, ReverseKL
+from tasks.losses.needs import Needs, SignalNeed, StudentRequest, SupportKind
+from tasks.losses.token_weights import TOKEN_WEIGHTS, TokenWeight, Unweighted
+from tasks.losses.trust_regions import TRUST_REGIONS, NoTrustRegion, TrustRegion
 
 __all__ = [
     "DirectConfig",
@@ -17,96 +20,59 @@ __all__ = [
     "Needs",
     "ObjectiveConfig",
     "PolicyGradientConfig",
+    "SampledToken",
     "SftConfig",
     "SignalNeed",
+    "StudentCandidates",
     "StudentRequest",
     "TopkSupport",
 ]
 
-
-def _registered(value: Any, handler: Callable[[Any], Any]) -> Any:
-    """A divergence that a plugin registered after this module was read is validated by its own class."""
-    kind = value.get("kind") if isinstance(value, dict) else None
-    if isinstance(kind, str) and kind in REGISTRY and kind not in _BUILT_IN:
-        return REGISTRY[kind].model_validate(value)
-    return value if isinstance(value, Divergence) else handler(value)
-
-
-_BUILT_IN = tuple(REGISTRY)
-
 if TYPE_CHECKING:
     DivergenceField = Divergence
+    TrustRegionField = TrustRegion
+    TokenWeightField = TokenWeight
 else:
-    DivergenceField = Annotated[
-        SerializeAsAny[Annotated[Union[tuple(REGISTRY.values())], Field(discriminator="kind")]],  # noqa: UP007
-        WrapValidator(_registered),
-    ]
 
-STORED_BYTES_PER_ENTRY = 8
-"""An int32 id and a float32 log-probability."""
+    def _one_of(registry):
+        """The registered classes as a pydantic union by `kind`; what is registered later is let in by `late`."""
+        union = Annotated[Union[tuple(registry.classes.values())], Field(discriminator="kind")]  # noqa: UP007
+        return Annotated[SerializeAsAny[union], registry.late()]
+
+    DivergenceField = _one_of(DIVERGENCES)
+    TrustRegionField = _one_of(TRUST_REGIONS)
+    TokenWeightField = _one_of(TOKEN_WEIGHTS)
 
 
-class TopkSupport(Identity):
-    """The K most probable ids of the teacher, of the rollout-time student, or of either."""
-
-    kind: Literal["teacher_topk", "student_topk", "union"] = "teacher_topk"
-    k: int = Field(32, ge=1, description="entries per list; a union has between k and 2k")
-    outside: Literal["renormalize", "bucket", "drop"] = Field(
-        "bucket",
-        description="what lies outside: `bucket` is one more category (a true divergence), `renormalize` ignores it and"
-        " computes K rows of the head only, `drop` leaves the terms unnormalised (no divergence)",
+def everything(support: SupportKind, exclude_ids: tuple[int, ...] = ()) -> StudentRequest:
+    """What metrics want to know where there is a support."""
+    return StudentRequest(
+        support=support,
+        token_logprobs=True,
+        log_normaliser=True,
+        tail=True,
+        entropy=True,
+        overlap=True,
+        exclude_ids=exclude_ids,
     )
 
 
-class FullSupport(Identity):
-    """Every id: the exact divergence, from a cached top-K list with K = V."""
+class Weighted(Normalised):
+    """Fields about how tokens count, shared by the objectives of distillation."""
 
-    kind: Literal["full"] = "full"
-    k: int = Field(ge=1, description="the vocabulary size")
-    outside: Literal["renormalize"] = Field("renormalize", description="nothing lies outside")
-    max_bytes_per_token: int = Field(
-        16384, ge=1, description="refuse above this much disk per completion token (8 bytes per id)"
+    token_weight: TokenWeightField = Field(
+        Unweighted(), description="how much each token counts", json_schema_extra=omit_at({"kind": "none"})
     )
 
-    @model_validator(mode="after")
-    def _fits(self) -> FullSupport:
-        size = self.k * STORED_BYTES_PER_ENTRY
-        if size > self.max_bytes_per_token:
-            raise ValueError(
-                f"k: full support over {self.k} ids stores {size} bytes per token, above max_bytes_per_token"
-                f" {self.max_bytes_per_token}; use kind: teacher_topk with outside: bucket, or raise the budget"
-            )
-        return self
 
-
-class Normalised(Identity):
-    """Fields about the denominator, shared by all objectives."""
-
-    normalisation: Literal["token", "sequence", "constant"] = Field(
-        "token",
-        description="`token`: sum over the global batch / its masked-in tokens; `sequence`: mean of per-sample means;"
-        " `constant`: sum / (samples x normalisation_length)",
-    )
-    normalisation_length: int | None = Field(None, ge=1, description="tokens per sample, for `constant`")
-
-    @model_validator(mode="after")
-    def _length_given(self) -> Normalised:
-        if (self.normalisation == "constant") != (self.normalisation_length is not None):
-            raise ValueError("normalisation_length: belongs to normalisation: constant, which cannot do without it")
-        return self
-
-    @property
-    def requires_untruncated_sampling(self) -> bool:
-        """Whether rollouts must be exact samples of the student: top-p 1, no top-k, temperature 1."""
-        return False
-
-
-class DirectConfig(Normalised):
+class DirectConfig(Weighted):
     """Back-propagate a divergence between student and teacher over a support: loss = D(p, q).
 
-    With reverse KL, teacher_topk, K = 32, renormalize: Revisiting OPD (Fu et al., 2026); with jsd: GKD (2306.13649)."""
+    With reverse KL, teacher_topk, K = 32, renormalize: Revisiting OPD (2603.25562); with jsd: GKD (2306.13649)."""
 
     estimator: Literal["direct"] = "direct"
+    equation: ClassVar[str] = "D(p, q) over the support's categories, back-propagated"
+    paper: ClassVar[str] = "2306.13649"
     divergence: DivergenceField = Field(ReverseKL(), description="what is minimised")
     support: Annotated[TopkSupport | FullSupport, Field(discriminator="kind")] = Field(
         TopkSupport.model_validate({}), description="ids on which the two are compared"
@@ -156,26 +122,26 @@ class DirectConfig(Normalised):
             tail=bucket,
             exclude_ids=self.support_exclude_ids,
         )
-        metrics = StudentRequest(
-            support=self.support.kind,
-            token_logprobs=True,
-            log_normaliser=True,
-            tail=True,
-            entropy=True,
-            overlap=True,
-            exclude_ids=self.support_exclude_ids,
-        )
+        metrics = everything(self.support.kind, self.support_exclude_ids)
         return Needs((SignalNeed("sampled"), SignalNeed("mask"), *lists), student, metrics)
 
 
-class PolicyGradientConfig(Normalised):
-    """Policy gradient on the sampled token: loss = -sg(A) rho, rho = exp(log p(y) - sg(log p_old(y))).
+class PolicyGradientConfig(Weighted):
+    """Policy gradient: loss = -sg(A) rho, rho = exp(log p(y) - sg(log p_old(y))), on the sampled token or on candidates.
 
     The defaults are sampled-token OPD, A = log u: OPD+'s centred advantage of reverse KL (2606.01039). Discount 0, no
-    normalisation of advantages."""
+    normalisation of advantages. With `support: {kind: student_topk}` the sum over the student's K likeliest ids,
+    `sum_v sg(w_v) rho_v sg(-A_v)`, takes the place of the sampled token (Rethinking OPD, 2604.13016; TRB, 2605.31159)."""
 
     estimator: Literal["policy_gradient"] = "policy_gradient"
+    equation: ClassVar[str] = "-sg(A(y)) rho, rho = p(y) / sg(p_old(y)), A = w_f(u) - w_f(1) or -f(u), u = q(y) / p(y)"
+    paper: ClassVar[str] = "2606.01039"
     divergence: DivergenceField = Field(ReverseKL(), description="what is minimised in expectation")
+    support: Annotated[SampledToken | StudentCandidates, Field(discriminator="kind")] = Field(
+        SampledToken(),
+        description="the tokens that have an advantage: the sampled one, or the rollout-time student's top K",
+        json_schema_extra=omit_at({"kind": "sampled"}),
+    )
     advantage: Literal["opd_plus", "stop_gradient"] = Field(
         "opd_plus",
         description="`opd_plus`: w_f(u) = -f(u) + u f'(u), unbiased; `stop_gradient`: -f(u), as is usual",
@@ -184,6 +150,11 @@ class PolicyGradientConfig(Normalised):
     advantage_at: Literal["live", "rollout"] = Field(
         "live", description="log u from the live student each step, or frozen at the rollout"
     )
+    trust_region: TrustRegionField = Field(
+        NoTrustRegion(),
+        description="what is done where the teacher's verdict on a token is unreliable",
+        json_schema_extra=omit_at({"kind": "none"}),
+    )
     log_ratio_clip: float = Field(6.0, gt=0, le=40, description="log u is clipped to +- this")
     ppo_clip: float | None = Field(None, gt=0, lt=1, description="clip of rho to 1 +- this, as PPO; null for none")
     dual_clip: float | None = Field(None, gt=1, description="loss of a negative advantage is at most this x |A|")
@@ -191,11 +162,13 @@ class PolicyGradientConfig(Normalised):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_support(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "support" in data:
+    def _no_divergence_as_advantage(cls, data: Any) -> Any:
+        support = data.get("support") if isinstance(data, dict) else None
+        kind = support.get("kind", "teacher_topk") if isinstance(support, dict) else "sampled"
+        if kind in ("teacher_topk", "union", "full"):
             raise ValueError(
-                "support: a divergence over a support does not depend on the sampled token, so as an advantage its"
-                " expected gradient is zero; use estimator: direct, or leave support out"
+                f"support.kind: {kind}: a divergence over a support does not depend on the sampled token, so as an"
+                " advantage its expected gradient is zero; use estimator: direct, or leave support out"
             )
         return data
 
@@ -203,19 +176,53 @@ class PolicyGradientConfig(Normalised):
     def _sensible(self) -> PolicyGradientConfig:
         if self.dual_clip is not None and self.ppo_clip is None:
             raise ValueError("dual_clip: bounds a clipped ratio; set ppo_clip as well (0.2 is usual)")
+        if self.support.kind != "sampled" and self.trust_region.sampled_only:
+            raise ValueError(
+                f"trust_region: {self.trust_region.kind} judges the sampled token, but support.kind is"
+                f" {self.support.kind}; use support.kind: sampled, or another trust region"
+            )
         return self
 
     @property
     def requires_untruncated_sampling(self) -> bool:
-        """True: constants of the advantage vanish only under exact sampling from p (OPD+, 2606.01039), and no
-        importance weight restores tokens outside a nucleus."""
-        return True
+        """Whether rollouts must be exact samples of the student, which a sampled token's advantage needs: its constants
+        vanish only under exact sampling from p (OPD+, 2606.01039), and no importance weight restores tokens outside a
+        nucleus."""
+        return self.support.kind == "sampled"
+
+    @property
+    def side(self) -> DirectConfig | None:
+        """The trust region's divergence beside the policy gradient, as a direct objective of its own."""
+        term = self.trust_region.side
+        if term is None:
+            return None
+        return DirectConfig.model_validate(
+            {
+                "divergence": term.divergence,
+                "support": {"kind": "teacher_topk", "k": term.k, "outside": term.outside},
+                "logprob_min": term.logprob_min,
+                "allow_drop": True,
+            }
+        )
 
     def needs(self) -> Needs:
-        """The sampled tokens' log-probabilities under student and teacher, and the live student's."""
-        student = StudentRequest(token_logprobs=True)
+        """The sampled tokens' log-probabilities under student and teacher, and the live student's; lists where the
+        support or the trust region has them."""
+        signals = (SignalNeed("sampled"), SignalNeed("mask"))
+        uses = {"draws": self.trust_region.draws, "takes_prefixes": self.trust_region.takes_prefixes}
+        if self.support.kind == "student_topk":
+            student = StudentRequest(support="student_topk", log_normaliser=True)
+            listed = (SignalNeed("student_topk", self.support.k),)
+            return Needs((*signals, *listed), student, everything("student_topk"), **uses)
+        if self.side is not None:
+            student = replace(self.side.needs().student, token_logprobs=True, log_normaliser=True)
+            lists = tuple(need for need in self.side.needs().signals if need.k is not None)
+            return Needs((*signals, *lists), student, everything("teacher_topk"), **uses)
         return Needs(
-            (SignalNeed("sampled"), SignalNeed("mask")), student, StudentRequest(token_logprobs=True, entropy=True)
+            signals,
+            StudentRequest(token_logprobs=True),
+            StudentRequest(token_logprobs=True, entropy=True),
+            **uses,
         )
 
 
@@ -223,6 +230,8 @@ class SftConfig(Normalised):
     """Supervised fine-tuning on given text: loss = -log p(y). Used by the warm-up."""
 
     estimator: Literal["sft"] = "sft"
+    equation: ClassVar[str] = "-log p(y)"
+    paper: ClassVar[str] = ""
 
     def needs(self) -> Needs:
         """No signals; the live student's log-probabilities of the text."""
@@ -230,5 +239,6 @@ class SftConfig(Normalised):
         return Needs((), student, StudentRequest(token_logprobs=True, entropy=True))
 
 
-ObjectiveConfig = Annotated[DirectConfig | PolicyGradientConfig | SftConfig, Field(discriminator="estimator")]
+AnyObjective = DirectConfig | PolicyGradientConfig | SftConfig
+ObjectiveConfig = Annotated[AnyObjective, Field(discriminator="estimator")]
 """The objective of an experiment, chosen by `estimator`."""

@@ -6,12 +6,13 @@ from tasks.losses.config import DirectConfig
 from tasks.losses.metrics import sampled_metrics, support_metrics
 from tasks.losses.support import categories, excluded_mask, listed_mask
 from tasks.losses.types import ObjectiveOutput, StudentView, TokenBatch, required
+from tasks.losses.weighting import weighted
 
 
 class DirectObjective:
     """per_token = D(p, q) over the support's categories; the gradient is that of the divergence.
 
-    With reverse KL, teacher_topk and `renormalize` (Revisiting OPD, Fu et al. 2026) the gradient at a logit v in S is
+    With reverse KL, teacher_topk and `renormalize` (Revisiting OPD, 2603.25562) the gradient at a logit v in S is
     `p^_v (log(p^_v / q^_v) - loss)` and zero elsewhere. With JSD: GKD (2306.13649)."""
 
     def __init__(self, config: DirectConfig) -> None:
@@ -41,7 +42,8 @@ class DirectObjective:
             excluded_NK=excluded_mask(ids, exclude) if exclude else None,
         )
         per_token = compared.sum(config.divergence.terms(compared.log_p_NC, compared.log_q_NC))
+        per_token = weighted(per_token, config.token_weight, batch, per_token).masked_fill(~counted, 0)
         view = observed or student
         metrics = support_metrics(batch, view, exclude, config.logprob_min, config.tail_logmass_min)
         metrics.update(sampled_metrics(batch, view))
-        return ObjectiveOutput(per_token.masked_fill(~counted, 0), metrics)
+        return ObjectiveOutput(per_token, metrics)

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from storage.identity import Identity
+from tasks.losses.kinds import Kind, Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,12 +31,12 @@ ALPHA_BOUNDS = (-2.0, 3.0)
 """Outside of these u^alpha overflows float32 at the default clamp of log-probabilities."""
 
 
-class Divergence(Identity):
+class Divergence(Kind):
     """A divergence; zero where p = q, non-negative between distributions over the same categories."""
 
-    kind: str
-    equation: ClassVar[str]
-    paper: ClassVar[str]
+    f_equation: ClassVar[str] = ""
+    w_equation: ClassVar[str] = ""
+    """the unbiased advantage of minimising E f(u)"""
 
     @abstractmethod
     def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -59,29 +59,19 @@ class Divergence(Identity):
         return 0.0
 
 
-REGISTRY: dict[str, type[Divergence]] = {}
-
-D = TypeVar("D", bound=Divergence)
-
-
-def register(cls: type[D]) -> type[D]:
-    """Make a divergence known to configs, help and property tests under its `kind`."""
-    kind = cls.model_fields["kind"].default
-    if not isinstance(kind, str):
-        raise TypeError(f"{cls.__name__}: give `kind` a default, for example kind: Literal['mine'] = 'mine'")
-    if kind in REGISTRY:
-        raise ValueError(f"{cls.__name__}: divergence {kind!r} is already {REGISTRY[kind].__name__}")
-    REGISTRY[kind] = cls
-    return cls
+DIVERGENCES: Registry[Divergence] = Registry("divergence")
+REGISTRY = DIVERGENCES.classes
+register = DIVERGENCES.register
 
 
 @register
 class ReverseKL(Divergence):
-    """KL(p||q) = sum p log(p/q); f(u) = -ln u, w(u) = ln u - 1. Mode-seeking, the usual choice on-policy
-    (2306.13649)."""
+    """Reverse KL, KL(p||q): mode-seeking, the usual choice on-policy. f(u) = -ln u, w(u) = ln u - 1 (2306.13649)."""
 
     kind: Literal["reverse_kl"] = "reverse_kl"
     equation = "sum p log(p/q)"
+    f_equation = "-ln u"
+    w_equation = "ln u - 1"
     paper = "2306.13649"
 
     def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -100,10 +90,12 @@ class ReverseKL(Divergence):
 
 @register
 class ForwardKL(Divergence):
-    """KL(q||p) = sum q log(q/p); f(u) = u ln u, w(u) = u. Mass-covering (2306.13649)."""
+    """Forward KL, KL(q||p): mass-covering. f(u) = u ln u, w(u) = u (2306.13649)."""
 
     kind: Literal["forward_kl"] = "forward_kl"
     equation = "sum q log(q/p)"
+    f_equation = "u ln u"
+    w_equation = "u"
     paper = "2306.13649"
 
     def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -122,15 +114,17 @@ class ForwardKL(Divergence):
 
 @register
 class JSD(Divergence):
-    """Generalised Jensen-Shannon: beta KL(q||m) + (1-beta) KL(p||m), m = beta q + (1-beta) p; GKD, arXiv 2306.13649.
+    """Generalised Jensen-Shannon divergence of GKD, between forward and reverse KL (2306.13649).
 
-    beta = 0 is defined as forward KL and beta = 1 as reverse KL (the divergence itself vanishes there), as TRL's
-    `beta`. f(u) = beta u ln(u/m) - (1-beta) ln m and w(u) = (1-beta) ln m with m = beta u + 1 - beta; at beta = 1/2
-    these are OPD+'s (2606.01039)."""
+    beta KL(q||m) + (1-beta) KL(p||m), m = beta q + (1-beta) p. beta = 0 is defined as forward KL and beta = 1 as
+    reverse KL (the divergence itself vanishes there), as TRL's `beta`. f(u) = beta u ln(u/m) - (1-beta) ln m and
+    w(u) = (1-beta) ln m with m = beta u + 1 - beta; at beta = 1/2 these are OPD+'s (2606.01039)."""
 
     kind: Literal["jsd"] = "jsd"
     beta: float = Field(0.5, ge=0, le=1, description="weight of the teacher in the mixture; 0 forward KL, 1 reverse KL")
     equation = "beta KL(q||m) + (1-beta) KL(p||m), m = beta q + (1-beta) p"
+    f_equation = "beta u ln(u/m) - (1-beta) ln m, m = beta u + 1 - beta"
+    w_equation = "(1-beta) ln(beta u + 1 - beta)"
     paper = "2306.13649"
 
     def _end(self) -> Divergence | None:
@@ -167,13 +161,16 @@ class JSD(Divergence):
 
 @register
 class SkewedForwardKL(Divergence):
-    """KL(q || m), m = alpha q + (1-alpha) p; DistiLLM, arXiv 2402.03898.
+    """Skewed forward KL of DistiLLM: forward KL to a mixture that holds a little of the teacher (2402.03898).
 
-    f(u) = u ln(u/m), w(u) = (1-alpha) u / m, with m = alpha u + 1 - alpha (derived by us)."""
+    KL(q || m), m = alpha q + (1-alpha) p. f(u) = u ln(u/m), w(u) = (1-alpha) u / m, with m = alpha u + 1 - alpha
+    (derived by us)."""
 
     kind: Literal["skewed_forward_kl"] = "skewed_forward_kl"
     alpha: float = Field(0.1, gt=0, lt=1, description="share of the teacher in the mixture")
     equation = "sum q log(q/m), m = alpha q + (1-alpha) p"
+    f_equation = "u ln(u/m), m = alpha u + 1 - alpha"
+    w_equation = "(1-alpha) u / m"
     paper = "2402.03898"
 
     def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -196,13 +193,16 @@ class SkewedForwardKL(Divergence):
 
 @register
 class SkewedReverseKL(Divergence):
-    """KL(p || m), m = (1-alpha) q + alpha p; DistiLLM, arXiv 2402.03898.
+    """Skewed reverse KL of DistiLLM: reverse KL to a mixture that holds a little of the student (2402.03898).
 
-    f(u) = -ln m, w(u) = ln m - (1-alpha) u / m, with m = (1-alpha) u + alpha (derived by us)."""
+    KL(p || m), m = (1-alpha) q + alpha p. f(u) = -ln m, w(u) = ln m - (1-alpha) u / m, with m = (1-alpha) u + alpha
+    (derived by us)."""
 
     kind: Literal["skewed_reverse_kl"] = "skewed_reverse_kl"
     alpha: float = Field(0.1, gt=0, lt=1, description="share of the student in the mixture")
     equation = "sum p log(p/m), m = (1-alpha) q + alpha p"
+    f_equation = "-ln m, m = (1-alpha) u + alpha"
+    w_equation = "ln m - (1-alpha) u / m"
     paper = "2402.03898"
 
     def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -226,13 +226,15 @@ class SkewedReverseKL(Divergence):
 
 @register
 class Alpha(Divergence):
-    """sum p (u^a - a u - (1-a)) / (a (a-1)); w(u) = (u^a - 1) / a (2606.01039).
+    """Alpha divergence, the family between and beyond the two KLs. w(u) = (u^a - 1) / a (2606.01039).
 
     Forward KL as a -> 1, reverse KL as a -> 0."""
 
     kind: Literal["alpha"] = "alpha"
     alpha: float = Field(0.5, ge=ALPHA_BOUNDS[0], le=ALPHA_BOUNDS[1], description="order; neither 0 nor 1")
     equation = "sum p (u^alpha - alpha u - (1-alpha)) / (alpha (alpha-1)), u = q/p"
+    f_equation = "(u^alpha - alpha u - (1-alpha)) / (alpha (alpha-1))"
+    w_equation = "(u^alpha - 1) / alpha"
     paper = "2606.01039"
 
     @field_validator("alpha")
@@ -257,10 +259,12 @@ class Alpha(Divergence):
 
 @register
 class PearsonChi2(Divergence):
-    """sum p (u-1)^2; w(u) = u^2 - 1 (2606.01039)."""
+    """Pearson's chi squared, sum p (u-1)^2: punishes mass that the student lacks. w(u) = u^2 - 1 (2606.01039)."""
 
     kind: Literal["pearson_chi2"] = "pearson_chi2"
     equation = "sum p (q/p - 1)^2"
+    f_equation = "(u-1)^2"
+    w_equation = "u^2 - 1"
     paper = "2606.01039"
 
     def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -275,10 +279,12 @@ class PearsonChi2(Divergence):
 
 @register
 class NeymanChi2(Divergence):
-    """sum q (p/q-1)^2; f(u) = (1-u)^2 / u, w(u) = 2 - 2/u (2606.01039)."""
+    """Neyman's chi squared, sum q (p/q-1)^2: punishes mass that the teacher lacks. w(u) = 2 - 2/u (2606.01039)."""
 
     kind: Literal["neyman_chi2"] = "neyman_chi2"
     equation = "sum q (p/q - 1)^2"
+    f_equation = "(1-u)^2 / u"
+    w_equation = "2 - 2/u"
     paper = "2606.01039"
 
     def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -293,10 +299,12 @@ class NeymanChi2(Divergence):
 
 @register
 class SquaredHellinger(Divergence):
-    """sum p (sqrt(u)-1)^2; w(u) = sqrt(u) - 1 (2606.01039)."""
+    """Squared Hellinger distance, sum p (sqrt(u)-1)^2: symmetric and bounded. w(u) = sqrt(u) - 1 (2606.01039)."""
 
     kind: Literal["squared_hellinger"] = "squared_hellinger"
     equation = "sum (sqrt(q) - sqrt(p))^2"
+    f_equation = "(sqrt(u) - 1)^2"
+    w_equation = "sqrt(u) - 1"
     paper = "2606.01039"
 
     def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -311,10 +319,14 @@ class SquaredHellinger(Divergence):
 
 @register
 class TotalVariation(Divergence):
-    """1/2 sum |p - q|; f(u) = 1/2 |u-1|, w(u) = 1/2 sign(u-1) (2606.01039). Its gradient at p = q is taken as zero."""
+    """Total variation, 1/2 sum |p - q|: bounded, blind to how small a probability is. w(u) = 1/2 sign(u-1) (2606.01039).
+
+    Its gradient at p = q is taken as zero."""
 
     kind: Literal["total_variation"] = "total_variation"
     equation = "1/2 sum |p - q|"
+    f_equation = "1/2 |u-1|"
+    w_equation = "1/2 sign(u-1)"
     paper = "2606.01039"
 
     def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:

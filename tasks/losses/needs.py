@@ -51,3 +51,7 @@ class Needs:
     signals: tuple[SignalNeed, ...]
     student: StudentRequest
     metrics: StudentRequest
+    draws: bool = False
+    """one uniform number per token, from a counter-based generator keyed by (seed, sample id, position)"""
+    takes_prefixes: bool = False
+    """tokens that the teacher wrote belong in the batch, told apart: the objective has a term of its own for them"""

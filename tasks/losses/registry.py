@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tasks.losses.config import DirectConfig, Needs, PolicyGradientConfig, SftConfig
+from tasks.losses.config import AnyObjective, DirectConfig, Needs, PolicyGradientConfig, SftConfig
 from tasks.losses.direct import DirectObjective
 from tasks.losses.policy_gradient import PolicyGradientObjective
 from tasks.losses.sft import SftObjective
@@ -20,7 +20,7 @@ class Objective(Protocol):
         """`student` answers `needs.student` with gradient; `observed` answers `needs.metrics`, where there is one."""
 
 
-def make_objective(config: DirectConfig | PolicyGradientConfig | SftConfig) -> Objective:
+def make_objective(config: AnyObjective) -> Objective:
     """The objective that a config describes."""
     match config:
         case DirectConfig():

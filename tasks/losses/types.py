@@ -29,6 +29,10 @@ class TokenBatch:
     student_entropy_N: Tensor | None = None
     sampling_logprobs_N: Tensor | None = None
     behaviour_logprobs_N: Tensor | None = None
+    uniform_N: Tensor | None = None
+    """counter-based draws in [0, 1)"""
+    teacher_prefix_N: Tensor | None = None
+    """1 where the teacher wrote the token"""
     support_ids_NK: Tensor | None = None
     support_valid_N: Tensor | None = None
     """number of valid entries, at the front of each row"""

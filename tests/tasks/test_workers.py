@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from storage.errors import InputError
+from storage.errors import ConfigError, InputError
 from tasks.runtime import RuntimeConfig, ScorerRuntime
 from tasks.workers import WorkerDied, WorkerFailed, WorkerPool
 
@@ -42,6 +42,22 @@ def test_one_warm_worker_serves_a_stream_of_jobs(tmp_path):
     assert second[0]["served"] == 6 and second[0]["pid"] == first[0]["pid"]
     assert seen == [(i, 1, 1) for i in range(5)]
     assert not alive(first[0]["pid"])
+
+
+def test_figures_of_a_job_reach_whoever_listens(tmp_path):
+    """The first and the last always; in between not more often than five times a second."""
+    figures = [{"loss": 3.0 - step, "entropy": None} for step in range(3)]
+    seen = []
+    with pool(tmp_path) as workers:
+        listen = lambda job, done, total, figures=None: seen.append((done, figures))  # noqa: E731
+        workers.run("scorer", [{"op": "train", "figures": figures, "pause": 0.3}], listen)
+        assert seen == [(1, figures[0]), (2, figures[1]), (3, figures[2])]
+        seen.clear()
+        workers.run("scorer", [{"op": "train", "figures": figures * 20, "pause": 0.001}], listen)
+        assert seen[0] == (1, figures[0]) and seen[-1] == (60, figures[2]) and len(seen) < 10
+        seen.clear()
+        workers.run("scorer", [{"op": "echo", "value": 1}], lambda job, done, total: seen.append((done, total)))
+    assert seen == [(1, 1)]
 
 
 def test_two_workers_share_the_jobs_and_answers_keep_their_order(tmp_path):
@@ -78,6 +94,38 @@ def test_a_users_error_keeps_its_type_and_text_and_the_worker(tmp_path):
 def test_a_bug_is_reported_with_its_traceback(tmp_path):
     with pool(tmp_path) as workers, pytest.raises(WorkerFailed, match="ZeroDivisionError: a bug"):
         workers.run("scorer", [{"op": "crash"}])
+
+
+def test_workers_that_runs_share_stay_warm_and_log_to_each_runs_own_place(tmp_path):
+    plugins = ("scripted_worker",)
+    with pool(tmp_path) as workers:
+        with workers.serving(workers.runtime, tmp_path / "one", plugins):
+            first = workers.run("scorer", [{"op": "echo", "value": 1}])
+        (tmp_path / "two").mkdir()
+        with workers.serving(workers.runtime, tmp_path / "two", plugins):
+            second = workers.run("scorer", [{"op": "echo", "value": 2}])
+            with pytest.raises(WorkerFailed, match=r"two/scorer\.log"):
+                workers.run("scorer", [{"op": "crash"}])
+    assert second[0]["pid"] == first[0]["pid"]
+    assert "ZeroDivisionError" in (tmp_path / "two" / "scorer.log").read_text()
+    assert "ZeroDivisionError" not in (tmp_path / "one" / "scorer.log").read_text()
+
+
+def test_a_run_that_ends_in_an_error_leaves_the_next_one_fresh_workers(tmp_path):
+    with pool(tmp_path) as workers:
+        with pytest.raises(KeyError), workers.serving(workers.runtime, tmp_path / "one", workers.plugins):
+            (before,) = workers.run("scorer", [{"op": "echo", "value": 1}])
+            raise KeyError
+        assert not alive(before["pid"])
+        with workers.serving(workers.runtime, tmp_path / "two", workers.plugins):
+            assert workers.run("scorer", [{"op": "echo", "value": 2}])[0]["served"] == 1
+
+
+def test_workers_are_not_shared_with_a_run_that_asks_for_others(tmp_path):
+    with pool(tmp_path) as workers:
+        other = RuntimeConfig(device="cpu", threads=2)
+        with pytest.raises(ConfigError, match="runtime, plugins"), workers.serving(other, tmp_path, workers.plugins):
+            pass
 
 
 def test_a_job_past_its_time_limit_is_stopped_with_its_children(tmp_path):

@@ -22,6 +22,10 @@ def direct(**fields: Any) -> dict[str, Any]:
     return {"estimator": "direct", **fields}
 
 
+def policy(**fields: Any) -> dict[str, Any]:
+    return {"estimator": "policy_gradient", **fields}
+
+
 def support(**fields: Any) -> dict[str, Any]:
     return {"kind": "teacher_topk", "k": 4, **fields}
 
@@ -40,7 +44,23 @@ def support(**fields: Any) -> dict[str, Any]:
         (direct(normalisation="constant"), "normalisation_length", "cannot do without"),
         (direct(support_exclude_ids=[-1]), "support_exclude_ids", "negative"),
         ({"estimator": "policy_gradient", "support": support()}, "support", "expected gradient is zero"),
-        ({"estimator": "policy_gradient", "dual_clip": 3}, "dual_clip", "ppo_clip"),
+        (policy(support={"kind": "full", "k": 24}), "support", "expected gradient is zero"),
+        (policy(support={"kind": "union", "k": 4}), "support", "expected gradient is zero"),
+        (policy(support={"kind": "student_topk", "k": 0}), "support", "greater than or equal to 1"),
+        (policy(dual_clip=3), "dual_clip", "ppo_clip"),
+        (policy(trust_region={"kind": "tropdd"}), "trust_region", "tropd"),
+        (policy(trust_region={"kind": "tropd", "outliers": "clip", "clip_at": 0.5}), "clip_at", "less than 0"),
+        (policy(trust_region={"kind": "proximal_teacher", "alpha": 1}), "alpha", "less than 1"),
+        (policy(trust_region={"kind": "advantage_floor", "floor": 0.1}), "floor", "less than 0"),
+        (policy(trust_region={"kind": "entropy_gate", "k": 1, "outside": "renormalize"}), "k", "identically zero"),
+        (
+            policy(trust_region={"kind": "tropd"}, support={"kind": "student_topk"}),
+            "trust_region",
+            "judges the sampled",
+        ),
+        (policy(token_weight={"kind": "position", "half_life": 0}), "half_life", "greater than 0"),
+        (direct(token_weight={"kind": "entropy"}), "token_weight", "teacher_entropy"),
+        (direct(trust_region={"kind": "tropd"}), "trust_region", "Extra inputs"),
     ],
 )
 def test_refused_with_the_reason(config: dict[str, Any], field: str, reason: str) -> None:
@@ -58,7 +78,13 @@ def test_refused_with_the_reason(config: dict[str, Any], field: str, reason: str
         direct(support=support(outside="drop"), allow_drop=True),
         direct(support={"kind": "full", "k": 24}),
         direct(support=support(kind="union", k=1, outside="renormalize")),
-        {"estimator": "policy_gradient", "ppo_clip": 0.2, "dual_clip": 3},
+        policy(ppo_clip=0.2, dual_clip=3),
+        policy(
+            support={"kind": "student_topk", "k": 1, "weights_at": "live"}, trust_region={"kind": "advantage_floor"}
+        ),
+        policy(trust_region={"kind": "tropd", "gate": "expected", "gate_at": "live", "outliers": "mask"}),
+        policy(trust_region={"kind": "entropy_gate", "k": 1, "outside": "bucket"}, token_weight={"kind": "position"}),
+        direct(token_weight={"kind": "divergence", "power": -1}),
     ],
 )
 def test_accepted_and_the_same_after_a_round_trip(config: dict[str, Any]) -> None:
@@ -81,6 +107,34 @@ def test_only_sampled_estimators_need_exact_samples() -> None:
         for name in ("direct", "policy_gradient", "sft")
     }
     assert needed == {"direct": False, "policy_gradient": True, "sft": False}
+    listed = objective.validate_python(policy(support={"kind": "student_topk"}))
+    assert not listed.requires_untruncated_sampling
+
+
+def test_what_does_nothing_changes_no_identity() -> None:
+    """Keys made before these axes existed stay what they were."""
+    said = policy(support={"kind": "sampled"}, trust_region={"kind": "none"}, token_weight={"kind": "none"})
+    text = canonical_json(objective.validate_python(said))
+    assert text == canonical_json(objective.validate_python(policy()))
+    assert not any(name in text for name in ("support", "trust_region", "token_weight"))
+
+
+@pytest.mark.parametrize(
+    ("config", "lists", "draws", "prefixes"),
+    [
+        (policy(), [], False, False),
+        (policy(support={"kind": "student_topk", "k": 5}), [SignalNeed("student_topk", 5)], False, False),
+        (policy(trust_region={"kind": "tropd", "k": 7}), [SignalNeed("teacher_topk", 7)], True, True),
+        (policy(trust_region={"kind": "tropd", "outliers": "mask", "gate": "expected"}), [], False, True),
+        (policy(trust_region={"kind": "entropy_gate", "k": 6}), [SignalNeed("teacher_topk", 6)], False, False),
+    ],
+)
+def test_needs_follow_the_trust_region(
+    config: dict[str, Any], lists: list[SignalNeed], draws: bool, prefixes: bool
+) -> None:
+    needs = objective.validate_python(config).needs()
+    assert [need for need in needs.signals if need.k] == lists
+    assert (needs.draws, needs.takes_prefixes) == (draws, prefixes)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from tasks.losses.config import DirectConfig, PolicyGradientConfig, TopkSupport
-from tasks.losses.divergences import REGISTRY, ReverseKL
+from tasks.losses.divergences import REGISTRY
 from tasks.losses.head import ChunkedHead, PlainHead
-from tasks.losses.policy_gradient import advantage, surrogate
+from tasks.losses.policy_gradient import advantage
 from tasks.losses.registry import make_objective
 from tasks.losses.types import TokenBatch
 
@@ -136,23 +137,18 @@ def test_sampled_policy_gradient(case: dict[str, Any], dtype: torch.dtype) -> No
 
 
 @of_kind("tropd")
-def test_tropd_of_its_parts(case: dict[str, Any], dtype: torch.dtype) -> None:
-    """M x sampled reverse KL + (1 - M) x unnormalised forward KL on the teacher's top-k, M given (2606.01249)."""
+def test_tropd(case: dict[str, Any], dtype: torch.dtype) -> None:
+    """The reference gives the gate: a draw that yields it, or the trust that the expected gate must find (2606.01249)."""
+    spec = case["spec"]
+    config = PolicyGradientConfig(
+        trust_region={"kind": "tropd", "gate": spec["gate"], "k": spec["k"]}, log_ratio_clip=40
+    )
     student = logits(dtype)
-    batch = batch_for(student, "teacher", case["spec"]["k"])
-    gate = torch.tensor(case["spec"]["M"], dtype=dtype)
-    outlier = make_objective(
-        DirectConfig(
-            divergence={"kind": "forward_kl"},
-            support={"kind": "teacher_topk", "k": case["spec"]["k"], "outside": "drop"},
-        )
-    )
-    view = PlainHead()(student, nn.Identity(), batch, outlier.needs.metrics)
-    assert view.token_logprobs_N is not None and batch.teacher_logprobs_N is not None
-    assert batch.student_logprobs_N is not None
-    values = advantage(ReverseKL(), batch.teacher_logprobs_N - batch.student_logprobs_N, unbiased=True, center=True)
-    trusted, _ = surrogate(
-        values, view.token_logprobs_N, batch.student_logprobs_N, ppo_clip=None, dual_clip=None, log_rho_clip=20
-    )
-    per_token = gate * trusted + (1 - gate) * outlier(batch, view).per_token_N
-    check_gradient(case, student, per_token, batch.loss_mask_N)
+    given = torch.tensor(spec["M"], dtype=dtype)
+    batch = replace(batch_for(student, "teacher", spec["k"]), uniform_N=1 - given)
+    objective = make_objective(config)
+    view = PlainHead()(student, nn.Identity(), batch, objective.needs.student)
+    out = objective(batch, view)
+    kept = batch.loss_mask_N > 0
+    torch.testing.assert_close(1 - out.metrics["outlier_fraction"][kept], given[kept], **TOLERANCE[dtype])
+    check_gradient(case, student, out.per_token_N, batch.loss_mask_N)

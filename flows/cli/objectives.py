@@ -1,0 +1,83 @@
+"""`opd objectives`: what can be minimised, with equations, papers, fields and defaults."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flows.cli.options import Json, console, example
+from flows.methods import Entry, axes, catalogue
+from storage.errors import ConfigError
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's command."""
+    app.command(epilog=example("opd objectives tropd"))(objectives)
+
+
+def objectives(
+    name: Annotated[str | None, typer.Argument(help="a recipe, or a choice on an axis", show_default=False)] = None,
+    json_: Json = False,
+) -> None:
+    """List every recipe and every choice of an objective; with a name, show its equation, paper, code and fields.
+
+    Exit codes: 0 shown, 2 no such name."""
+    entries = catalogue()
+    chosen = entries if name is None else [entry for entry in entries if entry.name == name]
+    if not chosen:
+        names = sorted({entry.name for entry in entries})
+        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "opd objectives lists them"
+        raise ConfigError(f"objectives: nothing is called {name!r}; {hint}")
+    if json_:
+        typer.echo(json.dumps([asdict(entry) for entry in chosen], indent=2))
+    elif name is None:
+        _list(console(), chosen)
+    else:
+        for entry in chosen:
+            _show(console(), entry)
+
+
+def _list(out: Console, entries: list[Entry]) -> None:
+    for axis in axes(entries):
+        table = Table(title=f"[bold]{axis}[/]", title_justify="left", box=None, header_style="dim", pad_edge=False)
+        for column in ("name", "what it is", "paper", "defaults"):
+            table.add_column(column)
+        for entry in entries:
+            if entry.axis == axis:
+                mark = " [yellow](experimental)[/]" if entry.experimental else ""
+                shown = (
+                    "" if axis in ("recipe", "estimator") else ", ".join(f"{f.name} {f.default}" for f in entry.fields)
+                )
+                table.add_row(entry.name, escape(entry.summary) + mark, ", ".join(entry.papers), escape(shown))
+        out.print(table)
+        out.print()
+    out.print("A recipe runs as it is: opd run configs/recipes/NAME.yaml. Equations and fields: opd objectives NAME")
+
+
+def _show(out: Console, entry: Entry) -> None:
+    out.print(f"[bold]{entry.name}[/] ({entry.axis}{', experimental' if entry.experimental else ''})")
+    out.print(escape(entry.about), soft_wrap=True)
+    out.print()
+    for equation in entry.equations:
+        out.print(f"    {escape(equation)}", soft_wrap=True)
+    out.print()
+    if entry.papers:
+        out.print("paper   " + ", ".join(f"arXiv {paper}" for paper in entry.papers))
+    out.print(f"code    {entry.code.replace(' ', ', ')}")
+    if entry.file:
+        out.print(f"recipe  {entry.file}")
+    if entry.fields:
+        table = Table("field", "value" if entry.axis == "recipe" else "default", "meaning", box=None, pad_edge=False)
+        for field in entry.fields:
+            table.add_row(field.name, escape(field.default), escape(field.meaning))
+        out.print()
+        out.print(table)
+    out.print()

@@ -24,6 +24,8 @@ from tasks.losses.config import ObjectiveConfig
 from tasks.losses.divergences import REGISTRY
 from tasks.losses.head import ChunkedHead, PlainHead
 from tasks.losses.registry import make_objective
+from tasks.losses.token_weights import TOKEN_WEIGHTS
+from tasks.losses.trust_regions import TRUST_REGIONS
 from tasks.trainer.data import Samples, forward_batch, from_rollouts, token_weights
 from tasks.trainer.model import LossHead
 
@@ -50,7 +52,32 @@ OBJECTIVES |= {
     f"policy_gradient-{kind}": {"estimator": "policy_gradient", "divergence": {"kind": kind}, "ppo_clip": 0.2}
     for kind in REGISTRY
 }
+
+
+def region(kind: str, **fields: Any) -> dict[str, Any]:
+    """A trust region, with lists as short as those that are stored."""
+    return {"kind": kind} | ({"k": K} if "k" in TRUST_REGIONS.classes[kind].model_fields else {}) | fields
+
+
 OBJECTIVES |= {
+    f"{kind}-{support}": {
+        "estimator": "policy_gradient",
+        "trust_region": region(kind),
+        "support": {"kind": support} | ({"k": K} if support == "student_topk" else {}),
+    }
+    for kind, cls in TRUST_REGIONS.classes.items()
+    for support in ("sampled", *([] if cls.sampled_only else ["student_topk"]))
+}
+OBJECTIVES |= {
+    f"{estimator}-weighted-{kind}": {"estimator": estimator, "token_weight": {"kind": kind}, **lists}
+    for kind in TOKEN_WEIGHTS.classes
+    for estimator, lists in (("direct", {"support": {"kind": "teacher_topk", "k": K}}), ("policy_gradient", {}))
+}
+OBJECTIVES |= {
+    "tropd-expected": {
+        "estimator": "policy_gradient",
+        "trust_region": region("tropd", gate="expected", gate_at="live"),
+    },
     "sequence": {"estimator": "direct", "support": {"kind": "student_topk", "k": K}, "normalisation": "sequence"},
     "constant": {"estimator": "policy_gradient", "normalisation": "constant", "normalisation_length": 9},
     "sft": {"estimator": "sft"},
@@ -75,12 +102,15 @@ def stored(spoilt: bool) -> tuple[pa.Table, dict[str, pa.Table]]:
 
         rows["rollouts"].append(
             name
-            | {"prompt_id": f"p{index}", "sample_index": 0, "behaviour": "student", "prefix_length": 0, "seed": 0}
+            | {"prompt_id": f"p{index}", "sample_index": 0, "behaviour": "student", "seed": 0}
+            | {"prefix_length": 2 if index == 2 else 0}
             | {"finish_reason": "stop", "completion_text": "", "sampling_logprobs": [-1.0] * length}
             | {"prompt_token_ids": [1 + index] * (1 + index % 3), "completion_token_ids": tokens.tolist()}
         )
         at = np.arange(length), tokens
-        entropies = {"student_entropy": kept(np.ones(length)), "teacher_entropy": kept(np.ones(length))}
+        entropies = {
+            f"{model}_entropy": kept(-(np.exp(x) * x).sum(1)) for model, x in (("student", log_p), ("teacher", log_q))
+        }
         rows["sampled"].append(
             name | {"student_logprobs": kept(log_p[at]), "teacher_logprobs": kept(log_q[at])} | entropies
         )

@@ -18,6 +18,8 @@ from tasks.losses.types import ObjectiveOutput, TokenBatch
 
 N, V = 4, 6
 NAN = float("nan")
+SAMPLED = [PolicyGradientConfig(ppo_clip=0.2, dual_clip=3.0), PolicyGradientConfig(center=False), SftConfig()]
+"""Uncentred, A is not zero where all log-probabilities are equal, as they are made to be at masked tokens."""
 
 
 def batch_of(old: Tensor | float, teacher: Tensor | float, mask: Tensor | None = None) -> TokenBatch:
@@ -104,7 +106,7 @@ def test_clip_fraction_counts_what_was_held() -> None:
     assert "clip_fraction" not in run(PolicyGradientConfig(), logits, batch_of(old, teacher)).metrics
 
 
-@pytest.mark.parametrize("config", [PolicyGradientConfig(ppo_clip=0.2, dual_clip=3.0), SftConfig()], ids=["pg", "sft"])
+@pytest.mark.parametrize("config", SAMPLED, ids=["pg", "uncentred", "sft"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("provider", [PlainHead(), ChunkedHead(2)], ids=["plain", "chunked"])
 def test_masked_tokens_have_no_influence(config: Any, dtype: torch.dtype, provider: Any) -> None:
@@ -123,7 +125,7 @@ def test_masked_tokens_have_no_influence(config: Any, dtype: torch.dtype, provid
     assert not any(value[1:3].any() for value in dirty.metrics.values())
 
 
-@pytest.mark.parametrize("config", [PolicyGradientConfig(), SftConfig()], ids=["pg", "sft"])
+@pytest.mark.parametrize("config", SAMPLED, ids=["pg", "uncentred", "sft"])
 def test_an_all_masked_batch_gives_a_zero_that_back_propagates(config: Any) -> None:
     head = nn.Linear(3, V)
     for provider in (PlainHead(), ChunkedHead(2)):

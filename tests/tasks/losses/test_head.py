@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -97,6 +97,28 @@ def test_plain_answers_by_definition() -> None:
         torch.testing.assert_close(view.entropy_N[n], -(log_p[n].exp() * log_p[n]).sum())
         top = set(log_p[n].topk(len(ids)).indices.tolist())
         assert view.support_overlap_N[n] == pytest.approx(len(top & set(ids.tolist())) / max(1, len(ids)))
+
+
+def test_excluded_ids_do_not_exist_for_the_support_but_for_the_sampled_token() -> None:
+    head, batch = head_of(), batch_of(6, masked=False)
+    batch = replace(batch, token_ids_N=torch.tensor([0, 4, 1, 0, 2, 4]))
+    hidden = torch.randn(6, D, dtype=torch.float64)
+    view = PlainHead()(hidden, head, batch, REQUESTS["excluded"])
+    logits = head(hidden).detach()
+    log_p = logits.log_softmax(-1)
+    left = logits.clone()
+    left[:, [0, 4]] = -torch.inf
+    assert view.token_logprobs_N is not None and view.entropy_N is not None and view.log_normaliser_N is not None
+    torch.testing.assert_close(view.token_logprobs_N, log_p.gather(1, batch.token_ids_N[:, None])[:, 0])
+    torch.testing.assert_close(view.entropy_N, -(log_p.exp() * log_p).sum(-1))
+    torch.testing.assert_close(view.log_normaliser_N, left.logsumexp(-1))
+    assert batch.support_ids_NK is not None and batch.support_valid_N is not None
+    assert view.support_logprobs_NK is not None and view.support_tail_logmass_N is not None
+    for n in range(6):
+        ids = batch.support_ids_NK[n, : batch.support_valid_N[n]]
+        rest = torch.tensor([v for v in range(V) if v not in ids.tolist()])
+        torch.testing.assert_close(view.support_logprobs_NK[n, : len(ids)], left.log_softmax(-1)[n, ids])
+        torch.testing.assert_close(view.support_tail_logmass_N[n], left.log_softmax(-1)[n, rest].logsumexp(0))
 
 
 class Recording(nn.Linear):

@@ -44,6 +44,10 @@ class Origins:
     def note(self, round: int, label: str, work: Work, inputs: Iterable[Any], made: Mapping[str, Artifact]) -> None:
         self._all.append(Origin(round, label, work, tuple(artifacts_in(inputs)), made))
 
+    def find(self, round: int, label: str) -> Origin | None:
+        """The stage of that name in a round."""
+        return next((origin for origin in self._all if (origin.round, origin.label) == (round, label)), None)
+
     def to_restore(self, wanted: Iterable[Artifact]) -> list[Again]:
         """Stages to repeat, in order, so that the data of all of `wanted` is there."""
         needed = self._evicted(wanted)

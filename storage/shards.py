@@ -89,7 +89,12 @@ class ShardWriter:
 
 def row_digest(table: str, rows: pa.Table) -> str:
     """Digest of a shard's rows, without the columns that measure the machine."""
-    return table_digest(rows.drop_columns([name for name in _MEASURED.get(table, ()) if name in rows.column_names]))
+    return table_digest(without_measured(table, rows))
+
+
+def without_measured(table: str, rows: pa.Table) -> pa.Table:
+    """The columns that must be equal in every repetition."""
+    return rows.drop_columns([name for name in _MEASURED.get(table, ()) if name in rows.column_names])
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:

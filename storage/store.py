@@ -151,7 +151,7 @@ class Store:
             if unknown:
                 raise StoreError(f"table {table!r}: no column {unknown[0]!r}; it has {', '.join(empty.column_names)}")
             empty = empty.select(list(columns))
-        self._require_data(artifact)
+        self.require_data(artifact)
         parts = [self._read(artifact, record, columns) for record in records]
         return pa.concat_tables(parts) if parts else empty
 
@@ -160,7 +160,7 @@ class Store:
         records = self.shards(artifact, table)
         if not 0 <= shard < len(records):
             raise StoreError(f"{_name(artifact)}: {table} has {len(records)} shards, there is no shard {shard}")
-        self._require_data(artifact)
+        self.require_data(artifact)
         return self._read(artifact, records[shard], None)
 
     def arrow_dataset(self, artifact: Artifact, table: str) -> pads.Dataset:
@@ -192,7 +192,7 @@ class Store:
         A bad file of the store moves to quarantine (CorruptArtifact); a changed file of a user's own folder is
         InputError; a file that does not belong to the tree moves to quarantine, for engines read what lies there. Evicted
         where `opd gc` removed the tree."""
-        self._require_data(artifact)
+        self.require_data(artifact)
         tree = self._tree(self._manifest(artifact), name)
         directory = tree_directory(self._directory(artifact), tree)
         for record in tree.files:
@@ -277,7 +277,8 @@ class Store:
             raise CorruptArtifact(f"{_name(artifact)}: was rebuilt with other content since it was planned; run again")
         return manifest
 
-    def _require_data(self, artifact: Artifact) -> None:
+    def require_data(self, artifact: Artifact) -> None:
+        """Raises Evicted, with the command that makes it again, where `opd gc` removed the data."""
         when = self.evicted(artifact)
         if when is None:
             return

@@ -187,7 +187,9 @@ def replay(
 
 
 def _verified_json(found: Verified, moved: int, seconds: float) -> dict[str, Any]:
-    problems = [{"artifact": p.artifact, "path": str(p.path), "reason": p.reason, "ours": p.ours} for p in found.problems]
+    problems = [
+        {"artifact": p.artifact, "path": str(p.path), "reason": p.reason, "ours": p.ours} for p in found.problems
+    ]
     counts = {"artifacts": found.artifacts, "evicted": found.evicted, "files": found.files, "bytes": found.bytes}
     return counts | {"seconds": seconds, "quarantined": moved, "problems": problems}
 
@@ -216,7 +218,9 @@ def _damage(found: Verified, moved: int, root: Path, name: str | None) -> str:
 def _kept(text: str) -> tuple[str, int | None]:
     what, equals, number = text.partition("=")
     if not equals or not (number.isdigit() or number == "all"):
-        raise ConfigError(f"--keep {text!r}: expected WHAT=ROUNDS, for example --keep rollouts=2 or --keep students=all")
+        raise ConfigError(
+            f"--keep {text!r}: expected WHAT=ROUNDS, for example --keep rollouts=2 or --keep students=all"
+        )
     return what, None if number == "all" else int(number)
 
 

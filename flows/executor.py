@@ -177,21 +177,19 @@ class Maker:
 
     def _resolve(self, label: str, work: Work, inputs: tuple[Any, ...]) -> dict[str, Artifact]:
         started = time.monotonic()
-        context = self.context(
-            lambda done, total, unit: self.reporter.progress(self._round.round, label, done, total, unit)
-        )
+        context = self._context(self._round.round, label)
         keys = {name: work.shared.get(name, spec.key) for name, spec in work.outputs.items()}
         found = resolved(work, self.store)
         old = self._round.stages.get(label)
         if len(found) == len(work.outputs):
             if self._round.round == self._restored_round:
-                self._restore_own(label, work, inputs, found, context)
+                self._restore_own(label, work, inputs, found)
             kept = old is not None and old.artifacts == keys and old.state in ("done", "cached")
             state = old if kept and old is not None else StageState(state="cached", seconds=0.0, artifacts=keys)
             return self._finish(label, state, found, shown="cached")
         self._note(label, StageState(state="running", artifacts=keys, started=time.strftime("%Y-%m-%dT%H:%M:%S%z")))
         try:
-            with self._whole(artifacts_in(inputs), context):
+            with self._whole(artifacts_in(inputs)):
                 found |= self._build(label, work, found, context)
         except BaseException as error:
             seconds = time.monotonic() - started
@@ -208,26 +206,28 @@ class Maker:
         context.workers.stage_done()
         return self._finish(label, StageState(state="done", seconds=time.monotonic() - started, artifacts=keys), found)
 
+    def _context(self, round: int, label: str) -> Context:
+        return self.context(lambda done, total, unit: self.reporter.progress(round, label, done, total, unit))
+
     @contextmanager
-    def _whole(self, inputs: Iterable[Artifact], context: Context) -> Iterator[None]:
+    def _whole(self, inputs: Iterable[Artifact]) -> Iterator[None]:
         """The data of the inputs is there, made again where it was evicted, and stays."""
         inputs = list(inputs)
         with self.store.using(inputs):  # first, so that a collection cannot come between
-            self._restore(self.origins.to_restore(inputs), context)
+            self._restore(self.origins.to_restore(inputs))
             yield
 
-    def _restore_own(
-        self, label: str, work: Work, inputs: tuple[Any, ...], found: dict[str, Artifact], context: Context
-    ) -> None:
+    def _restore_own(self, label: str, work: Work, inputs: tuple[Any, ...], found: dict[str, Artifact]) -> None:
         lost = {name: artifact for name, artifact in found.items() if self.store.evicted(artifact) is not None}
         if lost:
             origin = Origin(self._round.round, label, work, tuple(artifacts_in(inputs)), found)
-            self._restore([*self.origins.to_restore(origin.inputs), Again(origin, lost)], context)
+            self._restore([*self.origins.to_restore(origin.inputs), Again(origin, lost)])
 
-    def _restore(self, again: list[Again], context: Context) -> None:
+    def _restore(self, again: list[Again]) -> None:
         with self.store.using(artifact for item in again for artifact in item.needs):
             for item in again:
                 number, label, started = item.origin.round, item.origin.label, time.monotonic()
+                context = self._context(number, label)
                 names = ", ".join(f"{a.stage}/{a.key}" for a in item.lost.values())
                 context.log(f"{label} · round {number}: {names} was evicted and is made again")
                 self.reporter.stage(number, label, StageState(state="running"))

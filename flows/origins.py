@@ -53,8 +53,11 @@ class Origins:
         needed = self._evicted(wanted)
         found = []
         for origin in reversed(self._all):
-            lost = {name: a for name, a in origin.made.items() if (a.stage, a.key) in needed}
-            if lost:
+            if needed & {(a.stage, a.key) for a in origin.made.values()}:
+                gone = self._evicted(
+                    origin.made.values()
+                )  # one training gives both student and state: none is made twice
+                lost = {name: a for name, a in origin.made.items() if (a.stage, a.key) in gone}
                 found.append(Again(origin, lost))
                 needed -= {(a.stage, a.key) for a in lost.values()}
                 needed |= self._evicted(origin.inputs)

@@ -92,20 +92,25 @@ def _recall(run: Run, store: Store, experiment: Experiment, round: int, stages: 
                 f"run {run.name!r} round {round}: {stage} or what it is made from is damaged, or this version of the"
                 f" program gives it another key; `opd verify {run.name}` tells, `opd resume {run.name}` makes it again"
             )
-        _require_inputs(run, store, planner.origins.to_restore(origin.inputs), f"{stage} of round {round}")
+        _require_inputs(run, origin, planner.origins.to_restore(origin.inputs))
         found.append(origin)
     return found
 
 
-def _require_inputs(run: Run, store: Store, lost: list[Again], what: str) -> None:
+def _require_inputs(run: Run, origin: Origin, lost: list[Again]) -> None:
     """Evicted where an input's data was collected, with the commands that make it again."""
-    if lost:
-        names = ", ".join(f"{a.stage} of round {again.origin.round}" for again in lost for a in again.lost.values())
-        commands = [f"opd restore {run.name} --round {number}" for number in sorted({a.origin.round for a in lost})]
+    inputs = {(artifact.stage, artifact.key) for artifact in origin.inputs}
+    direct = [
+        (again.origin.round, a.stage) for again in lost for a in again.lost.values() if (a.stage, a.key) in inputs
+    ]
+    if direct:
+        names = ", ".join(f"{stage} of round {number}" for number, stage in direct)
+        commands = [f"opd restore {run.name} --round {number}" for number in sorted({number for number, _ in direct})]
         raise Evicted(
-            f"to replay {what} the store must have {names}, which `opd gc` removed.\nmake it again with:"
-            f" {' && '.join(commands)}\nto keep replaying possible: policy.retain of rollouts and signals keeps the round,"
-            " of trainer_state and students the one before"
+            f"to replay {origin.label} of round {origin.round} the store must have {names}, which `opd gc` removed.\n"
+            f"make it again with: {' && '.join(commands)}\n"
+            "to keep replaying possible: policy.retain of rollouts and signals must keep the round, of trainer_state and"
+            " students the one before"
         )
 
 

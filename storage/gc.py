@@ -214,7 +214,7 @@ class Collector:
                 artifact = (parent.parent.name, parent.name) if _KEY.fullmatch(parent.name) else None
                 if artifact is not None and ((parent / MANIFEST).exists() or holder(build_lock(self.root, *artifact))):
                     continue  # left over in a committed artifact, or written now
-                if _newest(path) < before and holder(path / HELD) is None:
+                if _newest(path) < before and not (path.is_dir() and holder(path / HELD)):
                     yield Item("temporary", path, _size(path))
 
     def _old_quarantine(self) -> Iterator[Item]:

@@ -8,7 +8,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup demo test test-full lint clean
+.PHONY: help setup demo study test test-full lint clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -37,6 +37,9 @@ $(VENV)/.installed-gpu: requirements/dev.txt pyproject.toml
 
 demo: setup  ## a real distillation on this machine's CPU, about 8 minutes
 	@$(BIN)/opd run configs/quickstart.yaml --name demo
+
+study: setup  ## compare the methods over seeds (configs/study.yaml); run again, it goes on where it was
+	@$(BIN)/opd study configs/study.yaml
 
 test: setup  ## the test suite
 	@$(BIN)/python -m pytest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import types
 import typing
 from pathlib import Path
@@ -20,11 +21,23 @@ DISCRIMINATORS = ("kind", "estimator")
 """Keys that choose a variant: when an override changes one, the base's fields of the other variant do not linger."""
 
 
-def read_config(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """The file's mapping, laid over its `base:` (a path relative to the file), if it names one."""
+    return functools.reduce(merge, read_layers(path))
+
+
+def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+    """The mappings of a file and of those it stands on by `base:`, the outermost base first."""
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"{path}: `base` leads back to this file; remove the cycle")
+    data = read_yaml(path)
+    base = data.pop("base", None)
+    return [*(read_layers(path.parent / base, (*seen, path)) if base else []), data]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a file holds. ConfigError if there is none."""
     try:
         data = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -33,8 +46,7 @@ def read_config(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of fields, found {type(data).__name__}")
-    base = data.pop("base", None)
-    return merge(read_config(path.parent / base, (*seen, path)), data) if base else data
+    return data
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -154,14 +166,23 @@ def _tagged(candidates: list[type[BaseModel]], tag: str | int) -> list[type[Base
 
 def _walk(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[list[type[BaseModel]], list[str | int]]:
     candidates, tags = [model], []
+    named = False
     for part in location:
+        if named:  # a name that the user chose, in a mapping of models
+            named = False
+            continue
         below = _step(candidates, part)
         if below is None:
             tags.append(part)
             candidates = _tagged(candidates, part)
         else:
+            named = any(_is_mapping(c.model_fields[str(part)].annotation) for c in candidates if part in c.model_fields)
             candidates = below
     return candidates, tags
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is dict
 
 
 def _fields_at(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:

@@ -59,6 +59,8 @@ class PlanLine:
     stage: str
     state: str
     keys: dict[str, str] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    """outputs (signals, say) that are not in the store"""
 
 
 class Planner:
@@ -74,10 +76,11 @@ class Planner:
             return Pending()
         work = make(*inputs)
         found = resolved(work, self.store)
-        state = "cached" if len(found) == len(work.outputs) else "run"
         keys = {name: spec.key for name, spec in work.outputs.items()}
-        self.lines.append(PlanLine(self._round, label, state, keys))
-        if state == "run":
+        missing = tuple(name for name in work.outputs if name not in found)
+        state = "run" if missing else "cached"
+        self.lines.append(PlanLine(self._round, label, state, keys, missing))
+        if missing:
             self._mark(self.origins.to_restore(artifacts_in(inputs)))
             return Pending()
         self.origins.note(self._round, label, work, inputs, found)

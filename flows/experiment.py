@@ -145,7 +145,12 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
     data = read_config(Path(path))
     for text in overrides or []:
         data = merge(data, parse_override(text))
-    return validate(Experiment, _absolute(data), str(path))
+    return experiment_of(data, str(path))
+
+
+def experiment_of(data: dict[str, Any], where: str) -> Experiment:
+    """The experiment that a config's fields make. ConfigError lists every bad one, after `where`."""
+    return validate(Experiment, _absolute(data), where)
 
 
 def _absolute(value: Any, key: str = "") -> Any:

@@ -35,8 +35,11 @@ class LineReporter(SilentReporter):
         self._first: tuple[float, int] | None = None
         """Time and count of the stage's first report: an engine's start is not its rate."""
 
-    def stage(self, round: int, label: str, state: StageState) -> None:
+    def _begin(self) -> None:
         self._last, self._first = time.monotonic(), None
+
+    def stage(self, round: int, label: str, state: StageState) -> None:
+        self._begin()
         if state.state == "running":
             self._line(round, label, "started")
         elif state.state == "cached":

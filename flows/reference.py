@@ -12,12 +12,18 @@ from typing import Any
 
 from flows.experiment import Experiment
 from flows.methods import Entry, axes, catalogue
+from flows.study import Study
 
 INTRO = """# Config reference
 
 Written from the schema by `python -m flows.reference config > docs/config.md`; a test holds it true. Everything above
 `runtime` is identity: it decides what is computed and enters the keys. `runtime` says where and how, `policy` how long: both
 may change between two calls of a run. `base: other.yaml` lays a config over another one; `--set a.b=c` overrides a field.
+"""
+
+STUDY = """# A study's file
+
+What `opd study` reads; see configs/study.yaml.
 """
 
 
@@ -27,6 +33,8 @@ def reference() -> str:
     models: dict[str, Any] = schema["$defs"]
     sections = [INTRO, _section("Experiment", schema)]
     sections += [_section(name, model) for name, model in models.items() if name != "Fork" and "properties" in model]
+    study = Study.model_json_schema()
+    sections += [STUDY, _section("Study", study), *(_section(name, model) for name, model in study["$defs"].items())]
     return "\n".join(sections).rstrip() + "\n"
 
 

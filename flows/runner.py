@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -47,10 +47,12 @@ def run_experiment(
     further: int | None = None,
     prefect: bool = True,
     reporter: Reporter | None = None,
+    workers: WorkerPool | None = None,
     restore: int | None = None,
 ) -> tuple[RunState, int]:
     """Bring a run to `rounds` rounds (default: the config's), or `further` ones past where it stands.
 
+    `workers` are the caller's, who shares them among several runs and ends them; without any the run has its own.
     `restore`: a round whose evicted artifacts are made again. Returns the state and how many stages had to be built.
     Raises RunBusy when another process holds the name, IdentityMismatch when the name holds another experiment, and
     whatever a stage raises."""
@@ -72,14 +74,11 @@ def run_experiment(
         run.save(state)
         try:
             with ExitStack() as stack:
-                workers = stack.enter_context(
-                    WorkerPool(experiment.runtime, run.log_path("run").parent, experiment.plugins)
-                )
-
+                pool = stack.enter_context(workers_for(experiment, run.log_path("run").parent, workers))
                 log = logger(run.log_path("run"))
 
                 def context(progress: Callable[[int, int, str], None]) -> Context:
-                    return Context(store, experiment.runtime, workers, progress, log, experiment.plugins)
+                    return Context(store, experiment.runtime, pool, progress, log, experiment.plugins)
 
                 maker = Maker(store, run, state, context, reporter, restore=restore)
                 if prefect:
@@ -97,6 +96,13 @@ def run_experiment(
         state.status = "finished" if rounds_done(state) >= experiment.policy.rounds else "stopped"
         run.save(state)
         return state, maker.built
+
+
+def workers_for(experiment: Experiment, logs: Path, lent: WorkerPool | None) -> AbstractContextManager[WorkerPool]:
+    """A run's own workers, which end with it; or those lent to it, which stay warm for the next run."""
+    if lent is None:
+        return WorkerPool(experiment.runtime, logs, experiment.plugins)
+    return lent.serving(experiment.runtime, logs, experiment.plugins)
 
 
 def run_rounds(config_path: str, name: str, root: str, rounds: int, overrides: list[str]) -> RunState:

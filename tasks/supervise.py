@@ -144,7 +144,7 @@ class _Inputs:
         elif name == "sampled":
             identity["sampling"] = self.sampling
         else:
-            identity["special_tokens"] = self.config.special_tokens.model_dump(mode="json")
+            identity["special_tokens"] = self.config.special_tokens
             inputs |= {part: self.prompts.content[part] for part in ("audit", "vocabulary")}
         return ArtifactSpec.of(name, VERSIONS[name], identity, inputs)
 

@@ -84,6 +84,7 @@ def main(role: str) -> None:
 
 def _serve(handler: Handler, channel: Channel, message: dict[str, Any], rank: int) -> None:
     sent = 0.0
+    _write_to(message["log"])
 
     def progress(done: int, total: int) -> None:
         nonlocal sent
@@ -100,6 +101,16 @@ def _serve(handler: Handler, channel: Channel, message: dict[str, Any], rank: in
         channel.send({"kind": "error", "id": message["id"], "rank": rank, **_describe(error)})
         return
     channel.send({"kind": "result", "id": message["id"], "rank": rank, "result": result if rank == 0 else {}})
+
+
+def _write_to(log: str) -> None:
+    """Sends this process's output to `log`: a warm worker serves several runs, and each has its own."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
 
 
 def _describe(error: BaseException) -> dict[str, Any]:

@@ -19,7 +19,8 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +101,19 @@ class Worker:
                 ready += message["kind"] == "ready"
 
     def run(
-        self, job: dict[str, Any], progress: Callable[[int, int], None], timeout: float | None = None
+        self,
+        job: dict[str, Any],
+        progress: Callable[[int, int], None],
+        timeout: float | None = None,
+        log: Path | None = None,
     ) -> dict[str, Any]:
-        """Do one job and return rank 0's result.
+        """Do one job and return rank 0's result. From now on the worker writes to `log`, if one is given.
 
         Raises the OpdError that the worker raised, WorkerFailed for anything else it raised, WorkerDied when it ended
         without an answer or did not answer within `timeout` seconds; after the last two the worker is gone."""
         self._jobs += 1
-        line = json.dumps({"kind": "job", "id": self._jobs, "job": job}).encode() + b"\n"
+        self.log = log or self.log
+        line = json.dumps({"kind": "job", "id": self._jobs, "job": job, "log": str(self.log)}).encode() + b"\n"
         deadline = time.monotonic() + timeout if timeout else None
         result: dict[str, Any] = {}
         done = 0
@@ -210,7 +216,8 @@ class Worker:
 
 
 class WorkerPool:
-    """The workers of a run, by role: started on first use, kept warm or ended after a stage, all ended at the end."""
+    """The workers of a run, or of several runs in turn (`serving`), by role: started on first use, kept warm or ended after
+    a stage, all ended at the end."""
 
     def __init__(
         self,
@@ -232,6 +239,21 @@ class WorkerPool:
             self.close()
         else:
             self.kill()
+
+    @contextmanager
+    def serving(self, runtime: RuntimeConfig, logs: Path, plugins: tuple[str, ...]) -> Iterator[WorkerPool]:
+        """For one of several runs that share these workers: what they do for it is logged in its folder `logs`.
+
+        They stay warm afterwards; after an error all end, since a job may still be under way. ConfigError when the run
+        asks for other workers than these."""
+        if (runtime, plugins) != (self.runtime, self.plugins):
+            raise storage.errors.ConfigError("runtime, plugins: runs that share their workers must not differ in these")
+        self.logs = logs
+        try:
+            yield self
+        except BaseException:
+            self.kill()
+            raise
 
     def run(
         self,
@@ -287,7 +309,7 @@ class WorkerPool:
         for attempt in range(self.runtime.retries + 1):
             worker = self._worker(role, number, extra)
             try:
-                return worker.run(job, report, self.runtime.stage_timeout)
+                return worker.run(job, report, self.runtime.stage_timeout, self._log(role, number))
             except WorkerDied:
                 if attempt == self.runtime.retries:
                     raise
@@ -315,6 +337,9 @@ class WorkerPool:
         for thread in threads:
             thread.join()
 
+    def _log(self, role: str, number: int) -> Path:
+        return self.logs / f"{role if number == 0 else f'{role}-{number}'}.log"
+
     def _count(self, role: str) -> int:
         return {"sampler": self.runtime.sampler.workers, "scorer": self.runtime.scorer.workers}.get(role, 1)
 
@@ -327,8 +352,7 @@ class WorkerPool:
             worker = self._workers.get(key)
         if worker is None:
             argv, env, world = self._command(role, number, settings)
-            name = role if number == 0 else f"{role}-{number}"
-            worker = Worker(role, argv, env, self.logs / f"{name}.log", world)
+            worker = Worker(role, argv, env, self._log(role, number), world)
             with self._lock:
                 self._workers[key] = worker
         return worker

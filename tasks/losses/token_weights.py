@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+SMALLEST = 1e-12
+"""Divergence below which nothing is told apart: under what float32 can resolve."""
+
+
 @dataclass(frozen=True)
 class Weighable:
     """What a token's weight may depend on; detached, finite, harmless where masked."""
@@ -100,7 +104,5 @@ class DivergenceWeight(TokenWeight):
     experimental = True
 
     def __call__(self, tokens: Weighable) -> Tensor:
-        d = tokens.divergence_N
-        tiny = 1e-12  # below any divergence that float32 tells from zero
         bound = math.log(self.largest)
-        return ((d.clamp(min=tiny) / self.scale).log() * self.power).clamp(-bound, bound).exp()
+        return ((tokens.divergence_N.clamp(min=SMALLEST) / self.scale).log() * self.power).clamp(-bound, bound).exp()

@@ -40,19 +40,29 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     return FinishedRun(root, "base", status)
 
 
+def copy_round_0(finished: FinishedRun, root: Path) -> Path:
+    """A new store that holds what round 0 made and nothing else."""
+    keys = {
+        (stage, key)
+        for label in ("model", "model_teacher", "prepare", "warmup", "warmup_teacher", "evaluate")
+        for stage, key in finished.stage(0, label)["artifacts"].items()
+    }
+    for stage, key in keys:
+        shutil.copytree(finished.root / "artifacts" / stage / key, root / "artifacts" / stage / key)
+    return root
+
+
 @pytest.fixture
 def prepared_root(finished: FinishedRun, tmp_path: Path) -> Callable[[], Path]:
-    """New stores that hold what round 0 made and nothing else, so that interruptions need not warm up again."""
+    """New stores with round 0, so that interruptions need not warm up again."""
 
     def make(name: str = "store") -> Path:
-        root = tmp_path / name
-        keys = {
-            (stage, key)
-            for label in ("model", "model_teacher", "prepare", "warmup", "warmup_teacher", "evaluate")
-            for stage, key in finished.stage(0, label)["artifacts"].items()
-        }
-        for stage, key in keys:
-            shutil.copytree(finished.root / "artifacts" / stage / key, root / "artifacts" / stage / key)
-        return root
+        return copy_round_0(finished, tmp_path / name)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def prepared_root_once(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One such store for all tests of a file."""
+    return copy_round_0(finished, tmp_path_factory.mktemp("prepared") / "store")

@@ -62,6 +62,15 @@ def test_runtime_changes_no_key(finished):
     assert set(plan_of(finished, *changed).values()) == {"cached"}
 
 
+def test_another_objective_misses_only_the_signals_that_it_adds(finished):
+    changes = ("objective.estimator=policy_gradient", "objective.support={kind: student_topk, k: 4}")
+    args = [part for change in changes for part in ("--set", change)]
+    result = finished.opd("run", TINY, "--name", "other", "--dry-run", "--json", *args)
+    lines = {(line["round"], line["stage"]): line for line in json.loads(result.stdout)["plan"]}
+    supervise = lines[1, "supervise"]
+    assert supervise["missing"] == ["student_topk"] and {"sampled", "mask"} <= set(supervise["keys"])
+
+
 def test_a_fork_shares_its_parents_rounds_and_starts_anew_after_them(finished):
     from flows.runner import fork_experiment, plan
 

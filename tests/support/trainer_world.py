@@ -78,7 +78,7 @@ def make_world(root: Path) -> World:
     store = Store(root)
     student, teacher = tiny_model(1), tiny_model(2, hidden=96)
     random = np.random.Generator(np.random.PCG64(0))
-    rollouts, sampled, topk, masks = [], [], [], []
+    rollouts, sampled, topk, own, masks = [], [], [], [], []
     for index in range(SAMPLES):
         prompt = random.integers(8, VOCABULARY, size=int(random.integers(3, 9))).tolist()
         completion = random.integers(8, VOCABULARY, size=int(random.integers(2, 21))).tolist()
@@ -122,6 +122,18 @@ def make_world(root: Path) -> World:
                 "tail_logmass": tail.tolist(),
             }
         )
+        mine = of_student.topk(K, dim=-1)
+        own.append(
+            {
+                "sample_id": name,
+                "ids": mine.indices.tolist(),
+                "student_logprobs": mine.values.tolist(),
+                "teacher_logprobs": of_teacher.gather(1, mine.indices).tolist(),
+                "valid": [K] * len(completion),
+                "student_tail_logmass": of_student.scatter(1, mine.indices, -torch.inf).logsumexp(-1).tolist(),
+                "teacher_tail_logmass": of_teacher.scatter(1, mine.indices, -torch.inf).logsumexp(-1).tolist(),
+            }
+        )
         # one sample has nothing left to learn from; elsewhere a token is now and then masked
         reasons = np.ones(len(completion), int) if index == 3 else (random.random(len(completion)) < 0.15).astype(int)
         masks.append({"sample_id": name, "mask_reasons": reasons.tolist()})
@@ -143,6 +155,7 @@ def make_world(root: Path) -> World:
         signals={
             "sampled": commit_table(store, "sampled", "sampled", list(reversed(sampled))),
             "teacher_topk": commit_table(store, "teacher_topk", "teacher_topk", topk),
+            "student_topk": commit_table(store, "student_topk", "student_topk", own),
             "mask": commit_table(store, "mask", "mask", masks),
         },
         prompts=commit_table(store, "prepare", "prompts", texts, **{"prompts:warmup": "some"}),

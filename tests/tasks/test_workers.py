@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from storage.errors import InputError
+from storage.errors import ConfigError, InputError
 from tasks.runtime import RuntimeConfig, ScorerRuntime
 from tasks.workers import WorkerDied, WorkerFailed, WorkerPool
 
@@ -78,6 +78,38 @@ def test_a_users_error_keeps_its_type_and_text_and_the_worker(tmp_path):
 def test_a_bug_is_reported_with_its_traceback(tmp_path):
     with pool(tmp_path) as workers, pytest.raises(WorkerFailed, match="ZeroDivisionError: a bug"):
         workers.run("scorer", [{"op": "crash"}])
+
+
+def test_workers_that_runs_share_stay_warm_and_log_to_each_runs_own_place(tmp_path):
+    plugins = ("scripted_worker",)
+    with pool(tmp_path) as workers:
+        with workers.serving(workers.runtime, tmp_path / "one", plugins):
+            first = workers.run("scorer", [{"op": "echo", "value": 1}])
+        (tmp_path / "two").mkdir()
+        with workers.serving(workers.runtime, tmp_path / "two", plugins):
+            second = workers.run("scorer", [{"op": "echo", "value": 2}])
+            with pytest.raises(WorkerFailed, match=r"two/scorer\.log"):
+                workers.run("scorer", [{"op": "crash"}])
+    assert second[0]["pid"] == first[0]["pid"]
+    assert "ZeroDivisionError" in (tmp_path / "two" / "scorer.log").read_text()
+    assert "ZeroDivisionError" not in (tmp_path / "one" / "scorer.log").read_text()
+
+
+def test_a_run_that_ends_in_an_error_leaves_the_next_one_fresh_workers(tmp_path):
+    with pool(tmp_path) as workers:
+        with pytest.raises(KeyError), workers.serving(workers.runtime, tmp_path / "one", workers.plugins):
+            (before,) = workers.run("scorer", [{"op": "echo", "value": 1}])
+            raise KeyError
+        assert not alive(before["pid"])
+        with workers.serving(workers.runtime, tmp_path / "two", workers.plugins):
+            assert workers.run("scorer", [{"op": "echo", "value": 2}])[0]["served"] == 1
+
+
+def test_workers_are_not_shared_with_a_run_that_asks_for_others(tmp_path):
+    with pool(tmp_path) as workers:
+        other = RuntimeConfig(device="cpu", threads=2)
+        with pytest.raises(ConfigError, match="runtime, plugins"), workers.serving(other, tmp_path, workers.plugins):
+            pass
 
 
 def test_a_job_past_its_time_limit_is_stopped_with_its_children(tmp_path):

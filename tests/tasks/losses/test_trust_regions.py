@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -182,21 +183,22 @@ def test_proximal_teacher_is_the_divergence_to_the_mixture(kind: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
 
 
-def test_advantage_floor() -> None:
+@pytest.mark.parametrize("below", ["clip", "mask"])
+def test_advantage_floor(below: str) -> None:
     p, q, old = models()
-    out = run(p, batch_of(q, old), trust_region={"kind": "advantage_floor", "floor": -0.7})
+    out = run(p, batch_of(q, old), trust_region={"kind": "advantage_floor", "floor": -0.7, "below": below})
     a = q - p.detach().log_softmax(0)
-    assert (a < -0.7).any() and (a > -0.7).any()
-    same(out.per_token_N, -a.clamp(min=-0.7) * (p.log_softmax(0) - old).exp())
-    assert torch.equal(out.metrics["outlier_fraction"], (a < -0.7).double())
+    low = a < -0.7
+    assert low.any() and not low.all()
+    same(out.per_token_N, -a.masked_fill(low, -0.7 if below == "clip" else 0) * (p.log_softmax(0) - old).exp())
+    assert torch.equal(out.metrics["outlier_fraction"], low.double())
 
 
 @pytest.mark.parametrize("outside", ["renormalize", "bucket", "drop"])
 def test_entropy_gate_adds_forward_kl_where_the_teacher_is_unsure(outside: str) -> None:
     p, q, old = models()
     entropies = torch.tensor([0.0, 0.79, 0.81, 2, 0.1, 1, 0.8], dtype=F64)
-    batch = batch_of(q, old)
-    batch = TokenBatch(**{**batch.__dict__, "teacher_entropy_N": entropies})
+    batch = replace(batch_of(q, old), teacher_entropy_N=entropies)
     region = {"kind": "entropy_gate", "k": K, "weight": 0.5, "outside": outside}
     found, plain = run(p, batch, trust_region=region), run(p, batch)
     ids = q.topk(K).indices
@@ -207,7 +209,7 @@ def test_entropy_gate_adds_forward_kl_where_the_teacher_is_unsure(outside: str) 
     if outside == "bucket":
         tail_p, tail_q = 1 - live.exp().sum(), 1 - teacher.exp().sum()
         term = term + tail_q * (tail_q.log() - tail_p.log())
-    open_ = (entropies > 0.8).double()
+    open_ = (entropies >= 0.8).double()
     assert 0 < open_.sum() < V
     wanted = plain.per_token_N + open_ * 0.5 * term
     torch.testing.assert_close(found.per_token_N, wanted, rtol=1e-9, atol=1e-11)
@@ -308,11 +310,29 @@ def test_masked_tokens_and_infinities_do_no_harm(kind: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("kind", TRUST_REGIONS.classes)
 def test_equal_models_on_policy_give_no_pull(kind: str) -> None:
-    """q = p = p_old: the expected gradient is zero (of a forward KL that drops the rest: only that of the dropped mass)."""
+    """q = p = p_old: the expected gradient is zero (lists hold every id: a forward KL that drops the rest pulls mass in)."""
     p, _, _ = models()
     old = p.detach().log_softmax(0)
     cls = TRUST_REGIONS.classes[kind]
-    region = {"kind": kind} | ({"k": K} if "k" in cls.model_fields else {})
-    batch = batch_of(old, old, uniform_N=torch.full((V,), 0.5, dtype=F64))
+    region = {"kind": kind} | ({"k": V} if "k" in cls.model_fields else {})
+    batch = batch_of(old, old, V, uniform_N=torch.full((V,), 0.5, dtype=F64))
     out = run(p, batch, trust_region=region)
     assert gradient((old.exp() * out.per_token_N).sum(), p).abs().max() < 1e-12
+
+
+PLACES = [(kind, "sampled") for kind in TRUST_REGIONS.classes]
+PLACES += [(kind, "student_topk") for kind, cls in TRUST_REGIONS.classes.items() if not cls.sampled_only]
+
+
+@pytest.mark.parametrize(("region", "support"), PLACES)
+def test_a_batch_without_a_token_that_counts_is_a_zero_that_back_propagates(region: str, support: str) -> None:
+    cls = TRUST_REGIONS.classes[region]
+    p, q, old = models()
+    nothing = torch.zeros(V, dtype=F64)
+    batch = batch_of(q, old, of="student" if support == "student_topk" else "teacher", uniform_N=nothing)
+    batch = replace(batch, loss_mask_N=nothing, teacher_logprobs_N=q * float("nan"))
+    choice = {"kind": region} | ({"k": K} if "k" in cls.model_fields else {})
+    listed = {"support": {"kind": support} | ({"k": K} if support == "student_topk" else {})}
+    out = run(p, batch, trust_region=choice, **listed)
+    assert out.per_token_N.requires_grad and (out.per_token_N == 0).all()
+    assert (gradient(out.per_token_N.sum(), p) == 0).all()

@@ -1,0 +1,131 @@
+"""`opd study`: methods compared over seeds, with learning rates from a sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flows.cli.options import DEFAULT_ROOT, Root, console, example, opd_command
+from flows.progress import LineReporter, round_line
+from storage.errors import OpdError
+from storage.runs import RoundState, StageState
+
+if TYPE_CHECKING:
+    from flows.study import StudyPlan, StudyRun
+    from flows.study_results import Grid, Norms
+
+out = console()
+err = Console(stderr=True, highlight=False)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    app.command(epilog=example("opd study configs/study.yaml --dry-run"))(study)
+
+
+def study(
+    config: Annotated[Path, typer.Argument(metavar="STUDY", help="a study's YAML", show_default=False)],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="list its runs and what is in the store; start nothing")
+    ] = False,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="folder of its files (default: studies/NAME in the store)")
+    ] = None,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Compare methods over seeds: tables, CSV, Parquet and a plot. Run it again to go on where it stopped.
+
+    A sweep of equal budget finds each group's learning rate first. A run that fails is in the report, and tried again
+    by the next call. Exit codes: 0 done, 1 a run of a method failed, 2 bad study or config, 75 a run is held by another
+    process, 130 stopped."""
+    from flows.study import load_study, run_study
+    from flows.study_files import default_folder, write_files
+    from flows.study_results import grids, read_rows
+
+    plan = load_study(config)
+    if dry_run:
+        return _dry_run(plan, root)
+    words = ("study", str(config), *(("--out", str(folder)) if folder else ()))
+    folder = folder or default_folder(root, plan.study.name)
+    norms: Norms = {}
+
+    def write() -> None:
+        write_files(plan, read_rows(plan, root, norms), folder)
+
+    def say(line: str) -> None:
+        err.print(line, markup=False, soft_wrap=True)
+
+    try:
+        built = run_study(plan, root, reporter=StudyReporter(err), say=say, changed=write)
+    except KeyboardInterrupt:
+        write()
+        err.print(f"\nstopped; what there is so far is in {folder}", soft_wrap=True)
+        err.print(f"go on with: {opd_command(root, *words)}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    rows = read_rows(plan, root, norms)
+    written = write_files(plan, rows, folder)
+    for grid in grids(plan, rows):
+        out.print(_table(grid))
+    out.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
+    if built == 0:
+        out.print("nothing to do: every run of this study is in the store")
+    finished = {row["run"] for row in rows if row["part"] == "study" and row["status"] == "finished"}
+    missing = [run.name for run in plan.method_runs() if run.name not in finished]
+    if missing:
+        raise OpdError(
+            f"{len(missing)} of the methods' runs did not finish: {', '.join(missing)}; why is in the report"
+        )
+
+
+class StudyReporter(LineReporter):
+    """A line per round that was made, and signs of life in between."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._made = False
+
+    def stage(self, round: int, label: str, state: StageState) -> None:
+        if state.state in ("running", "failed"):
+            self._made = True
+            super().stage(round, label, state) if state.state == "failed" else self._begin()
+
+    def round_done(self, state: RoundState) -> None:
+        if self._made:
+            self.console.print(f"  {round_line(state)}")
+        self._made = False
+
+
+def _table(grid: Grid) -> Table:
+    title = Text.assemble((grid.title, "bold"), f" ({grid.note})")
+    table = Table(*grid.header, title=title, title_justify="left", title_style="")
+    for line in grid.lines:
+        table.add_row(*map(Text, line))
+    return table
+
+
+def _dry_run(plan: StudyPlan, root: Path) -> None:
+    from flows.study_results import best_lrs, read_rows
+
+    lrs = best_lrs(plan, read_rows(plan, root))
+    table = Table("run", "method", "seed", "lr", "rounds", "stages in the store", "would run or wait")
+    ready = {run.name: run for run in plan.method_runs(lrs)}
+    for run in (*plan.sweep_runs(), *plan.method_runs()):
+        known = ready.get(run.name, run)
+        waits = known.part == "study" and known.name not in ready
+        lr, *counts = ("after the sweep", "", "") if waits else _counts(plan, known, root)
+        table.add_row(run.name, run.method, str(run.seed), lr, str(run.rounds), *counts)
+    out.print(table)
+
+
+def _counts(plan: StudyPlan, run: StudyRun, root: Path) -> tuple[str, str, str]:
+    from flows.runner import plan as plan_of
+
+    experiment = plan.experiment(run.method, run.seed, run.lr)
+    states = [line.state for line in plan_of(experiment, root, run.rounds)]
+    cached = states.count("cached")
+    return f"{experiment.train.lr:g}", str(cached), str(len(states) - cached)

@@ -28,7 +28,7 @@ ROLES = {
 class Retention(RunPolicy):
     """For how many of a run's last finished rounds `opd gc` keeps what is large; null keeps all. Round 0, evaluations
     and training curves are always kept. What is evicted is made again when it must be read, and must come out equal.
-    """
+    Replaying the training of round R reads rollouts and signals of R, students and trainer_state of R-1."""
 
     rollouts: int | None = Field(None, ge=0, description="last rounds whose completions are kept; null: all")
     signals: int | None = Field(None, ge=0, description="last rounds whose teacher signals are kept; null: all")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from storage.errors import ConfigError, InputError, OpdError
 from storage.runs import Run
 
 if TYPE_CHECKING:
+    from flows.executor import Reporter
     from storage.gc import Plan
     from storage.verify import Verified
 
@@ -136,10 +138,13 @@ def restore(
     run = Run.open(root, name)
     if round > (last := rounds_done(run.state)):
         raise InputError(f"run {name!r}: round {round} is not finished; the last finished one is {last}")
-    reporter: Any = SilentReporter() if json_ else TerminalReporter() if sys.stderr.isatty() else LineReporter()
-    with reporter if hasattr(reporter, "__enter__") else _nothing():
+    with ExitStack() as stack:
+        reporter: Reporter = SilentReporter() if json_ else LineReporter()
+        if not json_ and sys.stderr.isatty():
+            reporter = stack.enter_context(TerminalReporter())
+        experiment = stored_experiment(run)
         _, built = run_experiment(
-            stored_experiment(run), name=name, root=root, rounds=last, prefect=False, reporter=reporter, restore=round
+            experiment, name=name, root=root, rounds=last, prefect=False, reporter=reporter, restore=round
         )
     left = {label: names for (number, label), names in evicted(run.state, root).items() if number == round}
     if json_:
@@ -247,9 +252,3 @@ def _size(count: int) -> str:
         if count >= size:
             return f"{count / size:,.1f} {unit}"
     return f"{count} B"
-
-
-def _nothing() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()

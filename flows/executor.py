@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from flows.origins import Again, Origin, Origins, artifacts_in, rebuild
 from storage.runs import RoundState, Run, RunState, StageState
 from storage.store import Artifact, Builder, Store
+from tasks.figures import Figures, StageProgress
 from tasks.stage import Context, Work
 
 
@@ -110,9 +111,12 @@ def _is_pending(value: Any) -> bool:
 class Reporter(Protocol):
     """Who watches: a terminal, a log, a test."""
 
-    def stage(self, round: int, label: str, state: StageState) -> None: ...
+    def stage(self, round: int, label: str, state: StageState, metrics: Figures | None = None) -> None:
+        """A stage begins or ends; `metrics` are of what it made."""
 
-    def progress(self, round: int, label: str, done: int, total: int, unit: str) -> None: ...
+    def progress(
+        self, round: int, label: str, done: int, total: int, unit: str, figures: Figures | None = None
+    ) -> None: ...
 
     def waiting(self, label: str, holder: str) -> None: ...
 
@@ -136,7 +140,7 @@ class Maker:
         store: Store,
         run: Run,
         state: RunState,
-        context: Callable[[Callable[[int, int, str], None]], Context],
+        context: Callable[[StageProgress], Context],
         reporter: Reporter,
         run_task: RunTask = directly,
         restore: int | None = None,
@@ -171,9 +175,8 @@ class Maker:
 
     def _make(self, label: str, work: Work, inputs: tuple[Any, ...]) -> dict[str, Artifact]:
         with ExitStack() as held:
-            held.enter_context(
-                self.store.using(resolved(work, self.store).values())
-            )  # until the run's state names them
+            # what is found stays until the run's state names it
+            held.enter_context(self.store.using(resolved(work, self.store).values()))
             made = self._resolve(label, work, inputs)
         self.origins.note(self._round.round, label, work, inputs, made)
         return made
@@ -210,7 +213,9 @@ class Maker:
         return self._finish(label, StageState(state="done", seconds=time.monotonic() - started, artifacts=keys), found)
 
     def _context(self, round: int, label: str) -> Context:
-        return self.context(lambda done, total, unit: self.reporter.progress(round, label, done, total, unit))
+        return self.context(
+            lambda done, total, unit, figures=None: self.reporter.progress(round, label, done, total, unit, figures)
+        )
 
     @contextmanager
     def _whole(self, inputs: Iterable[Artifact]) -> Iterator[None]:
@@ -270,13 +275,15 @@ class Maker:
         """Record the stage's end. `shown` is the state to report where the record keeps that of an earlier call."""
         state.key = next(iter(state.artifacts.values()), None)
         state.rows = sum(sum(artifact.rows.values()) for artifact in found.values())
+        metrics: dict[str, float | None] = {}
         for artifact in found.values():
-            for name, value in (artifact.meta.get("metrics") or {}).items():
-                self._round.metrics[name if label == "evaluate" else f"{label}_{name}"] = value
-        self._note(label, state, shown)
+            metrics |= artifact.meta.get("metrics") or {}
+        for name, value in metrics.items():
+            self._round.metrics[name if label == "evaluate" else f"{label}_{name}"] = value
+        self._note(label, state, shown, metrics)
         return found
 
-    def _note(self, label: str, state: StageState, shown: str | None = None) -> None:
+    def _note(self, label: str, state: StageState, shown: str | None = None, metrics: Figures | None = None) -> None:
         self._round.stages[label] = state
         self.run.save(self.state)
-        self.reporter.stage(self._round.round, label, state.model_copy(update={"state": shown or state.state}))
+        self.reporter.stage(self._round.round, label, state.model_copy(update={"state": shown or state.state}), metrics)

@@ -13,7 +13,7 @@ from storage.errors import ConfigError
 from storage.identity import Identity, RunPolicy
 from storage.retention import Retention
 from tasks.evaluate import EvaluateConfig
-from tasks.losses.config import ObjectiveConfig
+from tasks.losses.config import FullSupport, ObjectiveConfig
 from tasks.models import ModelSource, declared_sizes
 from tasks.prepare import PrepareConfig
 from tasks.rollout import RolloutConfig
@@ -137,6 +137,12 @@ def cross_problems(e: Experiment) -> list[str]:
             side = getattr(e.objective, "side", None)
             where = "trust_region" if side is not None and side.support.k == need.k else "support"
             found.append(f"objective.{where}.k: {need.k} is above the vocabulary of {rows}")
+    support, sizes = getattr(e.objective, "support", None), (rows, declared_sizes(e.teacher.source)[0])
+    if isinstance(support, FullSupport) and all(sizes) and support.k < (least := min(filter(None, sizes))):
+        found.append(
+            f"objective.support.k: full support means every id, but k is {support.k} and the vocabulary has {least}"
+            f" rows; set k: {least}, or take kind: teacher_topk with outside: bucket"
+        )
     return found
 
 

@@ -17,6 +17,7 @@ from flows.progress import SilentReporter
 from storage.errors import ConfigError
 from storage.runs import Run, RunState
 from storage.store import Store
+from tasks.figures import StageProgress
 from tasks.plugins import load_plugins
 from tasks.stage import Context
 from tasks.workers import WorkerPool
@@ -77,7 +78,7 @@ def run_experiment(
                 pool = stack.enter_context(workers_for(experiment, run.log_path("run").parent, workers))
                 log = logger(run.log_path("run"))
 
-                def context(progress: Callable[[int, int, str], None]) -> Context:
+                def context(progress: StageProgress) -> Context:
                     return Context(store, experiment.runtime, pool, progress, log, experiment.plugins)
 
                 maker = Maker(store, run, state, context, reporter, restore=restore)

@@ -18,6 +18,7 @@ import traceback
 from typing import Any, Protocol
 
 from storage.errors import OpdError
+from tasks.figures import Figures
 from tasks.plugins import ROLES, load_plugins
 
 PROGRESS_INTERVAL = 0.2
@@ -86,12 +87,13 @@ def _serve(handler: Handler, channel: Channel, message: dict[str, Any], rank: in
     sent = 0.0
     _write_to(message["log"])
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, total: int, figures: Figures | None = None) -> None:
         nonlocal sent
         now = time.monotonic()
         if rank == 0 and (now - sent >= PROGRESS_INTERVAL or done >= total):
             sent = now
-            channel.send({"kind": "progress", "id": message["id"], "done": int(done), "total": int(total)})
+            told = {"figures": dict(figures)} if figures else {}
+            channel.send({"kind": "progress", "id": message["id"], "done": int(done), "total": int(total), **told})
 
     try:
         result = handler.handle(message["job"], progress)

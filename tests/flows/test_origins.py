@@ -80,7 +80,7 @@ class World:
         runtime, watcher = RuntimeConfig(device="cpu"), Watcher()
         with WorkerPool(runtime, self.store.root / "logs") as workers, self.run.lock():
 
-            def context(progress: Callable[[int, int, str], None]) -> Context:
+            def context(progress: Any) -> Context:
                 return Context(self.store, runtime, workers, progress, lambda line: None)
 
             maker = Maker(self.store, self.run, self.run.state, context, watcher, restore=restore)

@@ -155,7 +155,9 @@ def _replay(
     logs = folder / "logs"
     logs.mkdir()
     with WorkerPool(runtime, logs, experiment.plugins) as workers:
-        context = Context(scratch, runtime, workers, lambda *_: None, logger(logs / "replay.log"), experiment.plugins)
+        context = Context(
+            scratch, runtime, workers, lambda *_, **__: None, logger(logs / "replay.log"), experiment.plugins
+        )
         made = rebuild(origin.work, origin.made, context)
     seconds = time.monotonic() - started
     return [

@@ -65,7 +65,7 @@ class Watcher(SilentReporter):
     def __init__(self) -> None:
         self.made: list[str] = []
 
-    def stage(self, round: int, label: str, state: StageState) -> None:
+    def stage(self, round: int, label: str, state: StageState, metrics: Any = None) -> None:
         if state.state == "done":
             self.made.append(f"{label} {round}")
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from flows.config_file import merge, parse_override, read_config, validate
 from storage.errors import ConfigError
 from storage.identity import Identity, RunPolicy
+from storage.retention import Retention
 from tasks.evaluate import EvaluateConfig
 from tasks.losses.config import FullSupport, ObjectiveConfig
 from tasks.models import ModelSource, declared_sizes
@@ -33,6 +34,7 @@ class Policy(RunPolicy):
     """What may change between two calls of the same run."""
 
     rounds: int = Field(5, ge=0, description="rounds of rollout, supervision and training after the initial evaluation")
+    retain: Retention = Field(default_factory=Retention, description="what `opd gc` keeps of this run's earlier rounds")
 
 
 class Fork(BaseModel):

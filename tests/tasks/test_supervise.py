@@ -17,10 +17,12 @@ from storage.errors import ConfigError, CorruptArtifact, InputError
 from storage.schemas import MaskReason, schema_for
 from storage.store import Artifact, Store
 from tasks.engines.signals import mask_table, topk_table
+from tasks.losses.config import DirectConfig, TopkSupport
 from tasks.losses.needs import SignalNeed
 from tasks.rollout_config import RolloutConfig
 from tasks.supervise import SpecialTokens, SuperviseConfig, mask_rules, supervise_work
 from tasks.tokenizers import build_byte_tokenizer
+from tasks.trainer.data import from_rollouts
 
 ROLLOUT = RolloutConfig(temperature=0.8, top_p=0.9)
 SHARDS = [4, 3]
@@ -238,6 +240,16 @@ def test_compact_lists_are_rounded_and_smaller(shared):
     values |= {"teacher_valid": [np.array([2])], "teacher_tail": [np.array([-1e6])]}
     row = pa.table({"sample_id": ["s"]})
     assert topk_table("teacher_topk", row, values, "compact")["logprobs"].to_pylist() == [[[-65504.0, -math.inf]]]
+
+
+@pytest.mark.parametrize("encoding", ["exact", "compact"])
+@pytest.mark.parametrize("k", [6, 264])
+def test_what_the_scorer_writes_passes_the_trainers_checks(shared, encoding, k):
+    needs = DirectConfig(support=TopkSupport(kind="union", k=k)).needs()
+    made = shared.make(needs.signals, config=SuperviseConfig(encoding=encoding))
+    signals = {name: shared.store.read_table(artifact, name) for name, artifact in made.items()}
+    samples = from_rollouts(shared.store.read_table(shared.rollouts, "rollouts"), signals, needs, [], rows=264)
+    assert samples.keep.all() and samples.invalid == 0
 
 
 def test_lists_with_unusable_numbers_are_stored_empty():

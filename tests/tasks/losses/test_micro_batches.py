@@ -191,6 +191,19 @@ def test_cutting_a_step_and_padding_change_nothing(name: str, data: st.DataObjec
     assert_same(step(name, samples, rows, parts, ChunkedHead(data.draw(st.integers(1, 5)), rows_from=0)), whole)
 
 
+@pytest.mark.parametrize("name", ["reverse_kl-renormalize", "policy_gradient-jsd", "sft"])
+def test_the_loss_of_a_step_is_the_mean_over_its_tokens_that_count(name: str) -> None:
+    config, samples, rows = objective_config.validate_python(OBJECTIVES[name]), samples_for(name), range(len(LENGTHS))
+    model = Backwards()
+    batch = forward_batch(samples, rows, token_weights(samples, rows, "token", None), rows, False, CPU)
+    hidden_ND = model.hidden(batch.input_ids_BT).reshape(-1, D)[batch.hidden_index_N]
+    objective = make_objective(config)
+    per_token = objective(batch.tokens, PlainHead()(hidden_ND, model.head, batch.tokens, objective.needs.student))
+    assert len(per_token.per_token_N) == samples.keep.sum() < sum(LENGTHS)
+    loss, _ = step(name, samples, rows, [(rows, False)], PlainHead())
+    torch.testing.assert_close(loss, per_token.per_token_N.detach().float().mean(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_values_at_masked_tokens_never_arrive(name: str) -> None:
     rows, parts = range(len(LENGTHS)), [((0, 2, 4), False), ((1, 3, 5), False)]

@@ -32,12 +32,12 @@ _STUDENT_STAGES = (("train", "student"), ("warmup", "student"), ("model", "model
 """(stage of a round, artifact) that can hold its student, best first."""
 
 
-def status_json(state: RunState, root: Path | None = None) -> dict[str, Any]:
-    """What `opd status --json` prints: name, status, rounds with metrics, student digest and stages; with `root`, of
-    every stage also its evicted artifacts."""
+def status_json(state: RunState, root: Path) -> dict[str, Any]:
+    """What `opd status --json` and `opd run --json` print: name, status, rounds with metrics, student digest and stages,
+    of every stage also its evicted artifacts."""
     status = state.model_dump(mode="json")
-    gone = evicted(state, root) if root is not None else {}
-    for round in status["rounds"] if root is not None else ():
+    gone = evicted(state, root)
+    for round in status["rounds"]:
         for label, stage in round["stages"].items():
             stage["evicted"] = gone.get((round["round"], label), [])
     return status

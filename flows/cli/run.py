@@ -199,7 +199,7 @@ def _go(experiment: Experiment, name: str, root: Path, rounds: int | None, no_pr
                 )
             raise
     if as_json:
-        print(json.dumps(_with_built(status_json(state), built), indent=2))
+        print(json.dumps(_with_built(status_json(state, root), built), indent=2))
         return
     print_report(state, root)
     if built == 0:

@@ -136,9 +136,8 @@ class PolicyGradientObjective:
         log_u = difference(teacher, live.detach() if self.config.advantage_at == "live" else old)
         support = self.config.support
         assert isinstance(support, StudentCandidates)
-        weigher = working(live.detach() if support.weights_at == "live" else old)
-        weights = weigher.clamp(min=lowest(weigher)).masked_fill(~listed, lowest(weigher)).softmax(-1)
-        weights = weights.masked_fill(~listed, 0)
+        weigher = live.detach() if support.weights_at == "live" else old
+        weights = _over(weigher, listed).exp().masked_fill(~listed, 0)
 
         def mean(values_NK: Tensor) -> Tensor:
             return (weights * values_NK).sum(-1)
@@ -147,13 +146,12 @@ class PolicyGradientObjective:
         if support.baseline == "list":
             a = a - mean(a).unsqueeze(-1)
         loss, clipped = self._surrogate(a, live, old)
-        clip = self.config.log_ratio_clip
         metrics: dict[str, Tensor] = {}
         if self.config.ppo_clip is not None:
             metrics["clip_fraction"] = mean(clipped)
         if replaced is not None:
             metrics["outlier_fraction"] = mean(replaced)
-        return mean(loss), mean(-log_u.clamp(-clip, clip)), metrics
+        return mean(loss), mean(_over(weigher, listed) - _over(teacher, listed)), metrics
 
     def _advantage(self, log_u: Tensor, weights: TermWeights | None) -> tuple[Tensor, Tensor | None]:
         """(A, 1 where the trust region replaced it or null where it replaces nothing), elementwise."""
@@ -168,6 +166,13 @@ class PolicyGradientObjective:
         return surrogate(
             a, live, old, ppo_clip=config.ppo_clip, dual_clip=config.dual_clip, log_rho_clip=config.log_rho_clip
         )
+
+
+def _over(logprobs_NK: Tensor, listed_NK: Tensor) -> Tensor:
+    """Log-probabilities renormalised over each list; a very low finite number outside of it."""
+    values = working(logprobs_NK)
+    floor = lowest(values)
+    return values.clamp(min=floor).masked_fill(~listed_NK, floor).log_softmax(-1).clamp(min=floor)
 
 
 def _harmless(values_N: Tensor | None, out_N: Tensor) -> Tensor | None:

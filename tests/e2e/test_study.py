@@ -9,6 +9,8 @@ import pytest
 import yaml
 from opd_cli import CHECKOUT, TINY, opd
 
+from flows.experiment import load_experiment
+
 STUDY = {
     "name": "small",
     "base": str(TINY),
@@ -43,7 +45,8 @@ def test_the_sweep_chooses_the_rate_that_ends_nearest_to_the_teacher(studied):
     best = min(RUNS[:2], key=lambda name: final[name]["reverse_kl"])
     chosen = final["study-small-bucket-s0"]
     assert chosen["lr"] == final[best]["lr"] and chosen["reverse_kl"] == final[best]["reverse_kl"]
-    assert final["study-small-sampled-s0"]["lr"] == 1e-4, "its recipe's, over the study's base"
+    recipe = load_experiment(CHECKOUT / "configs" / "recipes" / "opd.yaml")
+    assert final["study-small-sampled-s0"]["lr"] == recipe.train.lr, "its recipe's, over the study's base"
     assert all(row["grad_norm_max"] > 0 and row["steps"] == 4 for row in final.values())
 
 

@@ -91,7 +91,7 @@ def test_a_teachers_prefix_is_likelihood_whether_trusted_or_not(outliers: str) -
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 def test_divergence_weights_of_the_sampled_token_and_of_candidates(scale: float) -> None:
-    """u - 1 - log u for the sampled token, sum w log(p/q) for candidates; their root is the default weight."""
+    """u - 1 - log u for the sampled token, KL over the list for candidates; their root is the default weight."""
     live, batch = given()
     fields = {"token_weight": {"kind": "divergence", "scale": scale, "largest": 1e9}, "log_ratio_clip": 6}
     log_p = live.detach().log_softmax(1)
@@ -99,7 +99,7 @@ def test_divergence_weights_of_the_sampled_token_and_of_candidates(scale: float)
     found, plain = run(live, batch, **fields).per_token_N, run(live, batch).per_token_N
     torch.testing.assert_close(found, plain * ((log_u.exp() - 1 - log_u) / scale).sqrt())
     found, plain = (run(live, batch, **CANDIDATES, **x).per_token_N for x in (fields, {}))
-    w = batch.student_support_logprobs_NK.softmax(1)
-    apart = (w * (log_p.gather(1, batch.support_ids_NK) - batch.teacher_support_logprobs_NK)).sum(1)
+    log_w = batch.student_support_logprobs_NK.log_softmax(1)
+    apart = (log_w.exp() * (log_w - batch.teacher_support_logprobs_NK.log_softmax(1))).sum(1)
     assert apart.max() > 0.1
     torch.testing.assert_close(found, plain * (apart.clamp(min=1e-12) / scale).sqrt().clamp(min=1e-9))

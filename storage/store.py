@@ -26,7 +26,14 @@ from storage.artifact import (
 from storage.builder import Builder
 from storage.digests import combine_digests
 from storage.errors import CorruptArtifact, InputError, StoreError
-from storage.files import explain_full_disk, fsync_directory, quarantine, require_space
+from storage.files import (
+    explain_full_disk,
+    fsync_directory,
+    make_directory,
+    quarantine,
+    remove_leftovers,
+    require_space,
+)
 from storage.locks import locked, probe
 from storage.schemas import schema_for
 from storage.shards import ShardWriter, check_file, dataset, footer_sha256, read_parquet, row_digest
@@ -48,7 +55,7 @@ class Store:
         self.root = Path(root).expanduser().absolute()
         try:
             for name in ("artifacts", "runs", "quarantine", "locks", "memo"):
-                (self.root / name).mkdir(parents=True, exist_ok=True)
+                make_directory(self.root / name)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise StoreError(f"{self.root}: cannot hold a store ({error.strerror}: {error.filename})") from error
         probe(self.root)
@@ -85,6 +92,10 @@ class Store:
         """Raises NotEnoughSpace unless that many bytes are free under the root."""
         require_space(self.root, bytes_needed, purpose)
 
+    def remove_leftovers(self) -> list[Path]:
+        """Removes the temporary files that killed processes left; returns what it removed."""
+        return remove_leftovers(self.root)
+
     # --- building ----------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -110,6 +121,7 @@ class Store:
             with explain_full_disk(directory):
                 directory.mkdir(parents=True, exist_ok=True)
                 fsync_directory(directory.parent)
+                fsync_directory(directory.parent.parent)  # a stage's first artifact, whoever made the folder
             try:
                 recorded = load_manifest(directory)
             except CorruptArtifact as error:

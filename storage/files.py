@@ -11,7 +11,7 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,9 +22,10 @@ from storage.failpoints import failpoint
 from storage.identity import canonical_json
 
 TEMPORARY = ".tmp-"
+STORE_PLACES = ("", "artifacts/*/*/", "runs/", "runs/*/", "quarantine/", "memo/")
+"""Where a store has temporary files, as prefixes of glob patterns."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _OWNER = re.compile(re.escape(TEMPORARY) + r"(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-")
-_PLACES = ("", "artifacts/*/*/", "runs/", "runs/*/", "quarantine/", "memo/")
 
 
 def unique() -> str:
@@ -48,13 +49,13 @@ def _machine() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
-def remove_leftovers(root: Path) -> list[Path]:
-    """Removes the temporary files of killed processes from a store at once; returns what it removed.
+def remove_leftovers(root: Path, places: Sequence[str] = STORE_PLACES) -> list[Path]:
+    """Removes the temporary files of killed processes from folders under `root`; returns what it removed.
 
     What another host left, or a process whose id is in use again, stays until `opd gc`. Nothing of a living process, and
     nothing that has its final name, is touched."""
     removed = []
-    for place in _PLACES:
+    for place in places:
         for path in root.glob(f"{place}{TEMPORARY}*"):
             owner = _OWNER.match(path.name)
             if owner is None or owner["machine"] != _machine() or _alive(int(owner["pid"])):
@@ -91,7 +92,7 @@ def fsync_directory(path: Path) -> None:
 
 def make_directory(path: Path) -> None:
     """Makes a directory and what is missing above it, each durable before anything is put into it."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
         fsync_directory(folder.parent)

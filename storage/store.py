@@ -31,7 +31,6 @@ from storage.files import (
     fsync_directory,
     make_directory,
     quarantine,
-    remove_leftovers,
     require_space,
 )
 from storage.locks import locked, probe
@@ -91,10 +90,6 @@ class Store:
     def require_space(self, bytes_needed: int, purpose: str = "") -> None:
         """Raises NotEnoughSpace unless that many bytes are free under the root."""
         require_space(self.root, bytes_needed, purpose)
-
-    def remove_leftovers(self) -> list[Path]:
-        """Removes the temporary files that killed processes left; returns what it removed."""
-        return remove_leftovers(self.root)
 
     # --- building ----------------------------------------------------------------------------------------------------
 

@@ -228,7 +228,10 @@ class Builder(ShardWriter):
         return {
             name: tree
             for name, tree in self._recorded.trees.items()
-            if not any(True for _ in damaged_files(tree_directory(self.path, tree), tree, self._memo))
+            if not any(
+                True
+                for _ in damaged_files(tree_directory(self.path, tree), tree, self._memo if tree.external else None)
+            )
         }
 
     def _collect_trees(self, content: dict[str, str]) -> dict[str, TreeRecord]:

@@ -138,7 +138,7 @@ def check_file(path: Path, size: int, sha256: str) -> str | None:
     """What is wrong with a file, or None. Hashed in full the first time in a process, then trusted by its stat."""
     try:
         stat = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return "missing"
     if stat.st_size != size:
         return f"{stat.st_size} bytes instead of {size}"

@@ -174,14 +174,18 @@ class Store:
     # --- trees -------------------------------------------------------------------------------------------------------
 
     def materialize(self, artifact: Artifact, name: str = "model") -> Path:
-        """A local directory with the tree's files, every hash verified (remembered by path, inode, size, mtime).
+        """A local directory with the tree's files, every hash verified: the first time in this process, or for a user's own
+        folder remembered by (path, inode, size, mtime).
 
         A bad file of the store moves to quarantine (CorruptArtifact); a changed file of a user's own folder is
         InputError; a file that does not belong to the tree moves to quarantine, for engines read what lies there."""
         tree = self._tree(self._manifest(artifact), name)
         directory = tree_directory(self._directory(artifact), tree)
         for record in tree.files:
-            problem = damaged(directory / record.path, record, self._memo)
+            path = directory / record.path
+            problem = (
+                damaged(path, record, self._memo) if tree.external else check_file(path, record.bytes, record.sha256)
+            )
             if problem is None:
                 continue
             if tree.external:

@@ -52,7 +52,9 @@ class Worker:
 
     def __init__(self, role: str, argv: list[str], env: dict[str, str], log: Path, world: int = 1) -> None:
         self.role, self.log, self.world = role, log, world
-        self._folder = os.path.join(tempfile.gettempdir(), temporary_name())  # a killed supervisor's is swept by the next
+        self._folder = os.path.join(
+            tempfile.gettempdir(), temporary_name()
+        )  # a killed supervisor's is swept by the next
         os.mkdir(self._folder, 0o700)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         path = os.path.join(self._folder, "s")

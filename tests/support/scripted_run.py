@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from tasks.models import model_work
 from tasks.prepare import prepare_work
 
 PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
+WITHOUT_PANDAS = Path(__file__).resolve().parent / "without_pandas"
 NAME = "trial"
 MARK = "OPD_FAULT_TRIAL"
 ROUNDS = 2
@@ -120,7 +122,7 @@ def _main(root: str, rounds: int, environment: dict[str, str], output: str) -> N
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(environment)
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (PLUGINS, Path(__file__).resolve().parents[2])))
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (WITHOUT_PANDAS, PLUGINS)))
     sys.path.insert(0, str(PLUGINS))
     failpoints.arm()
     from flows.cli.errors import exit_codes
@@ -138,6 +140,8 @@ class Trial:
     """One store and the processes that work on it."""
 
     folder: Path
+    temporary: Path
+    """The processes' folder for temporary files: short, for a socket's path must fit into 107 characters."""
     rounds: int = ROUNDS
 
     @property
@@ -152,13 +156,16 @@ class Trial:
     @classmethod
     def of(cls, template: Path, folder: Path, rounds: int = ROUNDS) -> Trial:
         folder.mkdir(parents=True)
-        (folder / "tmp").mkdir()
         shutil.copytree(template, folder / "store")
-        return cls(folder, rounds)
+        return cls(folder, Path(tempfile.mkdtemp(prefix="opd-trial-")), rounds)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+        shutil.rmtree(self.temporary)
 
     def start(self, failpoint: str = "", log: bool = False) -> Any:
         """A process that brings the run to its end, unless something happens to it."""
-        environment = {MARK: str(self.folder), "TMPDIR": str(self.folder / "tmp"), failpoints.SPEC: failpoint}
+        environment = {MARK: str(self.folder), "TMPDIR": str(self.temporary), failpoints.SPEC: failpoint}
         if failpoint or log:
             environment[failpoints.LOG] = str(self.folder / "hits")
         arguments = (str(self.root), self.rounds, environment, str(self.folder / "output"))
@@ -200,8 +207,8 @@ class Trial:
 
     def leftovers(self) -> list[str]:
         """Temporary files, in the store and in the folder for temporary files."""
-        found = [path for path in self.root.rglob(".tmp-*")] + list((self.folder / "tmp").iterdir())
-        return sorted(str(path.relative_to(self.folder)) for path in found)
+        found = [*self.root.rglob(".tmp-*"), *self.temporary.iterdir()]
+        return sorted(map(str, found))
 
     def hits(self) -> list[str]:
         """Names of the failpoints met, in order, by all processes."""

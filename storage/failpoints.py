@@ -104,6 +104,8 @@ def arm(environment: Mapping[str, str] = os.environ) -> None:
     if spec or log:
         _armed = parse(spec)
         os.environ.setdefault(ROOT, str(os.getpid()))
+    else:
+        os.environ.pop(ROOT, None)
 
 
 def parse(spec: str) -> dict[str, list[_Armed]]:

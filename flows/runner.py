@@ -15,6 +15,7 @@ from flows.executor import Maker, PlanLine, Planner, Reporter
 from flows.experiment import Experiment, check_plugins, load_experiment
 from flows.progress import SilentReporter
 from storage.errors import ConfigError
+from storage.files import explain_full_disk, remove_leftovers
 from storage.runs import Run, RunState
 from storage.store import Store
 from tasks.plugins import load_plugins
@@ -61,6 +62,7 @@ def run_experiment(
     run = open_run(experiment, name, root)
     reporter = reporter or SilentReporter()
     with run.lock(), terminating():
+        remove_leftovers(store.root)
         run.save_experiment(experiment.model_dump(mode="json"))
         state = run.state
         state.forked_from = f"{experiment.fork.run}@{experiment.fork.round}" if experiment.fork else None
@@ -112,7 +114,7 @@ def logger(path: Path) -> Callable[[str], None]:
     """Appends lines with their time to the run's own log."""
 
     def log(line: str) -> None:
-        with path.open("a") as file:
+        with explain_full_disk(path), path.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {line}\n")
 
     return log

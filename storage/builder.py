@@ -24,6 +24,7 @@ from storage.artifact import (
 )
 from storage.digests import combine_digests
 from storage.errors import CorruptArtifact, InputError, StoreError
+from storage.failpoints import failpoint
 from storage.files import (
     TEMPORARY,
     explain_full_disk,
@@ -31,6 +32,7 @@ from storage.files import (
     publish_exclusively,
     quarantine,
     replace_atomically,
+    temporary_name,
     unique,
     utc_now,
 )
@@ -65,6 +67,7 @@ class Builder(ShardWriter):
         self._started = time.monotonic()
         self._closed = False
         if committed is None:
+            failpoint("builder.before_sweep")
             self._sweep(recorded)
 
     @property
@@ -86,9 +89,10 @@ class Builder(ShardWriter):
     def directory(self, name: str = "model") -> Path:
         """A fresh temporary directory; its files become the artifact's tree `name` at commit."""
         self._new_tree(name)
-        path = self.path / f"{TEMPORARY}{name}-{unique()}"
+        path = self.path / temporary_name(name)
         with explain_full_disk(path):
             path.mkdir()
+        failpoint("tree.begun")
         self._temporary[name] = path
         return path
 
@@ -117,7 +121,9 @@ class Builder(ShardWriter):
         if self._closed:
             raise StoreError(f"{self._name}: its lock was given back; commit inside `Store.building`")
         plain_meta, plain_provenance = self._plain("meta", meta), self._plain("provenance", provenance)
+        failpoint("builder.before_collect")
         shards = self._collect(tables)
+        failpoint("builder.before_trees")
         found, rows = self._table_content(shards)
         trees = self._collect_trees(found)
         clash = sorted(set(found) & set(content or {}))
@@ -125,6 +131,7 @@ class Builder(ShardWriter):
             raise StoreError(f"{self._name}: content {clash} is computed by the store; give it another name")
         found.update(content or {})
         manifest = self._manifest(shards, trees, found, rows, plain_meta, plain_provenance)
+        failpoint("builder.before_publish")
         self.committed = self._publish(manifest)
         return self.committed
 
@@ -221,7 +228,10 @@ class Builder(ShardWriter):
         return {
             name: tree
             for name, tree in self._recorded.trees.items()
-            if not any(True for _ in damaged_files(tree_directory(self.path, tree), tree, self._memo))
+            if not any(
+                True
+                for _ in damaged_files(tree_directory(self.path, tree), tree, self._memo if tree.external else None)
+            )
         }
 
     def _collect_trees(self, content: dict[str, str]) -> dict[str, TreeRecord]:
@@ -234,7 +244,9 @@ class Builder(ShardWriter):
                     raise StoreError(f"{self._name}: the tree {name!r} is empty")
                 fsync_tree(temporary, files)
                 final = self.path / f"{name}-{unique()}"
+                failpoint("tree.before_rename", files[0])
                 os.rename(temporary, final)
+                failpoint("tree.after_rename", final / files[0].relative_to(temporary))
                 fsync_directory(self.path)
             records = record_files(final, own_files(final), self._memo)
             trees[name] = TreeRecord(directory=final.name, external=False, files=records)

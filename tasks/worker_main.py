@@ -15,9 +15,12 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 from storage.errors import OpdError
+from storage.files import explain_full_disk
 from tasks.plugins import ROLES, load_plugins
 
 PROGRESS_INTERVAL = 0.2
@@ -84,7 +87,6 @@ def main(role: str) -> None:
 
 def _serve(handler: Handler, channel: Channel, message: dict[str, Any], rank: int) -> None:
     sent = 0.0
-    _write_to(message["log"])
 
     def progress(done: int, total: int) -> None:
         nonlocal sent
@@ -94,10 +96,13 @@ def _serve(handler: Handler, channel: Channel, message: dict[str, Any], rank: in
             channel.send({"kind": "progress", "id": message["id"], "done": int(done), "total": int(total)})
 
     try:
-        result = handler.handle(message["job"], progress)
+        with explain_full_disk(Path(message["job"].get("store", message["log"]))):
+            _write_to(message["log"])
+            result = handler.handle(message["job"], progress)
     except Exception as error:
-        traceback.print_exc()
-        sys.stderr.flush()
+        with suppress(OSError):  # a full disk takes the log, not the answer
+            traceback.print_exc()
+            sys.stderr.flush()
         channel.send({"kind": "error", "id": message["id"], "rank": rank, **_describe(error)})
         return
     channel.send({"kind": "result", "id": message["id"], "rank": rank, "result": result if rank == 0 else {}})

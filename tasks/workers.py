@@ -26,6 +26,7 @@ from typing import Any
 
 import storage.errors
 from storage.errors import OpdError
+from storage.files import explain_full_disk, remove_leftovers, temporary_name
 from tasks.runtime import RuntimeConfig
 
 START_TIMEOUT = 600.0
@@ -51,7 +52,10 @@ class Worker:
 
     def __init__(self, role: str, argv: list[str], env: dict[str, str], log: Path, world: int = 1) -> None:
         self.role, self.log, self.world = role, log, world
-        self._folder = tempfile.mkdtemp(prefix="opd-")
+        self._folder = os.path.join(
+            tempfile.gettempdir(), temporary_name()
+        )  # a killed supervisor's is swept by the next
+        os.mkdir(self._folder, 0o700)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         path = os.path.join(self._folder, "s")
         self._listener.bind(path)
@@ -61,7 +65,7 @@ class Worker:
         self._buffers: dict[int, bytes] = {}
         self._jobs = 0
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as out:
+        with explain_full_disk(log), log.open("ab") as out:
             out.write(f"--- {role}: {' '.join(argv)}\n".encode())
             out.flush()
             self.process = subprocess.Popen(
@@ -230,6 +234,7 @@ class WorkerPool:
         self.plugins, self.plugin_path = plugins, plugin_path
         self._workers: dict[tuple[str, int, str], Worker] = {}
         self._lock = threading.Lock()
+        remove_leftovers(Path(tempfile.gettempdir()), places=("",))
 
     def __enter__(self) -> WorkerPool:
         return self

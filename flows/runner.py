@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from flows.distill import distill
 from flows.executor import Maker, PlanLine, Planner, Reporter
 from flows.experiment import Experiment, check_plugins, load_experiment
 from flows.progress import SilentReporter
+from flows.stopping import terminating
 from storage.errors import ConfigError
 from storage.files import explain_full_disk, remove_leftovers
 from storage.runs import Run, RunState
@@ -155,24 +154,6 @@ def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str
         data = merge(data, parse_override(text))
     data["fork"] = {"run": name, "round": round, "experiment": run.experiment}
     return validate(Experiment, data, f"fork of {name}@{round}")
-
-
-@contextmanager
-def terminating() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does: children are stopped, the state says so, what is committed stays."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        old = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread: whoever runs us handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)
 
 
 def refuse_full_disk(store: Store, experiment: Experiment) -> None:

@@ -37,6 +37,7 @@ from storage.files import (
     utc_now,
 )
 from storage.identity import canonical_json
+from storage.parts import PARTS
 from storage.schemas import schema_version
 from storage.shards import SIDECAR, ShardWriter, check_file, sidecar, sidecars
 from storage.trees import (
@@ -131,6 +132,8 @@ class Builder(ShardWriter):
             raise StoreError(f"{self._name}: content {clash} is computed by the store; give it another name")
         found.update(content or {})
         manifest = self._manifest(shards, trees, found, rows, plain_meta, plain_provenance)
+        for left in self.path.glob(f"*{PARTS}"):  # of a shard whose writer was killed a moment later
+            left.unlink()
         failpoint("builder.before_publish")
         self.committed = self._publish(manifest)
         return self.committed
@@ -333,7 +336,7 @@ class Builder(ShardWriter):
             keep |= {record.file for record in manifest.shards}
             keep |= {tree.directory for tree in manifest.trees.values() if not tree.external}
         for path in self.path.iterdir():
-            if path.name in keep or (path.name.endswith(SIDECAR) and not path.name.startswith(TEMPORARY)):
+            if path.name in keep or (path.name.endswith((SIDECAR, PARTS)) and not path.name.startswith(TEMPORARY)):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)

@@ -30,6 +30,7 @@ from storage.files import (
     unique,
     unseal,
 )
+from storage.parts import PARTS, Parts
 from storage.schemas import schema_version, validate_table
 
 SIDECAR = ".sidecar.json"
@@ -89,7 +90,12 @@ class ShardWriter:
         )
         replace_atomically(sidecar(final), seal(record.model_dump(mode="json")))
         failpoint("shard.after_sidecar", final)
+        self.parts(table, shard).remove()
         return record
+
+    def parts(self, table: str, shard: int) -> Parts:
+        """What is finished of a shard that is not written yet."""
+        return Parts(self.path / f"{table}-{shard:05d}{PARTS}")
 
 
 def row_digest(table: str, rows: pa.Table) -> str:

@@ -16,6 +16,7 @@ from storage.shards import read_parquet, sidecars
 from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.rollout_config import RolloutConfig
 from tasks.stage import Context, Work, model_inputs
+from tasks.workers import WorkerDied
 
 VERSION = 1
 STAGE = "rollout"
@@ -117,7 +118,14 @@ def _build(
         counts[job] = samples
         ctx.progress(done + sum(counts), total, "samples")
 
-    results = ctx.workers.run("sampler", jobs, on_progress)
+    try:
+        results = ctx.workers.run("sampler", jobs, on_progress)
+    except WorkerDied as error:
+        job = jobs[error.job]
+        finished = builder.parts(TABLE, job["shard"]).read()
+        raise error.losing([s["sample_id"] for s in job["samples"]], finished, f"shard {job['shard']}") from error
+    if kept := sum(result.get("kept", 0) for result in results):
+        ctx.log(f"rollout: {kept} samples of workers that ended early were kept")
     builder.commit(
         meta={
             "metrics": _metrics(builder, [] if builder.repairing else range(len(shards))),

@@ -1,10 +1,11 @@
 """The child's side of a worker: `python -m tasks.worker_main ROLE` serves a stream of jobs over a Unix socket.
 
 The supervisor (`tasks/workers.py`) gives the socket's path and the settings in the environment. Every message is one line
-of JSON. When the socket closes the parent is gone, and the worker ends its whole process group at once."""
+of JSON. When the socket closes the supervisor is gone, and the worker ends its whole process group at once."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -25,6 +26,7 @@ from tasks.plugins import ROLES, load_plugins
 
 PROGRESS_INTERVAL = 0.2
 """Seconds between two progress messages at least."""
+_PR_SET_PDEATHSIG = 1
 
 
 class Handler(Protocol):
@@ -63,6 +65,8 @@ class Channel:
 def main(role: str) -> None:
     """Serve jobs until told to stop. Every rank of a multi-process worker runs this and gets every job."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides; a terminal's Ctrl-C reaches it alone
+    if sys.platform == "linux":  # ends with its guard or its launcher, should one of these be killed
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     rank = int(os.environ.get("RANK", "0"))
     settings = json.loads(os.environ["OPD_WORKER_SETTINGS"])
     channel = Channel(os.environ["OPD_WORKER_SOCKET"])

@@ -101,7 +101,7 @@ class Worker:
                 if not self.alive:
                     raise self._died("before it was ready") from None
                 if time.monotonic() > deadline:
-                    raise self._died(f"not ready after {START_TIMEOUT:.0f} s") from None
+                    raise self._stopped(f"not ready after {START_TIMEOUT:.0f} s") from None
         for slot, connection in enumerate(waiting):
             self._ranks[slot] = connection
             self._buffers[slot] = b""
@@ -114,7 +114,7 @@ class Worker:
                     ready += 1
                     self._names[slot] = f" (rank {message['rank']})" if self.world > 1 else ""
             if time.monotonic() > deadline:
-                raise self._died(f"not ready after {START_TIMEOUT:.0f} s")
+                raise self._stopped(f"not ready after {START_TIMEOUT:.0f} s")
 
     def run(
         self,
@@ -139,14 +139,7 @@ class Worker:
             for connection in self._ranks.values():
                 connection.sendall(line)
             while done < self.world:
-                messages = self._receive()
-                now = time.monotonic()
-                heard = now if messages else heard
-                if timeout and now - started > timeout and not messages:
-                    raise self._died(f"stopped: no answer within runtime.stage_timeout ({timeout:g} s)")
-                if stall_timeout and now - heard > stall_timeout:
-                    raise self._died(f"stopped: no progress for runtime.stall_timeout ({stall_timeout:g} s)")
-                for _, message in messages:
+                for _, message in (messages := self._receive()):
                     if message["kind"] == "progress":
                         progress(message["done"], message["total"])
                     elif message["kind"] == "error":
@@ -155,6 +148,12 @@ class Worker:
                         done += 1
                         if message["rank"] == 0:
                             result = message["result"]
+                now = time.monotonic()
+                heard = now if messages else heard
+                if done < self.world and timeout and now - started > timeout:
+                    raise self._stopped(f"no answer within runtime.stage_timeout ({timeout:g} s)")
+                if done < self.world and stall_timeout and now - heard > stall_timeout:
+                    raise self._stopped(f"no progress for runtime.stall_timeout ({stall_timeout:g} s)")
         except (BrokenPipeError, ConnectionResetError):
             error = self._died("while a job was sent to it")
             self.kill()
@@ -183,11 +182,14 @@ class Worker:
 
     def _died(self, when: str, name: str = "") -> WorkerDied:
         try:
-            code = self.process.wait(1) if self.process is not None and not when.startswith("stopped") else None
+            code = self.process.wait(1) if self.process is not None else None
         except subprocess.TimeoutExpired:
             code = None
         how = "" if code is None else f" (exit {code})" if code >= 0 else f" (killed by signal {-code})"
         return WorkerDied(f"{self.role} worker{name} ended {when}{how}", self._tail())
+
+    def _stopped(self, why: str) -> WorkerDied:
+        return WorkerDied(f"{self.role} worker stopped: {why}", self._tail())
 
     def _error(self, message: dict[str, Any]) -> OpdError:
         kind = getattr(storage.errors, message["type"], None)

@@ -1,6 +1,6 @@
 """How errors reach the user: what is theirs or the machine's as one block on stderr, what is a bug with its traceback.
 
-Exit codes: 0 done, 1 failed, 2 bad config, input or usage, 75 held by another process, 130 stopped (Ctrl-C, SIGTERM, `opd stop`)."""
+Exit codes: 0 done, 1 failed, 2 bad config, input or usage, 75 held by another process, 130 stopped by a signal."""
 
 from __future__ import annotations
 

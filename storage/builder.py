@@ -139,8 +139,10 @@ class Builder(ShardWriter):
         return self.committed
 
     def close(self) -> None:
-        """Called when the lock is given back: nothing can be committed afterwards."""
+        """Called when the lock is given back: nothing can be committed afterwards, and trees under way are removed."""
         self._closed = True
+        for path in self._temporary.values():
+            shutil.rmtree(path, ignore_errors=True)
 
     # --- shards ------------------------------------------------------------------------------------------------------
 

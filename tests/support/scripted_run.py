@@ -109,7 +109,8 @@ def prepare_root(root: Path) -> Path:
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
-def _context() -> Any:
+def forkserver() -> Any:
+    """Where processes are forked from: it has imported the flow."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["scripted_run", "flows.runner", "flows.distill", "storage.catalog"])
     return context
@@ -169,7 +170,7 @@ class Trial:
         if failpoint or log:
             environment[failpoints.LOG] = str(self.folder / "hits")
         arguments = (str(self.root), self.rounds, environment, str(self.folder / "output"))
-        process = _context().Process(target=_main, args=arguments)
+        process = forkserver().Process(target=_main, args=arguments)
         process.start()
         return process
 

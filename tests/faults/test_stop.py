@@ -3,6 +3,7 @@ code and the run's state say what happened, and `opd resume` goes on to the undi
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -83,3 +84,22 @@ def wait_for_the_run(run: StoppedRun, process: Any) -> None:
     while not (run.root / "runs" / "trial" / "state.json").exists():
         assert process.is_alive(), run.output
         time.sleep(0.01)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_the_runs_own_prefect_server_ends_with_it(
+    undisturbed: Undisturbed, trials: Trials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+        monkeypatch.delenv(name)
+
+    def attempt(name: str) -> None:
+        role, how, *_ = name.split()
+        run = undisturbed.run(tmp_path / name.replace(" ", "-"))
+        one_stop(run, role, how, prefect=True)
+        assert run.resumed() == undisturbed.result
+        run.remove()
+
+    names = [f"{role} {how}" for how in ("SIGINT", "SIGTERM", "SIGKILL", "opd-stop") for role in ROLES]
+    trials(10, "the same with the store's own Prefect server", names, attempt)

@@ -54,8 +54,9 @@ class StoppedRun(Trial):
         process.start()
         return process
 
-    def begin(self, *more: str) -> Any:
-        return self.opd("run", str(self.folder / "config.yaml"), "--name", NAME, "--no-prefect", *more)
+    def begin(self, *more: str, prefect: bool = False) -> Any:
+        more = more if prefect else (*more, "--no-prefect")
+        return self.opd("run", str(self.folder / "config.yaml"), "--name", NAME, *more)
 
     def family(self, process: Any) -> list[int]:
         """The pids of the worker and of its family, once they are all there."""
@@ -137,11 +138,11 @@ STOPS: dict[str, tuple[Stop, int, str, tuple[str, ...]]] = {
 """Name -> (how, exit code, the state that the run says it is in ("": any), further arguments)."""
 
 
-def one_stop(run: StoppedRun, role: str, how: str) -> None:
+def one_stop(run: StoppedRun, role: str, how: str, prefect: bool = False) -> None:
     """Starts the run, stops it and looks what is left."""
     stop, code, status, more = STOPS[how]
     run.write(role)
-    process = run.begin(*more)
+    process = run.begin(*more, prefect=prefect)
     stop(run, process, run.family(process))
     assert run.ended(process) == code, run.output
     state = Run.open(run.root, NAME).state

@@ -17,13 +17,14 @@ import tempfile
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
 import storage.errors
 from storage.errors import OpdError
 from storage.files import explain_full_disk, temporary_name
+from tasks.figures import Progress
 
 START_TIMEOUT = 600.0
 """Seconds until a worker must be ready: importing an engine on a cold, busy machine takes a minute or more."""
@@ -119,7 +120,7 @@ class Worker:
     def run(
         self,
         job: dict[str, Any],
-        progress: Callable[[int, int], None],
+        progress: Progress,
         timeout: float | None = None,
         log: Path | None = None,
         stall_timeout: float | None = None,
@@ -141,7 +142,8 @@ class Worker:
             while done < self.world:
                 for _, message in (messages := self._receive()):
                     if message["kind"] == "progress":
-                        progress(message["done"], message["total"])
+                        told = {"figures": message["figures"]} if "figures" in message else {}
+                        progress(message["done"], message["total"], **told)
                     elif message["kind"] == "error":
                         raise self._error(message)
                     elif message["kind"] == "result":

@@ -4,6 +4,7 @@ GPU memory is free when a worker ends, and a crash is only that stage's."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import queue
@@ -17,15 +18,13 @@ from typing import Any
 
 import storage.errors
 from storage.files import remove_leftovers
+from tasks.figures import JobsProgress, Progress, silent
 from tasks.runtime import RuntimeConfig
 from tasks.worker import Worker, WorkerDied, WorkerFailed
 
 __all__ = ["Worker", "WorkerDied", "WorkerFailed", "WorkerPool"]
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-
-Progress = Callable[[int, int, int], None]
-"""Called with (job index, done, total)."""
 
 
 class WorkerPool:
@@ -73,7 +72,7 @@ class WorkerPool:
         self,
         role: str,
         jobs: list[dict[str, Any]],
-        on_progress: Progress | None = None,
+        on_progress: JobsProgress | None = None,
         settings_extra: dict[str, Any] | None = None,
     ) -> list[dict[str, Any]]:
         """Do the jobs over the role's workers and return their results in the order of the jobs.
@@ -94,7 +93,7 @@ class WorkerPool:
             try:
                 while not errors:
                     index = pending.get_nowait()
-                    report = (lambda done, total, i=index: on_progress(i, done, total)) if on_progress else _silent
+                    report = functools.partial(on_progress, index) if on_progress else silent
                     results[index] = self._attempt(role, number, jobs[index], report, settings_extra or {})
             except queue.Empty:
                 pass
@@ -122,7 +121,7 @@ class WorkerPool:
         return results
 
     def _attempt(
-        self, role: str, number: int, job: dict[str, Any], report: Callable[[int, int], None], extra: dict[str, Any]
+        self, role: str, number: int, job: dict[str, Any], report: Progress, extra: dict[str, Any]
     ) -> dict[str, Any]:
         tries, log = self.runtime.retries + 1, self._log(role, number)
         for attempt in range(1, tries + 1):
@@ -238,10 +237,6 @@ class WorkerPool:
                 f" {width}; name at least {own.workers * width}"
             )
         return ",".join(map(str, mine))
-
-
-def _silent(done: int, total: int) -> None:
-    """No one listens."""
 
 
 def _inductor_cache() -> str:

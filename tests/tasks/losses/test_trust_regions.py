@@ -247,6 +247,22 @@ def test_candidates_by_hand(weights_at: str) -> None:
     same(gradient(out.per_token_N[0], p), gradient(wanted, p))
 
 
+def test_with_the_lists_mean_as_baseline_it_is_the_renormalised_reverse_kl() -> None:
+    """On-policy: Revisiting OPD's gradient on the student's list, and no push on mass outside of it."""
+    p, q, _ = models()
+    old = p.detach().log_softmax(0)
+    ids = old.topk(K).indices
+    log_p, log_q = p.log_softmax(0)[ids].log_softmax(0), q[ids].log_softmax(0)
+    wanted = gradient((log_p.exp() * (log_p - log_q)).sum(), p)
+    found, plain = (
+        gradient(run(p, batch_of(q, old, K, "student"), **candidates(K, baseline=b)).per_token_N[0], p)
+        for b in ("list", "none")
+    )
+    same(found, wanted)
+    outside = torch.ones(V, dtype=torch.bool).scatter(0, ids, False)
+    assert found[outside].abs().max() < 1e-12 and (plain[outside] < -1e-3).all()  # descent raises what it should not
+
+
 def test_candidates_take_a_floor_and_a_proximal_teacher() -> None:
     p, q, old = models()
     batch = batch_of(q, old, V, "student")

@@ -223,16 +223,17 @@ class Builder(ShardWriter):
             raise StoreError(f"{self._name}: tree {name!r} was begun twice")
 
     def _kept_trees(self) -> dict[str, TreeRecord]:
-        if self._recorded is None:
-            return {}
-        return {
-            name: tree
-            for name, tree in self._recorded.trees.items()
-            if not any(
-                True
-                for _ in damaged_files(tree_directory(self.path, tree), tree, self._memo if tree.external else None)
-            )
-        }
+        """Recorded trees that are whole, by full hashes. Bad files found on the way go to quarantine."""
+        kept = {}
+        for name, tree in self._recorded.trees.items() if self._recorded is not None else ():
+            memo = self._memo if tree.external else None
+            bad = list(damaged_files(tree_directory(self.path, tree), tree, memo))
+            if not bad:
+                kept[name] = tree
+            for path, problem in bad:
+                if problem != "missing" and not tree.external:
+                    quarantine(self.root, path, f"tree {name!r}: {problem}")
+        return kept
 
     def _collect_trees(self, content: dict[str, str]) -> dict[str, TreeRecord]:
         """Hashes, fsyncs and renames the new trees; adds their digests to `content`."""

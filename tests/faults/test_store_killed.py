@@ -67,7 +67,9 @@ def test_killed_at_every_failpoint(world: World, trials: Trials, tmp_path: Path,
     def attempt(name: str) -> None:
         point, number = name.split()
         hit = random.Random(f"store {name}").randint(1, world.hits[point])
-        code, result = trial(world, tmp_path / name.replace(" ", "-"), f"{point}={('kill', 'exit')[number == '9']}@{hit}")
+        code, result = trial(
+            world, tmp_path / name.replace(" ", "-"), f"{point}={('kill', 'exit')[number == '9']}@{hit}"
+        )
         assert code != 0
         assert result == world.result
 

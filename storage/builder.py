@@ -82,6 +82,18 @@ class Builder(ShardWriter):
         good, _ = self._inspect(table)
         return [shard for shard in range(n_shards) if shard not in good]
 
+    def finished(self, table: str, n_shards: int) -> list[Path]:
+        """The files of shards 0..n_shards-1 before they are committed, verified, each shard once however often it was
+        written. CorruptArtifact when one is missing, or was damaged since it was written."""
+        good, _ = self._inspect(table)
+        absent = [shard for shard in range(n_shards) if shard not in good]
+        if absent:
+            raise CorruptArtifact(
+                f"{self._name}: shards {absent[:10]} of {table} are damaged or gone since they were written; run again:"
+                " only these are rebuilt"
+            )
+        return [self.path / good[shard].file for shard in range(n_shards)]
+
     def needs_tree(self, name: str = "model") -> bool:
         """Whether `directory(name)` must be filled; False where a damaged artifact still has this tree whole."""
         return self.committed is None and name not in self._kept_trees()

@@ -5,8 +5,6 @@ failpoints of the same run instead, and the fault's name says so."""
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import random
 import shutil
 import sys
@@ -14,10 +12,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import small_disk
 from fault_trials import Trials, both_forms
-from scripted_run import NAME, PLUGINS, ROUNDS, WITHOUT_PANDAS, Trial, experiment
+from scripted_run import NAME, PLUGINS, ROUNDS, Trial, experiment, find_engines
 
 from storage.errors import NotEnoughSpace
 from storage.runs import Run
@@ -47,14 +46,12 @@ def undisturbed(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Und
 
 def fill(template: Path, folder: Path, free: int) -> None:
     """In a process of its own: a run on a disk with so many bytes free; then with enough. Writes down what happened."""
-    os.setsid()
     disk = folder / "disk"
     small_disk.mount(disk, LARGE)
     root = disk / "store"
     shutil.copytree(template, root)
     small_disk.resize(disk, small_disk.used(disk) + free)
-    sys.path.insert(0, str(PLUGINS))
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (WITHOUT_PANDAS, PLUGINS)))
+    find_engines()
     said: dict[str, Any] = {"error": None}
     try:
         go(root)
@@ -65,10 +62,9 @@ def fill(template: Path, folder: Path, free: int) -> None:
     said["committed"] = {f"{a.stage}/{a.key}": a.content for a in store.list()}
     said["stage"] = stage_of(root)
     go(root)
-    trial = Trial(folder, folder / "none")
     said["result"] = Trial(disk, folder / "none").result()
     said["leftovers"] = [str(path) for path in root.rglob(".tmp-*")]
-    (trial.folder / "said.json").write_text(json.dumps(said))
+    (folder / "said.json").write_text(json.dumps(said))
 
 
 def roomy(disk: Path, root: Path) -> Store:
@@ -101,12 +97,8 @@ def test_a_disk_that_fills_up(undisturbed: Undisturbed, trials: Trials, tmp_path
         folder.mkdir()
         # from the first to the last byte of what the run writes, so that every stage meets it
         free = round(undisturbed.growth * (int(name) + 0.5) / count * 0.95)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["scripted_run", "flows.runner", "flows.distill", "storage.catalog"])
-        child = context.Process(target=fill, args=(undisturbed.template, folder, free))
-        child.start()
-        child.join(300)
-        assert child.exitcode == 0, f"{free} bytes free: exit {child.exitcode}"
+        code = forked.exit_code(forked.start(fill, undisturbed.template, folder, free, output=folder / "output"))
+        assert code == 0, f"{free} bytes free: exit {code}\n{(folder / 'output').read_text()}"
         said = json.loads((folder / "said.json").read_text())
         assert said["error"] is not None, f"{free} of {undisturbed.growth} bytes were enough"
         check_error(said["error"])

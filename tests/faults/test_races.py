@@ -4,20 +4,20 @@ forked from a warm one so that they meet within milliseconds."""
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 import in_process
 import pytest
 from fault_trials import Trials, both_forms
-from scripted_run import NAME, PLUGINS, experiment, prepare_root
+from scripted_run import NAME, experiment, find_engines, prepare_root
 from small_store import SHARDS, SPEC, rows
 
 from storage import failpoints
@@ -42,25 +42,18 @@ class Racer:
     """One process that waits for the start and then does `work(root, folder)`; what it says is in files of `folder`."""
 
     folder: Path
-    process: Any = None
-    said: dict[str, Any] = field(default_factory=dict)
+    process: Any
 
     @classmethod
     def ready(cls, work: Any, root: Path, folder: Path, go: Path, spec: str = "") -> Racer:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["scripted_run", "flows.cli.run", "flows.runner", "small_store"])
         folder.mkdir(parents=True)
-        process = context.Process(target=_race, args=(work, root, folder, go, spec), daemon=True)
-        process.start()
-        return cls(folder, process)
+        return cls(folder, forked.start(_race, work, root, folder, go, spec, output=folder / "output"))
 
     def is_ready(self) -> bool:
         return (self.folder / "ready").exists()
 
     def code(self) -> int:
-        self.process.join(PATIENCE)
-        assert self.process.exitcode is not None, "a racer hangs"
-        return int(self.process.exitcode)
+        return forked.exit_code(self.process)
 
     def output(self) -> str:
         return (self.folder / "output").read_text()
@@ -71,11 +64,7 @@ class Racer:
 
 
 def _race(work: Any, root: Path, folder: Path, go: Path, spec: str) -> None:
-    os.setsid()
-    descriptor = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.path.insert(0, str(PLUGINS))
+    find_engines()
     os.environ[failpoints.SPEC] = spec
     failpoints.arm()
     (folder / "ready").touch()

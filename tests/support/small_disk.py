@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 from pathlib import Path
+
+import forked
 
 _NEWNS, _NEWUSER = 0x00020000, 0x10000000
 _PRIVATE, _REMOUNT = (1 << 18) | (1 << 14), 32
@@ -52,7 +53,4 @@ def _try(path: str) -> None:
 
 def possible(folder: Path) -> bool:
     """Whether this machine lets us."""
-    child = multiprocessing.get_context("forkserver").Process(target=_try, args=(str(folder),))
-    child.start()
-    child.join()
-    return child.exitcode == 0
+    return forked.exit_code(forked.start(_try, str(folder), output=Path(os.devnull))) == 0

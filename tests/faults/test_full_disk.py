@@ -31,6 +31,7 @@ class Undisturbed:
         trial = Trial.of(template, folder)
         assert trial.run(log=True) == 0, trial.output
         self.result, self.hits = trial.result(), Counter(trial.hits())
+        trial.temporary.rmdir()
         self.growth = pages(trial.root) - pages(template)
 
 

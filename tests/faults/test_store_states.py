@@ -44,6 +44,7 @@ CONTENT = [
 ]
 CRASHES = sorted(name for name in failpoints.NAMES if name.split(".")[0] in ("shard", "file", "manifest", "builder"))
 which = st.integers(0, 1)
+share = st.floats(0, 1, exclude_max=True)
 
 evict: Callable[[Path], None] | None = None
 """What removes a committed artifact's data and keeps its manifest, where the store can do that (storage.gc)."""
@@ -127,20 +128,22 @@ class StoreMachine(RuleBasedStateMachine):
 
     # --- damage ------------------------------------------------------------------------------------------------------
 
-    def files(self) -> list[Path]:
-        return sorted(path for path in (self.folder / "artifacts").glob("*/*/*") if path.is_file())
+    def file(self, part: float) -> Path | None:
+        """The one that many parts of the way through all files, in an order that random names play no part in."""
+        files = [path for path in (self.folder / "artifacts").glob("*/*/*") if path.is_file()]
+        kind = lambda path: (path.parent.name, path.name[:10], path.name[-12:], path.stat().st_mtime_ns)  # noqa: E731
+        return sorted(files, key=kind)[int(part * len(files))] if files else None
 
-    @rule(draw=st.data(), how=st.sampled_from(["flip", "truncate", "zero", "remove"]), stamps=st.booleans())
-    def damage(self, draw: st.DataObject, how: str, stamps: bool) -> None:
-        files = self.files()
-        if not files:
+    @rule(file=share, place=share, how=st.sampled_from(["flip", "truncate", "zero", "remove"]), stamps=st.booleans())
+    def damage(self, file: float, place: float, how: str, stamps: bool) -> None:
+        path = self.file(file)
+        if path is None:
             return
-        path = draw.draw(st.sampled_from(files))
         data, stat = bytearray(path.read_bytes()), path.stat()
         if how == "remove" or not data:
             path.unlink()
             return
-        at = draw.draw(st.integers(0, len(data) - 1))
+        at = int(place * len(data))
         if how == "flip":
             data[at] ^= 1 << at % 8
         elif how == "truncate":
@@ -151,11 +154,10 @@ class StoreMachine(RuleBasedStateMachine):
         if stamps:
             os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
-    @rule(draw=st.data())
-    def swap(self, draw: st.DataObject) -> None:
-        files = self.files()
-        if len(files) > 1:
-            one, other = draw.draw(st.permutations(files))[:2]
+    @rule(one_file=share, other_file=share)
+    def swap(self, one_file: float, other_file: float) -> None:
+        one, other = self.file(one_file), self.file(other_file)
+        if one is not None and other is not None:
             first, second = one.read_bytes(), other.read_bytes()
             one.write_bytes(second)
             other.write_bytes(first)

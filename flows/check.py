@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from flows.distill import inputs
@@ -13,6 +13,7 @@ from flows.progress import SilentReporter
 from flows.runner import bytes_per_round
 from storage.runs import Run
 from storage.store import Artifact, Store
+from tasks.figures import StageProgress
 from tasks.stage import Context
 from tasks.tokenizers import audit_tokenizers
 from tasks.workers import WorkerPool
@@ -30,7 +31,7 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
         run = Run.create(scratch, "check", {}, {})
         with WorkerPool(experiment.runtime, Path(scratch) / "logs") as workers:
 
-            def context(progress: Callable[[int, int, str], None]) -> Context:
+            def context(progress: StageProgress) -> Context:
                 return Context(store, experiment.runtime, workers, progress, lambda line: None)
 
             maker = Maker(store, run, run.state, context, SilentReporter())

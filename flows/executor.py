@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from flows.origins import Again, Origin, Origins, artifacts_in, rebuild
 from storage.runs import RoundState, Run, RunState, StageState
 from storage.store import Artifact, Builder, Store
+from tasks.figures import Figures, StageProgress
 from tasks.stage import Context, Work
 
 
@@ -51,7 +53,8 @@ def resolved(work: Work, store: Store) -> dict[str, Artifact]:
 
 @dataclass
 class PlanLine:
-    """One stage of a plan. `state`: cached (in the store), run (would run), pending (waits for a stage that would)."""
+    """One stage of a plan. `state`: cached (in the store), restore (evicted, and read by what would run), run (would
+    run), pending (waits for a stage that would)."""
 
     round: int
     stage: str
@@ -66,6 +69,7 @@ class Planner:
 
     def __init__(self, store: Store) -> None:
         self.store, self.lines, self._round = store, list[PlanLine](), 0
+        self.origins = Origins(store)
 
     def __call__(self, label: str, make: Callable[..., Work], *inputs: Any) -> Result:
         if any(_is_pending(value) for value in inputs):
@@ -77,7 +81,17 @@ class Planner:
         missing = tuple(name for name in work.outputs if name not in found)
         state = "run" if missing else "cached"
         self.lines.append(PlanLine(self._round, label, state, keys, missing))
-        return found if state == "cached" else Pending()
+        if missing:
+            self._mark(self.origins.to_restore(artifacts_in(inputs)))
+            return Pending()
+        self.origins.note(self._round, label, work, inputs, found)
+        return found
+
+    def _mark(self, again: list[Again]) -> None:
+        places = {(item.origin.round, item.origin.label) for item in again}
+        for line in self.lines:
+            if (line.round, line.stage) in places:
+                line.state = "restore"
 
     @contextmanager
     def round(self, number: int) -> Iterator[Planner]:
@@ -97,9 +111,12 @@ def _is_pending(value: Any) -> bool:
 class Reporter(Protocol):
     """Who watches: a terminal, a log, a test."""
 
-    def stage(self, round: int, label: str, state: StageState) -> None: ...
+    def stage(self, round: int, label: str, state: StageState, metrics: Figures | None = None) -> None:
+        """A stage begins or ends; `metrics` are of what it made."""
 
-    def progress(self, round: int, label: str, done: int, total: int, unit: str) -> None: ...
+    def progress(
+        self, round: int, label: str, done: int, total: int, unit: str, figures: Figures | None = None
+    ) -> None: ...
 
     def waiting(self, label: str, holder: str) -> None: ...
 
@@ -123,13 +140,17 @@ class Maker:
         store: Store,
         run: Run,
         state: RunState,
-        context: Callable[[Callable[[int, int, str], None]], Context],
+        context: Callable[[StageProgress], Context],
         reporter: Reporter,
         run_task: RunTask = directly,
+        restore: int | None = None,
     ) -> None:
+        """`restore`: a round whose evicted artifacts are made again, read or not."""
         self.store, self.run, self.state = store, run, state
         self.context, self.reporter, self.run_task = context, reporter, run_task
         self.built = 0
+        self.origins = Origins(store)
+        self._restored_round = restore
         self._round = RoundState(round=0)
 
     @contextmanager
@@ -150,23 +171,32 @@ class Maker:
         work = make(*inputs)
         name = f"{label} · round {self._round.round}"
         before = self.built
-        return self.run_task(name, lambda: self._make(label, work), lambda _: self.built == before)
+        return self.run_task(name, lambda: self._make(label, work, inputs), lambda _: self.built == before)
 
-    def _make(self, label: str, work: Work) -> dict[str, Artifact]:
+    def _make(self, label: str, work: Work, inputs: tuple[Any, ...]) -> dict[str, Artifact]:
+        with ExitStack() as held:
+            # what is found stays until the run's state names it
+            held.enter_context(self.store.using(resolved(work, self.store).values()))
+            made = self._resolve(label, work, inputs)
+        self.origins.note(self._round.round, label, work, inputs, made)
+        return made
+
+    def _resolve(self, label: str, work: Work, inputs: tuple[Any, ...]) -> dict[str, Artifact]:
         started = time.monotonic()
-        context = self.context(
-            lambda done, total, unit: self.reporter.progress(self._round.round, label, done, total, unit)
-        )
+        context = self._context(self._round.round, label)
         keys = {name: work.shared.get(name, spec.key) for name, spec in work.outputs.items()}
         found = resolved(work, self.store)
         old = self._round.stages.get(label)
         if len(found) == len(work.outputs):
+            if self._round.round == self._restored_round:
+                self._restore_own(label, work, inputs, found)
             kept = old is not None and old.artifacts == keys and old.state in ("done", "cached")
             state = old if kept and old is not None else StageState(state="cached", seconds=0.0, artifacts=keys)
             return self._finish(label, state, found, shown="cached")
         self._note(label, StageState(state="running", artifacts=keys, started=time.strftime("%Y-%m-%dT%H:%M:%S%z")))
         try:
-            found |= self._build(label, work, found, context)
+            with self._whole(artifacts_in(inputs)):
+                found |= self._build(label, work, found, context)
         except BaseException as error:
             seconds = time.monotonic() - started
             text = (
@@ -181,6 +211,41 @@ class Maker:
         self.built += 1
         context.workers.stage_done()
         return self._finish(label, StageState(state="done", seconds=time.monotonic() - started, artifacts=keys), found)
+
+    def _context(self, round: int, label: str) -> Context:
+        return self.context(
+            lambda done, total, unit, figures=None: self.reporter.progress(round, label, done, total, unit, figures)
+        )
+
+    @contextmanager
+    def _whole(self, inputs: Iterable[Artifact]) -> Iterator[None]:
+        """The data of the inputs is there, made again where it was evicted, and stays."""
+        inputs = list(inputs)
+        with self.store.using(inputs):  # first, so that a collection cannot come between
+            self._restore(self.origins.to_restore(inputs))
+            yield
+
+    def _restore_own(self, label: str, work: Work, inputs: tuple[Any, ...], found: dict[str, Artifact]) -> None:
+        lost = {name: artifact for name, artifact in found.items() if self.store.evicted(artifact) is not None}
+        if lost:
+            origin = Origin(self._round.round, label, work, tuple(artifacts_in(inputs)), found)
+            self._restore([*self.origins.to_restore(origin.inputs), Again(origin, lost)])
+
+    def _restore(self, again: list[Again]) -> None:
+        with self.store.using(artifact for item in again for artifact in item.needs):
+            for item in again:
+                number, label, started = item.origin.round, item.origin.label, time.monotonic()
+                context = self._context(number, label)
+                names = ", ".join(f"{a.stage}/{a.key}" for a in item.lost.values())
+                context.log(f"{label} · round {number}: {names} was evicted and is made again")
+                self.reporter.stage(number, label, StageState(state="running"))
+                waiting = lambda holder, label=label: self.reporter.waiting(label, holder)  # noqa: E731
+                made = rebuild(item.origin.work, item.lost, context, waiting)
+                self.built += 1
+                context.workers.stage_done()
+                rows = sum(sum(artifact.rows.values()) for artifact in made.values())
+                seconds = time.monotonic() - started
+                self.reporter.stage(number, label, StageState(state="done", seconds=seconds, rows=rows))
 
     def _build(self, label: str, work: Work, found: dict[str, Artifact], context: Context) -> dict[str, Artifact]:
         with ExitStack() as stack:
@@ -210,13 +275,15 @@ class Maker:
         """Record the stage's end. `shown` is the state to report where the record keeps that of an earlier call."""
         state.key = next(iter(state.artifacts.values()), None)
         state.rows = sum(sum(artifact.rows.values()) for artifact in found.values())
+        metrics: dict[str, float | None] = {}
         for artifact in found.values():
-            for name, value in (artifact.meta.get("metrics") or {}).items():
-                self._round.metrics[name if label == "evaluate" else f"{label}_{name}"] = value
-        self._note(label, state, shown)
+            metrics |= artifact.meta.get("metrics") or {}
+        for name, value in metrics.items():
+            self._round.metrics[name if label == "evaluate" else f"{label}_{name}"] = value
+        self._note(label, state, shown, metrics)
         return found
 
-    def _note(self, label: str, state: StageState, shown: str | None = None) -> None:
+    def _note(self, label: str, state: StageState, shown: str | None = None, metrics: Figures | None = None) -> None:
         self._round.stages[label] = state
         self.run.save(self.state)
-        self.reporter.stage(self._round.round, label, state.model_copy(update={"state": shown or state.state}))
+        self.reporter.stage(self._round.round, label, state.model_copy(update={"state": shown or state.state}), metrics)

@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from flows.config_file import merge, parse_override, read_config, validate
 from storage.errors import ConfigError
 from storage.identity import Identity, RunPolicy
+from storage.retention import Retention
 from tasks.evaluate import EvaluateConfig
-from tasks.losses.config import ObjectiveConfig
+from tasks.losses.config import FullSupport, ObjectiveConfig
 from tasks.models import ModelSource, declared_sizes
 from tasks.prepare import PrepareConfig
 from tasks.rollout import RolloutConfig
@@ -33,6 +34,7 @@ class Policy(RunPolicy):
     """What may change between two calls of the same run."""
 
     rounds: int = Field(5, ge=0, description="rounds of rollout, supervision and training after the initial evaluation")
+    retain: Retention = Field(default_factory=Retention, description="what `opd gc` keeps of this run's earlier rounds")
 
 
 class Fork(BaseModel):
@@ -135,6 +137,12 @@ def cross_problems(e: Experiment) -> list[str]:
             side = getattr(e.objective, "side", None)
             where = "trust_region" if side is not None and side.support.k == need.k else "support"
             found.append(f"objective.{where}.k: {need.k} is above the vocabulary of {rows}")
+    support, sizes = getattr(e.objective, "support", None), (rows, declared_sizes(e.teacher.source)[0])
+    if isinstance(support, FullSupport) and all(sizes) and support.k < (least := min(filter(None, sizes))):
+        found.append(
+            f"objective.support.k: full support means every id, but k is {support.k} and the vocabulary has {least}"
+            f" rows; set k: {least}, or take kind: teacher_topk with outside: bucket"
+        )
     return found
 
 

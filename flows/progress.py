@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 from rich.text import Text
 
 from storage.runs import RoundState, StageState
+from tasks.figures import Figures, short_words, summary, words
 
 LINE_INTERVAL = 15.0
 """Seconds between two progress lines of one stage where there is no terminal."""
@@ -17,9 +29,11 @@ LINE_INTERVAL = 15.0
 class SilentReporter:
     """Nobody watches."""
 
-    def stage(self, round: int, label: str, state: StageState) -> None: ...
+    def stage(self, round: int, label: str, state: StageState, metrics: Figures | None = None) -> None: ...
 
-    def progress(self, round: int, label: str, done: int, total: int, unit: str) -> None: ...
+    def progress(
+        self, round: int, label: str, done: int, total: int, unit: str, figures: Figures | None = None
+    ) -> None: ...
 
     def waiting(self, label: str, holder: str) -> None: ...
 
@@ -38,7 +52,7 @@ class LineReporter(SilentReporter):
     def _begin(self) -> None:
         self._last, self._first = time.monotonic(), None
 
-    def stage(self, round: int, label: str, state: StageState) -> None:
+    def stage(self, round: int, label: str, state: StageState, metrics: Figures | None = None) -> None:
         self._begin()
         if state.state == "running":
             self._line(round, label, "started")
@@ -46,10 +60,14 @@ class LineReporter(SilentReporter):
             self._line(round, label, f"[dim]already in the store[/] ({state.rows or 0:,} rows)")
         elif state.state == "done":
             self._line(round, label, f"[green]done[/] in {state.seconds or 0:.1f} s ({state.rows or 0:,} rows)")
+            if text := summary(metrics or {}):
+                self._line(round, label, text)
         else:
             self._line(round, label, f"[red]{state.state}[/]: {state.error}")
 
-    def progress(self, round: int, label: str, done: int, total: int, unit: str) -> None:
+    def progress(
+        self, round: int, label: str, done: int, total: int, unit: str, figures: Figures | None = None
+    ) -> None:
         now = time.monotonic()
         since, before = self._first = self._first or (now, done)
         if now - self._last < LINE_INTERVAL:
@@ -57,7 +75,8 @@ class LineReporter(SilentReporter):
         self._last = now
         rate = (done - before) / (now - since) if now > since else 0.0
         pace = f" ({rate:,.1f}/s, {(total - done) / rate:.0f} s left)" if rate > 0 else ""
-        self._line(round, label, f"{done:,}/{total:,} {unit}{pace}")
+        text = f"  {words(figures)}" if figures else ""
+        self._line(round, label, f"{done:,}/{total:,} {unit}{pace}{text}")
 
     def waiting(self, label: str, holder: str) -> None:
         self.console.print(f"{label}: another process is making this; waiting for {holder}")
@@ -77,21 +96,34 @@ class RateColumn(ProgressColumn):
         return Text(f"{speed:,.1f} {task.fields['unit']}/s" if speed else f"- {task.fields['unit']}/s")
 
 
-class TerminalReporter(LineReporter):
-    """A live bar for the stage under way (done/total, rate, time left) under the lines of those that ended."""
+class FiguresColumn(ProgressColumn):
+    """The latest figures, as many as the line has room for beside the other columns."""
 
-    def __init__(self) -> None:
-        super().__init__(Console(stderr=True, highlight=False))
-        self._bar = Progress(
+    def __init__(self, console: Console, others: Sequence[ProgressColumn]) -> None:
+        super().__init__(Column(no_wrap=True))
+        self.console, self.others = console, others
+
+    def render(self, task: Task) -> Text:
+        taken = sum(self.console.measure(column(task)).maximum + 1 for column in self.others)
+        return Text(short_words(task.fields["figures"], self.console.width - taken))
+
+
+class TerminalReporter(LineReporter):
+    """A live bar for the stage under way (done/total, rate, time left, a step's figures) under the lines of those that
+    ended."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__(console)
+        columns = (
             TextColumn("[cyan]{task.description}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             RateColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
-            console=self.console,
-            transient=True,
         )
-        self._task = self._bar.add_task("", total=None, unit="", visible=False)
+        figures = FiguresColumn(self.console, columns)
+        self._bar = Progress(*columns, figures, console=self.console, transient=True)
+        self._task = self._add("", visible=False)
 
     def __enter__(self) -> TerminalReporter:
         self._bar.start()
@@ -100,15 +132,20 @@ class TerminalReporter(LineReporter):
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def stage(self, round: int, label: str, state: StageState) -> None:
+    def _add(self, description: str, visible: bool) -> TaskID:
+        return self._bar.add_task(description, total=None, unit="", figures={}, visible=visible)
+
+    def stage(self, round: int, label: str, state: StageState, metrics: Figures | None = None) -> None:
         running = state.state == "running"
         self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(f"round {round} {label}", total=None, unit="", visible=running)
+        self._task = self._add(f"round {round} {label}", visible=running)
         if not running:
-            super().stage(round, label, state)
+            super().stage(round, label, state, metrics)
 
-    def progress(self, round: int, label: str, done: int, total: int, unit: str) -> None:
-        self._bar.update(self._task, completed=done, total=total, unit=unit, visible=True)
+    def progress(
+        self, round: int, label: str, done: int, total: int, unit: str, figures: Figures | None = None
+    ) -> None:
+        self._bar.update(self._task, completed=done, total=total, unit=unit, figures=figures or {}, visible=True)
 
 
 def round_line(state: RoundState) -> str:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from flows.cli.options import console, opd_command
 from storage.artifact import Artifact, TreeRecord, artifact_directory, load_manifest
-from storage.errors import CorruptArtifact
+from storage.errors import CorruptArtifact, StoreError
 from storage.runs import RoundState, RunState, StageState
 from storage.store import Store
 from storage.trees import tree_directory
@@ -32,9 +32,30 @@ _STUDENT_STAGES = (("train", "student"), ("warmup", "student"), ("model", "model
 """(stage of a round, artifact) that can hold its student, best first."""
 
 
-def status_json(state: RunState) -> dict[str, Any]:
-    """What `opd status --json` prints: name, status, rounds with metrics, student digest and stages."""
-    return state.model_dump(mode="json")
+def status_json(state: RunState, root: Path | None = None) -> dict[str, Any]:
+    """What `opd status --json` prints: name, status, rounds with metrics, student digest and stages; with `root`, of
+    every stage also its evicted artifacts."""
+    status = state.model_dump(mode="json")
+    gone = evicted(state, root) if root is not None else {}
+    for round in status["rounds"] if root is not None else ():
+        for label, stage in round["stages"].items():
+            stage["evicted"] = gone.get((round["round"], label), [])
+    return status
+
+
+def evicted(state: RunState, root: Path) -> dict[tuple[int, str], list[str]]:
+    """(round, stage's label) -> artifacts of it whose data `opd gc` removed. Damaged manifests do not count."""
+    found: dict[tuple[int, str], list[str]] = {}
+    for round in state.rounds:
+        for label, record in round.stages.items():
+            for stage, key in record.artifacts.items():
+                try:
+                    manifest = load_manifest(artifact_directory(root, stage, key))
+                except (StoreError, CorruptArtifact):
+                    continue
+                if manifest is not None and manifest.evicted is not None:
+                    found.setdefault((round.round, label), []).append(f"{stage}/{key}")
+    return found
 
 
 def settled(state: RunState, holder: str | None) -> RunState:
@@ -61,8 +82,13 @@ def report(state: RunState, root: Path, holder: str | None = None) -> list[Table
     """The table of rounds, then troubles, the student's folder and commands worth trying."""
     parts: list[Table | Text] = [_heading(state, holder)]
     if state.rounds:
-        parts.append(_rounds(state))
+        gone = evicted(state, root)
+        parts.append(_rounds(state, gone))
         parts.append(Text(_LEGEND, style="dim"))
+        if gone:
+            first = min(round for round, _ in gone)
+            again = opd_command(root, "restore", state.name, "--round", str(first))
+            parts.append(Text(f"evicted: removed by opd gc, made again when it is read, or by: {again}", style="dim"))
     parts += [_trouble(round.round, label, stage) for round, label, stage in _failed(state)]
     last = last_round(state)
     if last is not None:
@@ -135,7 +161,7 @@ def _heading(state: RunState, holder: str | None) -> Text:
     return line
 
 
-def _rounds(state: RunState) -> Table:
+def _rounds(state: RunState, gone: dict[tuple[int, str], list[str]]) -> Table:
     shown = [f for f in _FIGURES if any(r.metrics.get(f[1]) is not None for r in state.rounds)]
     table = Table("round")
     for heading, _, _ in shown:
@@ -144,11 +170,13 @@ def _rounds(state: RunState) -> Table:
     for round in sorted(state.rounds, key=lambda r: r.round):
         values = [round.metrics.get(metric) for _, metric, _ in shown]
         figures = [form.format(v) if v is not None else "" for v, (_, _, form) in zip(values, shown, strict=True)]
-        table.add_row(str(round.round), *figures, _stages(round))
+        table.add_row(
+            str(round.round), *figures, _stages(round, {label for number, label in gone if number == round.round})
+        )
     return table
 
 
-def _stages(round: RoundState) -> Text:
+def _stages(round: RoundState, gone: set[str]) -> Text:
     line = Text()
     for label, stage in round.stages.items():
         if line:
@@ -158,6 +186,8 @@ def _stages(round: RoundState) -> Text:
             line.append(f"{stage.seconds:.1f}")
         else:
             line.append(stage.state, style="red" if stage.state == "failed" else "dim")
+        if label in gone:
+            line.append(" (evicted)", style="yellow")
     return line
 
 
@@ -175,5 +205,8 @@ def _student(state: RunState, root: Path, round: RoundState) -> Text:
     line = Text(f"student of round {round.round}: ")
     if artifact is None:
         return line.append(f"no longer in the store; `opd resume {state.name}` makes it again", style="yellow")
+    if store.evicted(artifact) is not None:
+        again = opd_command(root, "restore", state.name, "--round", str(round.round))
+        return line.append(f"evicted; make it again with: {again}", style="yellow")
     line.append(str(tree_of(store, artifact)[0]), style="bold")
     return line.append(f"  (sha256 {(round.student_sha256 or '')[:16]})", style="dim")

@@ -18,6 +18,7 @@ from storage.errors import ConfigError
 from storage.files import explain_full_disk, remove_leftovers
 from storage.runs import Run, RunState
 from storage.store import Store
+from tasks.figures import StageProgress
 from tasks.plugins import load_plugins
 from tasks.stage import Context
 from tasks.workers import WorkerPool
@@ -49,12 +50,14 @@ def run_experiment(
     prefect: bool = True,
     reporter: Reporter | None = None,
     workers: WorkerPool | None = None,
+    restore: int | None = None,
 ) -> tuple[RunState, int]:
     """Bring a run to `rounds` rounds (default: the config's), or `further` ones past where it stands.
 
     `workers` are the caller's, who shares them among several runs and ends them; without any the run has its own.
-    Returns its state and how many stages had to be built. Raises RunBusy when another process holds the name,
-    IdentityMismatch when the name holds another experiment, and whatever a stage raises."""
+    `restore`: a round whose evicted artifacts are made again. Returns the state and how many stages had to be built.
+    Raises RunBusy when another process holds the name, IdentityMismatch when the name holds another experiment, and
+    whatever a stage raises."""
     experiment.runtime.tell_libraries()
     check_plugins(experiment)
     load_plugins(experiment.plugins)
@@ -77,10 +80,10 @@ def run_experiment(
                 pool = stack.enter_context(workers_for(experiment, run.log_path("run").parent, workers))
                 log = logger(run.log_path("run"))
 
-                def context(progress: Callable[[int, int, str], None]) -> Context:
+                def context(progress: StageProgress) -> Context:
                     return Context(store, experiment.runtime, pool, progress, log, experiment.plugins)
 
-                maker = Maker(store, run, state, context, reporter)
+                maker = Maker(store, run, state, context, reporter, restore=restore)
                 if prefect:
                     from flows.prefect_glue import prefect_session, run_as_flow, run_stage_task
 
@@ -124,6 +127,13 @@ def rounds_done(state: RunState) -> int:
     """Distillation rounds whose last stage is committed."""
     done = [r.round for r in state.rounds if r.student_sha256 and r.stages.get("evaluate") is not None]
     return max(done, default=0)
+
+
+def stored_experiment(run: Run) -> Experiment:
+    """The experiment that a run holds, as this version reads it."""
+    from flows.config_file import validate
+
+    return validate(Experiment, run.experiment, f"run {run.name}")
 
 
 def resume_experiment(name: str, root: str | Path, overrides: list[str]) -> Experiment:

@@ -51,6 +51,9 @@ class Group(_Part):
 
     method: str = Field(description="the method that stands for the group in the sweep")
     lrs: tuple[Rate, ...] = Field(min_length=1, description="learning rates to try")
+    by: Literal["reverse_kl", "accuracy"] = Field(
+        "reverse_kl", description="the figure that decides: the lowest reverse KL or the highest accuracy at the end"
+    )
 
 
 class Sweep(_Part):
@@ -58,9 +61,6 @@ class Sweep(_Part):
 
     seeds: tuple[Seed, ...] = Field(min_length=1, description="better not the study's, which would favour their tuning")
     rounds: int = Field(ge=1, description="rounds of each candidate; its figures after the last decide")
-    by: Literal["reverse_kl", "accuracy"] = Field(
-        "reverse_kl", description="the figure that decides: the lowest reverse KL or the highest accuracy at the end"
-    )
     groups: dict[str, Group] = Field(min_length=1, description="name -> Group; each equally many learning rates")
 
     @model_validator(mode="after")

@@ -131,13 +131,15 @@ def _error(state: RunState) -> str:
 
 
 def finals_of(rows: Iterable[Row], group: str, sweep: Sweep) -> dict[float, dict[int, float | None]]:
-    """Learning rate -> seed -> the sweep's figure after its last round; null where the run failed or is not finite.
+    """Learning rate -> seed -> the group's deciding figure after its last round; null where the run failed or is not finite.
 
     Candidates whose run is neither finished nor failed are not in it."""
     found: dict[float, dict[int, float | None]] = {}
     for row in rows:
         if row["part"] == "sweep" and row["group"] == group and row["status"] in ("finished", "failed"):
-            value = row[sweep.by] if row["status"] == "finished" and row["round"] == sweep.rounds else None
+            value = (
+                row[sweep.groups[group].by] if row["status"] == "finished" and row["round"] == sweep.rounds else None
+            )
             usable = value if value is not None and math.isfinite(value) else None
             known = found.setdefault(row["lr"], {})
             known[row["seed"]] = usable if usable is not None else known.get(row["seed"])
@@ -163,7 +165,7 @@ def best_lrs(plan: StudyPlan, rows: Sequence[Row]) -> dict[str, float]:
     for name, group in sweep.groups.items() if sweep else ():
         finals = finals_of(rows, name, sweep)
         if all(set(finals.get(lr, ())) == set(sweep.seeds) for lr in group.lrs):
-            lr = best_lr(finals, sweep.by)
+            lr = best_lr(finals, group.by)
             if lr is not None:
                 chosen[name] = lr
     return chosen
@@ -191,10 +193,12 @@ def _figures(plan: StudyPlan, rows: Sequence[Row], column: str, title: str, unit
     for method in plan.study.methods:
         mine = [row for row in rows if row["part"] == "study" and row["method"] == method]
         cells = [spread([r[column] for r in mine if r["round"] == number], form, seeds) for number in rounds]
-        lines.append((method, _lrs(mine), _seeds(mine, seeds), *cells, _norm(mine)))
+        lines.append(
+            (method, _lrs(mine), _seeds(mine, seeds), *cells, *([_norm(mine)] if column == "reverse_kl" else []))
+        )
     note = f"{unit}; mean over seeds (lowest to highest), [n] where only n of them have it"
     header = ("method", "lr", "seeds", *(f"round {number}" for number in rounds), _NORM_HEADING)
-    return Grid(title, note, header, lines)
+    return Grid(title, note, header if column == "reverse_kl" else header[:-1], lines)
 
 
 def _norm(rows: Sequence[Row]) -> str:
@@ -238,7 +242,8 @@ def _sweep(plan: StudyPlan, rows: Sequence[Row]) -> Grid:
             last = [row for row in mine if row["round"] == sweep.rounds]
             remark = "failed" if values and None in values else "" if values else "not tried yet"
             if chosen.get(name) == lr:
-                remark = "chosen, the end of its list" if lr in edges and len(group.lrs) > 1 else "chosen"
+                remark = "chosen by accuracy" if group.by == "accuracy" else "chosen"
+                remark += ", the end of its list" if lr in edges and len(group.lrs) > 1 else ""
             kl, accuracy = (
                 spread([row[column] for row in last], form, len(sweep.seeds))
                 for column, form in (("reverse_kl", "{:.4f}"), ("accuracy", "{:.1%}"))
@@ -246,7 +251,7 @@ def _sweep(plan: StudyPlan, rows: Sequence[Row]) -> Grid:
             lines.append((name, group.method, f"{lr:g}", kl, accuracy, _norm(mine), remark))
     note = (
         f"each group: {len(group.lrs)} rates, seed {', '.join(map(str, sweep.seeds))}, rounds: {sweep.rounds}; used is the"
-        f" {'highest accuracy' if sweep.by == 'accuracy' else 'lowest reverse KL'} at the end"
+        " lowest reverse KL at the end, or the highest accuracy where a group says so"
     )
     header = ("group", "method", "lr", "reverse KL", "accuracy", _NORM_HEADING, "")
     return Grid("Learning rates", note, header, lines)

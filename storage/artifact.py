@@ -20,7 +20,7 @@ from storage.files import seal, unseal
 from storage.identity import Identity, artifact_key, canonical_json
 
 MANIFEST = "manifest.json"
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2  # 1 unless the data was evicted: earlier programs read what is whole, and refuse the rest
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _KEY = re.compile(r"[0-9a-f]{16}")
 _LIBRARIES = (
@@ -109,15 +109,25 @@ class TreeRecord(_Record):
 class Manifest(_Record):
     """All that is known of a committed artifact. Readers go by it, never by listing the directory."""
 
-    format: int = MANIFEST_FORMAT
+    format: int = 1
     artifact: Artifact
     shards: tuple[ShardRecord, ...] = ()
     trees: dict[str, TreeRecord] = {}
     repaired: tuple[str, ...] = ()
-    """When shards or trees were rebuilt after damage, with equal content."""
+    """When shards or trees were rebuilt after damage or eviction, with equal content."""
+    evicted: str | None = None
+    """When `opd gc` removed the data; what it was is still known, and a rebuild must reproduce it."""
 
     def dump(self) -> bytes:
-        return seal(self.model_dump(mode="json"))
+        content = self.model_dump(mode="json") | {"format": 1 if self.evicted is None else MANIFEST_FORMAT}
+        if self.evicted is None:
+            del content["evicted"]
+        return seal(content)
+
+    @property
+    def evictable(self) -> bool:
+        """Whether it has data in the store (a user's own folder is not ours to remove)."""
+        return self.evicted is None and bool(self.shards or any(not tree.external for tree in self.trees.values()))
 
 
 def check_name(name: str, what: str) -> str:

@@ -53,8 +53,8 @@ from storage.trees import (
 class Builder(ShardWriter):
     """Made by `Store.building`, which holds the artifact's lock meanwhile.
 
-    `committed` is the artifact if there is nothing to build. For a damaged artifact only what is damaged is missing;
-    `commit` then insists on the content that was recorded before."""
+    `committed` is the artifact if there is nothing to build. Of a damaged artifact only what is damaged is missing, of an
+    evicted one all; `commit` then insists on the content that was recorded before."""
 
     def __init__(self, root: Path, spec: ArtifactSpec, committed: Artifact | None, recorded: Manifest | None) -> None:
         super().__init__(root, spec.stage, spec.key)
@@ -72,7 +72,7 @@ class Builder(ShardWriter):
 
     @property
     def repairing(self) -> bool:
-        """Whether this restores a damaged artifact, so that its content is already fixed."""
+        """Whether this restores a damaged or evicted artifact, so that its content is already fixed."""
         return self.committed is None and self._recorded is not None
 
     def missing(self, table: str, n_shards: int) -> list[int]:
@@ -296,7 +296,8 @@ class Builder(ShardWriter):
             if differing:
                 self._refuse(f"the rebuild has another content: {', '.join(differing)}")
             again = (*self._recorded.repaired, utc_now())
-            return self._recorded.model_copy(update={"shards": records, "trees": trees, "repaired": again})
+            changes = {"shards": records, "trees": trees, "repaired": again, "evicted": None}
+            return self._recorded.model_copy(update=changes)
         artifact = Artifact(
             stage=self.stage,
             key=self.key,
@@ -334,8 +335,9 @@ class Builder(ShardWriter):
 
     def _refuse(self, what: str) -> NoReturn:
         quarantine(self.root, self.path, f"not reproduced: {what}")
+        before = " after `opd gc` had evicted its data" if self._recorded and self._recorded.evicted else ""
         raise CorruptArtifact(
-            f"{self._name}: {what}. The artifact is in quarantine ({self.root / 'quarantine'}); run again to rebuild it"
+            f"{self._name}{before}: {what}. The artifact is in quarantine ({self.root / 'quarantine'}); run again to rebuild it"
             " whole. If this repeats, the stage is not deterministic on this machine"
         )
 

@@ -11,19 +11,20 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import duckdb
 import pyarrow as pa
 
 from storage.artifact import Artifact
-from storage.errors import CorruptArtifact, OpdError
+from storage.errors import CorruptArtifact, Evicted, OpdError
 from storage.runs import Run, RunState
 from storage.store import Store
 from storage.views import (
     METRICS,
     VIEWS,
+    Use,
     missing_of,
     used_dataset,
     uses_of,
@@ -53,7 +54,7 @@ class Catalog:
         """The result of one SELECT over the views in `storage.views.VIEWS`.
 
         QueryRefused for anything else, and past `limit_seconds`, `memory` (of the execution) or `max_rows`;
-        CorruptArtifact when a shard that the statement reads is damaged.
+        CorruptArtifact when a shard that the statement reads is damaged, Evicted when `opd gc` removed it.
         """
         if limit_seconds <= 0:
             raise QueryRefused(f"limit of {limit_seconds} seconds: must be above 0")
@@ -72,9 +73,25 @@ class Catalog:
     def _find_damage(self, table: str) -> None:
         """Reads the table's shards one by one; the store names the bad one and moves it to quarantine."""
         states = [run.state for run in ([self.run] if self.run else Run.list(self.store.root))]
-        for use in uses_of(states, self.store.list(), with_unused=self.run is None):
+        uses = uses_of(states, self.store.list(), with_unused=self.run is None)
+        for use in uses:
             if table in use.artifact.rows:
-                self.store.read_table(use.artifact, table)
+                try:
+                    self.store.read_table(use.artifact, table)
+                except Evicted as error:
+                    raise Evicted(f"{error}\n{self._evicted(table, uses)}") from error
+
+    def _evicted(self, table: str, uses: Sequence[Use]) -> str:
+        """Which rounds of a table are gone, and how to ask without them."""
+        gone = sorted({(u.run, u.round) for u in uses if table in u.artifact.rows and self.store.evicted(u.artifact)})
+        last = {name: max(round for other, round in gone if other == name) for name, _ in gone if name}
+        places = ", ".join(f"{name}@{round}" for name, round in gone if name) or "of no run"
+        narrow = (
+            f"; a query without them: WHERE run = '{next(iter(last))}' AND round > {last[next(iter(last))]}"
+            if last
+            else ""
+        )
+        return f"evicted are the {table} of {places}{narrow}"
 
     def _create_views(self, connection: duckdb.DuckDBPyConnection, sql: str) -> None:
         """All views exist; those that the statement cannot mean have no rows, and nothing is opened for them."""
@@ -98,7 +115,7 @@ class Catalog:
             connection.register(f"{table}@", used_dataset(table, uses, open_one))
         if "artifacts" in wanted:
             used = {use.artifact.key: use.artifact for use in uses}
-            connection.register("artifacts@", _artifacts_table(used.values()))
+            connection.register("artifacts@", _artifacts_table(used.values(), self.store))
         if "rounds" in wanted:
             connection.register("rounds@", _rounds_table(states))
         for name in VIEWS:
@@ -191,12 +208,13 @@ def _distinct_names(table: pa.Table) -> pa.Table:
     return table.rename_columns(names)
 
 
-def _artifacts_table(artifacts: Iterable[Artifact]) -> pa.Table:
+def _artifacts_table(artifacts: Iterable[Artifact], store: Store) -> pa.Table:
     """Rows of the view `artifacts`."""
     documents = ("content", "inputs", "identity", "meta")
     rows = [
         {"stage": a.stage, "artifact": a.key, "created": a.created, "seconds": a.seconds, "rows": sum(a.rows.values())}
         | {name: json.dumps(getattr(a, name), sort_keys=True) for name in documents}
+        | {"evicted": store.evicted(a)}
         for a in artifacts
     ]
     return pa.Table.from_pylist(rows, VIEWS["artifacts"].arrow)

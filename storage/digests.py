@@ -60,6 +60,12 @@ def tensor_digests(directory: Path | str) -> dict[str, str]:
     return {name: _hash_tensor(*place) for name, (_, place) in tensors.items()}
 
 
+def tensors_of(path: Path) -> dict[str, tuple[str, bytes]]:
+    """name -> ("dtype[shape]", raw bytes) of one safetensors file. CorruptArtifact for a malformed one."""
+    data = path.read_bytes()
+    return {name: (kind, data[start : start + length]) for name, kind, (_, start, length) in _header(path)}
+
+
 def tokenizer_digest(directory: Path | str, memo: Path | None = None) -> str:
     """Digest of the files that define a tokenizer and its chat template. Raises InputError if there are none."""
     directory = Path(directory)

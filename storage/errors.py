@@ -37,6 +37,10 @@ class CorruptArtifact(OpdError):
     """Bytes in the store are not the ones that were written, or a rebuild did not reproduce them."""
 
 
+class Evicted(OpdError):
+    """The data was removed by `opd gc`, on purpose; it must be made again before it can be read."""
+
+
 class NotEnoughSpace(OpdError):
     """The disk under the store is full, or too small for what is planned."""
 

@@ -28,6 +28,16 @@ _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _held: dict[int, tuple[str, int]] = {}  # descriptor -> (path, thread)
 
 
+def build_lock(root: Path, stage: str, key: str) -> Path:
+    """Held by whoever builds the artifact."""
+    return root / "locks" / f"{stage}-{key}.lock"
+
+
+def use_lock(root: Path, stage: str, key: str) -> Path:
+    """Shared by whoever depends on the artifact's data being there; `opd gc` needs it alone."""
+    return root / "locks" / f"{stage}-{key}.use"
+
+
 class Holder(BaseModel):
     """Who holds a lock."""
 
@@ -118,6 +128,35 @@ def locked(path: Path, on_busy: Callable[[str], None]) -> Iterator[None]:
             if _held.pop(descriptor, None):
                 with suppress(OSError):
                     os.ftruncate(descriptor, 0)
+            os.close(descriptor)
+
+
+@contextmanager
+def shared(path: Path) -> Iterator[None]:
+    """Holds the lock `path` together with other sharers; waits while someone has it for himself."""
+    with _opened(path) as descriptor:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[bool]:
+    """Holds the lock `path` and yields True, or yields False at once when anyone shares or holds it."""
+    with _opened(path) as descriptor:
+        yield _try(descriptor, fcntl.LOCK_EX)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    owner = os.getpid()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    _held[descriptor] = (f"{path} (shared)", threading.get_ident())
+    try:
+        yield descriptor
+    finally:
+        if os.getpid() == owner:  # a forked child has closed its copy already
+            _held.pop(descriptor, None)
             os.close(descriptor)
 
 

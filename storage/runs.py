@@ -184,6 +184,19 @@ class Run:
         return folder / f"{stage}.log"
 
 
+def find_use(root: Path | str, stage: str, key: str) -> tuple[str, int] | None:
+    """A run and a round of it that used an artifact; None if no run did."""
+    for run in Run.list(root):
+        try:
+            rounds = run.state.rounds
+        except CorruptArtifact:
+            continue
+        for round in rounds:
+            if any((stage, key) in record.artifacts.items() for record in round.stages.values()):
+                return run.name, round.round
+    return None
+
+
 def _directory(root: Path | str, name: str) -> Path:
     if not RUN_NAME.fullmatch(name):
         raise InputError(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.dataset as pads
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
@@ -94,7 +95,12 @@ class ShardWriter:
 
 def row_digest(table: str, rows: pa.Table) -> str:
     """Digest of a shard's rows, without the columns that measure the machine."""
-    return table_digest(rows.drop_columns([name for name in _MEASURED.get(table, ()) if name in rows.column_names]))
+    return table_digest(without_measured(table, rows))
+
+
+def without_measured(table: str, rows: pa.Table) -> pa.Table:
+    """The columns that must be equal in every repetition."""
+    return rows.drop_columns([name for name in _MEASURED.get(table, ()) if name in rows.column_names])
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
@@ -169,3 +175,10 @@ def dataset(paths: Sequence[Path], schema: pa.Schema) -> pads.Dataset:
     scan = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
     form = pads.ParquetFileFormat(default_fragment_scan_options=scan)
     return pads.dataset([str(path) for path in paths], schema=schema, format=form)
+
+
+def absent_dataset(paths: Sequence[Path], schema: pa.Schema) -> pads.Dataset:
+    """Like `dataset`, of files that are not there: only scanning them fails, so that filters may leave them out."""
+    form, system = pads.ParquetFileFormat(), pafs.LocalFileSystem()
+    fragments = [form.make_fragment(str(path), system) for path in paths]
+    return pads.FileSystemDataset(fragments, schema, form, system)

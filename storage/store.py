@@ -5,8 +5,8 @@ Layout under the root: `artifacts/<stage>/<key>/` (without `manifest.json` unfin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +16,6 @@ from storage.artifact import (
     MANIFEST,
     Artifact,
     ArtifactSpec,
-    FileRecord,
     Manifest,
     ShardRecord,
     TreeRecord,
@@ -24,8 +23,7 @@ from storage.artifact import (
     load_manifest,
 )
 from storage.builder import Builder
-from storage.digests import combine_digests
-from storage.errors import CorruptArtifact, InputError, StoreError
+from storage.errors import CorruptArtifact, Evicted, InputError, StoreError
 from storage.files import (
     explain_full_disk,
     fsync_directory,
@@ -33,12 +31,14 @@ from storage.files import (
     quarantine,
     require_space,
 )
-from storage.locks import locked, probe
+from storage.locks import build_lock, locked, probe, shared, use_lock
+from storage.runs import find_use
 from storage.schemas import schema_for
-from storage.shards import ShardWriter, check_file, dataset, footer_sha256, read_parquet, row_digest
-from storage.trees import content_digests, damaged, damaged_by_stat, external_files, own_files, tree_directory
+from storage.shards import ShardWriter, absent_dataset, check_file, dataset, footer_sha256, read_parquet
+from storage.trees import damaged, damaged_by_stat, external_files, own_files, tree_directory
+from storage.verify import Verified, move_damaged, verify_artifact
 
-__all__ = ["Artifact", "ArtifactSpec", "Builder", "FileRecord", "ShardRecord", "ShardWriter", "Store"]
+__all__ = ["Artifact", "ArtifactSpec", "Builder", "ShardRecord", "ShardWriter", "Store"]
 
 Shards = list[ShardRecord]
 Problems = list[str]
@@ -65,18 +65,23 @@ class Store:
     def get(self, stage: str, key: str) -> Artifact | None:
         """The artifact if it is committed and its files are there with their recorded stat stamps, else None.
 
-        A file with another time stamp (a copied store) is hashed before it is believed. Moves nothing. Trees outside
-        the store are not looked at: `materialize` does that."""
+        An evicted one counts: its content is known, and only who reads it needs it whole (`evicted` tells). A file with
+        another time stamp (a copied store) is hashed before it is believed. Moves nothing. Trees outside the store are
+        not looked at: `materialize` does that."""
         try:
             manifest = load_manifest(artifact_directory(self.root, stage, key))
         except CorruptArtifact:
             return None
-        if manifest is None or self._damage(manifest) is not None:
+        if manifest is None or (manifest.evicted is None and self._damage(manifest) is not None):
             return None
         return manifest.artifact
 
+    def evicted(self, artifact: Artifact) -> str | None:
+        """When its data was removed by `opd gc`; None if it is there. CorruptArtifact when it is not committed."""
+        return self._manifest(artifact).evicted
+
     def list(self, stage: str | None = None) -> list[Artifact]:
-        """Every committed and undamaged artifact, oldest first."""
+        """Every committed and undamaged artifact, evicted ones too, oldest first."""
         found = []
         for path in (self.root / "artifacts").glob(f"{stage or '*'}/*/{MANIFEST}"):
             try:
@@ -91,6 +96,14 @@ class Store:
         """Raises NotEnoughSpace unless that many bytes are free under the root."""
         require_space(self.root, bytes_needed, purpose)
 
+    @contextmanager
+    def using(self, artifacts: Iterable[Artifact]) -> Iterator[None]:
+        """`opd gc` leaves these artifacts alone meanwhile. Who then finds one whole can count on it."""
+        with ExitStack() as stack:
+            for stage, key in sorted({(artifact.stage, artifact.key) for artifact in artifacts}):
+                stack.enter_context(shared(use_lock(self.root, stage, key)))
+            yield
+
     # --- building ----------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -101,8 +114,7 @@ class Store:
         Whoever builds several artifacts at once enters them in sorted (stage, key) order, or two runs may wait for
         each other. An exception leaves the artifact unfinished: its finished shards count next time."""
         directory = artifact_directory(self.root, spec.stage, spec.key)
-        lock = self.root / "locks" / f"{spec.stage}-{spec.key}.lock"
-        with locked(lock, waiting or (lambda holder: None)):
+        with locked(build_lock(self.root, spec.stage, spec.key), waiting or (lambda holder: None)):
             builder = self._builder(spec, directory)
             try:
                 yield builder
@@ -111,6 +123,8 @@ class Store:
 
     def _builder(self, spec: ArtifactSpec, directory: Path) -> Builder:
         committed = self.get(spec.stage, spec.key)
+        if committed is not None and self.evicted(committed) is not None:
+            committed = None
         recorded = None
         if committed is None:
             with explain_full_disk(directory):
@@ -135,7 +149,8 @@ class Store:
 
     def read_table(self, artifact: Artifact, table: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of a table in shard order. Each file's full hash is verified the first time in this process, page
-        checksums every time; a bad file moves to quarantine and CorruptArtifact is raised."""
+        checksums every time; a bad file moves to quarantine and CorruptArtifact is raised. Evicted where `opd gc` removed
+        the data."""
         records = self.shards(artifact, table)
         empty = schema_for(table).empty_table()
         if columns is not None:
@@ -143,6 +158,7 @@ class Store:
             if unknown:
                 raise StoreError(f"table {table!r}: no column {unknown[0]!r}; it has {', '.join(empty.column_names)}")
             empty = empty.select(list(columns))
+        self.require_data(artifact)
         parts = [self._read(artifact, record, columns) for record in records]
         return pa.concat_tables(parts) if parts else empty
 
@@ -151,12 +167,16 @@ class Store:
         records = self.shards(artifact, table)
         if not 0 <= shard < len(records):
             raise StoreError(f"{_name(artifact)}: {table} has {len(records)} shards, there is no shard {shard}")
+        self.require_data(artifact)
         return self._read(artifact, records[shard], None)
 
     def arrow_dataset(self, artifact: Artifact, table: str) -> pads.Dataset:
-        """A lazy dataset for queries: the footers are verified now, page checksums as it is scanned."""
+        """A lazy dataset for queries: the footers are verified now, page checksums as it is scanned. Scanning what was
+        evicted raises FileNotFoundError; what a filter leaves out is not missed."""
         directory = self._directory(artifact)
         records = self.shards(artifact, table)
+        if self.evicted(artifact) is not None:
+            return absent_dataset([directory / f"{r.file} (evicted)" for r in records], schema_for(table))
         for record in records:
             path = directory / record.file
             try:
@@ -178,7 +198,9 @@ class Store:
         size and mtime, which cannot tell a bit that the disk flipped).
 
         A bad file of the store moves to quarantine (CorruptArtifact); a changed file of a user's own folder is
-        InputError; a file that does not belong to the tree moves to quarantine, for engines read what lies there."""
+        InputError; a file that does not belong to the tree moves to quarantine, for engines read what lies there. Evicted
+        where `opd gc` removed the tree."""
+        self.require_data(artifact)
         tree = self._tree(self._manifest(artifact), name)
         directory = tree_directory(self._directory(artifact), tree)
         for record in tree.files:
@@ -212,41 +234,11 @@ class Store:
     def verify(self, artifact: Artifact, move: bool = True) -> Problems:
         """Hashes everything, trusting no memo, and returns the problems found. Bad files move to quarantine unless
         `move` is False; a later run then rebuilds just these."""
-        manifest = self._manifest(artifact)
-        directory = self._directory(artifact)
-        problems = []
-        for record in manifest.shards:
-            path = directory / record.file
-            problem = damaged(path, _as_file(record), None) or self._wrong_rows(path, record)
-            if problem is not None:
-                problems.append(f"{path}: {problem}")
-                if move:
-                    quarantine(self.root, path, problem)
-        for name, tree in manifest.trees.items():
-            base = tree_directory(directory, tree)
-            found = [(base / r.path, p) for r in tree.files if (p := damaged(base / r.path, r, None)) is not None]
-            problems += [f"{path}: {problem}" for path, problem in found]
-            if move and not tree.external:
-                for path, problem in found:
-                    quarantine(self.root, path, problem)
-            if not found:
-                digests = content_digests(name, base, tree.files, None)
-                wrong = [part for part, digest in digests.items() if manifest.artifact.content.get(part) != digest]
-                problems += [f"{base}: content {part!r} is not the recorded one" for part in wrong]
-        for table in manifest.artifact.rows:
-            parts = [(record.rows, record.row_digest) for record in self._shards(manifest, table)]
-            if combine_digests(parts) != manifest.artifact.content.get(table):
-                problems.append(f"{directory / MANIFEST}: content {table!r} is not that of its shards")
-        return problems
-
-    def _wrong_rows(self, path: Path, record: ShardRecord) -> str | None:
-        try:
-            rows = read_parquet(path)
-        except CorruptArtifact as error:
-            return str(error)
-        if (rows.num_rows, row_digest(record.table, rows)) != (record.rows, record.row_digest):
-            return "its rows are not the recorded ones"
-        return None
+        found = Verified()
+        verify_artifact(self.root, artifact.stage, artifact.key, found)
+        if move:
+            move_damaged(self.root, found.problems)
+        return [str(problem) for problem in found.problems]
 
     def _damage(self, manifest: Manifest) -> str | None:
         """The first damage that stat stamps show, or None."""
@@ -294,6 +286,15 @@ class Store:
             raise CorruptArtifact(f"{_name(artifact)}: was rebuilt with other content since it was planned; run again")
         return manifest
 
+    def require_data(self, artifact: Artifact) -> None:
+        """Raises Evicted, with the command that makes it again, where `opd gc` removed the data."""
+        when = self.evicted(artifact)
+        if when is None:
+            return
+        use = find_use(self.root, artifact.stage, artifact.key)
+        again = f"opd restore {use[0]} --round {use[1]}" if use else "run again what made it"
+        raise Evicted(f"{_name(artifact)}: its data was evicted at {when} (opd gc). To make it again: {again}")
+
     def _shards(self, manifest: Manifest, table: str) -> Shards:
         if table not in manifest.artifact.rows:
             has = ", ".join(sorted(manifest.artifact.rows)) or "none"
@@ -309,7 +310,3 @@ class Store:
 
 def _name(artifact: Artifact) -> str:
     return f"{artifact.stage}/{artifact.key}"
-
-
-def _as_file(record: ShardRecord) -> FileRecord:
-    return FileRecord(path=record.file, sha256=record.sha256, bytes=record.bytes, mtime_ns=record.mtime_ns)

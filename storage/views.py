@@ -158,6 +158,7 @@ _ALL = (
             Column("inputs", _STR, "JSON: named digests of what went in"),
             Column("identity", _STR, "JSON: the configuration that decided it"),
             Column("meta", _STR, "JSON: counts and metrics"),
+            Column("evicted", _STR, "when `opd gc` removed its data; null where it is there", nullable=True),
         ),
     ),
     View(

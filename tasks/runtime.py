@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from storage.errors import ConfigError
 from storage.identity import Runtime
 
 
@@ -82,8 +85,66 @@ class RuntimeConfig(Runtime):
             "micro_batch_tokens": self.trainer.micro_batch_tokens,
             "scorer_batch_tokens": self.scorer.batch_tokens,
             "scorer_head_chunk_tokens": self.scorer.head_chunk_tokens,
+            "trainer_head_chunk_tokens": self.trainer.head_chunk_tokens,
+            "activation_checkpointing": self.trainer.activation_checkpointing,
             "deepspeed": str(self.trainer.deepspeed.name) if self.trainer.deepspeed else None,
+            "deepspeed_config": _read_json(self.trainer.deepspeed),
+            "sampler_max_num_seqs": self.sampler.max_num_seqs,
+            "sampler_tensor_parallel_size": self.sampler.tensor_parallel_size,
+            "sampler_enforce_eager": self.sampler.enforce_eager,
+            "sampler_kv_cache_gib": self.sampler.kv_cache_gib,
         }
+
+    def with_numerics(self, recorded: Mapping[str, Any], folder: Path) -> RuntimeConfig:
+        """This runtime at numerics that `numerics` recorded; what an old record lacks stays as it is here.
+
+        A DeepSpeed configuration is written to `folder`. Raises ConfigError for one that was recorded by name alone and
+        is not the one of this runtime."""
+        data = self.model_dump()
+        for name, path in _FIELDS.items():
+            if name in recorded:
+                place = data
+                for part in path[:-1]:
+                    place = place[part]
+                place[path[-1]] = recorded[name]
+        named, content = recorded.get("deepspeed"), recorded.get("deepspeed_config")
+        own = self.trainer.deepspeed
+        if content is not None:
+            data["trainer"]["deepspeed"] = folder / "deepspeed.json"
+            data["trainer"]["deepspeed"].write_text(json.dumps(content))
+        elif named is not None and (own is None or own.name != named):
+            raise ConfigError(
+                f"recorded was the DeepSpeed file {named!r}, not what it said; name it with"
+                " --set runtime.trainer.deepspeed=PATH"
+            )
+        elif "deepspeed" in recorded and named is None:
+            data["trainer"]["deepspeed"] = None
+        return RuntimeConfig.model_validate(data)
+
+
+_FIELDS = {
+    "device": ("device",),
+    "threads": ("threads",),
+    "processes": ("trainer", "processes"),
+    "micro_batch_tokens": ("trainer", "micro_batch_tokens"),
+    "trainer_head_chunk_tokens": ("trainer", "head_chunk_tokens"),
+    "activation_checkpointing": ("trainer", "activation_checkpointing"),
+    "scorer_batch_tokens": ("scorer", "batch_tokens"),
+    "scorer_head_chunk_tokens": ("scorer", "head_chunk_tokens"),
+    "sampler_max_num_seqs": ("sampler", "max_num_seqs"),
+    "sampler_tensor_parallel_size": ("sampler", "tensor_parallel_size"),
+    "sampler_enforce_eager": ("sampler", "enforce_eager"),
+    "sampler_kv_cache_gib": ("sampler", "kv_cache_gib"),
+}
+"""Recorded numerics -> the fields that they came from; DeepSpeed's file apart."""
+
+
+def _read_json(path: Path | None) -> Any:
+    """What a file says; None where it says nothing readable (the trainer refuses it, with its reason)."""
+    try:
+        return json.loads(path.read_text()) if path is not None else None
+    except (OSError, ValueError):
+        return None
 
 
 def gpu_visible() -> bool:

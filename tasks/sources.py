@@ -63,7 +63,7 @@ def source_identity(source: FileSource | AdditionSource, memo: Path | None = Non
 
     Raises InputError where nothing readable is at the path."""
     if isinstance(source, AdditionSource):
-        return source.model_dump(mode="json")
+        return dict(json.loads(canonical_json(source)))
     files = data_files(source.path)
     base = source.path if source.path.is_dir() else source.path.parent
     listing = {file.relative_to(base).as_posix(): file_sha256(file, memo) for file in files}

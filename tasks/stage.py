@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from storage.store import Artifact, ArtifactSpec, Builder, Store
+from tasks.figures import StageProgress
 from tasks.runtime import RuntimeConfig
 from tasks.workers import WorkerPool
 
@@ -20,8 +21,7 @@ class Context:
     store: Store
     runtime: RuntimeConfig
     workers: WorkerPool
-    progress: Callable[[int, int, str], None]
-    """Called with (done, total, unit)."""
+    progress: StageProgress
     log: Callable[[str], None]
     plugins: tuple[str, ...] = ()
 

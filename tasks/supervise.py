@@ -92,7 +92,7 @@ def supervise_work(
                 shared[need.name] = larger.key
 
     def build(builders: dict[str, Builder], ctx: Context) -> None:
-        _build(builders, ctx, context, {need.name: need.k for need in made})
+        _build(builders, ctx, context)
 
     return Work("supervise", outputs, build, shared)
 
@@ -144,7 +144,7 @@ class _Inputs:
         elif name == "sampled":
             identity["sampling"] = self.sampling
         else:
-            identity["special_tokens"] = self.config.special_tokens.model_dump(mode="json")
+            identity["special_tokens"] = self.config.special_tokens
             inputs |= {part: self.prompts.content[part] for part in ("audit", "vocabulary")}
         return ArtifactSpec.of(name, VERSIONS[name], identity, inputs)
 
@@ -184,8 +184,9 @@ def _ids_of(name: str, vocabulary: pa.Table) -> set[int]:
     return found
 
 
-def _build(builders: dict[str, Builder], ctx: Context, inputs: _Inputs, k: dict[str, int | None]) -> None:
+def _build(builders: dict[str, Builder], ctx: Context, inputs: _Inputs) -> None:
     store, rollouts = ctx.store, inputs.rollouts
+    k = {name: builder.spec.identity.get("k") for name, builder in builders.items()}  # a list that served may be longer
     shards = [record.rows for record in store.shards(rollouts, "rollouts")]
     missing = {name: set(builder.missing(name, len(shards))) for name, builder in builders.items()}
     wanted = [shard for shard in range(len(shards)) if any(shard in absent for absent in missing.values())]
@@ -226,10 +227,11 @@ def _build(builders: dict[str, Builder], ctx: Context, inputs: _Inputs, k: dict[
 
 
 def _common_job(ctx: Context, inputs: _Inputs, builders: dict[str, Builder]) -> dict[str, Any]:
-    flags = None
+    flags: dict[str, str] | None = None
     if "mask" in builders and "sampled" not in builders:
         committed = ctx.store.get("sampled", inputs.spec("sampled").key)
-        flags = None if committed is None else {"stage": "sampled", "key": committed.key}
+        if committed is not None and ctx.store.evicted(committed) is None:
+            flags = {"stage": "sampled", "key": committed.key}
     needs_models = flags is None or set(builders) != {"mask"}
     rules = mask_rules(ctx.store, inputs.prompts, inputs.config.special_tokens) if "mask" in builders else None
     return {

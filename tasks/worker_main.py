@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from storage.errors import OpdError
 from storage.files import explain_full_disk
+from tasks.figures import Figures
 from tasks.plugins import ROLES, load_plugins
 
 PROGRESS_INTERVAL = 0.2
@@ -88,12 +89,13 @@ def main(role: str) -> None:
 def _serve(handler: Handler, channel: Channel, message: dict[str, Any], rank: int) -> None:
     sent = 0.0
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, total: int, figures: Figures | None = None) -> None:
         nonlocal sent
         now = time.monotonic()
         if rank == 0 and (now - sent >= PROGRESS_INTERVAL or done >= total):
             sent = now
-            channel.send({"kind": "progress", "id": message["id"], "done": int(done), "total": int(total)})
+            told = {"figures": dict(figures)} if figures else {}
+            channel.send({"kind": "progress", "id": message["id"], "done": int(done), "total": int(total), **told})
 
     try:
         with explain_full_disk(Path(message["job"].get("store", message["log"]))):

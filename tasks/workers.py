@@ -6,6 +6,7 @@ stage's."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import queue
@@ -27,6 +28,7 @@ from typing import Any
 import storage.errors
 from storage.errors import OpdError
 from storage.files import explain_full_disk, remove_leftovers, temporary_name
+from tasks.figures import JobsProgress, Progress, silent
 from tasks.runtime import RuntimeConfig
 
 START_TIMEOUT = 600.0
@@ -34,9 +36,6 @@ START_TIMEOUT = 600.0
 STOP_TIMEOUT = 10.0
 """Seconds a worker gets to end by itself before its process group is killed."""
 CHECKOUT = Path(__file__).resolve().parent.parent
-
-Progress = Callable[[int, int, int], None]
-"""Called with (job index, done, total)."""
 
 
 class WorkerFailed(OpdError):
@@ -107,7 +106,7 @@ class Worker:
     def run(
         self,
         job: dict[str, Any],
-        progress: Callable[[int, int], None],
+        progress: Progress,
         timeout: float | None = None,
         log: Path | None = None,
     ) -> dict[str, Any]:
@@ -127,7 +126,8 @@ class Worker:
             while done < self.world:
                 for _, message in self._receive(deadline):
                     if message["kind"] == "progress":
-                        progress(message["done"], message["total"])
+                        told = {"figures": message["figures"]} if "figures" in message else {}
+                        progress(message["done"], message["total"], **told)
                     elif message["kind"] == "error":
                         raise self._error(message)
                     elif message["kind"] == "result":
@@ -264,7 +264,7 @@ class WorkerPool:
         self,
         role: str,
         jobs: list[dict[str, Any]],
-        on_progress: Progress | None = None,
+        on_progress: JobsProgress | None = None,
         settings_extra: dict[str, Any] | None = None,
     ) -> list[dict[str, Any]]:
         """Do the jobs over the role's workers and return their results in the order of the jobs.
@@ -284,7 +284,7 @@ class WorkerPool:
             try:
                 while not errors:
                     index = pending.get_nowait()
-                    report = (lambda done, total, i=index: on_progress(i, done, total)) if on_progress else _silent
+                    report = functools.partial(on_progress, index) if on_progress else silent
                     results[index] = self._attempt(role, number, jobs[index], report, settings_extra or {})
             except queue.Empty:
                 pass
@@ -309,7 +309,7 @@ class WorkerPool:
         return results
 
     def _attempt(
-        self, role: str, number: int, job: dict[str, Any], report: Callable[[int, int], None], extra: dict[str, Any]
+        self, role: str, number: int, job: dict[str, Any], report: Progress, extra: dict[str, Any]
     ) -> dict[str, Any]:
         for attempt in range(self.runtime.retries + 1):
             worker = self._worker(role, number, extra)
@@ -414,7 +414,3 @@ class WorkerPool:
                 f" {width}; name at least {own.workers * width}"
             )
         return ",".join(map(str, mine))
-
-
-def _silent(done: int, total: int) -> None:
-    """No one listens."""

@@ -36,7 +36,7 @@ def status(
 ) -> None:
     """Show a run: the figures of each round, what failed, where the student is, what to do next.
 
-    With --json: name, status, and per round metrics, student_sha256, and per stage key, state, seconds, rows, error.
+    With --json: name, status, and per round metrics, student_sha256, and per stage key, state, seconds, rows, error, evicted.
     Exit codes: 0 shown (whatever the run's status), 2 no such run."""
     from flows.report import print_report, settled, status_json
 
@@ -44,7 +44,7 @@ def status(
     holder = run.holder()
     state = settled(run.state, holder)
     if json_:
-        typer.echo(json.dumps(status_json(state), indent=2))
+        typer.echo(json.dumps(status_json(state, root), indent=2))
     else:
         print_report(state, root, holder)
 
@@ -53,16 +53,18 @@ def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
     """List the runs of a store, the one that changed last at the end.
 
     Exit codes: 0, also when there is none."""
-    from flows.report import last_round, settled
+    from flows.report import evicted, last_round, settled
 
     states = sorted((settled(run.state, run.holder()) for run in Run.list(root)), key=lambda state: state.updated)
+    gone = {state.name: sorted({round for round, _ in evicted(state, root)}) for state in states}
     if json_:
-        typer.echo(json.dumps([_line(state) for state in states], indent=2))
+        lines = [_line(state) | {"evicted_rounds": gone[state.name]} for state in states]
+        typer.echo(json.dumps(lines, indent=2))
         return
     if not states:
         typer.echo(f"no runs in {root}; start one with: opd run CONFIG")
         return
-    table = Table("run", "status", "round", "accuracy", "reverse KL", "changed")
+    table = Table("run", "status", "round", "accuracy", "reverse KL", "evicted", "changed")
     for state in states:
         last = last_round(state)
         metrics = last.metrics if last else {}
@@ -73,6 +75,7 @@ def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
             str(last.round) if last else "",
             f"{accuracy:.1%}" if accuracy is not None else "",
             f"{kl:.4f}" if kl is not None else "",
+            f"of {len(gone[state.name])} rounds" if gone[state.name] else "",
             state.updated,
         )
     console().print(table)
@@ -114,8 +117,9 @@ def query(
 ) -> None:
     """Ask the committed artifacts in SQL (DuckDB). Without SQL: the views and their columns.
 
-    Nothing can be written, and no other file read. --json is an array of objects, NaN and infinities as strings.
-    Exit codes: 0 done, 1 damaged data, 2 refused, wrong SQL, no such run, or past a limit."""
+    Nothing can be written, and no other file read. --json is an array of objects, NaN and infinities as strings. Rows
+    that `opd gc` evicted are never left out silently: a query that needs them ends and says which.
+    Exit codes: 0 done, 1 damaged or evicted data, 2 refused, wrong SQL, no such run, or past a limit."""
     from flows.cli import tables
     from storage.catalog import Catalog
     from storage.store import Store

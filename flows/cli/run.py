@@ -155,8 +155,13 @@ def _dry_run(experiment: Experiment, name: str, root: Path, rounds: int | None, 
 
 
 def _plan_table(name: str, lines: list[PlanLine]) -> Table:
-    colours = {"cached": "green", "run": "yellow", "pending": "dim"}
-    meaning = {"cached": "in the store", "run": "would run", "pending": "waits for what would run"}
+    colours = {"cached": "green", "restore": "yellow", "run": "yellow", "pending": "dim"}
+    meaning = {
+        "cached": "in the store",
+        "restore": "evicted, would be made again",
+        "run": "would run",
+        "pending": "waits for what would run",
+    }
     table = Table("round", "stage", "", "key", title=f"plan of {name}", title_justify="left")
     for line in lines:
         keys = ", ".join(f"{stage}/{key}" for stage, key in line.keys.items())

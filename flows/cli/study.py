@@ -14,6 +14,7 @@ from flows.cli.options import DEFAULT_ROOT, Root, console, example, opd_command
 from flows.progress import LineReporter, round_line
 from storage.errors import OpdError
 from storage.runs import RoundState, StageState
+from tasks.figures import Figures
 
 if TYPE_CHECKING:
     from flows.study import StudyPlan, StudyRun
@@ -89,7 +90,7 @@ class StudyReporter(LineReporter):
         super().__init__(console)
         self._made = False
 
-    def stage(self, round: int, label: str, state: StageState) -> None:
+    def stage(self, round: int, label: str, state: StageState, metrics: Figures | None = None) -> None:
         if state.state in ("running", "failed"):
             self._made = True
             super().stage(round, label, state) if state.state == "failed" else self._begin()
@@ -102,7 +103,7 @@ class StudyReporter(LineReporter):
 
 def _table(grid: Grid) -> Table:
     title = Text.assemble((grid.title, "bold"), f" ({grid.note})")
-    table = Table(*map(Text, grid.header), title=title, title_justify="left", title_style="")
+    table = Table(*grid.header, title=title, title_justify="left", title_style="")
     for line in grid.lines:
         table.add_row(*map(Text, line))
     return table

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-POSITIVE_LIMIT = 1e-3
-"""A log-probability above this is no rounding error: it is invalid."""
+from tasks.engines.signals import LOGPROB_MAX
+
 _INF = float("inf")
 
 
@@ -33,7 +33,7 @@ def of_tokens(logprobs_NV: Tensor, ids_NK: Tensor) -> Tensor:
 
 def usable(logprobs: Tensor) -> Tensor:
     """Rounding above zero becomes zero; what is clearly above zero becomes NaN."""
-    return logprobs.masked_fill(logprobs > POSITIVE_LIMIT, float("nan")).clamp(max=0)
+    return logprobs.masked_fill(logprobs > LOGPROB_MAX, float("nan")).clamp(max=0)
 
 
 def entropy(logprobs_NV: Tensor) -> Tensor:
@@ -46,7 +46,9 @@ def top(logprobs_NV: Tensor, k: int, rows: int) -> tuple[Tensor, Tensor, Tensor]
     """(ids_NK, logprobs_NK, valid_N): the k likeliest of the first `rows` ids, likeliest first. Only the first valid_N
     entries of a row are usable: those with a finite log-probability, none at a NaN position."""
     values_NK, ids_NK = logprobs_NV[:, :rows].topk(k, dim=-1, sorted=True)
-    return ids_NK, usable(values_NK), values_NK.isfinite().sum(-1)
+    values_NK = usable(values_NK)
+    valid_N = values_NK.isfinite().sum(-1).masked_fill(values_NK[:, 0].isnan(), 0)  # broken anywhere: broken at the top
+    return ids_NK, values_NK, valid_N
 
 
 def tail_logmass(logprobs_NV: Tensor, ids_NK: Tensor) -> Tensor:

@@ -31,6 +31,10 @@ TOPK_COLUMNS = {
 }
 """Columns of the two tables, and the quantities that fill them."""
 SAMPLED_COLUMNS = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy")
+LOGPROB_MAX = 1e-3
+"""A log-probability above this is no rounding error: float32 sums of a whole vocabulary stay well below it."""
+ENTROPY_MIN = -1e-3
+"""An entropy below this is no rounding error: its sum has the same terms."""
 _FLOAT16_MIN = float(np.finfo(np.float16).min)
 
 
@@ -48,7 +52,11 @@ def sampled_table(rollouts: pa.Table, values: Values) -> pa.Table:
 
 def topk_table(table: str, rollouts: pa.Table, values: Values, encoding: str) -> pa.Table:
     """Rows of `teacher_topk` or `student_topk`: only usable entries are stored. `compact` rounds log-probabilities to
-    float16 (11 significant bits); the column's type stays, and compression drops the rest."""
+    float16 (11 significant bits); the column's type stays, and compression drops the rest.
+
+    A token with an unusable number (NaN, +inf, above LOGPROB_MAX) among its entries or tails gets an empty list and NaN
+    tails: whoever trains on it leaves the token out."""
+    values = _without_broken_lists(table, values)
     valid = values[TOPK_COLUMNS[table]["valid"]]
     columns: dict[str, Any] = {}
     for name, quantity in TOPK_COLUMNS[table].items():
@@ -90,14 +98,48 @@ def mask_table(rollouts: pa.Table, sampled: pa.Table, rules: dict[str, Any]) -> 
 
 
 def invalid_tokens(rollouts: pa.Table, sampled: pa.Table) -> list[np.ndarray]:
-    """Per sample the tokens (T, bool) where a model gave no finite number, or the sampler no log-probability."""
-    columns = [sampled[name].to_pylist() for name in SAMPLED_COLUMNS]
+    """Per sample the tokens (T, bool) where a model or the sampler gave no usable log-probability, or a model no usable
+    entropy. behaviour_logprobs count where there are any."""
+    columns = [sampled[name].to_pylist() for name in (*SAMPLED_COLUMNS, "behaviour_logprobs")]
     found = []
-    for *values, sampling in zip(*columns, rollouts["sampling_logprobs"].to_pylist(), strict=True):
-        given = np.array(sampling, np.float64)
-        finite = np.isfinite(np.array(values, np.float64)).all(axis=0)
-        found.append(~(finite & np.isfinite(given) & (given <= 0)))
+    for *values, behaviour, sampling in zip(*columns, rollouts["sampling_logprobs"].to_pylist(), strict=True):
+        student, teacher, *entropies = (np.array(value, np.float64) for value in values)
+        logprobs = [student, teacher, np.array(sampling, np.float64)]
+        logprobs += [] if behaviour is None else [np.array(behaviour, np.float64)]
+        usable = [usable_logprobs(value) for value in logprobs] + [usable_entropies(value) for value in entropies]
+        found.append(~np.all(usable, axis=0))
     return found
+
+
+def usable_logprobs(values: np.ndarray) -> np.ndarray:
+    """Which log-probabilities of sampled tokens are usable: finite, and above zero by rounding at most."""
+    return np.isfinite(values) & (values <= LOGPROB_MAX)
+
+
+def usable_entropies(values: np.ndarray) -> np.ndarray:
+    """Which entropies are usable: finite, and below zero by rounding at most."""
+    return np.isfinite(values) & (values >= ENTROPY_MIN)
+
+
+def _without_broken_lists(table: str, values: Values) -> Values:
+    """`values` with no entries and NaN tails where a token that has entries has an unusable number."""
+    columns = TOPK_COLUMNS[table]
+    tails = [quantity for name, quantity in columns.items() if name.endswith("tail_logmass")]
+    lists = [quantity for name, quantity in columns.items() if name.endswith("logprobs")]
+    changed = {quantity: list(values[quantity]) for quantity in (columns["valid"], *tails)}
+    for row, valid in enumerate(values[columns["valid"]]):
+        broken = np.zeros(len(valid), bool)
+        for quantity in lists:
+            entries = values[quantity][row]
+            broken |= (~(entries <= LOGPROB_MAX) & (np.arange(entries.shape[1]) < valid[:, None])).any(axis=1)
+        for quantity in tails:
+            broken |= ~(values[quantity][row] <= LOGPROB_MAX)
+        broken &= valid > 0
+        if broken.any():
+            changed[columns["valid"]][row] = np.where(broken, 0, valid)
+            for quantity in tails:
+                changed[quantity][row] = np.where(broken, np.nan, values[quantity][row])
+    return values | changed
 
 
 def _table(name: str, rollouts: pa.Table, columns: dict[str, Any]) -> pa.Table:

@@ -55,11 +55,18 @@ class StudentCandidates(Identity):
     """Policy gradient on the rollout-time student's K most probable ids, each weighed by its probability.
 
     The weight is p(v) renormalised over the K ids, detached: of the rollout-time student, so that weight x ratio is
-    the live probability (up to the constant mass of the list), or of the live one, as some code does."""
+    the live probability (up to the constant mass of the list), or of the live one, as some code does.
+
+    The list's mean advantage is -KL, below zero, which also pushes student mass off the list, where nothing is
+    compared. `baseline: list` (ours) subtracts it: on-policy the gradient is then that of the reverse KL renormalised
+    over the list, Revisiting OPD's on the student's candidates."""
 
     kind: Literal["student_topk"] = "student_topk"
     k: int = Field(16, ge=1, description="candidates per token")
     weights_at: Literal["rollout", "live"] = Field("rollout", description="whose probabilities weigh the candidates")
+    baseline: Literal["none", "list"] = Field(
+        "none", description="what is subtracted from the advantages: nothing, or their weighted mean over the list"
+    )
 
 
 class Normalised(Identity):

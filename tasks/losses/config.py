@@ -68,7 +68,7 @@ class Weighted(Normalised):
 class DirectConfig(Weighted):
     """Back-propagate a divergence between student and teacher over a support: loss = D(p, q).
 
-    With reverse KL, teacher_topk, K = 32, renormalize: Revisiting OPD (Fu et al., 2026); with jsd: GKD (2306.13649)."""
+    With reverse KL, teacher_topk, K = 32, renormalize: Revisiting OPD (2603.25562); with jsd: GKD (2306.13649)."""
 
     estimator: Literal["direct"] = "direct"
     equation: ClassVar[str] = "D(p, q) over the support's categories, back-propagated"
@@ -131,7 +131,7 @@ class PolicyGradientConfig(Weighted):
 
     The defaults are sampled-token OPD, A = log u: OPD+'s centred advantage of reverse KL (2606.01039). Discount 0, no
     normalisation of advantages. With `support: {kind: student_topk}` the sum over the student's K likeliest ids,
-    `sum_v sg(w_v) rho_v sg(-A_v)`, takes the place of the sampled token (Rethinking OPD; TRB, 2605.31159)."""
+    `sum_v sg(w_v) rho_v sg(-A_v)`, takes the place of the sampled token (Rethinking OPD, 2604.13016; TRB, 2605.31159)."""
 
     estimator: Literal["policy_gradient"] = "policy_gradient"
     equation: ClassVar[str] = "-sg(A(y)) rho, rho = p(y) / sg(p_old(y)), A = w_f(u) - w_f(1) or -f(u), u = q(y) / p(y)"

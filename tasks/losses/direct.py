@@ -12,7 +12,7 @@ from tasks.losses.weighting import weighted
 class DirectObjective:
     """per_token = D(p, q) over the support's categories; the gradient is that of the divergence.
 
-    With reverse KL, teacher_topk and `renormalize` (Revisiting OPD, Fu et al. 2026) the gradient at a logit v in S is
+    With reverse KL, teacher_topk and `renormalize` (Revisiting OPD, 2603.25562) the gradient at a logit v in S is
     `p^_v (log(p^_v / q^_v) - loss)` and zero elsewhere. With JSD: GKD (2306.13649)."""
 
     def __init__(self, config: DirectConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tasks.losses.axes import StudentCandidates
 from tasks.losses.config import DirectConfig, PolicyGradientConfig
 from tasks.losses.direct import DirectObjective
 from tasks.losses.divergences import Divergence
@@ -71,18 +72,19 @@ class PolicyGradientObjective:
         """Needs the log-probabilities of the sampled token, or of the candidates, under teacher, rollout-time student
         and live student."""
         listed = self.config.support.kind == "student_topk"
-        loss, metrics = self._of_candidates(batch, student) if listed else self._of_sampled(batch, student)
+        loss, divergence, metrics = (self._of_candidates if listed else self._of_sampled)(batch, student)
         view, out = observed or student, batch.loss_mask_N <= 0
         metrics |= sampled_metrics(batch, view)
         if batch.support_ids_NK is not None:
             floors = self.config.side or DirectConfig.model_validate({})
             metrics |= support_metrics(batch, view, (), floors.logprob_min, floors.tail_logmass_min)
-        loss = weighted(loss, self.config.token_weight, batch, metrics.pop("divergence"))
+        loss = weighted(loss, self.config.token_weight, batch, divergence)
         return ObjectiveOutput(
             loss.masked_fill(out, 0), {name: value.masked_fill(out, 0) for name, value in metrics.items()}
         )
 
-    def _of_sampled(self, batch: TokenBatch, student: StudentView) -> tuple[Tensor, dict[str, Tensor]]:
+    def _of_sampled(self, batch: TokenBatch, student: StudentView) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(loss, how far apart the models are, metrics), per token."""
         region, out = self.config.trust_region, batch.loss_mask_N <= 0
         live = required(student.token_logprobs_N, "student.token_logprobs_N").masked_fill(out, 0)
         old = required(batch.student_logprobs_N, "batch.student_logprobs_N").masked_fill(out, 0)
@@ -98,29 +100,27 @@ class PolicyGradientObjective:
             )
         )
         log_u = at_live if self.config.advantage_at == "live" else at_rollout
-        loss, clipped, replaced = self._terms(log_u, live, old, weights)
-        clip = self.config.log_ratio_clip
-        metrics = {
-            "log_ratio_mean": difference(live.detach(), old),
-            "reverse_kl": (-at_live).clamp(-clip, clip),
-            "divergence": at_live.clamp(-clip, clip).expm1() - at_live.clamp(-clip, clip),
-        }
+        a, replaced = self._advantage(log_u, weights)
+        loss, clipped = self._surrogate(a, live, old)
+        bounded = at_live.clamp(-self.config.log_ratio_clip, self.config.log_ratio_clip)
+        divergence = bounded.expm1() - bounded
+        metrics = {"log_ratio_mean": difference(live.detach(), old), "reverse_kl": -bounded}
         if self.config.ppo_clip is not None:
             metrics["clip_fraction"] = clipped
         if replaced is not None:
             metrics["outlier_fraction"] = replaced
         if weights is None:
-            return loss, metrics
+            return loss, divergence, metrics
         metrics["outlier_fraction"] = weights.outside_N
         loss = weights.trusted_N * loss
         if weights.outlier_N is not None and self._side is not None:
             loss = loss + weights.outlier_N * self._side(batch, student).per_token_N
         if weights.likelihood_N is not None:
             loss = loss - weights.likelihood_N * live.clamp(min=lowest(live))
-        return loss, metrics
+        return loss, divergence, metrics
 
-    def _of_candidates(self, batch: TokenBatch, student: StudentView) -> tuple[Tensor, dict[str, Tensor]]:
-        """sum_v sg(w_v) (-sg(A_v)) rho_v over the rollout-time student's K likeliest ids v."""
+    def _of_candidates(self, batch: TokenBatch, student: StudentView) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The same of sum_v sg(w_v) (-sg(A_v)) rho_v over the rollout-time student's K likeliest ids v."""
         ids = required(batch.support_ids_NK, "batch.support_ids_NK")
         listed = listed_mask(ids, required(batch.support_valid_N, "batch.support_valid_N"))
         listed &= (batch.loss_mask_N > 0).unsqueeze(-1)
@@ -134,35 +134,40 @@ class PolicyGradientObjective:
         )
         required(student.log_normaliser_N, "student.log_normaliser_N (scores normalised over the vocabulary)")
         log_u = difference(teacher, live.detach() if self.config.advantage_at == "live" else old)
-        loss, clipped, replaced = self._terms(log_u, live, old, None)
         support = self.config.support
-        weigher = live.detach() if getattr(support, "weights_at", None) == "live" else old
-        weigher = working(weigher).clamp(min=lowest(working(weigher)))
-        weights = weigher.masked_fill(~listed, lowest(weigher)).softmax(-1).masked_fill(~listed, 0)
+        assert isinstance(support, StudentCandidates)
+        weigher = working(live.detach() if support.weights_at == "live" else old)
+        weights = weigher.clamp(min=lowest(weigher)).masked_fill(~listed, lowest(weigher)).softmax(-1)
+        weights = weights.masked_fill(~listed, 0)
 
         def mean(values_NK: Tensor) -> Tensor:
             return (weights * values_NK).sum(-1)
 
-        metrics = {"divergence": mean(-log_u.clamp(-self.config.log_ratio_clip, self.config.log_ratio_clip))}
+        a, replaced = self._advantage(log_u, None)
+        if support.baseline == "list":
+            a = a - mean(a).unsqueeze(-1)
+        loss, clipped = self._surrogate(a, live, old)
+        clip = self.config.log_ratio_clip
+        metrics: dict[str, Tensor] = {}
         if self.config.ppo_clip is not None:
             metrics["clip_fraction"] = mean(clipped)
         if replaced is not None:
             metrics["outlier_fraction"] = mean(replaced)
-        return mean(loss), metrics
+        return mean(loss), mean(-log_u.clamp(-clip, clip)), metrics
 
-    def _terms(
-        self, log_u: Tensor, live: Tensor, old: Tensor, weights: TermWeights | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(-sg(A) rho, 1 where a ratio clip holds, 1 where the trust region replaced A or null), elementwise."""
+    def _advantage(self, log_u: Tensor, weights: TermWeights | None) -> tuple[Tensor, Tensor | None]:
+        """(A, 1 where the trust region replaced it or null where it replaces nothing), elementwise."""
         config, region = self.config, self.config.trust_region
         log_u = region.reshape(log_u).clamp(-config.log_ratio_clip, config.log_ratio_clip)
         whole = advantage(config.divergence, log_u, unbiased=config.advantage == "opd_plus", center=config.center)
         a = region.bound(whole, weights)
-        loss, clipped = surrogate(
+        return a, None if a is whole or weights is not None else (a != whole).to(a.dtype)
+
+    def _surrogate(self, a: Tensor, live: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return surrogate(
             a, live, old, ppo_clip=config.ppo_clip, dual_clip=config.dual_clip, log_rho_clip=config.log_rho_clip
         )
-        replaced = None if a is whole or weights is not None else (a != whole).to(loss.dtype)
-        return loss, clipped, replaced
 
 
 def _harmless(values_N: Tensor | None, out_N: Tensor) -> Tensor | None:

@@ -1,6 +1,6 @@
 """Supports: which ids are compared, and what becomes of the mass outside of them.
 
-`renormalize` divides both distributions by their own mass on the support (Revisiting OPD, Fu et al. 2026): a softmax
+`renormalize` divides both distributions by their own mass on the support (Revisiting OPD, 2603.25562): a softmax
 over the support's scores alone. `bucket` adds one category with the remaining mass of each: by data processing never
 above the full divergence, and equal to it at K = V. `drop` keeps the terms of the support unnormalised (TrOPD's
 outlier term, 2606.01249). Everything is masked before it is computed with: padded entries and masked tokens have

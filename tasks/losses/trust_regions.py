@@ -176,10 +176,11 @@ class ProximalTeacher(TrustRegion):
     """Learn from a mixture of teacher and student instead of the teacher itself; TOP-D, 2607.04751.
 
     The target is q' = alpha q + (1 - alpha) p with p held constant, so u' = alpha u + 1 - alpha. With reverse KL
-    A = log(alpha u + 1 - alpha), which is never below log(1 - alpha)."""
+    A = log(alpha u + 1 - alpha), which is never below log(1 - alpha). This is TOP-D's reward alone: its mean over later
+    tokens and its normalisation within a prompt's group are not used."""
 
     kind: Literal["proximal_teacher"] = "proximal_teacher"
-    alpha: float = Field(0.5, gt=0, lt=1, description="share of the teacher in the target")
+    alpha: float = Field(0.2, gt=0, lt=1, description="share of the teacher in the target")
     equation = "A of u' = alpha u + 1 - alpha; reverse KL: A = log(alpha u + 1 - alpha) >= log(1 - alpha)"
     paper = "2607.04751"
     experimental = True
@@ -192,32 +193,39 @@ class ProximalTeacher(TrustRegion):
 
 @register
 class AdvantageFloor(TrustRegion):
-    """No token's advantage is below a floor; REOPOLD, 2603.11137."""
+    """No token's advantage counts below a floor; REOPOLD, 2603.11137.
+
+    Copies of the paper disagree on how the floor follows from lambda (log(l / (1-l)) or log(l) / (1-l)), so the floor
+    itself is the field; the default is the former at lambda = 0.3. `below: mask` is its first phase, `clip` its second;
+    the choice of tokens by student entropy in the second is not used."""
 
     kind: Literal["advantage_floor"] = "advantage_floor"
-    floor: float = Field(-2.0, lt=0, description="least advantage, after centring")
-    equation = "A = max(A, floor)"
+    floor: float = Field(-0.847, lt=0, description="least advantage, after centring")
+    below: Literal["clip", "mask"] = Field("clip", description="tokens below it: raised to the floor, or without loss")
+    equation = "A = max(A, floor); or A = 0 where A < floor"
     paper = "2603.11137"
     experimental = True
     sampled_only = False
 
     def bound(self, advantage: Tensor, weights: TermWeights | None) -> Tensor:
+        if self.below == "mask":
+            return advantage.masked_fill(advantage < self.floor, 0)
         return advantage.clamp(min=self.floor)
 
 
 @register
 class EntropyGate(TrustRegion):
-    """Where the teacher itself is unsure, forward KL over its top k joins the policy gradient; EOPD, 2603.07079."""
+    """Where the teacher itself is unsure, forward KL over its top k joins the policy gradient; EOPD, 2603.07079.
+
+    Added, not exchanged: reverse KL stays on these tokens too. The sum over the k candidates is unnormalised."""
 
     kind: Literal["entropy_gate"] = "entropy_gate"
-    threshold: float = Field(0.8, ge=0, description="teacher entropy in nats above which the gate is open")
+    threshold: float = Field(0.8, ge=0, description="teacher entropy in nats from which on the gate is open")
     k: int = Field(16, ge=1, description="teacher's candidates for the forward KL")
     weight: float = Field(1.0, gt=0, description="of the forward KL where the gate is open")
-    outside: Literal["renormalize", "bucket", "drop"] = Field(
-        "renormalize", description="what lies outside the k candidates"
-    )
+    outside: Literal["renormalize", "bucket", "drop"] = Field("drop", description="what lies outside the k candidates")
     logprob_min: float = Field(-40.0, lt=0, ge=-80, description="floor of log p and log q in the forward KL")
-    equation = "-A rho + 1[H(q) > threshold] weight sum_{v in top-k} q log(q/p)"
+    equation = "-A rho + 1[H(q) >= threshold] weight sum_{v in top-k} q log(q/p)"
     paper = "2603.07079"
     experimental = True
 
@@ -234,5 +242,5 @@ class EntropyGate(TrustRegion):
     def weigh(self, evidence: Evidence) -> TermWeights:
         entropy = evidence.teacher_entropy_N
         assert entropy is not None
-        open_ = (entropy > self.threshold).to(evidence.log_u_live_N.dtype)
+        open_ = (entropy >= self.threshold).to(evidence.log_u_live_N.dtype)
         return TermWeights(open_.new_ones(open_.shape), open_, self.weight * open_)

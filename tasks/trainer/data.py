@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,11 +15,15 @@ from storage.identity import derive_seed
 from storage.schemas import MaskReason
 from tasks.losses.needs import Needs
 from tasks.losses.types import TokenBatch
+from tasks.trainer import checks
 from tasks.trainer.support import Support, TopK, UnionTopK, check_width, harmless
 
-_TOPK = {  # columns: teacher's log-probabilities, rollout-time student's, teacher's tail
-    "teacher_topk": ("logprobs", None, "tail_logmass"),
-    "student_topk": ("teacher_logprobs", "student_logprobs", "teacher_tail_logmass"),
+_TOPK = {  # log-probabilities and their tails by model; the lists are sorted by the first
+    "teacher_topk": {"teacher": ("logprobs", "tail_logmass")},
+    "student_topk": {
+        "student": ("student_logprobs", "student_tail_logmass"),
+        "teacher": ("teacher_logprobs", "teacher_tail_logmass"),
+    },
 }
 _SOURCES = {
     "teacher_topk": ("teacher_topk",),
@@ -60,6 +64,8 @@ class Samples:
     floats: dict[str, np.ndarray] = field(default_factory=dict)
     """Per flat completion token: sampling_logprobs, student_logprobs, ..."""
     support: Support | None = None
+    invalid: int = 0
+    """Completion tokens left out because a value of theirs is not usable."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -94,11 +100,14 @@ def from_rollouts(
     needs: Needs,
     mask_reasons: Iterable[MaskReason],
     seed: int = 0,
+    rows: int | None = None,
 ) -> Samples:
-    """Joins rollouts with the signals that the objective needs, by sample_id. `seed` is the run's, for counter-based draws.
+    """Joins rollouts with the signals that the objective needs, by sample_id. `seed` is the run's, for counter-based draws;
+    `rows` are the student's vocabulary.
 
-    Raises InputError when a signal is not given, lacks a sample or repeats one, when a list's length is not its
-    completion's, or a top-K list is narrower than the objective asks for."""
+    Tokens that the mask marks as invalid, or that have an empty list, are left out and counted. Raises InputError when a
+    signal is not given, lacks a sample or repeats one, when a list's length is not its completion's, a top-K list is
+    narrower than the objective asks for, `full` support is not full, and for values that no gradient may see (`checks`)."""
     ids = rollouts["sample_id"].to_pylist()
     completions = _ragged(rollouts["completion_token_ids"], np.int64)
     widths = {need.name: need.k for need in needs.signals}
@@ -115,26 +124,61 @@ def from_rollouts(
         for name in _SAMPLED:
             if ordered["sampled"][name].null_count == 0:
                 floats[name] = aligned(ordered["sampled"], "sampled", name, np.float32)
-    keep = np.ones(len(completions.values), bool)
+    keep, invalid = np.ones(len(completions.values), bool), np.zeros(len(completions.values), bool)
     if "mask" in ordered:
-        masked = MaskReason.INVALID_VALUE  # never trainable, whatever the policy
+        masked = MaskReason(0)
         for reason in mask_reasons:
             masked |= reason
         if needs.takes_prefixes:
             masked &= ~MaskReason.TEACHER_PREFIX  # the objective has a term of its own for them
-        keep = (aligned(ordered["mask"], "mask", "mask_reasons", np.int32) & int(masked)) == 0
+        reasons = aligned(ordered["mask"], "mask", "mask_reasons", np.int32)
+        keep = (reasons & int(masked)) == 0
+        invalid = (reasons & int(MaskReason.INVALID_VALUE)) != 0  # never trainable, whatever the policy
+    stored: list[checks.Lists] = []
+    if needs.student.support is not None:
+        tokens = checks.Tokens(ids, completions.offsets, keep & ~invalid)
+        stored = [_lists(name, ordered[name], completions, tokens) for name in _SOURCES[needs.student.support]]
+        for lists in stored:
+            invalid |= lists.counts == 0  # how the scorer says that it had no usable numbers
+    keep &= ~invalid
+    tokens = checks.Tokens(ids, completions.offsets, keep)
+    checks.check_token_ids(tokens, "rollouts.completion_token_ids", completions.values, rows)
+    for name, values in floats.items():
+        where = "rollouts" if name == "sampling_logprobs" else "sampled"
+        checks.check_floats(tokens, f"{where}.{name}", values)
     if needs.draws:
         floats["uniform"] = _uniform(seed, ids, completions)
     if needs.takes_prefixes:
         floats["teacher_prefix"] = _leading(rollouts["prefix_length"], completions)
-    support: Support | None = None
-    if needs.student.support is not None:
-        lists = [
-            _top_k(name, ordered[name], completions, ids, widths.get(name)) for name in _SOURCES[needs.student.support]
-        ]
-        support = UnionTopK(*lists) if len(lists) == 2 else lists[0]
     prompts = _ragged(rollouts["prompt_token_ids"], np.int64)
-    return _checked(Samples(ids, prompts, completions, keep, floats, support))
+    samples = Samples(ids, prompts, completions, keep, floats, None, int(invalid.sum()))
+    return _checked(replace(samples, support=_support(stored, tokens, needs, rows)), "rollouts.prompt_token_ids", rows)
+
+
+def _support(stored: list[checks.Lists], tokens: checks.Tokens, needs: Needs, rows: int | None) -> Support | None:
+    """The lists as the objective wants them, their values checked."""
+    widths = {need.name: need.k for need in needs.signals}
+    tops = []
+    for lists in stored:
+        columns = _TOPK[lists.name]
+        checks.check_lists(tokens, lists, rows)
+        k = check_width(lists.name, lists.counts, widths.get(lists.name))
+        if needs.student.support == "full":
+            checks.check_full(tokens, k, lists, rows)
+        tops.append(
+            TopK(
+                k=k,
+                starts=lists.starts,
+                counts=lists.counts,
+                ids=lists.ids,
+                teacher=lists.logprobs[columns["teacher"][0]],
+                student=lists.logprobs[columns["student"][0]] if "student" in columns else None,
+                teacher_tail=lists.tails[columns["teacher"][1]],
+            )
+        )
+    if len(tops) == 2:
+        return UnionTopK(*tops)
+    return tops[0] if tops else None
 
 
 def _uniform(seed: int, ids: list[str], completions: Ragged) -> np.ndarray:
@@ -151,10 +195,10 @@ def _leading(counts: pa.ChunkedArray, completions: Ragged) -> np.ndarray:
     return (place < np.repeat(counts.to_numpy(), completions.lengths)).astype(np.float32)
 
 
-def from_prompts(prompts: pa.Table, split: str) -> Samples:
+def from_prompts(prompts: pa.Table, split: str, rows: int | None = None) -> Samples:
     """Supervised targets: the rows of `split`, prompt and completion tokens as prepared, nothing masked.
 
-    Raises InputError when the split is empty or a row has no completion."""
+    Raises InputError when the split is empty, a row has no completion, or an id is not below the student's `rows`."""
     chosen = prompts.filter(pa.compute.equal(prompts["split"], split))
     if chosen.num_rows == 0:
         raise InputError(f"warmup: no prompt has the split {split!r}; give prompts.{split} rows with a `completion`")
@@ -170,14 +214,19 @@ def from_prompts(prompts: pa.Table, split: str) -> Samples:
         )
     completions = _ragged(chosen["completion_token_ids"], np.int64)
     keep = np.ones(len(completions.values), bool)
-    return _checked(Samples(ids, _ragged(chosen["token_ids"], np.int64), completions, keep))
+    tokens = checks.Tokens(ids, completions.offsets, keep)
+    checks.check_token_ids(tokens, "prompts.completion_token_ids", completions.values, rows)
+    return _checked(Samples(ids, _ragged(chosen["token_ids"], np.int64), completions, keep), "prompts.token_ids", rows)
 
 
-def _checked(samples: Samples) -> Samples:
+def _checked(samples: Samples, prompt_column: str, rows: int | None) -> Samples:
     for name, lists in (("prompt", samples.prompts), ("completion", samples.completions)):
         empty = np.flatnonzero(lists.lengths == 0)
         if len(empty):
             raise InputError(f"sample {samples.ids[empty[0]]!r} has no {name} tokens ({len(empty)} such samples)")
+    prompts = samples.prompts
+    tokens = checks.Tokens(samples.ids, prompts.offsets, np.ones(len(prompts.values), bool))
+    checks.check_token_ids(tokens, prompt_column, prompts.values, rows)
     return samples
 
 
@@ -208,27 +257,34 @@ def _aligned(lists: Ragged, completions: Ragged, ids: list[str], where: str) -> 
     return lists.values
 
 
-def _top_k(name: str, table: pa.Table, completions: Ragged, ids: list[str], k: int | None) -> TopK:
-    teacher_column, student_column, tail_column = _TOPK[name]
+def _lists(name: str, table: pa.Table, completions: Ragged, tokens: checks.Tokens) -> checks.Lists:
+    """A top-K signal's columns, their lengths checked."""
+    ids = tokens.ids
     outer, edges, entries = _nested(table["ids"])
     _aligned(Ragged(edges[:-1], outer), completions, ids, f"{name}.ids")
 
     def logprobs(column: str) -> np.ndarray:
-        _, other, values = _nested(table[column])
+        other_outer, other, values = _nested(table[column])
+        _aligned(Ragged(other[:-1], other_outer), completions, ids, f"{name}.{column}")
         if not np.array_equal(other, edges):
-            raise InputError(f"{name}.{column}: its lists are not as long as those of {name}.ids")
+            at = int(np.flatnonzero(np.diff(other) != np.diff(edges))[0])
+            found = f"found {other[at + 1] - other[at]} entries for {edges[at + 1] - edges[at]} ids"
+            tokens.refuse(f"{name}.{column}", at, found, f"its lists must be as long as those of {name}.ids")
         return values.astype(np.float32, copy=False)
 
     valid = _aligned(_ragged(table["valid"], np.int64), completions, ids, f"{name}.valid")
-    counts = np.minimum(valid, np.diff(edges))
-    return TopK(
-        k=check_width(name, counts, k),
+    checks.check_counts(tokens, name, valid, np.diff(edges))
+    columns = _TOPK[name].values()
+    return checks.Lists(
+        name=name,
         starts=edges[:-1],
-        counts=counts,
-        ids=entries.astype(np.int64, copy=False),
-        teacher=logprobs(teacher_column),
-        student=None if student_column is None else logprobs(student_column),
-        teacher_tail=_aligned(_ragged(table[tail_column], np.float32), completions, ids, f"{name}.{tail_column}"),
+        counts=np.clip(valid, 0, np.diff(edges)),
+        ids=entries,
+        logprobs={column: logprobs(column) for column, _ in columns},
+        tails={
+            column: _aligned(_ragged(table[column], np.float32), completions, ids, f"{name}.{column}")
+            for _, column in columns
+        },
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from storage.store import Artifact, ArtifactSpec, Builder
+from tasks.figures import summary
 from tasks.stage import Context
 
 _TREES = {"student": "model", "trainer_state": "state"}
@@ -32,8 +33,12 @@ def run_and_commit(
     [result] = context.workers.run(
         "trainer",
         [{**job, "store": str(context.store.root), "outputs": outputs}],
-        lambda _, done, total: context.progress(done, total, "steps"),
+        lambda _, done, total, figures=None: context.progress(done, total, "steps", figures),
     )
+    if text := summary(result["metrics"]):
+        context.log(f"{job['op']}: {result['steps']} steps: {text}")
+    if invalid := result["metrics"].get("invalid_tokens"):
+        context.log(f"warning: {job['op']}: {invalid} completion tokens have invalid values and were left out")
     provenance = {"numerics": context.runtime.numerics()}
     meta = {"steps": result["steps"], "last_step": result["last_step"]}
     student: Artifact | None = None

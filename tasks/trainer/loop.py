@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from storage.errors import OpdError
 from storage.identity import derive_seed
 from storage.schemas import TABLES
+from tasks.figures import Progress, latest, words
 from tasks.trainer.batching import Step, split_step
 from tasks.trainer.config import OptimizerSettings
 from tasks.trainer.data import Samples, forward_batch, token_weights
@@ -54,7 +55,7 @@ def run_steps(
     engine: Engine,
     module: TrainModule,
     settings: OptimizerSettings,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Does the steps and returns their rows of `training_steps` (the same on every rank).
 
@@ -63,6 +64,7 @@ def run_steps(
     when a loss or a gradient is not finite."""
     table: list[dict[str, Any]] = []
     running: float | None = None
+    known: dict[str, float | None] = {}
     for number, step in enumerate(plan.steps):
         began = time.monotonic()
         now = plan.first_step + number + 1
@@ -102,12 +104,15 @@ def run_steps(
                 **tally.means(),
             }
         )
-        progress(number + 1, len(plan.steps))
+        known |= latest(table[-1:])
+        progress(number + 1, len(plan.steps), known)
+        if dist.get_rank() == 0 and ((now - 1) % plan.metrics_every == 0 or number + 1 == len(plan.steps)):
+            print(f"round {plan.round} step {now}: {words(known)}", flush=True)
         drift = table[-1]["log_ratio_mean"]
         drifted = plan.max_drift is not None and drift is not None and -drift > plan.max_drift
         running = tally.loss if running is None else (1 - _RUNNING) * running + _RUNNING * tally.loss
         if drifted or (plan.stop_loss is not None and running < plan.stop_loss):
-            progress(number + 1, number + 1)
+            progress(number + 1, number + 1, known)
             break
     return table
 

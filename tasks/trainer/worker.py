@@ -6,7 +6,6 @@ same job gives the same bits in a warm worker and in a fresh one."""
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from storage.errors import CorruptArtifact, InputError
 from storage.identity import derive_seed
 from storage.schemas import MaskReason, schema_for
 from storage.store import Store
+from tasks.engines.forward import vocabulary_rows
+from tasks.figures import Progress, summarised
 from tasks.losses.config import ObjectiveConfig
 from tasks.losses.head import ChunkedHead
 from tasks.losses.registry import make_objective
@@ -57,7 +58,7 @@ class Trainer:
         self.settings = settings
         self.device = start()
 
-    def handle(self, job: dict[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
+    def handle(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
         """Collective: every rank gets the same job. Rank 0 returns {steps, last_step, metrics}, the others {}.
 
         `job`: op (train | warmup), store, model (folder), state (folder or null), config, objective, seed, round,
@@ -72,9 +73,7 @@ class Trainer:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _train(
-        self, job: dict[str, Any], runtime: dict[str, Any], progress: Callable[[int, int], None]
-    ) -> dict[str, Any]:
+    def _train(self, job: dict[str, Any], runtime: dict[str, Any], progress: Progress) -> dict[str, Any]:
         torch.manual_seed(derive_seed(job["seed"], "train", job["round"]))
         lesson = _LESSONS[job["op"]](job, Store(job["store"]))
         settings = lesson.settings
@@ -121,7 +120,7 @@ class Trainer:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return _summary(rows) if dist.get_rank() == 0 else {}
+        return _summary(rows, lesson.samples) if dist.get_rank() == 0 else {}
 
     def _write(
         self,
@@ -159,7 +158,8 @@ def _train_lesson(job: dict[str, Any], store: Store) -> Lesson:
     rollouts = _table(store, job["rollouts"], "rollouts")
     signals = {name: _table(store, where, name) for name, where in job["signals"].items()}
     reasons = [MaskReason[name.upper()] for name in config.mask_reasons]
-    samples = from_rollouts(rollouts, signals, objective.needs(), reasons, job["seed"])
+    rows = vocabulary_rows(Path(job["model"]))
+    samples = from_rollouts(rollouts, signals, objective.needs(), reasons, job["seed"], rows)
     correction, cap = config.importance_correction, None
     if isinstance(correction, TruncatedCorrection):
         cap = correction.cap
@@ -182,7 +182,7 @@ def _train_lesson(job: dict[str, Any], store: Store) -> Lesson:
 
 def _warmup_lesson(job: dict[str, Any], store: Store) -> Lesson:
     config = WarmupConfig.model_validate(job["config"])
-    samples = from_prompts(_table(store, job["prompts"], "prompts"), "warmup")
+    samples = from_prompts(_table(store, job["prompts"], "prompts"), "warmup", vocabulary_rows(Path(job["model"])))
     return Lesson(
         settings=config,
         objective=_OBJECTIVE.validate_python(job["objective"]),
@@ -204,16 +204,13 @@ def _table(store: Store, where: dict[str, str], table: str) -> pa.Table:
     return store.read_table(artifact, table)
 
 
-def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    last = rows[-1]
+def _summary(rows: list[dict[str, Any]], samples: Samples) -> dict[str, Any]:
     tokens = sum(row["tokens"] for row in rows)
     loss = sum(row["loss"] * row["tokens"] for row in rows) / max(1, tokens)
     metrics = {
         "loss": loss,
-        "loss_last": last["loss"],
-        "grad_norm_max": max(row["grad_norm"] for row in rows),
         "tokens": float(tokens),
-        "log_ratio_mean_last": last["log_ratio_mean"],
-        "clip_fraction_last": last["clip_fraction"],
+        "invalid_tokens": samples.invalid,
+        **summarised(rows),
     }
-    return {"steps": len(rows), "last_step": last["step"], "metrics": metrics}
+    return {"steps": len(rows), "last_step": rows[-1]["step"], "metrics": metrics}

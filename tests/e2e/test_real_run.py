@@ -124,6 +124,13 @@ def test_each_sample_is_used_once_and_steps_continue_across_rounds(finished):
     assert all(row["loss"] is not None and row["grad_norm"] > 0 for row in steps)
 
 
+def test_the_logs_have_the_figures_of_the_steps(finished):
+    logs = finished.opd("logs", "base", "--lines", 0).stdout
+    assert logs.count("train: 4 steps: loss ") == 3 and logs.count("warmup: 150 steps: loss ") == 1
+    assert all(f"round {number} step {4 * number - 3}: loss " in logs for number in (1, 2, 3))
+    assert finished.status["rounds"][1]["metrics"]["train_invalid_tokens"] == 0
+
+
 def test_prefect_saw_the_flow_and_its_tasks(finished):
     with sqlite3.connect(next((finished.root / "prefect").glob("*.db"))) as database:
         flows = database.execute("select state_type from flow_run").fetchall()

@@ -54,6 +54,16 @@ def test_renormalising_one_category_is_refused_with_its_reason():
     assert "identically" in refused("objective.support={kind: teacher_topk, k: 1, outside: renormalize}")
 
 
+def test_full_support_below_the_vocabulary_is_refused():
+    full = "objective.support={kind: full, k: %d}"
+    assert "k is 263 and the vocabulary has 264 rows; set k: 264" in refused(full % 263)
+    load_experiment(TINY, [full % 264])
+    # a teacher of fewer rows: both models share these, and no more can be asked for
+    narrow = "teacher.source.config.vocab_size=262"
+    load_experiment(TINY, [full % 262, narrow])
+    assert "set k: 262" in refused(full % 261, narrow)
+
+
 def test_every_problem_is_listed_at_once():
     message = refused("rollout.top_p=0", "train.lr=-1")
     assert "2 problem(s)" in message and "rollout.top_p" in message and "train.lr" in message

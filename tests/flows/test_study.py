@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from flows.experiment import load_experiment
 from flows.runner import open_run
 from flows.study import StudyPlan, load_study, run_study
 from flows.study_results import best_lr, best_lrs, read_rows
@@ -17,6 +18,7 @@ from storage.runs import RoundState, Run, StageState
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 RECIPES = CHECKOUT / "configs" / "recipes"
+OPD_LR = load_experiment(RECIPES / "opd.yaml").train.lr
 DIVERGED = "the loss is not finite at step 3 (round 1, epoch 0); samples: p1/1/0"
 
 
@@ -173,7 +175,7 @@ def test_the_sweeps_choice_is_used_by_every_method_of_its_group_alone(tmp_path, 
     lrs = {name: row["lr"] for name, row in by_run(plan, tmp_path).items() if row["part"] == "study"}
     assert lrs == {
         f"study-small-{method}-s{seed}": lr
-        for method, lr in (("bucket", 1e-3), ("forward", 1e-3), ("opd", 1e-4))
+        for method, lr in (("bucket", 1e-3), ("forward", 1e-3), ("opd", OPD_LR))
         for seed in (0, 1)
     }
 

@@ -26,6 +26,11 @@ class Scripted:
             case "echo":
                 progress(1, 1)
                 return {"value": job["value"], "served": self.served, "pid": os.getpid()}
+            case "train":
+                for step, figures in enumerate(job["figures"], 1):
+                    progress(step, len(job["figures"]), figures)
+                    time.sleep(job["pause"])
+                return {}
             case "die_once":
                 marker = Path(job["marker"])
                 if not marker.exists():

@@ -35,7 +35,7 @@ class InProcess:
 
     def run(self, role: str, jobs: list[dict], on_progress: Any = None, settings_extra: Any = None) -> list[dict]:
         self.jobs += [(role, job) for job in jobs]
-        return [self.handlers[role].handle(job, lambda done, total: None) for job in jobs]
+        return [self.handlers[role].handle(job, lambda *_: None) for job in jobs]
 
     def stage_done(self) -> None:
         """Nothing to end."""

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwe
 
 from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
+from tasks.figures import Figures
 from tasks.runtime import RuntimeConfig
 from tasks.stage import Context, Work
 from tasks.workers import Worker
@@ -22,7 +23,7 @@ from tasks.workers import Worker
 SAMPLES, K, VOCABULARY = 12, 8, 264
 
 
-def tiny_model(seed: int, hidden: int = 64) -> PreTrainedModel:
+def tiny_model(seed: int, hidden: int = 64, tied: bool = True) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = Qwen3Config(
         hidden_size=hidden,
@@ -33,7 +34,7 @@ def tiny_model(seed: int, hidden: int = 64) -> PreTrainedModel:
         vocab_size=VOCABULARY,
         intermediate_size=96,
         max_position_embeddings=128,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         initializer_range=0.1,
     )
     return Qwen3ForCausalLM(config).eval()
@@ -78,7 +79,7 @@ def make_world(root: Path) -> World:
     store = Store(root)
     student, teacher = tiny_model(1), tiny_model(2, hidden=96)
     random = np.random.Generator(np.random.PCG64(0))
-    rollouts, sampled, topk, masks = [], [], [], []
+    rollouts, sampled, topk, own, masks = [], [], [], [], []
     for index in range(SAMPLES):
         prompt = random.integers(8, VOCABULARY, size=int(random.integers(3, 9))).tolist()
         completion = random.integers(8, VOCABULARY, size=int(random.integers(2, 21))).tolist()
@@ -122,6 +123,18 @@ def make_world(root: Path) -> World:
                 "tail_logmass": tail.tolist(),
             }
         )
+        mine = of_student.topk(K, dim=-1)
+        own.append(
+            {
+                "sample_id": name,
+                "ids": mine.indices.tolist(),
+                "student_logprobs": mine.values.tolist(),
+                "teacher_logprobs": of_teacher.gather(1, mine.indices).tolist(),
+                "valid": [K] * len(completion),
+                "student_tail_logmass": of_student.scatter(1, mine.indices, -torch.inf).logsumexp(-1).tolist(),
+                "teacher_tail_logmass": of_teacher.scatter(1, mine.indices, -torch.inf).logsumexp(-1).tolist(),
+            }
+        )
         # one sample has nothing left to learn from; elsewhere a token is now and then masked
         reasons = np.ones(len(completion), int) if index == 3 else (random.random(len(completion)) < 0.15).astype(int)
         masks.append({"sample_id": name, "mask_reasons": reasons.tolist()})
@@ -143,6 +156,7 @@ def make_world(root: Path) -> World:
         signals={
             "sampled": commit_table(store, "sampled", "sampled", list(reversed(sampled))),
             "teacher_topk": commit_table(store, "teacher_topk", "teacher_topk", topk),
+            "student_topk": commit_table(store, "student_topk", "student_topk", own),
             "mask": commit_table(store, "mask", "mask", masks),
         },
         prompts=commit_table(store, "prepare", "prompts", texts, **{"prompts:warmup": "some"}),
@@ -156,6 +170,9 @@ class Made:
 
     artifacts: dict[str, Artifact]
     store: Store
+    figures: Figures
+    """What progress told last."""
+    said: list[str]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -182,23 +199,27 @@ class Pool:
 
     def __init__(self, worker: Worker, runtime: dict[str, Any]) -> None:
         self.worker, self.runtime = worker, runtime
-        self.seen: list[tuple[int, int]] = []
+        self.seen: list[tuple[int, int, Figures]] = []
 
     def run(self, role: str, jobs: list[dict[str, Any]], on_progress: Any) -> list[dict[str, Any]]:
         assert role == "trainer"
-        report = lambda done, total: (self.seen.append((done, total)), on_progress(0, done, total))  # noqa: E731
+
+        def report(done: int, total: int, figures: Figures | None = None) -> None:
+            self.seen.append((done, total, figures or {}))
+            on_progress(0, done, total, figures)
+
         return [self.worker.run(job | {"runtime": self.runtime}, report, timeout=120) for job in jobs]
 
 
 def make(work: Work, store: Store, worker: Worker, tag: str, **runtime: Any) -> Made:
     """Builds all outputs of `work`. `tag` keeps artifacts apart that differ in runtime only, which no key shows."""
-    pool = Pool(worker, runtime)
+    pool, said = Pool(worker, runtime), list[str]()
     context = Context(
         store=store,
         runtime=RuntimeConfig(device="cpu"),
         workers=pool,  # type: ignore[arg-type]
-        progress=lambda done, total, unit: None,
-        log=lambda text: None,
+        progress=lambda done, total, unit, figures=None: None,
+        log=said.append,
     )
     other = {
         name: ArtifactSpec.of(spec.stage, spec.version, spec.identity | {"tag": tag}, spec.inputs)
@@ -209,4 +230,5 @@ def make(work: Work, store: Store, worker: Worker, tag: str, **runtime: Any) -> 
         work.build(builders, context)
     made = {name: store.get(spec.stage, spec.key) for name, spec in other.items()}
     assert pool.seen and pool.seen[-1][0] == pool.seen[-1][1], "progress reaches its total"
-    return Made({name: artifact for name, artifact in made.items() if artifact is not None}, store)
+    artifacts = {name: artifact for name, artifact in made.items() if artifact is not None}
+    return Made(artifacts, store, pool.seen[-1][2], said)

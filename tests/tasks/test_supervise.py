@@ -17,10 +17,12 @@ from storage.errors import ConfigError, CorruptArtifact, InputError
 from storage.schemas import MaskReason, schema_for
 from storage.store import Artifact, Store
 from tasks.engines.signals import mask_table, topk_table
+from tasks.losses.config import DirectConfig, TopkSupport
 from tasks.losses.needs import SignalNeed
 from tasks.rollout_config import RolloutConfig
 from tasks.supervise import SpecialTokens, SuperviseConfig, mask_rules, supervise_work
 from tasks.tokenizers import build_byte_tokenizer
+from tasks.trainer.data import from_rollouts
 
 ROLLOUT = RolloutConfig(temperature=0.8, top_p=0.9)
 SHARDS = [4, 3]
@@ -240,6 +242,32 @@ def test_compact_lists_are_rounded_and_smaller(shared):
     assert topk_table("teacher_topk", row, values, "compact")["logprobs"].to_pylist() == [[[-65504.0, -math.inf]]]
 
 
+@pytest.mark.parametrize("encoding", ["exact", "compact"])
+@pytest.mark.parametrize("k", [6, 264])
+def test_what_the_scorer_writes_passes_the_trainers_checks(shared, encoding, k):
+    needs = DirectConfig(support=TopkSupport(kind="union", k=k)).needs()
+    made = shared.make(needs.signals, config=SuperviseConfig(encoding=encoding))
+    signals = {name: shared.store.read_table(artifact, name) for name, artifact in made.items()}
+    samples = from_rollouts(shared.store.read_table(shared.rollouts, "rollouts"), signals, needs, [], rows=264)
+    assert samples.keep.all() and samples.invalid == 0
+
+
+def test_lists_with_unusable_numbers_are_stored_empty():
+    """Each of the first six tokens breaks one rule; the last is fine, as is an entry without probability."""
+    top = np.full((7, 3), [-1.0, -2.0, -math.inf])
+    top[0, 0], top[1, 1], top[2, 0] = math.nan, math.inf, 0.01
+    tail = np.array([-3.0, -3.0, -3.0, math.nan, math.inf, 0.01, -3.0])
+    values = {"teacher_ids": [np.tile([7, 8, 9], (7, 1))], "teacher_top": [top], "teacher_tail": [tail]}
+    values["teacher_valid"] = [np.full(7, 3)]
+    (row,) = topk_table("teacher_topk", pa.table({"sample_id": ["s"]}), values, "exact").to_pylist()
+    assert row["valid"] == [0] * 6 + [3] and [len(ids) for ids in row["ids"]] == row["valid"]
+    assert row["logprobs"][6] == [-1.0, -2.0, -math.inf] and row["tail_logmass"][6] == -3.0
+    assert np.isnan(row["tail_logmass"][:6]).all()
+    top[0], top[0, 1] = -1.0, math.nan  # past the usable entries nothing matters
+    values["teacher_valid"][0][0] = 1
+    assert topk_table("teacher_topk", pa.table({"sample_id": ["s"]}), values, "exact")["valid"].to_pylist()[0][0] == 1
+
+
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 
@@ -252,9 +280,8 @@ def rollout_row(completion: list[int], **fields: Any) -> dict[str, Any]:
 
 def reasons(row: dict[str, Any], special=(), unmapped=(), occurrence="all", **values: list[float]) -> list[int]:
     count = len(row["completion_token_ids"])
-    columns = dict.fromkeys(
-        ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy"), [-0.5] * count
-    )
+    columns = dict.fromkeys(("student_logprobs", "teacher_logprobs"), [-0.5] * count)
+    columns |= dict.fromkeys(("student_entropy", "teacher_entropy"), [0.5] * count)
     sampled = pa.Table.from_pylist([{"sample_id": "s", **columns, **values}], schema_for("sampled"))
     rules = {"special": list(special), "unmapped": list(unmapped), "teacher_rows": 100, "occurrence": occurrence}
     table = mask_table(pa.Table.from_pylist([row], schema_for("rollouts")), sampled, rules)
@@ -272,7 +299,9 @@ def test_mask_reasons_are_bits_of_what_holds():
     assert reasons(row | {"prefix_length": 2}) == [prefix, prefix, 0, unmapped]
     ok = rollout_row([1, 2, 3, 4])
     assert reasons(ok, teacher_logprobs=[-1.0, math.nan, -math.inf, -2.0]) == [0, invalid, invalid, 0]
-    assert reasons(ok, student_entropy=[math.inf, 0.0, 0.0, 0.0]) == [invalid, 0, 0, 0]
+    assert reasons(ok, student_logprobs=[0.0, 1e-6, 0.01, math.inf]) == [0, 0, invalid, invalid]
+    assert reasons(ok, student_entropy=[math.inf, 0.0, -1e-6, -0.1]) == [invalid, 0, 0, invalid]
+    assert reasons(ok, behaviour_logprobs=[-1.0, math.nan, 0.01, -math.inf]) == [0, invalid, invalid, invalid]
     assert reasons(ok | {"sampling_logprobs": [0.0, 0.1, math.nan, -math.inf]}) == [0, invalid, invalid, invalid]
 
 

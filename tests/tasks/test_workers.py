@@ -44,6 +44,22 @@ def test_one_warm_worker_serves_a_stream_of_jobs(tmp_path):
     assert not alive(first[0]["pid"])
 
 
+def test_figures_of_a_job_reach_whoever_listens(tmp_path):
+    """The first and the last always; in between not more often than five times a second."""
+    figures = [{"loss": 3.0 - step, "entropy": None} for step in range(3)]
+    seen = []
+    with pool(tmp_path) as workers:
+        listen = lambda job, done, total, figures=None: seen.append((done, figures))  # noqa: E731
+        workers.run("scorer", [{"op": "train", "figures": figures, "pause": 0.3}], listen)
+        assert seen == [(1, figures[0]), (2, figures[1]), (3, figures[2])]
+        seen.clear()
+        workers.run("scorer", [{"op": "train", "figures": figures * 20, "pause": 0.001}], listen)
+        assert seen[0] == (1, figures[0]) and seen[-1] == (60, figures[2]) and len(seen) < 10
+        seen.clear()
+        workers.run("scorer", [{"op": "echo", "value": 1}], lambda job, done, total: seen.append((done, total)))
+    assert seen == [(1, 1)]
+
+
 def test_two_workers_share_the_jobs_and_answers_keep_their_order(tmp_path):
     with pool(tmp_path, scorer=ScorerRuntime(workers=2)) as workers:
         results = workers.run("scorer", [{"op": "echo", "value": i} for i in range(20)])

@@ -52,7 +52,7 @@ def support(**fields: Any) -> dict[str, Any]:
         (policy(trust_region={"kind": "tropd", "outliers": "clip", "clip_at": 0.5}), "clip_at", "less than 0"),
         (policy(trust_region={"kind": "proximal_teacher", "alpha": 1}), "alpha", "less than 1"),
         (policy(trust_region={"kind": "advantage_floor", "floor": 0.1}), "floor", "less than 0"),
-        (policy(trust_region={"kind": "entropy_gate", "k": 1}), "trust_region", "identically zero"),
+        (policy(trust_region={"kind": "entropy_gate", "k": 1, "outside": "renormalize"}), "k", "identically zero"),
         (
             policy(trust_region={"kind": "tropd"}, support={"kind": "student_topk"}),
             "trust_region",

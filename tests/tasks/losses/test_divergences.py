@@ -81,3 +81,18 @@ def test_jsd_ends_in_the_two_kls(beta: float, end: Divergence) -> None:
     jsd = REGISTRY["jsd"](beta=beta)
     assert torch.equal(jsd.terms(log_p, log_q), end.terms(log_p, log_q))
     assert torch.equal(jsd.w(log_q - log_p), end.w(log_q - log_p))
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.3, 0.9])
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_skewed_kls_are_bounded_by_the_share_of_their_own_side(alpha: float, data: st.DataObject) -> None:
+    """The mixture holds the share alpha of what stands outside, so the log of their ratio is at most -log alpha."""
+    log_p, log_q = distributions(data)
+    for kind, end in (("skewed_forward_kl", ForwardKL()), ("skewed_reverse_kl", ReverseKL())):
+        found = REGISTRY[kind](alpha=alpha).terms(log_p, log_q).sum()
+        assert found <= -math.log(alpha) + 1e-12
+        unskewed = end.terms(log_p, log_q).sum()
+        assert found <= (1 - alpha) * unskewed + 1e-12  # convexity in the second argument
+        almost = REGISTRY[kind](alpha=1e-12).terms(log_p, log_q).sum()
+        torch.testing.assert_close(almost, unskewed, rtol=1e-4, atol=1e-9)

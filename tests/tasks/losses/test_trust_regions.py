@@ -183,13 +183,15 @@ def test_proximal_teacher_is_the_divergence_to_the_mixture(kind: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
 
 
-def test_advantage_floor() -> None:
+@pytest.mark.parametrize("below", ["clip", "mask"])
+def test_advantage_floor(below: str) -> None:
     p, q, old = models()
-    out = run(p, batch_of(q, old), trust_region={"kind": "advantage_floor", "floor": -0.7})
+    out = run(p, batch_of(q, old), trust_region={"kind": "advantage_floor", "floor": -0.7, "below": below})
     a = q - p.detach().log_softmax(0)
-    assert (a < -0.7).any() and (a > -0.7).any()
-    same(out.per_token_N, -a.clamp(min=-0.7) * (p.log_softmax(0) - old).exp())
-    assert torch.equal(out.metrics["outlier_fraction"], (a < -0.7).double())
+    low = a < -0.7
+    assert low.any() and not low.all()
+    same(out.per_token_N, -a.masked_fill(low, -0.7 if below == "clip" else 0) * (p.log_softmax(0) - old).exp())
+    assert torch.equal(out.metrics["outlier_fraction"], low.double())
 
 
 @pytest.mark.parametrize("outside", ["renormalize", "bucket", "drop"])
@@ -207,7 +209,7 @@ def test_entropy_gate_adds_forward_kl_where_the_teacher_is_unsure(outside: str) 
     if outside == "bucket":
         tail_p, tail_q = 1 - live.exp().sum(), 1 - teacher.exp().sum()
         term = term + tail_q * (tail_q.log() - tail_p.log())
-    open_ = (entropies > 0.8).double()
+    open_ = (entropies >= 0.8).double()
     assert 0 < open_.sum() < V
     wanted = plain.per_token_N + open_ * 0.5 * term
     torch.testing.assert_close(found.per_token_N, wanted, rtol=1e-9, atol=1e-11)
@@ -243,6 +245,22 @@ def test_candidates_by_hand(weights_at: str) -> None:
     wanted = -(weigher.softmax(0) * terms).sum()
     same(out.per_token_N, wanted.expand(V))
     same(gradient(out.per_token_N[0], p), gradient(wanted, p))
+
+
+def test_with_the_lists_mean_as_baseline_it_is_the_renormalised_reverse_kl() -> None:
+    """On-policy: Revisiting OPD's gradient on the student's list, and no push on mass outside of it."""
+    p, q, _ = models()
+    old = p.detach().log_softmax(0)
+    ids = old.topk(K).indices
+    log_p, log_q = p.log_softmax(0)[ids].log_softmax(0), q[ids].log_softmax(0)
+    wanted = gradient((log_p.exp() * (log_p - log_q)).sum(), p)
+    found, plain = (
+        gradient(run(p, batch_of(q, old, K, "student"), **candidates(K, baseline=b)).per_token_N[0], p)
+        for b in ("list", "none")
+    )
+    same(found, wanted)
+    outside = torch.ones(V, dtype=torch.bool).scatter(0, ids, False)
+    assert found[outside].abs().max() < 1e-12 and (plain[outside] < -1e-3).all()  # descent raises what it should not
 
 
 def test_candidates_take_a_floor_and_a_proximal_teacher() -> None:
@@ -308,12 +326,12 @@ def test_masked_tokens_and_infinities_do_no_harm(kind: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("kind", TRUST_REGIONS.classes)
 def test_equal_models_on_policy_give_no_pull(kind: str) -> None:
-    """q = p = p_old: the expected gradient is zero (of a forward KL that drops the rest: only that of the dropped mass)."""
+    """q = p = p_old: the expected gradient is zero (lists hold every id: a forward KL that drops the rest pulls mass in)."""
     p, _, _ = models()
     old = p.detach().log_softmax(0)
     cls = TRUST_REGIONS.classes[kind]
-    region = {"kind": kind} | ({"k": K} if "k" in cls.model_fields else {})
-    batch = batch_of(old, old, uniform_N=torch.full((V,), 0.5, dtype=F64))
+    region = {"kind": kind} | ({"k": V} if "k" in cls.model_fields else {})
+    batch = batch_of(old, old, V, uniform_N=torch.full((V,), 0.5, dtype=F64))
     out = run(p, batch, trust_region=region)
     assert gradient((old.exp() * out.per_token_N).sum(), p).abs().max() < 1e-12
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from trainer_world import Made, World, logprobs_of, make, tiny_model
+from trainer_world import Made, World, commit_model, logprobs_of, make, tiny_model
 
 from storage.errors import InputError, OpdError
 from storage.schemas import schema_for
@@ -218,6 +217,17 @@ def test_metrics_are_token_means_and_null_between(train: Train, world: World) ->
         assert two[column] == pytest.approx(first[column], abs=1e-6)
 
 
+def test_figures_are_told_on_the_way_and_summed_up_at_the_end(train: Train) -> None:
+    made = train(config(metrics_every=2))
+    first, _, last = made.rows
+    for name in ("loss", "grad_norm", "teacher_mass", "student_entropy", "log_ratio_p50"):
+        assert made.figures[name] == last[name] is not None
+    metrics = made.artifacts["train"].meta["metrics"]
+    assert (metrics["loss_first"], metrics["loss_last"]) == (first["loss"], last["loss"])
+    assert metrics["teacher_mass_last"] == last["teacher_mass"] and metrics["invalid_tokens"] == 0
+    assert made.said[-1].startswith(f"train: 3 steps: loss {first['loss']:.4g} → {last['loss']:.4g}  grad norm ≤ ")
+
+
 def test_importance_weights_are_truncated_ratios(train: Train, world: World) -> None:
     settings = config(samples_per_step=12, importance_correction={"kind": "truncated", "cap": 1.05})
     objective = PolicyGradientConfig()
@@ -339,7 +349,21 @@ def test_warmup_stops_at_a_running_loss(world: World, trainers: dict[int, Worker
     assert 1 < len(losses) < 20 and running[-1] < 4.5 <= min(running[:-1])
 
 
-def test_a_loss_that_is_not_finite_names_the_sample(train: Train, world: World, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_names_the_sample(world: World, trainers: dict[int, Worker]) -> None:
+    """A student that breaks where it reads a token that one sample alone has."""
+    reads = {row["sample_id"]: {*row["prompt_token_ids"], *row["completion_token_ids"][:-1]} for row in world.samples}
+    mine = reads.pop("p5/1/0")
+    student = tiny_model(1, tied=False)
+    with torch.no_grad():
+        student.get_input_embeddings().weight[min(mine.difference(*reads.values()))] = torch.nan
+    broken = commit_model(world.store, 9, student)
+    work = train_work(config(), PolicyGradientConfig(), broken, None, world.rollouts, world.signals, 0, 1)
+    with pytest.raises(OpdError, match=r"loss is not finite at step \d \(round 1.*: p5/1/0$"):
+        make(work, world.store, trainers[1], "broken")
+    assert all(world.store.get(spec.stage, spec.key) is None for spec in work.outputs.values())
+
+
+def test_a_bad_value_is_refused_before_any_step(train: Train, world: World) -> None:
     rows = world.store.read_table(world.signals["sampled"], "sampled").to_pylist()
     [bad] = [row for row in rows if row["sample_id"] == "p5/1/0"]
     bad["teacher_logprobs"] = [float("nan")] * len(bad["teacher_logprobs"])
@@ -348,7 +372,7 @@ def test_a_loss_that_is_not_finite_names_the_sample(train: Train, world: World, 
         builder.write_shard("sampled", 0, pa.Table.from_pylist(rows, schema_for("sampled")))
         spoilt = builder.commit()
     signals = world.signals | {"sampled": spoilt}
-    with pytest.raises(OpdError, match=r"loss is not finite at step \d \(round 1.*p5/1/0"):
+    with pytest.raises(InputError, match=r"sampled\.teacher_logprobs: sample 'p5/1/0', token 0: found nan"):
         train(config(), objective=PolicyGradientConfig(), signals=signals)
     work = train_work(config(), PolicyGradientConfig(), world.student, None, world.rollouts, signals, 0, 1)
     assert all(world.store.get(spec.stage, spec.key) is None for spec in work.outputs.values())

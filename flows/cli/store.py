@@ -1,0 +1,254 @@
+"""`opd verify`, `gc`, `restore`, `replay`: the commands that keep a store whole, small and believable."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flows.cli.options import DEFAULT_ROOT, Json, Root, RunName, console, example, existing_root, opd_command
+from storage.errors import ConfigError, InputError, OpdError
+from storage.runs import Run
+
+if TYPE_CHECKING:
+    from flows.executor import Reporter
+    from storage.gc import Plan
+    from storage.verify import Verified
+
+out = console()
+err = Console(stderr=True, highlight=False)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    app.command(epilog=example("opd verify demo"))(verify)
+    app.command(epilog=example("opd gc --keep rollouts=2 --keep signals=2 --apply"))(gc)
+    app.command(epilog=example("opd restore demo --round 1"))(restore)
+    app.command(epilog=example("opd replay demo --round 2"))(replay)
+
+
+def verify(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="a run's name", show_default=False)] = None,
+    all_: Annotated[bool, typer.Option("--all", help="every artifact of the store instead of one run's")] = False,
+    json_: Json = False,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Hash everything that a run depends on: files, rows, manifests, models. No memo is trusted.
+
+    What is damaged moves to quarantine with its reason, and `opd resume` makes just that again.
+    Exit codes: 0 all is as it was written, 1 something is not, 2 no such run."""
+    from storage.store import Store
+    from storage.verify import Verified, move_damaged, verify_run, verify_store
+
+    if (name is None) == (not all_):
+        raise InputError("name one run, or give --all: opd verify NAME | opd verify --all")
+    store = Store(existing_root(root))
+    found, started = Verified(), time.monotonic()
+    with err.status("verifying") as status:
+        tell = lambda artifact: status.update(f"verifying {artifact}")  # noqa: E731
+        if name is not None:
+            verify_run(store.root, Run.open(root, name), found, tell)
+        else:
+            verify_store(store.root, found, tell)
+    moved = move_damaged(store.root, found.problems)
+    seconds = time.monotonic() - started
+    if json_:
+        print(json.dumps(_verified_json(found, moved, seconds), indent=2))
+    else:
+        what = f"run {name!r}" if name else f"the store {root}"
+        gone = f" ({found.evicted:,} of them evicted: no data to read)" if found.evicted else ""
+        out.print(
+            f"verified {what}: {found.artifacts:,} artifacts{gone}, {found.files:,} files, {_size(found.bytes)} in"
+            f" {seconds:.1f} s, every byte hashed",
+            soft_wrap=True,
+        )
+        if not found.problems:
+            out.print("all is as it was written")
+    if found.problems:
+        raise OpdError(_damage(found, moved, root, name))
+
+
+def gc(
+    keep: Annotated[
+        list[str],
+        typer.Option("--keep", metavar="WHAT=ROUNDS", help="last rounds to keep, instead of each run's policy.retain"),
+    ] = [],  # noqa: B006  typer copies it
+    quarantine_days: Annotated[
+        float, typer.Option("--quarantine-days", min=0, help="damaged pieces set aside longer ago go too")
+    ] = 30.0,
+    apply: Annotated[bool, typer.Option("--apply", "--yes", help="remove; without it the plan is only shown")] = False,
+    json_: Json = False,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Show, or with --apply remove, what no run needs. What is in use stays: by a run under way, a builder, a reader.
+
+    WHAT is rollouts, signals, trainer_state or students (policy.retain of a run has the same fields; all for every
+    round is kept). An evicted artifact keeps its manifest: it counts as done and is made again when it must be read.
+    Exit codes: 0 done, 1 a run cannot be read (nothing is removed), 2 bad arguments, 75 another collection is under
+    way."""
+    from storage.gc import Collector, run_retention
+    from storage.store import Store
+
+    changes = dict(_kept(text) for text in keep)
+    store = Store(existing_root(root))
+    collector = Collector(store, lambda run: run_retention(run).with_changes(changes), quarantine_days)
+    plan = collector.plan()
+    removed = collector.apply(plan) if apply else []
+    if json_:
+        items = [
+            {"kind": item.kind, "path": str(item.path.relative_to(store.root)), "bytes": item.bytes}
+            for item in (removed if apply else plan.items)
+        ]
+        print(json.dumps({"applied": apply, "items": items, "in_use": plan.busy}, indent=2))
+        return
+    _print_plan(plan, store.root)
+    if apply:
+        left = len(plan.items) - len(removed)
+        out.print(
+            f"removed {_size(sum(item.bytes for item in removed))}"
+            + (f"; {left} left, taken into use meanwhile" if left else "")
+        )
+    elif plan.items:
+        words = [word for text in keep for word in ("--keep", text)]
+        words += ["--quarantine-days", f"{quarantine_days:g}"] if quarantine_days != 30 else []
+        out.print(f"nothing was removed; to do it: {opd_command(root, 'gc', *words, '--apply')}", soft_wrap=True)
+
+
+def restore(
+    name: RunName,
+    round: Annotated[int, typer.Option("--round", min=0, help="which round", show_default=False)],
+    json_: Json = False,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Make again what `opd gc` evicted of a round, and what that is made from. It must come out as it was recorded.
+
+    Exit codes: 0 it is there, 1 failed or not reproduced (it is then in quarantine), 2 no such run or round,
+    75 the run is held by another process, 130 stopped."""
+    from flows.progress import LineReporter, SilentReporter, TerminalReporter
+    from flows.report import evicted
+    from flows.runner import rounds_done, run_experiment, stored_experiment
+
+    run = Run.open(root, name)
+    if round > (last := rounds_done(run.state)):
+        raise InputError(f"run {name!r}: round {round} is not finished; the last finished one is {last}")
+    with ExitStack() as stack:
+        reporter: Reporter = SilentReporter() if json_ else LineReporter()
+        if not json_ and sys.stderr.isatty():
+            reporter = stack.enter_context(TerminalReporter())
+        experiment = stored_experiment(run)
+        _, built = run_experiment(
+            experiment, name=name, root=root, rounds=last, prefect=False, reporter=reporter, restore=round
+        )
+    left = {label: names for (number, label), names in evicted(run.state, root).items() if number == round}
+    if json_:
+        print(json.dumps({"run": name, "round": round, "stages_built": built, "evicted": left}, indent=2))
+    else:
+        out.print(f"round {round} of {name!r} is whole; {built} stage(s) were made again")
+
+
+def replay(
+    name: RunName,
+    round: Annotated[int, typer.Option("--round", min=1, help="which round", show_default=False)],
+    stages: Annotated[str, typer.Option("--stages", help="of rollout,supervise,train,evaluate")] = "train",
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="runtime.X=Y", help="another runtime than the recorded numerics")
+    ] = [],  # noqa: B006
+    keep: Annotated[bool, typer.Option("--keep", help="leave the scratch store, and say where it is")] = False,
+    json_: Json = False,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Make a round's training again from its stored rollouts, signals, student and state, and compare bit for bit.
+
+    It runs in a scratch store, with the threads, ranks, DeepSpeed settings and micro-batches that were recorded. The
+    store must still have what the stage reads: for train the round's rollouts and signals and the round before's
+    student and trainer_state. Compared are all files, and every column but wall seconds.
+    Exit codes: 0 identical, 1 it differs (or something needed is evicted or damaged), 2 no such run or round."""
+    from flows.replay import replay_round
+
+    tell = (lambda line: None) if json_ else (lambda line: err.print(line, soft_wrap=True))
+    chosen = tuple(part.strip() for part in stages.split(",") if part.strip())
+    results = replay_round(Run.open(root, name), existing_root(root), round, chosen, set_, keep, tell)
+    if json_:
+        print(json.dumps([result.as_json() for result in results], indent=2))
+    else:
+        table = Table("stage", "artifact", "", "seconds")
+        for result in results:
+            says = "[green]identical[/]" if not result.differences else "[red]differs[/]"
+            table.add_row(result.stage, result.artifact, says, f"{result.seconds:.1f}")
+        out.print(table)
+    different = [result for result in results if result.differences]
+    if different:
+        lines = [f"{result.artifact}: {line}" for result in different for line in result.differences]
+        raise OpdError(f"round {round} of {name!r} was not reproduced:\n" + "\n".join(lines))
+    if not json_:
+        out.print(f"round {round} of {name!r} replays bit for bit")
+
+
+def _verified_json(found: Verified, moved: int, seconds: float) -> dict[str, Any]:
+    problems = [
+        {"artifact": p.artifact, "path": str(p.path), "reason": p.reason, "ours": p.ours} for p in found.problems
+    ]
+    counts = {"artifacts": found.artifacts, "evicted": found.evicted, "files": found.files, "bytes": found.bytes}
+    return counts | {"seconds": seconds, "quarantined": moved, "problems": problems}
+
+
+def _damage(found: Verified, moved: int, root: Path, name: str | None) -> str:
+    """What is wrong, what was done about it, and the one command that goes on."""
+    from storage.runs import find_use
+
+    lines = [f"{len(found.problems)} problem(s)", *(f"{p.artifact}: {p}" for p in found.problems)]
+    if moved:
+        lines.append(f"{moved} damaged piece(s) moved to {root / 'quarantine'}, each with its reason")
+    if any(not p.ours and not p.artifact.startswith("run ") for p in found.problems):
+        lines.append("files of your own folders were not touched: put the old ones back")
+    uses = {find_use(root, *p.artifact.split("/")) for p in found.problems if "/" in p.artifact}
+    runs = [name] if name is not None else sorted({use[0] for use in uses if use})
+    if any("/" in p.artifact for p in found.problems):
+        commands = " and ".join(opd_command(root, "resume", run) for run in runs)
+        lines.append(
+            f"to make only these again: {commands}"
+            if runs
+            else f"no run uses them; to remove what is left: {opd_command(root, 'gc', '--apply')}"
+        )
+    return "\n".join(lines)
+
+
+def _kept(text: str) -> tuple[str, int | None]:
+    what, equals, number = text.partition("=")
+    if not equals or not (number.isdigit() or number == "all"):
+        raise ConfigError(
+            f"--keep {text!r}: expected WHAT=ROUNDS, for example --keep rollouts=2 or --keep students=all"
+        )
+    return what, None if number == "all" else int(number)
+
+
+def _print_plan(plan: Plan, root: Path) -> None:
+    from storage.gc import MEANING
+
+    if not plan.items:
+        out.print("nothing to remove: every artifact is needed by a run")
+    else:
+        table = Table("kind", "what", "bytes", title="removable", title_justify="left")
+        for item in sorted(plan.items, key=lambda item: (list(MEANING).index(item.kind), item.path)):
+            table.add_row(item.kind, str(item.path.relative_to(root)), _size(item.bytes))
+        out.print(table)
+        for kind, meaning in MEANING.items():
+            if items := [item for item in plan.items if item.kind == kind]:
+                out.print(f"{kind}: {len(items):,}, {_size(plan.bytes(kind))} ({meaning})", soft_wrap=True)
+        out.print(f"together {_size(plan.bytes())}")
+    for name, who in plan.busy.items():
+        out.print(f"run {name!r} is under way and keeps everything it uses ({who})", soft_wrap=True)
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} B"

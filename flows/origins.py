@@ -1,0 +1,106 @@
+"""Where artifacts come from: which stage of the main path made each, so that what was evicted can be made again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from storage.store import Artifact, ArtifactSpec, Store
+from tasks.stage import Context, Work
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One stage as it was called, with what it made."""
+
+    round: int
+    label: str
+    work: Work
+    inputs: tuple[Artifact, ...]
+    made: Mapping[str, Artifact]
+
+
+@dataclass(frozen=True)
+class Again:
+    """Outputs of one stage that must be made again, because their data was evicted."""
+
+    origin: Origin
+    lost: dict[str, Artifact]
+
+    @property
+    def needs(self) -> tuple[Artifact, ...]:
+        return (*self.origin.inputs, *self.lost.values())
+
+
+@dataclass
+class Origins:
+    """All stages of a walk so far, in order. An input always comes from a stage before."""
+
+    store: Store
+    _all: list[Origin] = field(default_factory=list)
+
+    def note(self, round: int, label: str, work: Work, inputs: Iterable[Any], made: Mapping[str, Artifact]) -> None:
+        self._all.append(Origin(round, label, work, tuple(artifacts_in(inputs)), made))
+
+    def find(self, round: int, label: str) -> Origin | None:
+        """The stage of that name in a round."""
+        return next((origin for origin in self._all if (origin.round, origin.label) == (round, label)), None)
+
+    def to_restore(self, wanted: Iterable[Artifact]) -> list[Again]:
+        """Stages to repeat, in order, so that the data of all of `wanted` is there."""
+        needed = self._evicted(wanted)
+        found = []
+        for origin in reversed(self._all):
+            if needed & {(a.stage, a.key) for a in origin.made.values()}:
+                gone = self._evicted(
+                    origin.made.values()
+                )  # one training gives both student and state: none is made twice
+                lost = {name: a for name, a in origin.made.items() if (a.stage, a.key) in gone}
+                found.append(Again(origin, lost))
+                needed -= {(a.stage, a.key) for a in lost.values()}
+                needed |= self._evicted(origin.inputs)
+        return found[::-1]
+
+    def _evicted(self, artifacts: Iterable[Artifact]) -> set[tuple[str, str]]:
+        return {(a.stage, a.key) for a in artifacts if self.store.evicted(a) is not None}
+
+
+def artifacts_in(values: Iterable[Any]) -> Iterator[Artifact]:
+    """The artifacts among a stage's arguments, also in mappings."""
+    for value in values:
+        if isinstance(value, Artifact):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from artifacts_in(value.values())
+
+
+def rebuild(
+    work: Work, artifacts: Mapping[str, Artifact], context: Context, waiting: Any = None
+) -> dict[str, Artifact]:
+    """Makes these outputs of a stage in the context's store, unless they are there whole. The spec is the artifact's
+    own, for another than the one asked for may have served (a larger top-K). Returns them as they came out."""
+    made: dict[str, Artifact] = {}
+    with ExitStack() as stack:
+        builders = {}
+        for _, _, name in sorted((a.stage, a.key, name) for name, a in artifacts.items()):
+            builder = stack.enter_context(context.store.building(spec_of(artifacts[name]), waiting))
+            if builder.committed is None:
+                builders[name] = builder
+            else:
+                made[name] = builder.committed
+        if builders:
+            work.build(builders, context)
+        for name, builder in builders.items():
+            if builder.committed is None:
+                raise RuntimeError(f"{work.stage}: the stage returned without committing {builder.stage}/{builder.key}")
+            made[name] = builder.committed
+    return made
+
+
+def spec_of(artifact: Artifact) -> ArtifactSpec:
+    """What an artifact was made to."""
+    return ArtifactSpec(
+        stage=artifact.stage, version=artifact.version, identity=artifact.identity, inputs=artifact.inputs
+    )

@@ -1,0 +1,186 @@
+"""Replay: a round's stages made again from what the store recorded, in a scratch store, and compared bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.config_file import merge, parse_override, validate
+from flows.distill import distill
+from flows.executor import Planner
+from flows.experiment import Experiment, check_plugins
+from flows.origins import Again, Origin, rebuild
+from flows.runner import logger, rounds_done, stored_experiment, terminating
+from storage.compare import differences
+from storage.errors import ConfigError, CorruptArtifact, Evicted, InputError
+from storage.files import temporary_name
+from storage.gc import HELD
+from storage.locks import locked
+from storage.runs import Run
+from storage.store import Store
+from storage.transfer import lend
+from storage.verify import Verified, move_damaged, verify_artifact
+from tasks.plugins import load_plugins
+from tasks.runtime import RuntimeConfig
+from tasks.stage import Context
+from tasks.workers import WorkerPool
+
+STAGES = ("rollout", "supervise", "train", "evaluate")
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One artifact made again; without differences it is the recorded one, bit for bit."""
+
+    stage: str
+    artifact: str
+    differences: tuple[str, ...]
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"identical": not self.differences}
+
+
+def replay_round(
+    run: Run,
+    root: Path,
+    round: int,
+    stages: tuple[str, ...],
+    overrides: list[str],
+    keep: bool,
+    tell: Callable[[str], None],
+) -> list[Replayed]:
+    """Each stage is made from its recorded inputs, at the recorded numerics unless `overrides` (runtime.*) say otherwise.
+
+    Raises InputError for a round that is not finished or an unknown stage, Evicted and CorruptArtifact when an input is
+    not there as it was written."""
+    unknown = sorted(set(stages) - set(STAGES))
+    if unknown or not stages:
+        raise InputError(f"--stages {','.join(stages)!r}: choose of {', '.join(STAGES)}")
+    if round > (last := rounds_done(run.state)):
+        raise InputError(f"run {run.name!r}: round {round} is not finished; the last finished one is {last}")
+    experiment = stored_experiment(run)
+    experiment.runtime.tell_libraries()
+    check_plugins(experiment)
+    load_plugins(experiment.plugins)
+    store = Store(root)
+    origins = _recall(run, store, experiment, round, [stage for stage in STAGES if stage in stages])
+    results: list[Replayed] = []
+    with _scratch(store, keep, tell) as folder, terminating():
+        for origin in origins:
+            results += _replay(origin, experiment, overrides, run, store, folder / origin.label, tell)
+    return results
+
+
+def _recall(run: Run, store: Store, experiment: Experiment, round: int, stages: list[str]) -> list[Origin]:
+    """The stages as the main path called them, everything being in the store."""
+    planner = Planner(store)
+    distill(experiment, planner, round)
+    states = next(r.stages for r in run.state.rounds if r.round == round)
+    found = []
+    for stage in stages:
+        origin = planner.origins.find(round, stage)
+        keys = {name: artifact.key for name, artifact in origin.made.items()} if origin else {}
+        if origin is None or keys != states[stage].artifacts:
+            raise CorruptArtifact(
+                f"run {run.name!r} round {round}: {stage} or what it is made from is damaged, or this version of the"
+                f" program gives it another key; `opd verify {run.name}` tells, `opd resume {run.name}` makes it again"
+            )
+        _require_inputs(run, origin, planner.origins.to_restore(origin.inputs))
+        found.append(origin)
+    return found
+
+
+def _require_inputs(run: Run, origin: Origin, lost: list[Again]) -> None:
+    """Evicted where an input's data was collected, with the commands that make it again."""
+    inputs = {(artifact.stage, artifact.key) for artifact in origin.inputs}
+    direct = [
+        (again.origin.round, a.stage) for again in lost for a in again.lost.values() if (a.stage, a.key) in inputs
+    ]
+    if direct:
+        names = ", ".join(f"{stage} of round {number}" for number, stage in direct)
+        commands = [f"opd restore {run.name} --round {number}" for number in sorted({number for number, _ in direct})]
+        raise Evicted(
+            f"to replay {origin.label} of round {origin.round} the store must have {names}, which `opd gc` removed.\n"
+            f"make it again with: {' && '.join(commands)}\n"
+            "to keep replaying possible: policy.retain of rollouts and signals must keep the round, of trainer_state and"
+            " students the one before"
+        )
+
+
+@contextmanager
+def _scratch(store: Store, keep: bool, tell: Callable[[str], None]) -> Iterator[Path]:
+    """A folder beside the artifacts, so that inputs are linked and not copied. A collection leaves it while it is held."""
+    folder = store.root / temporary_name("replay")
+    folder.mkdir()
+    try:
+        with locked(folder / HELD, lambda who: None):
+            yield folder
+    finally:
+        if keep:
+            tell(f"the scratch stores are in {folder} (opd gc removes them later)")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replay(
+    origin: Origin,
+    experiment: Experiment,
+    overrides: list[str],
+    run: Run,
+    store: Store,
+    folder: Path,
+    tell: Callable[[str], None],
+) -> list[Replayed]:
+    scratch = Store(folder / "store")
+    with store.using(origin.inputs):
+        for artifact in origin.inputs:
+            found = Verified()
+            verify_artifact(store.root, artifact.stage, artifact.key, found)
+            if found.problems:
+                move_damaged(store.root, found.problems)
+                raise CorruptArtifact(
+                    "\n".join(map(str, found.problems)) + f"\nto make only this again: opd resume {run.name}"
+                )
+            lend(store, artifact, scratch)
+    runtime = _runtime(origin, experiment.runtime, overrides, folder)
+    tell(f"{origin.label} of round {origin.round}: {_numerics(runtime)}")
+    started = time.monotonic()
+    logs = folder / "logs"
+    logs.mkdir()
+    with WorkerPool(runtime, logs, experiment.plugins) as workers:
+        context = Context(
+            scratch, runtime, workers, lambda *_, **__: None, logger(logs / "replay.log"), experiment.plugins
+        )
+        made = rebuild(origin.work, origin.made, context)
+    seconds = time.monotonic() - started
+    return [
+        Replayed(
+            origin.label,
+            f"{artifact.stage}/{artifact.key}",
+            tuple(differences(artifact, store, made[name], scratch)),
+            seconds,
+        )
+        for name, artifact in sorted(origin.made.items())
+    ]
+
+
+def _runtime(origin: Origin, runtime: RuntimeConfig, overrides: list[str], folder: Path) -> RuntimeConfig:
+    recorded = next(iter(origin.made.values())).provenance.get("numerics") or {}
+    data: dict[str, Any] = {"runtime": runtime.with_numerics(recorded, folder).model_dump(mode="json")}
+    for text in overrides:
+        if text.split(".")[0] != "runtime":
+            raise ConfigError(f"--set {text}: a replay is of the recorded experiment; only runtime.* can be set")
+        data = merge(data, parse_override(text))
+    return validate(RuntimeConfig, data["runtime"], "--set")
+
+
+def _numerics(runtime: RuntimeConfig) -> str:
+    shown = {name: value for name, value in runtime.numerics().items() if name != "deepspeed_config"}
+    return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)

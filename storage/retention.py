@@ -1,0 +1,80 @@
+"""What a run still needs of what its rounds made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from storage.errors import ConfigError
+from storage.identity import RunPolicy
+from storage.runs import RunState
+
+Name = tuple[str, str]
+"""Stage and key of an artifact."""
+
+ROLES = {
+    "rollout": "rollouts",
+    "sampled": "signals",
+    "teacher_topk": "signals",
+    "student_topk": "signals",
+    "mask": "signals",
+    "trainer_state": "trainer_state",
+    "student": "students",
+}
+"""Stage of an artifact -> the field of `Retention` that it falls under. All other artifacts are always kept."""
+
+
+class Retention(RunPolicy):
+    """For how many of a run's last finished rounds `opd gc` keeps what is large; null keeps all. Round 0, evaluations
+    and training curves are always kept. What is evicted is made again when it must be read, and must come out equal.
+    Replaying the training of round R reads rollouts and signals of R, students and trainer_state of R-1."""
+
+    rollouts: int | None = Field(None, ge=0, description="last rounds whose completions are kept; null: all")
+    signals: int | None = Field(None, ge=0, description="last rounds whose teacher signals are kept; null: all")
+    trainer_state: int | None = Field(
+        None,
+        ge=1,
+        description="last rounds whose optimizer state is kept; null: all. The next round reads the last one",
+    )
+    students: int | None = Field(None, ge=1, description="last rounds whose student is kept; null: all")
+
+    @classmethod
+    def of(cls, experiment: dict[str, Any], where: str) -> Retention:
+        """That of a run's resolved config. ConfigError for one that is not valid."""
+        try:
+            return cls.model_validate((experiment.get("policy") or {}).get("retain") or {})
+        except ValidationError as error:
+            raise ConfigError(f"{where}: policy.retain: {error}") from error
+
+    def with_changes(self, changes: dict[str, int | None]) -> Retention:
+        """The same with some fields replaced. ConfigError for an unknown field or a number out of range."""
+        try:
+            return type(self).model_validate(self.model_dump() | changes)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ConfigError(f"--keep: {problems}; the fields are {', '.join(type(self).model_fields)}") from error
+
+
+def used(state: RunState) -> set[Name]:
+    """All artifacts that the run's state names, also of stages that have yet to be finished."""
+    stages = (stage for round in state.rounds for stage in round.stages.values())
+    return {name for stage in stages for name in stage.artifacts.items()}
+
+
+def droppable(state: RunState, retain: Retention) -> set[Name]:
+    """Artifacts whose data this run can do without.
+
+    Rounds count back from the last finished one; those past it, and what any kept round uses too, are kept."""
+    finished = [round.round for round in state.rounds if round.student_sha256]
+    last = max(finished, default=0)
+    drop: set[Name] = set()
+    keep: set[Name] = set()
+    for round in state.rounds:
+        for record in round.stages.values():
+            for stage, key in record.artifacts.items():
+                count = getattr(retain, ROLES[stage]) if stage in ROLES else None
+                kept = count is None or round.round == 0 or round.round > last - count
+                kept = kept or record.state not in ("done", "cached")
+                (keep if kept else drop).add((stage, key))
+    return drop - keep

@@ -1,0 +1,107 @@
+"""Figures of optimizer steps on their way from the trainer to whoever watches, and how they read. Imports no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+Figures = Mapping[str, float | None]
+"""By column of `training_steps`, what is known so far; null and absent are the same: nothing computed it."""
+
+
+class Progress(Protocol):
+    """How a worker's job tells how far it is. Figures are for jobs that have some; the latest of each counts."""
+
+    def __call__(self, done: int, total: int, figures: Figures | None = None) -> None: ...
+
+
+JobsProgress = Callable[..., None]
+"""The same for one of several jobs: called with (job index, done, total), and with `figures` where the job gave some."""
+
+
+def silent(done: int, total: int, figures: Figures | None = None) -> None:
+    """No one listens."""
+
+
+class StageProgress(Protocol):
+    """The same for a stage, with the unit of what is counted."""
+
+    def __call__(self, done: int, total: int, unit: str, figures: Figures | None = None) -> None: ...
+
+
+_ENTROPY = ("student_entropy", "teacher_entropy")
+_LOG_RATIO = ("log_ratio_p05", "log_ratio_p50", "log_ratio_p95")
+_Words = tuple[str, tuple[str, ...], str]
+"""What it is called, the figures that stand together, and the form of each."""
+_LONG: tuple[_Words, ...] = (
+    ("loss", ("loss",), "{:.4g}"),
+    ("grad norm", ("grad_norm",), "{:.3g}"),
+    ("teacher mass", ("teacher_mass",), "{:.1%}"),
+    ("student mass", ("student_mass",), "{:.1%}"),
+    ("overlap", ("overlap_ratio",), "{:.2f}"),
+    ("entropy", _ENTROPY, "{:.2f}"),
+    ("outliers", ("outlier_fraction",), "{:.1%}"),
+    ("clipped", ("clip_fraction",), "{:.1%}"),
+    ("log-ratio p5/50/95", _LOG_RATIO, "{:.2f}"),
+)
+_SHORT: tuple[_Words, ...] = (
+    ("loss", ("loss",), "{:.4g}"),
+    ("grad", ("grad_norm",), "{:.3g}"),
+    ("mass", ("teacher_mass", "student_mass"), "{:.0%}"),
+    ("H", _ENTROPY, "{:.2f}"),
+    ("clip", ("clip_fraction",), "{:.0%}"),
+    ("out", ("outlier_fraction",), "{:.0%}"),
+    ("overlap", ("overlap_ratio",), "{:.2f}"),
+)
+SHOWN = tuple(name for _, names, _ in _LONG for name in names)
+"""The columns of `training_steps` that are shown, in this order."""
+_AFTER = SHOWN[2:]
+"""All but loss and gradient norm, of which a summary tells more than the last."""
+
+
+def words(figures: Figures) -> str:
+    """One line with every figure that there is; entropies are the student's / the teacher's."""
+    return "  ".join(_parts(figures, _LONG))
+
+
+def short_words(figures: Figures, width: int) -> str:
+    """As many figures as `width` characters hold, the most telling first. mass is the teacher's / the student's on the
+    support, H the entropy of the student / the teacher."""
+    text = ""
+    for part in _parts(figures, _SHORT):
+        longer = f"{text} {part}" if text else part
+        if len(longer) > width:
+            break
+        text = longer
+    return text
+
+
+def summary(metrics: Figures) -> str:
+    """One line about a job's steps, of its `summarised` metrics; empty where there are none."""
+    first, last, norm = (metrics.get(name) for name in ("loss_first", "loss_last", "grad_norm_max"))
+    if first is None or last is None or norm is None:
+        return ""
+    later = {name: metrics.get(f"{name}_last") for name in _AFTER}
+    return "  ".join([f"loss {first:.4g} → {last:.4g}", f"grad norm ≤ {norm:.3g}", *_parts(later, _LONG)])
+
+
+def summarised(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """What rows of `training_steps` come down to: first and last loss, the largest gradient norm, and of every other
+    figure `NAME_last`, the last that was computed."""
+    known = latest(rows)
+    ends = {f"{name}_last": known.get(name) for name in ("loss", *_AFTER, "log_ratio_mean")}
+    return {"loss_first": rows[0]["loss"], "grad_norm_max": max(row["grad_norm"] for row in rows)} | ends
+
+
+def latest(rows: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Of every figure that is shown the last that was computed."""
+    return {name: row[name] for row in rows for name in (*SHOWN, "log_ratio_mean") if row[name] is not None}
+
+
+def _parts(figures: Figures, table: tuple[_Words, ...]) -> list[str]:
+    parts = []
+    for label, names, form in table:
+        values = [figures.get(name) for name in names]
+        if any(value is not None for value in values):
+            parts.append(f"{label} " + "/".join("-" if value is None else form.format(value) for value in values))
+    return parts

@@ -1,0 +1,256 @@
+"""A changed input recomputes exactly what depends on it: every field of a config changed once, and every stage's key
+looked at. Contents are held fixed, so a key that changes says that the stage itself depends on the field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import yaml
+from key_walk import changed, fields, keys_of, other_values, reachable
+from pydantic import BaseModel, ValidationError
+
+from flows.config_file import DISCRIMINATORS, merge
+from flows.experiment import Experiment, Fork
+from storage.identity import Identity, RunPolicy, Runtime
+from storage.store import Store
+from tasks.losses.config import SftConfig
+from tasks.models import CheckpointModel, FolderTokenizer, HubModel
+from tasks.sources import FileSource
+from tasks.verifiers import FunctionVerifier
+
+Scenes = list[tuple[dict[str, Any], Experiment]]
+DATA = Path(__file__).resolve().parent.parent / "data"
+GOLDEN = yaml.safe_load((DATA / "golden.yaml").read_text())
+
+SIGNALS = {"sampled", "mask", "teacher_topk", "student_topk"}
+DEPENDS: dict[str, set[str]] = {
+    "seed": {"model", "model_teacher", "warmup", "warmup_teacher", "rollout", "train", "evaluate"},
+    "student.source": {"model"},
+    "student.warmup": {"warmup"},
+    "teacher.source": {"model_teacher"},
+    "teacher.warmup": {"warmup_teacher"},
+    "prompts": {"prepare"},
+    "rollout": {"rollout"},
+    "rollout.temperature": {"rollout", "sampled"},
+    "rollout.top_p": {"rollout", "sampled"},
+    "rollout.top_k": {"rollout", "sampled"},
+    "supervise.dtype": SIGNALS,
+    "supervise.encoding": {"teacher_topk", "student_topk"},
+    "supervise.special_tokens": {"mask"},
+    "objective": {"train"},
+    "train": {"train"},
+    "evaluate": {"evaluate"},
+    "plugins": set(),  # their sources enter no key yet (tasks/plugins.py)
+    "fork": set(),  # decides which experiment governs a round, not what a stage makes of it
+}
+"""Longest matching field -> stages (of supervise: its signals) whose own key must change, and no other's."""
+
+VALUES: dict[tuple[str, str], Any] = {
+    ("ArchitectureModel", "config"): {**GOLDEN["student"]["source"]["config"], "intermediate_size": 64},
+    ("PrepareConfig", "chat_template_kwargs"): {"enable_thinking": False},
+    ("PrepareConfig", "train"): {"kind": "addition", "count": 7},
+    ("PrepareConfig", "eval"): {"kind": "addition", "count": 7},
+    ("PrepareConfig", "warmup"): {"kind": "addition", "count": 7},
+    ("RolloutConfig", "stop_token_ids"): [5],
+    ("EvaluateConfig", "stop_token_ids"): [5],
+    ("TrainConfig", "lora"): {},
+    ("WarmupConfig", "lora"): {},
+    ("LoraSettings", "target_modules"): ["q_proj"],
+    ("ModelConfig", "warmup"): {"steps": 1, "lr": 1e-3},
+}
+"""Another value of a field whose type alone does not tell one: (model, field) -> value. A new field whose test fails
+for want of a valid value is added here."""
+
+NORMALISED = {"normalisation": "constant", "normalisation_length": 32}
+SCENES: list[dict[str, Any]] = [
+    {},
+    {"train": {"schedule": {"kind": "cosine", "horizon_steps": 50, "final_ratio": 0.1}, "lora": {"r": 4}}},
+    {"student": {"warmup": {"lora": {"r": 4}, "schedule": {"kind": "linear", "horizon_steps": 50}}}},
+    {"train": {"importance_correction": {"kind": "truncated"}}, "objective": NORMALISED},
+    {"evaluate": {"num_generations": 1, "verifier": {"kind": "math_verify"}}},
+    {"objective": {"support": {"kind": "student_topk", "k": 8}}},
+    {"objective": {"support": {"kind": "full", "k": 264}}},
+    {
+        "rollout": {"top_p": 1.0},
+        "objective": {"estimator": "policy_gradient", "ppo_clip": 0.2, "dual_clip": 3.0, **NORMALISED},
+    },
+    {
+        "objective": {
+            "estimator": "policy_gradient",
+            "support": {"kind": "student_topk", "k": 8},
+        }
+    },
+]
+"""Configs laid over the golden one, so that between them every field of every model is somewhere. Variants on an axis
+whose fields all have defaults (divergences, trust regions, token weights) are found and added by `scenes`."""
+
+ELSEWHERE = {CheckpointModel, FolderTokenizer, FileSource, HubModel, FunctionVerifier, SftConfig, Fork}
+"""What needs files, a user's code, or is never part of an experiment: their own tests show what of them enters keys."""
+ALONE = {("ModelConfig", "source"), ("ArchitectureModel", "tokenizer"), ("Experiment", "fork"), ("FullSupport", "k")}
+"""Fields whose other variants are such, though the fields inside are changed one by one; the k of a full support has no
+other value, being the vocabulary's."""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("keys"))
+
+
+def validated(data: dict[str, Any]) -> Experiment | None:
+    try:
+        return Experiment.model_validate(data)
+    except ValidationError:
+        return None
+
+
+def scenes() -> Scenes:
+    """The golden config, those of SCENES, and for every variant that none of them has one that does."""
+    found: Scenes = []
+    seen: set[type[BaseModel]] = set()
+
+    def add(data: dict[str, Any]) -> None:
+        experiment = validated(data)
+        assert experiment is not None, f"the scene is refused: {Experiment.model_validate(data)}"
+        found.append((experiment.model_dump(mode="json"), experiment))
+        seen.update(type(model) for _, model, _ in fields(experiment))
+
+    for over in SCENES:
+        add(merge(GOLDEN, over))
+    for data, experiment in found:  # grows as variants are found
+        for path, model, name in fields(experiment):
+            for value in other_values(model, name):
+                if not (isinstance(value, dict) and set(value) & set(DISCRIMINATORS)):
+                    continue
+                other = validated(changed(data, path, value))
+                if other is not None and {type(m) for _, m, _ in fields(other)} - seen:
+                    add(changed(data, path, value))
+    return found
+
+
+@pytest.fixture(scope="module")
+def scenery() -> Scenes:
+    return scenes()
+
+
+def stages_of(keys: dict[str, str]) -> dict[str, set[str]]:
+    """Stage (of supervise: signal) -> its keys in all rounds."""
+    found: dict[str, set[str]] = {}
+    for place, key in keys.items():
+        round, label, name = place.split("/")
+        found.setdefault(name if label == "supervise" else label, set()).add(f"{round}:{key}")
+    return found
+
+
+def expected(path: tuple[str | int, ...]) -> set[str]:
+    words = [str(part) for part in path]
+    while ".".join(words) not in DEPENDS:
+        words.pop()
+        assert words, f"{path}: say in DEPENDS which stages depend on it"
+    return DEPENDS[".".join(words)]
+
+
+def is_fixed(model: BaseModel | type[BaseModel], name: str) -> bool:
+    """A discriminator, which only another variant has otherwise, or a field with one choice."""
+    info = (model if isinstance(model, type) else type(model)).model_fields[name]
+    return name in DISCRIMINATORS or (get_origin(info.annotation) is Literal and len(get_args(info.annotation)) == 1)
+
+
+def mutations(data: dict[str, Any], path: tuple[str | int, ...], model: BaseModel, name: str) -> list[Experiment]:
+    """Valid experiments that differ from the scene in this field alone."""
+    known = VALUES.get((type(model).__name__, name))
+    values = list(other_values(model, name)) if known is None else [known]
+    found = (validated(changed(data, path, value)) for value in values)
+    return [experiment for experiment in found if experiment is not None]
+
+
+def test_every_field_changes_the_keys_that_depend_on_it_and_no_other(store: Store, scenery: Scenes) -> None:
+    tried: set[tuple[str, str]] = set()
+    refused: dict[tuple[str, str], str] = {}
+    for data, experiment in scenery:
+        before = stages_of(keys_of(experiment, store))
+        for path, model, name in fields(experiment):
+            place = (type(model).__name__, name)
+            if path[0] in ("runtime", "policy") or place in tried | ALONE or is_fixed(model, name):
+                continue
+            held = getattr(model, name)
+            if isinstance(held, Identity) and place not in VALUES and not list(other_values(model, name)):
+                tried.add(place)  # a group of fields, each of which is changed
+                continue
+            others = [e for e in mutations(data, path, model, name) if e.identity() != experiment.identity()]
+            if not others:
+                refused[place] = ".".join(map(str, path))
+                continue
+            tried.add(place)
+            for other in others[:3]:
+                after = stages_of(keys_of(other, store))
+                both = before.keys() & after.keys()
+                different = {stage for stage in both if before[stage] != after[stage]}
+                due = expected(path) & both
+                if path[0] == "objective":  # it says which signals there are, and how long their lists
+                    asked, asks = ({(n.name, n.k) for n in e.objective.needs().signals} for e in (experiment, other))
+                    due = due | ({signal for signal, _ in asked ^ asks} & both)
+                assert different == due, f"{'.'.join(map(str, path))}: {different} changed instead of {due}"
+                gone = before.keys() ^ after.keys()
+                assert gone <= SIGNALS | {"warmup", "warmup_teacher"}, path
+    untried = {place: where for place, where in refused.items() if place not in tried}
+    assert not untried, f"no other value was accepted; name one in VALUES: {untried}"
+    wanted = {
+        (model.__name__, name)
+        for model in reachable(Experiment) - ELSEWHERE - reachable(Runtime) - reachable(RunPolicy)
+        if not issubclass(model, Runtime | RunPolicy)
+        for name in model.model_fields
+        if name not in ("runtime", "policy") and (model.__name__, name) not in ALONE
+        if not is_fixed(model, name)
+    }
+    assert not wanted - tried, f"fields that no scene has; add one to SCENES: {sorted(wanted - tried)}"
+
+
+def test_a_variant_of_its_own_has_its_own_keys(store: Store, scenery: Scenes) -> None:
+    """Discriminators are fields too: two scenes that differ in a variant differ in the train, source or verifier key."""
+    keys = [json.dumps(keys_of(experiment, store), sort_keys=True) for _, experiment in scenery]
+    assert len(set(keys)) == len(keys)
+
+
+def test_runtime_and_policy_change_no_key(store: Store, scenery: Scenes) -> None:
+    data, experiment = scenery[0]
+    before = keys_of(experiment, store)
+    tried = set()
+    for path, model, name in fields(experiment):
+        if path[0] not in ("runtime", "policy"):
+            continue
+        others = [e for e in mutations(data, path, model, name) if e != experiment]
+        for other in others[:2]:
+            tried.add(".".join(map(str, path)))
+            assert keys_of(other, store) == before, path
+    assert {"runtime.threads", "runtime.trainer.processes", "runtime.trainer.micro_batch_tokens"} <= tried
+    assert {"runtime.sampler.max_num_seqs", "policy.rounds", "policy.retain.rollouts"} <= tried
+
+
+def test_the_same_config_has_the_same_keys_however_it_is_written(store: Store) -> None:
+    first = keys_of(Experiment.model_validate(GOLDEN), store)
+    turned = json.loads(json.dumps(GOLDEN, sort_keys=True))
+    turned["rollout"]["temperature"] = 1
+    turned["train"]["weight_decay"] = -0.0
+    assert keys_of(Experiment.model_validate(turned), store) == first
+
+
+def test_rounds_depend_on_the_round_and_on_what_they_read(store: Store) -> None:
+    keys = keys_of(Experiment.model_validate(GOLDEN), store, rounds=3)
+    longer = keys_of(Experiment.model_validate(GOLDEN), store, rounds=5)
+    assert {place: longer[place] for place in keys} == keys
+    assert len({keys[f"{n}/rollout/rollout"] for n in (1, 2, 3)}) == 3
+
+
+def test_golden_keys(store: Store) -> None:
+    """What was made by an earlier version stays found."""
+    keys = keys_of(Experiment.model_validate(GOLDEN), store)
+    golden = json.loads((DATA / "golden_keys.json").read_text())
+    different = sorted(place for place in keys.keys() | golden.keys() if keys.get(place) != golden.get(place))
+    assert keys == golden, (
+        f"keys of {different} changed: stores of earlier versions would be made again. A new field needs"
+        " `json_schema_extra=omit_at(value)`; if a stage's meaning changed, these are the new ones:\n"
+        + json.dumps(keys, indent=1)
+    )

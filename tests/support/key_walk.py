@@ -1,0 +1,137 @@
+"""The keys of every stage as a pure function of a config, without anything being made; and every field changed once."""
+
+from __future__ import annotations
+
+import hashlib
+import types
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel
+
+from flows.config_file import DISCRIMINATORS
+from flows.distill import distill
+from flows.experiment import Experiment
+from storage.store import Artifact, Store
+
+PARTS = (
+    "model", "weights", "architecture", "tokenizer", "generation", "prompts", "vocabulary", "audit", "prompts:train",
+    "prompts:eval", "prompts:warmup", "rollouts", "sampled", "mask", "teacher_topk", "student_topk", "state",
+)  # fmt: skip
+
+
+class Keys:
+    """An executor that takes every stage for made, with contents that depend on its place alone: what a key depends on
+    beside them is the config. `found`: "round/label/output" -> key."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.found, self._round = store, dict[str, str](), 0
+
+    def __call__(self, label: str, make: Any, *inputs: Any) -> dict[str, Artifact]:
+        made = {}
+        for name, spec in make(*inputs).outputs.items():
+            place = f"{self._round}/{label}/{name}"
+            self.found[place] = spec.key
+            content = {part: hashlib.sha256(f"{place}:{part}".encode()).hexdigest() for part in PARTS}
+            made[name] = Artifact(
+                stage=spec.stage, key=spec.key, content=content, rows={}, identity=spec.identity, inputs=spec.inputs,
+                created="", seconds=0,
+            )  # fmt: skip
+        return made
+
+    @contextmanager
+    def round(self, number: int) -> Iterator[Keys]:
+        self._round = number
+        yield self
+
+    def ends_with(self, student: Any) -> None: ...
+
+
+def keys_of(experiment: Experiment, store: Store, rounds: int = 2) -> dict[str, str]:
+    """Every stage's keys, also of stages that read what nobody made yet."""
+    keys = Keys(store)
+    distill(experiment, keys, rounds)
+    return keys.found
+
+
+Path = tuple[str | int, ...]
+
+
+def fields(model: BaseModel, path: Path = ()) -> Iterator[tuple[Path, BaseModel, str]]:
+    """(path, model, field) of every field of a model and of the models in it; a field that holds one counts too."""
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        yield (*path, name), model, name
+        for part, item in enumerate(value) if isinstance(value, tuple) else [(None, value)]:
+            if isinstance(item, BaseModel):
+                yield from fields(item, (*path, name) if part is None else (*path, name, part))
+
+
+def reachable(annotation: Any) -> set[type[BaseModel]]:
+    """All models that a value of this type may hold, at any depth."""
+    found: set[type[BaseModel]] = set()
+    waiting = list(_models(annotation))
+    while waiting:
+        model = waiting.pop()
+        if model not in found:
+            found.add(model)
+            waiting += [m for info in model.model_fields.values() for m in _models(info.annotation)]
+    return found
+
+
+def other_values(model: BaseModel, name: str) -> Iterator[Any]:
+    """Values unlike the present one that the field's type admits; a validator may still refuse one."""
+    value = getattr(model, name)
+    annotation = type(model).model_fields[name].annotation
+    for option in _leaves(annotation):
+        if typing.get_origin(option) is Literal:
+            yield from (choice for choice in typing.get_args(option) if choice != value)
+        elif isinstance(option, type) and issubclass(option, BaseModel) and not isinstance(value, option):
+            yield {d: option.model_fields[d].default for d in DISCRIMINATORS if d in option.model_fields}
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int):
+        yield from (value + 1, value * 2, max(0, value - 1), value + 16)
+    elif isinstance(value, float):
+        yield from (value / 2, value * 2, value + 0.5, value * 0.9)
+    elif isinstance(value, str | PurePath):
+        yield f"{value}x"
+    elif isinstance(value, tuple) and value and not isinstance(value[0], BaseModel):
+        yield from (value[:-1], (*value, 1), (value[0] / 2, *value[1:]) if isinstance(value[0], float) else value)
+    elif isinstance(value, tuple):
+        yield from ((1,), ("x",))
+    elif value is None:
+        kinds = {option for option in _leaves(annotation) if isinstance(option, type)}
+        yield from (sample for kind, sample in ((int, 1), (float, 0.5), (str, "x"), (bool, True)) if kind in kinds)
+    if value is not None and types.NoneType in set(_leaves(annotation)):
+        yield None
+
+
+def changed(data: dict[str, Any], path: Path, value: Any) -> dict[str, Any]:
+    """The nested mapping with one place replaced."""
+    copy: Any = dict(data) if isinstance(data, dict) else list(data)
+    copy[path[0]] = value if len(path) == 1 else changed(copy[path[0]], path[1:], value)
+    return copy
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """A type's alternatives, unions and `Annotated` taken apart."""
+    if typing.get_origin(annotation) is Annotated:
+        yield from _leaves(typing.get_args(annotation)[0])
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for part in typing.get_args(annotation):
+            yield from _leaves(part)
+    else:
+        yield annotation
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    for leaf in _leaves(annotation):
+        if isinstance(leaf, type) and issubclass(leaf, BaseModel):
+            yield leaf
+        elif typing.get_origin(leaf) in (tuple, list, dict):
+            for part in typing.get_args(leaf):
+                yield from _models(part)

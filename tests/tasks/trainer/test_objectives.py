@@ -1,0 +1,79 @@
+"""Every trust region and the student's candidates through the real trainer: the same on one rank and on two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from trainer_world import K, Made, World, logprobs_of, make, tiny_model
+
+from tasks.losses.config import PolicyGradientConfig
+from tasks.losses.trust_regions import TRUST_REGIONS
+from tasks.train import train_work
+from tasks.trainer.config import TrainConfig
+from tasks.workers import Worker
+
+CONFIG = TrainConfig.model_validate({"lr": 1e-3, "samples_per_step": 12, "max_grad_norm": None, "metrics_every": 1})
+FIELDS = {
+    "tropd": {"k": K, "gate": "bernoulli"},
+    "entropy_gate": {"k": K, "threshold": 5.12},
+    "advantage_floor": {"floor": -0.5},
+}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    kind: {"trust_region": {"kind": kind, **FIELDS.get(kind, {})}} for kind in TRUST_REGIONS.classes
+} | {"candidates": {"support": {"kind": "student_topk", "k": K}}, "weighted": {"token_weight": {"kind": "position"}}}
+
+
+def trained(world: World, worker: Worker, name: str, tag: str, **runtime: Any) -> Made:
+    objective = PolicyGradientConfig.model_validate({"ppo_clip": 0.2, **OBJECTIVES[name]})
+    work = train_work(CONFIG, objective, world.student, None, world.rollouts, world.signals, 0, 1)
+    return make(work, world.store, worker, f"{name} {tag}", **runtime)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_ranks_and_micro_batches_change_no_gradient(name: str, world: World, trainers: dict[int, Worker]) -> None:
+    one = trained(world, trainers[1], name, "one")
+    two = trained(world, trainers[2], name, "two", micro_batch_tokens=24)
+    assert one.losses[0] == pytest.approx(two.losses[0], abs=1e-6)
+    mine, theirs = one.tensors("exp_avg"), two.tensors("exp_avg")
+    assert max(float((mine[p] - theirs[p]).abs().max()) for p in mine) < 1e-7
+    assert any(float(value.abs().max()) > 1e-4 for value in mine.values())
+    (row,) = one.rows
+    assert row["clip_fraction"] == 0 and abs(row["log_ratio_mean"]) < 1e-5  # the first step is on-policy
+    gated = name in ("tropd", "entropy_gate", "advantage_floor")
+    assert (row["outlier_fraction"] is not None and 0 < row["outlier_fraction"] < 1) == gated
+    if name in ("tropd", "entropy_gate", "candidates"):
+        assert 0 < row["teacher_mass"] <= 1 and 0 < row["student_mass"] <= 1 and 0 <= row["overlap_ratio"] <= 1
+
+
+def test_tropd_is_its_formula(world: World, trainers: dict[int, Worker]) -> None:
+    """From stored signals and the model alone: M by the draws of (seed, sample id, position)."""
+    from storage.identity import derive_seed
+
+    student, total, count = tiny_model(1), torch.zeros(()), 0
+    tables = {name: world.store.read_table(world.signals[name], name).to_pylist() for name in ("teacher_topk", "mask")}
+    sampled = {row["sample_id"]: row for row in world.store.read_table(world.signals["sampled"], "sampled").to_pylist()}
+    for row, lists, mask in zip(world.samples, tables["teacher_topk"], tables["mask"], strict=True):
+        completion = torch.tensor(row["completion_token_ids"])
+        log_p = logprobs_of.__wrapped__(student, row["prompt_token_ids"], row["completion_token_ids"])
+        live = log_p.gather(1, completion[:, None])[:, 0]
+        signal = sampled[row["sample_id"]]
+        log_u = torch.tensor(signal["teacher_logprobs"]) - torch.tensor(signal["student_logprobs"])
+        key = derive_seed(0, "draws", row["sample_id"])
+        draws = np.random.Generator(np.random.Philox(key=key)).random(len(completion), np.float32)
+        trusted = torch.tensor(draws) < log_u.exp()
+        ids, log_q = torch.tensor(lists["ids"]), torch.tensor(lists["logprobs"])
+        forward_kl = (log_q.exp() * (log_q - log_p.gather(1, ids))).sum(1)
+        policy = -log_u.clamp(-6, 6) * (live - live.detach()).exp()
+        keep = torch.tensor(mask["mask_reasons"]) == 0
+        total = total + torch.where(trusted, policy, forward_kl)[keep].sum()
+        count += int(keep.sum())
+    (total / count).backward()
+    made = trained(world, trainers[1], "tropd", "formula")
+    assert made.losses[0] == pytest.approx(float(total.detach() / count), abs=1e-5)
+    gradient = made.tensors("exp_avg")
+    for name, parameter in student.named_parameters():
+        if name in gradient:
+            torch.testing.assert_close(gradient[name] * 10, parameter.grad, rtol=1e-3, atol=1e-6)

@@ -83,6 +83,18 @@ class Builder(ShardWriter):
         good, _ = self._inspect(table)
         return [shard for shard in range(n_shards) if shard not in good]
 
+    def finished(self, table: str, n_shards: int) -> list[Path]:
+        """The files of shards 0..n_shards-1 before they are committed, verified, each shard once however often it was
+        written. CorruptArtifact when one is missing, or was damaged since it was written."""
+        good, _ = self._inspect(table)
+        absent = [shard for shard in range(n_shards) if shard not in good]
+        if absent:
+            raise CorruptArtifact(
+                f"{self._name}: shards {absent[:10]} of {table} are damaged or gone since they were written; run again:"
+                " only these are rebuilt"
+            )
+        return [self.path / good[shard].file for shard in range(n_shards)]
+
     def needs_tree(self, name: str = "model") -> bool:
         """Whether `directory(name)` must be filled; False where a damaged artifact still has this tree whole."""
         return self.committed is None and name not in self._kept_trees()
@@ -228,16 +240,17 @@ class Builder(ShardWriter):
             raise StoreError(f"{self._name}: tree {name!r} was begun twice")
 
     def _kept_trees(self) -> dict[str, TreeRecord]:
-        if self._recorded is None:
-            return {}
-        return {
-            name: tree
-            for name, tree in self._recorded.trees.items()
-            if not any(
-                True
-                for _ in damaged_files(tree_directory(self.path, tree), tree, self._memo if tree.external else None)
-            )
-        }
+        """Recorded trees that are whole, by full hashes. Bad files found on the way go to quarantine."""
+        kept = {}
+        for name, tree in self._recorded.trees.items() if self._recorded is not None else ():
+            memo = self._memo if tree.external else None
+            bad = list(damaged_files(tree_directory(self.path, tree), tree, memo))
+            if not bad:
+                kept[name] = tree
+            for path, problem in bad:
+                if problem != "missing" and not tree.external:
+                    quarantine(self.root, path, f"tree {name!r}: {problem}")
+        return kept
 
     def _collect_trees(self, content: dict[str, str]) -> dict[str, TreeRecord]:
         """Hashes, fsyncs and renames the new trees; adds their digests to `content`."""

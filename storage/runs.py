@@ -221,9 +221,9 @@ def _make(directory: Path, name: str, experiment: dict[str, Any], identity: dict
             replace_atomically(temporary / "state.json", state.model_dump_json(indent=1).encode())
             failpoint("run.before_publish")
             os.rename(temporary, directory)
-        except OSError:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if (directory / "state.json").is_file():
+            if isinstance(error, OSError) and (directory / "state.json").is_file():
                 return False
             raise
         failpoint("run.after_publish")

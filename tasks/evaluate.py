@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from storage.errors import InputError
 from storage.identity import Identity, derive_seed
 from storage.schemas import schema_for
-from storage.shards import read_parquet, sidecars
+from storage.shards import read_parquet
 from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.rollout_config import StopTokenIds
 from tasks.stage import Context, Work, model_inputs
@@ -285,9 +285,8 @@ def _judge(config: EvaluateConfig, text: str, answer: str | None) -> bool | None
 
 def _meta(builder: Builder, shards: int) -> dict[str, Any]:
     """Over all shards, those of an earlier, interrupted attempt too."""
-    files = {record.shard: path for path, record in sidecars(builder.path) if record is not None and path.exists()}
     columns = ["mode", "finish_reason", "correct", "reverse_kl_sum", "tokens"]
-    table = pa.concat_tables([read_parquet(files[shard], columns) for shard in range(shards)])
+    table = pa.concat_tables([read_parquet(path, columns) for path in builder.finished(TABLE, shards)])
     by_mode = {mode: table.filter(pc.equal(table["mode"], mode)) for mode in MODES}
     shape = next((by_mode[mode] for mode in ("kl", "sampled", "greedy") if by_mode[mode].num_rows), table)
     kl = by_mode["kl"].filter(pc.is_valid(by_mode["kl"]["reverse_kl_sum"]))

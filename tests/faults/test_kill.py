@@ -31,6 +31,7 @@ class Undisturbed:
         self.seconds = time.monotonic() - started
         self.result, self.hits = trial.result(), Counter(trial.hits())
         self.whole = trial.root
+        trial.temporary.rmdir()
         assert self.result["status"] == "finished"
         exactly_once(self.result["used"], trial.rounds)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from fault_trials import Trials, both_forms
 from store_story import before, process, story, told
@@ -19,13 +19,7 @@ from storage.failpoints import NAMES
 
 
 def run(root: Path, spec: str, log: Path) -> int:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["scripted_run", "flows.runner", "flows.distill", "storage.catalog"])
-    child = context.Process(target=process, args=(str(root), spec, str(log)))
-    child.start()
-    child.join(60)
-    assert child.exitcode is not None
-    return int(child.exitcode)
+    return forked.exit_code(forked.start(process, str(root), spec, str(log), output=log.with_name("output")))
 
 
 class World:
@@ -67,7 +61,9 @@ def test_killed_at_every_failpoint(world: World, trials: Trials, tmp_path: Path,
     def attempt(name: str) -> None:
         point, number = name.split()
         hit = random.Random(f"store {name}").randint(1, world.hits[point])
-        code, result = trial(world, tmp_path / name.replace(" ", "-"), f"{point}={('kill', 'exit')[number == '9']}@{hit}")
+        code, result = trial(
+            world, tmp_path / name.replace(" ", "-"), f"{point}={('kill', 'exit')[number == '9']}@{hit}"
+        )
         assert code != 0
         assert result == world.result
 

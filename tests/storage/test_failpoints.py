@@ -108,7 +108,10 @@ def test_with_a_log_hits_are_counted_over_all_processes(tmp_path: Path) -> None:
             os._exit(0)
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert codes == [0, 0, 3, 0]
-    assert [line.split()[0] for line in (tmp_path / "hits").read_text().splitlines()] == ["lock.before", "lock.held"] * 4
+    assert [line.split()[0] for line in (tmp_path / "hits").read_text().splitlines()] == [
+        "lock.before",
+        "lock.held",
+    ] * 4
 
 
 TREE = """

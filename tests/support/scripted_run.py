@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -39,7 +39,6 @@ NAME = "trial"
 MARK = "OPD_FAULT_TRIAL"
 ROUNDS = 2
 ROWS = 264
-PATIENCE = 120.0
 
 _ARCHITECTURE = {"model_type": "qwen3", "vocab_size": ROWS, "max_position_embeddings": 64}
 EXPERIMENT = {
@@ -109,22 +108,16 @@ def prepare_root(root: Path) -> Path:
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
-def forkserver() -> Any:
-    """Where processes are forked from: it has imported the flow."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["scripted_run", "flows.runner", "flows.distill", "storage.catalog"])
-    return context
-
-
-def _main(root: str, rounds: int, environment: dict[str, str], output: str) -> None:
-    """What `opd run` (and `opd resume`, which reads the same config from the run) does, in a session of its own."""
-    os.setsid()
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.environ.update(environment)
+def find_engines() -> None:
+    """Makes the plugin importable in this process and its workers."""
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (WITHOUT_PANDAS, PLUGINS)))
     sys.path.insert(0, str(PLUGINS))
+
+
+def _main(root: str, rounds: int, environment: dict[str, str]) -> None:
+    """What `opd run` (and `opd resume`, which reads the same config from the run) does."""
+    os.environ.update(environment)
+    find_engines()
     failpoints.arm()
     from flows.cli.errors import exit_codes
     from flows.runner import resume_experiment, run_experiment
@@ -169,17 +162,11 @@ class Trial:
         environment = {MARK: str(self.folder), "TMPDIR": str(self.temporary), failpoints.SPEC: failpoint}
         if failpoint or log:
             environment[failpoints.LOG] = str(self.folder / "hits")
-        arguments = (str(self.root), self.rounds, environment, str(self.folder / "output"))
-        process = forkserver().Process(target=_main, args=arguments)
-        process.start()
-        return process
+        return forked.start(_main, str(self.root), self.rounds, environment, output=self.folder / "output")
 
     def run(self, failpoint: str = "", log: bool = False) -> int:
         """Its exit code; -9 where it was killed."""
-        process = self.start(failpoint, log)
-        process.join(PATIENCE)
-        assert process.exitcode is not None, f"{self.folder}: still busy after {PATIENCE} s\n{self.output}"
-        return int(process.exitcode)
+        return forked.exit_code(self.start(failpoint, log))
 
     def kill(self, process: Any) -> None:
         """SIGKILL to the whole tree."""
@@ -188,7 +175,7 @@ class Trial:
             for pid in (process.pid, *(child.pid for child in tree)):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        process.join(PATIENCE)
+        forked.exit_code(process)
 
     def processes(self) -> list[psutil.Process]:
         """Everything alive that belongs to this trial, whoever its parent is now."""

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import forked
 import psutil
-from scripted_run import EXPERIMENT, MARK, NAME, PATIENCE, PLUGINS, WITHOUT_PANDAS, Trial, forkserver
+from scripted_run import EXPERIMENT, MARK, NAME, PATIENCE, Trial, find_engines
 
 from storage.runs import Run
 
@@ -20,16 +21,11 @@ LIMIT = 10.0
 """Seconds until nothing is alive: the promise."""
 
 
-def _opd(arguments: list[str], environment: dict[str, str], output: str) -> None:
-    """What the console script `opd` does, in a session of its own."""
-    os.setsid()
+def _opd(arguments: list[str], environment: dict[str, str]) -> None:
+    """What the console script `opd` does."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
     os.environ.update(environment)
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (WITHOUT_PANDAS, PLUGINS)))
-    sys.path.insert(0, str(PLUGINS))
+    find_engines()
     sys.argv = ["opd", *arguments]
     from flows.cli.app import main
 
@@ -50,9 +46,7 @@ class StoppedRun(Trial):
         """A process of the command line."""
         environment = {MARK: str(self.folder), "TMPDIR": str(self.temporary), "TERM": "dumb"}
         command = [*arguments, "--root", str(self.root)]
-        process = forkserver().Process(target=_opd, args=(command, environment, str(self.folder / "output")))
-        process.start()
-        return process
+        return forked.start(_opd, command, environment, output=self.folder / "output")
 
     def begin(self, *more: str, prefect: bool = False) -> Any:
         more = more if prefect else (*more, "--no-prefect")

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 from fault_trials import Trials, both_forms
-from scripted_run import PATIENCE
-from stopping import STOPS, StoppedRun, by, one_stop
+from stopping import PATIENCE, STOPS, StoppedRun, by, one_stop
 
 ROLES = ("sampler", "scorer", "trainer")
 

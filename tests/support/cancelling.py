@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from opd_cli import CHECKOUT, OPD
-from scripted_run import MARK, NAME, PATIENCE, PLUGINS, prepare_root
-from stopping import LIMIT, StoppedRun
+from scripted_run import MARK, NAME, PLUGINS, prepare_root
+from stopping import LIMIT, PATIENCE, StoppedRun
 
 from storage.runs import Run
 

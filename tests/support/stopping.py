@@ -13,12 +13,13 @@ from typing import Any
 
 import forked
 import psutil
-from scripted_run import EXPERIMENT, MARK, NAME, PATIENCE, Trial, find_engines
+from scripted_run import EXPERIMENT, MARK, NAME, Trial, find_engines
 
 from storage.runs import Run
 
 LIMIT = 10.0
 """Seconds until nothing is alive: the promise."""
+PATIENCE = 120.0
 
 
 def _opd(arguments: list[str], environment: dict[str, str]) -> None:

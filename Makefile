@@ -8,7 +8,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup demo study test test-full lint clean
+.PHONY: help setup demo study test test-full faults lint clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -45,7 +45,11 @@ test: setup  ## the test suite
 	@$(BIN)/python -m pytest
 
 test-full: setup  ## the long tests too
-	@$(BIN)/python -m pytest -m ""
+	@$(BIN)/python -m pytest -m "not faults"
+
+faults: setup  ## the fault tests in full, hours; stopped and started again it goes on (docs/reliability.md)
+	@$(BIN)/python -m pytest -m faults tests/faults; code=$$?; \
+	  $(BIN)/python tests/support/fault_trials.py docs/reliability.md; exit $$code
 
 lint: setup  ## style, types and who imports whom
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -15,10 +15,11 @@ from flows.distill import distill
 from flows.executor import Planner
 from flows.experiment import Experiment, check_plugins
 from flows.origins import Again, Origin, rebuild
-from flows.runner import logger, rounds_done, stored_experiment, terminating
+from flows.runner import logger, rounds_done, stored_experiment
+from flows.stopping import terminating
 from storage.compare import differences
 from storage.errors import ConfigError, CorruptArtifact, Evicted, InputError
-from storage.files import TEMPORARY, unique
+from storage.files import temporary_name
 from storage.gc import HELD
 from storage.locks import locked
 from storage.runs import Run
@@ -117,7 +118,7 @@ def _require_inputs(run: Run, origin: Origin, lost: list[Again]) -> None:
 @contextmanager
 def _scratch(store: Store, keep: bool, tell: Callable[[str], None]) -> Iterator[Path]:
     """A folder beside the artifacts, so that inputs are linked and not copied. A collection leaves it while it is held."""
-    folder = store.root / f"{TEMPORARY}replay-{unique()}"
+    folder = store.root / temporary_name("replay")
     folder.mkdir()
     try:
         with locked(folder / HELD, lambda who: None):

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from flows.distill import distill
 from flows.executor import Maker, PlanLine, Planner, Reporter
 from flows.experiment import Experiment, check_plugins, load_experiment
 from flows.progress import SilentReporter
+from flows.stopping import terminating
 from storage.errors import ConfigError
+from storage.files import explain_full_disk, remove_leftovers
 from storage.runs import Run, RunState
 from storage.store import Store
 from tasks.figures import StageProgress
@@ -64,6 +64,7 @@ def run_experiment(
     run = open_run(experiment, name, root)
     reporter = reporter or SilentReporter()
     with run.lock(), terminating():
+        remove_leftovers(store.root)
         run.save_experiment(experiment.model_dump(mode="json"))
         state = run.state
         state.forked_from = f"{experiment.fork.run}@{experiment.fork.round}" if experiment.fork else None
@@ -115,7 +116,7 @@ def logger(path: Path) -> Callable[[str], None]:
     """Appends lines with their time to the run's own log."""
 
     def log(line: str) -> None:
-        with path.open("a") as file:
+        with explain_full_disk(path), path.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {line}\n")
 
     return log
@@ -163,24 +164,6 @@ def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str
         data = merge(data, parse_override(text))
     data["fork"] = {"run": name, "round": round, "experiment": run.experiment}
     return validate(Experiment, data, f"fork of {name}@{round}")
-
-
-@contextmanager
-def terminating() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does: children are stopped, the state says so, what is committed stays."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        old = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread: whoever runs us handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)
 
 
 def refuse_full_disk(store: Store, experiment: Experiment) -> None:

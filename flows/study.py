@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from flows.config_file import merge, read_config, read_layers, read_yaml, validate
 from flows.executor import Reporter
 from flows.experiment import Experiment, experiment_of
-from flows.runner import run_experiment, terminating
+from flows.runner import run_experiment
+from flows.stopping import terminating
 from flows.study_results import best_lrs, read_rows
 from storage.errors import ConfigError, IdentityMismatch, NotEnoughSpace, OpdError, RunBusy, StoreError
 from storage.runs import RUN_NAME

@@ -24,6 +24,7 @@ from storage.artifact import (
 )
 from storage.digests import combine_digests
 from storage.errors import CorruptArtifact, InputError, StoreError
+from storage.failpoints import failpoint
 from storage.files import (
     TEMPORARY,
     explain_full_disk,
@@ -31,10 +32,12 @@ from storage.files import (
     publish_exclusively,
     quarantine,
     replace_atomically,
+    temporary_name,
     unique,
     utc_now,
 )
 from storage.identity import canonical_json
+from storage.parts import PARTS
 from storage.schemas import schema_version
 from storage.shards import SIDECAR, ShardWriter, check_file, sidecar, sidecars
 from storage.trees import (
@@ -65,6 +68,7 @@ class Builder(ShardWriter):
         self._started = time.monotonic()
         self._closed = False
         if committed is None:
+            failpoint("builder.before_sweep")
             self._sweep(recorded)
 
     @property
@@ -79,6 +83,18 @@ class Builder(ShardWriter):
         good, _ = self._inspect(table)
         return [shard for shard in range(n_shards) if shard not in good]
 
+    def finished(self, table: str, n_shards: int) -> list[Path]:
+        """The files of shards 0..n_shards-1 before they are committed, verified, each shard once however often it was
+        written. CorruptArtifact when one is missing, or was damaged since it was written."""
+        good, _ = self._inspect(table)
+        absent = [shard for shard in range(n_shards) if shard not in good]
+        if absent:
+            raise CorruptArtifact(
+                f"{self._name}: shards {absent[:10]} of {table} are damaged or gone since they were written; run again:"
+                " only these are rebuilt"
+            )
+        return [self.path / good[shard].file for shard in range(n_shards)]
+
     def needs_tree(self, name: str = "model") -> bool:
         """Whether `directory(name)` must be filled; False where a damaged artifact still has this tree whole."""
         return self.committed is None and name not in self._kept_trees()
@@ -86,9 +102,10 @@ class Builder(ShardWriter):
     def directory(self, name: str = "model") -> Path:
         """A fresh temporary directory; its files become the artifact's tree `name` at commit."""
         self._new_tree(name)
-        path = self.path / f"{TEMPORARY}{name}-{unique()}"
+        path = self.path / temporary_name(name)
         with explain_full_disk(path):
             path.mkdir()
+        failpoint("tree.begun")
         self._temporary[name] = path
         return path
 
@@ -117,7 +134,9 @@ class Builder(ShardWriter):
         if self._closed:
             raise StoreError(f"{self._name}: its lock was given back; commit inside `Store.building`")
         plain_meta, plain_provenance = self._plain("meta", meta), self._plain("provenance", provenance)
+        failpoint("builder.before_collect")
         shards = self._collect(tables)
+        failpoint("builder.before_trees")
         found, rows = self._table_content(shards)
         trees = self._collect_trees(found)
         clash = sorted(set(found) & set(content or {}))
@@ -125,12 +144,17 @@ class Builder(ShardWriter):
             raise StoreError(f"{self._name}: content {clash} is computed by the store; give it another name")
         found.update(content or {})
         manifest = self._manifest(shards, trees, found, rows, plain_meta, plain_provenance)
+        for left in self.path.glob(f"*{PARTS}"):  # of a shard whose writer was killed a moment later
+            left.unlink()
+        failpoint("builder.before_publish")
         self.committed = self._publish(manifest)
         return self.committed
 
     def close(self) -> None:
-        """Called when the lock is given back: nothing can be committed afterwards."""
+        """Called when the lock is given back: nothing can be committed afterwards, and trees under way are removed."""
         self._closed = True
+        for path in self._temporary.values():
+            shutil.rmtree(path, ignore_errors=True)
 
     # --- shards ------------------------------------------------------------------------------------------------------
 
@@ -216,13 +240,17 @@ class Builder(ShardWriter):
             raise StoreError(f"{self._name}: tree {name!r} was begun twice")
 
     def _kept_trees(self) -> dict[str, TreeRecord]:
-        if self._recorded is None:
-            return {}
-        return {
-            name: tree
-            for name, tree in self._recorded.trees.items()
-            if not any(True for _ in damaged_files(tree_directory(self.path, tree), tree, self._memo))
-        }
+        """Recorded trees that are whole, by full hashes. Bad files found on the way go to quarantine."""
+        kept = {}
+        for name, tree in self._recorded.trees.items() if self._recorded is not None else ():
+            memo = self._memo if tree.external else None
+            bad = list(damaged_files(tree_directory(self.path, tree), tree, memo))
+            if not bad:
+                kept[name] = tree
+            for path, problem in bad:
+                if problem != "missing" and not tree.external:
+                    quarantine(self.root, path, f"tree {name!r}: {problem}")
+        return kept
 
     def _collect_trees(self, content: dict[str, str]) -> dict[str, TreeRecord]:
         """Hashes, fsyncs and renames the new trees; adds their digests to `content`."""
@@ -234,7 +262,9 @@ class Builder(ShardWriter):
                     raise StoreError(f"{self._name}: the tree {name!r} is empty")
                 fsync_tree(temporary, files)
                 final = self.path / f"{name}-{unique()}"
+                failpoint("tree.before_rename", files[0])
                 os.rename(temporary, final)
+                failpoint("tree.after_rename", final / files[0].relative_to(temporary))
                 fsync_directory(self.path)
             records = record_files(final, own_files(final), self._memo)
             trees[name] = TreeRecord(directory=final.name, external=False, files=records)
@@ -323,7 +353,7 @@ class Builder(ShardWriter):
             keep |= {record.file for record in manifest.shards}
             keep |= {tree.directory for tree in manifest.trees.values() if not tree.external}
         for path in self.path.iterdir():
-            if path.name in keep or (path.name.endswith(SIDECAR) and not path.name.startswith(TEMPORARY)):
+            if path.name in keep or (path.name.endswith((SIDECAR, PARTS)) and not path.name.startswith(TEMPORARY)):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)

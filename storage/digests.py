@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from storage.errors import CorruptArtifact, InputError
-from storage.files import TEMPORARY, unique
+from storage.files import temporary_name
 from storage.identity import canonical_json
 
 _BLOCK = 1 << 20
@@ -138,7 +138,7 @@ def _remembered(memo: Path | None, kind: str, files: Sequence[Path], compute: An
     if all(time.time() - stat.st_mtime > _RACY_SECONDS for _, stat in stats):
         with suppress(OSError):  # a memo is a convenience: a full or read-only disk must not stop the reader
             memo.mkdir(parents=True, exist_ok=True)
-            temporary = memo / f"{TEMPORARY}{unique()}"
+            temporary = memo / temporary_name()
             temporary.write_text(digest, "ascii")
             os.replace(temporary, note)
     return digest

@@ -3,28 +3,79 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from storage.errors import CorruptArtifact, NotEnoughSpace, StoreError
+from storage.errors import CorruptArtifact, NotEnoughSpace, OpdError, StoreError
+from storage.failpoints import failpoint
 from storage.identity import canonical_json
 
 TEMPORARY = ".tmp-"
+STORE_PLACES = ("", "artifacts/*/*/", "runs/", "runs/*/", "quarantine/", "memo/")
+"""Where a store has temporary files, as prefixes of glob patterns."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_OWNER = re.compile(re.escape(TEMPORARY) + r"(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-")
 
 
 def unique() -> str:
     """12 hex digits that no other writer uses."""
     return uuid.uuid4().hex[:12]
+
+
+def temporary_name(suffix: str = "") -> str:
+    """A name for a file or directory under way. It says whose: `remove_leftovers` takes those of dead processes."""
+    return f"{TEMPORARY}{_machine()}-{os.getpid()}-{unique()}" + (f"-{suffix}" if suffix else "")
+
+
+@functools.cache
+def _machine() -> str:
+    """Where process ids mean the same: 8 hex digits of host, machine id and pid namespace."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/etc/machine-id").read_text())
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
+def remove_leftovers(root: Path, places: Sequence[str] = STORE_PLACES) -> list[Path]:
+    """Removes the temporary files of killed processes from folders under `root`; returns what it removed.
+
+    What another host left, or a process whose id is in use again, stays until `opd gc`. Nothing of a living process, and
+    nothing that has its final name, is touched."""
+    removed = []
+    for place in places:
+        for path in root.glob(f"{place}{TEMPORARY}*"):
+            owner = _OWNER.match(path.name)
+            if owner is None or owner["machine"] != _machine() or _alive(int(owner["pid"])):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def utc_now() -> str:
@@ -37,6 +88,14 @@ def fsync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory and what is missing above it, each durable before anything is put into it."""
+    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        fsync_directory(folder.parent)
 
 
 def fsync_file(path: Path) -> None:
@@ -52,8 +111,10 @@ def explain_full_disk(path: Path) -> Iterator[None]:
     """Turns "no space left" and "quota exceeded", in any library's wording, into `NotEnoughSpace`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL or "No space left on device" in str(error):
+    except OpdError:
+        raise
+    except Exception as error:
+        if getattr(error, "errno", None) in _FULL or "No space left on device" in str(error):
             left = ""
             with suppress(OSError):
                 free = shutil.disk_usage(path if path.is_dir() else path.parent).free
@@ -81,12 +142,13 @@ def _gib(size: int) -> str:
 
 def write_durably(directory: Path, data: bytes) -> Path:
     """A fsynced temporary file in `directory`, which the caller renames or links to its name."""
-    path = directory / f"{TEMPORARY}{unique()}"
+    path = directory / temporary_name()
     with explain_full_disk(path):
         try:
             with open(path, "xb") as file:
                 file.write(data)
                 file.flush()
+                failpoint("file.before_fsync", path)
                 os.fsync(file.fileno())
         except BaseException:
             path.unlink(missing_ok=True)
@@ -97,20 +159,31 @@ def write_durably(directory: Path, data: bytes) -> Path:
 def replace_atomically(path: Path, data: bytes) -> None:
     """Readers see the old bytes or the new ones, also after a crash."""
     temporary = write_durably(path.parent, data)
-    os.replace(temporary, path)
-    fsync_directory(path.parent)
+    with explain_full_disk(path):
+        try:
+            failpoint("file.before_replace", temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        failpoint("file.after_replace", path)
+        fsync_directory(path.parent)
 
 
 def publish_exclusively(path: Path, data: bytes) -> bool:
     """Publishes a whole file under a name that must be free, or returns False. Exactly one of many racers wins."""
     temporary = write_durably(path.parent, data)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_directory(path.parent)
+    with explain_full_disk(path):
+        try:
+            failpoint("manifest.before_link", temporary)
+            os.link(temporary, path)
+            failpoint("manifest.after_link", path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_directory(path.parent)
+    failpoint("manifest.after_sync", path)
     return True
 
 
@@ -137,7 +210,8 @@ def unseal(path: Path) -> dict[str, Any]:
 def quarantine(root: Path, path: Path, reason: str) -> Path | None:
     """Moves a file or directory of the store to `<root>/quarantine`, with the reason beside it as JSON.
 
-    Returns where it lies now, or None if it was already gone (another reader was faster)."""
+    The reason is written first: nothing ever lies there without one. Returns where it lies now, or None if it was already
+    gone (another reader was faster)."""
     try:
         inside = path.parent.resolve().relative_to(root.resolve()) / path.name
     except ValueError:
@@ -146,12 +220,16 @@ def quarantine(root: Path, path: Path, reason: str) -> Path | None:
     folder.mkdir(exist_ok=True)
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     target = folder / f"{stamp}-{unique()}-{'-'.join(inside.parts[1:]) or inside.name}"
+    note = {"path": inside.as_posix(), "reason": reason, "when": utc_now(), "host": socket.gethostname()}
+    reasons = target.with_name(target.name + ".reason.json")
+    replace_atomically(reasons, json.dumps(note, indent=1).encode())
+    failpoint("quarantine.before_move", path)
     try:
         os.rename(path, target)
     except FileNotFoundError:
+        reasons.unlink(missing_ok=True)
         return None
-    fsync_directory(path.parent)
+    failpoint("quarantine.after_move", target)
     fsync_directory(folder)
-    note = {"path": inside.as_posix(), "reason": reason, "when": utc_now(), "host": socket.gethostname()}
-    replace_atomically(target.with_name(target.name + ".reason.json"), json.dumps(note, indent=1).encode())
+    fsync_directory(path.parent)
     return target

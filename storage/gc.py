@@ -19,7 +19,7 @@ from typing import Literal
 
 from storage.artifact import MANIFEST, Manifest, load_manifest
 from storage.errors import CorruptArtifact, RunBusy, StoreError
-from storage.files import TEMPORARY, fsync_directory, replace_atomically, unique, utc_now
+from storage.files import TEMPORARY, fsync_directory, replace_atomically, temporary_name, utc_now
 from storage.locks import alone, build_lock, holder, locked, use_lock
 from storage.retention import Name, Retention, droppable, used
 from storage.runs import Run, RunState
@@ -275,7 +275,7 @@ def _remove(path: Path) -> bool:
     if path.is_dir() and not path.is_symlink():
         going = path
         if not path.name.startswith(TEMPORARY):
-            going = path.with_name(f"{TEMPORARY}{unique()}")
+            going = path.with_name(temporary_name())
             try:
                 os.rename(path, going)
             except FileNotFoundError:

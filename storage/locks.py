@@ -18,7 +18,8 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from storage.errors import StoreError
-from storage.files import TEMPORARY, unique, utc_now
+from storage.failpoints import failpoint
+from storage.files import temporary_name, utc_now
 
 _POLL_SECONDS = 0.1
 _ATTEMPTS = 5  # a probe holds the lock for microseconds: taking it is tried again before anyone is called busy
@@ -110,14 +111,18 @@ def locked(path: Path, on_busy: Callable[[str], None]) -> Iterator[None]:
         raise StoreError(f"{path}: this thread holds this lock already and would wait for itself")
     path.parent.mkdir(parents=True, exist_ok=True)
     owner = os.getpid()
+    failpoint("lock.before")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         _wait(descriptor, path, on_busy)
         _held[descriptor] = (str(path), thread)
+        failpoint("lock.held", path)
         with suppress(OSError):  # a full disk takes the name, not the lock
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, _myself().model_dump_json().encode(), 0)
+        failpoint("lock.named", path)
         yield
+        failpoint("lock.before_release", path)
     finally:
         if os.getpid() == owner:  # a forked child has closed its copy already
             if _held.pop(descriptor, None):
@@ -170,7 +175,7 @@ def _wait(descriptor: int, path: Path, on_busy: Callable[[str], None]) -> None:
 
 def probe(directory: Path) -> None:
     """Raises StoreError unless flock excludes and hard links work in `directory` (some network mounts lack them)."""
-    name = directory / f"{TEMPORARY}probe-{unique()}"
+    name = directory / temporary_name("probe")
     link = name.with_name(name.name + "-link")
     try:
         first = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from storage import locks
 from storage.errors import CorruptArtifact, IdentityMismatch, InputError, RunBusy
-from storage.files import TEMPORARY, explain_full_disk, fsync_directory, replace_atomically, unique, utc_now
+from storage.failpoints import failpoint
+from storage.files import explain_full_disk, fsync_directory, replace_atomically, temporary_name, utc_now
 from storage.identity import canonical_json
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -170,7 +171,9 @@ class Run:
     def save(self, state: RunState) -> None:
         """Replaces the state atomically and stamps `updated`. Hold the lock."""
         state.updated = utc_now()
+        failpoint("run.before_save", self.directory / "state.json")
         replace_atomically(self.directory / "state.json", state.model_dump_json(indent=1).encode())
+        failpoint("run.after_save")
 
     def log_path(self, stage: str) -> Path:
         """Where a stage logs; the folder exists. InputError for a name that is no stage's."""
@@ -208,7 +211,7 @@ def _directory(root: Path | str, name: str) -> Path:
 def _make(directory: Path, name: str, experiment: dict[str, Any], identity: dict[str, Any]) -> bool:
     """Publishes a whole run directory, or returns False if another process was faster."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.parent / f"{TEMPORARY}{unique()}"
+    temporary = directory.parent / temporary_name()
     with explain_full_disk(directory):
         try:
             (temporary / "logs").mkdir(parents=True)
@@ -216,12 +219,14 @@ def _make(directory: Path, name: str, experiment: dict[str, Any], identity: dict
             replace_atomically(temporary / "identity.json", json.dumps(identity, indent=1, sort_keys=True).encode())
             state = RunState(name=name, updated=utc_now())
             replace_atomically(temporary / "state.json", state.model_dump_json(indent=1).encode())
+            failpoint("run.before_publish")
             os.rename(temporary, directory)
-        except OSError:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if (directory / "state.json").is_file():
+            if isinstance(error, OSError) and (directory / "state.json").is_file():
                 return False
             raise
+        failpoint("run.after_publish")
         fsync_directory(directory.parent)
     return True
 

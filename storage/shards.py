@@ -20,16 +20,18 @@ from pydantic import ValidationError
 from storage.artifact import ShardRecord, artifact_directory
 from storage.digests import file_sha256, table_digest
 from storage.errors import CorruptArtifact, StoreError
+from storage.failpoints import failpoint
 from storage.files import (
-    TEMPORARY,
     explain_full_disk,
     fsync_directory,
     fsync_file,
     replace_atomically,
     seal,
+    temporary_name,
     unique,
     unseal,
 )
+from storage.parts import PARTS, Parts
 from storage.schemas import schema_version, validate_table
 
 SIDECAR = ".sidecar.json"
@@ -60,17 +62,21 @@ class ShardWriter:
         if not self.path.is_dir():
             raise StoreError(f"{self.path}: nobody builds this artifact; shards are written inside `Store.building`")
         name = f"{table}-{shard:05d}-{unique()}.parquet"
-        temporary, final = self.path / f"{TEMPORARY}{name}", self.path / name
+        temporary, final = self.path / temporary_name(name), self.path / name
+        failpoint("shard.before_write")
         with explain_full_disk(final):
             try:
                 write_parquet(rows, temporary)
                 digest, footer = file_sha256(temporary), footer_sha256(temporary)
                 stat = temporary.stat()
+                failpoint("shard.before_rename", temporary)
                 os.rename(temporary, final)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
+            failpoint("shard.after_rename", final)
             fsync_directory(self.path)
+        failpoint("shard.before_sidecar", final)
         record = ShardRecord(
             table=table,
             shard=shard,
@@ -84,7 +90,13 @@ class ShardWriter:
             schema_version=schema_version(table),
         )
         replace_atomically(sidecar(final), seal(record.model_dump(mode="json")))
+        failpoint("shard.after_sidecar", final)
+        self.parts(table, shard).remove()
         return record
+
+    def parts(self, table: str, shard: int) -> Parts:
+        """What is finished of a shard that is not written yet."""
+        return Parts(self.path / f"{table}-{shard:05d}{PARTS}")
 
 
 def row_digest(table: str, rows: pa.Table) -> str:
@@ -138,7 +150,7 @@ def check_file(path: Path, size: int, sha256: str) -> str | None:
     """What is wrong with a file, or None. Hashed in full the first time in a process, then trusted by its stat."""
     try:
         stat = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return "missing"
     if stat.st_size != size:
         return f"{stat.st_size} bytes instead of {size}"

@@ -24,7 +24,7 @@ from storage.artifact import (
 )
 from storage.builder import Builder
 from storage.errors import CorruptArtifact, Evicted, InputError, StoreError
-from storage.files import explain_full_disk, fsync_directory, quarantine, require_space
+from storage.files import explain_full_disk, fsync_directory, make_directory, quarantine, require_space
 from storage.locks import build_lock, locked, probe, shared, use_lock
 from storage.runs import find_use
 from storage.schemas import schema_for
@@ -48,7 +48,7 @@ class Store:
         self.root = Path(root).expanduser().absolute()
         try:
             for name in ("artifacts", "runs", "quarantine", "locks", "memo"):
-                (self.root / name).mkdir(parents=True, exist_ok=True)
+                make_directory(self.root / name)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise StoreError(f"{self.root}: cannot hold a store ({error.strerror}: {error.filename})") from error
         probe(self.root)
@@ -124,6 +124,7 @@ class Store:
             with explain_full_disk(directory):
                 directory.mkdir(parents=True, exist_ok=True)
                 fsync_directory(directory.parent)
+                fsync_directory(directory.parent.parent)  # a stage's first artifact, whoever made the folder
             try:
                 recorded = load_manifest(directory)
             except CorruptArtifact as error:
@@ -187,7 +188,8 @@ class Store:
     # --- trees -------------------------------------------------------------------------------------------------------
 
     def materialize(self, artifact: Artifact, name: str = "model") -> Path:
-        """A local directory with the tree's files, every hash verified (remembered by path, inode, size, mtime).
+        """A local directory with the tree's files, every hash verified anew (of a user's own folder remembered by path, inode,
+        size and mtime, which cannot tell a bit that the disk flipped).
 
         A bad file of the store moves to quarantine (CorruptArtifact); a changed file of a user's own folder is
         InputError; a file that does not belong to the tree moves to quarantine, for engines read what lies there. Evicted
@@ -196,7 +198,8 @@ class Store:
         tree = self._tree(self._manifest(artifact), name)
         directory = tree_directory(self._directory(artifact), tree)
         for record in tree.files:
-            problem = damaged(directory / record.path, record, self._memo)
+            path = directory / record.path
+            problem = damaged(path, record, self._memo if tree.external else None)
             if problem is None:
                 continue
             if tree.external:

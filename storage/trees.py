@@ -10,6 +10,7 @@ from pathlib import Path
 from storage.artifact import FileRecord, TreeRecord
 from storage.digests import architecture_digest, file_sha256, files_digest, tokenizer_digest, weights_digest
 from storage.errors import InputError, StoreError
+from storage.failpoints import failpoint
 from storage.files import fsync_directory, fsync_file
 
 
@@ -54,6 +55,7 @@ def record_files(directory: Path, files: list[Path], memo: Path | None) -> tuple
 
 
 def fsync_tree(directory: Path, files: list[Path]) -> None:
+    failpoint("tree.before_fsync", files[0] if files else None)
     for path in files:
         fsync_file(path)
     for folder, _, _ in os.walk(directory, topdown=False):

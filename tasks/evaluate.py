@@ -13,11 +13,12 @@ from pydantic import Field, model_validator
 from storage.errors import InputError
 from storage.identity import Identity, derive_seed
 from storage.schemas import schema_for
-from storage.shards import read_parquet, sidecars
+from storage.shards import read_parquet
 from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.rollout_config import StopTokenIds
 from tasks.stage import Context, Work, model_inputs
 from tasks.verifiers import ExactMatch, FunctionVerifier, VerifierConfig, verifier_digest, verify
+from tasks.workers import WorkerDied
 
 VERSION = 1
 STAGE = "evaluate"
@@ -149,7 +150,7 @@ def _build(
     shards = plan_shards(_held_out(ctx.store, prompts), config, seed)
     missing = builder.missing(TABLE, len(shards))
     progress = _Progress(ctx, shards, missing)
-    completions = _sample(ctx, config, student, [shards[i] for i in missing], seed, progress) if missing else []
+    completions = _sample(builder, ctx, config, student, shards, missing, seed, progress) if missing else []
     written = dict(zip(missing, completions, strict=True))
     for index in missing:
         if shards[index].mode != "kl":
@@ -207,10 +208,18 @@ def _model(store: Store, artifact: Artifact) -> dict[str, str]:
 
 
 def _sample(
-    ctx: Context, config: EvaluateConfig, student: Artifact, shards: Sequence[Shard], seed: int, progress: _Progress
+    builder: Builder,
+    ctx: Context,
+    config: EvaluateConfig,
+    student: Artifact,
+    shards: Sequence[Shard],
+    missing: Sequence[int],
+    seed: int,
+    progress: _Progress,
 ) -> list[list[dict[str, Any]]]:
-    """The sampler's completions, shard by shard. Seeds: H(seed, mode, prompt id, sample index), without the round."""
+    """The sampler's completions of the missing shards. Seeds: H(seed, mode, prompt id, sample index), without the round."""
     path = str(ctx.store.materialize(student))
+    place = {"store": str(ctx.store.root), "stage": builder.stage, "key": builder.key, "table": TABLE}
     jobs = [
         {
             "op": "generate_shard",
@@ -220,10 +229,19 @@ def _sample(
             "sampling": config.sampling(shard.mode),
             "prompts": [prompt.token_ids for prompt, _ in shard.samples],
             "seeds": [derive_seed(seed, "evaluate", shard.mode, p.prompt_id, index) for p, index in shard.samples],
+            "names": [f"{prompt.prompt_id}/{shard.mode}/{index}" for prompt, index in shard.samples],
+            "parts": place | {"shard": number},
         }
-        for shard in shards
+        for number, shard in ((number, shards[number]) for number in missing)
     ]
-    results = ctx.workers.run("sampler", jobs, lambda job, done, _: progress(("sample", job), done))
+    try:
+        results = ctx.workers.run("sampler", jobs, lambda job, done, _: progress(("sample", job), done))
+    except WorkerDied as error:
+        number = missing[error.job]
+        finished = builder.parts(TABLE, number).read()
+        raise error.losing(jobs[error.job]["names"], finished, f"shard {number}") from error
+    if kept := sum(result.get("kept", 0) for result in results):
+        ctx.log(f"evaluate: {kept} completions of workers that ended early were kept")
     return [result["completions"] for result in results]
 
 
@@ -267,9 +285,8 @@ def _judge(config: EvaluateConfig, text: str, answer: str | None) -> bool | None
 
 def _meta(builder: Builder, shards: int) -> dict[str, Any]:
     """Over all shards, those of an earlier, interrupted attempt too."""
-    files = {record.shard: path for path, record in sidecars(builder.path) if record is not None and path.exists()}
     columns = ["mode", "finish_reason", "correct", "reverse_kl_sum", "tokens"]
-    table = pa.concat_tables([read_parquet(files[shard], columns) for shard in range(shards)])
+    table = pa.concat_tables([read_parquet(path, columns) for path in builder.finished(TABLE, shards)])
     by_mode = {mode: table.filter(pc.equal(table["mode"], mode)) for mode in MODES}
     shape = next((by_mode[mode] for mode in ("kl", "sampled", "greedy") if by_mode[mode].num_rows), table)
     kl = by_mode["kl"].filter(pc.is_valid(by_mode["kl"]["reverse_kl_sum"]))

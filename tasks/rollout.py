@@ -12,10 +12,11 @@ import pyarrow.compute as pc
 
 from storage.errors import InputError
 from storage.identity import Identity, derive_seed
-from storage.shards import read_parquet, sidecars
+from storage.shards import read_parquet
 from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.rollout_config import RolloutConfig
 from tasks.stage import Context, Work, model_inputs
+from tasks.workers import WorkerDied
 
 VERSION = 1
 STAGE = "rollout"
@@ -117,10 +118,17 @@ def _build(
         counts[job] = samples
         ctx.progress(done + sum(counts), total, "samples")
 
-    results = ctx.workers.run("sampler", jobs, on_progress)
+    try:
+        results = ctx.workers.run("sampler", jobs, on_progress)
+    except WorkerDied as error:
+        job = jobs[error.job]
+        finished = builder.parts(TABLE, job["shard"]).read()
+        raise error.losing([s["sample_id"] for s in job["samples"]], finished, f"shard {job['shard']}") from error
+    if kept := sum(result.get("kept", 0) for result in results):
+        ctx.log(f"rollout: {kept} samples of workers that ended early were kept")
     builder.commit(
         meta={
-            "metrics": _metrics(builder, [] if builder.repairing else range(len(shards))),
+            "metrics": _metrics(builder, 0 if builder.repairing else len(shards)),
             "stop_token_ids": results[0]["stop_token_ids"] if results else None,
             "weight_proofs": _distinct([result["proof"] for result in results]),
         },
@@ -148,13 +156,12 @@ def _shard_job(shard: int, samples: Sequence[Sample], tokens: dict[str, list[int
     }
 
 
-def _metrics(builder: Builder, shards: Sequence[int]) -> dict[str, float | int]:
+def _metrics(builder: Builder, shards: int) -> dict[str, float | int]:
     """Over all shards, those of an earlier, interrupted attempt too. A repaired artifact keeps its recorded metrics."""
     if not shards:
         return {}
     columns = ["completion_token_ids", "finish_reason"]
-    files = {record.shard: path for path, record in sidecars(builder.path) if record is not None and path.exists()}
-    table = pa.concat_tables([read_parquet(files[shard], columns) for shard in shards])
+    table = pa.concat_tables([read_parquet(path, columns) for path in builder.finished(TABLE, shards)])
     lengths = pc.list_value_length(table["completion_token_ids"])
     return {
         "mean_length": pc.mean(lengths).as_py(),

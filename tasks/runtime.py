@@ -24,6 +24,9 @@ class SamplerRuntime(Runtime):
     kv_cache_gib: float = Field(1, gt=0, description="key-value cache on CPU, GiB")
     enforce_eager: bool | None = Field(None, description="no CUDA graphs; null means: on CPU only")
     max_num_seqs: int = Field(256, ge=1, description="sequences decoded together")
+    retries: int = Field(
+        2, ge=0, description="times a completion is asked for again, with its seed, after the engine lost or spoilt it"
+    )
     verify_weights: Literal["full", "checksums"] = Field(
         "full", description="proof after a weight change: parameter checksums, and (full) log-probability probes"
     )
@@ -57,8 +60,17 @@ class RuntimeConfig(Runtime):
     keep_warm: bool | None = Field(
         None, description="keep workers between stages; null means: on CPU only (on GPUs stages need the memory)"
     )
-    stage_timeout: float | None = Field(None, gt=0, description="seconds a stage's job may take before it is stopped")
-    retries: int = Field(1, ge=0, description="times a stage is tried again after its worker died")
+    stage_timeout: float | None = Field(
+        None, gt=0, description="seconds a stage's job may take before its worker is stopped; null: no limit"
+    )
+    stall_timeout: float | None = Field(
+        3600, gt=0, description="seconds without any progress after which a worker counts as hung; null: never"
+    )
+    retries: int = Field(
+        1,
+        ge=0,
+        description="times a job is tried again after its worker died, was stopped or hung; what it finished is kept",
+    )
     sampler: SamplerRuntime = SamplerRuntime()
     scorer: ScorerRuntime = ScorerRuntime()
     trainer: TrainerRuntime = TrainerRuntime()

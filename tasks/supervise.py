@@ -14,7 +14,7 @@ from pydantic import Field
 from storage.errors import ConfigError, InputError
 from storage.identity import Identity
 from storage.schemas import MaskReason
-from storage.shards import read_parquet, sidecars
+from storage.shards import read_parquet
 from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.losses.needs import SignalNeed
 from tasks.stage import Context, Work
@@ -268,20 +268,20 @@ def _require_space(ctx: Context, rollouts: Artifact, builders: Iterable[str], k:
 
 def _meta(name: str, builder: Builder, store: Store, rollouts: Artifact, shards: int) -> dict[str, Any]:
     """Over all shards, those of an earlier, interrupted attempt too."""
-    files = {r.shard: path for path, r in sidecars(builder.path) if r is not None and r.table == name and path.exists()}
+    files = builder.finished(name, shards)
     if name == "sampled":
         gaps = []
-        for shard in range(shards):
+        for shard, path in enumerate(files):
             given = store.read_shard(rollouts, "rollouts", shard)["sampling_logprobs"]
-            gaps.append(_mismatch(read_parquet(files[shard], ["behaviour_logprobs"])["behaviour_logprobs"], given))
+            gaps.append(_mismatch(read_parquet(path, ["behaviour_logprobs"])["behaviour_logprobs"], given))
         return {"metrics": _summary(pa.chunked_array(gaps, pa.float32()))}
     if name == "teacher_topk":
-        tails = pa.concat_tables([read_parquet(files[shard], ["tail_logmass"]) for shard in range(shards)])
+        tails = pa.concat_tables([read_parquet(path, ["tail_logmass"]) for path in files])
         tail = pc.list_flatten(tails["tail_logmass"])
         mass = pc.subtract(1.0, pc.exp(tail.filter(pc.invert(pc.is_nan(tail))).cast(pa.float64())))
         return {"metrics": {"teacher_mass": pc.mean(mass).as_py()}}
     if name == "mask":
-        tables = pa.concat_tables([read_parquet(files[shard], ["mask_reasons"]) for shard in range(shards)])
+        tables = pa.concat_tables([read_parquet(path, ["mask_reasons"]) for path in files])
         reasons = pc.list_flatten(tables["mask_reasons"])
         counts = {
             (reason.name or "").lower(): pc.sum(pc.not_equal(pc.bit_wise_and(reasons, int(reason)), 0)).as_py() or 0

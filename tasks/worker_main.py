@@ -1,10 +1,11 @@
 """The child's side of a worker: `python -m tasks.worker_main ROLE` serves a stream of jobs over a Unix socket.
 
 The supervisor (`tasks/workers.py`) gives the socket's path and the settings in the environment. Every message is one line
-of JSON. When the socket closes the parent is gone, and the worker ends its whole process group at once."""
+of JSON. When the socket closes the supervisor is gone, and the worker ends its whole process group at once."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -15,14 +16,18 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 from storage.errors import OpdError
+from storage.files import explain_full_disk
 from tasks.figures import Figures
 from tasks.plugins import ROLES, load_plugins
 
 PROGRESS_INTERVAL = 0.2
 """Seconds between two progress messages at least."""
+_PR_SET_PDEATHSIG = 1
 
 
 class Handler(Protocol):
@@ -61,6 +66,8 @@ class Channel:
 def main(role: str) -> None:
     """Serve jobs until told to stop. Every rank of a multi-process worker runs this and gets every job."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides; a terminal's Ctrl-C reaches it alone
+    if sys.platform == "linux":  # ends with its guard or its launcher, should one of these be killed
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     rank = int(os.environ.get("RANK", "0"))
     settings = json.loads(os.environ["OPD_WORKER_SETTINGS"])
     channel = Channel(os.environ["OPD_WORKER_SOCKET"])
@@ -85,7 +92,6 @@ def main(role: str) -> None:
 
 def _serve(handler: Handler, channel: Channel, message: dict[str, Any], rank: int) -> None:
     sent = 0.0
-    _write_to(message["log"])
 
     def progress(done: int, total: int, figures: Figures | None = None) -> None:
         nonlocal sent
@@ -96,10 +102,13 @@ def _serve(handler: Handler, channel: Channel, message: dict[str, Any], rank: in
             channel.send({"kind": "progress", "id": message["id"], "done": int(done), "total": int(total), **told})
 
     try:
-        result = handler.handle(message["job"], progress)
+        with explain_full_disk(Path(message["job"].get("store", message["log"]))):
+            _write_to(message["log"])
+            result = handler.handle(message["job"], progress)
     except Exception as error:
-        traceback.print_exc()
-        sys.stderr.flush()
+        with suppress(OSError):  # a full disk takes the log, not the answer
+            traceback.print_exc()
+            sys.stderr.flush()
         channel.send({"kind": "error", "id": message["id"], "rank": rank, **_describe(error)})
         return
     channel.send({"kind": "result", "id": message["id"], "rank": rank, "result": result if rank == 0 else {}})

@@ -1,8 +1,6 @@
-"""The supervisor's side of workers: heavy work runs in subprocesses that serve a stream of jobs.
+"""The supervisor's side of workers: heavy work runs in subprocesses that serve a stream of jobs (`tasks/worker.py`).
 
-A worker runs in its own session, so that stopping it stops everything it started; it holds a socket whose closing tells it
-that its supervisor died; its output goes to a log file. GPU memory is free when it ends, and a crash is only that
-stage's."""
+GPU memory is free when a worker ends, and a crash is only that stage's."""
 
 from __future__ import annotations
 
@@ -10,209 +8,23 @@ import functools
 import json
 import os
 import queue
-import selectors
-import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import storage.errors
-from storage.errors import OpdError
+from storage.files import remove_leftovers
 from tasks.figures import JobsProgress, Progress, silent
 from tasks.runtime import RuntimeConfig
+from tasks.worker import Worker, WorkerDied, WorkerFailed
 
-START_TIMEOUT = 600.0
-"""Seconds until a worker must be ready: importing an engine on a cold, busy machine takes a minute or more."""
-STOP_TIMEOUT = 10.0
-"""Seconds a worker gets to end by itself before its process group is killed."""
+__all__ = ["Worker", "WorkerDied", "WorkerFailed", "WorkerPool"]
+
 CHECKOUT = Path(__file__).resolve().parent.parent
-
-
-class WorkerFailed(OpdError):
-    """A worker raised something unexpected; the message carries the cause and the log's place."""
-
-
-class WorkerDied(WorkerFailed):
-    """A worker ended, or was killed, without an answer. Trying again can help."""
-
-
-class Worker:
-    """One worker subprocess (or one launcher with `world` ranks) and the jobs it is asked to do."""
-
-    def __init__(self, role: str, argv: list[str], env: dict[str, str], log: Path, world: int = 1) -> None:
-        self.role, self.log, self.world = role, log, world
-        self._folder = tempfile.mkdtemp(prefix="opd-")
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        path = os.path.join(self._folder, "s")
-        self._listener.bind(path)
-        self._listener.listen(world)
-        self._listener.settimeout(0.5)
-        self._ranks: dict[int, socket.socket] = {}
-        self._buffers: dict[int, bytes] = {}
-        self._jobs = 0
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as out:
-            out.write(f"--- {role}: {' '.join(argv)}\n".encode())
-            out.flush()
-            self.process = subprocess.Popen(
-                argv,
-                env=env | {"OPD_WORKER_SOCKET": path},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        try:
-            self._handshake()
-        except BaseException:
-            self.kill()
-            raise
-
-    def _handshake(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT
-        waiting: list[socket.socket] = []
-        while len(waiting) < self.world:
-            try:
-                connection, _ = self._listener.accept()
-                waiting.append(connection)
-            except TimeoutError:
-                if self.process.poll() is not None:
-                    raise self._died("before it was ready") from None
-                if time.monotonic() > deadline:
-                    raise self._died(f"not ready after {START_TIMEOUT:.0f} s") from None
-        for slot, connection in enumerate(waiting):
-            self._ranks[slot] = connection
-            self._buffers[slot] = b""
-        ready = 0
-        while ready < self.world:
-            for _, message in self._receive(deadline):
-                if message["kind"] == "failed":
-                    raise self._error(message)
-                ready += message["kind"] == "ready"
-
-    def run(
-        self,
-        job: dict[str, Any],
-        progress: Progress,
-        timeout: float | None = None,
-        log: Path | None = None,
-    ) -> dict[str, Any]:
-        """Do one job and return rank 0's result. From now on the worker writes to `log`, if one is given.
-
-        Raises the OpdError that the worker raised, WorkerFailed for anything else it raised, WorkerDied when it ended
-        without an answer or did not answer within `timeout` seconds; after the last two the worker is gone."""
-        self._jobs += 1
-        self.log = log or self.log
-        line = json.dumps({"kind": "job", "id": self._jobs, "job": job, "log": str(self.log)}).encode() + b"\n"
-        deadline = time.monotonic() + timeout if timeout else None
-        result: dict[str, Any] = {}
-        done = 0
-        try:
-            for connection in self._ranks.values():
-                connection.sendall(line)
-            while done < self.world:
-                for _, message in self._receive(deadline):
-                    if message["kind"] == "progress":
-                        told = {"figures": message["figures"]} if "figures" in message else {}
-                        progress(message["done"], message["total"], **told)
-                    elif message["kind"] == "error":
-                        raise self._error(message)
-                    elif message["kind"] == "result":
-                        done += 1
-                        if message["rank"] == 0:
-                            result = message["result"]
-        except (BrokenPipeError, ConnectionResetError):
-            error = self._died("while a job was sent to it")
-            self.kill()
-            raise error from None
-        except BaseException as error:
-            # one rank of several may wait for the failed one for ever; an interrupted job leaves no answer to read
-            if self.world > 1 or not isinstance(error, OpdError) or isinstance(error, WorkerFailed):
-                self.kill()
-            raise
-        return result
-
-    def _receive(self, deadline: float | None) -> list[tuple[int, dict[str, Any]]]:
-        """Messages that have come, waiting at most half a second."""
-        messages: list[tuple[int, dict[str, Any]]] = []
-        with selectors.DefaultSelector() as selector:
-            for slot, connection in self._ranks.items():
-                selector.register(connection, selectors.EVENT_READ, slot)
-            for key, _ in selector.select(0.5):
-                slot = key.data
-                data = self._ranks[slot].recv(1 << 20)
-                if not data:
-                    raise self._died("without an answer")
-                *lines, self._buffers[slot] = (self._buffers[slot] + data).split(b"\n")
-                messages += [(slot, json.loads(line)) for line in lines]
-        if deadline is not None and time.monotonic() > deadline and not messages:
-            raise self._died("stopped: it did not answer within its time limit")
-        return messages
-
-    def _died(self, when: str) -> WorkerDied:
-        try:
-            code = self.process.wait(1)
-        except subprocess.TimeoutExpired:
-            code = None
-        how = "" if code is None else f" (exit {code})" if code >= 0 else f" (killed by signal {-code})"
-        return WorkerDied(f"{self.role} worker ended {when}{how}\n{self._tail()}")
-
-    def _error(self, message: dict[str, Any]) -> OpdError:
-        kind = getattr(storage.errors, message["type"], None)
-        if message["ours"] and isinstance(kind, type) and issubclass(kind, OpdError):
-            try:
-                return kind(message["message"])
-            except TypeError:
-                return OpdError(message["message"])
-        if message["ours"]:
-            return OpdError(message["message"])
-        last = message["traceback"].strip().splitlines()[-6:]
-        return WorkerFailed(
-            f"{self.role} worker: {message['type']}: {message['message']}\n" + "\n".join(last) + f"\nlog: {self.log}"
-        )
-
-    def _tail(self, lines: int = 12) -> str:
-        try:
-            with self.log.open(errors="replace") as file:
-                tail = [line.rstrip() for line in deque(file, lines)]
-        except OSError:
-            tail = []
-        return f"last lines of {self.log}:\n  " + "\n  ".join(tail)
-
-    def close(self) -> None:
-        """Ask the worker to end, then make sure that nothing of its session is left."""
-        try:
-            for connection in self._ranks.values():
-                connection.sendall(b'{"kind": "stop"}\n')
-            self.process.wait(STOP_TIMEOUT)
-        except (OSError, subprocess.TimeoutExpired):
-            pass
-        self.kill()
-
-    def kill(self) -> None:
-        """End the worker's whole process group now."""
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.process.wait()
-        for connection in self._ranks.values():
-            connection.close()
-        self._listener.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    @property
-    def alive(self) -> bool:
-        return self.process.poll() is None
 
 
 class WorkerPool:
@@ -230,6 +42,7 @@ class WorkerPool:
         self.plugins, self.plugin_path = plugins, plugin_path
         self._workers: dict[tuple[str, int, str], Worker] = {}
         self._lock = threading.Lock()
+        remove_leftovers(Path(tempfile.gettempdir()), places=("",))
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -264,8 +77,9 @@ class WorkerPool:
     ) -> list[dict[str, Any]]:
         """Do the jobs over the role's workers and return their results in the order of the jobs.
 
-        A worker that dies is started again and its job retried, `runtime.retries` times. The first error ends the
-        rest: jobs under way are stopped, what they committed stays."""
+        A worker that dies or hangs is started again and its job retried, `runtime.retries` times; the job's handler
+        finds what the dead one had finished. The first error ends the rest: jobs under way are stopped, what they
+        committed stays."""
         if not jobs:
             return []
         count = min(self._count(role), len(jobs))
@@ -283,6 +97,9 @@ class WorkerPool:
                     results[index] = self._attempt(role, number, jobs[index], report, settings_extra or {})
             except queue.Empty:
                 pass
+            except WorkerDied as error:
+                error.job = index
+                errors.append(error)
             except BaseException as error:
                 errors.append(error)
 
@@ -306,13 +123,17 @@ class WorkerPool:
     def _attempt(
         self, role: str, number: int, job: dict[str, Any], report: Progress, extra: dict[str, Any]
     ) -> dict[str, Any]:
-        for attempt in range(self.runtime.retries + 1):
-            worker = self._worker(role, number, extra)
+        tries, log = self.runtime.retries + 1, self._log(role, number)
+        for attempt in range(1, tries + 1):
             try:
-                return worker.run(job, report, self.runtime.stage_timeout, self._log(role, number))
-            except WorkerDied:
-                if attempt == self.runtime.retries:
-                    raise
+                worker = self._worker(role, number, extra)
+                return worker.run(job, report, self.runtime.stage_timeout, log, self.runtime.stall_timeout)
+            except WorkerDied as error:
+                if attempt == tries:
+                    often = f", the last of {tries} tries" if tries > 1 else ""
+                    raise WorkerDied(error.what + often, error.tail) from None
+                with suppress(OSError), log.open("a") as file:  # a full disk is the job's to notice
+                    file.write(f"--- {error.what}; try {attempt + 1} of {tries}\n")
         raise AssertionError("unreachable")
 
     def stage_done(self) -> None:
@@ -334,8 +155,13 @@ class WorkerPool:
         threads = [threading.Thread(target=how, args=(worker,)) for worker in workers]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException:  # whoever interrupts wants no more politeness
+            for worker in workers:
+                worker.kill()
+            raise
 
     def _log(self, role: str, number: int) -> Path:
         return self.logs / f"{role if number == 0 else f'{role}-{number}'}.log"
@@ -380,6 +206,8 @@ class WorkerPool:
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",  # workers get local folders; nothing is fetched behind the user's back
             "DO_NOT_TRACK": "1",
+            # a worker's temporary files go with it; this cache, which lies among them by default, stays
+            "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", _inductor_cache()),
             "OPD_WORKER_SETTINGS": json.dumps(settings),
         }
         devices = self._devices(role, number)
@@ -409,3 +237,7 @@ class WorkerPool:
                 f" {width}; name at least {own.workers * width}"
             )
         return ",".join(map(str, mine))
+
+
+def _inductor_cache() -> str:
+    return os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")

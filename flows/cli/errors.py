@@ -1,6 +1,6 @@
 """How errors reach the user: what is theirs or the machine's as one block on stderr, what is a bug with its traceback.
 
-Exit codes: 0 done, 1 failed, 2 bad config, input or usage, 75 held by another process, 130 stopped by Ctrl-C."""
+Exit codes: 0 done, 1 failed, 2 bad config, input or usage, 75 held by another process, 130 stopped by a signal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from flows.stopping import terminating
 from storage.errors import OpdError
 
 STOPPED = 130
@@ -17,7 +18,8 @@ STOPPED = 130
 def exit_codes() -> Iterator[None]:
     """Ends the process with the error's exit code. What is no `OpdError` passes through, traceback and all."""
     try:
-        yield
+        with terminating():
+            yield
     except OpdError as error:
         print(block(error), file=sys.stderr)
         sys.exit(error.exit_code)

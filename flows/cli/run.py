@@ -122,7 +122,10 @@ def stop(
     deadline = time.monotonic() + wait
     while held.holder() is not None:
         if time.monotonic() > deadline:
-            raise OpdError(f"run {name!r}: {holder} did not stop within {wait:.0f} s")
+            raise OpdError(
+                f"run {name!r}: {holder} did not stop within {wait:.0f} s. To end it at once: kill -9 {holder.pid}; its"
+                " workers end with it, what is committed stays"
+            )
         time.sleep(0.1)
     out.print(f"run {name!r} is stopped; go on with: {opd_command(root, 'resume', name)}", soft_wrap=True)
 

@@ -5,12 +5,14 @@ top_k (0: all), max_completion_length, stop_token_ids or "eos"):
 
 - `rollout_shard`: `store`, `stage`, `key`, `shard`, `prompts` ({prompt_id, token_ids} list), `samples` ({sample_id,
   prompt (position in prompts), sample_index, seed} list). Writes one shard of the table `rollouts`.
-  Returns samples, tokens, clipped, stop_token_ids, proof.
-- `generate_shard`: `prompts` (list of token id lists), `seeds` (one per prompt, ignored at temperature 0). Writes
-  nothing. Returns completions ({token_ids, text, finish_reason, logprobs} list in the order of the prompts),
-  stop_token_ids, proof.
+  Returns samples, kept, tokens, clipped, stop_token_ids, proof.
+- `generate_shard`: `prompts` (list of token id lists), `seeds` (one per prompt, ignored at temperature 0), `names` (one
+  per prompt) and `parts` ({store, stage, key, table, shard}: the shard that the completions are for). Writes nothing
+  but parts. Returns completions ({token_ids, text, finish_reason, logprobs} list in the order of the prompts), kept,
+  stop_token_ids, proof. Without names and parts a worker that dies takes its finished completions with it.
 
-Every request has its own seed, so that a completion depends neither on its company nor on the order. Log-probabilities
+Every request has its own seed, so that a completion depends neither on its company nor on the order: what an engine or a
+worker that died had finished (`kept`: their number) is taken as it is, and only the rest is asked for again. Log-probabilities
 are of the distribution sampled from (temperature, top-p and top-k applied; at temperature 0 the model's own)."""
 
 from __future__ import annotations
@@ -19,14 +21,15 @@ import gc
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from storage.digests import weights_digest
 from storage.errors import ConfigError, InputError, OpdError
 from storage.identity import derive_seed
+from tasks.engines.batch import Batch, Completion, SamplingFailed
 from tasks.engines.checkpoint import check_lengths, longest_sequence, read_config, stop_token_ids
 from tasks.engines.weights import judge_probes, judge_weights
 from tasks.tokenizers import load_tokenizer
@@ -38,28 +41,13 @@ BATCHED_TOKENS = 16384
 _PROBES = 2
 _PROBE_PROMPT = 8
 _PROBE_TOKENS = 8
-_TRIES = 2
-
-
-class SamplingFailed(OpdError):
-    """The engine gave no usable completion for a sample, twice."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One completion. `logprobs` has one value per token id, under the distribution that was sampled from."""
-
-    token_ids: list[int]
-    text: str
-    finish_reason: str
-    logprobs: list[float]
 
 
 class Sampler:
     """Serves rollout and evaluation jobs from one engine, kept warm between jobs and between weights.
 
     Settings: device (cpu|cuda), threads, tensor_parallel_size, gpu_memory_utilization, kv_cache_gib (CPU),
-    enforce_eager (null: on CPU only), max_num_seqs, verify_weights (full|checksums), batched_tokens."""
+    enforce_eager (null: on CPU only), max_num_seqs, verify_weights (full|checksums), batched_tokens, retries."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -99,9 +87,15 @@ class Sampler:
         from storage.store import Store
 
         prompts, samples = job["prompts"], job["samples"]
-        completions, stop_ids = self._complete(
-            job, [prompts[sample["prompt"]]["token_ids"] for sample in samples], [s["seed"] for s in samples], progress
+        writer = Store(job["store"]).shard_writer(job["stage"], job["key"])
+        batch = Batch(
+            [sample["sample_id"] for sample in samples],
+            [prompts[sample["prompt"]]["token_ids"] for sample in samples],
+            [sample["seed"] for sample in samples],
+            writer.parts("rollouts", job["shard"]),
         )
+        stop_ids = self._complete(job, batch, progress)
+        completions = batch.completions()
         rows = [
             {
                 "sample_id": sample["sample_id"],
@@ -119,10 +113,10 @@ class Sampler:
             }
             for sample, completion in zip(samples, completions, strict=True)
         ]
-        writer = Store(job["store"]).shard_writer(job["stage"], job["key"])
         writer.write_shard("rollouts", job["shard"], pa.Table.from_pylist(rows, schema=schema_for("rollouts")))
         return {
             "samples": len(completions),
+            "kept": batch.kept,
             "tokens": sum(len(completion.token_ids) for completion in completions),
             "clipped": sum(completion.finish_reason == "length" for completion in completions),
             "stop_token_ids": stop_ids,
@@ -130,62 +124,70 @@ class Sampler:
         }
 
     def _generate_shard(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        completions, stop_ids = self._complete(job, job["prompts"], job["seeds"], progress)
-        return {"completions": [vars(c) for c in completions], "stop_token_ids": stop_ids, "proof": self.proof}
+        from storage.store import Store
 
-    def _complete(
-        self, job: dict[str, Any], prompts: list[list[int]], seeds: list[int], progress: Progress
-    ) -> tuple[list[Completion], list[int]]:
-        sampling = job["sampling"]
+        parts, place = None, job.get("parts")
+        if place is not None:
+            writer = Store(place["store"]).shard_writer(place["stage"], place["key"])
+            parts = writer.parts(place["table"], place["shard"])
+        names = job.get("names") or [f"number {number}" for number in range(len(job["prompts"]))]
+        batch = Batch(names, job["prompts"], job["seeds"], parts)
+        stop_ids = self._complete(job, batch, progress)
+        completions = [vars(completion) for completion in batch.completions()]
+        return {"completions": completions, "kept": batch.kept, "stop_token_ids": stop_ids, "proof": self.proof}
+
+    def _complete(self, job: dict[str, Any], batch: Batch, progress: Progress) -> list[int]:
+        """Fills the batch and returns the stop ids. What an engine that failed has left is asked of a new one."""
+        for _ in range(1 + int(self.settings.get("retries", 2))):
+            stop_ids = self._prepare(job, batch.prompts)
+            try:
+                self._ask(batch, job["sampling"], stop_ids, progress)
+            except OpdError:
+                self._abandon()  # it may hold requests that nobody waits for
+                raise
+            except Exception as error:
+                traceback.print_exc()
+                batch.refuse(batch.missing, f"the engine failed: {type(error).__name__}: {error}")
+                self._abandon()
+            if not batch.missing:
+                return stop_ids
+        raise batch.failed()
+
+    def _prepare(self, job: dict[str, Any], prompts: list[list[int]]) -> list[int]:
+        """Bring the engine to the job's weights; returns the ids that end a completion."""
         path = Path(job["model"])
         config = read_config(path)
-        length = check_lengths(config, path, prompts, sampling["max_completion_length"])
+        length = check_lengths(config, path, prompts, job["sampling"]["max_completion_length"])
         self._load(path, job["weights"], job["dtype"], length)
-        stop_ids = stop_token_ids(path, sampling.get("stop_token_ids", "eos"), self._tokenizer.eos_token_id)
+        stop_ids = stop_token_ids(path, job["sampling"].get("stop_token_ids", "eos"), self._tokenizer.eos_token_id)
         vocabulary = int(config["vocab_size"])
         if not all(0 <= token < vocabulary for token in stop_ids):
             raise InputError(
                 f"stop_token_ids: {stop_ids} has ids that {path} (vocabulary of {vocabulary}) cannot write"
             )
-        return self._sample(prompts, seeds, sampling, stop_ids, progress), stop_ids
+        return stop_ids
 
     # --- sampling ------------------------------------------------------------------------------------------------
 
-    def _sample(
-        self,
-        prompts: list[list[int]],
-        seeds: list[int],
-        sampling: dict[str, Any],
-        stop_ids: list[int],
-        progress: Progress,
-    ) -> list[Completion]:
-        """One completion per (prompt, seed). An empty or aborted one is asked for once more with the same seed."""
-        if len(prompts) != len(seeds):
-            raise ConfigError(f"sampler: {len(prompts)} prompts but {len(seeds)} seeds")
-        # the bits of a log-probability may depend on what was computed together: every job starts from an empty cache
+    def _ask(self, batch: Batch, sampling: dict[str, Any], stop_ids: list[int], progress: Progress) -> None:
+        """Ask once for all that is missing. An aborted, empty or otherwise unusable output stays missing."""
+        # the bits of a log-probability may depend on what was computed together: it starts from an empty cache
         self.llm.reset_prefix_cache()
-        done: dict[int, Completion] = {}
-        wrong: dict[int, str] = {}
-        for _ in range(_TRIES):
-            asked = [index for index in range(len(prompts)) if index not in done]
-            if not asked:
-                break
-            params = [self._params(sampling, seeds[index], stop_ids) for index in asked]
-            base = len(done)
-            outputs = self._run([prompts[i] for i in asked], params, lambda n, b=base: progress(b + n, len(prompts)))
-            for index, output in zip(asked, outputs, strict=True):
-                problem = _problem(output)
-                if problem is None:
-                    done[index] = self._completion(output)
+        asked = batch.missing  # nothing, where an earlier worker died between the last sample and the shard
+        params = [self._params(sampling, batch.seeds[index], stop_ids) for index in asked]
+        progress(batch.done, len(batch))
+        unanswered = set(asked)
+        for outputs in self._steps([batch.prompts[index] for index in asked], params):
+            finished = {}
+            for number, output in outputs:
+                unanswered.discard(index := asked[number])
+                if (problem := _problem(output)) is None:
+                    finished[index] = self._completion(output)
                 else:
-                    wrong[index] = problem
-        failed = [index for index in range(len(prompts)) if index not in done]
-        if failed:
-            raise SamplingFailed(
-                f"{len(failed)} of {len(prompts)} samples failed twice, e.g. number {failed[0]} (seed"
-                f" {seeds[failed[0]]}, prompt of {len(prompts[failed[0]])} tokens): {wrong[failed[0]]}"
-            )
-        return [done[index] for index in range(len(prompts))]
+                    batch.refuse([index], problem)
+            batch.accept(finished)
+            progress(batch.done, len(batch))
+        batch.refuse(sorted(unanswered), "it ended without an output")
 
     def _params(self, sampling: dict[str, Any], seed: int, stop_ids: Sequence[int]) -> Any:
         from vllm import SamplingParams
@@ -205,20 +207,22 @@ class Sampler:
             detokenize=False,
         )
 
-    def _run(self, prompts: list[list[int]], params: list[Any], progress: Callable[[int], None]) -> list[Any]:
-        """Outputs in the order of the prompts; None for a request that ended without one."""
+    def _steps(self, prompts: list[list[int]], params: list[Any]) -> Iterator[list[tuple[int, Any]]]:
+        """After every step of the engine, the (number of the prompt, output) pairs that it finished."""
         names = self.llm.enqueue([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         # enqueue answers with names that the engine may have made unique; outputs carry the caller's part of it
-        order = {str(name).split("-")[0]: index for index, name in enumerate(names)}
-        outputs: list[Any] = [None] * len(prompts)
-        engine, count = self.llm.llm_engine, 0
+        order = {str(name).split("-")[0]: number for number, name in enumerate(names)}
+        engine = self.llm.llm_engine
         while engine.has_unfinished_requests():
-            for output in engine.step():
-                if output.finished:
-                    outputs[order[output.request_id.split("-")[0]]] = output.outputs[0]
-                    count += 1
-            progress(count)
-        return outputs
+            finished = [output for output in engine.step() if output.finished]
+            yield [(order[output.request_id.split("-")[0]], output.outputs[0]) for output in finished]
+
+    def _abandon(self) -> None:
+        """Give up an engine that failed; the next job builds another."""
+        try:
+            self.close()
+        except Exception:  # it is of no use any more, whatever it says
+            traceback.print_exc()
 
     def _completion(self, output: Any) -> Completion:
         token_ids = [int(token) for token in output.token_ids]
@@ -268,7 +272,8 @@ class Sampler:
         prompts = [[derive_seed("probe", i, j) % vocabulary for j in range(_PROBE_PROMPT)] for i in range(_PROBES)]
         sampling = {"temperature": 1.0, "max_completion_length": _PROBE_TOKENS}
         params = [self._params(sampling, derive_seed("probe", i), ()) for i in range(_PROBES)]
-        outputs = self._run(prompts, params, lambda _: None)
+        found = dict(pair for step in self._steps(prompts, params) for pair in step)
+        outputs = [found.get(number) for number in range(_PROBES)]
         for output in outputs:
             if (problem := _problem(output)) is not None:
                 raise SamplingFailed(f"a probe after a weight change failed: {problem}")

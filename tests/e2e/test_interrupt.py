@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import psutil
+import pytest
 from opd_cli import OPD, TINY, opd
 
 
-def start(root) -> subprocess.Popen:
-    command = [str(OPD), "run", str(TINY), "--name", "base", "--no-prefect", "--root", str(root)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(root, *more: str, **environment: str) -> subprocess.Popen:
+    command = [str(OPD), "run", str(TINY), "--name", "base", "--no-prefect", "--root", str(root), *more]
+    env = os.environ | environment
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
 
 
 def wait_for(process: subprocess.Popen, root, round: int, label: str, timeout: float = 300) -> None:
@@ -79,3 +84,35 @@ def test_a_run_that_is_stopped_held_and_killed_ends_with_the_undisturbed_student
     resumed = json.loads(opd("resume", "base", "--no-prefect", "--json", root=root).stdout)
     assert [r["student_sha256"] for r in resumed["rounds"]] == [r["student_sha256"] for r in finished.status["rounds"]]
     assert resumed["rounds"][-1]["metrics"] == finished.status["rounds"][-1]["metrics"]
+
+
+@pytest.mark.faults
+def test_two_deepspeed_ranks_leave_nothing_behind(prepared_root, tmp_path):
+    """In the middle of training: SIGTERM, SIGKILL, a rank that is killed. Then the same run to its end."""
+    root, temporary = prepared_root(), tmp_path / "tmp"
+    temporary.mkdir()
+    more = ("--rounds", "1", "--set", "runtime.trainer.processes=2", "--set", "runtime.retries=0")
+    shared = set(Path("/dev/shm").iterdir())
+    for number, code in ((signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL), (None, 1)):
+        process = start(root, *more, TMPDIR=str(temporary), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+        wait_for(process, root, 1, "train")
+        deadline = time.monotonic() + 300
+        while len(ranks := [p for p in descendants(process) if p.environ().get("RANK")]) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        children = descendants(process)
+        assert len(children) >= 4  # the guard, DeepSpeed's launcher, two ranks
+        if number is None:
+            next(rank for rank in ranks if rank.environ()["RANK"] == "1").kill()
+        else:
+            process.send_signal(number)
+        assert process.wait(60) == code
+        assert gone(children)
+        said = process.stderr.read()
+        assert number is signal.SIGKILL or "opd resume base" in said
+        if number is None:
+            assert re.search(r"trainer worker.* ended[\s\S]*last lines of .*trainer\.log", said)
+        assert list(temporary.iterdir()) == []
+        assert set(Path("/dev/shm").iterdir()) <= shared
+    resumed = json.loads(opd("resume", "base", "--no-prefect", "--json", *more[:4], root=root).stdout)
+    assert resumed["rounds"][1]["stages"]["train"]["state"] == "done"

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from cancelling import cancel_a_tick
 from schedule_stub import events
 
 from flows.prefect_glue import current_session, prefect_session, run_as_flow, run_stage_task, show_table
@@ -337,6 +338,10 @@ def test_ending_a_schedule_ends_its_tick_and_another_goes_on(session, root, tmp_
     Path(schedule.config_path).write_text(json.dumps({"rounds": 1, "seconds": [0]}))
     assert serve(schedule, lambda line: None) == 0  # nothing that was left behind holds the only slot
     assert [e["round"] for e in stubs(root) if e["event"] == "end"] == [1]
+
+
+def test_a_tick_cancelled_in_prefect_leaves_nothing_behind(session, tmp_path):
+    cancel_a_tick(tmp_path, session.api_url, "trainer").remove()
 
 
 @pytest.mark.parametrize("when", ["create_flow_run", "set_flow_run_state"])

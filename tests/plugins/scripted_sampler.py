@@ -1,33 +1,130 @@
-"""A plugin that takes the engine's place: completions made of the sample's seed. The sampler's other half, which writes
-the shards, is the real one. Faults on demand through files beside the store."""
+"""A plugin that takes the engine's place, at vLLM's own interface: completions made of the sample's seed. All of the sampler
+but the engine is the real one. Faults on demand through files beside the store:
+
+- `die-before-shard`: the number of a shard; its worker kills itself before it asks for a sample;
+- `fault`: JSON {kind, seed, times}: what happens when the sample of that seed is about to be finished, and how often. Kinds:
+  kill (SIGKILL), hang, raise_, abort, empty, infinite (a log-probability), vanish (no output).
+
+It notes the shards that were begun (`shards-done`) and the seeds that were asked for, a line per request (`asked`)."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
-from tasks.engines.sampler import Completion, Sampler
+from tasks.engines.sampler import Sampler
 from tasks.plugins import register_role
 
 register_role("sampler", f"{__name__}:Scripted")
 
 
 class Scripted(Sampler):
-    def _complete(self, job, prompts, seeds, progress):
-        deadly = Path(job["store"]) / "die-before-shard"
-        if deadly.exists() and int(deadly.read_text()) == job["shard"]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        with (Path(job["store"]) / "shards-done").open("a") as log:
-            log.write(f"{job['shard']}\n")
+    def _prepare(self, job, prompts):
         self.proof = {"weights": job["weights"]}
-        completions = []
-        for done, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True), 1):
-            draw = random.Random(f"{seed}{prompt}")
-            length = draw.randint(1, job["sampling"]["max_completion_length"])
-            reason = "length" if length == job["sampling"]["max_completion_length"] else "stop"
-            ids = [draw.randrange(256) for _ in range(length)]
-            completions.append(Completion(ids, f"text {seed}", reason, [-draw.random() for _ in ids]))
-            progress(done, len(prompts))
-        return completions, [7]
+        if self.llm is None:
+            self.llm = Engine()
+            self._tokenizer = SimpleNamespace(decode=lambda ids, **_: f"text {sum(ids)}")
+        # a job of an evaluation names its place in the store elsewhere
+        place = job.get("parts") or job
+        self.llm.store = Path(place["store"])
+        deadly = self.llm.store / "die-before-shard"
+        if deadly.exists() and int(deadly.read_text()) == place["shard"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.llm.note("shards-done", str(place["shard"]))
+        return [7]
+
+    def _params(self, sampling, seed, stop_ids):
+        return SimpleNamespace(seed=seed, limit=sampling["max_completion_length"])
+
+
+class Engine:
+    """What the sampler uses of `vllm.LLM`, of its engine and of the engine's core. A step finishes one request."""
+
+    store: Path
+
+    def __init__(self) -> None:
+        self.llm_engine = self.engine_core = self
+        self.requests: list[tuple[str, list[int], SimpleNamespace]] = []
+        self.count = 0
+
+    def note(self, name: str, line: str) -> None:
+        with (self.store / name).open("a") as file:
+            file.write(f"{line}\n")
+
+    def enqueue(self, prompts, params, use_tqdm):
+        names = []
+        for prompt, how in zip(prompts, params, strict=True):
+            self.count += 1
+            names.append(f"{self.count}-unique")
+            self.requests.append((names[-1], prompt["prompt_token_ids"], how))
+        self.note("asked", " ".join(str(how.seed) for how in params))
+        return names
+
+    def reset_prefix_cache(self) -> None:
+        assert not self.requests, "requests of an earlier batch are left in the engine"
+
+    def shutdown(self) -> None:
+        self.requests.clear()
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.requests)
+
+    def step(self) -> list[SimpleNamespace]:
+        name, prompt, how = self.requests.pop(0)
+        draw = random.Random(f"{how.seed}{prompt}")
+        length = draw.randint(1, how.limit)
+        ids = [draw.randrange(256) for _ in range(length)]
+        output = SimpleNamespace(
+            token_ids=ids, logprobs=Flat(ids, draw), finish_reason="length" if length == how.limit else "stop"
+        )
+        if (kind := self.fault(how.seed)) is not None:
+            output = getattr(self, kind)(output)
+        return [SimpleNamespace(request_id=name, finished=True, outputs=[output])] if output else []
+
+    def fault(self, seed: int) -> str | None:
+        path, met = self.store / "fault", self.store / "fault-met"
+        fault = json.loads(path.read_text()) if path.exists() else {}
+        if fault.get("seed") != seed or (met.exists() and len(met.read_text().split()) >= fault["times"]):
+            return None
+        self.note("fault-met", fault["kind"])
+        return fault["kind"]
+
+    def kill(self, output):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def hang(self, output):
+        time.sleep(600)
+
+    def raise_(self, output):
+        raise RuntimeError("the engine core is dead")
+
+    def abort(self, output):
+        output.finish_reason = "abort"
+        return output
+
+    def empty(self, output):
+        output.token_ids, output.logprobs = [], Flat([], random)
+        return output
+
+    def infinite(self, output):
+        output.logprobs.logprobs[0] = float("-inf")
+        return output
+
+    def vanish(self, output):
+        return None
+
+
+class Flat:
+    """vLLM's flat log-probabilities of the sampled tokens."""
+
+    def __init__(self, ids, draw) -> None:
+        self.token_ids, self.start_indices = list(ids), list(range(len(ids)))
+        self.logprobs = [-draw.random() for _ in ids]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)

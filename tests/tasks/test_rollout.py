@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from rollout_stage import CONFIG, PLUGINS, Stage
 
-from storage.artifact import Artifact, ArtifactSpec
+from storage.artifact import Artifact
 from storage.errors import InputError
-from storage.schemas import schema_for
-from storage.store import Store
 from tasks.rollout import RolloutConfig, plan_samples, prompts_for_round, rollout_work
 from tasks.runtime import RuntimeConfig, SamplerRuntime
-from tasks.stage import Context
 from tasks.workers import WorkerDied, WorkerPool
-
-PLUGINS = Path(__file__).parent.parent / "plugins"
-CONFIG = RolloutConfig(num_generations=2, prompts_per_round=5, shard_prompts=2, max_completion_length=4, top_p=0.9)
 
 
 @given(st.sets(st.text(min_size=1, max_size=5), min_size=1, max_size=12), st.integers(0, 99), st.integers(1, 7))
@@ -91,44 +84,6 @@ def test_the_key_follows_what_changes_the_completions():
     assert len({key(), *others}) == 7
     equal = RolloutConfig(**CONFIG.model_dump() | {"stop_token_ids": [5, 3, 5]})
     assert key(equal) == key(RolloutConfig(**CONFIG.model_dump() | {"stop_token_ids": [3, 5]}))
-
-
-class Stage:
-    """A store with a student and seven prompts, and rollouts of them through a worker with a scripted engine."""
-
-    def __init__(self, root: Path) -> None:
-        self.store = Store(root / "store")
-        with self.store.building(ArtifactSpec.of("model", 1, {}, {})) as builder:
-            folder = builder.directory("model")
-            (folder / "config.json").write_text("{}")
-            (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-            (folder / "tokenizer.json").write_text("{}")
-            self.student = builder.commit()
-        rows = [
-            {"prompt_id": f"p{i}", "split": "eval" if i == 7 else "train", "text": "x", "token_ids": [i, i + 1]}
-            for i in range(8)
-        ]
-        table = pa.Table.from_pylist(rows, schema=schema_for("prompts"))
-        with self.store.building(ArtifactSpec.of("prepare", 1, {}, {})) as builder:
-            builder.write_shard("prompts", 0, table)
-            self.prompts = builder.commit(content={"prompts:train": "p"})
-        self.work = rollout_work(CONFIG, self.student, self.prompts, seed=5, round=2)
-        self.spec = self.work.outputs["rollout"]
-        self.progress: list[tuple[int, int, str]] = []
-
-    def build(self, pool: WorkerPool) -> Artifact:
-        self.progress.clear()
-        with self.store.building(self.spec) as builder:
-            context = Context(self.store, pool.runtime, pool, lambda *p: self.progress.append(p), lambda line: None)
-            self.work.build({"rollout": builder}, context)
-            assert builder.committed is not None
-            return builder.committed
-
-    def done(self) -> list[int]:
-        log = self.store.root / "shards-done"
-        shards = [int(line) for line in log.read_text().split()]
-        log.unlink()
-        return shards
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,7 @@ def test_workers_are_not_shared_with_a_run_that_asks_for_others(tmp_path):
 
 def test_a_job_past_its_time_limit_is_stopped_with_its_children(tmp_path):
     pids = tmp_path / "pids"
-    with pool(tmp_path, stage_timeout=5, retries=0) as workers, pytest.raises(WorkerDied, match="time limit"):
+    with pool(tmp_path, stage_timeout=5, retries=0) as workers, pytest.raises(WorkerDied, match="stage_timeout"):
         workers.run("scorer", [{"op": "grandchild", "pids": str(pids)}])
     assert not any(alive(int(pid)) for pid in pids.read_text().split())
 

@@ -219,22 +219,44 @@ def test_probes_notice_other_weights(checkpoints):
 def test_an_aborted_sample_is_asked_again_then_fails_loudly(sampler, checkpoints, monkeypatch):
     path = checkpoints["one"]
     whole = ask(sampler, path, [prompt(0), prompt(1)], [1, 2])
-    run, calls = sampler._run, []
+    steps, calls = sampler._steps, []
 
-    def flaky(prompts, params, progress):
-        outputs = run(prompts, params, progress)
+    def flaky(prompts, params):
         calls.append([p.seed for p in params])
-        outputs[-1].finish_reason = "abort" if len(calls) <= failures else outputs[-1].finish_reason
-        return outputs
+        for finished in steps(prompts, params):
+            for number, output in finished:
+                if number == len(prompts) - 1 and len(calls) <= failures:
+                    output.finish_reason = "abort"
+            yield finished
 
-    monkeypatch.setattr(sampler, "_run", flaky)
-    failures = 1
-    assert ask(sampler, path, [prompt(0), prompt(1)], [1, 2])[1]["token_ids"] == whole[1]["token_ids"]
-    assert calls == [[1, 2], [2]]
-    calls.clear()
+    monkeypatch.setattr(sampler, "_steps", flaky)
     failures = 2
-    with pytest.raises(SamplingFailed, match=r"1 of 2 samples failed twice.*seed 2.*abort"):
+    assert ask(sampler, path, [prompt(0), prompt(1)], [1, 2]) == whole
+    assert calls == [[1, 2], [2], [2]]
+    calls.clear()
+    failures = 3
+    with pytest.raises(SamplingFailed, match=r"1 of 2 samples failed at every try: number 1 \(seed 2\).*abort"):
         ask(sampler, path, [prompt(0), prompt(1)], [1, 2])
+
+
+def test_what_an_engine_finished_before_it_failed_is_kept(sampler, checkpoints, monkeypatch):
+    path = checkpoints["one"]
+    prompts, seeds = [prompt(i, 4 + i) for i in range(20)], list(range(20))
+    whole = ask(sampler, path, prompts, seeds)
+    engine, steps, calls = sampler.llm, sampler._steps, []
+
+    def fails(prompts, params):
+        calls.append(len(prompts))
+        for finished in steps(prompts, params):
+            yield finished
+            if finished and sampler.llm is engine:
+                raise RuntimeError("the engine core is dead")
+
+    monkeypatch.setattr(sampler, "_steps", fails)
+    assert ask(sampler, path, prompts, seeds) == whole  # log-probabilities too: decoded in another company
+    assert sampler.llm is not engine and sampler.proof["change"] == "built"
+    assert calls[0] == 20 and 0 < calls[-1] < 20
+    ask(sampler, path, [prompt(0, 100)], [0])  # the new engine, too, is as long as any test needs
 
 
 def test_jobs_that_cannot_be_right_are_refused(sampler, checkpoints):

@@ -1,0 +1,141 @@
+"""Each (round, prompt, sample) is used exactly once (row 3): shards written twice, batches asked for twice, killed workers.
+`test_kill.py` checks the same after every kill of a whole run."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import in_process
+import pyarrow.parquet as pq
+import pytest
+from fault_trials import Trials, both_forms
+from scripted_run import NAME, ROUNDS, Trial, prepare_root
+
+from storage.runs import Run
+from storage.shards import SIDECAR, ShardWriter
+from storage.store import Store
+
+TABLES = {"rollout": "rollouts", "mask": "mask", "teacher_topk": "teacher_topk"}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_root(tmp_path_factory.mktemp("once") / "store")
+
+
+@pytest.fixture(scope="module")
+def expected(start: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = tmp_path_factory.mktemp("expected")
+    shutil.copytree(start, folder / "store")
+    in_process.run(folder / "store")
+    return Trial(folder, folder / "none").result()
+
+
+def keys(root: Path, table: str) -> dict[int, Counter[str]]:
+    """Round -> how often each sample is in the table that the run's round reads."""
+    store, found = Store(root), {}
+    for entry in Run.open(root, NAME).state.rounds[1:]:
+        by_stage = {name: key for state in entry.stages.values() for name, key in state.artifacts.items()}
+        (stage,) = [name for name, its in TABLES.items() if its == table]
+        artifact = store.get(stage, by_stage[stage])
+        assert artifact is not None
+        found[entry.round] = Counter(store.read_table(artifact, table, ["sample_id"])["sample_id"].to_pylist())
+    return found
+
+
+def check(root: Path, expected: dict) -> None:
+    result = Trial(root.parent, root.parent / "none").result()
+    assert result == expected
+    planned = Counter((number, sample) for number, batch in result["used"] for sample in batch)
+    assert set(planned.values()) == {1}
+    for table in TABLES.values():
+        found = keys(root, table)
+        assert set(found) == set(range(1, ROUNDS + 1))
+        for number, counts in found.items():
+            assert counts == Counter(sample for at, sample in planned if at == number), table
+
+
+@both_forms(short=4, full=100)
+def test_shards_that_are_there_twice_count_once(
+    start: Path, expected: dict, trials: Trials, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some shards are written twice under two names, each with its sidecar; some copies lose theirs; some are torn."""
+    real = ShardWriter.write_shard
+
+    def attempt(name: str) -> None:
+        draw = random.Random(f"twice {name}")
+        doubled = 0
+
+        def twice(self: ShardWriter, table: str, shard: int, data: object) -> object:
+            nonlocal doubled
+            record = real(self, table, shard, data)  # type: ignore[arg-type]
+            if table in TABLES.values() and draw.random() < 0.7:
+                doubled += 1
+                again = real(self, table, shard, data)  # type: ignore[arg-type]
+                match draw.choice(["whole", "no sidecar", "torn", "torn first"]):
+                    case "no sidecar":
+                        (self.path / f"{again.file}{SIDECAR}").unlink()
+                    case "torn":
+                        tear(self.path / again.file)
+                    case "torn first":
+                        tear(self.path / record.file)
+                        return again
+            return record
+
+        root = tmp_path / name / "store"
+        shutil.copytree(start, root)
+        monkeypatch.setattr(ShardWriter, "write_shard", twice)
+        in_process.run(root)
+        monkeypatch.setattr(ShardWriter, "write_shard", real)
+        assert doubled > 0
+        check(root, expected)
+        shutil.rmtree(root.parent)
+
+    trials(3, "shards written twice (whole, torn, without sidecar)", map(str, range(count)), attempt)
+
+
+def tear(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@both_forms(short=4, full=100)
+def test_batches_that_are_served_twice_count_once(
+    start: Path, expected: dict, trials: Trials, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker did a batch and its answer was lost: the supervisor asks again, and the batch is there already."""
+    real = in_process.InProcess.run
+
+    def attempt(name: str) -> None:
+        draw = random.Random(f"again {name}")
+
+        def again(self: in_process.InProcess, role: str, jobs: list[dict], *rest: object) -> list[dict]:
+            if role != "trainer":
+                real(self, role, [job for job in jobs if draw.random() < 0.5])
+            return real(self, role, jobs, *rest)
+
+        root = tmp_path / name / "store"
+        shutil.copytree(start, root)
+        monkeypatch.setattr(in_process.InProcess, "run", again)
+        in_process.run(root)
+        monkeypatch.setattr(in_process.InProcess, "run", real)
+        check(root, expected)
+        shutil.rmtree(root.parent)
+
+    trials(3, "batches served twice", map(str, range(count)), attempt)
+
+
+def test_a_key_that_is_there_twice_would_be_seen(start: Path, expected: dict, tmp_path: Path) -> None:
+    """The check fails when a sample is doubled behind the store's back."""
+    root = tmp_path / "store"
+    shutil.copytree(start, root)
+    in_process.run(root)
+    check(root, expected)
+    (artifact, *_) = Store(root).list("rollout")
+    path = next((root / "artifacts" / "rollout" / artifact.key).glob("*-00000-*.parquet"))
+    table = pq.read_table(path)
+    pq.write_table(table.take([0, 0, *range(2, table.num_rows)]), path)
+    with pytest.raises(AssertionError):
+        check(root, expected)

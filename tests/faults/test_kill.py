@@ -1,0 +1,140 @@
+"""SIGKILL at any moment, then the same command again: the undisturbed result, no temporary files, no orphans (row 1), and
+every sample used exactly once (row 3)."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from fault_trials import Trials, both_forms
+from scripted_run import ROUNDS, Trial
+
+from storage.failpoints import NAMES
+from storage.runs import Run
+from storage.store import Store
+
+REPAIR = {"quarantine.before_move", "quarantine.after_move"}
+"""Failpoints that a run meets only when it finds damage."""
+
+
+class Undisturbed:
+    """What a run ends with when nothing happens to it, and which failpoints it meets on the way."""
+
+    def __init__(self, template: Path, folder: Path, damage: bool) -> None:
+        self.template, self.damage = template, damage
+        trial = self.trial(folder)
+        started = time.monotonic()
+        assert trial.run(log=True) == 0, trial.output
+        self.seconds = time.monotonic() - started
+        self.result, self.hits = trial.result(), Counter(trial.hits())
+        self.whole = trial.root
+        trial.temporary.rmdir()
+        assert self.result["status"] == "finished"
+        exactly_once(self.result["used"], trial.rounds)
+
+    def trial(self, folder: Path) -> Trial:
+        trial = Trial.of(self.template, folder)
+        if self.damage:
+            truncate_a_shard(trial.root)
+        return trial
+
+
+def truncate_a_shard(root: Path) -> None:
+    (artifact, *_) = Store(root).list("rollout")
+    path = next((root / "artifacts" / "rollout" / artifact.key).glob("*-00001-*.parquet"))
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.fixture(scope="module")
+def plain(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(template, tmp_path_factory.mktemp("plain") / "run", damage=False)
+
+
+@pytest.fixture(scope="module")
+def damaged(plain: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The same run, begun again with a damaged rollout: most of it is cached, one shard must be rebuilt."""
+    return Undisturbed(plain.whole, tmp_path_factory.mktemp("damaged") / "run", damage=True)
+
+
+def exactly_once(used: list[list], rounds: int) -> None:
+    """Every sample of every round was in exactly one training batch of that round."""
+    counts = Counter((number, sample) for number, batch in used for sample in batch)
+    assert len(counts) == rounds * 8
+    assert set(counts.values()) == {1}
+    assert all(sample.split("/")[1] == str(number) for number, sample in counts)
+
+
+def check_after_resume(trial: Trial, expected: dict) -> None:
+    """Resumes until the end and compares."""
+    assert trial.orphans() == []
+    if trial.run() != 0:
+        raise AssertionError(f"the resumed run failed\n{trial.output}")
+    found = trial.result()
+    exactly_once(found["used"], trial.rounds)
+    for part in expected:
+        assert found[part] == expected[part], part
+    store = Store(trial.root)
+    for artifact in store.list("rollout"):
+        ids = store.read_table(artifact, "rollouts", ["sample_id"])["sample_id"].to_pylist()
+        assert len(set(ids)) == len(ids) == 8
+    assert trial.leftovers() == []
+    assert trial.orphans() == []
+    trial.remove()
+
+
+@both_forms(short=3, full=200)
+def test_killed_at_a_random_moment(plain: Undisturbed, trials: Trials, tmp_path: Path, count: int) -> None:
+    def attempt(name: str) -> None:
+        trial = plain.trial(tmp_path / name)
+        process = trial.start()
+        time.sleep(random.Random(f"moment {name}").uniform(0.05, plain.seconds))
+        trial.kill(process)
+        check_after_resume(trial, plain.result)
+
+    trials(1, "SIGKILL of the tree at a random moment, scripted engines", map(str, range(count)), attempt, parallel=2)
+
+
+@both_forms(short=3, full=5 * len(NAMES))
+def test_killed_at_every_failpoint(
+    plain: Undisturbed, damaged: Undisturbed, trials: Trials, tmp_path: Path, count: int
+) -> None:
+    assert set(plain.hits) | REPAIR == set(NAMES)
+    assert set(damaged.hits) >= REPAIR
+    names = [f"{name} {attempt}" for attempt in range(5) for name in NAMES]
+    random.Random("which").shuffle(names)
+
+    def attempt(name: str) -> None:
+        point, number = name.split()
+        world = damaged if point in REPAIR else plain
+        # spread over the run; the last time only the process that is there dies, and its supervisor copes or reports
+        draw = random.Random(f"hit {name}")
+        hit = draw.randint(1, world.hits[point])
+        action = "kill" if number == "4" else "killtree"
+        trial = world.trial(tmp_path / name.replace(" ", "-"))
+        trial.run(f"{point}={action}@{hit}")
+        assert Counter(trial.hits())[point] >= hit
+        check_after_resume(trial, world.result)
+
+    trials(1, "SIGKILL at every failpoint x 5, scripted engines", names[:count], attempt, parallel=2)
+
+
+@both_forms(short=1, full=40)
+def test_a_batch_that_dies_is_retried_and_counts_once(
+    plain: Undisturbed, trials: Trials, tmp_path: Path, count: int
+) -> None:
+    """A worker dies between a shard and its sidecar: the supervisor asks another for the same batch, within one run."""
+
+    def attempt(name: str) -> None:
+        trial = plain.trial(tmp_path / name)
+        hit = random.Random(f"batch {name}").randint(1, plain.hits["shard.before_sidecar"])
+        code = trial.run(f"shard.before_sidecar=kill@{hit}")
+        assert Counter(trial.hits())["shard.before_sidecar"] >= hit
+        if code == 0:
+            assert Run.open(trial.root, "trial").state.status == "finished"
+            exactly_once(trial.result()["used"], ROUNDS)
+        check_after_resume(trial, plain.result)
+
+    trials(3, "killed between a shard and its sidecar, batch retried", map(str, range(count)), attempt, parallel=2)

@@ -1,0 +1,70 @@
+"""The rollout stage on a small store, its sampler a plugin (`tests/plugins/scripted_sampler.py`) or the real one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+
+from storage.artifact import Artifact, ArtifactSpec
+from storage.schemas import schema_for
+from storage.store import Store
+from tasks.rollout import RolloutConfig, plan_samples, prompts_for_round, rollout_work
+from tasks.stage import Context
+from tasks.workers import WorkerPool
+
+PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
+CONFIG = RolloutConfig(num_generations=2, prompts_per_round=5, shard_prompts=2, max_completion_length=4, top_p=0.9)
+SEED, ROUND = 5, 2
+
+
+class Stage:
+    """A store with a student and seven prompts, and rollouts of them: three shards of four, four and two samples."""
+
+    def __init__(self, root: Path, checkpoint: Path | None = None, config: RolloutConfig = CONFIG) -> None:
+        self.store = Store(root / "store")
+        with self.store.building(ArtifactSpec.of("model", 1, {}, {})) as builder:
+            folder = builder.directory("model")
+            if checkpoint is None:
+                (folder / "config.json").write_text("{}")
+                (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+                (folder / "tokenizer.json").write_text("{}")
+            else:
+                shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+            self.student = builder.commit()
+        rows = [
+            {"prompt_id": f"p{i}", "split": "eval" if i == 7 else "train", "text": "x", "token_ids": [i, i + 1]}
+            for i in range(8)
+        ]
+        table = pa.Table.from_pylist(rows, schema=schema_for("prompts"))
+        with self.store.building(ArtifactSpec.of("prepare", 1, {}, {})) as builder:
+            builder.write_shard("prompts", 0, table)
+            self.prompts = builder.commit(content={"prompts:train": "p", "prompts:eval": "e"})
+        self.work = rollout_work(config, self.student, self.prompts, seed=SEED, round=ROUND)
+        self.spec = self.work.outputs["rollout"]
+        chosen = prompts_for_round([f"p{i}" for i in range(7)], SEED, ROUND, config.prompts_per_round)
+        self.shards = plan_samples(chosen, config, SEED, ROUND)
+        self.progress: list[tuple[int, int, str]] = []
+        self.said: list[str] = []
+
+    def context(self, pool: WorkerPool) -> Context:
+        return Context(self.store, pool.runtime, pool, lambda *p: self.progress.append(p), self.said.append)
+
+    def build(self, pool: WorkerPool) -> Artifact:
+        self.progress.clear()
+        with self.store.building(self.spec) as builder:
+            self.work.build({"rollout": builder}, self.context(pool))
+            assert builder.committed is not None
+            return builder.committed
+
+    def noted(self, name: str) -> list[int]:
+        """The numbers that the scripted sampler has noted in a file since the last call."""
+        path = self.store.root / name
+        numbers = [int(word) for word in path.read_text().split()] if path.exists() else []
+        path.unlink(missing_ok=True)
+        return numbers
+
+    def done(self) -> list[int]:
+        """The shards that were begun."""
+        return self.noted("shards-done")

@@ -1,0 +1,221 @@
+"""A whole run with scripted engines (`tests/plugins/scripted_engines.py`), small enough to be killed hundreds of times.
+
+Every call of `opd` here is a real process with its own session, forked from one that has imported the flow already, so that
+a trial costs little more than its workers' starts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import forked
+import numpy as np
+import psutil
+import pyarrow as pa
+from safetensors.numpy import save_file
+
+from flows.experiment import Experiment
+from storage import failpoints
+from storage.digests import table_digest
+from storage.runs import Run
+from storage.schemas import schema_for
+from storage.store import Store
+from tasks.addition import additions
+from tasks.models import model_work
+from tasks.prepare import prepare_work
+
+PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
+WITHOUT_PANDAS = Path(__file__).resolve().parent / "without_pandas"
+NAME = "trial"
+MARK = "OPD_FAULT_TRIAL"
+ROUNDS = 2
+ROWS = 264
+
+_ARCHITECTURE = {"model_type": "qwen3", "vocab_size": ROWS, "max_position_embeddings": 64}
+EXPERIMENT = {
+    "teacher": {"source": {"kind": "architecture", "config": _ARCHITECTURE, "init_seed": 2}},
+    "student": {"source": {"kind": "architecture", "config": _ARCHITECTURE, "init_seed": 1}},
+    "prompts": {
+        "train": {"kind": "addition", "digits": 2, "count": 8, "seed": 1},
+        "eval": {"kind": "addition", "digits": 2, "count": 4, "seed": 2},
+    },
+    "rollout": {"prompts_per_round": 4, "num_generations": 2, "max_completion_length": 6, "shard_prompts": 2},
+    "objective": {
+        "estimator": "direct",
+        "divergence": {"kind": "reverse_kl"},
+        "support": {"kind": "teacher_topk", "k": 4, "outside": "bucket"},
+    },
+    "train": {"samples_per_step": 4, "lr": 1e-3},
+    "evaluate": {"max_completion_length": 6, "verifier": {"kind": "exact_match", "extract": r"#(\d+)$"}},
+    "runtime": {"device": "cpu", "threads": 1},
+    "plugins": ["scripted_engines"],
+}
+
+
+def experiment(rounds: int = ROUNDS) -> Experiment:
+    return Experiment.model_validate(EXPERIMENT | {"policy": {"rounds": rounds}})
+
+
+def prepare_root(root: Path) -> Path:
+    """A store with both models and the prompts, which need no fault of their own: no engine and no tokenizer is loaded."""
+    store, e = Store(root), experiment()
+    models = []
+    for number, side in enumerate((e.student, e.teacher)):
+        with store.building(model_work(side.source, e.seed).outputs["model"]) as builder:
+            folder = builder.directory("model")
+            save_file({"weight": np.full(2048, number, "float32")}, folder / "model.safetensors")
+            (folder / "config.json").write_text(json.dumps(_ARCHITECTURE))
+            (folder / "tokenizer.json").write_text(json.dumps({"byte": number * 0}))
+            models.append(builder.commit(meta={"source": "architecture"}))
+    rows = [
+        {
+            "prompt_id": f"{split}{index}",
+            "split": split,
+            "text": row["prompt"],
+            "token_ids": list(row["prompt"].encode()),
+            "answer": row["answer"],
+        }
+        for split, source in (("eval", e.prompts.eval), ("train", e.prompts.train))
+        for index, row in enumerate(additions(source))
+    ]
+    prompts = pa.Table.from_pylist(rows, schema=schema_for("prompts"))
+    words = [
+        {"tokenizer": who, "id": i, "token": f"b{i}", "text": None, "special": i > 255}
+        for who in ("student", "teacher")
+        for i in range(261)
+    ]
+    with store.building(prepare_work(e.prompts, *models).outputs["prepare"]) as builder:
+        builder.write_shard("prompts", 0, prompts)
+        builder.write_shard("vocabulary", 0, pa.Table.from_pylist(words, schema=schema_for("vocabulary")))
+        split = lambda name: table_digest(pa.Table.from_pylist([r for r in rows if r["split"] == name]))  # noqa: E731
+        builder.commit(
+            content={"prompts:train": split("train"), "prompts:eval": split("eval"), "audit": "0" * 64},
+            meta={"audit": {"masked_ids": [], "teacher": {"rows": ROWS}}},
+            tables={"prompts": 1, "vocabulary": 1},
+        )
+    return root
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def find_engines() -> None:
+    """Makes the plugin importable in this process and its workers."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (WITHOUT_PANDAS, PLUGINS)))
+    sys.path.insert(0, str(PLUGINS))
+
+
+def _main(root: str, rounds: int, environment: dict[str, str]) -> None:
+    """What `opd run` (and `opd resume`, which reads the same config from the run) does."""
+    os.environ.update(environment)
+    find_engines()
+    failpoints.arm()
+    from flows.cli.errors import exit_codes
+    from flows.runner import resume_experiment, run_experiment
+
+    with exit_codes():
+        started = (Path(root) / "runs" / NAME / "state.json").exists()
+        e = resume_experiment(NAME, root, [f"policy.rounds={rounds}"]) if started else experiment(rounds)
+        run_experiment(e, name=NAME, root=root, prefect=False)
+    sys.stdout.flush()
+
+
+@dataclass
+class Trial:
+    """One store and the processes that work on it."""
+
+    folder: Path
+    temporary: Path
+    """The processes' folder for temporary files: short, for a socket's path must fit into 107 characters."""
+    rounds: int = ROUNDS
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "store"
+
+    @property
+    def output(self) -> str:
+        path = self.folder / "output"
+        return path.read_text() if path.exists() else ""
+
+    @classmethod
+    def of(cls, template: Path, folder: Path, rounds: int = ROUNDS) -> Trial:
+        folder.mkdir(parents=True)
+        shutil.copytree(template, folder / "store")
+        return cls(folder, Path(tempfile.mkdtemp(prefix="opd-trial-")), rounds)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+        shutil.rmtree(self.temporary)
+
+    def start(self, failpoint: str = "", log: bool = False) -> Any:
+        """A process that brings the run to its end, unless something happens to it."""
+        environment = {MARK: str(self.folder), "TMPDIR": str(self.temporary), failpoints.SPEC: failpoint}
+        if failpoint or log:
+            environment[failpoints.LOG] = str(self.folder / "hits")
+        return forked.start(_main, str(self.root), self.rounds, environment, output=self.folder / "output")
+
+    def run(self, failpoint: str = "", log: bool = False) -> int:
+        """Its exit code; -9 where it was killed."""
+        return forked.exit_code(self.start(failpoint, log))
+
+    def kill(self, process: Any) -> None:
+        """SIGKILL to the whole tree."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            tree = psutil.Process(process.pid).children(recursive=True)
+            for pid in (process.pid, *(child.pid for child in tree)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        forked.exit_code(process)
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything alive that belongs to this trial, whoever its parent is now."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def orphans(self, patience: float = 10.0) -> list[psutil.Process]:
+        """Those that are still alive after that many seconds."""
+        deadline = time.monotonic() + patience
+        while (found := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return found
+
+    def leftovers(self) -> list[str]:
+        """Temporary files, in the store and in the folder for temporary files."""
+        found = [*self.root.rglob(".tmp-*"), *self.temporary.iterdir()]
+        return sorted(map(str, found))
+
+    def hits(self) -> list[str]:
+        """Names of the failpoints met, in order, by all processes."""
+        path = self.folder / "hits"
+        return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
+
+    def result(self) -> dict[str, Any]:
+        """All that must not depend on what happened on the way: students, figures, contents, samples used."""
+        store, state = Store(self.root), Run.open(self.root, NAME).state
+        artifacts = store.list()
+        used: list[Any] = []
+        for artifact in artifacts:
+            assert store.verify(artifact, move=False) == []
+            if artifact.stage == "trainer_state" and artifact.meta["last_step"] > len(used):
+                used = json.loads((store.materialize(artifact, "state") / "used.json").read_text())
+        return {
+            "status": state.status,
+            "students": {str(r.round): r.student_sha256 for r in state.rounds},
+            "metrics": {str(r.round): r.metrics for r in state.rounds},
+            "contents": {f"{a.stage}/{a.key}": a.content for a in artifacts},
+            "used": used,
+        }

@@ -1,0 +1,63 @@
+"""All that the store does, as one short story for a process that may be killed anywhere in it and begins again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from small_store import STUDENT, build, build_student
+
+from storage import failpoints
+from storage.files import remove_leftovers
+from storage.runs import RoundState, Run, StageState
+from storage.store import ArtifactSpec, Store
+
+OLD = ArtifactSpec.of("mask", 1, {"policy": "old"}, {"rollouts": "cd" * 32})
+"""Committed before the story begins, and damaged since."""
+
+
+def before(root: Path) -> None:
+    """What the story finds."""
+    store = Store(root)
+    artifact, _ = build(store, OLD, salt=3)
+    path = root / "artifacts" / "mask" / OLD.key / store.shards(artifact, "mask")[1].file
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def story(root: Path) -> None:
+    """A run that makes two artifacts and repairs a third."""
+    store = Store(root)
+    run = Run.create(root, "story", {"seed": 0}, {"seed": 0})
+    with run.lock():
+        remove_leftovers(store.root)
+        state = run.state
+        state.status, state.rounds = "running", [RoundState(round=0)]
+        run.save(state)
+        made = [build(store)[0], build_student(store), build(store, OLD, salt=3)[0]]
+        keys = {f"{number} {artifact.stage}": artifact.key for number, artifact in enumerate(made)}
+        state.rounds[0].stages["all"] = StageState(state="done", artifacts=keys)
+        state.status = "finished"
+        run.save(state)
+
+
+def told(root: Path) -> dict[str, Any]:
+    """How it must end, whatever happened on the way."""
+    store, state = Store(root), Run.open(root, "story").state
+    artifacts = store.list()
+    assert [store.verify(artifact) for artifact in artifacts] == [[]] * len(artifacts)
+    masks = [store.read_table(artifact, "mask").to_pylist() for artifact in artifacts if artifact.stage == "mask"]
+    model = store.materialize(next(a for a in artifacts if a.key == STUDENT.key))
+    return {
+        "state": (state.status, state.rounds),
+        "contents": sorted((a.stage, a.key, sorted(a.content.items())) for a in artifacts),
+        "rows": sorted(masks, key=str),
+        "files": sorted(path.name for path in model.iterdir()),
+    }
+
+
+def process(root: str, spec: str, log: str) -> None:
+    """The story in a process of its own, with failpoints."""
+    os.environ.update({failpoints.SPEC: spec, failpoints.LOG: log})
+    failpoints.arm()
+    story(Path(root))

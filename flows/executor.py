@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from storage.redact import redact
 from storage.runs import RoundState, Run, RunState, StageState
 from storage.store import Artifact, Builder, Store
 from tasks.stage import Context, Work
@@ -176,7 +177,7 @@ class Maker:
                 if str(error)
                 else repr(error)
             )
-            self._note(label, StageState(state="failed", artifacts=keys, seconds=seconds, error=text))
+            self._note(label, StageState(state="failed", artifacts=keys, seconds=seconds, error=redact(text)))
             raise
         self.built += 1
         context.workers.stage_done()

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,13 +22,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flows.prefect_server import EmbeddedServer, ServerUnavailable, home_of, quiet_environment, server_environment
+from storage.redact import RedactedFormatter, redact
 
 T = TypeVar("T")
 Warn = Callable[[str], None]
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(redact(line), file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -99,7 +101,7 @@ def _open(home: Path, root: Path, stack: ExitStack, warn: Warn) -> Session:
             _check_external()
         return Session(url, ui, warn)
     except Exception as error:
-        where = f"PREFECT_API_URL={external}" if external else f"the store's own server in {home}"
+        where = f"PREFECT_API_URL={redact(external)}" if external else f"the store's own server in {home}"
         warn(f"warning: running without Prefect: {where}: {_first_line(error)}")
         if isinstance(error, ServerUnavailable) and not external:
             warn(f"  the run itself needs nothing from {home}; if its database is damaged, delete that folder")
@@ -155,7 +157,7 @@ def _quiet_logging(log_path: Path) -> Iterator[None]:
     import_root.setLevel(level)
     ours = logging.FileHandler(log_path, delay=True)
     ours.setLevel(logging.WARNING)
-    ours.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    ours.setFormatter(RedactedFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     names = ("prefect", "prefect._internal", "prefect.extra")
     loggers = [logging.getLogger(name) for name in names]
     handlers = [(logger, list(logger.handlers), logger.propagate) for logger in loggers]
@@ -300,7 +302,10 @@ def _guarded(
             outcome.value = function()
         except BaseException as error:
             outcome.error = error
-            raise
+            told = _without_secrets(error)
+            if told is error:
+                raise
+            raise told from None
         outcome.done = True
         return state(outcome.value)
 
@@ -319,6 +324,14 @@ def _guarded(
     if not outcome.called:  # Prefect failed before it came to the work
         return function()
     return outcome.value
+
+
+def _without_secrets(error: BaseException) -> BaseException:
+    """What Prefect gets to see and to store of an error: the error, or if a secret is in its text a stand-in."""
+    text = "".join(traceback.format_exception(error))
+    if not isinstance(error, Exception) or redact(text) == text:
+        return error
+    return RuntimeError(f"{type(error).__name__}: {redact(str(error))}")
 
 
 def _is_abort(error: BaseException) -> bool:
@@ -368,5 +381,5 @@ def _literal(name: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text if isinstance(error, ServerUnavailable) else (text.splitlines()[0] if text else repr(error))
+    text = redact(str(error)).strip()
+    return text if isinstance(error, ServerUnavailable) else (text.splitlines()[0] if text else type(error).__name__)

@@ -15,6 +15,7 @@ from flows.executor import Maker, PlanLine, Planner, Reporter
 from flows.experiment import Experiment, check_plugins, load_experiment
 from flows.progress import SilentReporter
 from storage.errors import ConfigError
+from storage.redact import redact
 from storage.runs import Run, RunState
 from storage.store import Store
 from tasks.plugins import load_plugins
@@ -109,11 +110,11 @@ def run_rounds(config_path: str, name: str, root: str, rounds: int, overrides: l
 
 
 def logger(path: Path) -> Callable[[str], None]:
-    """Appends lines with their time to the run's own log."""
+    """Appends lines with their time to the run's own log, without secrets."""
 
     def log(line: str) -> None:
         with path.open("a") as file:
-            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {line}\n")
+            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {redact(line)}\n")
 
     return log
 

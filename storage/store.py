@@ -30,7 +30,15 @@ from storage.files import explain_full_disk, fsync_directory, quarantine, requir
 from storage.locks import locked, probe
 from storage.schemas import schema_for
 from storage.shards import ShardWriter, check_file, dataset, footer_sha256, read_parquet, row_digest
-from storage.trees import content_digests, damaged, damaged_by_stat, external_files, own_files, tree_directory
+from storage.trees import (
+    READ_BY_ENGINES,
+    content_digests,
+    damaged,
+    damaged_by_stat,
+    external_files,
+    own_files,
+    tree_directory,
+)
 
 __all__ = ["Artifact", "ArtifactSpec", "Builder", "FileRecord", "ShardRecord", "ShardWriter", "Store"]
 
@@ -185,7 +193,7 @@ class Store:
             self._bad_file(artifact, directory / record.path, problem)
         known = {directory / record.path for record in tree.files}
         if tree.external:
-            added = [path for path in external_files(directory) if path not in known and path.suffix == ".safetensors"]
+            added = [path for path in external_files(directory) if path not in known and path.suffix in READ_BY_ENGINES]
             if added:
                 raise InputError(f"{added[0]}: was not there when {_name(artifact)} recorded this folder; move it away")
         else:

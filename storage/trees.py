@@ -12,6 +12,9 @@ from storage.digests import architecture_digest, file_sha256, files_digest, toke
 from storage.errors import InputError, StoreError
 from storage.files import fsync_directory, fsync_file
 
+READ_BY_ENGINES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
+"""Endings of files that change what a checkpoint is when they are added to its folder."""
+
 
 def own_files(directory: Path) -> list[Path]:
     """Files of a tree that the store keeps. StoreError for links and devices: their bytes would not be ours."""
@@ -24,7 +27,9 @@ def own_files(directory: Path) -> list[Path]:
             if stat_module.S_ISREG(mode):
                 found.append(path)
             elif not stat_module.S_ISDIR(mode):
-                raise StoreError(f"{path}: a link or special file; a tree holds plain files only")
+                raise StoreError(
+                    f"{path}: a link or special file; a tree holds plain files only. Remove it and run again"
+                )
     return found
 
 

@@ -18,6 +18,7 @@ import traceback
 from typing import Any, Protocol
 
 from storage.errors import OpdError
+from storage.redact import redact, redact_output
 from tasks.plugins import ROLES, load_plugins
 
 PROGRESS_INTERVAL = 0.2
@@ -60,6 +61,7 @@ class Channel:
 def main(role: str) -> None:
     """Serve jobs until told to stop. Every rank of a multi-process worker runs this and gets every job."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides; a terminal's Ctrl-C reaches it alone
+    redact_output("stdout", "stderr")  # they are the log, which is kept
     rank = int(os.environ.get("RANK", "0"))
     settings = json.loads(os.environ["OPD_WORKER_SETTINGS"])
     channel = Channel(os.environ["OPD_WORKER_SOCKET"])
@@ -116,9 +118,9 @@ def _write_to(log: str) -> None:
 def _describe(error: BaseException) -> dict[str, Any]:
     return {
         "type": type(error).__name__,
-        "message": str(error),
+        "message": redact(str(error)),
         "ours": isinstance(error, OpdError),
-        "traceback": "".join(traceback.format_exception(error)[-12:]),
+        "traceback": redact("".join(traceback.format_exception(error)[-12:])),
     }
 
 

@@ -373,6 +373,7 @@ class WorkerPool:
         env = dict(os.environ) | {
             "PATH": tools,  # ninja lies beside the interpreter; DeepSpeed compiles with it
             "PYTHONPATH": path,
+            "PYTHONSAFEPATH": "1",  # a folder from which `opd` is called brings no modules along (-m would put it first)
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": str(self.runtime.threads),
             # threads that spin at barriers starve each other as soon as anything else runs (docs/log.md: 4 to 7 times)

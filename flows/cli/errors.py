@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from storage.errors import OpdError
+from storage.redact import redact_output
 
 STOPPED = 130
 
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Ends the process with the error's exit code. What is no `OpdError` passes through, traceback and all."""
+    """Ends the process with the error's exit code. What is no `OpdError` passes through, traceback and all. From now on
+    stderr shows no secrets."""
+    redact_output("stderr")
     try:
         yield
     except OpdError as error:

@@ -19,6 +19,8 @@ READ_BY_ENGINES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktok
 def own_files(directory: Path) -> list[Path]:
     """Files of a tree that the store keeps. StoreError for links and devices: their bytes would not be ours."""
     found = []
+    if directory.is_symlink():
+        raise StoreError(f"{directory}: a link; a tree is a folder of the store. Remove it and run again")
     for folder, names, files in os.walk(directory):
         names.sort()
         for name in [*names, *sorted(files)]:

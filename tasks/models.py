@@ -166,6 +166,12 @@ def _check_architecture(path: Path) -> None:
             raise ValueError("not an object")
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from error
+    if config.get("transformers_weights") is not None:
+        raise InputError(
+            f"{path}: transformers_weights names other weights than those that are hashed; remove the field"
+        )
+    if (path.parent / "model.safetensors").is_file() and (path.parent / "model.safetensors.index.json").is_file():
+        raise InputError(f"{path.parent}: model.safetensors and an index of other files; keep one of them")
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         return

@@ -380,6 +380,7 @@ class WorkerPool:
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",  # workers get local folders; nothing is fetched behind the user's back
+            "USE_HUB_KERNELS": "NO",  # a config may name kernels of the Hub: compiled code that nobody here has seen
             "DO_NOT_TRACK": "1",
             "OPD_WORKER_SETTINGS": json.dumps(settings),
         }

@@ -140,7 +140,9 @@ def test_a_manifest_cannot_lead_out_of_the_store(field, value, student, tmp_path
     assert listing(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "modeling_x.py", "adapter_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "modeling_x.py", "adapter_config.json", "special_tokens_map.json"]
+)
 def test_what_was_added_to_a_student_is_taken_away_before_it_is_read(name, student, tmp_path):
     store, artifact = student
     canary = Canary(tmp_path / "canary")

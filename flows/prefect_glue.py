@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextvars
 import logging
 import os
+import queue
 import signal
 import sys
 import threading
@@ -21,7 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flows.prefect_server import EmbeddedServer, ServerUnavailable, home_of, quiet_environment, server_environment
+from flows.prefect_server import (
+    EmbeddedServer,
+    ServerUnavailable,
+    healthy,
+    home_of,
+    quiet_environment,
+    server_environment,
+)
 from storage.redact import RedactedFormatter, redact
 
 T = TypeVar("T")
@@ -75,7 +83,7 @@ def prefect_session(root: Path, *, warn: Warn = _to_stderr) -> Iterator[Session]
     with ExitStack() as stack:
         session = _open(home, root, stack, warn)
         if session.active:
-            stack.callback(_flush, session)
+            stack.callback(_settle, session)
         token = _session.set(session)
         try:
             yield session
@@ -172,10 +180,12 @@ def _quiet_logging(log_path: Path) -> Iterator[None]:
         ours.close()
 
 
-def _flush(session: Session) -> None:
-    """Send what Prefect's background threads still hold, while the server lives (they would complain at exit otherwise)."""
-    if not session.active:
-        return
+def _settle(session: Session) -> None:
+    """Send what Prefect's background threads still hold while the server lives, and drop what could not be sent: at exit
+    they would try for seconds per event, hours for a long run, and print every event that failed."""
+    from prefect._internal.concurrency.services import _active_services
+
+    services = [(service, service._task) for service in list(_active_services)]
 
     def drain() -> None:
         with suppress(Exception):
@@ -185,9 +195,26 @@ def _flush(session: Session) -> None:
             APILogWorker.drain_all(timeout=5)
             EventsWorker.drain_all(timeout=5)
 
-    thread = threading.Thread(target=drain, daemon=True)
-    thread.start()
-    thread.join(timeout=12)
+    if session.active and session.api_url and healthy(session.api_url):
+        thread = threading.Thread(target=drain, daemon=True)
+        thread.start()
+        thread.join(timeout=12)
+    for service, task in services:
+        with suppress(Exception):
+            _abandon(service, task)
+
+
+def _abandon(service: Any, task: Any) -> None:
+    """End one of Prefect's background services now, whatever it still holds. Prefect has no public way to do so."""
+    if service._done_event is None or service._done_event.is_set():
+        return
+    service._stop(at_exit=True)
+    with suppress(queue.Empty):
+        while True:
+            service._queue.get_nowait()
+    service._queue.put_nowait(None)
+    if task is not None:
+        service._loop.call_soon_threadsafe(task.cancel)
 
 
 # Flows and tasks

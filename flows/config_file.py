@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from storage.errors import ConfigError
+from storage.redact import secrets_in
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -85,7 +86,16 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def validate(model: type[Model], data: dict[str, Any], where: str) -> Model:
-    """The validated model, or ConfigError listing every bad field with what was found and what is allowed."""
+    """The validated model, or ConfigError listing every bad field with what was found and what is allowed.
+
+    Configs are kept with every run, so one that holds a secret is refused, without repeating it."""
+    if found := [f"{field}: {what}" for field, what in secrets_in(data)]:
+        raise ConfigError(
+            f"{where}: {len(found)} secret(s) in the config, which would be stored with every run\n  "
+            + "\n  ".join(found)
+            + "\n  take it out and leave it to the environment: HF_TOKEN (or `hf auth login`) for the Hub,"
+            " PREFECT_API_KEY for Prefect, a variable that your plugin reads for anything else"
+        )
     try:
         return model.model_validate(_numbers(data))
     except ValidationError as error:

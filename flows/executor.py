@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from flows.origins import Again, Origin, Origins, artifacts_in, rebuild
+from storage.redact import redact
 from storage.runs import RoundState, Run, RunState, StageState
 from storage.store import Artifact, Builder, Store
 from tasks.figures import Figures, StageProgress
@@ -206,7 +207,7 @@ class Maker:
                 if str(error)
                 else repr(error)
             )
-            self._note(label, StageState(state="failed", artifacts=keys, seconds=seconds, error=text))
+            self._note(label, StageState(state="failed", artifacts=keys, seconds=seconds, error=redact(text)))
             raise
         self.built += 1
         context.workers.stage_done()

@@ -10,24 +10,34 @@ from __future__ import annotations
 import contextvars
 import logging
 import os
+import queue
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flows.prefect_server import EmbeddedServer, ServerUnavailable, home_of, quiet_environment, server_environment
+from flows.prefect_server import (
+    EmbeddedServer,
+    ServerUnavailable,
+    healthy,
+    home_of,
+    quiet_environment,
+    server_environment,
+)
+from storage.redact import RedactedFormatter, redact
 
 T = TypeVar("T")
 Warn = Callable[[str], None]
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(redact(line), file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -73,7 +83,7 @@ def prefect_session(root: Path, *, warn: Warn = _to_stderr) -> Iterator[Session]
     with ExitStack() as stack:
         session = _open(home, root, stack, warn)
         if session.active:
-            stack.callback(_flush, session)
+            stack.callback(_settle, session)
         token = _session.set(session)
         try:
             yield session
@@ -99,7 +109,7 @@ def _open(home: Path, root: Path, stack: ExitStack, warn: Warn) -> Session:
             _check_external()
         return Session(url, ui, warn)
     except Exception as error:
-        where = f"PREFECT_API_URL={external}" if external else f"the store's own server in {home}"
+        where = f"PREFECT_API_URL={redact(external)}" if external else f"the store's own server in {home}"
         warn(f"warning: running without Prefect: {where}: {_first_line(error)}")
         if isinstance(error, ServerUnavailable) and not external:
             warn(f"  the run itself needs nothing from {home}; if its database is damaged, delete that folder")
@@ -155,7 +165,7 @@ def _quiet_logging(log_path: Path) -> Iterator[None]:
     import_root.setLevel(level)
     ours = logging.FileHandler(log_path, delay=True)
     ours.setLevel(logging.WARNING)
-    ours.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    ours.setFormatter(RedactedFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     names = ("prefect", "prefect._internal", "prefect.extra")
     loggers = [logging.getLogger(name) for name in names]
     handlers = [(logger, list(logger.handlers), logger.propagate) for logger in loggers]
@@ -170,10 +180,12 @@ def _quiet_logging(log_path: Path) -> Iterator[None]:
         ours.close()
 
 
-def _flush(session: Session) -> None:
-    """Send what Prefect's background threads still hold, while the server lives (they would complain at exit otherwise)."""
-    if not session.active:
-        return
+def _settle(session: Session) -> None:
+    """Send what Prefect's background threads still hold while the server lives, and drop what could not be sent: at exit
+    they would try for seconds per event, hours for a long run, and print every event that failed."""
+    from prefect._internal.concurrency.services import _active_services
+
+    services = [(service, service._task) for service in list(_active_services)]
 
     def drain() -> None:
         with suppress(Exception):
@@ -183,9 +195,26 @@ def _flush(session: Session) -> None:
             APILogWorker.drain_all(timeout=5)
             EventsWorker.drain_all(timeout=5)
 
-    thread = threading.Thread(target=drain, daemon=True)
-    thread.start()
-    thread.join(timeout=12)
+    if session.active and session.api_url and healthy(session.api_url):
+        thread = threading.Thread(target=drain, daemon=True)
+        thread.start()
+        thread.join(timeout=12)
+    for service, task in services:
+        with suppress(Exception):
+            _abandon(service, task)
+
+
+def _abandon(service: Any, task: Any) -> None:
+    """End one of Prefect's background services now, whatever it still holds. Prefect has no public way to do so."""
+    if service._done_event is None or service._done_event.is_set():
+        return
+    service._stop(at_exit=True)
+    with suppress(queue.Empty):
+        while True:
+            service._queue.get_nowait()
+    service._queue.put_nowait(None)
+    if task is not None:
+        service._loop.call_soon_threadsafe(task.cancel)
 
 
 # Flows and tasks
@@ -300,7 +329,10 @@ def _guarded(
             outcome.value = function()
         except BaseException as error:
             outcome.error = error
-            raise
+            told = _without_secrets(error)
+            if told is error:
+                raise
+            raise told from None
         outcome.done = True
         return state(outcome.value)
 
@@ -319,6 +351,14 @@ def _guarded(
     if not outcome.called:  # Prefect failed before it came to the work
         return function()
     return outcome.value
+
+
+def _without_secrets(error: BaseException) -> BaseException:
+    """What Prefect gets to see and to store of an error: the error, or if a secret is in its text a stand-in."""
+    text = "".join(traceback.format_exception(error))
+    if not isinstance(error, Exception) or redact(text) == text:
+        return error
+    return RuntimeError(f"{type(error).__name__}: {redact(str(error))}")
 
 
 def _is_abort(error: BaseException) -> bool:
@@ -368,5 +408,5 @@ def _literal(name: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text if isinstance(error, ServerUnavailable) else (text.splitlines()[0] if text else repr(error))
+    text = redact(str(error)).strip()
+    return text if isinstance(error, ServerUnavailable) else (text.splitlines()[0] if text else type(error).__name__)

@@ -15,6 +15,7 @@ from flows.progress import SilentReporter
 from flows.stopping import terminating
 from storage.errors import ConfigError
 from storage.files import explain_full_disk, remove_leftovers
+from storage.redact import redact
 from storage.runs import Run, RunState
 from storage.store import Store
 from tasks.figures import StageProgress
@@ -113,11 +114,11 @@ def run_rounds(config_path: str, name: str, root: str, rounds: int, overrides: l
 
 
 def logger(path: Path) -> Callable[[str], None]:
-    """Appends lines with their time to the run's own log."""
+    """Appends lines with their time to the run's own log, without secrets."""
 
     def log(line: str) -> None:
         with explain_full_disk(path), path.open("a") as file:
-            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {line}\n")
+            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {redact(line)}\n")
 
     return log
 

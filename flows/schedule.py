@@ -37,6 +37,7 @@ from flows.prefect_glue import prefect_session
 from flows.prefect_server import ServerUnavailable
 from storage import locks
 from storage.errors import ConfigError, InputError, OpdError, RunBusy
+from storage.redact import redact
 from storage.runs import RUN_NAME
 
 FLOW_NAME = "opd-schedule"
@@ -326,9 +327,9 @@ def tick(
     except Exception as error:
         final = isinstance(error, OpdError) and error.exit_code == 2
         todo = "the schedule ends here" if final else "the next tick tries again"
-        text = str(error) if isinstance(error, OpdError) else repr(error)
+        text = redact(str(error) if isinstance(error, OpdError) else repr(error))
         _report(f"{name}: tick failed: {text} ({todo}; opd logs {name})", error.exit_code if final else None)
-        return Failed(message=f"{type(error).__name__}: {error}")
+        return Failed(message=redact(f"{type(error).__name__}: {error}"))
     last = max((r.round for r in state.rounds if r.student_sha256), default=0)
     finished = state.status == "finished"
     _report(

@@ -11,9 +11,9 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from storage.errors import CorruptArtifact, StoreError
 from storage.files import seal, unseal
@@ -74,12 +74,22 @@ class Artifact(_Record):
     """Commit, library versions, host, numerics: recorded, never hashed."""
 
 
+def _inside(path: str) -> str:
+    """A relative path that stays below where it starts: a manifest from elsewhere must not lead out of the store."""
+    if not path or path.startswith("/") or ".." in path.split("/") or "\0" in path:
+        raise ValueError(f"{path!r} leads out of the artifact")
+    return path
+
+
+_InsidePath = Annotated[str, AfterValidator(_inside)]
+
+
 class ShardRecord(_Record):
     """One Parquet file: also the content of its sidecar."""
 
     table: str
     shard: int
-    file: str
+    file: _InsidePath
     sha256: str
     bytes: int
     mtime_ns: int
@@ -92,7 +102,7 @@ class ShardRecord(_Record):
 class FileRecord(_Record):
     """One file of a tree; `path` is relative to the tree."""
 
-    path: str
+    path: _InsidePath
     sha256: str
     bytes: int
     mtime_ns: int
@@ -104,6 +114,12 @@ class TreeRecord(_Record):
     directory: str
     external: bool
     files: tuple[FileRecord, ...]
+
+    @model_validator(mode="after")
+    def _own_directory(self) -> TreeRecord:
+        if not self.external:
+            _inside(self.directory)
+        return self
 
 
 class Manifest(_Record):

@@ -34,7 +34,9 @@ from storage.views import (
 
 _BATCH_ROWS = 65_536
 _MAX_RESULT_BYTES = 1 << 30
+_MAX_SQL_CHARACTERS = 100_000
 _THREADS = 4
+_NARROW = "narrow it (WHERE run = ... AND round = ...) or aggregate"
 _DAMAGED = re.compile(r"stream registered as '(\w+)@' failed")
 
 
@@ -54,8 +56,11 @@ class Catalog:
         """The result of one SELECT over the views in `storage.views.VIEWS`.
 
         QueryRefused for anything else, and past `limit_seconds`, `memory` (of the execution) or `max_rows`;
-        CorruptArtifact when a shard that the statement reads is damaged, Evicted when `opd gc` removed it.
+        CorruptArtifact when a shard that the statement reads is damaged, Evicted when `opd gc` removed it. One call of a
+        function on a huge constant is past the limits: `storage.query_limits` ends the process there.
         """
+        if len(sql) > _MAX_SQL_CHARACTERS:
+            raise QueryRefused(f"a statement of {len(sql):,} characters; at most {_MAX_SQL_CHARACTERS:,} are read")
         if limit_seconds <= 0:
             raise QueryRefused(f"limit of {limit_seconds} seconds: must be above 0")
         try:
@@ -64,6 +69,8 @@ class Catalog:
                 self._create_views(connection, sql)
                 _seal(connection, memory)
                 return _run(connection, statement, limit_seconds, max_rows)
+        except MemoryError as error:
+            raise QueryRefused(f"needs more than {memory} of memory; {_NARROW}") from error
         except (duckdb.Error, pa.ArrowException) as error:
             if damaged := _DAMAGED.search(str(error)):
                 self._find_damage(damaged.group(1))
@@ -189,9 +196,8 @@ def _run(
 def _refusal(error: Exception, memory: str) -> OpdError:
     """What DuckDB or Arrow says, in the words of this program."""
     text = str(error).strip()
-    narrow = "narrow it (WHERE run = ... AND round = ...) or aggregate"
-    if "Out of Memory" in text:
-        return QueryRefused(f"needs more than {memory} of memory; {narrow}")
+    if "Out of Memory" in text or "bad_alloc" in text:
+        return QueryRefused(f"needs more than {memory} of memory; {_NARROW}")
     unknown = "does not exist" in text or "Referenced column" in text
     hint = f"\nviews: {', '.join(VIEWS)}; `opd query` alone lists their columns" if unknown else ""
     return QueryRefused(text + hint)

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from storage.errors import StoreError
 from storage.failpoints import failpoint
 from storage.files import temporary_name, utc_now
+from storage.redact import redact
 
 _POLL_SECONDS = 0.1
 _ATTEMPTS = 5  # a probe holds the lock for microseconds: taking it is tried again before anyone is called busy
@@ -52,7 +53,7 @@ class Holder(BaseModel):
 
 def _myself() -> Holder:
     command = shlex.join([Path(sys.argv[0] or "python").name, *sys.argv[1:]])
-    return Holder(pid=os.getpid(), host=socket.gethostname(), command=command[:200], since=utc_now())
+    return Holder(pid=os.getpid(), host=socket.gethostname(), command=redact(command)[:200], since=utc_now())
 
 
 def _forget_in_child() -> None:

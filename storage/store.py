@@ -29,7 +29,7 @@ from storage.locks import build_lock, locked, probe, shared, use_lock
 from storage.runs import find_use
 from storage.schemas import schema_for
 from storage.shards import ShardWriter, absent_dataset, check_file, dataset, footer_sha256, read_parquet
-from storage.trees import damaged, damaged_by_stat, external_files, own_files, tree_directory
+from storage.trees import READ_BY_ENGINES, damaged, damaged_by_stat, external_files, own_files, tree_directory
 from storage.verify import Verified, move_damaged, verify_artifact
 
 __all__ = ["Artifact", "ArtifactSpec", "Builder", "ShardRecord", "ShardWriter", "Store"]
@@ -210,7 +210,7 @@ class Store:
             self._bad_file(artifact, directory / record.path, problem)
         known = {directory / record.path for record in tree.files}
         if tree.external:
-            added = [path for path in external_files(directory) if path not in known and path.suffix == ".safetensors"]
+            added = [path for path in external_files(directory) if path not in known and path.suffix in READ_BY_ENGINES]
             if added:
                 raise InputError(f"{added[0]}: was not there when {_name(artifact)} recorded this folder; move it away")
         else:

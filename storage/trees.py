@@ -13,10 +13,15 @@ from storage.errors import InputError, StoreError
 from storage.failpoints import failpoint
 from storage.files import fsync_directory, fsync_file
 
+READ_BY_ENGINES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
+"""Endings of files that change what a checkpoint is when they are added to its folder."""
+
 
 def own_files(directory: Path) -> list[Path]:
     """Files of a tree that the store keeps. StoreError for links and devices: their bytes would not be ours."""
     found = []
+    if directory.is_symlink():
+        raise StoreError(f"{directory}: a link; a tree is a folder of the store. Remove it and run again")
     for folder, names, files in os.walk(directory):
         names.sort()
         for name in [*names, *sorted(files)]:
@@ -25,7 +30,9 @@ def own_files(directory: Path) -> list[Path]:
             if stat_module.S_ISREG(mode):
                 found.append(path)
             elif not stat_module.S_ISDIR(mode):
-                raise StoreError(f"{path}: a link or special file; a tree holds plain files only")
+                raise StoreError(
+                    f"{path}: a link or special file; a tree holds plain files only. Remove it and run again"
+                )
     return found
 
 

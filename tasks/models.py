@@ -147,14 +147,40 @@ def check_checkpoint(directory: Path) -> None:
             if adapter
             else f"{directory}: no config.json; a checkpoint is a folder written by save_pretrained"
         )
-    pickles = [*directory.glob("pytorch_model*.bin"), *directory.glob("*.pth")]
+    if (directory / "adapter_config.json").is_file():  # transformers would load it too, and its base from elsewhere
+        raise InputError(f"{directory}: a LoRA adapter beside the model; merge it into the weights, or move it away")
+    pickles = [path for ending in ("bin", "pt", "pth", "pkl", "ckpt") for path in sorted(directory.glob(f"*.{ending}"))]
     if pickles and not any(directory.glob("*.safetensors")):
         raise InputError(f"{pickles[0]}: pickled weights are not loaded; save the checkpoint as safetensors")
-    try:
-        json.loads((directory / "config.json").read_bytes())
-    except ValueError as error:
-        raise InputError(f"{directory / 'config.json'}: not JSON ({error})") from error
+    _check_architecture(directory / "config.json")
     load_tokenizer(directory)
+
+
+def _check_architecture(path: Path) -> None:
+    """Raises InputError unless transformers itself has the architecture: code that comes with a checkpoint is never run."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        config = json.loads(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    if config.get("transformers_weights") is not None:
+        raise InputError(
+            f"{path}: transformers_weights names other weights than those that are hashed; remove the field"
+        )
+    if (path.parent / "model.safetensors").is_file() and (path.parent / "model.safetensors.index.json").is_file():
+        raise InputError(f"{path.parent}: model.safetensors and an index of other files; keep one of them")
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+        return
+    if "auto_map" in config:
+        raise InputError(
+            f"{path}: model_type {model_type!r} is code that comes with the checkpoint (auto_map), and such code is never"
+            " run (there is no trust_remote_code); take a checkpoint whose architecture transformers has"
+        )
+    raise InputError(f"{path}: transformers knows no model_type {model_type!r}")
 
 
 def _checkpoint(source: CheckpointModel, memo: Path | None) -> Work:

@@ -158,6 +158,11 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{directory / 'tokenizer_config.json'}: auto_map names code that comes with the checkpoint, and such code"
+                " is never run (there is no trust_remote_code); save the tokenizer as tokenizer.json"
+            ) from error
         raise InputError(f"{directory}: its tokenizer does not load ({error})") from error
 
 

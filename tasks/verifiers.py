@@ -156,7 +156,7 @@ class _Judge:
         checkout = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, (checkout, os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tasks.verifiers"],
+            [sys.executable, "-P", "-m", "tasks.verifiers"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path},

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from storage.errors import OpdError
 from storage.files import explain_full_disk
+from storage.redact import redact, redact_output
 from tasks.figures import Figures
 from tasks.plugins import ROLES, load_plugins
 
@@ -68,6 +69,7 @@ def main(role: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides; a terminal's Ctrl-C reaches it alone
     if sys.platform == "linux":  # ends with its guard or its launcher, should one of these be killed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    redact_output("stdout", "stderr")  # they are the log, which is kept
     rank = int(os.environ.get("RANK", "0"))
     settings = json.loads(os.environ["OPD_WORKER_SETTINGS"])
     channel = Channel(os.environ["OPD_WORKER_SOCKET"])
@@ -127,9 +129,9 @@ def _write_to(log: str) -> None:
 def _describe(error: BaseException) -> dict[str, Any]:
     return {
         "type": type(error).__name__,
-        "message": str(error),
+        "message": redact(str(error)),
         "ours": isinstance(error, OpdError),
-        "traceback": "".join(traceback.format_exception(error)[-12:]),
+        "traceback": redact("".join(traceback.format_exception(error)[-12:])),
     }
 
 

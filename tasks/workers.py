@@ -199,12 +199,14 @@ class WorkerPool:
         env = dict(os.environ) | {
             "PATH": tools,  # ninja lies beside the interpreter; DeepSpeed compiles with it
             "PYTHONPATH": path,
+            "PYTHONSAFEPATH": "1",  # a folder from which `opd` is called brings no modules along (-m would put it first)
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": str(self.runtime.threads),
             # threads that spin at barriers starve each other as soon as anything else runs (docs/log.md: 4 to 7 times)
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",  # workers get local folders; nothing is fetched behind the user's back
+            "USE_HUB_KERNELS": "NO",  # a config may name kernels of the Hub: compiled code that nobody here has seen
             "DO_NOT_TRACK": "1",
             # a worker's temporary files go with it; this cache, which lies among them by default, stays
             "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", _inductor_cache()),

@@ -10,13 +10,16 @@ from contextlib import contextmanager
 
 from flows.stopping import terminating
 from storage.errors import OpdError
+from storage.redact import redact_output
 
 STOPPED = 130
 
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Ends the process with the error's exit code. What is no `OpdError` passes through, traceback and all."""
+    """Ends the process with the error's exit code. What is no `OpdError` passes through, traceback and all. From now on
+    stderr shows no secrets."""
+    redact_output("stderr")
     try:
         with terminating():
             yield

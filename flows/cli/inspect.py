@@ -122,6 +122,7 @@ def query(
     Exit codes: 0 done, 1 damaged or evicted data, 2 refused, wrong SQL, no such run, or past a limit."""
     from flows.cli import tables
     from storage.catalog import Catalog
+    from storage.query_limits import process_limits
     from storage.store import Store
 
     if json_ and csv:
@@ -131,7 +132,9 @@ def query(
         tables.print_views(console())
         return
     run = Run.open(root, name) if name is not None else None
-    result = Catalog(Store(existing_root(root)), run).query(statement, limit_seconds=limit_seconds, memory=memory)
+    catalog = Catalog(Store(existing_root(root)), run)
+    with process_limits(limit_seconds, memory):
+        result = catalog.query(statement, limit_seconds=limit_seconds, memory=memory)
     if json_:
         tables.write_json(result, sys.stdout)
     elif csv:

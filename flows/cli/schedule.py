@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from flows.cli.options import DEFAULT_ROOT, Root, example
+from storage.redact import redact
 
 Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="override a field, e.g. train.lr=1e-4")]
 
@@ -69,7 +70,7 @@ def ui(
     from flows.prefect_server import EmbeddedServer, ServerUnavailable
 
     if url := os.environ.get("PREFECT_API_URL"):
-        out.print(f"PREFECT_API_URL is set, runs report to {url}: open that server's own address")
+        out.print(f"PREFECT_API_URL is set, runs report to {redact(url)}: open that server's own address")
         return
     server = EmbeddedServer(root, lambda line: out.print(line, markup=False))
     ended = threading.Event()

@@ -9,6 +9,9 @@ from typing import Any
 
 from storage.errors import InputError
 
+SAFE_LOADING: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+"""Arguments of every `from_pretrained` that reads weights: no network, no code of the checkpoint, no pickle."""
+
 
 def check_lengths(config: dict[str, Any], path: Path, prompts: list[list[int]], completion_length: int) -> int:
     """Tokens of the longest prompt with its completion. Raises InputError for an empty prompt, or when the model's

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from storage.errors import InputError
+from tasks.engines.checkpoint import SAFE_LOADING
 
 _PROBE_IDS = 4
 _PROBE_TOLERANCE = {torch.float32: 1e-4}
@@ -69,9 +70,7 @@ class LoadedModel:
         logging.disable_progress_bar()
         self.path, self.device = path, device
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
-            )
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **SAFE_LOADING)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{path}: transformers cannot load it ({error})") from error
         self._model = model.eval().requires_grad_(False).to(device)

@@ -310,6 +310,8 @@ class Sampler:
         self.llm = LLM(
             model=str(path),
             skip_tokenizer_init=True,
+            trust_remote_code=False,
+            load_format="safetensors",  # auto would fall back to pickles
             dtype=dtype,
             seed=0,
             max_model_len=length,

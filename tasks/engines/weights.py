@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 from storage.errors import InputError, OpdError
+from tasks.engines.checkpoint import SAFE_LOADING
 
 TOLERANCE = {"float32": 1e-4}
 """Largest difference of a probe's log-probability, in nats, that is no sign of other weights, by engine dtype."""
@@ -215,7 +216,7 @@ def reference_logprobs(path: Path, sequences: list[tuple[list[int], list[int]]])
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **SAFE_LOADING).eval()
     result = []
     with torch.inference_mode():
         for prompt, completion in sequences:

@@ -12,7 +12,8 @@ from storage.errors import InputError
 from tasks.trainer.config import LoraSettings
 from tasks.trainer.model import add_adapters, load_model
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json")
+_COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", "")
+"""Endings of what goes along: tokenizer, template, generation config, licence. No pickle, no code."""
 
 
 def export_student(
@@ -39,16 +40,22 @@ def export_student(
         if lora is not None:
             model = _merged(model)
     model.config.use_cache = True
+    if hasattr(model.config, "auto_map"):  # names code that does not go along
+        del model.config.auto_map
     model.save_pretrained(target, safe_serialization=True)
     copied = [file for file in sorted(companions.iterdir()) if _goes_along(file)]
     if not any(file.name.startswith("tokenizer") for file in copied):
         raise InputError(f"{companions}: the checkpoint has no tokenizer files")
     for file in copied:
         shutil.copyfile(file, target / file.name)
+    for file in sorted(companions.glob("additional_chat_templates/*.jinja")):
+        (target / file.parent.name).mkdir(exist_ok=True)
+        shutil.copyfile(file, target / file.parent.name / file.name)
 
 
 def _goes_along(file: Path) -> bool:
-    return file.is_file() and file.name != "config.json" and not file.name.endswith(_WEIGHTS)
+    ours = file.name == "config.json" or file.name.endswith(".index.json")
+    return file.is_file() and file.suffix in _COMPANIONS and not ours
 
 
 def _merged(model: torch.nn.Module) -> torch.nn.Module:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from storage.errors import ConfigError, InputError
+from tasks.engines.checkpoint import SAFE_LOADING
 from tasks.losses.needs import StudentRequest
 from tasks.losses.registry import Objective
 from tasks.losses.types import StudentView, TokenBatch
@@ -29,7 +30,7 @@ def load_model(path: Path, dtype: str) -> PreTrainedModel:
     Raises InputError when it cannot be loaded, ConfigError for models whose logits are more than head(hidden)."""
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype], attn_implementation="sdpa", local_files_only=True
+            path, dtype=DTYPES[dtype], attn_implementation="sdpa", **SAFE_LOADING
         )
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a causal language model that transformers can load ({error})") from error

@@ -48,7 +48,7 @@ class TrainerState(BaseModel):
 def read(directory: Path, lora: dict[str, Any] | None) -> TrainerState:
     """The state's description. CorruptArtifact when unreadable, InputError when it belongs to other adapters."""
     try:
-        state = TrainerState.model_validate_json((directory / "trainer.json").read_text())
+        state = TrainerState.model_validate_json((directory / "trainer.json").read_bytes())
     except (OSError, ValidationError) as error:
         raise CorruptArtifact(f"{directory}/trainer.json: not a trainer state ({error})") from error
     if state.lora != lora:

@@ -1,0 +1,71 @@
+"""The end of a query that DuckDB itself does not end: for processes that exist for one query, like `opd query`.
+
+DuckDB looks at its interrupt and its memory limit between chunks of rows. One call of a function on a huge constant
+(`md5(repeat('x', 1000000000))`) is past both: it took half a minute and 2 GB at limits of 2 seconds and 200 MB. So the
+process gets a limit of its own memory from the kernel, and a thread that ends it when the interrupt did nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+GRACE_SECONDS = 2.0
+"""Past the limit: time that DuckDB has to notice its interrupt."""
+SLACK_BYTES = 1 << 30
+"""Memory beside DuckDB's: the interpreter, threads' stacks, the result."""
+_UNITS = {"b": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+@contextmanager
+def process_limits(limit_seconds: float, memory: str) -> Iterator[None]:
+    """Inside, this process ends with exit code 2 and a line on stderr `GRACE_SECONDS` after the limit, and cannot take
+    more than `memory` (as DuckDB writes it: 1GB, 512MiB) and `SLACK_BYTES` on top of what it has: MemoryError then."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    size = memory_bytes(memory)
+    ended = threading.Event()
+
+    def watch() -> None:
+        if not ended.wait(limit_seconds + GRACE_SECONDS):
+            line = f"error: ended after {limit_seconds:g} seconds, in a call that cannot be interrupted; ask for less\n"
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())
+            os._exit(2)
+
+    threading.Thread(target=watch, daemon=True, name="query-limit").start()
+    try:
+        if size is not None:
+            wanted = _data_bytes() + size + SLACK_BYTES
+            resource.setrlimit(resource.RLIMIT_DATA, (_least(wanted, before[0], before[1]), before[1]))
+        yield
+    finally:
+        ended.set()
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def memory_bytes(memory: str) -> int | None:
+    """The bytes that a memory limit in DuckDB's spelling means; None for what is none (DuckDB refuses it)."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", memory, re.IGNORECASE)
+    if found is None:
+        return None
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** _UNITS[found[2].lower() or "b"])
+
+
+def _data_bytes() -> int:
+    """Private writable memory that this process has mapped, which is what RLIMIT_DATA counts."""
+    try:
+        with open("/proc/self/status") as status:
+            for line in status:
+                if line.startswith("VmData:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _least(*limits: int) -> int:
+    given = [limit for limit in limits if limit != resource.RLIM_INFINITY]
+    return min(given)

@@ -35,6 +35,7 @@ MARKS = (
     SpecialTokens(mark="all", tokens=("<think>", "th"), occurrence="first"),
 )
 POLICIES = (("special_token", "teacher_prefix", "unmapped"), ("unmapped",), ("truncated", "special_token"), ())
+WHO = ("student", "teacher")
 ODD = (math.nan, math.inf, -math.inf)
 
 
@@ -83,8 +84,9 @@ class Oracle:
                 why.add("truncated")
             if place < made.prefix:
                 why.add("teacher_prefix")
-            given = [made.sampling[place], *(made.values[name][place] for name in made.values)]
-            if not all(math.isfinite(value) for value in given) or made.sampling[place] > 0:
+            probabilities = [made.sampling[place]] + [made.values[f"{who}_logprobs"][place] for who in WHO]
+            entropies = [made.values[f"{who}_entropy"][place] for who in WHO]
+            if not all(-math.inf < v <= 0 for v in probabilities) or not all(0 <= v < math.inf for v in entropies):
                 why.add("invalid_value")
             found.append(why)
         return found
@@ -100,12 +102,12 @@ def completion(number: int, student: Tokenizer) -> Made:
     ids += [student.token_to_id("<|end|>")] if finish == "stop" else []
     sampling = [-draw.random() for _ in ids]
     names = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy")
-    values = {name: [-draw.random() for _ in ids] for name in names}
+    values = {name: [draw.random() * (1 if "entropy" in name else -1) for _ in ids] for name in names}
     if draw.random() < 0.3:
         where = draw.randrange(len(ids))
-        draw.choice([sampling, *values.values()])[where] = draw.choice(ODD)
-    if draw.random() < 0.1:
-        sampling[draw.randrange(len(ids))] = draw.choice((0.5, *ODD))
+        name = draw.choice(("sampling", *names))
+        wrong_side = -0.5 if "entropy" in name else 0.5
+        {"sampling": sampling, **values}[name][where] = draw.choice((wrong_side, *ODD))
     return Made(ids, draw.choice((0, 0, 0, min(2, len(ids)))), finish, sampling, values)
 
 

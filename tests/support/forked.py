@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,37 @@ _PRELOAD = ["scripted_run", "small_store", "flows.cli.run", "flows.runner", "flo
 _PDEATHSIG = 1
 
 
-def start(target: Callable[..., None], *arguments: Any, output: Path | None = None) -> Any:
-    """A started `multiprocessing` process that calls `target(*arguments)`; what it prints is appended to `output`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    process = context.Process(target=_run, args=(target, arguments, output), daemon=True)
-    process.start()
-    return process
+class Forked:
+    """A started process. multiprocessing reads an exit code once, from a pipe, whoever asks, also while another process is
+    started: from two threads, one of them would get it and the other 255. Here one asks at a time."""
+
+    _asking = threading.Lock()
+
+    def __init__(self, target: Callable[..., None], arguments: tuple[Any, ...], output: Path | None) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOAD)
+        self._process = context.Process(target=_run, args=(target, arguments, output), daemon=True)
+        with self._asking:
+            self._process.start()
+        self.pid: int = self._process.pid  # type: ignore[assignment]
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while it is alive, negative for a signal."""
+        with self._asking:
+            return self._process.exitcode
+
+    def is_alive(self) -> bool:
+        return self.exitcode is None
+
+    def join(self, patience: float) -> None:
+        """Waits for its end, at most `patience` seconds."""
+        multiprocessing.connection.wait([self._process.sentinel], patience)
+
+
+def start(target: Callable[..., None], *arguments: Any, output: Path | None = None) -> Forked:
+    """A process that calls `target(*arguments)`; what it prints is appended to `output`."""
+    return Forked(target, arguments, output)
 
 
 def _run(target: Callable[..., None], arguments: tuple[Any, ...], output: Path | None) -> None:
@@ -36,8 +62,9 @@ def _run(target: Callable[..., None], arguments: tuple[Any, ...], output: Path |
     target(*arguments)
 
 
-def exit_code(process: Any, patience: float = 120.0) -> int:
+def exit_code(process: Forked, patience: float = 120.0) -> int:
     """Of a process that has ended, or does within `patience` seconds; negative for a signal."""
     process.join(patience)
-    assert process.exitcode is not None, f"process {process.pid} is still busy after {patience} s"
-    return int(process.exitcode)
+    code = process.exitcode
+    assert code is not None, f"process {process.pid} is still busy after {patience} s"
+    return code

@@ -30,19 +30,25 @@ def run_and_commit(
             missing = builder.missing("training_steps", 1)
             outputs["steps"] = {"stage": builder.stage, "key": builder.key} if missing else None
     context.log(f"{job['op']}: {job['model']}")
+    order = sorted(builders, key=lambda name: name != "student")  # the state names the student it belongs to
+    numerics = context.runtime.numerics()
+    last = builders[order[-1]].checkpoints(numerics)  # committed last, so that its checkpoints last as long as needed
+    checkpoints = {"folder": str(last.folder), "settings": last.settings}
     [result] = context.workers.run(
         "trainer",
-        [{**job, "store": str(context.store.root), "outputs": outputs}],
+        [{**job, "store": str(context.store.root), "outputs": outputs, "checkpoints": checkpoints}],
         lambda _, done, total, figures=None: context.progress(done, total, "steps", figures),
     )
+    for note in result.get("notes", ()):
+        context.log(f"{job['op']}: {note}")
     if text := summary(result["metrics"]):
         context.log(f"{job['op']}: {result['steps']} steps: {text}")
     if invalid := result["metrics"].get("invalid_tokens"):
         context.log(f"warning: {job['op']}: {invalid} completion tokens have invalid values and were left out")
-    provenance = {"numerics": context.runtime.numerics()}
+    provenance = {"numerics": numerics}
     meta = {"steps": result["steps"], "last_step": result["last_step"]}
     student: Artifact | None = None
-    for name in sorted(builders, key=lambda name: name != "student"):  # the state names the student it belongs to
+    for name in order:
         if name == "student":
             student = builders[name].commit(meta=meta, provenance=provenance)
         elif name == "trainer_state":

@@ -7,11 +7,11 @@ read before its hash is known to be the recorded one. Damaged ones go to quarant
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,10 @@ from storage.files import (
     replace_atomically,
     seal,
     temporary_name,
+    unique,
     unseal,
     utc_now,
 )
-from storage.identity import canonical_json
 from storage.trees import damaged
 
 CHECKPOINT = "checkpoint-"
@@ -42,7 +42,7 @@ CHECKPOINT = "checkpoint-"
 RECORD = "checkpoint.json"
 KEPT = 2
 """The newest are kept: the last one, and the one before it, should the disk damage that."""
-_NAME = re.compile(CHECKPOINT + r"(?P<group>[0-9a-f]{8})-(?P<step>\d{8})")
+_NAME = re.compile(CHECKPOINT + r"(?P<step>\d{8})-[0-9a-f]{12}")
 
 
 class _Record(BaseModel):
@@ -75,7 +75,6 @@ class Checkpoints:
 
     def __init__(self, root: Path, folder: Path, settings: Mapping[str, Any]) -> None:
         self.root, self.folder, self.settings = root, folder, dict(settings)
-        self._group = hashlib.sha256(canonical_json(self.settings).encode("ascii")).hexdigest()[:8]
 
     def begin(self) -> Path:
         """An empty folder for the files of the next one."""
@@ -97,68 +96,73 @@ class Checkpoints:
         )
         failpoint("checkpoint.before_record")
         replace_atomically(temporary / RECORD, seal(record.model_dump(mode="json")))
-        path = self.folder / f"{CHECKPOINT}{self._group}-{step:08d}"
+        path = self.folder / f"{CHECKPOINT}{step:08d}-{unique()}"
         failpoint("checkpoint.before_rename", temporary / RECORD)
         os.rename(temporary, path)
         failpoint("checkpoint.after_rename", path / RECORD)
         fsync_directory(self.folder)
         failpoint("checkpoint.before_sweep", path / RECORD)
-        for _, old in self._found()[KEPT:]:
+        for old in self._mine()[KEPT:]:
             remove(old)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest that is whole, and what there is to say about the others. Damaged ones go to quarantine."""
         remove_leftovers(self.folder, places=("",))
-        said: list[str] = []
+        said, others = list[str](), list[_Record]()
         for step, path in self._found():
             try:
-                return self._whole(path, step), said
+                record = self._record(path, step)
+                if record.settings == self.settings:
+                    return self._whole(path, record), said
+                others.append(record)
             except CorruptArtifact as error:
                 quarantine(self.root, path, f"a damaged checkpoint: {error}")
                 said.append(f"the checkpoint of step {step} is damaged and in quarantine: {error}")
-        return None, said + self._others()
+        return None, said + [self._unused(record) for record in others[:1]]
 
     def _found(self) -> list[tuple[int, Path]]:
-        """Those of this group, newest first."""
+        """All, newest first."""
         named = [(_NAME.fullmatch(path.name), path) for path in self.folder.iterdir()]
-        mine = [(int(match["step"]), path) for match, path in named if match and match["group"] == self._group]
-        return sorted(mine, reverse=True)
+        return sorted(((int(match["step"]), path) for match, path in named if match), reverse=True)
 
-    def _whole(self, path: Path, step: int) -> Checkpoint:
-        """CorruptArtifact for anything that is not exactly what was written."""
-        record = self._record(path)
-        if (record.artifact, record.step, record.settings) != (self.folder.name, step, self.settings):
-            raise CorruptArtifact(f"{path / RECORD}: it is the record of another checkpoint")
+    def _mine(self) -> list[Path]:
+        """Those at equal settings, newest first."""
+        found = []
+        for step, path in self._found():
+            with suppress(CorruptArtifact):
+                if self._record(path, step).settings == self.settings:
+                    found.append(path)
+        return found
+
+    def _whole(self, path: Path, record: _Record) -> Checkpoint:
+        """CorruptArtifact when a file is not exactly what was written."""
         for file in record.files:
             problem = damaged(path / file.path, file, None)
             if problem is not None:
                 raise CorruptArtifact(f"{path / file.path}: {problem}")
-        return Checkpoint(step, record.created, tuple(path / file.path for file in record.files), record.content)
+        return Checkpoint(record.step, record.created, tuple(path / file.path for file in record.files), record.content)
 
-    def _record(self, path: Path) -> _Record:
+    def _record(self, path: Path, step: int) -> _Record:
+        """CorruptArtifact when it is unreadable, or the record of another checkpoint."""
         try:
-            return _Record.model_validate(unseal(path / RECORD))
+            record = _Record.model_validate(unseal(path / RECORD))
         except (OSError, ValidationError) as error:
             raise CorruptArtifact(f"{path / RECORD}: not a checkpoint's record ({error})") from error
+        if (record.artifact, record.step) != (self.folder.name, step):
+            raise CorruptArtifact(f"{path / RECORD}: it is the record of another checkpoint")
+        return record
 
-    def _others(self) -> list[str]:
-        """Where none can be used: what was made at other settings, and which settings these are."""
-        for path in sorted(self.folder.glob(f"{CHECKPOINT}*"), reverse=True):
-            try:
-                record = self._record(path)
-            except CorruptArtifact:
-                continue
-            names = sorted(record.settings.keys() | self.settings.keys())
-            changed = [
-                f"{name} {record.settings.get(name)!r}, now {self.settings.get(name)!r}"
-                for name in names
-                if record.settings.get(name) != self.settings.get(name)
-            ]
-            return [
-                f"the checkpoint of step {record.step} was made with other settings ({'; '.join(changed)}) and is not used;"
-                " with the old settings the run goes on from it"
-            ]
-        return []
+    def _unused(self, record: _Record) -> str:
+        """Why one at other settings is not used."""
+        changed = [
+            f"{name} {record.settings.get(name)!r}, now {self.settings.get(name)!r}"
+            for name in sorted(record.settings.keys() | self.settings.keys())
+            if record.settings.get(name) != self.settings.get(name)
+        ]
+        return (
+            f"the checkpoint of step {record.step} was made with other settings ({'; '.join(changed)}) and is not used;"
+            " with the old settings the run goes on from it"
+        )
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> FileRecord:

@@ -45,7 +45,7 @@ def run_and_commit(
         lambda _, done, total, figures=None: context.progress(done, total, "steps", figures),
     )
     for note in result.get("notes", ()):
-        context.log(f"{job['op']}: {note}")
+        context.say(job["op"], note)
     if text := summary(result["metrics"]):
         context.log(f"{job['op']}: {result['steps']} steps: {text}")
     if invalid := result["metrics"].get("invalid_tokens"):

@@ -31,12 +31,18 @@ OUTSIDE = {
     "drop": "only the terms of S, unnormalised; no divergence, can be negative",
 }
 SUPPORTS = {
-    "teacher_topk": "S = the k ids with the largest q",
-    "student_topk": "S = the k ids with the largest p_old",
-    "union": "S = both lists together",
-    "full": "S = every id, k = V",
-    "sampled": "the sampled token y alone (policy gradient)",
+    "direct": {
+        "teacher_topk": "S = the k ids with the largest q",
+        "student_topk": "S = the k ids with the largest p_old",
+        "union": "S = both lists together",
+        "full": "S = every id, k = V",
+    },
+    "policy_gradient": {
+        "sampled": "the sampled token y alone",
+        "student_topk": "sum_{v in S} -sg(w(v) A(v)) rho(v), S = the k ids with the largest p_old, w = p_old or p over S",
+    },
 }
+"""By estimator: what they have a common name for has fields of its own in each."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,20 @@ class Entry:
     about: str
     """everything that its definition says about it"""
     uses: tuple[str, ...] = ()
-    """names of the entries that a recipe is made of"""
+    """axes and labels of the entries that a recipe is made of"""
     file: str = ""
     """a recipe's file, from the checkout"""
+    estimator: str = ""
+    """the only one that it is a choice of, where the axis has others for others"""
+
+    @property
+    def label(self) -> str:
+        """The name, with what tells it from others of that name."""
+        return f"{self.name} ({self.estimator})" if self.estimator else self.name
 
     @property
     def anchor(self) -> str:
-        return f"{self.axis}-{self.name}".replace(" ", "-").replace("_", "-")
+        return "-".join(re.findall(r"[a-z0-9]+", f"{self.axis} {self.label}"))
 
 
 def catalogue() -> list[Entry]:
@@ -78,7 +91,7 @@ def catalogue() -> list[Entry]:
     estimators = [_of_class(c.model_fields["estimator"].default, "estimator", c) for c in _ESTIMATORS]
     found = [_recipe(path) for path in sorted(RECIPES.glob("*.yaml"))] + estimators
     found += [_of_class(kind, "divergence", c) for kind, c in DIVERGENCES.classes.items()]
-    found += [_support(kind, equation) for kind, equation in SUPPORTS.items()]
+    found += [_support(estimator, kind) for estimator, kinds in SUPPORTS.items() for kind in kinds]
     found += [_outside(kind, equation) for kind, equation in OUTSIDE.items()]
     found += [_of_class(kind, "trust region", c) for kind, c in TRUST_REGIONS.classes.items()]
     return found + [_of_class(kind, "token weight", c) for kind, c in TOKEN_WEIGHTS.classes.items()]
@@ -94,7 +107,11 @@ _ESTIMATORS: dict[type[BaseModel], str] = {  # where each is computed; named, so
     PolicyGradientConfig: "tasks/losses/policy_gradient.py PolicyGradientObjective",
     SftConfig: "tasks/losses/sft.py SftObjective",
 }
-_SUPPORT_CLASSES = {"full": FullSupport, "sampled": SampledToken}
+_SUPPORT_CLASSES: dict[tuple[str, str], type[BaseModel]] = {
+    ("direct", "full"): FullSupport,
+    ("policy_gradient", "sampled"): SampledToken,
+    ("policy_gradient", "student_topk"): StudentCandidates,
+}
 
 
 def _of_class(name: str, axis: str, cls: Any) -> Entry:
@@ -115,12 +132,12 @@ def _of_class(name: str, axis: str, cls: Any) -> Entry:
     )
 
 
-def _support(kind: str, equation: str) -> Entry:
-    classes = [_SUPPORT_CLASSES.get(kind, TopkSupport)] + ([StudentCandidates] if kind == "student_topk" else [])
-    about = "\n\n".join(inspect.getdoc(cls) or "" for cls in classes)
-    fields = {field.name: field for cls in classes for field in _fields(cls)}
-    code = _where(classes[0])
-    return Entry(kind, "support", equation, (equation,), (), False, code, tuple(fields.values()), about)
+def _support(estimator: str, kind: str) -> Entry:
+    cls, equation = _SUPPORT_CLASSES.get((estimator, kind), TopkSupport), SUPPORTS[estimator][kind]
+    about = inspect.getdoc(cls) or ""
+    summary = equation if estimator == "direct" else _first_sentence(about)
+    code, fields = _where(cls), _fields(cls)
+    return Entry(kind, "support", summary, (equation,), (), False, code, fields, about, estimator=estimator)
 
 
 def _outside(kind: str, equation: str) -> Entry:
@@ -146,7 +163,10 @@ def _recipe(path: Path) -> Entry:
         code=_ESTIMATORS[type(objective)],
         fields=_values(objective),
         about=about,
-        uses=tuple(f"{axis} {name}" for axis, name, _ in made_of),
+        uses=tuple(
+            f"{axis} {name} ({objective.estimator})" if axis == "support" else f"{axis} {name}"
+            for axis, name, _ in made_of
+        ),
         file=str(path.relative_to(CHECKOUT)),
     )
 
@@ -161,7 +181,8 @@ def _parts(objective: Any) -> list[tuple[str, str, str]]:
         text = divergence.w_equation if objective.advantage == "opd_plus" else f"-({divergence.f_equation})"
         centred = ", centred at u = 1" if objective.center else ""
         parts.append(("divergence", divergence.kind, f"A = {text}{centred}"))
-    parts.append(("support", objective.support.kind, SUPPORTS[objective.support.kind]))
+    kind = objective.support.kind
+    parts.append(("support", kind, SUPPORTS[objective.estimator][kind]))
     outside = getattr(objective.support, "outside", None)
     if outside is not None and objective.support.kind != "full":
         parts.append(("outside", outside, OUTSIDE[outside]))
@@ -170,7 +191,7 @@ def _parts(objective: Any) -> list[tuple[str, str, str]]:
         ("token weight", objective.token_weight),
     ):
         if choice is not None and choice.kind != "none":
-            parts.append((axis, choice.kind, choice.equation))
+            parts.append((axis, choice.kind, choice.configured))
     return parts
 
 

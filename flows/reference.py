@@ -101,13 +101,13 @@ rollouts of their own; TrOPD's term for prefix tokens is there. Off-policy train
 def objectives() -> str:
     """Markdown: methods first, then every choice on every axis."""
     entries = catalogue()
-    places = {f"{entry.axis} {entry.name}": f"[{entry.name}](#{entry.anchor})" for entry in entries}
+    places = {f"{entry.axis} {entry.label}": f"{entry.axis} [{entry.label}](#{entry.anchor})" for entry in entries}
     parts = [OBJECTIVES]
     for axis in axes(entries):
         chosen = [entry for entry in entries if entry.axis == axis]
         title = "Methods" if axis == "recipe" else f"{axis[0].upper()}{axis[1:]}"
         lines = [f"## {title}", "", "| name | what it is | paper |", "|---|---|---|"]
-        lines += [_row((places[f"{e.axis} {e.name}"], e.summary + _mark(e), _papers(e))) for e in chosen]
+        lines += [_row((f"[{e.label}](#{e.anchor})", e.summary + _mark(e), _papers(e))) for e in chosen]
         parts.append("\n".join(lines) + "\n")
         parts += [_entry(entry, places) for entry in chosen]
     return "\n".join(parts).rstrip() + "\n"
@@ -119,10 +119,10 @@ def _entry(entry: Entry, places: dict[str, str]) -> str:
     if entry.file:
         links.insert(0, f"recipe: [{entry.file}](../{entry.file})")
     if entry.uses:
-        links.append("made of: " + ", ".join(f"{use.rsplit(' ', 1)[0]} {places[use]}" for use in entry.uses))
+        links.append("made of: " + ", ".join(places[use] for use in entry.uses))
     about = "" if entry.about == entry.summary else entry.about.strip() + "\n\n"
     equations = "\n".join(f"    {equation}" for equation in entry.equations)
-    lines = [f'<a id="{entry.anchor}"></a>', f"### {entry.name}{_mark(entry)}", "", about + equations, ""]
+    lines = [f'<a id="{entry.anchor}"></a>', f"### {entry.label}{_mark(entry)}", "", about + equations, ""]
     lines += ["; ".join(links) + (f"; paper: {_papers(entry)}" if entry.papers else ""), ""]
     if entry.fields and entry.axis != "recipe":
         lines += ["| field | default | meaning |", "|---|---|---|"]

@@ -168,7 +168,7 @@ _ALL = (
         _col("seconds", _DOUBLE, "wall time of the step"),
         _opt("teacher_mass", _DOUBLE, "the teacher's probability on the support"),
         _opt("student_mass", _DOUBLE, "the live student's probability on the support"),
-        _opt("overlap_ratio", _DOUBLE, "share of the support that both models' top-K lists hold"),
+        _opt("overlap_ratio", _DOUBLE, "share of the teacher's top-K list in the live student's; null without it"),
         _opt("student_entropy", _DOUBLE, "live student, nats"),
         _opt("teacher_entropy", _DOUBLE, "teacher, nats"),
         _opt("clip_fraction", _DOUBLE, "share of tokens whose importance ratio was clipped"),

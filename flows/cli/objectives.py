@@ -56,14 +56,15 @@ def _list(out: Console, entries: list[Entry]) -> None:
                 shown = (
                     "" if axis in ("recipe", "estimator") else ", ".join(f"{f.name} {f.default}" for f in entry.fields)
                 )
-                table.add_row(entry.name, escape(entry.summary) + mark, ", ".join(entry.papers), escape(shown))
+                table.add_row(entry.label, escape(entry.summary) + mark, ", ".join(entry.papers), escape(shown))
         out.print(table)
         out.print()
     out.print("A recipe runs as it is: opd run configs/recipes/NAME.yaml. Equations and fields: opd objectives NAME")
 
 
 def _show(out: Console, entry: Entry) -> None:
-    out.print(f"[bold]{entry.name}[/] ({entry.axis}{', experimental' if entry.experimental else ''})")
+    what = entry.axis + (f" of {entry.estimator}" if entry.estimator else "")
+    out.print(f"[bold]{entry.name}[/] ({what}{', experimental' if entry.experimental else ''})")
     out.print(escape(entry.about), soft_wrap=True)
     out.print()
     for equation in entry.equations:

@@ -57,9 +57,11 @@ class StudentCandidates(Identity):
     The weight is p(v) renormalised over the K ids, detached: of the rollout-time student, so that weight x ratio is
     the live probability (up to the constant mass of the list), or of the live one, as some code does.
 
-    The list's mean advantage is -KL, below zero, which also pushes student mass off the list, where nothing is
-    compared. `baseline: list` (ours) subtracts it: on-policy the gradient is then that of the reverse KL renormalised
-    over the list, Revisiting OPD's on the student's candidates."""
+    With A = log u the list's mean advantage is log(q(S) / p(S)) - KL(p^ || q^), p^ and q^ renormalised over the list S.
+    Where it is negative it pushes student mass off the list, where nothing is compared; where it is positive (the
+    teacher has more mass on the list) it pulls mass onto it. `baseline: list` (ours) subtracts it: on-policy, and
+    where log u is not clipped, the gradient is then that of the reverse KL renormalised over the list: Revisiting OPD's
+    on the student's candidates."""
 
     kind: Literal["student_topk"] = "student_topk"
     k: int = Field(16, ge=1, description="candidates per token")
@@ -67,6 +69,15 @@ class StudentCandidates(Identity):
     baseline: Literal["none", "list"] = Field(
         "none", description="what is subtracted from the advantages: nothing, or their weighted mean over the list"
     )
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> StudentCandidates:
+        if self.k == 1 and self.baseline == "list":
+            raise ValueError(
+                "baseline: the mean advantage of a list of one is that advantage, so loss and gradient are identically"
+                " zero; use a larger k, or baseline: none"
+            )
+        return self
 
 
 class Normalised(Identity):

@@ -44,6 +44,14 @@ else:
     TokenWeightField = _one_of(TOKEN_WEIGHTS)
 
 
+LARGEST_EXPONENT = 80.0
+"""What may be reached in e^x: float32 ends at e^88.7, and sums and factors (x itself, 1 / alpha) need the rest."""
+
+
+def _named(divergence: Divergence) -> str:
+    return ", ".join(f"{name} {value}" for name, value in divergence)
+
+
 def everything(support: SupportKind, exclude_ids: tuple[int, ...] = ()) -> StudentRequest:
     """What metrics want to know where there is a support."""
     return StudentRequest(
@@ -52,7 +60,7 @@ def everything(support: SupportKind, exclude_ids: tuple[int, ...] = ()) -> Stude
         log_normaliser=True,
         tail=True,
         entropy=True,
-        overlap=True,
+        overlap=support != "student_topk",  # the teacher's own list is not among its signals
         exclude_ids=exclude_ids,
     )
 
@@ -78,7 +86,9 @@ class DirectConfig(Weighted):
         TopkSupport.model_validate({}), description="ids on which the two are compared"
     )
     support_exclude_ids: tuple[int, ...] = Field(
-        (), description="ids taken out of both distributions at every position (a teacher's <think>)"
+        (),
+        description="ids taken out of both distributions wherever the support lists them (a teacher's <think>); elsewhere"
+        " they lie outside of it as any other id does",
     )
     logprob_min: float = Field(
         -40.0, lt=0, ge=-80, description="floor of log p and log q per category; no gradient below it"
@@ -104,6 +114,16 @@ class DirectConfig(Weighted):
             )
         if any(i < 0 for i in self.support_exclude_ids):
             raise ValueError("support_exclude_ids: ids are not negative")
+        floors = {"logprob_min": self.logprob_min}
+        if support.outside == "bucket":
+            floors["tail_logmass_min"] = self.tail_logmass_min
+        for name, floor in floors.items():
+            if self.divergence.growth * -floor > LARGEST_EXPONENT:
+                raise ValueError(
+                    f"{name}: at {floor:g} a term of {_named(self.divergence)} reaches"
+                    f" e^{self.divergence.growth * -floor:g}, which float32 cannot hold; use"
+                    f" {-LARGEST_EXPONENT / self.divergence.growth:.4g} or more"
+                )
         return self
 
     def needs(self) -> Needs:
@@ -146,7 +166,11 @@ class PolicyGradientConfig(Weighted):
         "opd_plus",
         description="`opd_plus`: w_f(u) = -f(u) + u f'(u), unbiased; `stop_gradient`: -f(u), as is usual",
     )
-    center: bool = Field(True, description="subtract the advantage at u = 1: equal in expectation, less variance")
+    center: bool = Field(
+        True,
+        description="subtract the advantage at u = 1: same gradient in expectation for exact samples of the sampled token,"
+        " without a ratio clip or trust region; less variance",
+    )
     advantage_at: Literal["live", "rollout"] = Field(
         "live", description="log u from the live student each step, or frozen at the rollout"
     )
@@ -180,6 +204,20 @@ class PolicyGradientConfig(Weighted):
             raise ValueError(
                 f"trust_region: {self.trust_region.kind} judges the sampled token, but support.kind is"
                 f" {self.support.kind}; use support.kind: sampled, or another trust region"
+            )
+        one = self.divergence.w_at_one if self.advantage == "opd_plus" and not self.center else 0.0
+        if isinstance(self.support, StudentCandidates) and self.support.baseline == "none" and one != 0:
+            raise ValueError(
+                f"center: false gives every candidate the advantage {one:g} where student and teacher agree; over a list"
+                " that is not the whole vocabulary this moves mass onto or off it, whatever the teacher says; use center:"
+                " true, or support.baseline: list"
+            )
+        reached = self.divergence.advantage_growth * self.log_ratio_clip + self.log_rho_clip
+        if reached > LARGEST_EXPONENT:
+            raise ValueError(
+                f"log_ratio_clip: with {_named(self.divergence)}, log_ratio_clip {self.log_ratio_clip:g} and log_rho_clip"
+                f" {self.log_rho_clip:g} an advantage times its ratio reaches e^{reached:g}, which float32 cannot hold; use"
+                f" {(LARGEST_EXPONENT - self.log_rho_clip) / self.divergence.advantage_growth:.4g} or less"
             )
         return self
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 ALPHA_BOUNDS = (-2.0, 3.0)
 """Outside of these u^alpha overflows float32 at the default clamp of log-probabilities."""
+ALPHA_FROM_A_LIMIT = 1e-3
+"""Nearer to 0 or 1 the order is not told apart from its limit, and in the end 1 / alpha leaves float32."""
 
 
 class Divergence(Kind):
@@ -37,6 +39,16 @@ class Divergence(Kind):
     f_equation: ClassVar[str] = ""
     w_equation: ClassVar[str] = ""
     """the unbiased advantage of minimising E f(u)"""
+
+    @property
+    def growth(self) -> float:
+        """c such that neither terms nor their gradients exceed e^(c x) by much, where log p and log q lie in [-x, 0]."""
+        return 1.0
+
+    @property
+    def advantage_growth(self) -> float:
+        """c such that neither |f| nor |w| exceeds e^(c x) by much, where |log u| <= x. Configs keep both in float32."""
+        return 1.0
 
     @abstractmethod
     def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -62,6 +74,13 @@ class Divergence(Kind):
 DIVERGENCES: Registry[Divergence] = Registry("divergence")
 REGISTRY = DIVERGENCES.classes
 register = DIVERGENCES.register
+
+
+def _log_mixture(share: float, log_u: Tensor) -> Tensor:
+    """log(share u + 1 - share), zero at u = 1; from the side on which 1 + x stays above 1/2, so finite for any share."""
+    if share <= 0.5:
+        return (share * log_u.expm1()).log1p()
+    return log_u + ((1 - share) * (-log_u).expm1()).log1p()
 
 
 @register
@@ -151,7 +170,7 @@ class JSD(Divergence):
         return end.w(log_u) if end is not None else (1 - self.beta) * self._log_m(log_u)
 
     def _log_m(self, log_u: Tensor) -> Tensor:
-        return (self.beta * log_u.expm1()).log1p()
+        return _log_mixture(self.beta, log_u)
 
     @property
     def w_at_one(self) -> float:
@@ -184,7 +203,7 @@ class SkewedForwardKL(Divergence):
         return (1 - self.alpha) * (log_u - self._log_m(log_u)).exp()
 
     def _log_m(self, log_u: Tensor) -> Tensor:
-        return (self.alpha * log_u.expm1()).log1p()
+        return _log_mixture(self.alpha, log_u)
 
     @property
     def w_at_one(self) -> float:
@@ -217,7 +236,7 @@ class SkewedReverseKL(Divergence):
         return log_m - (1 - self.alpha) * (log_u - log_m).exp()
 
     def _log_m(self, log_u: Tensor) -> Tensor:
-        return ((1 - self.alpha) * log_u.expm1()).log1p()
+        return _log_mixture(1 - self.alpha, log_u)
 
     @property
     def w_at_one(self) -> float:
@@ -231,7 +250,9 @@ class Alpha(Divergence):
     Forward KL as a -> 1, reverse KL as a -> 0."""
 
     kind: Literal["alpha"] = "alpha"
-    alpha: float = Field(0.5, ge=ALPHA_BOUNDS[0], le=ALPHA_BOUNDS[1], description="order; neither 0 nor 1")
+    alpha: float = Field(
+        0.5, ge=ALPHA_BOUNDS[0], le=ALPHA_BOUNDS[1], description="order; at least 0.001 from 0 and from 1"
+    )
     equation = "sum p (u^alpha - alpha u - (1-alpha)) / (alpha (alpha-1)), u = q/p"
     f_equation = "(u^alpha - alpha u - (1-alpha)) / (alpha (alpha-1))"
     w_equation = "(u^alpha - 1) / alpha"
@@ -240,21 +261,39 @@ class Alpha(Divergence):
     @field_validator("alpha")
     @classmethod
     def _not_a_limit(cls, value: float) -> float:
-        if value in (0, 1):
-            raise ValueError("the formula divides by alpha (alpha-1); use kind: reverse_kl for 0, forward_kl for 1")
+        if min(abs(value), abs(value - 1)) < ALPHA_FROM_A_LIMIT * (1 - 1e-9):  # 1.001 - 1 is a little less
+            raise ValueError(
+                f"{value:g} is nearer than {ALPHA_FROM_A_LIMIT:g} to 0 or 1, where the formula divides by alpha (alpha-1);"
+                " use kind: reverse_kl for 0, forward_kl for 1"
+            )
         return value
 
+    @property
+    def growth(self) -> float:
+        return max(self.alpha - 1, -self.alpha, 0.0)
+
+    @property
+    def advantage_growth(self) -> float:
+        return max(abs(self.alpha), 1.0)
+
     def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        a = self.alpha
-        mixed = (a * log_q + (1 - a) * log_p).exp()
-        return (mixed - a * log_q.exp() - (1 - a) * log_p.exp()) / (a * (a - 1))
+        if self.alpha < 0.5:
+            return log_p.exp() * _alpha_f(self.alpha, log_q - log_p)
+        return log_q.exp() * _alpha_f(1 - self.alpha, log_p - log_q)  # p f_a(q/p) = q f_(1-a)(p/q)
 
     def f(self, log_u: Tensor) -> Tensor:
-        a = self.alpha
-        return ((a * log_u).expm1() - a * log_u.expm1()) / (a * (a - 1))
+        if self.alpha < 0.5:
+            return _alpha_f(self.alpha, log_u)
+        return log_u.exp() * _alpha_f(1 - self.alpha, -log_u)
 
     def w(self, log_u: Tensor) -> Tensor:
         return (self.alpha * log_u).expm1() / self.alpha
+
+
+def _alpha_f(a: float, log_u: Tensor) -> Tensor:
+    """(u^a - a u - (1-a)) / (a (a-1)) for a < 1/2, where nothing cancels but what must: next to 0 the usual form loses
+    every digit in float32."""
+    return ((a * log_u).expm1() / a - log_u.expm1()) / (a - 1)
 
 
 @register
@@ -266,6 +305,14 @@ class PearsonChi2(Divergence):
     f_equation = "(u-1)^2"
     w_equation = "u^2 - 1"
     paper = "2606.01039"
+
+    @property
+    def growth(self) -> float:
+        return 1.5  # on the way to the gradient, which itself grows as e^x
+
+    @property
+    def advantage_growth(self) -> float:
+        return 2.0
 
     def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return ((log_p / 2).exp() * (log_q - log_p).expm1()) ** 2

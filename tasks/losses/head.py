@@ -47,8 +47,7 @@ class PlainHead:
     """All logits at once."""
 
     def __call__(self, hidden_ND: Tensor, head: nn.Module, batch: TokenBatch, request: StudentRequest) -> StudentView:
-        ids, listed = _support(batch, request)
-        return _view(from_logits(head(hidden_ND), batch.token_ids_N, ids, listed, request))
+        return _view(from_logits(head(hidden_ND), batch.token_ids_N, *_support(batch, request), request))
 
 
 class ChunkedHead:
@@ -67,7 +66,8 @@ class ChunkedHead:
     def __call__(self, hidden_ND: Tensor, head: nn.Module, batch: TokenBatch, request: StudentRequest) -> StudentView:
         kept_M = batch.loss_mask_N.nonzero().squeeze(-1)
         hidden_MD = hidden_ND.index_select(0, kept_M)
-        ids_MK, listed_MK = (None if t is None else t.index_select(0, kept_M) for t in _support(batch, request))
+        lists = [None if t is None else t.index_select(0, kept_M) for t in _support(batch, request)]
+        ids_MK = lists[0]
         n = hidden_ND.shape[0]
         if ids_MK is not None and not request.whole_vocabulary and self._rows_apply(head, ids_MK.shape[-1]):
             scores_MK = _row_scores(hidden_MD, head, ids_MK, self.chunk_tokens)
@@ -75,14 +75,12 @@ class ChunkedHead:
         tokens_M = batch.token_ids_N.index_select(0, kept_M)
 
         def part(*chunk: Tensor | None) -> Parts:
-            hidden, tokens, ids, listed = chunk
+            hidden, tokens, ids, listed, teachers = chunk
             assert hidden is not None and tokens is not None
-            return from_logits(head(hidden), tokens, ids, listed, request)
+            return from_logits(head(hidden), tokens, ids, listed, teachers, request)
 
         count = _chunk_count(kept_M.shape[0], self.chunk_tokens, head)
-        inputs = [
-            [None] * count if t is None else t.tensor_split(count) for t in (hidden_MD, tokens_M, ids_MK, listed_MK)
-        ]
+        inputs = [[None] * count if t is None else t.tensor_split(count) for t in (hidden_MD, tokens_M, *lists)]
         chunks: list[Parts] = [
             checkpoint(part, *chunk, use_reentrant=False, preserve_rng_state=False)
             for chunk in zip(*inputs, strict=True)
@@ -101,12 +99,14 @@ def from_logits(
     token_ids_N: Tensor,
     ids_NK: Tensor | None,
     listed_NK: Tensor | None,
+    teacher_NK: Tensor | None,
     request: StudentRequest,
 ) -> Parts:
     """What `request` asks for, in the order of FIELDS, null where not asked.
 
-    The tail is a logsumexp over the complement of the support: it neither cancels as 1 - sum does nor makes NaN where
-    nothing lies outside. Entropy is -sum p log p, with 0 log 0 = 0."""
+    listed_NK: which ids of the support count; teacher_NK: which of them are the teacher's own list. The tail is a
+    logsumexp over the complement of the support: it neither cancels as 1 - sum does nor makes NaN where nothing lies
+    outside. Entropy is -sum p log p, with 0 log 0 = 0."""
     raw = working(logits_NV)
     token = entropy = normaliser = scores = tail = overlap = None
     if request.token_logprobs or request.entropy:
@@ -116,9 +116,8 @@ def from_logits(
         if request.entropy:
             floored = raw.clamp(min=lowest(raw))
             entropy = raw_normaliser - ((raw - raw_normaliser.unsqueeze(-1)).exp() * floored).sum(-1)
-    if request.exclude_ids:
-        gone = torch.tensor(request.exclude_ids, device=raw.device)
-        raw = raw.index_fill(-1, gone, float("-inf"))
+    if request.exclude_ids and ids_NK is not None and listed_NK is not None:
+        raw = _without(raw, ids_NK, listed_NK, request.exclude_ids)
     if request.log_normaliser or request.tail:
         normaliser = raw.logsumexp(-1)
     if ids_NK is not None and listed_NK is not None:
@@ -127,29 +126,43 @@ def from_logits(
             assert normaliser is not None
             outside = raw.scatter(-1, ids_NK, lowest(raw)).logsumexp(-1)
             tail = torch.where(listed_NK.any(-1), outside, normaliser) - normaliser
-        if request.overlap:
-            overlap = _overlap(raw, scores, listed_NK)
+        if request.overlap and teacher_NK is not None:
+            overlap = _overlap(raw, scores, teacher_NK & (scores > float("-inf")))
         if request.log_normaliser:
             assert normaliser is not None
             scores = scores - normaliser.unsqueeze(-1)
     return token, scores, normaliser if request.log_normaliser else None, tail, entropy, overlap
 
 
+def _without(raw_NV: Tensor, ids_NK: Tensor, listed_NK: Tensor, exclude_ids: tuple[int, ...]) -> Tensor:
+    """-inf at the ids to exclude, in the rows whose support lists them: of others the teacher's value is not known, so
+    there they stay outside in both models."""
+    gone_E = torch.tensor(sorted(set(exclude_ids)), device=raw_NV.device)
+    there_NE = ((ids_NK.unsqueeze(-1) == gone_E) & listed_NK.unsqueeze(-1)).any(1)
+    return raw_NV.index_copy(-1, gone_E, raw_NV.index_select(-1, gone_E).masked_fill(there_NE, float("-inf")))
+
+
 @torch.no_grad()
-def _overlap(logits_NV: Tensor, scores_NK: Tensor, listed_NK: Tensor) -> Tensor:
-    count = listed_NK.sum(-1)
-    top = logits_NV.topk(scores_NK.shape[-1], dim=-1).values
+def _overlap(logits_NV: Tensor, scores_NK: Tensor, teacher_NK: Tensor) -> Tensor:
+    """Share of the teacher's list among as many top entries of the student. A union may be wider than the vocabulary;
+    what is listed never is."""
+    count = teacher_NK.sum(-1)
+    top = logits_NV.topk(min(scores_NK.shape[-1], logits_NV.shape[-1]), dim=-1).values
     threshold = top.gather(-1, (count - 1).clamp(min=0).unsqueeze(-1))
-    return ((scores_NK >= threshold) & listed_NK).sum(-1) / count.clamp(min=1)
+    return ((scores_NK >= threshold) & teacher_NK).sum(-1) / count.clamp(min=1)
 
 
-def _support(batch: TokenBatch, request: StudentRequest) -> tuple[Tensor | None, Tensor | None]:
-    """Support ids with a real id of the row in place of padding (so that a scatter over them is safe), and the mask."""
+def _support(batch: TokenBatch, request: StudentRequest) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Support ids with a real id of the row in place of padding (so that a scatter over them is safe), which are listed,
+    and which of these are the teacher's own list (null where that is not known)."""
     if request.support is None:
-        return None, None
+        return None, None, None
     ids = required(batch.support_ids_NK, "batch.support_ids_NK").long()
     listed = listed_mask(ids, required(batch.support_valid_N, "batch.support_valid_N"))
-    return torch.where(listed, ids, ids[:, :1]), listed
+    teacher = listed if request.support in ("teacher_topk", "full") else None
+    if request.support == "union" and batch.support_teacher_valid_N is not None:
+        teacher = listed_mask(ids, batch.support_teacher_valid_N)
+    return torch.where(listed, ids, ids[:, :1]), listed, teacher
 
 
 class _RowScores(torch.autograd.Function):

@@ -23,6 +23,11 @@ class Kind(Identity):
     experimental: ClassVar[bool] = False
     """known from summaries of the paper only, or ours and untried at scale"""
 
+    @property
+    def configured(self) -> str:
+        """The equation of what the fields choose, where `equation` holds several cases."""
+        return self.equation
+
 
 C = TypeVar("C", bound=Kind)
 

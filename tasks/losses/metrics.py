@@ -33,8 +33,9 @@ def support_metrics(
 ) -> dict[str, Tensor]:
     """Metrics of a support S.
 
-    `teacher_mass` and `student_mass` are the probability of S under each, `overlap_ratio` the share of S among as
-    many top entries of the live student (Rethinking OPD), `reverse_kl` the bucketed reverse KL: a lower bound of the
+    `teacher_mass` and `student_mass` are the probability of S under each, `overlap_ratio` the share of the teacher's
+    top-K list among as many top entries of the live student (Rethinking OPD's diagnostic, 2604.13016; absent for
+    `student_topk`, where the teacher's list is not known), `reverse_kl` the bucketed reverse KL: a lower bound of the
     full one."""
     ids, valid = batch.support_ids_NK, batch.support_valid_N
     teacher = batch.teacher_support_logprobs_NK

@@ -23,9 +23,10 @@ class StudentRequest:
 
     `support` gives the ids of which scores are wanted: normalised over the vocabulary when `log_normaliser` is set,
     else raw logits (K rows of the head then suffice). `tail` is the student's log-mass outside the support,
-    `overlap` the share of the support among the student's own top entries; both imply the full vocabulary, as do
-    `token_logprobs` and `entropy`. `exclude_ids` do not exist for support, normaliser and tail; `token_logprobs` and
-    `entropy` ignore them."""
+    `overlap` the share of the teacher's list among as many top entries of the student (where the support holds that
+    list: not for `student_topk`); both imply the full vocabulary, as do `token_logprobs` and `entropy`. `exclude_ids`
+    do not exist for support, normaliser and tail of tokens whose support lists them; elsewhere they are ids like any
+    other. `token_logprobs` and `entropy` ignore them."""
 
     support: SupportKind | None = None
     token_logprobs: bool = False

@@ -21,7 +21,8 @@ def advantage(divergence: Divergence, log_u_N: Tensor, *, unbiased: bool, center
     """A(y) from log u = log q(y) - log p(y); OPD+, arXiv 2606.01039.
 
     unbiased: w_f(u) = -f(u) + u f'(u), the advantage of minimising E f(u) where the student moves u as well; else
-    -f(u). center subtracts its value at u = 1, which changes no expected gradient under exact sampling."""
+    -f(u). center subtracts its value at u = 1, which changes no expected gradient of exactly sampled tokens without a
+    ratio clip or a trust region."""
     if unbiased:
         return divergence.w(log_u_N) - (divergence.w_at_one if center else 0.0)
     return -divergence.f(log_u_N)  # f(1) = 0 for every divergence: centred as it is

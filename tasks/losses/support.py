@@ -81,9 +81,8 @@ def categories(
 
     student_NK: log-probabilities of the live student on the support, without the excluded ids (logits will do for
     `renormalize`); teacher_NK: the teacher's over the whole vocabulary. Without a tail given it is computed as
-    log(1 - mass), which is accurate to about 1e-7 in mass in float32. Excluded ids that the support lists are taken out
-    of the teacher exactly; those it does not list stay in its tail, where each weighs at most what the last entry
-    does."""
+    log(1 - mass), which is accurate to about 1e-7 in mass in float32. Excluded ids are taken out of both where the support
+    lists them; where it does not, they stay in both tails."""
     p, q = working(student_NK), working(teacher_NK)
     p, q = p.clamp(min=lowest(p)), q.clamp(min=lowest(q)).to(p.dtype)
     listed_NK = listed_NK & counted_N.unsqueeze(-1)

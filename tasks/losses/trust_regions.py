@@ -130,8 +130,22 @@ class TrOPD(TrustRegion):
     clip_at: float = Field(-1.0, lt=0, description="least advantage of an untrusted token, for `outliers: clip`")
     prefix_beta: float = Field(0.001, ge=0, description="weight of -log p(y) on tokens that the teacher wrote")
     logprob_min: float = Field(-40.0, lt=0, ge=-80, description="floor of log p and log q in the forward KL")
-    equation = "M (-A rho) + (1-M) sum_{v in top-k} q log(q/p), M ~ Bernoulli(min(q(y)/p(y), 1))"
+    equation = (
+        "M (-A rho) + (1-M) O, M ~ Bernoulli(min(q(y)/p(y), 1)) or its mean;"
+        " O = sum_{v in top-k} q log(q/p), or 0, or -max(A, clip_at) rho"
+    )
     paper = "2606.01249"
+
+    @property
+    def configured(self) -> str:
+        trust = f"min(q(y)/{'p_old' if self.gate_at == 'rollout' else 'p'}(y), 1)"
+        gate = f"M ~ Bernoulli({trust})" if self.gate == "bernoulli" else f"M = {trust}"
+        outlier = {
+            "forward_kl": " + (1-M) sum_{v in top-k} q log(q/p)",
+            "mask": "",
+            "clip": " + (1-M) (-max(A, clip_at) rho)",
+        }[self.outliers]
+        return f"M (-A rho){outlier}, {gate}"
 
     @property
     def side(self) -> SideTerm | None:
@@ -207,6 +221,10 @@ class AdvantageFloor(TrustRegion):
     experimental = True
     sampled_only = False
 
+    @property
+    def configured(self) -> str:
+        return "A = max(A, floor)" if self.below == "clip" else "A = 0 where A < floor"
+
     def bound(self, advantage: Tensor, weights: TermWeights | None) -> Tensor:
         if self.below == "mask":
             return advantage.masked_fill(advantage < self.floor, 0)
@@ -217,7 +235,8 @@ class AdvantageFloor(TrustRegion):
 class EntropyGate(TrustRegion):
     """Where the teacher itself is unsure, forward KL over its top k joins the policy gradient; EOPD, 2603.07079.
 
-    Added, not exchanged: reverse KL stays on these tokens too. The sum over the k candidates is unnormalised."""
+    Added, not exchanged: reverse KL stays on these tokens too. The sum over the k candidates is unnormalised, unless
+    `outside` says otherwise."""
 
     kind: Literal["entropy_gate"] = "entropy_gate"
     threshold: float = Field(0.8, ge=0, description="teacher entropy in nats from which on the gate is open")
@@ -228,6 +247,18 @@ class EntropyGate(TrustRegion):
     equation = "-A rho + 1[H(q) >= threshold] weight sum_{v in top-k} q log(q/p)"
     paper = "2603.07079"
     experimental = True
+
+    @property
+    def configured(self) -> str:
+        first, _, _ = self.equation.partition("sum")
+        return (
+            first
+            + {
+                "drop": "sum_{v in top-k} q log(q/p)",
+                "renormalize": "sum_{v in top-k} q^ log(q^/p^)",
+                "bucket": "sum_{v in top-k, rest} q log(q/p)",
+            }[self.outside]
+        )
 
     @model_validator(mode="after")
     def _sensible(self) -> EntropyGate:

@@ -36,6 +36,8 @@ class TokenBatch:
     support_ids_NK: Tensor | None = None
     support_valid_N: Tensor | None = None
     """number of valid entries, at the front of each row"""
+    support_teacher_valid_N: Tensor | None = None
+    """of a union: how many of these, at the front, are the teacher's own list"""
     teacher_support_logprobs_NK: Tensor | None = None
     student_support_logprobs_NK: Tensor | None = None
     """rollout-time student on the support"""
@@ -64,7 +66,7 @@ class StudentView:
     """log of the student's mass outside the support, never NaN: a very low number where nothing lies outside"""
     entropy_N: Tensor | None = None
     support_overlap_N: Tensor | None = None
-    """share of the support that is among the student's own top entries, as many as the support has"""
+    """share of the teacher's list that is among as many top entries of the student; null without the teacher's list"""
 
 
 @dataclass(frozen=True)

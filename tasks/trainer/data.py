@@ -367,6 +367,8 @@ def forward_batch(
         }
         if found.student_NK is not None:
             signals["student_support_logprobs_NK"] = tensor(found.student_NK)
+        if found.teacher_valid_N is not None:
+            signals["support_teacher_valid_N"] = tensor(found.teacher_valid_N)
     batch = TokenBatch(
         token_ids_N=tensor(samples.completions.values[index]),
         loss_mask_N=torch.full((len(index),), float(counts), device=device),

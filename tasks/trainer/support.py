@@ -23,6 +23,8 @@ class Rectangle:
     student_NK: np.ndarray | None
     """Rollout-time student, where every entry has it."""
     teacher_tail_N: np.ndarray
+    teacher_valid_N: np.ndarray | None = None
+    """Of a union: how many valid entries, at the front, are the teacher's own list."""
 
 
 class Support(Protocol):
@@ -95,19 +97,23 @@ class UnionTopK:
             teacher_NK=np.where(there, teacher, -np.inf).astype(np.float32),
             student_NK=None,
             teacher_tail_N=tail.astype(np.float32),
+            teacher_valid_N=first.valid_N,
         )
 
 
 def harmless(rectangle: Rectangle) -> Rectangle:
-    """The same shape with finite, consistent values: for a token that counts for nothing."""
+    """The same shape with finite, consistent values: for a token that counts for nothing. One entry is valid, for a
+    union may be wider than the vocabulary."""
     n, k = rectangle.ids_NK.shape
-    inside = np.full((n, k), np.log((1 - np.exp(-1.0)) / k), np.float32)
+    inside = np.full((n, k), np.log(1 - np.exp(-1.0)), np.float32)
+    one = np.ones(n, np.int64)
     return Rectangle(
-        ids_NK=np.tile(np.arange(k, dtype=np.int64), (n, 1)),
-        valid_N=np.full(n, k, np.int64),
+        ids_NK=np.zeros((n, k), np.int64),
+        valid_N=one,
         teacher_NK=inside,
         student_NK=None if rectangle.student_NK is None else inside,
         teacher_tail_N=np.full(n, -1.0, np.float32),
+        teacher_valid_N=None if rectangle.teacher_valid_N is None else one,
     )
 
 

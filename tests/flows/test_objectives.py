@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 from typer.testing import CliRunner
@@ -14,6 +16,7 @@ from flows.methods import catalogue
 from flows.reference import objectives
 from storage.errors import ConfigError
 from tasks.losses.divergences import REGISTRY
+from tasks.losses.trust_regions import TRUST_REGIONS
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 ENTRIES = catalogue()
@@ -54,6 +57,47 @@ def test_the_list_and_one_method() -> None:
     assert [(entry["axis"], entry["equations"][0]) for entry in found] == [
         ("divergence", REGISTRY["forward_kl"].equation)
     ]
+
+
+def test_a_support_has_the_fields_of_its_own_estimator() -> None:
+    """Two estimators have a student_topk each: other defaults, other fields, other code."""
+    found = {e.estimator: e for e in ENTRIES if (e.axis, e.name) == ("support", "student_topk")}
+    direct, policy = found["direct"], found["policy_gradient"]
+    assert {f.name: f.default for f in direct.fields} == {"k": "32", "outside": "bucket"}
+    assert {f.name: f.default for f in policy.fields} == {"k": "16", "weights_at": "rollout", "baseline": "none"}
+    assert (direct.code, policy.code) == ("tasks/losses/axes.py TopkSupport", "tasks/losses/axes.py StudentCandidates")
+    assert direct.anchor != policy.anchor
+    shown = run("student_topk")
+    assert "(support of direct)" in shown and "(support of policy_gradient)" in shown
+    (recipe,) = [e for e in ENTRIES if e.name == "rethinking-opd"]
+    assert f"{policy.axis} {policy.label}" in recipe.uses
+
+
+@pytest.mark.parametrize(
+    ("recipe", "equation"),
+    [
+        ("tropd", "M (-A rho) + (1-M) sum_{v in top-k} q log(q/p), M ~ Bernoulli(min(q(y)/p_old(y), 1))"),
+        ("tropd-mask", "M (-A rho), M ~ Bernoulli(min(q(y)/p_old(y), 1))"),
+        ("tropd-clip", "M (-A rho) + (1-M) (-max(A, clip_at) rho), M ~ Bernoulli(min(q(y)/p_old(y), 1))"),
+        ("reopold", "A = max(A, floor)"),
+    ],
+)
+def test_a_recipe_shows_the_equation_of_the_variant_that_it_sets(recipe: str, equation: str) -> None:
+    (entry,) = [e for e in ENTRIES if (e.axis, e.name) == ("recipe", recipe)]
+    (shown,) = [text for text in entry.equations if text.startswith("trust region")]
+    assert shown.partition(": ")[2] == equation
+
+
+@pytest.mark.parametrize("kind", TRUST_REGIONS.classes)
+def test_every_variant_of_a_trust_region_has_an_equation_of_its_own(kind: str) -> None:
+    cls = TRUST_REGIONS.classes[kind]
+    choices = {
+        name: get_args(info.annotation)
+        for name, info in cls.model_fields.items()
+        if name != "kind" and get_origin(info.annotation) is Literal
+    }
+    variants = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+    assert len({cls.model_validate(variant).configured for variant in variants}) == len(variants)
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:

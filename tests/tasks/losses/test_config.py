@@ -61,6 +61,20 @@ def support(**fields: Any) -> dict[str, Any]:
         (policy(token_weight={"kind": "position", "half_life": 0}), "half_life", "greater than 0"),
         (direct(token_weight={"kind": "entropy"}), "token_weight", "teacher_entropy"),
         (direct(trust_region={"kind": "tropd"}), "trust_region", "Extra inputs"),
+        (policy(support={"kind": "student_topk", "k": 1, "baseline": "list"}), "baseline", "identically zero"),
+        (policy(support={"kind": "student_topk"}, center=False), "center", "whatever the teacher says"),
+        (
+            policy(support={"kind": "student_topk"}, center=False, divergence={"kind": "jsd", "beta": 1}),
+            "center",
+            "the advantage -1",
+        ),
+        (direct(divergence={"kind": "alpha", "alpha": 1e-6}), "divergence", "reverse_kl"),
+        (policy(divergence={"kind": "alpha", "alpha": 0.9999}), "divergence", "forward_kl"),
+        (direct(divergence={"kind": "alpha", "alpha": 3}, logprob_min=-80), "logprob_min", "use -40 or more"),
+        (direct(divergence={"kind": "alpha", "alpha": -2}, logprob_min=-41), "logprob_min", "kind alpha, alpha -2.0"),
+        (direct(divergence={"kind": "alpha", "alpha": 3}, tail_logmass_min=-80), "tail_logmass_min", "float32"),
+        (policy(divergence={"kind": "alpha", "alpha": 3}, log_ratio_clip=40), "log_ratio_clip", "use 20 or less"),
+        (policy(divergence={"kind": "pearson_chi2"}, log_ratio_clip=31), "log_ratio_clip", "use 30 or less"),
     ],
 )
 def test_refused_with_the_reason(config: dict[str, Any], field: str, reason: str) -> None:
@@ -85,6 +99,14 @@ def test_refused_with_the_reason(config: dict[str, Any], field: str, reason: str
         policy(trust_region={"kind": "tropd", "gate": "expected", "gate_at": "live", "outliers": "mask"}),
         policy(trust_region={"kind": "entropy_gate", "k": 1, "outside": "bucket"}, token_weight={"kind": "position"}),
         direct(token_weight={"kind": "divergence", "power": -1}),
+        policy(support={"kind": "student_topk", "k": 2, "baseline": "list"}, center=False),
+        policy(support={"kind": "student_topk"}, center=False, divergence={"kind": "jsd"}),
+        policy(support={"kind": "student_topk"}, center=False, advantage="stop_gradient"),
+        policy(center=False),
+        direct(divergence={"kind": "alpha", "alpha": 1e-3}),
+        direct(divergence={"kind": "alpha", "alpha": 3}, support=support(outside="renormalize"), tail_logmass_min=-80),
+        direct(divergence={"kind": "alpha", "alpha": 2}, logprob_min=-80),
+        policy(divergence={"kind": "forward_kl"}, log_ratio_clip=40, log_rho_clip=40),
     ],
 )
 def test_accepted_and_the_same_after_a_round_trip(config: dict[str, Any]) -> None:

@@ -259,6 +259,25 @@ def test_excluded_ids_do_not_exist_for_either_model() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("outside", ["renormalize", "bucket", "drop"])
+def test_excluded_ids_that_no_list_holds_leave_neither_tail(outside: str) -> None:
+    """Nothing to learn from an equal teacher, wherever the excluded ids stand in its order."""
+    torch.manual_seed(8)
+    q = 2 * torch.randn(4, 9, dtype=torch.float64)
+    p, order = q.clone().requires_grad_(), q.argsort(1, descending=True)
+    gone = tuple(sorted({int(order[0, 0]), int(order[1, 2]), int(order[2, 3]), int(order[3, 8])}))
+    batch = batch_of(q, order[:, :3])
+    held = [len(set(gone) & set(row)) for row in order[:, :3].tolist()]
+    assert min(held) < len(gone) and max(held) > 0
+    for kind in ("reverse_kl", "forward_kl"):
+        if outside == "drop" and kind == "reverse_kl":
+            continue
+        out = run(p, batch, kind, outside, support_exclude_ids=gone).per_token_N
+        assert out.abs().max() < 1e-12
+        if outside != "drop":
+            assert torch.autograd.grad(out.sum(), p)[0].abs().max() < 1e-10
+
+
 def test_metrics_are_columns_and_mean_what_they_say() -> None:
     torch.manual_seed(5)
     q, p = torch.randn(4, 9, dtype=torch.float64), torch.randn(4, 9, dtype=torch.float64)

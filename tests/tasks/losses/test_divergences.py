@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
+from tasks.losses.config import DirectConfig, PolicyGradientConfig
 from tasks.losses.divergences import REGISTRY, Divergence, ForwardKL, ReverseKL
 
 OTHER_PARAMETERS = {
@@ -81,6 +84,77 @@ def test_jsd_ends_in_the_two_kls(beta: float, end: Divergence) -> None:
     jsd = REGISTRY["jsd"](beta=beta)
     assert torch.equal(jsd.terms(log_p, log_q), end.terms(log_p, log_q))
     assert torch.equal(jsd.w(log_q - log_p), end.w(log_q - log_p))
+
+
+@pytest.mark.parametrize("alpha", [-2.0, -1e-3, 1e-3, 0.02, 0.5, 0.98, 0.999, 1.001, 3.0])
+@pytest.mark.parametrize("apart", [0.1, 1.0])
+def test_alpha_loses_no_digits_in_float32(alpha: float, apart: float) -> None:
+    """Against the defining formula in sixty digits; near 0 and 1 its terms cancel by factors of 1000 and more."""
+    torch.manual_seed(0)
+    raw = torch.randn(12, dtype=torch.float64)
+    p, q = (x.log_softmax(0).float() for x in (raw, raw + apart * torch.randn(12, dtype=torch.float64)))
+    with localcontext() as context:
+        context.prec = 60
+        a = Decimal(alpha)
+        pairs = [(Decimal(float(x)), Decimal(float(y))) for x, y in zip(p, q, strict=True)]
+        terms = [(a * y + (1 - a) * x).exp() - a * y.exp() - (1 - a) * x.exp() for x, y in pairs]
+        exact = [float(term / (a * (a - 1))) for term in terms]
+        by_f = [float(term / (a * (a - 1)) / x.exp()) for term, (x, _) in zip(terms, pairs, strict=True)]
+    divergence = REGISTRY["alpha"](alpha=alpha)
+    assert float(divergence.terms(p, q).sum()) == pytest.approx(math.fsum(exact), rel=3e-5)
+    assert divergence.f(q - p).tolist() == pytest.approx(by_f, rel=3e-4, abs=1e-7)
+
+
+def parameters(cls: type[Divergence]) -> st.SearchStrategy[Divergence]:
+    """What the schema of a divergence admits, its ends included; what its validators refuse is not drawn."""
+    ranges = {}
+    for name, info in cls.model_json_schema()["properties"].items():
+        if info["type"] == "number":
+            low, high = (info.get(key, info.get(f"exclusive{key.title()}")) for key in ("minimum", "maximum"))
+            edges = {
+                f"exclude_{end}": f"exclusive{key.title()}" in info
+                for end, key in (("min", "minimum"), ("max", "maximum"))
+            }
+            ranges[name] = st.floats(low, high, **edges)
+
+    def admitted(values: dict[str, float]) -> Divergence | None:
+        try:
+            return cls.model_validate(values)
+        except ValidationError:
+            return None
+
+    return st.fixed_dictionaries(ranges).map(admitted).filter(lambda found: found is not None)
+
+
+@pytest.mark.parametrize("kind", REGISTRY)
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_what_a_config_admits_fits_float32(kind: str, data: st.DataObject) -> None:
+    """At the corners that its clips and floors leave: values and gradients are finite."""
+    divergence = data.draw(parameters(REGISTRY[kind]))
+    floor = data.draw(st.sampled_from([-80.0, -40.0, -1.0]) | st.floats(-80, -0.1))
+    clip, rho = (data.draw(st.sampled_from([40.0, 6.0]) | st.floats(0.1, 40)) for _ in range(2))
+    try:
+        DirectConfig(divergence=divergence, logprob_min=floor)
+    except ValidationError:
+        pass
+    else:
+        log_p = torch.tensor([floor, floor, 0.0, 0.0], requires_grad=True)
+        terms = divergence.terms(log_p, torch.tensor([floor, 0.0, floor, 0.0]))
+        assert terms.isfinite().all() and torch.autograd.grad(terms.sum(), log_p)[0].isfinite().all()
+    for advantage in ("opd_plus", "stop_gradient"):
+        try:
+            PolicyGradientConfig(divergence=divergence, advantage=advantage, log_ratio_clip=clip, log_rho_clip=rho)
+        except ValidationError:
+            continue
+        log_u = torch.tensor([-clip, clip])
+        a = divergence.w(log_u) if advantage == "opd_plus" else divergence.f(log_u)
+        assert (a * torch.tensor(rho).exp()).isfinite().all()
+
+
+def test_the_defaults_admit_every_divergence() -> None:
+    for divergence in [*EVERY, *(REGISTRY["alpha"](alpha=a) for a in (-2, 3))]:
+        assert DirectConfig(divergence=divergence) and PolicyGradientConfig(divergence=divergence)
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.3, 0.9])

@@ -99,15 +99,18 @@ def test_plain_answers_by_definition() -> None:
         assert view.support_overlap_N[n] == pytest.approx(len(top & set(ids.tolist())) / max(1, len(ids)))
 
 
-def test_excluded_ids_do_not_exist_for_the_support_but_for_the_sampled_token() -> None:
+def test_excluded_ids_do_not_exist_where_they_are_listed_but_for_the_sampled_token() -> None:
     head, batch = head_of(), batch_of(6, masked=False)
-    batch = replace(batch, token_ids_N=torch.tensor([0, 4, 1, 0, 2, 4]))
+    ids = torch.tensor([[0, 4, 7], [9, 4, 1], [1, 2, 3], [4, 5, 6], [5, 0, 6], [0, 3, 4]])
+    valid = torch.tensor([3, 3, 3, 1, 1, 3])  # what lies past the end of a list is not listed
+    batch = replace(batch, token_ids_N=torch.tensor([0, 4, 1, 0, 2, 4]), support_ids_NK=ids, support_valid_N=valid)
     hidden = torch.randn(6, D, dtype=torch.float64)
     view = PlainHead()(hidden, head, batch, REQUESTS["excluded"])
     logits = head(hidden).detach()
     log_p = logits.log_softmax(-1)
     left = logits.clone()
-    left[:, [0, 4]] = -torch.inf
+    for n, gone in enumerate([[0, 4], [4], [], [4], [], [0, 4]]):
+        left[n, gone] = -torch.inf
     assert view.token_logprobs_N is not None and view.entropy_N is not None and view.log_normaliser_N is not None
     torch.testing.assert_close(view.token_logprobs_N, log_p.gather(1, batch.token_ids_N[:, None])[:, 0])
     torch.testing.assert_close(view.entropy_N, -(log_p.exp() * log_p).sum(-1))
@@ -119,6 +122,28 @@ def test_excluded_ids_do_not_exist_for_the_support_but_for_the_sampled_token() -
         rest = torch.tensor([v for v in range(V) if v not in ids.tolist()])
         torch.testing.assert_close(view.support_logprobs_NK[n, : len(ids)], left.log_softmax(-1)[n, ids])
         torch.testing.assert_close(view.support_tail_logmass_N[n], left.log_softmax(-1)[n, rest].logsumexp(0))
+        mine = [v for v in ids.tolist() if left[n, v] > -torch.inf]
+        top = set(left[n].topk(len(mine)).indices.tolist())
+        assert view.support_overlap_N is not None
+        assert view.support_overlap_N[n] == pytest.approx(len(top & set(mine)) / max(1, len(mine)))
+
+
+def test_overlap_is_of_the_teachers_list_whatever_the_support() -> None:
+    """Of a union its front; unknown where only the student's list is there, and where a union does not say."""
+    head, batch = head_of(), batch_of(6, masked=False)
+    hidden = torch.randn(6, D, dtype=torch.float64)
+    order = head(hidden).argsort(-1, descending=True)
+    ids = torch.stack([order[:, 0], order[:, 22], order[:, 1]], 1)  # the teacher's two, and one of the student's
+    batch = replace(batch, support_ids_NK=ids, support_valid_N=torch.full((6,), 3))
+    union = replace(batch, support_teacher_valid_N=torch.full((6,), 2))
+
+    def overlap(of: TokenBatch, kind: str, provider: object) -> Tensor | None:
+        return provider(hidden, head, of, replace(EVERYTHING, support=kind)).support_overlap_N
+
+    for provider in (PlainHead(), ChunkedHead(4)):
+        assert overlap(batch, "teacher_topk", provider).tolist() == [pytest.approx(2 / 3)] * 6
+        assert overlap(union, "union", provider).tolist() == [0.5] * 6
+        assert overlap(batch, "student_topk", provider) is None and overlap(batch, "union", provider) is None
 
 
 class Recording(nn.Linear):

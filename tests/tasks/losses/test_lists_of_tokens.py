@@ -49,7 +49,7 @@ def run(live: Tensor, batch: TokenBatch, **fields: Any) -> ObjectiveOutput:
 @pytest.mark.parametrize(
     "fields",
     [
-        {**CANDIDATES, "center": False},
+        {**CANDIDATES, "divergence": {"kind": "jsd"}},
         {"center": False, "trust_region": {"kind": "entropy_gate", "threshold": 0.0, "k": K}},
         {"trust_region": {"kind": "tropd", "gate": "expected", "k": K}},
         {**CANDIDATES, "token_weight": {"kind": "divergence"}},
@@ -74,7 +74,7 @@ def test_masked_tokens_have_no_influence(fields: dict[str, Any]) -> None:
 
 def test_a_token_without_candidates_has_no_loss() -> None:
     live, batch = given()
-    out = run(live, replace(batch, support_valid_N=torch.tensor([K, 0, 1, 2, K])), **CANDIDATES, center=False)
+    out = run(live, replace(batch, support_valid_N=torch.tensor([K, 0, 1, 2, K])), **CANDIDATES)
     assert out.per_token_N[1] == 0 and out.per_token_N[[0, 2, 3, 4]].all()
 
 

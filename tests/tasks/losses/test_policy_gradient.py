@@ -33,7 +33,7 @@ def every_token(p_V: Tensor, q_V: Tensor, old_V: Tensor | None = None, **fields:
         student_logprobs_N=old,
         teacher_logprobs_N=q_V,
     )
-    objective = make_objective(PolicyGradientConfig(log_ratio_clip=40, **fields))
+    objective = make_objective(PolicyGradientConfig(log_ratio_clip=30, **fields))
     return objective(batch, PlainHead()(p_V.expand(V, V), nn.Identity(), batch, objective.needs.student))
 
 

@@ -50,7 +50,7 @@ def batch_of(q_V: Tensor, old_V: Tensor, k: int = K, of: str = "teacher", **sign
 
 
 def run(p_V: Tensor, batch: TokenBatch, **fields: Any) -> ObjectiveOutput:
-    objective = make_objective(PolicyGradientConfig.model_validate({"log_ratio_clip": 40, **fields}))
+    objective = make_objective(PolicyGradientConfig.model_validate({"log_ratio_clip": 30, **fields}))
     view = PlainHead()(p_V.expand(V, V), nn.Identity(), batch, objective.needs.student)
     return objective(batch, view)
 
@@ -248,7 +248,8 @@ def test_candidates_by_hand(weights_at: str) -> None:
 
 
 def test_with_the_lists_mean_as_baseline_it_is_the_renormalised_reverse_kl() -> None:
-    """On-policy: Revisiting OPD's gradient on the student's list, and no push on mass outside of it."""
+    """On-policy: Revisiting OPD's gradient on the student's list, and no push on mass outside of it. Without it the push
+    has the sign of the mean advantage, log(q(S) / p(S)) - KL(p^ || q^): off the list or onto it."""
     p, q, _ = models()
     old = p.detach().log_softmax(0)
     ids = old.topk(K).indices
@@ -261,6 +262,13 @@ def test_with_the_lists_mean_as_baseline_it_is_the_renormalised_reverse_kl() -> 
     same(found, wanted)
     outside = torch.ones(V, dtype=torch.bool).scatter(0, ids, False)
     assert found[outside].abs().max() < 1e-12 and (plain[outside] < -1e-3).all()  # descent raises what it should not
+    q = torch.full((V,), -8.0, dtype=F64).scatter(0, ids, old[ids] + 0.1).log_softmax(0)  # nearly all of it is listed
+    onto = gradient(run(p, batch_of(q, old, K, "student"), **candidates(K)).per_token_N[0], p)
+    log_q = q[ids].log_softmax(0)
+    kl = (log_p.exp() * (log_p - log_q)).sum().detach()
+    mean = q[ids].logsumexp(0) - old[ids].logsumexp(0) - kl
+    assert mean > 0.1 and (onto[outside] > 1e-3).all()
+    same(onto[outside], (mean * old.exp())[outside])
 
 
 def test_candidates_take_a_floor_and_a_proximal_teacher() -> None:

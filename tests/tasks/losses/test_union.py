@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from tasks.losses.divergences import REGISTRY
 from tasks.losses.head import ChunkedHead, PlainHead
 from tasks.losses.registry import make_objective
 from tasks.losses.types import TokenBatch
-from tasks.trainer.support import Rectangle, TopK, UnionTopK
+from tasks.trainer.support import Rectangle, TopK, UnionTopK, harmless
 
 N, V = 3, 8
 every = pytest.mark.parametrize("kind", REGISTRY)
@@ -51,6 +52,7 @@ def batch_of(found: Rectangle) -> TokenBatch:
         support_valid_N=torch.from_numpy(found.valid_N),
         teacher_support_logprobs_NK=torch.from_numpy(found.teacher_NK).double(),
         teacher_tail_logmass_N=torch.from_numpy(found.teacher_tail_N).double(),
+        support_teacher_valid_N=None if found.teacher_valid_N is None else torch.from_numpy(found.teacher_valid_N),
     )
 
 
@@ -93,6 +95,29 @@ def test_union_is_the_sum_over_the_set(kind: str, outside: str, data: st.DataObj
     grads = [torch.autograd.grad(x.sum(), p)[0] for x in (found, wanted)]
     if kind != "total_variation":  # it has a kink where p = q
         torch.testing.assert_close(grads[0], grads[1], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("provider", [PlainHead(), ChunkedHead(2)], ids=["plain", "chunked"])
+def test_a_union_may_be_wider_than_the_vocabulary(provider: Any) -> None:
+    """Two lists of 6 of 8 ids: 12 columns, at most 8 of them valid. Metrics are asked for, and a filler has none."""
+    torch.manual_seed(0)
+    log_q, p = torch.randn(N, V).double().log_softmax(1), torch.randn(N, V, dtype=torch.float64, requires_grad=True)
+    old = (p.detach() + torch.randn(N, V)).log_softmax(1)
+    lists = [stored(log_q, of, torch.full((N,), 6), 6) for of in (log_q, old)]
+    rectangle = UnionTopK(*lists).rows(np.arange(N))
+    assert rectangle.ids_NK.shape[1] == 12 > V
+    objective = make_objective(DirectConfig(support={"kind": "union", "k": 6, "outside": "bucket"}))
+    for found, counts in ((rectangle, 1.0), (harmless(rectangle), 0.0)):
+        batch = replace(batch_of(found), loss_mask_N=torch.full((N,), counts))
+        views = [
+            provider(p, nn.Identity(), batch, wanted) for wanted in (objective.needs.student, objective.needs.metrics)
+        ]
+        out = objective(batch, *views)
+        out.per_token_N.sum().backward()
+        assert out.per_token_N.isfinite().all() and bool(out.per_token_N.any()) == bool(counts)
+        live = [set(row.topk(6).indices.tolist()) for row in p]
+        wanted = [len(a & set(row.topk(6).indices.tolist())) / 6 * counts for a, row in zip(live, log_q, strict=True)]
+        assert out.metrics["overlap_ratio"].tolist() == pytest.approx(wanted)
 
 
 @every

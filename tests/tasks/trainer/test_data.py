@@ -137,6 +137,7 @@ def test_a_union_holds_both_lists_once_and_keeps_the_mass() -> None:
     )
     found = UnionTopK(teacher, student).rows(np.array([0]))
     assert found.ids_NK.tolist() == [[5, 6, 9, 0]] and found.valid_N.tolist() == [3]
+    assert found.teacher_valid_N.tolist() == [2]  # the front is the teacher's own list
     np.testing.assert_allclose(np.exp(found.teacher_NK[0]), [0.5, 0.2, 0.1, 0.0], rtol=1e-6)
     np.testing.assert_allclose(np.exp(found.teacher_tail_N), [0.2], rtol=1e-6)
 
@@ -145,6 +146,10 @@ def test_union_support_needs_both_signals() -> None:
     rollouts, signals = tables()
     samples = from_rollouts(rollouts, signals, needs("union"), SPECIAL)
     assert samples.support.rows(np.arange(6)).valid_N.tolist() == [6] * 6  # ids 0..3 and 2..5
+    weights = token_weights(samples, (0, 1), "token", None)
+    batches = [forward_batch(samples, (0, 1), weights, (0, 1), filler, CPU).tokens for filler in (False, True)]
+    assert set(batches[0].support_teacher_valid_N.tolist()) == {4}
+    assert batches[1].support_teacher_valid_N.tolist() == [1]  # every micro-batch has the same metrics
     del signals["student_topk"]
     with pytest.raises(InputError, match="'student_topk'"):
         from_rollouts(rollouts, signals, needs("union"), SPECIAL)

@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -24,13 +25,15 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from storage.errors import OpdError
 
 START_TIMEOUT_SECONDS = 180.0  # the first start runs all migrations: 17 s were measured on 2 idle cores, 5 s later on
 STOP_TIMEOUT_SECONDS = 15.0
+LOCKED_SECONDS = 10.0
+"""How long another program may hold the database before the server's start is given up."""
 WATCH_SECONDS = 1.0
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -187,6 +190,8 @@ class EmbeddedServer:
 
     def _start(self, port: int | None) -> str:
         first = not (self.home / "prefect.db").exists()
+        if not first:
+            _check_writable(self.home / "prefect.db")
         self.log(
             "starting the Prefect server" + (" (its first start in this store takes about 20 seconds)" if first else "")
         )
@@ -304,6 +309,16 @@ def _read_record(home: Path) -> dict[str, object] | None:
         return json.loads((home / "server.json").read_text())
     except (FileNotFoundError, ValueError):
         return None
+
+
+def _check_writable(database: Path) -> None:
+    """ServerUnavailable when SQLite cannot write to the file: a server would try for a minute."""
+    try:
+        with closing(sqlite3.connect(database, timeout=LOCKED_SECONDS, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+    except sqlite3.Error as error:
+        raise ServerUnavailable(f"its database {database} cannot be used: {error}") from error
 
 
 def _free_port() -> int:

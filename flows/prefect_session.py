@@ -204,7 +204,9 @@ def _quiet_logging(log_path: Path) -> Iterator[None]:
         yield
     finally:
         for logger, old, propagate in handlers:
-            logger.handlers, logger.propagate = old, propagate
+            # Prefect's threads may outlive the session; what they say of their end is for nobody
+            quiet = logger.name == "prefect._internal"
+            logger.handlers, logger.propagate = ([logging.NullHandler()], False) if quiet else (old, propagate)
         logging.raiseExceptions = raising
         ours.close()
 

@@ -30,12 +30,12 @@ class ReportedRun(StoppedRun):
         """The store's own server, by the tree of processes."""
         return [process for process in self.processes() if "flows.prefect_server" in process.cmdline()]
 
-    def begin_until(self, moment: str, **environment: str) -> Any:
+    def begin_until(self, moment: str, prefect: bool = True, **environment: str) -> Any:
         """Starts the run and returns when it stands still at a moment, NAME@HIT of a failpoint."""
         name, _, hit = moment.partition("@")
         environment |= {failpoints.SPEC: f"{name}=wait:{self.folder / 'go'}@{hit}"}
         environment |= {failpoints.LOG: str(self.folder / "hits")}
-        process = self.begin(prefect=True, **environment)
+        process = self.begin(prefect=prefect, **environment)
         deadline = time.monotonic() + PATIENCE
         while self.hits().count(name) < int(hit):
             assert process.is_alive() and time.monotonic() < deadline, self.output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from flows.origins import Again, Origin, Origins, artifacts_in, rebuild
@@ -137,6 +137,9 @@ class Reporter(Protocol):
         self, round: int, label: str, done: int, total: int, unit: str, figures: Figures | None = None
     ) -> None: ...
 
+    def note(self, round: int, label: str, text: str) -> None:
+        """Something worth knowing about a stage: what was kept of an earlier attempt, a warning."""
+
     def waiting(self, label: str, holder: str) -> None: ...
 
     def round_done(self, state: RoundState) -> None: ...
@@ -233,9 +236,10 @@ class Maker:
         return self._finish(label, StageState(state="done", seconds=time.monotonic() - started, artifacts=keys), found)
 
     def _context(self, round: int, label: str) -> Context:
-        return self.context(
+        context = self.context(
             lambda done, total, unit, figures=None: self.reporter.progress(round, label, done, total, unit, figures)
         )
+        return replace(context, tell=lambda text: self.reporter.note(round, label, text))
 
     @contextmanager
     def _whole(self, inputs: Iterable[Artifact]) -> Iterator[None]:

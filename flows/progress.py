@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -34,6 +35,8 @@ class SilentReporter:
     def progress(
         self, round: int, label: str, done: int, total: int, unit: str, figures: Figures | None = None
     ) -> None: ...
+
+    def note(self, round: int, label: str, text: str) -> None: ...
 
     def waiting(self, label: str, holder: str) -> None: ...
 
@@ -77,6 +80,9 @@ class LineReporter(SilentReporter):
         pace = f" ({rate:,.1f}/s, {(total - done) / rate:.0f} s left)" if rate > 0 else ""
         text = f"  {words(figures)}" if figures else ""
         self._line(round, label, f"{done:,}/{total:,} {unit}{pace}{text}")
+
+    def note(self, round: int, label: str, text: str) -> None:
+        self._line(round, label, escape(text))
 
     def waiting(self, label: str, holder: str) -> None:
         self.console.print(f"{label}: another process is making this; waiting for {holder}")

@@ -13,14 +13,17 @@ from flows.executor import Maker, PlanLine, Planner, Reporter
 from flows.experiment import Experiment, check_plugins, load_experiment
 from flows.progress import SilentReporter
 from flows.stopping import terminating
+from storage.checkpoints import KEPT
 from storage.errors import ConfigError
 from storage.files import explain_full_disk, remove_leftovers
 from storage.redact import redact
 from storage.runs import Run, RunState
 from storage.store import Store
 from tasks.figures import StageProgress
+from tasks.models import CheckpointModel, parameter_count
 from tasks.plugins import load_plugins
 from tasks.stage import Context
+from tasks.trainer.dispatch import training_bytes
 from tasks.workers import WorkerPool
 
 
@@ -169,8 +172,13 @@ def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str
 
 
 def refuse_full_disk(store: Store, experiment: Experiment) -> None:
-    """Refuse to start when one round's signals would not fit."""
-    store.require_space(bytes_per_round(experiment), "one round's rollouts and signals")
+    """Refuse to start when one round would not fit: its rollouts and signals, and where the student's size is known
+    already its training."""
+    needed, source = bytes_per_round(experiment), experiment.student.source
+    if isinstance(source, CheckpointModel):
+        states = 1 if experiment.runtime.trainer.checkpoint_minutes is None else KEPT + 2
+        needed += training_bytes(parameter_count(source.path), experiment.train, states)
+    store.require_space(needed, "one round")
 
 
 def bytes_per_round(e: Experiment) -> int:

@@ -22,6 +22,7 @@ from storage.artifact import (
     load_manifest,
     provenance,
 )
+from storage.checkpoints import CHECKPOINT, Checkpoints, remove
 from storage.digests import combine_digests
 from storage.errors import CorruptArtifact, InputError, StoreError
 from storage.failpoints import failpoint
@@ -116,6 +117,11 @@ class Builder(ShardWriter):
             raise InputError(f"{path}: no such folder")
         self._external[name] = path.resolve()
 
+    def checkpoints(self, settings: Mapping[str, Any]) -> Checkpoints:
+        """Those of this artifact while it is unfinished, made at equal `settings`. They outlive a killed builder, and go
+        when the artifact is committed."""
+        return Checkpoints(self.root, self.path, settings)
+
     def commit(
         self,
         content: Mapping[str, str] | None = None,
@@ -148,6 +154,8 @@ class Builder(ShardWriter):
             left.unlink()
         failpoint("builder.before_publish")
         self.committed = self._publish(manifest)
+        for path in self.path.glob(f"{CHECKPOINT}*"):
+            remove(path)
         return self.committed
 
     def close(self) -> None:
@@ -353,7 +361,9 @@ class Builder(ShardWriter):
             keep |= {record.file for record in manifest.shards}
             keep |= {tree.directory for tree in manifest.trees.values() if not tree.external}
         for path in self.path.iterdir():
-            if path.name in keep or (path.name.endswith((SIDECAR, PARTS)) and not path.name.startswith(TEMPORARY)):
+            if path.name in keep or path.name.startswith(CHECKPOINT):
+                continue
+            if path.name.endswith((SIDECAR, PARTS)) and not path.name.startswith(TEMPORARY):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)

@@ -3,7 +3,8 @@
     OPD_FAILPOINTS="shard.after_rename=kill;manifest.before_link=raise:OSError(ENOSPC)@2"
 
 arms them for this process and, because the environment is inherited, for its workers. `@n` acts at the n-th hit alone,
-otherwise every hit acts. Actions, joined by `+` where several follow each other:
+otherwise every hit acts. `#r` (before `@n`) acts in rank r of several that work together alone, and counts its hits alone.
+Actions, joined by `+` where several follow each other:
 
 - `kill`: SIGKILL to this process; `killtree`: to the whole tree of processes below the one that was armed first, and it;
 - `exit`, `exit:CODE`: ends this process at once, without clean-up (code 1);
@@ -11,7 +12,7 @@ otherwise every hit acts. Actions, joined by `+` where several follow each other
 - `sleep:SECONDS`; `wait:FILE` until that file exists;
 - `torn`: cuts the file at hand to half its size, as a write that a power cut broke.
 
-`OPD_FAILPOINTS_LOG=FILE` counts the hits of all processes together: one line (name, pid) per hit. Then `@n` is the n-th of
+`OPD_FAILPOINTS_LOG=FILE` counts the hits of all processes together: one line (name, pid, rank) per hit. Then `@n` is the n-th of
 them all, so that a worker that is started again does not die again. A name that is not in `NAMES` is refused."""
 
 from __future__ import annotations
@@ -63,6 +64,15 @@ NAMES: dict[str, str] = {
     "run.after_publish": "a new run has its name, the directory of runs is not fsynced",
     "run.before_save": "a run's state is about to be saved",
     "run.after_save": "a run's state is saved",
+    "checkpoint.begun": "a checkpoint's temporary folder exists, empty",
+    "checkpoint.before_write": "a process is about to write its file of a checkpoint",
+    "checkpoint.after_write": "a process has written its file of a checkpoint, not fsynced",
+    "checkpoint.after_sync": "a process's file of a checkpoint is durable, under the temporary name",
+    "checkpoint.before_record": "all files of a checkpoint are durable, nothing names them",
+    "checkpoint.before_rename": "a checkpoint is whole and durable under its temporary name",
+    "checkpoint.after_rename": "a checkpoint has its name, its directory is not fsynced",
+    "checkpoint.before_sweep": "a checkpoint is durable, one too many of the older ones is still there",
+    "train.after_step": "an optimizer step is done, nothing of it is written",
 }
 """Every failpoint there is, and what is true at it. Tests go through all of them; a new one is declared here."""
 
@@ -72,7 +82,7 @@ ROOT = "OPD_FAILPOINTS_ROOT"
 """Environment variable with the pid of the process that was armed first."""
 
 Action = Callable[[Path | None], None]
-_ENTRY = re.compile(r"\s*(?P<name>[\w.]+)=(?P<actions>[^@]+?)(?:@(?P<hit>[1-9]\d*))?\s*")
+_ENTRY = re.compile(r"\s*(?P<name>[\w.]+)=(?P<actions>[^@#]+?)(?:#(?P<rank>\d+))?(?:@(?P<hit>[1-9]\d*))?\s*")
 _EXCEPTION = re.compile(r"(?P<type>\w+)(?:\((?P<argument>.*)\))?")
 
 
@@ -80,6 +90,7 @@ _EXCEPTION = re.compile(r"(?P<type>\w+)(?:\((?P<argument>.*)\))?")
 class _Armed:
     actions: tuple[Action, ...]
     hit: int | None
+    rank: str | None
 
 
 _armed: dict[str, list[_Armed]] | None = None
@@ -114,10 +125,12 @@ def parse(spec: str) -> dict[str, list[_Armed]]:
     for entry in filter(str.strip, spec.split(";")):
         match = _ENTRY.fullmatch(entry)
         if match is None:
-            raise ConfigError(f"{SPEC}: {entry.strip()!r} is not NAME=ACTION or NAME=ACTION@HIT")
+            raise ConfigError(f"{SPEC}: {entry.strip()!r} is not NAME=ACTION, NAME=ACTION#RANK or NAME=ACTION@HIT")
         known(match["name"])
         actions = tuple(_action(text.strip()) for text in match["actions"].split("+"))
-        found.setdefault(match["name"], []).append(_Armed(actions, int(match["hit"]) if match["hit"] else None))
+        found.setdefault(match["name"], []).append(
+            _Armed(actions, int(match["hit"]) if match["hit"] else None, match["rank"])
+        )
     return found
 
 
@@ -131,26 +144,28 @@ def known(name: str) -> str:
 
 
 def _hit(name: str, path: Path | None) -> None:
-    number = _count(known(name))
+    rank = os.environ.get("RANK", "0")
+    of_all, of_rank = _count(known(name), rank)
     for armed in (_armed or {}).get(name, ()):
-        if armed.hit in (None, number):
+        if armed.rank in (None, rank) and armed.hit in (None, of_all if armed.rank is None else of_rank):
             for action in armed.actions:
                 action(path)
 
 
-def _count(name: str) -> int:
-    """The number of this hit, from 1: among those of all processes where there is a log."""
+def _count(name: str, rank: str) -> tuple[int, int]:
+    """The number of this hit, from 1, among all and among those of this rank: of all processes where there is a log."""
     if _log is None:
         _hits[name] += 1
-        return _hits[name]
+        return _hits[name], _hits[name]
     descriptor = os.open(_log, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         lines = os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode().splitlines()
-        os.write(descriptor, f"{name} {os.getpid()}\n".encode())
+        os.write(descriptor, f"{name} {os.getpid()} {rank}\n".encode())
     finally:
         os.close(descriptor)
-    return 1 + sum(line.split()[0] == name for line in lines)
+    before = [line.split() for line in lines]
+    return 1 + sum(hit[0] == name for hit in before), 1 + sum((hit[0], hit[2]) == (name, rank) for hit in before)
 
 
 # --- actions ---------------------------------------------------------------------------------------------------------

@@ -241,7 +241,7 @@ def _sample(
         finished = builder.parts(TABLE, number).read()
         raise error.losing(jobs[error.job]["names"], finished, f"shard {number}") from error
     if kept := sum(result.get("kept", 0) for result in results):
-        ctx.log(f"evaluate: {kept} completions of workers that ended early were kept")
+        ctx.say("evaluate", f"{kept} completions of workers that ended early were kept")
     return [result["completions"] for result in results]
 
 

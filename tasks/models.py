@@ -196,7 +196,7 @@ def _checkpoint(source: CheckpointModel, memo: Path | None) -> Work:
     def build(builder: Builder, context: Context) -> None:
         context.log(f"model: {directory} stays where it is; its files are hashed")
         builder.external("model", directory)
-        builder.commit(meta={"source": "checkpoint", "parameters": _parameters(directory)})
+        builder.commit(meta={"source": "checkpoint", "parameters": parameter_count(directory)})
 
     return _work(spec, build)
 
@@ -221,7 +221,7 @@ def _build_hub(source: HubModel, builder: Builder, context: Context) -> None:
     builder.external("model", folder)
     # The Hub's cache names a snapshot's folder after its commit.
     builder.commit(
-        meta={"source": "hub", "repo": source.repo, "commit": folder.name, "parameters": _parameters(folder)}
+        meta={"source": "hub", "repo": source.repo, "commit": folder.name, "parameters": parameter_count(folder)}
     )
 
 
@@ -314,7 +314,7 @@ def _nearest(names: list[str]) -> str:
     return f"; did you mean {names[0]!r}?" if names else ""
 
 
-def _parameters(directory: Path) -> int:
+def parameter_count(directory: Path) -> int:
     """Number of weights in a checkpoint's safetensors, from their headers."""
     from safetensors import safe_open
 

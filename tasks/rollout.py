@@ -99,7 +99,7 @@ def _build(
     done = sum(len(samples) for shard, samples in enumerate(shards) if shard not in missing)
     total = sum(len(samples) for samples in shards)
     if missing and done:
-        ctx.log(f"rollout: {done} of {total} samples are there already")
+        ctx.say("rollout", f"{done} of {total} samples are there already")
     ctx.progress(done, total, "samples")
     common = {
         "op": "rollout_shard",
@@ -125,7 +125,7 @@ def _build(
         finished = builder.parts(TABLE, job["shard"]).read()
         raise error.losing([s["sample_id"] for s in job["samples"]], finished, f"shard {job['shard']}") from error
     if kept := sum(result.get("kept", 0) for result in results):
-        ctx.log(f"rollout: {kept} samples of workers that ended early were kept")
+        ctx.say("rollout", f"{kept} samples of workers that ended early were kept")
     builder.commit(
         meta={
             "metrics": _metrics(builder, 0 if builder.repairing else len(shards)),

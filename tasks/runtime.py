@@ -50,6 +50,9 @@ class TrainerRuntime(Runtime):
     head_chunk_tokens: int = Field(1024, ge=1, description="completion tokens per output-head chunk")
     deepspeed: Path | None = Field(None, description="DeepSpeed JSON (ZeRO stage, offload); null means ZeRO-0")
     activation_checkpointing: bool = Field(False, description="recompute activations in backward to save memory")
+    checkpoint_minutes: float | None = Field(
+        10, ge=0, description="minutes of training between checkpoints inside a round; 0: after every step; null: none"
+    )
 
 
 class RuntimeConfig(Runtime):

@@ -24,6 +24,13 @@ class Context:
     progress: StageProgress
     log: Callable[[str], None]
     plugins: tuple[str, ...] = ()
+    tell: Callable[[str], None] = lambda text: None
+    """A line for whoever watches."""
+
+    def say(self, stage: str, text: str) -> None:
+        """For the log, and for whoever watches this stage."""
+        self.log(f"{stage}: {text}")
+        self.tell(text)
 
 
 @dataclass(frozen=True)

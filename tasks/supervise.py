@@ -193,7 +193,7 @@ def _build(builders: dict[str, Builder], ctx: Context, inputs: _Inputs) -> None:
     total = sum(shards)
     done = total - sum(shards[shard] for shard in wanted)
     if wanted and done:
-        ctx.log(f"supervise: {done} of {total} samples are scored already")
+        ctx.say("supervise", f"{done} of {total} samples are scored already")
     ctx.progress(done, total, "samples")
     _require_space(ctx, rollouts, builders, k)
     common = _common_job(ctx, inputs, builders) if wanted else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from storage.errors import OpdError
+from storage.failpoints import failpoint
 from storage.identity import derive_seed
 from storage.schemas import TABLES
 from tasks.figures import Progress, latest, words
@@ -56,16 +57,22 @@ def run_steps(
     module: TrainModule,
     settings: OptimizerSettings,
     progress: Progress,
+    done: list[dict[str, Any]],
+    keep: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
     """Does the steps and returns their rows of `training_steps` (the same on every rank).
 
+    `done` are the rows of the steps that were done before an interruption; `keep` gets all rows after every step but the
+    last, and may save them with the engine's state.
     Ends early after the step whose mean KL from the rollout-time student passed `max_drift`, or at which the running
     mean of the loss fell below `stop_loss`. Raises OpdError naming samples, on every rank, before any weight changes,
     when a loss or a gradient is not finite."""
-    table: list[dict[str, Any]] = []
+    table = list(done)
     running: float | None = None
-    known: dict[str, float | None] = {}
-    for number, step in enumerate(plan.steps):
+    for row in done:
+        running = _mean(running, row["loss"])
+    known = latest(done)
+    for number, step in enumerate(plan.steps[len(done) :], len(done)):
         began = time.monotonic()
         now = plan.first_step + number + 1
         torch.manual_seed(derive_seed(plan.seed, "dropout", plan.round, now, dist.get_rank()))
@@ -110,11 +117,18 @@ def run_steps(
             print(f"round {plan.round} step {now}: {words(known)}", flush=True)
         drift = table[-1]["log_ratio_mean"]
         drifted = plan.max_drift is not None and drift is not None and -drift > plan.max_drift
-        running = tally.loss if running is None else (1 - _RUNNING) * running + _RUNNING * tally.loss
+        running = _mean(running, tally.loss)
+        failpoint("train.after_step")
         if drifted or (plan.stop_loss is not None and running < plan.stop_loss):
             progress(number + 1, number + 1, known)
             break
+        if number + 1 < len(plan.steps):
+            keep(table)
     return table
+
+
+def _mean(running: float | None, loss: float) -> float:
+    return loss if running is None else (1 - _RUNNING) * running + _RUNNING * loss
 
 
 class Tally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +59,46 @@ def read(directory: Path, lora: dict[str, Any] | None) -> TrainerState:
     return state
 
 
-def load_weights(directory: Path, parameters: dict[str, nn.Parameter]) -> None:
-    """Fills the parameters (before DeepSpeed takes them) from the master weights, rounded to their dtype.
+class Tensors:
+    """The tensors of some safetensors files by name, read when they are asked for; how they are spread plays no part.
 
-    CorruptArtifact when names or shapes differ."""
-    with _opened(directory, "master", parameters) as tensors:
-        for name, parameter in parameters.items():
-            parameter.data.copy_(tensors.get_tensor(f"master/{name}"))
+    CorruptArtifact when a file cannot be read, or its tensors are not those of the parameters."""
+
+    def __init__(self, files: Sequence[Path], parameters: dict[str, nn.Parameter]) -> None:
+        self._of: dict[str, Any] = {}
+        for path in files:
+            try:
+                opened = safe_open(path, "pt")
+            except Exception as error:  # the Rust reader raises its own type
+                raise CorruptArtifact(f"{path}: not readable ({error})") from error
+            self._of |= dict.fromkeys(opened.keys(), opened)
+        odd = sorted(set(self._of) ^ {f"{kind}/{name}" for kind in _KINDS for name in parameters})
+        if odd:
+            raise CorruptArtifact(
+                f"{files[0].parent}: its tensors are not the model's parameters ({len(odd)} differ, first {odd[0]!r})"
+            )
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._of[name].get_tensor(name)
 
 
-def load(directory: Path, engine: Engine, step: int) -> None:
+def files(directory: Path) -> list[Path]:
+    """Those with the tensors of a trainer state."""
+    return [directory / f"{kind}.safetensors" for kind in _KINDS]
+
+
+def load_weights(tensors: Tensors, parameters: dict[str, nn.Parameter]) -> None:
+    """Fills the parameters (before DeepSpeed takes them) from the master weights, rounded to their dtype."""
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[f"master/{name}"])
+
+
+def load(tensors: Tensors, engine: Engine, step: int) -> None:
     """Sets master weights, moments and step count of every rank's partition exactly. Collective."""
     engine.make_moments(step)
     for kind in _KINDS:
-        with _opened(directory, kind, engine.parameters) as tensors:
-            for name, parameter in engine.parameters.items():
-                _set(engine, parameter, kind, tensors.get_tensor(f"{kind}/{name}"))
+        for name, parameter in engine.parameters.items():
+            _set(engine, parameter, kind, tensors[f"{kind}/{name}"])
     dist.barrier()
 
 
@@ -94,13 +118,28 @@ def save(directory: Path, engine: Engine, state: TrainerState, base: Path | None
         (directory / "trainer.json").write_text(state.model_dump_json(indent=2) + "\n")
 
 
+def share(engine: Engine) -> dict[str, torch.Tensor]:
+    """This rank's share of the state, `<kind>/<name>` -> float32 tensor on the CPU: every `world`-th parameter, in full.
+    Collective; the shares of all ranks together are what `load` wants."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    return {
+        f"{kind}/{name}": tensor
+        for kind in _KINDS
+        for name, tensor in _gathered(engine, kind, lambda number: number % world == rank)
+    }
+
+
 def full_tensors(engine: Engine, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, float32 tensor on the CPU) of every trained parameter: `master`, `exp_avg` or `exp_avg_sq`.
 
     Collective; only rank 0 gets the tensors, other ranks get nothing."""
-    for name, parameter in engine.parameters.items():
+    return _gathered(engine, kind, lambda number: dist.get_rank() == 0)
+
+
+def _gathered(engine: Engine, kind: str, keeps: Callable[[int], bool]) -> Iterator[tuple[str, torch.Tensor]]:
+    for number, (name, parameter) in enumerate(engine.parameters.items()):
         tensor = _get(engine, parameter, kind)
-        if dist.get_rank() == 0:
+        if keeps(number):
             yield name, tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
@@ -121,17 +160,3 @@ def _get(engine: Engine, parameter: nn.Parameter, kind: str) -> torch.Tensor:
     if kind == "master":
         return safe_get_full_fp32_param(parameter)
     return safe_get_full_optimizer_state(parameter, kind)
-
-
-def _opened(directory: Path, kind: str, parameters: dict[str, nn.Parameter]) -> Any:
-    path = directory / f"{kind}.safetensors"
-    try:
-        tensors = safe_open(path, "pt")
-    except Exception as error:  # the Rust reader raises its own type
-        raise CorruptArtifact(f"{path}: not readable ({error})") from error
-    odd = sorted(set(tensors.keys()) ^ {f"{kind}/{name}" for name in parameters})
-    if odd:
-        raise CorruptArtifact(
-            f"{path}: its tensors are not the model's parameters ({len(odd)} differ, first {odd[0]!r})"
-        )
-    return tensors

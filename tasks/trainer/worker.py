@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tasks.losses.head import ChunkedHead
 from tasks.losses.registry import make_objective
 from tasks.trainer import state
 from tasks.trainer.batching import plan_steps
+from tasks.trainer.checkpoint import Keeper
 from tasks.trainer.config import OptimizerSettings, TrainConfig, TruncatedCorrection, WarmupConfig
 from tasks.trainer.data import Samples, from_prompts, from_rollouts
 from tasks.trainer.engine import Engine, start
@@ -59,11 +61,12 @@ class Trainer:
         self.device = start()
 
     def handle(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        """Collective: every rank gets the same job. Rank 0 returns {steps, last_step, metrics}, the others {}.
+        """Collective: every rank gets the same job. Rank 0 returns {steps, last_step, metrics, notes}, the others {}.
 
         `job`: op (train | warmup), store, model (folder), state (folder or null), config, objective, seed, round,
         rollouts / signals / prompts ({stage, key}), outputs: {student, trainer_state: empty folders, steps: {stage,
-        key} of the artifact with the table training_steps}, each null when not wanted."""
+        key} of the artifact with the table training_steps}, each null when not wanted; checkpoints (of the unfinished job:
+        folder, settings; or null)."""
         runtime = self.settings | job.get("runtime", {})
         with pinned(int(runtime["threads"])):
             return self._train(job, runtime, progress)
@@ -82,26 +85,31 @@ class Trainer:
         lora = settings.lora.model_dump(mode="json") if settings.lora else None
         known = state.read(resumed, lora) if resumed is not None else None
         base = resumed / "base" if resumed is not None and settings.lora else student
+        steps = plan_steps(
+            job["seed"], job["round"], len(lesson.samples), lesson.samples_per_step, lesson.total_samples
+        )
+        keeper = Keeper(job, runtime["checkpoint_minutes"])
+        midway = keeper.find(len(steps))
         model = load_model(base, settings.dtype)
         if settings.lora is not None:
             add_adapters(model, settings.lora)
         parameters = trainable(model)
-        if resumed is not None:
-            state.load_weights(resumed, parameters)
+        tensors: state.Tensors | None = None
+        if midway is not None or resumed is not None:
+            tensors = state.Tensors(midway.files if midway is not None else state.files(resumed), parameters)
+            state.load_weights(tensors, parameters)
         if runtime["activation_checkpointing"]:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         provider = ChunkedHead(int(runtime["head_chunk_tokens"]))
         module = TrainModule(model, make_objective(lesson.objective), provider, lesson.cap)
         engine = Engine(module, parameters, settings, runtime["deepspeed"], self.device)
         try:
-            if resumed is not None and known is not None:
-                state.load(resumed, engine, known.step)
+            if tensors is not None:
+                state.load(tensors, engine, (midway.state if midway is not None else known).step)
             else:
                 engine.make_moments(0)
             plan = Plan(
-                steps=plan_steps(
-                    job["seed"], job["round"], len(lesson.samples), lesson.samples_per_step, lesson.total_samples
-                ),
+                steps=steps,
                 first_step=known.step if known is not None else 0,
                 seed=job["seed"],
                 round=job["round"],
@@ -112,7 +120,17 @@ class Trainer:
                 stop_loss=lesson.stop_loss,
                 micro_batch_tokens=int(runtime["micro_batch_tokens"]),
             )
-            rows = run_steps(plan, lesson.samples, engine, module, settings, progress)
+            own = {"round": job["round"], "lora": lora}
+            rows = run_steps(
+                plan,
+                lesson.samples,
+                engine,
+                module,
+                settings,
+                progress,
+                midway.rows if midway is not None else [],
+                partial(keeper.step_done, engine, own),
+            )
             self._write(job, engine, rows, settings, base, student)
         finally:
             engine.close()
@@ -120,7 +138,7 @@ class Trainer:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return _summary(rows, lesson.samples) if dist.get_rank() == 0 else {}
+        return _summary(rows, lesson.samples) | {"notes": keeper.notes} if dist.get_rank() == 0 else {}
 
     def _write(
         self,

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import forked
+import in_process
 import pytest
 import small_disk
 from fault_trials import Trials, both_forms
 from scripted_run import NAME, PLUGINS, ROUNDS, Trial, experiment, find_engines
 
+from flows.runner import bytes_per_round, refuse_full_disk
 from storage.errors import NotEnoughSpace
 from storage.runs import Run
 from storage.store import Store
+from tasks.models import CheckpointModel
 
 LARGE = 1 << 30
 
@@ -159,6 +162,25 @@ def test_space_is_estimated_before_a_run_starts(tmp_path: Path, template: Path) 
     e = experiment(ROUNDS)
     huge = e.model_copy(update={"rollout": e.rollout.model_copy(update={"max_completion_length": 10**15})})
     sys.path.insert(0, str(PLUGINS))
-    with pytest.raises(NotEnoughSpace, match=r"needed for one round's rollouts and signals, .* free"):
+    with pytest.raises(NotEnoughSpace, match=r"needed for one round, .* free"):
         run_experiment(huge, name=NAME, root=root, prefect=False)
     assert list((root / "runs" / NAME / "logs").iterdir()) == []
+
+
+def test_a_students_training_counts_before_the_run_and_before_its_stage(
+    tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 bytes of the student, 12 of the state, three times 12 of checkpoints: 52 per float32 parameter."""
+    store = Store(template)
+    folder = store.materialize(store.list("model")[0])
+    e = experiment(ROUNDS)
+    round_bytes = bytes_per_round(e)
+    asked: list[int] = []
+    monkeypatch.setattr(Store, "require_space", lambda self, needed, purpose="": asked.append(needed))
+    refuse_full_disk(store, e)
+    own = e.student.model_copy(update={"source": CheckpointModel(path=folder)})
+    refuse_full_disk(store, e.model_copy(update={"student": own}))
+    assert asked == [round_bytes, round_bytes + 52 * 2048]
+    shutil.copytree(template, tmp_path / "store")
+    in_process.run(tmp_path / "store", rounds=1)
+    assert asked[-1] == 52 * 2048

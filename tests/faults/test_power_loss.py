@@ -14,6 +14,7 @@ from fault_trials import Trials, both_forms
 from power_loss import Recorder, disks_after, recording, restore
 from small_store import SPEC, STUDENT, build, build_student, fresh, quarantined, rows
 
+from storage.checkpoints import Checkpoints, write_file
 from storage.files import remove_leftovers
 from storage.runs import Run
 from storage.store import Store
@@ -90,12 +91,38 @@ def repair(root: Path) -> None:
     build(fresh(Store(root)))
 
 
+def kept(root: Path) -> Checkpoints:
+    folder = Store(root).root / "artifacts" / "mask" / SPEC.key
+    return Checkpoints(root, folder, {"threads": 1})
+
+
+def save_checkpoint(root: Path, step: int) -> None:
+    if (found := kept(root).newest()[0]) is None or found.step < step:
+        folder = kept(root).begin()
+        files = [write_file(folder / name, lambda path: path.write_bytes(bytes([step]) * 5000)) for name in "ab"]
+        kept(root).commit(folder, step, files, {"step": step})
+
+
+def two_checkpoints(root: Path) -> None:
+    one_shard(root)
+    save_checkpoint(root, 1)
+    save_checkpoint(root, 2)
+
+
+def checkpoint(root: Path) -> Any:
+    found, _ = kept(root).newest()
+    return found and (found.step, found.content, [path.read_bytes() for path in found.files])
+
+
 STORIES = {
     "a table is committed": Story(nothing, lambda root: build(Store(root)), mask, lambda r: build(Store(r))),
     "a table is committed after an earlier attempt": Story(one_shard, repair, mask, repair),
     "a damaged shard is repaired": Story(damage, repair, mask, repair),
     "a tree is committed": Story(
         nothing, lambda root: build_student(Store(root)), student, lambda r: build_student(Store(r))
+    ),
+    "a checkpoint is saved": Story(
+        two_checkpoints, lambda root: save_checkpoint(root, 3), checkpoint, lambda root: save_checkpoint(root, 3)
     ),
     "a run is created": Story(nothing, create_run, state, create_run),
     "a run's state is saved": Story(create_run, save_state, state, save_state),

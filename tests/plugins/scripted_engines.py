@@ -15,7 +15,9 @@ import pyarrow as pa
 from safetensors.numpy import save_file
 
 import tasks.trainer.launch
+from storage.checkpoints import Checkpoints, write_file
 from storage.digests import table_digest, weights_digest
+from storage.failpoints import failpoint
 from storage.schemas import schema_for
 from storage.store import Artifact, Store
 from tasks.engines.signals import mask_table, sampled_table, topk_table
@@ -159,7 +161,16 @@ class Trainer(Engine):
         config, rows = job["config"], []
         total = len(ids) * config["epochs_per_round"]
         steps = plan_steps(job["seed"], job["round"], len(ids), config["samples_per_step"], total)
-        for number, step in enumerate(steps, 1):
+        kept = Checkpoints(store.root, Path(job["checkpoints"]["folder"]), job["checkpoints"]["settings"])
+        found, notes = kept.newest()
+        if found is not None:
+            saved = json.loads(found.files[0].read_text())
+            used, chain, rows = saved["used"], saved["chain"], saved["rows"]
+        for number, step in enumerate(steps[len(rows) :], len(rows) + 1):
+            if rows:
+                folder, text = kept.begin(), json.dumps({"used": used, "chain": chain, "rows": rows})
+                record = write_file(folder / "state.json", lambda path, text=text: path.write_text(text))
+                kept.commit(folder, len(rows), [record], {})
             batch = [ids[row] for row in step.rows]
             used.append([job["round"], batch])
             chain = digest(chain, batch)
@@ -167,6 +178,7 @@ class Trainer(Engine):
                 {"step": len(used), "round": job["round"], "epoch": step.epoch, "loss": int(chain[:8], 16) / 2**32}
                 | {"grad_norm": 1.0, "lr": 1e-3, "samples": len(batch), "tokens": len(batch), "seconds": 0.0}
             )
+            failpoint("train.after_step")
             progress(number, len(steps))
         if outputs.get("trainer_state"):
             Path(outputs["trainer_state"], "used.json").write_text(json.dumps(used))
@@ -178,4 +190,5 @@ class Trainer(Engine):
         if outputs.get("steps"):
             writer = store.shard_writer(outputs["steps"]["stage"], outputs["steps"]["key"])
             writer.write_shard("training_steps", 0, pa.Table.from_pylist(rows, schema=schema_for("training_steps")))
-        return {"steps": len(rows), "last_step": rows[-1]["step"], "metrics": {"loss": rows[-1]["loss"]}}
+        metrics = {"loss": rows[-1]["loss"]}
+        return {"steps": len(rows), "last_step": rows[-1]["step"], "metrics": metrics, "notes": notes}

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from small_store import STUDENT, build, build_student
+from small_store import STUDENT, build, model
 
 from storage import failpoints
+from storage.checkpoints import write_file
+from storage.failpoints import failpoint
 from storage.files import remove_leftovers
 from storage.runs import RoundState, Run, StageState
-from storage.store import ArtifactSpec, Store
+from storage.store import Artifact, ArtifactSpec, Store
 
+STEPS = 4
 OLD = ArtifactSpec.of("mask", 1, {"policy": "old"}, {"rollouts": "cd" * 32})
 """Committed before the story begins, and damaged since."""
 
@@ -34,11 +38,34 @@ def story(root: Path) -> None:
         state = run.state
         state.status, state.rounds = "running", [RoundState(round=0)]
         run.save(state)
-        made = [build(store)[0], build_student(store), build(store, OLD, salt=3)[0]]
+        made = [build(store)[0], learn(store), build(store, OLD, salt=3)[0]]
         keys = {f"{number} {artifact.stage}": artifact.key for number, artifact in enumerate(made)}
         state.rounds[0].stages["all"] = StageState(state="done", artifacts=keys)
         state.status = "finished"
         run.save(state)
+
+
+def learn(store: Store) -> Artifact:
+    """A student that takes four steps, each saved: it goes on after the last one that was."""
+    with store.building(STUDENT) as builder:
+        if builder.committed is not None:
+            return builder.committed
+        kept = builder.checkpoints({"threads": 1})
+        found, _ = kept.newest()
+        value = found.files[0].read_bytes() if found is not None else b""
+        assert len(value) == (found.step if found is not None else 0)
+        while len(value) < STEPS:
+            value += bytes([len(value)])
+            failpoint("train.after_step")
+            folder = kept.begin()
+            kept.commit(folder, len(value), [write_file(folder / "value", partial(_write, value))], {})
+        if builder.needs_tree():
+            model(builder.directory(), value)
+        return builder.commit()
+
+
+def _write(value: bytes, path: Path) -> None:
+    path.write_bytes(value)
 
 
 def told(root: Path) -> dict[str, Any]:

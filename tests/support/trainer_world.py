@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +21,8 @@ from storage.store import Artifact, ArtifactSpec, Store
 from tasks.figures import Figures
 from tasks.runtime import RuntimeConfig
 from tasks.stage import Context, Work
-from tasks.workers import Worker
+from tasks.trainer.launch import free_port, launch_command
+from tasks.workers import CHECKOUT, Worker
 
 SAMPLES, K, VOCABULARY = 12, 8, 264
 
@@ -162,6 +166,29 @@ def make_world(root: Path) -> World:
         prompts=commit_table(store, "prepare", "prompts", texts, **{"prompts:warmup": "some"}),
         samples=rollouts,
     )
+
+
+def launch_trainer(processes: int, log: Path, plugins: Sequence[str] = (), **environment: str) -> Worker:
+    """A trainer of that many ranks, launched as the supervisor does."""
+    settings = {
+        "device": "cpu",
+        "threads": 1,
+        "micro_batch_tokens": 64,
+        "head_chunk_tokens": 16,
+        "deepspeed": None,
+        "activation_checkpointing": False,
+        "checkpoint_minutes": None,
+        "plugins": list(plugins),
+        "plugin_path": str(CHECKOUT / "tests" / "plugins"),
+    }
+    argv, more = launch_command(processes, "cpu", free_port())
+    env = dict(os.environ) | {
+        "PYTHONPATH": str(CHECKOUT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OPD_WORKER_SETTINGS": json.dumps(settings),
+    }
+    return Worker("trainer", argv, env | more | environment, log, processes)
 
 
 @dataclass

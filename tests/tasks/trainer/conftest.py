@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from trainer_world import World, make_world
+from trainer_world import World, launch_trainer, make_world
 
-from tasks.trainer.launch import free_port, launch_command
-from tasks.workers import CHECKOUT, Worker
+from tasks.workers import Worker
 
 
 @pytest.fixture(scope="session")
@@ -28,23 +25,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     started: list[Worker] = []
 
     def launch(processes: int) -> Worker:
-        settings = {
-            "device": "cpu",
-            "threads": 1,
-            "micro_batch_tokens": 64,
-            "head_chunk_tokens": 16,
-            "deepspeed": None,
-            "activation_checkpointing": False,
-        }
-        argv, more = launch_command(processes, "cpu", free_port())
-        env = dict(os.environ) | {
-            "PYTHONPATH": str(CHECKOUT),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "OPD_WORKER_SETTINGS": json.dumps(settings),
-        }
         log = tmp_path_factory.getbasetemp() / f"trainer-{processes}-{len(started)}.log"
-        started.append(Worker("trainer", argv, env | more, log, processes))
+        started.append(launch_trainer(processes, log))
         return started[-1]
 
     yield launch

@@ -1,0 +1,232 @@
+"""Training stopped inside a round: only whole checkpoints are used (row 4), and what goes on from one ends bit for bit where
+an undisturbed round does (row 5)."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_trials import Trials, both_forms
+from trainer_world import Made, World, launch_trainer, make, make_world
+
+from storage import failpoints
+from storage.checkpoints import CHECKPOINT, RECORD
+from storage.errors import OpdError
+from storage.store import Store
+from tasks.losses.config import DirectConfig, TopkSupport
+from tasks.stage import Work
+from tasks.train import train_work
+from tasks.trainer.config import TrainConfig
+from tasks.workers import CHECKOUT, Worker, WorkerDied
+
+STEPS = 12
+BUCKET = DirectConfig(support=TopkSupport(k=8, outside="bucket"))
+SETTINGS: dict[str, Any] = {
+    "lr": 1e-3, "samples_per_step": 4, "epochs_per_round": 4, "max_grad_norm": 0.1, "weight_decay": 0.01,
+    "schedule": {"warmup_steps": 3},
+}  # fmt: skip
+LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.1, "target_modules": ["q_proj"]}}
+ZERO = CHECKOUT / "configs" / "deepspeed"
+SETUPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "float32": ({}, {}),
+    "bfloat16": ({"dtype": "bfloat16"}, {}),
+    "ZeRO 2": ({}, {"deepspeed": str(ZERO / "zero2.json")}),
+    "ZeRO 3": ({"dtype": "bfloat16"}, {"deepspeed": str(ZERO / "zero3.json")}),
+    "LoRA": (LORA, {"deepspeed": str(ZERO / "zero1.json")}),
+}
+"""What is trained how: (training settings, runtime settings)."""
+SAVING = {
+    0: ("begun", "before_write", "after_write", "after_sync", "before_record", "before_rename", "after_rename", "before_sweep"),
+    1: ("before_write", "after_write", "after_sync"),
+}  # fmt: skip
+"""Moments of saving, by the rank that is there."""
+NAMED = ("after_rename", "before_sweep")
+"""At these the new checkpoint counts already."""
+
+
+@dataclass
+class Bench:
+    """A store, warm trainers of one and two ranks, and undisturbed rounds to compare with."""
+
+    world: World
+    folder: Path
+    warm: dict[int, Worker]
+    whole: dict[tuple[str, int], dict[str, Any]]
+
+    def work(self, setup: str) -> Work:
+        config = TrainConfig.model_validate(SETTINGS | SETUPS[setup][0])
+        world = self.world
+        return train_work(config, BUCKET, world.student, None, world.rollouts, world.signals, 0, 1)
+
+    def train(self, setup: str, worker: Worker, tag: str, minutes: float | None = 0, **runtime: Any) -> Made:
+        runtime = SETUPS[setup][1] | {"checkpoint_minutes": minutes} | runtime
+        return make(self.work(setup), self.world.store, worker, tag, **runtime)
+
+    def undisturbed(self, setup: str, ranks: int) -> dict[str, Any]:
+        if (setup, ranks) not in self.whole:
+            self.whole[setup, ranks] = told(self.train(setup, self.warm[ranks], f"whole {setup} {ranks}", None))
+        return self.whole[setup, ranks]
+
+    def killed(self, setup: str, ranks: int, tag: str, spec: str) -> None:
+        """A trainer of its own that dies at a failpoint; the supervisor hears of it."""
+        log = self.folder / f"{re.sub('[^a-z0-9]+', '-', tag.lower())}.log"
+        armed = {failpoints.SPEC: spec, failpoints.LOG: str(log.with_suffix(".hits"))}
+        worker = launch_trainer(ranks, log, **armed)
+        try:
+            with pytest.raises(WorkerDied):
+                self.train(setup, worker, tag)
+        finally:
+            worker.kill()
+
+    def checkpoints(self) -> list[Path]:
+        return sorted((self.world.store.root / "artifacts").glob(f"*/*/{CHECKPOINT}*"))
+
+    def check(self, made: Made, setup: str, ranks: int) -> None:
+        found, expected = told(made), self.undisturbed(setup, ranks)
+        for part in expected:
+            assert found[part] == expected[part], part
+        assert self.checkpoints() == [] and list(self.world.store.root.rglob(".tmp-*")) == []
+
+
+def told(made: Made) -> dict[str, Any]:
+    """Weights, optimizer state and every figure of every step, but for the seconds."""
+    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in made.rows]
+    assert len(rows) == STEPS
+    return {"rows": rows} | {name: artifact.content for name, artifact in made.artifacts.items()}
+
+
+def resumed_after(made: Made) -> int:
+    """The step that the log names, 0 where it names none."""
+    return next((int(found[1]) for line in made.said if (found := re.search(r"going on after step (\d+)", line))), 0)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    with ExitStack() as stack:
+        warm = {}
+        for ranks in (1, 2):
+            warm[ranks] = launch_trainer(ranks, folder / f"warm-{ranks}.log", ["stoppable_trainer"])
+            stack.callback(warm[ranks].close)
+        yield Bench(make_world(folder / "store"), folder, warm, {})
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_a_round_that_stops_goes_on_bit_for_bit(bench: Bench, setup: str) -> None:
+    """A warm trainer, stopped by an error after some step, twice."""
+    tag = f"stopped {setup}"
+    for stop in (3, 7):
+        with pytest.raises(OpdError, match="a failpoint"):
+            bench.train(setup, bench.warm[1], tag, failpoints=f"train.after_step=raise:OpdError@{stop}")
+    made = bench.train(setup, bench.warm[1], tag)
+    assert resumed_after(made) == 2 + 7 - 1
+    bench.check(made, setup, 1)
+
+
+def test_saving_changes_nothing(bench: Bench) -> None:
+    bench.check(bench.train("float32", bench.warm[1], "saving"), "float32", 1)
+
+
+def test_other_numerics_begin_anew_and_say_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OpdError, match="a failpoint"):
+        bench.train("float32", bench.warm[1], "other", failpoints="train.after_step=raise:OpdError@5")
+    (newest, *_) = reversed(bench.checkpoints())
+    monkeypatch.setattr("tasks.runtime.RuntimeConfig.numerics", lambda self: {"threads": 7})
+    made = bench.train("float32", bench.warm[1], "other")
+    assert resumed_after(made) == 0
+    assert any("step 4 was made with other settings" in line and "threads 2, now 7" in line for line in made.said)
+    assert any("all 12 steps are done from the first on" in line for line in made.said)
+    assert not newest.exists()
+    bench.check(made, "float32", 1)
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def torn_record(path: Path) -> None:
+    cut(path / RECORD)
+
+
+def torn_tensors(path: Path) -> None:
+    cut(sorted(path.glob("rank-*"))[-1])
+
+
+def no_tensors(path: Path) -> None:
+    sorted(path.glob("rank-*"))[-1].unlink()
+
+
+def flipped_bit(path: Path) -> None:
+    file = sorted(path.glob("rank-*"))[0]
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 16
+    file.write_bytes(data)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+DAMAGE: tuple[Callable[[Path], None], ...] = (torn_record, torn_tensors, no_tensors, flipped_bit)
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["newest", "both"])
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_damaged_checkpoint_is_never_used(bench: Bench, damage: Callable[[Path], None], both: bool) -> None:
+    """The one before it is, and where none is left the log says that training begins anew."""
+    tag = f"{damage.__name__} {both}"
+    with pytest.raises(OpdError, match="a failpoint"):
+        bench.train("float32", bench.warm[1], tag, failpoints="train.after_step=raise:OpdError@7")
+    older, newer = bench.checkpoints()
+    for path in (older, newer) if both else (newer,):
+        damage(path)
+    made = bench.train("float32", bench.warm[1], tag)
+    assert resumed_after(made) == (0 if both else 5)
+    warnings = [line for line in made.said if "warning" in line]
+    assert len(warnings) == (3 if both else 1)
+    assert "the checkpoint of step 6 is damaged and in quarantine" in warnings[0]
+    if both:
+        assert "no checkpoint can be used: all 12 steps are done from the first on" in warnings[-1]
+    reasons = [path.read_text() for path in (Store(bench.world.store.root).root / "quarantine").glob("*.reason.json")]
+    assert any(newer.name in reason and "a damaged checkpoint" in reason for reason in reasons)
+    bench.check(made, "float32", 1)
+
+
+# --- kills -----------------------------------------------------------------------------------------------------------
+
+
+@both_forms(short=1, full=len(SETUPS) * sum(map(len, SAVING.values())))
+def test_a_rank_killed_while_it_saves(bench: Bench, trials: Trials, count: int) -> None:
+    """Every rank at every moment of saving, at two ranks, in every setup: on from the last checkpoint that was whole."""
+    moments = [(rank, point) for rank, points in SAVING.items() for point in points]
+    names = [f"{setup}, rank {rank} at {point}" for setup in SETUPS for rank, point in moments]
+    random.Random("ranks").shuffle(names)
+
+    def attempt(name: str) -> None:
+        setup, rank, point = re.fullmatch(r"(.*), rank (\d) at (\w+)", name).groups()  # type: ignore[union-attr]
+        which = random.Random(f"save {name}").randint(1, STEPS - 1)
+        bench.killed(setup, 2, name, f"checkpoint.{point}=kill#{rank}@{which}")
+        step = which if point in NAMED else which - 1
+        made = bench.train(setup, bench.warm[2], name)
+        assert resumed_after(made) == step
+        bench.check(made, setup, 2)
+
+    trials(4, "a rank of two killed while a checkpoint is saved", names[:count], attempt)
+
+
+@both_forms(short=1, full=20)
+def test_killed_after_a_random_step(bench: Bench, trials: Trials, count: int) -> None:
+    def attempt(name: str) -> None:
+        draw = random.Random(f"step {name}")
+        setup, ranks, step = draw.choice(list(SETUPS)), draw.choice((1, 2)), draw.randint(1, STEPS)
+        bench.killed(setup, ranks, f"killed {name}", f"train.after_step=kill#{draw.randrange(ranks)}@{step}")
+        made = bench.train(setup, bench.warm[ranks], f"killed {name}")
+        assert resumed_after(made) in (step - 1, step)  # the other rank may not have heard of it yet
+        bench.check(made, setup, ranks)
+
+    trials(5, "SIGKILL after a random step, one and two ranks", map(str, range(count)), attempt)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from flows.origins import Again, Origin, Origins, artifacts_in, rebuild
+from storage.errors import InputError
 from storage.redact import redact
 from storage.runs import RoundState, Run, RunState, StageState
 from storage.store import Artifact, Builder, Store
@@ -50,6 +51,23 @@ def resolved(work: Work, store: Store) -> dict[str, Artifact]:
         if artifact is not None:
             found[name] = artifact
     return found
+
+
+def refuse_other_model(label: str, work: Work, recorded: StageState | None, store: Store) -> None:
+    """A run keeps the models that it began with. InputError, naming the file, when what a model is read from (weights,
+    tokenizer) is not what the run's state recorded; the folder's place may change."""
+    if work.stage != "model" or recorded is None or "model" not in recorded.artifacts:
+        return
+    before, spec = store.get("model", recorded.artifacts["model"]), work.outputs["model"]
+    if before is None or (before.version, before.identity) != (spec.version, spec.identity):
+        return
+    then, now = ({k: v for k, v in inputs.items() if k != "place"} for inputs in (before.inputs, spec.inputs))
+    if then != now:
+        store.materialize(before)  # a folder of the user's that has changed: the error names the file
+        raise InputError(
+            f"{label}: its {' and '.join(sorted(now))} are not those that this run began with (model/{before.key} then,"
+            f" model/{spec.key} now); put the old ones back, or begin a new run under another --name"
+        )
 
 
 @dataclass
@@ -191,6 +209,7 @@ class Maker:
         keys = {name: work.shared.get(name, spec.key) for name, spec in work.outputs.items()}
         found = resolved(work, self.store)
         old = self._round.stages.get(label)
+        refuse_other_model(label, work, old, self.store)
         if len(found) == len(work.outputs):
             if self._round.round == self._restored_round:
                 self._restore_own(label, work, inputs, found)

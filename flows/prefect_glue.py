@@ -1,220 +1,28 @@
 """Prefect around a run: order, states and history to look at. Never the source of truth, never a reason for losing work.
 
 What holds here, whatever Prefect does: a stage's function is called once per try, in the calling thread; its result and its
-exceptions (KeyboardInterrupt included) come out unchanged; when the server cannot be started, is locked or dies, a warning
-says so and the work goes on without it. Nothing of Prefect is imported before a session begins.
+exceptions (KeyboardInterrupt included) come out unchanged; when the server cannot be started, is locked, loses its database
+or dies, a warning says so and the work goes on without it, and ends without waiting for it.
 """
 
 from __future__ import annotations
 
-import contextvars
-import logging
-import os
-import queue
 import signal
-import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from flows.prefect_server import (
-    EmbeddedServer,
-    ServerUnavailable,
-    healthy,
-    home_of,
-    quiet_environment,
-    server_environment,
-)
-from storage.redact import RedactedFormatter, redact
+from flows.prefect_session import Session, current_session, first_line, innermost_session, to_stderr
+from storage.redact import redact
 
 T = TypeVar("T")
-Warn = Callable[[str], None]
 
-
-def _to_stderr(line: str) -> None:
-    print(redact(line), file=sys.stderr, flush=True)
-
-
-@dataclass
-class Session:
-    """A Prefect API to report to. `active` turns False when Prefect fails; from then on functions are called directly."""
-
-    api_url: str | None
-    ui_url: str | None
-    warn: Warn = field(default=_to_stderr, repr=False)
-    active: bool = True
-
-    def give_up(self, error: BaseException) -> None:
-        """Stop using Prefect for the rest of the session, saying so once."""
-        if self.active:
-            self.active = False
-            self.warn(
-                f"warning: Prefect failed ({_first_line(error)}); going on without it, nothing of the run is lost"
-            )
-
-
-_session: contextvars.ContextVar[Session | None] = contextvars.ContextVar("prefect_session", default=None)
-
-
-def current_session() -> Session | None:
-    """The session that stages report to now, if one is active."""
-    session = _session.get()
-    return session if session is not None and session.active else None
-
-
-@contextmanager
-def prefect_session(root: Path, *, warn: Warn = _to_stderr) -> Iterator[Session]:
-    """Everything in the block reports to PREFECT_API_URL if that is set, else to the root's embedded server.
-
-    The embedded server is a `prefect server start` on loopback with its database under `<root>/prefect`, shared by all
-    commands on this root and stopped with the last of them. Telemetry is off, Prefect's log lines stay out of the terminal
-    (warnings go to `<root>/prefect/client.log`). Raises nothing of its own: without a usable server the session is inactive.
-    """
-    outer = current_session()
-    if outer is not None:
-        yield outer
-        return
-    home = home_of(root)
-    with ExitStack() as stack:
-        session = _open(home, root, stack, warn)
-        if session.active:
-            stack.callback(_settle, session)
-        token = _session.set(session)
-        try:
-            yield session
-        finally:
-            _session.reset(token)
-
-
-def _open(home: Path, root: Path, stack: ExitStack, warn: Warn) -> Session:
-    """An active session with its settings and server entered on `stack`, or an inactive one."""
-    external = os.environ.get("PREFECT_API_URL") or None
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        if external:
-            environment: Mapping[str, str | None] = quiet_environment()
-            url, ui = external, None
-        else:
-            server = EmbeddedServer(root, warn)
-            url = server.ensure()
-            stack.callback(server.release)
-            environment, ui = server_environment(home) | {"PREFECT_API_URL": url}, server.ui_url
-        stack.enter_context(_settings(environment, home / "client.log"))
-        if external:
-            _check_external()
-        return Session(url, ui, warn)
-    except Exception as error:
-        where = f"PREFECT_API_URL={redact(external)}" if external else f"the store's own server in {home}"
-        warn(f"warning: running without Prefect: {where}: {_first_line(error)}")
-        if isinstance(error, ServerUnavailable) and not external:
-            warn(f"  the run itself needs nothing from {home}; if its database is damaged, delete that folder")
-        return Session(None, None, warn, active=False)
-
-
-def _check_external() -> None:
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-
-    retries = min(2, PREFECT_CLIENT_MAX_RETRIES.value())  # a few seconds, not a minute, for a server that is not there
-    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: retries}), get_client(sync_client=True) as client:
-        error = client.api_healthcheck()
-    if error is not None:
-        raise ServerUnavailable(f"it does not answer ({_first_line(error)})")
-
-
-@contextmanager
-def _settings(environment: Mapping[str, str | None], log_path: Path) -> Iterator[None]:
-    """Prefect settings for the block: in the environment (for a first import and for child processes; None: not set) and,
-    since Prefect may have been imported long ago, as a fresh settings context."""
-    before = {name: os.environ.get(name) for name in environment}
-    _set_environment(environment)
-    try:
-        with _quiet_logging(log_path):
-            from prefect.context import SettingsContext, get_settings_context
-            from prefect.settings.models.root import Settings
-
-            with SettingsContext(profile=get_settings_context().profile, settings=Settings()):
-                yield
-    finally:
-        _set_environment(before)
-
-
-def _set_environment(values: Mapping[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-
-@contextmanager
-def _quiet_logging(log_path: Path) -> Iterator[None]:
-    """Importing Prefect puts its own handler on the root logger: take that off, and send Prefect's warnings to a file."""
-    import_root = logging.getLogger()
-    level = import_root.level
-    import prefect.main  # noqa: F401  (this import sets up logging)
-    from prefect.logging.handlers import PrefectConsoleHandler
-
-    for handler in [h for h in import_root.handlers if isinstance(h, PrefectConsoleHandler)]:
-        import_root.removeHandler(handler)
-    import_root.setLevel(level)
-    ours = logging.FileHandler(log_path, delay=True)
-    ours.setLevel(logging.WARNING)
-    ours.setFormatter(RedactedFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    names = ("prefect", "prefect._internal", "prefect.extra")
-    loggers = [logging.getLogger(name) for name in names]
-    handlers = [(logger, list(logger.handlers), logger.propagate) for logger in loggers]
-    for logger in loggers:
-        logger.handlers = [h for h in logger.handlers if not isinstance(h, logging.StreamHandler)] + [ours]
-        logger.propagate = False
-    try:
-        yield
-    finally:
-        for logger, old, propagate in handlers:
-            logger.handlers, logger.propagate = old, propagate
-        ours.close()
-
-
-def _settle(session: Session) -> None:
-    """Send what Prefect's background threads still hold while the server lives, and drop what could not be sent: at exit
-    they would try for seconds per event, hours for a long run, and print every event that failed."""
-    from prefect._internal.concurrency.services import _active_services
-
-    services = [(service, service._task) for service in list(_active_services)]
-
-    def drain() -> None:
-        with suppress(Exception):
-            from prefect.events.worker import EventsWorker
-            from prefect.logging.handlers import APILogWorker
-
-            APILogWorker.drain_all(timeout=5)
-            EventsWorker.drain_all(timeout=5)
-
-    if session.active and session.api_url and healthy(session.api_url):
-        thread = threading.Thread(target=drain, daemon=True)
-        thread.start()
-        thread.join(timeout=12)
-    for service, task in services:
-        with suppress(Exception):
-            _abandon(service, task)
-
-
-def _abandon(service: Any, task: Any) -> None:
-    """End one of Prefect's background services now, whatever it still holds. Prefect has no public way to do so."""
-    if service._done_event is None or service._done_event.is_set():
-        return
-    service._stop(at_exit=True)
-    with suppress(queue.Empty):
-        while True:
-            service._queue.get_nowait()
-    service._queue.put_nowait(None)
-    if task is not None:
-        service._loop.call_soon_threadsafe(task.cancel)
+PATIENCE_SECONDS = 8.0
+"""How long Prefect may take to note something, twice, before the run goes on without it."""
+HURRY_SECONDS = 3.0
+"""The same, once, where the run is being stopped."""
 
 
 # Flows and tasks
@@ -226,8 +34,10 @@ def run_as_flow(name: str, function: Callable[[], T], *, run_name: str | None = 
     def call(session: Session, body: Callable[[], Any]) -> None:
         from prefect import Flow
 
+        if not session.takes(lambda client: client.create_flow_from_name(name), PATIENCE_SECONDS):
+            return
         Flow(
-            fn=_with_signal_handler(body),
+            fn=_with_signal_handler(_ending(session, body)),
             name=name,
             flow_run_name=run_name,
             description=description or None,
@@ -293,9 +103,9 @@ class _Attempts:
             except Exception as error:
                 if self.made > self.retries or not is_transient(error):
                     raise
-                session = _session.get()
-                warn = session.warn if session else _to_stderr
-                warn(f"try {self.made} of {self.retries + 1} failed ({_first_line(error)}); trying again")
+                session = innermost_session()
+                warn = session.warn if session else to_stderr
+                warn(f"try {self.made} of {self.retries + 1} failed ({first_line(error)}); trying again")
                 time.sleep(self.delay_seconds)
 
 
@@ -342,7 +152,7 @@ def _guarded(
         if outcome.error is None:
             session.give_up(error)
     except BaseException as error:
-        if outcome.error is None:
+        if outcome.error is None and session.active:
             if _is_abort(error):
                 raise KeyboardInterrupt("cancelled in Prefect") from error
             raise
@@ -351,6 +161,35 @@ def _guarded(
     if not outcome.called:  # Prefect failed before it came to the work
         return function()
     return outcome.value
+
+
+def _ending(session: Session, body: Callable[[], Any]) -> Callable[[], Any]:
+    """The body of a flow, which leaves Prefect without another call when Prefect does not take the run's end."""
+
+    def takes_the_end(patience: float, retries: int) -> bool:
+        from prefect.context import FlowRunContext
+
+        context = FlowRunContext.get()
+        run = context.flow_run if context is not None else None
+        if run is None or not session.active:
+            return session.active
+        return session.takes(lambda client: client.update_flow_run(run.id, name=run.name), patience, retries)
+
+    def call() -> Any:
+        from prefect.exceptions import Abort
+
+        try:
+            result = body()
+        except BaseException as error:
+            patience = (PATIENCE_SECONDS, 1) if isinstance(error, Exception) else (HURRY_SECONDS, 0)
+            if not takes_the_end(*patience):
+                raise Abort from None
+            raise
+        if not takes_the_end(PATIENCE_SECONDS, 1):
+            raise Abort
+        return result
+
+    return call
 
 
 def _without_secrets(error: BaseException) -> BaseException:
@@ -405,8 +244,3 @@ def show_table(key: str, rows: Sequence[dict[str, Any]], description: str = "") 
 def _literal(name: str) -> str:
     """Prefect formats run names as templates: braces stay braces."""
     return name.replace("{", "{{").replace("}", "}}")
-
-
-def _first_line(error: BaseException) -> str:
-    text = redact(str(error)).strip()
-    return text if isinstance(error, ServerUnavailable) else (text.splitlines()[0] if text else type(error).__name__)

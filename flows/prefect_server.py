@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -24,13 +25,15 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from storage.errors import OpdError
 
 START_TIMEOUT_SECONDS = 180.0  # the first start runs all migrations: 17 s were measured on 2 idle cores, 5 s later on
 STOP_TIMEOUT_SECONDS = 15.0
+LOCKED_SECONDS = 10.0
+"""How long another program may hold the database before the server's start is given up."""
 WATCH_SECONDS = 1.0
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -57,7 +60,9 @@ def server_environment(home: Path) -> dict[str, str | None]:
         "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / 'prefect.db'}",
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
-        "PREFECT_CLIENT_MAX_RETRIES": "2",  # with the default of 5, every call to a server that died takes a minute
+        # with the defaults (5, 60 s), every call to a server that died takes a minute, and to one that hangs six
+        "PREFECT_CLIENT_MAX_RETRIES": "1",
+        "PREFECT_API_REQUEST_TIMEOUT": "10",
         **quiet_environment(),
         "NO_PROXY": ",".join(filter(None, no_proxy)),
         "no_proxy": ",".join(filter(None, no_proxy)),
@@ -97,6 +102,7 @@ class EmbeddedServer:
         self.api_url: str | None = None
         self._clients_fd: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._database: tuple[int, int] | None = None
 
     @property
     def ui_url(self) -> str | None:
@@ -124,6 +130,7 @@ class EmbeddedServer:
                     self.home / "clients.lock", fcntl.LOCK_SH, STOP_TIMEOUT_SECONDS, "the old Prefect server to end"
                 )
                 self.api_url = self._find() or self._start(port)
+                self._database = self._identity()
         except ServerUnavailable:
             self.release()
             raise
@@ -139,15 +146,28 @@ class EmbeddedServer:
         """Whether the server process still lives (its lock is held)."""
         return _held(self.home / "server.lock")
 
-    def release(self) -> None:
-        """Give the hold back; stop the server if nobody else holds it. Safe to call twice."""
+    def check_database(self) -> None:
+        """ServerUnavailable when the database is not the file any more that it was: SQLite goes on writing to one that was
+        removed, and all is lost when the server ends."""
+        if self._database is None or self._identity() != self._database:
+            raise ServerUnavailable(f"its database {self.home / 'prefect.db'} was removed or replaced")
+
+    def _identity(self) -> tuple[int, int] | None:
+        try:
+            found = (self.home / "prefect.db").stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def release(self, patience: float = STOP_TIMEOUT_SECONDS) -> None:
+        """Give the hold back; stop the server if nobody else holds it, by force after `patience` seconds. Safe to call twice."""
         fd, self._clients_fd, self.api_url = self._clients_fd, None, None
         if fd is None:
             return
         try:
             with suppress(BlockingIOError):
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while another client holds the server
-                self._stop()
+                self._stop(patience)
         finally:
             os.close(fd)
             if self._process is not None:
@@ -170,6 +190,8 @@ class EmbeddedServer:
 
     def _start(self, port: int | None) -> str:
         first = not (self.home / "prefect.db").exists()
+        if not first:
+            _check_writable(self.home / "prefect.db")
         self.log(
             "starting the Prefect server" + (" (its first start in this store takes about 20 seconds)" if first else "")
         )
@@ -207,8 +229,8 @@ class EmbeddedServer:
             while not healthy(url):
                 if process.poll() is not None:
                     raise ServerUnavailable(
-                        f"the Prefect server ended with code {process.returncode} while starting;"
-                        f" {self.log_path} ends with:\n{_tail(self.log_path)}"
+                        f"the Prefect server ended with code {process.returncode} while starting; its log:"
+                        f" {self.log_path}\n{_tail(self.log_path)}"
                     )
                 if time.monotonic() > deadline:
                     raise ServerUnavailable(
@@ -219,7 +241,7 @@ class EmbeddedServer:
             _end(process)
             raise
 
-    def _stop(self) -> None:
+    def _stop(self, patience: float) -> None:
         """End the server; called with `clients.lock` held exclusively, so nobody needs it and nobody can join."""
         record = _read_record(self.home)
         if record is None or not self.alive():
@@ -227,7 +249,7 @@ class EmbeddedServer:
         for number in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError):
                 os.kill(int(record["pid"]), number)
-            deadline = time.monotonic() + STOP_TIMEOUT_SECONDS
+            deadline = time.monotonic() + patience
             while self.alive() and time.monotonic() < deadline:
                 time.sleep(0.05)
             if not self.alive():
@@ -287,6 +309,16 @@ def _read_record(home: Path) -> dict[str, object] | None:
         return json.loads((home / "server.json").read_text())
     except (FileNotFoundError, ValueError):
         return None
+
+
+def _check_writable(database: Path) -> None:
+    """ServerUnavailable when SQLite cannot write to the file: a server would try for a minute."""
+    try:
+        with closing(sqlite3.connect(database, timeout=LOCKED_SECONDS, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+    except sqlite3.Error as error:
+        raise ServerUnavailable(f"its database {database} cannot be used: {error}") from error
 
 
 def _free_port() -> int:

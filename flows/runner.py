@@ -88,7 +88,8 @@ def run_experiment(
 
                 maker = Maker(store, run, state, context, reporter, restore=restore)
                 if prefect:
-                    from flows.prefect_glue import prefect_session, run_as_flow, run_stage_task
+                    from flows.prefect_glue import run_as_flow, run_stage_task
+                    from flows.prefect_session import prefect_session
 
                     stack.enter_context(prefect_session(Path(root)))
                     maker.run_task = run_stage_task

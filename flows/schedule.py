@@ -33,8 +33,8 @@ from multiprocessing.connection import wait as wait_for_sentinels
 from pathlib import Path
 from typing import Any
 
-from flows.prefect_glue import prefect_session
 from flows.prefect_server import ServerUnavailable
+from flows.prefect_session import prefect_session
 from storage import locks
 from storage.errors import ConfigError, InputError, OpdError, RunBusy
 from storage.redact import redact

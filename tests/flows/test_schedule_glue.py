@@ -17,8 +17,9 @@ import pytest
 from cancelling import cancel_a_tick
 from schedule_stub import events
 
-from flows.prefect_glue import current_session, prefect_session, run_as_flow, run_stage_task, show_table
+from flows.prefect_glue import run_as_flow, run_stage_task, show_table
 from flows.prefect_server import EmbeddedServer
+from flows.prefect_session import current_session, prefect_session
 from flows.schedule import Schedule, local_timezone, parse_every, serve, tick
 from storage.errors import ConfigError, InputError, RunBusy
 from storage.runs import Run
@@ -376,7 +377,8 @@ def test_a_server_that_dies_takes_no_work_with_it(tmp_path_factory, root, sessio
     script = """
 import json, os, sys, time
 from pathlib import Path
-from flows.prefect_glue import prefect_session, run_as_flow, run_stage_task
+from flows.prefect_glue import run_as_flow, run_stage_task
+from flows.prefect_session import prefect_session
 root = Path(sys.argv[1])
 def body():
     record = json.loads((root / "prefect" / "server.json").read_text())

@@ -15,6 +15,7 @@ import forked
 import psutil
 from scripted_run import EXPERIMENT, MARK, NAME, Trial, find_engines
 
+from storage import failpoints
 from storage.runs import Run
 
 LIMIT = 10.0
@@ -27,6 +28,7 @@ def _opd(arguments: list[str], environment: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     find_engines()
+    failpoints.arm()
     sys.argv = ["opd", *arguments]
     from flows.cli.app import main
 
@@ -43,15 +45,15 @@ class StoppedRun(Trial):
         if role is not None:
             (self.root / "family").write_text(role)
 
-    def opd(self, *arguments: str) -> Any:
+    def opd(self, *arguments: str, **environment: str) -> Any:
         """A process of the command line."""
-        environment = {MARK: str(self.folder), "TMPDIR": str(self.temporary), "TERM": "dumb"}
+        environment |= {MARK: str(self.folder), "TMPDIR": str(self.temporary), "TERM": "dumb"}
         command = [*arguments, "--root", str(self.root)]
         return forked.start(_opd, command, environment, output=self.folder / "output")
 
-    def begin(self, *more: str, prefect: bool = False) -> Any:
+    def begin(self, *more: str, prefect: bool = False, **environment: str) -> Any:
         more = more if prefect else (*more, "--no-prefect")
-        return self.opd("run", str(self.folder / "config.yaml"), "--name", NAME, *more)
+        return self.opd("run", str(self.folder / "config.yaml"), "--name", NAME, *more, **environment)
 
     def family(self, process: Any) -> list[int]:
         """The pids of the worker and of its family, once they are all there."""

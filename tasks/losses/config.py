@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
@@ -52,6 +53,11 @@ def _named(divergence: Divergence) -> str:
     return ", ".join(f"{name} {value}" for name, value in divergence)
 
 
+def _tenths(limit: float) -> float:
+    """A limit rounded to what is still within it."""
+    return math.floor(limit * 10) / 10
+
+
 def everything(support: SupportKind, exclude_ids: tuple[int, ...] = ()) -> StudentRequest:
     """What metrics want to know where there is a support."""
     return StudentRequest(
@@ -60,7 +66,7 @@ def everything(support: SupportKind, exclude_ids: tuple[int, ...] = ()) -> Stude
         log_normaliser=True,
         tail=True,
         entropy=True,
-        overlap=support != "student_topk",  # the teacher's own list is not among its signals
+        overlap=True,
         exclude_ids=exclude_ids,
     )
 
@@ -122,7 +128,7 @@ class DirectConfig(Weighted):
                 raise ValueError(
                     f"{name}: at {floor:g} a term of {_named(self.divergence)} reaches"
                     f" e^{self.divergence.growth * -floor:g}, which float32 cannot hold; use"
-                    f" {-LARGEST_EXPONENT / self.divergence.growth:.4g} or more"
+                    f" {-_tenths(LARGEST_EXPONENT / self.divergence.growth):g} or more"
                 )
         return self
 
@@ -217,7 +223,7 @@ class PolicyGradientConfig(Weighted):
             raise ValueError(
                 f"log_ratio_clip: with {_named(self.divergence)}, log_ratio_clip {self.log_ratio_clip:g} and log_rho_clip"
                 f" {self.log_rho_clip:g} an advantage times its ratio reaches e^{reached:g}, which float32 cannot hold; use"
-                f" {(LARGEST_EXPONENT - self.log_rho_clip) / self.divergence.advantage_growth:.4g} or less"
+                f" {_tenths((LARGEST_EXPONENT - self.log_rho_clip) / self.divergence.advantage_growth):g} or less"
             )
         return self
 

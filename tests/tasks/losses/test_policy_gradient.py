@@ -79,6 +79,22 @@ def test_off_policy_tokens_are_reweighted_by_rho() -> None:
     torch.testing.assert_close(found, true_gradient(REGISTRY["jsd"](), p, q), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("fields", "same"),
+    [({}, True), ({"ppo_clip": 0.2}, False), ({"trust_region": {"kind": "advantage_floor"}}, False)],
+    ids=["plain", "ratio clip", "trust region"],
+)
+def test_centring_keeps_the_expected_gradient_where_nothing_is_clipped(fields: dict[str, object], same: bool) -> None:
+    """Every token weighed by its chance of being sampled: the constant's part vanishes, unless a clip treats signs apart."""
+    p, q = models()
+    old = torch.linspace(-1, 1, V, dtype=torch.float64).log_softmax(0)
+    centred, not_centred = (
+        torch.autograd.grad((old.exp() * every_token(p, q, old, center=c, **fields).per_token_N).sum(), p)[0]
+        for c in (True, False)
+    )
+    assert ((centred - not_centred).abs().max() < 1e-12) == same
+
+
 def test_advantage_at_rollout_is_frozen() -> None:
     p, q = models()
     old = torch.linspace(-1, 1, V, dtype=torch.float64).log_softmax(0)

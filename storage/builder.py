@@ -104,10 +104,10 @@ class Builder(ShardWriter):
         """A fresh temporary directory; its files become the artifact's tree `name` at commit."""
         self._new_tree(name)
         path = self.path / temporary_name(name)
+        self._temporary[name] = path  # first, so that a stop in between leaves nothing behind
         with explain_full_disk(path):
             path.mkdir()
         failpoint("tree.begun")
-        self._temporary[name] = path
         return path
 
     def external(self, name: str, path: Path) -> None:

@@ -61,9 +61,11 @@ def topk_table(table: str, rollouts: pa.Table, values: Values, encoding: str) ->
     float16 (11 significant bits); the column's type stays, and compression drops the rest.
 
     A token with an unusable number (NaN, +inf, above LOGPROB_MAX) among its entries or tails gets an empty list and NaN
-    tails: whoever trains on it leaves the token out. Raises InputError by sample for a list not as long as its completion."""
+    tails: whoever trains on it leaves the token out. Raises InputError by sample for a list that is not as long as its
+    completion, or counts more entries than it has."""
     quantities = TOPK_COLUMNS[table].items()
     _check_lengths(rollouts, {f"{table}.{name}": values[quantity] for name, quantity in quantities})
+    _check_counts(table, rollouts, values)
     values = _without_broken_lists(table, values)
     valid = values[TOPK_COLUMNS[table]["valid"]]
     columns: dict[str, Any] = {}
@@ -141,6 +143,18 @@ def _check_lengths(rollouts: pa.Table, columns: Mapping[str, Sequence[Any]]) -> 
         for sample, row, length in zip(ids, rows, lengths, strict=True):
             if row is not None and len(row) != length:
                 raise InputError(f"{column}: sample {sample!r} has {len(row)} values for {length} completion tokens")
+
+
+def _check_counts(table: str, rollouts: pa.Table, values: Values) -> None:
+    columns = TOPK_COLUMNS[table]
+    pairs = zip(values[columns["valid"]], values[columns["ids"]], strict=True)
+    for sample, (counts, ids) in zip(rollouts["sample_id"].to_pylist(), pairs, strict=True):
+        bad = np.flatnonzero((counts < 0) | (counts > ids.shape[1]))
+        if len(bad):
+            raise InputError(
+                f"{table}.valid: sample {sample!r}, token {bad[0]}: found {counts[bad[0]]} for a list of"
+                f" {ids.shape[1]} entries"
+            )
 
 
 def _without_broken_lists(table: str, values: Values) -> Values:

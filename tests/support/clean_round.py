@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from tasks.trainer.data import Samples
+
 ROWS, K, LENGTHS = 16, 4, (3, 1, 2)
 NAMES = ("rollouts", "sampled", "mask", "teacher_topk", "student_topk")
 Rows = dict[str, list[dict[str, Any]]]
@@ -37,7 +39,8 @@ def rows(seed: int = 1, lengths: tuple[int, ...] = LENGTHS, k: int = K, compact:
             prefixes = {"": teacher} if table == "teacher_topk" else {"student_": student, "teacher_": teacher}
             for prefix, logprobs in prefixes.items():
                 listed = np.take_along_axis(logprobs, ids, axis=1)
-                tails = np.log1p(-np.exp(listed).sum(1))
+                with np.errstate(divide="ignore"):
+                    tails = np.log(np.maximum(0.0, 1 - np.exp(listed).sum(1)))
                 kept = [values.astype(np.float16 if compact else np.float64) for values in (listed, tails)]
                 row[f"{prefix}logprobs"], row[f"{prefix}tail_logmass"] = list(kept[0]), kept[1]
             made[table].append(row)
@@ -47,3 +50,15 @@ def rows(seed: int = 1, lengths: tuple[int, ...] = LENGTHS, k: int = K, compact:
                 key: np.array(value).tolist() for key, value in row.items() if isinstance(value, (list, np.ndarray))
             }
     return made
+
+
+def same_neighbours(found: Samples, clean: Samples, out: int) -> None:
+    """Every token but the flat token `out` is kept and has the numbers that it had; that one is counted."""
+    index = np.delete(np.arange(len(clean.keep)), out)
+    assert clean.keep.all() and found.keep[index].all() and not found.keep[out] and found.invalid == 1
+    assert np.array_equal(found.completions.values, clean.completions.values)
+    for name, values in clean.floats.items():
+        assert np.array_equal(found.floats[name][index], values[index]), name
+    assert found.support is not None and clean.support is not None
+    ours, theirs = (vars(samples.support.rows(index)) for samples in (found, clean))
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)

@@ -48,8 +48,8 @@ test-full: setup  ## the long tests too
 	@$(BIN)/python -m pytest -m "not faults"
 
 faults: setup  ## the fault tests in full, hours; stopped and started again it goes on (docs/reliability.md)
-	@$(BIN)/python -m pytest -m faults tests/faults; code=$$?; \
-	  $(BIN)/python tests/support/fault_trials.py docs/reliability.md; exit $$code
+	@$(BIN)/python -m pytest -m "faults or promise"; code=$$?; \
+	  $(BIN)/python tests/support/fault_table.py docs/reliability.md; exit $$code
 
 lint: setup  ## style, types and who imports whom
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

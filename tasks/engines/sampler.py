@@ -59,6 +59,7 @@ class Sampler:
         self._weights: str | None = None
         self._shape: dict[str, Any] = {}
         self._tokenizer: Any = None
+        self._vocabulary = 0
         _prepare_environment(self.on_cpu, self.eager, int(settings.get("threads", 1)))
 
     def handle(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -181,7 +182,7 @@ class Sampler:
             finished = {}
             for number, output in outputs:
                 unanswered.discard(index := asked[number])
-                if (problem := _problem(output)) is None:
+                if (problem := _problem(output, self._vocabulary)) is None:
                     finished[index] = self._completion(output)
                 else:
                     batch.refuse([index], problem)
@@ -254,6 +255,7 @@ class Sampler:
             self._shape = shape
             change = "built"
         self._tokenizer = load_tokenizer(path)
+        self._vocabulary = int(architecture["vocab_size"])
         self.prove(path, dtype)
         self.proof = {"weights": weights, "change": change, **self.proof}
         self._weights = weights
@@ -275,7 +277,7 @@ class Sampler:
         found = dict(pair for step in self._steps(prompts, params) for pair in step)
         outputs = [found.get(number) for number in range(_PROBES)]
         for output in outputs:
-            if (problem := _problem(output)) is not None:
+            if (problem := _problem(output, vocabulary)) is not None:
                 raise SamplingFailed(f"a probe after a weight change failed: {problem}")
         sequences = [(prompt, [int(t) for t in out.token_ids]) for prompt, out in zip(prompts, outputs, strict=True)]
         result = judge_probes(path, sequences, [_logprobs(output) for output in outputs], dtype)
@@ -340,7 +342,7 @@ def _logprobs(output: Any) -> list[float]:
     return values
 
 
-def _problem(output: Any) -> str | None:
+def _problem(output: Any, vocabulary: int) -> str | None:
     """Why a request's output cannot be used; None when it can."""
     if output is None:
         return "it ended without an output"
@@ -348,6 +350,8 @@ def _problem(output: Any) -> str | None:
         return f"it ended as {output.finish_reason!r}"
     if not output.token_ids:
         return "the completion is empty"
+    if not 0 <= min(output.token_ids) <= max(output.token_ids) < vocabulary:
+        return f"a token is not among the {vocabulary} of the vocabulary"
     if output.logprobs is None or len(output.logprobs) != len(output.token_ids):
         return "log-probabilities are missing"
     if not all(math.isfinite(value) for value in _logprobs(output)):

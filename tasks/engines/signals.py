@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from storage.errors import InputError
 from storage.schemas import MaskReason, schema_for
 
 Values = dict[str, list[np.ndarray]]
@@ -31,6 +33,7 @@ TOPK_COLUMNS = {
 }
 """Columns of the two tables, and the quantities that fill them."""
 SAMPLED_COLUMNS = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy")
+_SAMPLED_QUANTITIES = (*SAMPLED_COLUMNS, "behaviour_logprobs")
 LOGPROB_MAX = 1e-3
 """A log-probability above this is no rounding error: float32 sums of a whole vocabulary stay well below it."""
 ENTROPY_MIN = -1e-3
@@ -40,7 +43,10 @@ _FLOAT16_MIN = float(np.finfo(np.float16).min)
 
 def sampled_table(rollouts: pa.Table, values: Values) -> pa.Table:
     """Rows of `sampled`, in the order of the rollouts. `behaviour_logprobs` is null where it was not computed, and
-    where another than the student alone wrote the completion."""
+    where another than the student alone wrote the completion.
+
+    Raises InputError by sample for a list that is not as long as its completion."""
+    _check_lengths(rollouts, {f"sampled.{name}": values[name] for name in _SAMPLED_QUANTITIES if name in values})
     columns: dict[str, Any] = {name: _lists(values[name], pa.float32()) for name in SAMPLED_COLUMNS}
     if "behaviour_logprobs" in values:
         own = [behaviour == "student" for behaviour in rollouts["behaviour"].to_pylist()]
@@ -55,11 +61,15 @@ def topk_table(table: str, rollouts: pa.Table, values: Values, encoding: str) ->
     float16 (11 significant bits); the column's type stays, and compression drops the rest.
 
     A token with an unusable number (NaN, +inf, above LOGPROB_MAX) among its entries or tails gets an empty list and NaN
-    tails: whoever trains on it leaves the token out."""
+    tails: whoever trains on it leaves the token out. Raises InputError by sample for a list that is not as long as its
+    completion, or counts more entries than it has."""
+    quantities = TOPK_COLUMNS[table].items()
+    _check_lengths(rollouts, {f"{table}.{name}": values[quantity] for name, quantity in quantities})
+    _check_counts(table, rollouts, values)
     values = _without_broken_lists(table, values)
     valid = values[TOPK_COLUMNS[table]["valid"]]
     columns: dict[str, Any] = {}
-    for name, quantity in TOPK_COLUMNS[table].items():
+    for name, quantity in quantities:
         arrays = values[quantity]
         if name == "valid":
             columns[name] = _lists(arrays, pa.int16())
@@ -99,10 +109,13 @@ def mask_table(rollouts: pa.Table, sampled: pa.Table, rules: dict[str, Any]) -> 
 
 def invalid_tokens(rollouts: pa.Table, sampled: pa.Table) -> list[np.ndarray]:
     """Per sample the tokens (T, bool) where a model or the sampler gave no usable log-probability, or a model no usable
-    entropy. behaviour_logprobs count where there are any."""
-    columns = [sampled[name].to_pylist() for name in (*SAMPLED_COLUMNS, "behaviour_logprobs")]
+    entropy. behaviour_logprobs count where there are any. Raises InputError by sample for a list not as long as its
+    completion."""
+    columns = {f"sampled.{name}": sampled[name].to_pylist() for name in _SAMPLED_QUANTITIES}
+    columns["rollouts.sampling_logprobs"] = rollouts["sampling_logprobs"].to_pylist()
+    _check_lengths(rollouts, columns)
     found = []
-    for *values, behaviour, sampling in zip(*columns, rollouts["sampling_logprobs"].to_pylist(), strict=True):
+    for *values, behaviour, sampling in zip(*columns.values(), strict=True):
         student, teacher, *entropies = (np.array(value, np.float64) for value in values)
         logprobs = [student, teacher, np.array(sampling, np.float64)]
         logprobs += [] if behaviour is None else [np.array(behaviour, np.float64)]
@@ -119,6 +132,29 @@ def usable_logprobs(values: np.ndarray) -> np.ndarray:
 def usable_entropies(values: np.ndarray) -> np.ndarray:
     """Which entropies are usable: finite, and below zero by rounding at most."""
     return np.isfinite(values) & (values >= ENTROPY_MIN)
+
+
+def _check_lengths(rollouts: pa.Table, columns: Mapping[str, Sequence[Any]]) -> None:
+    """`columns`: by name one list per sample, or None, which is not looked at."""
+    ids, lengths = rollouts["sample_id"].to_pylist(), pc.list_value_length(rollouts["completion_token_ids"]).to_pylist()
+    for column, rows in columns.items():
+        if len(rows) != len(ids):
+            raise InputError(f"{column}: {len(rows)} rows for {len(ids)} samples, the first is {ids[0]!r}")
+        for sample, row, length in zip(ids, rows, lengths, strict=True):
+            if row is not None and len(row) != length:
+                raise InputError(f"{column}: sample {sample!r} has {len(row)} values for {length} completion tokens")
+
+
+def _check_counts(table: str, rollouts: pa.Table, values: Values) -> None:
+    columns = TOPK_COLUMNS[table]
+    pairs = zip(values[columns["valid"]], values[columns["ids"]], strict=True)
+    for sample, (counts, ids) in zip(rollouts["sample_id"].to_pylist(), pairs, strict=True):
+        bad = np.flatnonzero((counts < 0) | (counts > ids.shape[1]))
+        if len(bad):
+            raise InputError(
+                f"{table}.valid: sample {sample!r}, token {bad[0]}: found {counts[bad[0]]} for a list of"
+                f" {ids.shape[1]} entries"
+            )
 
 
 def _without_broken_lists(table: str, values: Values) -> Values:

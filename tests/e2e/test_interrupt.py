@@ -44,6 +44,7 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not alive
 
 
+@pytest.mark.promise(10, "Ctrl-C, opd stop, SIGKILL, one after the other; real engines")
 def test_a_run_that_is_stopped_held_and_killed_ends_with_the_undisturbed_student(finished, prepared_root):
     """One story, because every start of the engines costs half a minute."""
     root = prepared_root()
@@ -86,6 +87,7 @@ def test_a_run_that_is_stopped_held_and_killed_ends_with_the_undisturbed_student
     assert resumed["rounds"][-1]["metrics"] == finished.status["rounds"][-1]["metrics"]
 
 
+@pytest.mark.promise(10, "SIGTERM, SIGKILL, a killed rank of two; real engines")
 @pytest.mark.faults
 def test_two_deepspeed_ranks_leave_nothing_behind(prepared_root, tmp_path):
     """In the middle of training: SIGTERM, SIGKILL, a rank that is killed. Then the same run to its end."""

@@ -153,6 +153,7 @@ def check_error(text: str) -> None:
     assert "Traceback" not in text
 
 
+@pytest.mark.promise(11, "space is estimated before a run starts")
 def test_space_is_estimated_before_a_run_starts(tmp_path: Path, template: Path) -> None:
     """A round that would not fit is refused before an engine starts."""
     from flows.runner import run_experiment

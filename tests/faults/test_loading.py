@@ -29,6 +29,8 @@ from tasks.trainer.export import export_student
 from tasks.trainer.model import load_model
 from tasks.verifiers import ExactMatch, MathVerify, verify
 
+pytestmark = pytest.mark.promise(15, "payloads in checkpoints, adapters, templates, YAML tags, prompt files")
+
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory) -> Path:

@@ -103,6 +103,7 @@ def one_trial(stage: Stage, pool: WorkerPool, expected: Artifact, kind: str, at:
     assert not list(stage.store.root.rglob("*.parts"))
 
 
+@pytest.mark.promise(9, "an evaluation whose scorer fails or whose worker dies")
 def test_an_evaluation_keeps_what_was_sampled_when_its_scorer_fails(pool: WorkerPool, tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     config = EvaluateConfig(kl_generations=3, max_completion_length=4, shard_prompts=1)
@@ -116,6 +117,7 @@ def test_an_evaluation_keeps_what_was_sampled_when_its_scorer_fails(pool: Worker
     assert stage.said == ["evaluate: 3 completions of workers that ended early were kept"]
 
 
+@pytest.mark.promise(9, "an evaluation whose scorer fails or whose worker dies")
 def test_a_worker_that_dies_in_an_evaluation_is_named_with_what_is_missing(pool: WorkerPool, tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     config = EvaluateConfig(num_generations=2, kl_prompts=0, max_completion_length=4)

@@ -28,6 +28,8 @@ from tasks.prepare import PrepareConfig, prepare_work
 from tasks.supervise import SpecialTokens, mask_rules
 from tasks.trainer.data import forward_batch, from_rollouts, token_weights
 
+pytestmark = pytest.mark.promise(8, "conversations through two tokenizers; a tokenizer changed in mid-run")
+
 SHORT, FULL = 500, 10_000
 MARKS = (
     SpecialTokens(),

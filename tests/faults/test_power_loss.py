@@ -179,6 +179,7 @@ def check_quarantine(root: Path) -> None:
     assert all(": " in note for note in quarantined(Store(root)))
 
 
+@pytest.mark.promise(18, "an fsync left out: the model of the disk sees it")
 @pytest.mark.parametrize("forgotten", ["storage.shards.fsync_file", "storage.files.fsync_directory"])
 def test_the_model_sees_a_missing_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str) -> None:
     """The recorder proves nothing unless a store that forgets to sync loses what it said was done."""

@@ -110,6 +110,7 @@ def everything(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.promise(16, "statements that write")
 @pytest.mark.parametrize("sql", WRITES)
 def test_nothing_is_written(sql, catalog, tmp_path):
     before = everything(catalog.store.root)
@@ -119,6 +120,7 @@ def test_nothing_is_written(sql, catalog, tmp_path):
     assert everything(catalog.store.root) == before
 
 
+@pytest.mark.promise(16, "statements that read what is not the run")
 @pytest.mark.parametrize("sql", READS)
 def test_nothing_else_is_read(sql, catalog, tmp_path, monkeypatch):
     monkeypatch.setenv("CANARY_TOKEN", "canary-of-the-environment")
@@ -128,6 +130,7 @@ def test_nothing_else_is_read(sql, catalog, tmp_path, monkeypatch):
     assert "canary-of" not in str(refusal.value)
 
 
+@pytest.mark.promise(16, "a statement too long to be meant")
 def test_a_statement_too_long_to_be_meant_is_not_parsed(catalog):
     started = time.monotonic()
     with pytest.raises(QueryRefused, match="characters"):
@@ -159,6 +162,7 @@ def watch(process: subprocess.Popen) -> tuple[float, int]:
     return time.monotonic() - started, most
 
 
+@pytest.mark.promise(16, "endless and exploding queries end at the limits")
 def test_what_cannot_be_interrupted_ends_with_its_process(example_store_once):
     processes = [ask(sql, example_store_once, 0.5) for sql in UNINTERRUPTIBLE[:2]]
     for process in processes:
@@ -180,6 +184,7 @@ def test_the_limits_hold_for_the_query_alone():
     assert memory_bytes("1.5GiB") == 3 << 29 and memory_bytes("500 MB") == 500_000_000 and memory_bytes("x") is None
 
 
+@pytest.mark.promise(16, "endless and exploding queries end at the limits")
 @pytest.mark.faults
 @pytest.mark.parametrize("sql", EXPLODING + UNINTERRUPTIBLE)
 def test_an_endless_or_exploding_query_ends_at_its_limits(sql, example_store_once):

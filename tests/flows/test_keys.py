@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
-from key_walk import changed, fields, keys_of, other_values, reachable
-from pydantic import BaseModel, ValidationError
+from key_walk import SIGNALS, changed, expected, fields, keys_of, other_values, reachable, validated
+from pydantic import BaseModel
 
 from flows.config_file import DISCRIMINATORS, merge
 from flows.experiment import Experiment, Fork
@@ -24,29 +24,6 @@ from tasks.verifiers import FunctionVerifier
 Scenes = list[tuple[dict[str, Any], Experiment]]
 DATA = Path(__file__).resolve().parent.parent / "data"
 GOLDEN = yaml.safe_load((DATA / "golden.yaml").read_text())
-
-SIGNALS = {"sampled", "mask", "teacher_topk", "student_topk"}
-DEPENDS: dict[str, set[str]] = {
-    "seed": {"model", "model_teacher", "warmup", "warmup_teacher", "rollout", "train", "evaluate"},
-    "student.source": {"model"},
-    "student.warmup": {"warmup"},
-    "teacher.source": {"model_teacher"},
-    "teacher.warmup": {"warmup_teacher"},
-    "prompts": {"prepare"},
-    "rollout": {"rollout"},
-    "rollout.temperature": {"rollout", "sampled"},
-    "rollout.top_p": {"rollout", "sampled"},
-    "rollout.top_k": {"rollout", "sampled"},
-    "supervise.dtype": SIGNALS,
-    "supervise.encoding": {"teacher_topk", "student_topk"},
-    "supervise.special_tokens": {"mask"},
-    "objective": {"train"},
-    "train": {"train"},
-    "evaluate": {"evaluate"},
-    "plugins": set(),  # their sources enter no key yet (tasks/plugins.py)
-    "fork": set(),  # decides which experiment governs a round, not what a stage makes of it
-}
-"""Longest matching field -> stages (of supervise: its signals) whose own key must change, and no other's."""
 
 VALUES: dict[tuple[str, str], Any] = {
     ("ArchitectureModel", "config"): {**GOLDEN["student"]["source"]["config"], "intermediate_size": 64},
@@ -99,13 +76,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return Store(tmp_path_factory.mktemp("keys"))
 
 
-def validated(data: dict[str, Any]) -> Experiment | None:
-    try:
-        return Experiment.model_validate(data)
-    except ValidationError:
-        return None
-
-
 def scenes() -> Scenes:
     """The golden config, those of SCENES, and for every variant that none of them has one that does."""
     found: Scenes = []
@@ -144,14 +114,6 @@ def stages_of(keys: dict[str, str]) -> dict[str, set[str]]:
     return found
 
 
-def expected(path: tuple[str | int, ...]) -> set[str]:
-    words = [str(part) for part in path]
-    while ".".join(words) not in DEPENDS:
-        words.pop()
-        assert words, f"{path}: say in DEPENDS which stages depend on it"
-    return DEPENDS[".".join(words)]
-
-
 def is_fixed(model: BaseModel | type[BaseModel], name: str) -> bool:
     """A discriminator, which only another variant has otherwise, or a field with one choice."""
     info = (model if isinstance(model, type) else type(model)).model_fields[name]
@@ -166,6 +128,7 @@ def mutations(data: dict[str, Any], path: tuple[str | int, ...], model: BaseMode
     return [experiment for experiment in found if experiment is not None]
 
 
+@pytest.mark.promise(12, "every field changed once: the keys that change")
 def test_every_field_changes_the_keys_that_depend_on_it_and_no_other(store: Store, scenery: Scenes) -> None:
     tried: set[tuple[str, str]] = set()
     refused: dict[tuple[str, str], str] = {}
@@ -208,12 +171,14 @@ def test_every_field_changes_the_keys_that_depend_on_it_and_no_other(store: Stor
     assert not wanted - tried, f"fields that no scene has; add one to SCENES: {sorted(wanted - tried)}"
 
 
+@pytest.mark.promise(12, "every variant: keys of its own")
 def test_a_variant_of_its_own_has_its_own_keys(store: Store, scenery: Scenes) -> None:
     """Discriminators are fields too: two scenes that differ in a variant differ in the train, source or verifier key."""
     keys = [json.dumps(keys_of(experiment, store), sort_keys=True) for _, experiment in scenery]
     assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.promise(12, "runtime and policy: no key changes")
 def test_runtime_and_policy_change_no_key(store: Store, scenery: Scenes) -> None:
     data, experiment = scenery[0]
     before = keys_of(experiment, store)
@@ -244,6 +209,7 @@ def test_rounds_depend_on_the_round_and_on_what_they_read(store: Store) -> None:
     assert len({keys[f"{n}/rollout/rollout"] for n in (1, 2, 3)}) == 3
 
 
+@pytest.mark.promise(12, "golden keys")
 def test_golden_keys(store: Store) -> None:
     """What was made by an earlier version stays found."""
     keys = keys_of(Experiment.model_validate(GOLDEN), store)

@@ -115,11 +115,7 @@ class Scorer(Engine):
         lengths = [len(ids) for ids in rollouts["completion_token_ids"].to_pylist()]
         tables: dict[str, pa.Table] = {}
         if job["flags"] is None:
-            values = {
-                name: [-draw(models, name, ids).random(n) for ids, n in self.samples(rollouts)]
-                for name in ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy")
-            }
-            tables["sampled"] = sampled_table(rollouts, values)
+            tables["sampled"] = sampled_table(rollouts, self.sampled(models, rollouts))
         else:
             tables["sampled"] = store.read_shard(artifact(store, job["flags"]), "sampled", job["shard"])
         for name, output in outputs.items():
@@ -134,6 +130,13 @@ class Scorer(Engine):
     @staticmethod
     def samples(rollouts: pa.Table) -> list[tuple[list[int], int]]:
         return [(ids, len(ids)) for ids in rollouts["completion_token_ids"].to_pylist()]
+
+    def sampled(self, models: dict, rollouts: pa.Table) -> dict[str, list[np.ndarray]]:
+        signs = {"student_logprobs": -1, "teacher_logprobs": -1, "student_entropy": 1, "teacher_entropy": 1}
+        return {
+            name: [sign * draw(models, name, ids).random(n) for ids, n in self.samples(rollouts)]
+            for name, sign in signs.items()
+        }
 
     def top(self, models: dict, rollouts: pa.Table, k: int) -> dict[str, list[np.ndarray]]:
         """A teacher whose K candidates are equally likely: ids in order, nothing in the tail."""

@@ -3,7 +3,7 @@ but the engine is the real one. Faults on demand through files beside the store:
 
 - `die-before-shard`: the number of a shard; its worker kills itself before it asks for a sample;
 - `fault`: JSON {kind, seed, times}: what happens when the sample of that seed is about to be finished, and how often. Kinds:
-  kill (SIGKILL), hang, raise_, abort, empty, infinite (a log-probability), vanish (no output).
+  kill (SIGKILL), hang, raise_, abort, empty, infinite (a log-probability), vanish (no output), and the other bad numbers.
 
 It notes the shards that were begun (`shards-done`) and the seeds that were asked for, a line per request (`asked`)."""
 
@@ -29,6 +29,7 @@ class Scripted(Sampler):
         if self.llm is None:
             self.llm = Engine()
             self._tokenizer = SimpleNamespace(decode=lambda ids, **_: f"text {sum(ids)}")
+            self._vocabulary = 256
         # a job of an evaluation names its place in the store elsewhere
         place = job.get("parts") or job
         self.llm.store = Path(place["store"])
@@ -113,6 +114,26 @@ class Engine:
 
     def infinite(self, output):
         output.logprobs.logprobs[0] = float("-inf")
+        return output
+
+    def plus_infinite(self, output):
+        output.logprobs.logprobs[-1] = float("inf")
+        return output
+
+    def nan(self, output):
+        output.logprobs.logprobs[-1] = float("nan")
+        return output
+
+    def negative_id(self, output):
+        output.token_ids[-1] = output.logprobs.token_ids[-1] = -1
+        return output
+
+    def foreign_id(self, output):
+        output.token_ids[0] = output.logprobs.token_ids[0] = 256
+        return output
+
+    def short(self, output):
+        output.logprobs = Flat(output.token_ids[:-1], random)
         return output
 
     def vanish(self, output):

@@ -1,29 +1,34 @@
-"""Trials of the fault tests: how many, which are done already, and the table of docs/reliability.md made from them.
+"""Trials of the fault tests: how many there are, and which are done already.
 
 A test runs its trials through `Trials`. In the short form (`make test`) they simply run. In the full form (`make faults`)
 each result is appended to `<OPD_FAULTS_DIR>/<commit>.jsonl` as soon as it is there; a trial that passed on this commit is
 not run again, so that a run can be stopped and continued. A failed one is tried again, but its failure stays on record.
-
-    python tests/support/fault_trials.py docs/reliability.md     puts the table of this commit's results into the page"""
+Tests that are one trial by themselves are recorded by `fault_recorder`; `fault_table` makes the table of
+docs/reliability.md."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import platform
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FULL_SECONDS = 12 * 3600
-BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+MATTERS = ("storage", "tasks", "flows", "tests", "configs", "requirements", "pyproject.toml")
+"""What a result depends on: neither what is not in git nor a change of the documents makes it another commit's."""
+LIBRARIES = ("torch", "vllm", "transformers", "deepspeed", "prefect", "pyarrow", "duckdb", "hypothesis")
 
 
 def both_forms(short: int, full: int) -> pytest.MarkDecorator:
@@ -34,27 +39,93 @@ def both_forms(short: int, full: int) -> pytest.MarkDecorator:
     )
 
 
-def commit() -> str:
-    """The commit, and for a changed tree a digest of the changes."""
-    head = _git("rev-parse", "--short=12", "HEAD")
-    changes = _git("diff", "HEAD", "--", "storage", "tasks", "flows", "tests")
-    return head + (f"-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else "")
+def commit(checkout: Path = CHECKOUT) -> str:
+    """The last commit that changed something that matters, and for a changed tree a digest of the changes."""
+    last = _git(checkout, "log", "-1", "--format=%h", "--abbrev=12", "--", *MATTERS)
+    changes = _git(checkout, "diff", "HEAD", "--", *MATTERS)
+    return last + (f"-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else "")
 
 
-def _git(*command: str) -> str:
-    return subprocess.run(["git", *command], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout.strip()
+def _git(checkout: Path, *command: str) -> str:
+    return subprocess.run(["git", *command], cwd=checkout, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def machine() -> str:
+    """What the trials run on, in words."""
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    memory = psutil.virtual_memory().total / 2**30
+    names = {name: _version(name) for name in LIBRARIES}
+    libraries = ", ".join(f"{name} {number}" for name, number in names.items() if number)
+    return (
+        f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB of memory, {f'{gpus} GPUs' if gpus else 'no GPU'};"
+        f" {platform.system()}, Python {platform.python_version()}; {libraries}"
+    )
+
+
+def _version(name: str) -> str | None:
+    for package in (name, f"{name}-cpu"):
+        try:
+            return version(package)
+        except ModuleNotFoundError:
+            continue
+    return None
 
 
 def folder() -> Path:
     return Path(os.environ.get("OPD_FAULTS_DIR") or CHECKOUT / ".faults").absolute()
 
 
-class Trials:
-    """Runs trials of one test. `record` is the file of results; None in the short form."""
+class Record:
+    """Results on file, a line of JSON each; and a line for every machine that they come from."""
 
-    def __init__(self, record: Path | None, test: str) -> None:
-        self.record, self.test = record, test
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._lock = threading.Lock()
+        self._signed = False
+
+    def note(self, row: int, fault: str, trial: str, problem: str | None, seconds: float, test: str) -> None:
+        """Appends a result; `problem` is None for one that passed."""
+        line = {"row": row, "fault": fault, "trial": trial, "ok": problem is None, "problem": problem}
+        line |= {"seconds": round(seconds, 3), "test": test.partition("[")[0], "when": time.strftime("%FT%T%z")}
+        with self._lock:
+            if not self._signed and machine() not in self.machines():
+                self._append({"machine": machine()})
+            self._signed = True
+            self._append(line)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The results so far."""
+        return [line for line in self._read() if "row" in line]
+
+    def machines(self) -> list[str]:
+        return [line["machine"] for line in self._read() if "machine" in line]
+
+    def passed(self, row: int, fault: str) -> set[str]:
+        """The trials that need not be run again."""
+        return {x["trial"] for x in self.lines() if x["row"] == row and x["fault"] == fault and x["ok"]}
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = self.path.exists() and self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n")
+        with self.path.open("a") as file:
+            file.write(("\n" if torn else "") + json.dumps(line) + "\n")
+
+    def _read(self) -> list[dict[str, Any]]:
+        """A line that was torn when its writer was killed does not count."""
+        lines = []
+        for text in self.path.read_text().splitlines() if self.path.exists() else ():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                continue
+        return lines
+
+
+class Trials:
+    """Runs trials of one test. `record` holds the results; None in the short form."""
+
+    def __init__(self, record: Record | None, test: str) -> None:
+        self.record, self.test = record, test
 
     def __call__(
         self, row: int, fault: str, names: Iterable[str], attempt: Callable[[str], object], parallel: int = 1
@@ -62,7 +133,7 @@ class Trials:
         """Runs `attempt(name)` for every trial that has not passed yet; AssertionError at the end if any failed.
 
         `row` is that of the table of promises, `fault` what is done to the system, in words."""
-        done = {line["trial"] for line in self._lines() if line["row"] == row and line["fault"] == fault and line["ok"]}
+        done = self.record.passed(row, fault) if self.record is not None else set()
         failures: list[str] = []
 
         def one(name: str) -> None:
@@ -75,7 +146,8 @@ class Trials:
                 failures.append(f"{name}: {problem}")
                 if self.record is None:
                     raise
-            self._note(row, fault, name, problem, time.monotonic() - started)
+            if self.record is not None:
+                self.record.note(row, fault, name, problem, time.monotonic() - started, self.test)
 
         with ThreadPoolExecutor(parallel) as pool:
             running = [pool.submit(one, name) for name in names if name not in done]
@@ -86,54 +158,3 @@ class Trials:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
         assert not failures, f"{len(failures)} trials failed:\n" + "\n".join(failures[:20])
-
-    def _note(self, row: int, fault: str, name: str, problem: str | None, seconds: float) -> None:
-        if self.record is None:
-            return
-        line = {"row": row, "fault": fault, "trial": name, "ok": problem is None, "problem": problem}
-        line |= {"seconds": round(seconds, 3), "test": self.test.partition("[")[0], "when": time.strftime("%FT%T%z")}
-        with self._lock, self.record.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def _lines(self) -> list[dict]:
-        return read(self.record) if self.record is not None else []
-
-
-def read(path: Path) -> list[dict]:
-    """The results so far; a line that was torn when its writer was killed does not count."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
-
-
-def table(lines: list[dict]) -> str:
-    """The Markdown table: a line per fault; every failure on record counts."""
-    groups: dict[tuple[int, str], list[dict]] = {}
-    for line in lines:
-        groups.setdefault((line["row"], line["fault"]), []).append(line)
-    rows = ["| # | fault | trials | result | minutes | command |", "|---|---|---|---|---|---|"]
-    for (row, fault), group in sorted(groups.items()):
-        failed = [line for line in group if not line["ok"]]
-        result = f"**{len(failed)} failed**" if failed else "all passed"
-        minutes = sum(line["seconds"] for line in group) / 60
-        command = f"`pytest -m faults {group[0]['test']}`"
-        rows.append(f"| {row} | {fault} | {len({x['trial'] for x in group})} | {result} | {minutes:.1f} | {command} |")
-    return "\n".join(rows)
-
-
-def write(page: Path, name: str) -> None:
-    """Puts the table between the page's markers."""
-    text = page.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    lines = read(folder() / f"{name}.jsonl")
-    total = f"{len(lines)} trials on commit {name}, {sum(not line['ok'] for line in lines)} failures."
-    page.write_text(f"{before}{BEGIN}\n{total}\n\n{table(lines)}\n{END}{after}")
-
-
-if __name__ == "__main__":
-    write(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else commit())

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from flows.config_file import DISCRIMINATORS
 from flows.distill import distill
@@ -21,6 +21,30 @@ PARTS = (
     "model", "weights", "architecture", "tokenizer", "generation", "prompts", "vocabulary", "audit", "prompts:train",
     "prompts:eval", "prompts:warmup", "rollouts", "sampled", "mask", "teacher_topk", "student_topk", "state",
 )  # fmt: skip
+
+
+SIGNALS = {"sampled", "mask", "teacher_topk", "student_topk"}
+DEPENDS: dict[str, set[str]] = {
+    "seed": {"model", "model_teacher", "warmup", "warmup_teacher", "rollout", "train", "evaluate"},
+    "student.source": {"model"},
+    "student.warmup": {"warmup"},
+    "teacher.source": {"model_teacher"},
+    "teacher.warmup": {"warmup_teacher"},
+    "prompts": {"prepare"},
+    "rollout": {"rollout"},
+    "rollout.temperature": {"rollout", "sampled"},
+    "rollout.top_p": {"rollout", "sampled"},
+    "rollout.top_k": {"rollout", "sampled"},
+    "supervise.dtype": SIGNALS,
+    "supervise.encoding": {"teacher_topk", "student_topk"},
+    "supervise.special_tokens": {"mask"},
+    "objective": {"train"},
+    "train": {"train"},
+    "evaluate": {"evaluate"},
+    "plugins": set(),  # their sources enter no key yet (tasks/plugins.py)
+    "fork": set(),  # decides which experiment governs a round, not what a stage makes of it
+}
+"""Longest matching field -> stages (of supervise: its signals) whose own key must change, and no other's."""
 
 
 class Keys:
@@ -135,3 +159,18 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         elif typing.get_origin(leaf) in (tuple, list, dict):
             for part in typing.get_args(leaf):
                 yield from _models(part)
+
+
+def validated(data: dict[str, Any]) -> Experiment | None:
+    try:
+        return Experiment.model_validate(data)
+    except ValidationError:
+        return None
+
+
+def expected(path: tuple[str | int, ...]) -> set[str]:
+    words = [str(part) for part in path]
+    while ".".join(words) not in DEPENDS:
+        words.pop()
+        assert words, f"{path}: say in DEPENDS which stages depend on it"
+    return DEPENDS[".".join(words)]

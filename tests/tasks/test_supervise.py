@@ -238,7 +238,7 @@ def test_compact_lists_are_rounded_and_smaller(shared):
     assert sizes[1] < 0.85 * sizes[0]
     values = {"teacher_ids": [np.array([[7, 8]])], "teacher_top": [np.array([[-1e6, -np.inf]])]}
     values |= {"teacher_valid": [np.array([2])], "teacher_tail": [np.array([-1e6])]}
-    row = pa.table({"sample_id": ["s"]})
+    row = pa.table({"sample_id": ["s"], "completion_token_ids": [[0]]})
     assert topk_table("teacher_topk", row, values, "compact")["logprobs"].to_pylist() == [[[-65504.0, -math.inf]]]
 
 
@@ -259,13 +259,14 @@ def test_lists_with_unusable_numbers_are_stored_empty():
     tail = np.array([-3.0, -3.0, -3.0, math.nan, math.inf, 0.01, -3.0])
     values = {"teacher_ids": [np.tile([7, 8, 9], (7, 1))], "teacher_top": [top], "teacher_tail": [tail]}
     values["teacher_valid"] = [np.full(7, 3)]
-    (row,) = topk_table("teacher_topk", pa.table({"sample_id": ["s"]}), values, "exact").to_pylist()
+    rollouts = pa.table({"sample_id": ["s"], "completion_token_ids": [[0] * 7]})
+    (row,) = topk_table("teacher_topk", rollouts, values, "exact").to_pylist()
     assert row["valid"] == [0] * 6 + [3] and [len(ids) for ids in row["ids"]] == row["valid"]
     assert row["logprobs"][6] == [-1.0, -2.0, -math.inf] and row["tail_logmass"][6] == -3.0
     assert np.isnan(row["tail_logmass"][:6]).all()
     top[0], top[0, 1] = -1.0, math.nan  # past the usable entries nothing matters
     values["teacher_valid"][0][0] = 1
-    assert topk_table("teacher_topk", pa.table({"sample_id": ["s"]}), values, "exact")["valid"].to_pylist()[0][0] == 1
+    assert topk_table("teacher_topk", rollouts, values, "exact")["valid"].to_pylist()[0][0] == 1
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from clean_round import NAMES, ROWS, K, Rows, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,48 +19,8 @@ from tasks.losses.config import DirectConfig, FullSupport, TopkSupport
 from tasks.trainer.checks import Lists, Tokens, check_lists, mass_limit
 from tasks.trainer.data import Samples, from_prompts, from_rollouts
 
-ROWS, K, LENGTHS = 16, 4, (3, 1, 2)
 INVALID = int(MaskReason.INVALID_VALUE)
 NAN, INF = math.nan, math.inf
-NAMES = ("rollouts", "sampled", "mask", "teacher_topk", "student_topk")
-Rows = dict[str, list[dict[str, Any]]]
-
-
-def rows() -> Rows:
-    """A clean round of three samples, as rows per table; every token's lists come from two random distributions."""
-    random = np.random.Generator(np.random.PCG64(1))
-    made: Rows = {name: [] for name in NAMES}
-    for index, length in enumerate(LENGTHS):
-        teacher, student = (np.log(random.dirichlet(np.ones(ROWS), size=length)) for _ in range(2))
-        completion = random.integers(0, ROWS, length)
-        name, places = f"p{index}/1/0", np.arange(length)
-        fixed = {"sample_index": 0, "behaviour": "student", "prefix_length": 0, "finish_reason": "stop", "seed": 0}
-        lists = {"prompt_token_ids": [1, 2], "completion_token_ids": completion, "sampling_logprobs": [-1.0] * length}
-        made["rollouts"].append({"sample_id": name, "prompt_id": name, "completion_text": "", **fixed, **lists})
-        values = {
-            "student_logprobs": student[places, completion],
-            "teacher_logprobs": teacher[places, completion],
-            "student_entropy": [1.0] * length,
-            "teacher_entropy": [0.0] * length,
-            "behaviour_logprobs": student[places, completion],
-        }
-        made["sampled"].append({"sample_id": name, **values})
-        made["mask"].append({"sample_id": name, "mask_reasons": [0] * length})
-        for table, own in (("teacher_topk", teacher), ("student_topk", student)):
-            ids = np.argsort(-own, axis=1)[:, :K]
-            row: dict[str, Any] = {"sample_id": name, "ids": list(ids), "valid": [K] * length}
-            prefixes = {"": teacher} if table == "teacher_topk" else {"student_": student, "teacher_": teacher}
-            for prefix, logprobs in prefixes.items():
-                listed = np.take_along_axis(logprobs, ids, axis=1)
-                row[f"{prefix}logprobs"] = list(listed)
-                row[f"{prefix}tail_logmass"] = np.log1p(-np.exp(listed).sum(1))
-            made[table].append(row)
-    for table in made.values():
-        for row in table:
-            row |= {
-                key: np.array(value).tolist() for key, value in row.items() if isinstance(value, (list, np.ndarray))
-            }
-    return made
 
 
 def load(made: Rows, kind: str = "union", k: int = K, known: int | None = ROWS) -> Samples:
@@ -255,7 +216,8 @@ def lists_of(logprobs: np.ndarray, k: int, encoding: str) -> tuple[Tokens, Lists
     with np.errstate(divide="ignore"):
         tail = np.log(np.exp(rest).sum(axis=1))
     values = {"teacher_ids": [ids], "teacher_top": [top], "teacher_valid": [valid], "teacher_tail": [tail]}
-    row = topk_table("teacher_topk", pa.table({"sample_id": ["s"]}), values, encoding).to_pylist()[0]
+    rollouts = pa.table({"sample_id": ["s"], "completion_token_ids": [[0] * len(logprobs)]})
+    row = topk_table("teacher_topk", rollouts, values, encoding).to_pylist()[0]
     flat = {name: np.concatenate([np.array(cell) for cell in row[name]]) for name in ("ids", "logprobs")}
     counts = np.array(row["valid"])
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])

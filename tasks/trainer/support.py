@@ -11,6 +11,8 @@ from storage.errors import InputError
 
 _FLOOR = 1e-30
 """Least mass that a union leaves outside, so that its log stays finite."""
+_ROUNDING = 2.0**-19
+"""Share of a mass by which float32 log-probabilities can misstate it: what a subtraction leaves below this is nothing."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ class UnionTopK:
         shared = ((second.ids_NK[:, :, None] == first.ids_NK[:, None, :]) & of_first[:, None, :]).any(axis=2)
         new = of_second & ~shared
         extra = np.where(new, np.exp(second.teacher_NK.astype(np.float64)), 0.0).sum(axis=1)
-        tail = np.log(np.maximum(np.exp(first.teacher_tail_N.astype(np.float64)) - extra, _FLOOR))
+        outside = np.exp(first.teacher_tail_N.astype(np.float64))
+        left = outside - extra
+        tail = np.log(np.maximum(np.where(left > _ROUNDING * outside, left, 0.0), _FLOOR))
         there = np.concatenate([of_first, new], axis=1)
         order = np.argsort(~there, axis=1, kind="stable")  # valid entries to the front
         there = np.take_along_axis(there, order, axis=1)

@@ -44,7 +44,7 @@ def variations() -> Iterator[tuple[str, Experiment]]:
 
 
 VARIATIONS = dict(variations())
-SHORT = ("rollout.temperature", "train.lr", "runtime.threads", "supervise.dtype")
+SHORT = ("supervise.encoding", "runtime.threads")
 
 
 def make(e: Experiment, root: Path, name: str) -> tuple[dict[int, dict[str, dict[str, str]]], list[Any], list[str]]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from fault_trials import FULL_SECONDS, Trials
 from opd_cli import OPD, TINY, opd
 
 ELSEWHERE = {
@@ -31,6 +33,7 @@ def replay(
     return ended.returncode, ended.stdout, ended.stderr
 
 
+@pytest.mark.promise(13, "a round's training replayed elsewhere")
 def test_training_replays_bit_for_bit_in_another_environment_place_and_store(finished, tmp_path):
     root = shutil.copytree(finished.root, tmp_path / "a much longer name" / "moved store")
     folder = tmp_path / "elsewhere"
@@ -44,6 +47,7 @@ def test_training_replays_bit_for_bit_in_another_environment_place_and_store(fin
     assert opd("verify", "base", root=root).returncode == 0
 
 
+@pytest.mark.promise(13, "what a replay needs and was collected is named")
 def test_what_a_replay_needs_and_no_longer_has_is_named(finished, tmp_path):
     root = shutil.copytree(finished.root, tmp_path / "store")
     opd("gc", "--keep", "rollouts=2", "--keep", "trainer_state=1", "--apply", root=root)
@@ -64,6 +68,7 @@ def test_every_stage_replays_in_another_environment(finished, tmp_path):
     assert len(json.loads(out)) == 8
 
 
+@pytest.mark.promise(13, "other numerics and spoilt inputs are told apart")
 @pytest.mark.slow
 def test_other_numerics_and_spoilt_inputs_are_told_apart_from_the_recorded(finished, tmp_path):
     root = shutil.copytree(finished.root, tmp_path / "store")
@@ -82,6 +87,7 @@ def test_other_numerics_and_spoilt_inputs_are_told_apart_from_the_recorded(finis
     assert replay(root, "--round", 1)[0] == 0
 
 
+@pytest.mark.promise(13, "a collected run goes on, and is restored")
 @pytest.mark.slow
 def test_a_collected_run_goes_on_as_the_undisturbed_one_and_comes_back_whole(finished, tmp_path):
     roots = [shutil.copytree(finished.root, tmp_path / name) for name in ("undisturbed", "collected")]
@@ -100,3 +106,34 @@ def test_a_collected_run_goes_on_as_the_undisturbed_one_and_comes_back_whole(fin
     assert not any(stage["evicted"] for entry in status["rounds"] for stage in entry["stages"].values())
     assert opd("verify", "base", root=roots[1]).returncode == 0
     assert "nothing to do" in opd("run", TINY, "--name", "base", "--rounds", "4", "--no-prefect", root=roots[1]).stdout
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(FULL_SECONDS)
+def test_every_round_replays_anywhere(finished, trials: Trials, tmp_path):
+    """Each round's training under five environments, and all of its stages under one."""
+
+    def attempt(name: str) -> None:
+        draw = random.Random(f"replay {name}")
+        number, _, stages = name.split()
+        place = tmp_path / f"x{''.join(draw.choices('abc é', k=draw.randint(1, 60)))}y"
+        root, folder = place / "store", place / "started here"
+        shutil.copytree(finished.root, root)
+        folder.mkdir()
+        threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        env = {variable: str(draw.randint(1, 8)) for variable in threads} | {
+            "PYTHONHASHSEED": str(draw.randrange(2**32)),
+            "TZ": draw.choice(["UTC", "Pacific/Chatham", "America/St_Johns"]),
+            "LC_ALL": draw.choice(["C", "C.UTF-8", "POSIX"]),
+        }
+        code, out, err = replay(root, "--round", number, "--stages", stages, "--json", cwd=folder, env=env)
+        assert code == 0, err
+        results = json.loads(out)
+        assert len(results) == (3 if stages == "train" else 8)
+        assert all(result["identical"] and result["differences"] == [] for result in results), results
+        assert not list(root.glob(".tmp-*")) and not list(folder.iterdir())
+        shutil.rmtree(place)
+
+    names = [f"{number} {environment} train" for number in (1, 2, 3) for environment in range(5)]
+    names += [f"{number} 5 rollout,supervise,train,evaluate" for number in (1, 2, 3)]
+    trials(13, "replayed under other hash seeds, ambient threads, time zones, folders; real engines", names, attempt)

@@ -172,7 +172,7 @@ def load(store: Store, made: dict[str, Artifact]) -> Samples:
 
 
 @pytest.mark.parametrize("fault", VALUES)
-@both_forms(short=4, full=200)
+@both_forms(short=3, full=200)
 def test_a_bad_number_in_a_shard(trials: Trials, tmp_path: Path, fault: str, count: int) -> None:
     store = Store(tmp_path / "store")
 
@@ -217,7 +217,7 @@ def test_a_list_of_another_length_in_a_shard(trials: Trials, tmp_path: Path, cou
     trials(7, "in shards: fewer or more values than tokens", map(str, range(count)), attempt)
 
 
-@both_forms(short=4, full=200)
+@both_forms(short=3, full=200)
 def test_token_ids_out_of_range_in_a_shard(trials: Trials, tmp_path: Path, count: int) -> None:
     """They are inputs too: no mask takes them out."""
     store = Store(tmp_path / "store")

@@ -25,6 +25,8 @@ OURS = (*ORDER, "objective", "runtime", "policy")
 """Parts of a config whose stages the scripted engines make; models and prompts are given."""
 ENGINES = {"sampled", "mask", "teacher_topk"}
 """Signals that the scripted scorer has."""
+GIVEN = {("supervise", "special_tokens", "tokens"): ("b7",)}
+"""Values that only this run's data admits: a token of its vocabulary."""
 
 
 def variations() -> Iterator[tuple[str, Experiment]]:
@@ -33,7 +35,7 @@ def variations() -> Iterator[tuple[str, Experiment]]:
     for path, model, name in fields(BASE):
         if path[0] not in OURS or path == ("policy", "rounds") or path[:2] == ("runtime", "device"):
             continue
-        for value in other_values(model, name):
+        for value in [GIVEN[path]] if path in GIVEN else other_values(model, name):
             other = validated(changed(data, path, value))
             if other is None or other == BASE or {need.name for need in other.objective.needs().signals} - ENGINES:
                 continue
@@ -42,7 +44,7 @@ def variations() -> Iterator[tuple[str, Experiment]]:
 
 
 VARIATIONS = dict(variations())
-SHORT = ("rollout.temperature", "train.lr", "runtime.threads", "supervise.dtype")
+SHORT = ("supervise.encoding", "runtime.threads")
 
 
 def make(e: Experiment, root: Path, name: str) -> tuple[dict[int, dict[str, dict[str, str]]], list[Any], list[str]]:

@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tasks.workers import CHECKOUT
 
 
+@pytest.mark.promise(7, "a gradient that is not finite changes no weight")
 def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
     script = CHECKOUT / "tests" / "support" / "spoilt_gradient.py"
     env = os.environ | {"PYTHONPATH": str(CHECKOUT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}

@@ -349,6 +349,7 @@ def test_warmup_stops_at_a_running_loss(world: World, trainers: dict[int, Worker
     assert 1 < len(losses) < 20 and running[-1] < 4.5 <= min(running[:-1])
 
 
+@pytest.mark.promise(7, "a loss that is not finite stops the step, real trainer")
 def test_a_loss_that_is_not_finite_names_the_sample(world: World, trainers: dict[int, Worker]) -> None:
     """A student that breaks where it reads a token that one sample alone has."""
     reads = {row["sample_id"]: {*row["prompt_token_ids"], *row["completion_token_ids"][:-1]} for row in world.samples}
@@ -363,6 +364,7 @@ def test_a_loss_that_is_not_finite_names_the_sample(world: World, trainers: dict
     assert all(world.store.get(spec.stage, spec.key) is None for spec in work.outputs.values())
 
 
+@pytest.mark.promise(7, "a bad value is refused before any step, real trainer")
 def test_a_bad_value_is_refused_before_any_step(train: Train, world: World) -> None:
     rows = world.store.read_table(world.signals["sampled"], "sampled").to_pylist()
     [bad] = [row for row in rows if row["sample_id"] == "p5/1/0"]

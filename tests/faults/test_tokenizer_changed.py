@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fault_trials import Trials, both_forms
@@ -31,6 +32,10 @@ class CheckpointRun(ReportedRun):
         prompts = EXPERIMENT["prompts"] | {"max_prompt_length": 64}
         experiment = EXPERIMENT | models | {"prompts": prompts, "policy": {"rounds": self.rounds}}
         (self.folder / "config.yaml").write_text(json.dumps(experiment))
+
+    def opd(self, *arguments: str, **environment: str) -> Any:
+        # torch, which tokenizers bring along, makes its cache in the folder for temporary files
+        return super().opd(*arguments, TORCHINDUCTOR_CACHE_DIR=str(self.folder / "inductor"), **environment)
 
     def resume(self, *more: str) -> int:
         process = self.opd("resume", NAME, "--no-prefect", *more)

@@ -128,12 +128,14 @@ class Builder(ShardWriter):
         meta: Mapping[str, Any] | None = None,
         tables: Mapping[str, int] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        expected: Mapping[str, str] | None = None,
     ) -> Artifact:
         """Publishes the manifest; the artifact is immutable from then on.
 
         `tables` maps a table to the shards expected; without it every table that has shards counts, from 0 without
         gaps. `content` adds digests to those of tables and trees; `provenance` adds what is recorded unhashed.
-        If another process published first, its artifact is returned. Raises StoreError for missing shards,
+        `expected` are digests that its key was made from: InputError when they are others by now (a user's folder that
+        changed meanwhile). If another process published first, its artifact is returned. Raises StoreError for missing shards,
         CorruptArtifact (artifact in quarantine) when a rebuilt part differs from what was recorded."""
         if self.committed is not None:
             return self.committed
@@ -149,6 +151,10 @@ class Builder(ShardWriter):
         if clash:
             raise StoreError(f"{self._name}: content {clash} is computed by the store; give it another name")
         found.update(content or {})
+        for name, digest in (expected or {}).items():
+            if found.get(name) != digest:
+                places = ", ".join(map(str, self._external.values())) or self._name
+                raise InputError(f"{places}: changed while it was read; let nothing write to it, and run again")
         manifest = self._manifest(shards, trees, found, rows, plain_meta, plain_provenance)
         for left in self.path.glob(f"*{PARTS}"):  # of a shard whose writer was killed a moment later
             left.unlink()

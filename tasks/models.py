@@ -191,12 +191,14 @@ def _checkpoint(source: CheckpointModel, memo: Path | None) -> Work:
     # The artifact stands for this folder with this content, so its place belongs to the key. What is made from the
     # model depends on the content alone.
     place = hashlib.sha256(os.fsencode(directory)).hexdigest()
-    spec = ArtifactSpec.of("model", VERSION, {"kind": "checkpoint"}, {"files": files_digest(files), "place": place})
+    digest = files_digest(files)
+    spec = ArtifactSpec.of("model", VERSION, {"kind": "checkpoint"}, {"files": digest, "place": place})
 
     def build(builder: Builder, context: Context) -> None:
         context.log(f"model: {directory} stays where it is; its files are hashed")
         builder.external("model", directory)
-        builder.commit(meta={"source": "checkpoint", "parameters": parameter_count(directory)})
+        meta = {"source": "checkpoint", "parameters": parameter_count(directory)}
+        builder.commit(meta=meta, expected={"model": digest})
 
     return _work(spec, build)
 

@@ -99,6 +99,16 @@ def test_checkpoint_stays_where_it_is(bench, model):
     assert not list((bench.store.root / "artifacts").rglob("*.safetensors"))
 
 
+def test_a_checkpoint_that_changes_while_it_is_read_is_no_artifact(bench, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "own")
+    work = model_work(CheckpointModel(path=folder), 0)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 3}')
+    with pytest.raises(InputError, match=r"own: changed while it was read"):
+        bench.build(work)
+    assert bench.store.list() == []
+    assert bench.build(model_work(CheckpointModel(path=folder), 0)).key != work.outputs["model"].key
+
+
 def test_checkpoint_is_known_by_content_and_its_artifact_by_place(bench, model, tmp_path):
     copy = Path(shutil.copytree(model, tmp_path / "copy"))
     here, there = CheckpointModel(path=model), CheckpointModel(path=copy)

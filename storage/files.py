@@ -25,7 +25,7 @@ TEMPORARY = ".tmp-"
 STORE_PLACES = ("", "artifacts/*/*/", "runs/", "runs/*/", "quarantine/", "memo/")
 """Where a store has temporary files, as prefixes of glob patterns."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_OWNER = re.compile(re.escape(TEMPORARY) + r"(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-")
+_OWNER = re.compile(re.escape(TEMPORARY) + r"(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)\.(?P<started>\d+)-")
 
 
 def unique() -> str:
@@ -35,7 +35,8 @@ def unique() -> str:
 
 def temporary_name(suffix: str = "") -> str:
     """A name for a file or directory under way. It says whose: `remove_leftovers` takes those of dead processes."""
-    return f"{TEMPORARY}{_machine()}-{os.getpid()}-{unique()}" + (f"-{suffix}" if suffix else "")
+    owner = f"{_machine()}-{os.getpid()}.{_started(os.getpid()) or 0}"
+    return f"{TEMPORARY}{owner}-{unique()}" + (f"-{suffix}" if suffix else "")
 
 
 @functools.cache
@@ -52,13 +53,13 @@ def _machine() -> str:
 def remove_leftovers(root: Path, places: Sequence[str] = STORE_PLACES) -> list[Path]:
     """Removes the temporary files of killed processes from folders under `root`; returns what it removed.
 
-    What another host left, or a process whose id is in use again, stays until `opd gc`. Nothing of a living process, and
+    What another host left stays until `opd gc`. Nothing of a living process, and
     nothing that has its final name, is touched."""
     removed = []
     for place in places:
         for path in root.glob(f"{place}{TEMPORARY}*"):
             owner = _OWNER.match(path.name)
-            if owner is None or owner["machine"] != _machine() or _alive(int(owner["pid"])):
+            if owner is None or owner["machine"] != _machine() or _alive(int(owner["pid"]), int(owner["started"])):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -68,14 +69,23 @@ def remove_leftovers(root: Path, places: Sequence[str] = STORE_PLACES) -> list[P
     return removed
 
 
-def _alive(pid: int) -> bool:
+def _alive(pid: int, started: int) -> bool:
+    """Whether that process lives; another one may have its id by now. Where no start is known, the id decides."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return True
+    return not started or _started(pid) in (None, started)
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None where the kernel does not say."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def utc_now() -> str:

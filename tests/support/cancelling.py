@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -65,6 +66,10 @@ def cancel_a_tick(folder: Path, api_url: str, role: str) -> StoppedRun:
         schedule.send_signal(signal.SIGTERM)
         assert schedule.wait(PATIENCE) == 130, run.output
         assert run.orphans(LIMIT) == []
+        with contextlib.suppress(FileNotFoundError):
+            (
+                run.temporary / "runner_storage"
+            ).rmdir()  # Prefect's own, shared by its runners; nothing may be left in it
     finally:
         schedule.kill()
         schedule.wait()

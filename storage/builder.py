@@ -22,7 +22,7 @@ from storage.artifact import (
     load_manifest,
     provenance,
 )
-from storage.checkpoints import CHECKPOINT, Checkpoints, remove
+from storage.checkpoints import CHECKPOINT, Checkpoints
 from storage.digests import combine_digests
 from storage.errors import CorruptArtifact, InputError, StoreError
 from storage.failpoints import failpoint
@@ -32,6 +32,7 @@ from storage.files import (
     fsync_directory,
     publish_exclusively,
     quarantine,
+    remove,
     replace_atomically,
     temporary_name,
     unique,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from storage.files import (
     fsync_directory,
     fsync_file,
     quarantine,
+    remove,
     remove_leftovers,
     replace_atomically,
     seal,
@@ -176,10 +176,3 @@ def write_file(path: Path, write: Callable[[Path], None]) -> FileRecord:
     record = FileRecord(path=path.name, sha256=file_sha256(path, None), bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)
     failpoint("checkpoint.after_sync", path)
     return record
-
-
-def remove(path: Path) -> None:
-    """Removes one: out of its place in one rename, so that no half of it is ever met."""
-    going = path.with_name(temporary_name("checkpoint"))
-    os.rename(path, going)
-    shutil.rmtree(going, ignore_errors=True)

@@ -197,6 +197,26 @@ def publish_exclusively(path: Path, data: bytes) -> bool:
     return True
 
 
+def remove(path: Path) -> bool:
+    """Removes a file, or a folder: out of its place in one rename, so that no half of it is ever met."""
+    if path.is_dir() and not path.is_symlink():
+        going = path
+        if not path.name.startswith(TEMPORARY):
+            going = path.with_name(temporary_name())
+            try:
+                os.rename(path, going)
+            except FileNotFoundError:
+                return False
+            fsync_directory(path.parent)
+        shutil.rmtree(going, ignore_errors=True)
+        return True
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def seal(content: dict[str, Any]) -> bytes:
     """JSON that carries the sha256 of its own content, so that a flipped bit in it is noticed."""
     checksum = hashlib.sha256(canonical_json(content).encode("ascii")).hexdigest()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from typing import Literal
 
 from storage.artifact import MANIFEST, Manifest, load_manifest
 from storage.errors import CorruptArtifact, RunBusy, StoreError
-from storage.files import TEMPORARY, fsync_directory, replace_atomically, temporary_name, utc_now
+from storage.files import TEMPORARY, fsync_directory, remove, replace_atomically, utc_now
 from storage.locks import alone, build_lock, holder, locked, use_lock
 from storage.retention import Name, Retention, droppable, used
 from storage.runs import Run, RunState
@@ -167,7 +166,7 @@ class Collector:
 
     def _apply(self, item: Item) -> bool:
         if item.artifact is None:
-            return _remove(item.path)
+            return remove(item.path)
         with ExitStack() as held:
             if not held.enter_context(alone(use_lock(self.root, *item.artifact))):
                 return False  # somebody reads it
@@ -183,9 +182,9 @@ class Collector:
             elif item.kind == "left over":
                 manifest = load_manifest(item.path)
                 for path in _loose(item.path, manifest) if manifest else ():
-                    _remove(path)
+                    remove(path)
             else:
-                _remove(item.path)
+                remove(item.path)
         return True
 
     def _of_artifact_now(self, item: Item) -> list[Item]:
@@ -251,7 +250,7 @@ def evict(directory: Path) -> None:
         manifest = manifest.model_copy(update={"evicted": utc_now()})
         replace_atomically(directory / MANIFEST, manifest.dump())
     for path in _data(directory, manifest):
-        _remove(path)
+        remove(path)
     fsync_directory(directory)
 
 
@@ -268,26 +267,6 @@ def _loose(directory: Path, manifest: Manifest) -> list[Path]:
     if manifest.evicted is None:
         kept |= set(_data(directory, manifest))
     return sorted(path for path in directory.iterdir() if path not in kept)
-
-
-def _remove(path: Path) -> bool:
-    """Removes a file, or a folder: out of its place in one rename, so that no half of it is ever met."""
-    if path.is_dir() and not path.is_symlink():
-        going = path
-        if not path.name.startswith(TEMPORARY):
-            going = path.with_name(temporary_name())
-            try:
-                os.rename(path, going)
-            except FileNotFoundError:
-                return False
-            fsync_directory(path.parent)
-        shutil.rmtree(going, ignore_errors=True)
-        return True
-    try:
-        path.unlink()
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _files(path: Path) -> Iterator[os.stat_result]:

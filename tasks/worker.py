@@ -31,6 +31,10 @@ START_TIMEOUT = 600.0
 STOP_TIMEOUT = 5.0
 """Seconds a worker gets to end by itself before it is killed, with all that it has started."""
 _GUARD = Path(__file__).with_name("guard.py")
+_SOCKET_PATH = 107
+"""The longest path of a socket that Linux takes."""
+_SOCKET_NAME = len("/5ff1b2c0-0b6c-4f1e-9d6a-0123456789ab")
+"""Room below a worker's folder: engines with several processes name their sockets so."""
 _SHOWN = 5
 
 
@@ -65,7 +69,7 @@ class Worker:
         self._buffers: dict[int, bytes] = {}
         self._jobs = 0
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._folder = Path(tempfile.gettempdir(), temporary_name())
+        self._folder = _new_folder()
         # also when an interruption loses this object; a killed supervisor's folder is removed by the guard
         self._remove_folder = weakref.finalize(self, _remove, self._folder, os.getpid())
         try:
@@ -247,6 +251,18 @@ class Worker:
     @property
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
+
+
+def temporary_folders() -> list[Path]:
+    """Where workers' folders can lie: the folder for temporary files and, for when its path is too long, /tmp."""
+    return [Path(tempfile.gettempdir()), Path("/tmp")]
+
+
+def _new_folder() -> Path:
+    """A worker's folder, not made yet. Sockets fit into it, however long TMPDIR is."""
+    name = temporary_name()
+    folders = (folder / name for folder in temporary_folders())
+    return next(path for path in folders if len(os.fsencode(path)) + _SOCKET_NAME <= _SOCKET_PATH)
 
 
 def _remove(folder: Path, owner: int) -> None:

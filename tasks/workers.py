@@ -20,7 +20,7 @@ import storage.errors
 from storage.files import remove_leftovers
 from tasks.figures import JobsProgress, Progress, silent
 from tasks.runtime import RuntimeConfig
-from tasks.worker import Worker, WorkerDied, WorkerFailed
+from tasks.worker import Worker, WorkerDied, WorkerFailed, temporary_folders
 
 __all__ = ["Worker", "WorkerDied", "WorkerFailed", "WorkerPool"]
 
@@ -42,7 +42,8 @@ class WorkerPool:
         self.plugins, self.plugin_path = plugins, plugin_path
         self._workers: dict[tuple[str, int, str], Worker] = {}
         self._lock = threading.Lock()
-        remove_leftovers(Path(tempfile.gettempdir()), places=("",))
+        for folder in temporary_folders():
+            remove_leftovers(folder, places=("",))
 
     def __enter__(self) -> WorkerPool:
         return self

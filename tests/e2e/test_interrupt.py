@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -91,8 +92,7 @@ def test_a_run_that_is_stopped_held_and_killed_ends_with_the_undisturbed_student
 @pytest.mark.faults
 def test_two_deepspeed_ranks_leave_nothing_behind(prepared_root, tmp_path):
     """In the middle of training: SIGTERM, SIGKILL, a rank that is killed. Then the same run to its end."""
-    root, temporary = prepared_root(), tmp_path / "tmp"
-    temporary.mkdir()
+    root, temporary = prepared_root(), Path(tempfile.mkdtemp(prefix="opd-"))  # short: workers' sockets lie in it
     more = ("--rounds", "1", "--set", "runtime.trainer.processes=2", "--set", "runtime.retries=0")
     shared = set(Path("/dev/shm").iterdir())
     for number, code in ((signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL), (None, 1)):
@@ -118,3 +118,4 @@ def test_two_deepspeed_ranks_leave_nothing_behind(prepared_root, tmp_path):
         assert set(Path("/dev/shm").iterdir()) <= shared
     resumed = json.loads(opd("resume", "base", "--no-prefect", "--json", *more[:4], root=root).stdout)
     assert resumed["rounds"][1]["stages"]["train"]["state"] == "done"
+    temporary.rmdir()

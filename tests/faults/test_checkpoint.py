@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 from fault_trials import Trials, both_forms
-from trainer_world import Made, World, launch_trainer, make, make_world
+from pydantic import TypeAdapter
+from trainer_world import K, Made, World, launch_trainer, make, make_world
 
+from flows.experiment import load_experiment
 from storage import failpoints
 from storage.checkpoints import CHECKPOINT, RECORD
 from storage.errors import OpdError
 from storage.store import Store
-from tasks.losses.config import DirectConfig, TopkSupport
+from tasks.losses.config import AnyObjective, DirectConfig, ObjectiveConfig, TopkSupport
 from tasks.stage import Work
 from tasks.train import train_work
 from tasks.trainer.config import TrainConfig
@@ -41,6 +43,20 @@ SETUPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "LoRA": (LORA, {"deepspeed": str(ZERO / "zero1.json")}),
 }
 """What is trained how: (training settings, runtime settings)."""
+
+
+def recipe_objective(path: Path) -> AnyObjective:
+    """A recipe's objective over the lists of `make_world`: 8 tokens and what is outside."""
+    objective = load_experiment(path).objective.model_dump()
+    if objective.get("support", {}).get("kind") == "full":
+        objective["support"] = BUCKET.support.model_dump()
+    for part in (objective, *objective.values()):
+        if isinstance(part, dict) and (part.get("k") or 0) > K:
+            part["k"] = K
+    return TypeAdapter(ObjectiveConfig).validate_python(objective)
+
+
+RECIPES = {path.stem: recipe_objective(path) for path in sorted((CHECKOUT / "configs" / "recipes").glob("*.yaml"))}
 SAVING = {
     0: ("begun", "before_write", "after_write", "after_sync", "before_record", "before_rename", "after_rename", "before_sweep"),
     1: ("before_write", "after_write", "after_sync"),
@@ -60,12 +76,12 @@ class Bench:
     whole: dict[tuple[str, int], dict[str, Any]]
 
     def work(self, setup: str) -> Work:
-        config = TrainConfig.model_validate(SETTINGS | SETUPS[setup][0])
-        world = self.world
-        return train_work(config, BUCKET, world.student, None, world.rollouts, world.signals, 0, 1)
+        config = TrainConfig.model_validate(SETTINGS | SETUPS.get(setup, ({}, {}))[0])
+        world, objective = self.world, RECIPES.get(setup, BUCKET)
+        return train_work(config, objective, world.student, None, world.rollouts, world.signals, 0, 1)
 
     def train(self, setup: str, worker: Worker, tag: str, minutes: float | None = 0, **runtime: Any) -> Made:
-        runtime = SETUPS[setup][1] | {"checkpoint_minutes": minutes} | runtime
+        runtime = SETUPS.get(setup, ({}, {}))[1] | {"checkpoint_minutes": minutes} | runtime
         return make(self.work(setup), self.world.store, worker, tag, **runtime)
 
     def undisturbed(self, setup: str, ranks: int) -> dict[str, Any]:
@@ -230,3 +246,19 @@ def test_killed_after_a_random_step(bench: Bench, trials: Trials, count: int) ->
         bench.check(made, setup, ranks)
 
     trials(5, "SIGKILL after a random step, one and two ranks", map(str, range(count)), attempt)
+
+
+@both_forms(short=1, full=len(RECIPES))
+def test_every_recipe_goes_on_bit_for_bit(bench: Bench, trials: Trials, count: int) -> None:
+    """Draws of trust regions, ratios to the rollouts' policy and figures of every objective depend on no step before."""
+
+    def attempt(name: str) -> None:
+        draw = random.Random(f"recipe {name}")
+        step = draw.randint(2, STEPS)
+        bench.killed(name, 2, f"recipe {name}", f"train.after_step=kill#{draw.randrange(2)}@{step}")
+        made = bench.train(name, bench.warm[2], f"recipe {name}")
+        assert resumed_after(made) in (step - 1, step)
+        bench.check(made, name, 2)
+
+    names = random.Random("recipes").sample(sorted(RECIPES), count)
+    trials(5, "SIGKILL after a random step, every recipe, two ranks", names, attempt)

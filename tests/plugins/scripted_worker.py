@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
 from pathlib import Path
 
 from storage.errors import InputError
@@ -43,6 +46,11 @@ class Scripted:
                 raise InputError("prompts.jsonl:3: no field `prompt`")
             case "crash":
                 raise ZeroDivisionError("a bug")
+            case "socket":
+                path = Path(tempfile.gettempdir(), str(uuid.uuid4()))  # as vLLM names those of its own processes
+                with socket.socket(socket.AF_UNIX) as listener:
+                    listener.bind(str(path))
+                return {"folder": str(path.parent)}
             case "grandchild":
                 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
                 Path(job["pids"]).write_text(f"{os.getpid()} {child.pid}")

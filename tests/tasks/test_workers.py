@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -42,6 +43,27 @@ def test_one_warm_worker_serves_a_stream_of_jobs(tmp_path):
     assert second[0]["served"] == 6 and second[0]["pid"] == first[0]["pid"]
     assert seen == [(i, 1, 1) for i in range(5)]
     assert not alive(first[0]["pid"])
+
+
+@pytest.mark.parametrize(("length", "there"), [(20, True), (60, False), (200, False)])
+def test_a_long_folder_for_temporary_files_leaves_room_for_sockets(tmp_path, monkeypatch, length, there):
+    """A socket's path has at most 107 characters. Nothing stays in either place, also of a run that was killed."""
+    with tempfile.TemporaryDirectory(prefix="opd-", dir="/tmp") as short:
+        folder = Path(short, "x" * (length - len(short) - 1))
+        folder.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        left = [place / ended_process_name() for place in (folder, Path("/tmp"))]
+        for path in left:
+            path.mkdir()
+        with pool(tmp_path) as workers:
+            own = Path(workers.run("scorer", [{"op": "socket"}])[0]["folder"])
+            assert own.is_dir() and own.parent == (folder if there else Path("/tmp"))
+        assert not any(path.exists() for path in (own, *left))
+
+
+def ended_process_name() -> str:
+    code = "import storage.files; print(storage.files.temporary_name())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_figures_of_a_job_reach_whoever_listens(tmp_path):

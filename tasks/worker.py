@@ -18,8 +18,11 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Container, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 import storage.errors
 from storage.errors import OpdError
@@ -30,6 +33,8 @@ START_TIMEOUT = 600.0
 """Seconds until a worker must be ready: importing an engine on a cold, busy machine takes a minute or more."""
 STOP_TIMEOUT = 5.0
 """Seconds a worker gets to end by itself before it is killed, with all that it has started."""
+SOCKET = "OPD_WORKER_SOCKET"
+"""The variable with the path of a worker's socket: all that it starts has it in its environment."""
 _GUARD = Path(__file__).with_name("guard.py")
 _SOCKET_PATH = 107
 """The longest path of a socket that Linux takes."""
@@ -70,12 +75,12 @@ class Worker:
         self._jobs = 0
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._folder = _new_folder()
+        self._socket = str(self._folder / "s")
         # also when an interruption loses this object; a killed supervisor's folder is removed by the guard
         self._remove_folder = weakref.finalize(self, _remove, self._folder, os.getpid())
         try:
             self._folder.mkdir(0o700)
-            path = str(self._folder / "s")
-            self._listener.bind(path)
+            self._listener.bind(self._socket)
             self._listener.listen(world)
             self._listener.settimeout(0.5)
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +89,7 @@ class Worker:
                 out.flush()
                 self.process = subprocess.Popen(
                     [*_guard(self._folder), *argv],
-                    env=env | {"OPD_WORKER_SOCKET": path, "TMPDIR": str(self._folder)},
+                    env=env | {SOCKET: self._socket, "TMPDIR": str(self._folder)},
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=subprocess.STDOUT,
@@ -177,7 +182,10 @@ class Worker:
         with selectors.DefaultSelector() as selector:
             for slot, connection in self._ranks.items():
                 selector.register(connection, selectors.EVENT_READ, slot)
-            for key, _ in selector.select(0.5):
+            ready = selector.select(0.5)
+            if not ready and not self.alive:  # its guard was killed, and what it started holds the sockets open
+                raise self._died("without an answer")
+            for key, _ in ready:
                 slot = key.data
                 data = self._ranks[slot].recv(1 << 20)
                 if not data:
@@ -242,9 +250,10 @@ class Worker:
                 os.killpg(self.process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-            self.process.wait()
+            if self.process.wait() == -signal.SIGKILL:
+                _end_all_with(self._socket)  # was it the guard that was killed, it has ended nothing
         for connection in self._ranks.values():
-            connection.close()  # a worker whose guard was killed notices it
+            connection.close()
         self._listener.close()
         self._remove_folder()
 
@@ -268,6 +277,18 @@ def _new_folder() -> Path:
 def _remove(folder: Path, owner: int) -> None:
     if os.getpid() == owner:  # a forked child that ends has no say
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_all_with(path: str) -> None:
+    """SIGKILL to every process whose environment names this socket, until there is none."""
+    found = True
+    while found:
+        found = False
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get(SOCKET) == path and process.status() != psutil.STATUS_ZOMBIE:
+                    process.kill()
+                    found = True
 
 
 def _guard(folder: Path) -> list[str]:

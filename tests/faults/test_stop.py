@@ -38,7 +38,7 @@ def undisturbed(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Und
     return Undisturbed(template, tmp_path_factory.mktemp("undisturbed") / "run")
 
 
-SHORT = ("trainer SIGINT-twice", "sampler SIGKILL", "scorer opd-stop", "scorer stall-timeout")
+SHORT = ("trainer SIGINT-twice", "sampler SIGKILL", "scorer opd-stop", "scorer guard-killed")
 
 
 @both_forms(short=len(SHORT), full=3 * len(ROLES) * len(STOPS))

@@ -26,6 +26,7 @@ PATIENCE = 120.0
 def _opd(arguments: list[str], environment: dict[str, str]) -> None:
     """What the console script `opd` does."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and what it starts inherits that
     os.environ.update(environment)
     find_engines()
     failpoints.arm()
@@ -77,7 +78,7 @@ class StoppedRun(Trial):
         left = self.orphans(LIMIT - (time.monotonic() - started))
         assert left == [], left
         assert Run.open(self.root, NAME).holder() is None
-        assert list(self.temporary.iterdir()) == []
+        assert list(self.temporary.rglob("*")) == []
         return int(process.exitcode)
 
     def resumed(self) -> dict[str, Any]:
@@ -115,11 +116,15 @@ def by_killing_its_worker(run: StoppedRun, process: Any, family: list[int]) -> N
     os.kill(family[0], signal.SIGKILL)
 
 
+def by_killing_its_guard(run: StoppedRun, process: Any, family: list[int]) -> None:
+    psutil.Process(family[0]).parent().kill()
+
+
 def by_waiting(run: StoppedRun, process: Any, family: list[int]) -> None:
     """A time limit does it."""
 
 
-STOPS: dict[str, tuple[Stop, int, str, tuple[str, ...]]] = {
+STOPS: dict[str, tuple[Stop, int | None, str, tuple[str, ...]]] = {
     "SIGINT": (by(signal.SIGINT), 130, "stopped", ()),
     "SIGTERM": (by(signal.SIGTERM), 130, "stopped", ()),
     "SIGHUP": (by(signal.SIGHUP), 130, "stopped", ()),
@@ -127,12 +132,14 @@ STOPS: dict[str, tuple[Stop, int, str, tuple[str, ...]]] = {
     "SIGTERM-SIGINT": (by(signal.SIGTERM, signal.SIGINT), 130, "stopped", ()),
     "opd-stop": (by_command, 130, "stopped", ()),
     "SIGKILL": (by(signal.SIGKILL), -signal.SIGKILL, "running", ()),
-    "SIGTERM-SIGKILL": (by(signal.SIGTERM, signal.SIGKILL), -signal.SIGKILL, "", ()),
+    "SIGTERM-SIGKILL": (by(signal.SIGTERM, signal.SIGKILL), None, "", ()),
     "stage-timeout": (by_waiting, 1, "failed", ("--set", "runtime.stage_timeout=1.5", "--set", "runtime.retries=0")),
     "stall-timeout": (by_waiting, 1, "failed", ("--set", "runtime.stall_timeout=1.5", "--set", "runtime.retries=0")),
+    "guard-killed": (by_killing_its_guard, 1, "failed", ("--set", "runtime.retries=0")),
     "worker-killed": (by_killing_its_worker, 1, "failed", ("--set", "runtime.retries=0")),
 }
-"""Name -> (how, exit code, the state that the run says it is in ("": any), further arguments)."""
+"""Name -> (how, exit code (None: stopped or killed, whichever was first), the state that the run says it is in ("": any),
+further arguments)."""
 
 
 def one_stop(run: StoppedRun, role: str, how: str, prefect: bool = False) -> None:
@@ -141,7 +148,8 @@ def one_stop(run: StoppedRun, role: str, how: str, prefect: bool = False) -> Non
     run.write(role)
     process = run.begin(*more, prefect=prefect)
     stop(run, process, run.family(process))
-    assert run.ended(process) == code, run.output
+    ended = run.ended(process)
+    assert ended == code or (code is None and ended in (130, -signal.SIGKILL)), run.output
     state = Run.open(run.root, NAME).state
     assert status in ("", state.status)
     if status == "stopped":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,7 @@ def run_experiment(
     store = Store(root)
     run = open_run(experiment, name, root)
     reporter = reporter or SilentReporter()
-    with run.lock(), terminating():
-        remove_leftovers(store.root)
+    with run.lock(), terminating(), leaving_nothing(store.root):
         run.save_experiment(experiment.model_dump(mode="json"))
         state = run.state
         state.forked_from = f"{experiment.fork.run}@{experiment.fork.round}" if experiment.fork else None
@@ -103,6 +102,18 @@ def run_experiment(
         state.status = "finished" if rounds_done(state) >= experiment.policy.rounds else "stopped"
         run.save(state)
         return state, maker.built
+
+
+@contextmanager
+def leaving_nothing(root: Path) -> Iterator[None]:
+    """No temporary files of dead processes in the store, before and, should something break, after; nor of this one, when
+    it is interrupted."""
+    remove_leftovers(root)
+    try:
+        yield
+    except BaseException as error:
+        remove_leftovers(root, mine=isinstance(error, KeyboardInterrupt))
+        raise
 
 
 def workers_for(experiment: Experiment, logs: Path, lent: WorkerPool | None) -> AbstractContextManager[WorkerPool]:

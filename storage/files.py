@@ -50,16 +50,19 @@ def _machine() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
-def remove_leftovers(root: Path, places: Sequence[str] = STORE_PLACES) -> list[Path]:
+def remove_leftovers(root: Path, places: Sequence[str] = STORE_PLACES, mine: bool = False) -> list[Path]:
     """Removes the temporary files of killed processes from folders under `root`; returns what it removed.
 
-    What another host left stays until `opd gc`. Nothing of a living process, and
-    nothing that has its final name, is touched."""
+    What another host left stays until `opd gc`. Nothing of a living process (but for this one's, with `mine`: an
+    interruption can come before a writer is ready for it), and nothing that has its final name, is touched."""
     removed = []
     for place in places:
         for path in root.glob(f"{place}{TEMPORARY}*"):
             owner = _OWNER.match(path.name)
-            if owner is None or owner["machine"] != _machine() or _alive(int(owner["pid"]), int(owner["started"])):
+            if owner is None or owner["machine"] != _machine():
+                continue
+            pid = int(owner["pid"])
+            if _alive(pid, int(owner["started"])) and not (mine and pid == os.getpid()):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)

@@ -20,6 +20,7 @@ def test_what_a_dead_process_left_goes_and_what_a_living_one_has_stays(tmp_path:
     other.write_text("of another machine")
     assert remove_leftovers(tmp_path, places=("",)) == [tmp_path / left]
     assert mine.exists() and other.exists()
+    assert remove_leftovers(tmp_path, places=("",), mine=True) == [mine] and other.exists()
 
 
 def test_an_id_that_another_process_has_by_now_protects_nothing(tmp_path: Path) -> None:

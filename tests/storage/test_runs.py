@@ -117,7 +117,9 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
     with pytest.raises(CorruptArtifact, match=r"state\.json"):
         _ = run.state
     (run.directory / "experiment.yaml").write_text("a: [")
-    with pytest.raises(CorruptArtifact, match=r"experiment\.yaml: its last line is no checksum.*opd run CONFIG --name demo"):
+    with pytest.raises(
+        CorruptArtifact, match=r"experiment\.yaml: its last line is no checksum.*opd run CONFIG --name demo"
+    ):
         _ = run.experiment
     (run.directory / "identity.json").write_text("{")
     with pytest.raises(CorruptArtifact, match=r"identity\.json"):

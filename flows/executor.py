@@ -53,6 +53,21 @@ def resolved(work: Work, store: Store) -> dict[str, Artifact]:
     return found
 
 
+def rows_of(made: Mapping[str, Artifact]) -> int:
+    """Rows of all that a stage made."""
+    return sum(sum(artifact.rows.values()) for artifact in made.values())
+
+
+def metrics_of(made: Mapping[str, Artifact]) -> Figures:
+    """The figures that a stage recorded in what it made."""
+    return {name: value for artifact in made.values() for name, value in (artifact.meta.get("metrics") or {}).items()}
+
+
+def figures_of(label: str, made: Mapping[str, Artifact]) -> dict[str, float | None]:
+    """The same under their names in a round: plain for the evaluation, after the stage's name for all others."""
+    return {name if label == "evaluate" else f"{label}_{name}": value for name, value in metrics_of(made).items()}
+
+
 def refuse_other_model(label: str, work: Work, recorded: StageState | None, store: Store) -> None:
     """A run keeps the models that it began with. InputError, naming the file, when what a model is read from (weights,
     tokenizer) is not what the run's state recorded; the folder's place may change."""
@@ -267,9 +282,8 @@ class Maker:
                 made = rebuild(item.origin.work, item.lost, context, waiting)
                 self.built += 1
                 context.workers.stage_done()
-                rows = sum(sum(artifact.rows.values()) for artifact in made.values())
                 seconds = time.monotonic() - started
-                self.reporter.stage(number, label, StageState(state="done", seconds=seconds, rows=rows))
+                self.reporter.stage(number, label, StageState(state="done", seconds=seconds, rows=rows_of(made)))
 
     def _build(self, label: str, work: Work, found: dict[str, Artifact], context: Context) -> dict[str, Artifact]:
         with ExitStack() as stack:
@@ -298,13 +312,9 @@ class Maker:
     ) -> dict[str, Artifact]:
         """Record the stage's end. `shown` is the state to report where the record keeps that of an earlier call."""
         state.key = next(iter(state.artifacts.values()), None)
-        state.rows = sum(sum(artifact.rows.values()) for artifact in found.values())
-        metrics: dict[str, float | None] = {}
-        for artifact in found.values():
-            metrics |= artifact.meta.get("metrics") or {}
-        for name, value in metrics.items():
-            self._round.metrics[name if label == "evaluate" else f"{label}_{name}"] = value
-        self._note(label, state, shown, metrics)
+        state.rows = rows_of(found)
+        self._round.metrics |= figures_of(label, found)
+        self._note(label, state, shown, metrics_of(found))
         return found
 
     def _note(self, label: str, state: StageState, shown: str | None = None, metrics: Figures | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +20,8 @@ from flows.runner import logger, rounds_done, stored_experiment
 from flows.stopping import terminating
 from storage.compare import differences
 from storage.errors import ConfigError, CorruptArtifact, Evicted, InputError
-from storage.files import temporary_name
-from storage.gc import HELD
+from storage.files import temporary_name, unique
+from storage.gc import HELD, KEPT_REPLAY
 from storage.locks import locked
 from storage.runs import Run
 from storage.store import Store
@@ -125,7 +126,9 @@ def _scratch(store: Store, keep: bool, tell: Callable[[str], None]) -> Iterator[
             yield folder
     finally:
         if keep:
-            tell(f"the scratch stores are in {folder} (opd gc removes them later)")
+            kept = store.root / f"{KEPT_REPLAY}{unique()}"  # of no process: the next run's start leaves it alone
+            os.rename(folder, kept)
+            tell(f"the scratch stores are in {kept} (`opd gc --apply` removes them, after an hour at the earliest)")
         else:
             shutil.rmtree(folder, ignore_errors=True)
 

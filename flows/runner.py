@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from flows.distill import distill
 from flows.executor import Maker, PlanLine, Planner, Reporter
 from flows.experiment import Experiment, check_plugins, load_experiment
 from flows.progress import SilentReporter
+from flows.recovery import mend, stands_for
 from flows.stopping import terminating
 from storage.checkpoints import KEPT
-from storage.errors import ConfigError
-from storage.files import explain_full_disk, remove_leftovers
+from storage.errors import ConfigError, OpdError
+from storage.files import explain_full_disk
 from storage.redact import redact
 from storage.runs import Run, RunState
 from storage.store import Store
@@ -35,12 +36,12 @@ def plan(experiment: Experiment, root: str | Path, rounds: int | None = None) ->
 
 
 def open_run(experiment: Experiment, name: str, root: str | Path) -> Run:
-    """The run of that name, made if new; IdentityMismatch when the name holds another experiment."""
-    identity = experiment.identity()
+    """The run of that name, made if new; IdentityMismatch when the name holds another experiment. One of its two records of
+    that may be damaged, not both (CorruptArtifact)."""
     existing = next((run for run in Run.list(root) if run.name == name), None)
-    if existing is not None and Experiment.model_validate(existing.experiment).identity() == identity:
-        return existing  # equal as this version reads it, whatever fields its own version did not have
-    return Run.create(root, name, experiment.model_dump(mode="json"), identity)
+    if existing is not None and stands_for(existing, experiment):
+        return existing
+    return Run.create(root, name, experiment.model_dump(mode="json"), experiment.identity())
 
 
 def run_experiment(
@@ -67,9 +68,12 @@ def run_experiment(
     store = Store(root)
     run = open_run(experiment, name, root)
     reporter = reporter or SilentReporter()
-    with run.lock(), terminating(), leaving_nothing(store.root):
-        run.save_experiment(experiment.model_dump(mode="json"))
-        state = run.state
+    with run.lock(), terminating(), leaving_nothing(store):
+        log = logger(run.log_path("run"))
+        state, said = mend(run, experiment, store)
+        for line in said:
+            log(line)
+            reporter.note(0, "run", line)
         state.forked_from = f"{experiment.fork.run}@{experiment.fork.round}" if experiment.fork else None
         goal = experiment.policy.rounds if rounds is None else rounds
         if further is not None:
@@ -80,7 +84,6 @@ def run_experiment(
         try:
             with ExitStack() as stack:
                 pool = stack.enter_context(workers_for(experiment, run.log_path("run").parent, workers))
-                log = logger(run.log_path("run"))
 
                 def context(progress: StageProgress) -> Context:
                     return Context(store, experiment.runtime, pool, progress, log, experiment.plugins)
@@ -105,14 +108,15 @@ def run_experiment(
 
 
 @contextmanager
-def leaving_nothing(root: Path) -> Iterator[None]:
+def leaving_nothing(store: Store) -> Iterator[None]:
     """No temporary files of dead processes in the store, before and, should something break, after; nor of this one, when
     it is interrupted."""
-    remove_leftovers(root)
+    store.remove_leftovers()
     try:
         yield
     except BaseException as error:
-        remove_leftovers(root, mine=isinstance(error, KeyboardInterrupt))
+        with suppress(OpdError, OSError):  # the first error is what there is to say
+            store.remove_leftovers(mine=isinstance(error, KeyboardInterrupt))
         raise
 
 

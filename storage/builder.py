@@ -53,6 +53,12 @@ from storage.trees import (
 )
 
 
+def unfinished_work(directory: Path, below: str = "") -> list[Path]:
+    """What artifacts keep until they are committed: checkpoints, and parts of shards (their writer was killed a moment after
+    the shard was there). `below`: a glob pattern that leads from `directory` to the artifacts."""
+    return sorted(path for pattern in (f"{CHECKPOINT}*", f"*{PARTS}") for path in directory.glob(below + pattern))
+
+
 class Builder(ShardWriter):
     """Made by `Store.building`, which holds the artifact's lock meanwhile.
 
@@ -157,11 +163,9 @@ class Builder(ShardWriter):
                 places = ", ".join(map(str, self._external.values())) or self._name
                 raise InputError(f"{places}: changed while it was read; let nothing write to it, and run again")
         manifest = self._manifest(shards, trees, found, rows, plain_meta, plain_provenance)
-        for left in self.path.glob(f"*{PARTS}"):  # of a shard whose writer was killed a moment later
-            left.unlink()
         failpoint("builder.before_publish")
         self.committed = self._publish(manifest)
-        for path in self.path.glob(f"{CHECKPOINT}*"):
+        for path in unfinished_work(self.path):
             remove(path)
         return self.committed
 

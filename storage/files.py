@@ -25,6 +25,7 @@ TEMPORARY = ".tmp-"
 STORE_PLACES = ("", "artifacts/*/*/", "runs/", "runs/*/", "quarantine/", "memo/")
 """Where a store has temporary files, as prefixes of glob patterns."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_BROKEN = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)
 _OWNER = re.compile(re.escape(TEMPORARY) + r"(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)\.(?P<started>\d+)-")
 
 
@@ -226,9 +227,19 @@ def seal(content: dict[str, Any]) -> bytes:
     return json.dumps({**content, "checksum": checksum}, indent=1, sort_keys=True, allow_nan=False).encode()
 
 
+def unreadable(error: OSError) -> str:
+    """The damage that an error of reading stands for, when the disk gave no bytes. Any other error is raised again."""
+    if error.errno not in _BROKEN:
+        raise error
+    return f"unreadable ({error.strerror}): the disk may be failing, see the kernel's log"
+
+
 def unseal(path: Path) -> dict[str, Any]:
     """Content of a sealed JSON file. FileNotFoundError if missing, CorruptArtifact if it is not what was written."""
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CorruptArtifact(f"{path}: {unreadable(error)}") from error
     try:
         content = json.loads(data)
         checksum = content.pop("checksum")

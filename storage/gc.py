@@ -29,6 +29,8 @@ TEMPORARY_SECONDS = 3600.0
 """A temporary file this old belongs to nobody: files are written in one go, and renamed."""
 HELD = "held.lock"
 """A temporary folder in which this lock is held is somebody's, however old."""
+KEPT_REPLAY = "replay-"
+"""How the names of folders begin that `opd replay --keep` leaves in the store's root."""
 _STAMP = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{12}-")
 _KEY = re.compile(r"[0-9a-f]{16}")
 
@@ -38,7 +40,7 @@ MEANING: dict[Kind, str] = {
     "unused": "artifacts that no run names",
     "unfinished": "begun by nobody who still wants them",
     "left over": "files in artifacts that their manifests do not name",
-    "temporary": "temporary files of processes that are gone",
+    "temporary": "temporary files of processes that are gone, and what `opd replay --keep` left",
     "quarantine": "damaged pieces that were set aside long ago",
 }
 RetentionOf = Callable[[Run], Retention]
@@ -130,13 +132,16 @@ class Collector:
         for path in sorted((self.root / "runs").iterdir()):
             if path.name not in known and not path.name.startswith(TEMPORARY):
                 raise CorruptArtifact(
-                    f"{path}: no run's folder (no state.json), so what it needs is unknown and nothing is collected;"
+                    f"{path}: no run's folder, so what it needs is unknown and nothing is collected;"
                     " to delete the run, remove the folder"
                 )
         return runs
 
     def _state(self, run: Run) -> tuple[RunState, Retention]:
-        stat = (run.directory / "state.json").stat()
+        try:
+            stat = (run.directory / "state.json").stat()
+        except FileNotFoundError:
+            return run.state, self._retention(run)  # the error says what to do
         stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if run.name not in self._states or self._states[run.name][0] != stamp:
             self._states[run.name] = (stamp, run.state, self._retention(run))
@@ -207,8 +212,8 @@ class Collector:
     def _temporary(self) -> Iterator[Item]:
         before = time.time() - TEMPORARY_SECONDS
         places = ("", "artifacts/*/", "artifacts/*/*/", "runs/", "runs/*/", "quarantine/", "memo/", "locks/")
-        for place in places:
-            for path in sorted(self.root.glob(f"{place}{TEMPORARY}*")):
+        for pattern in (*(f"{place}{TEMPORARY}*" for place in places), f"{KEPT_REPLAY}*"):
+            for path in sorted(self.root.glob(pattern)):
                 parent = path.parent
                 artifact = (parent.parent.name, parent.name) if _KEY.fullmatch(parent.name) else None
                 if artifact is not None and ((parent / MANIFEST).exists() or holder(build_lock(self.root, *artifact))):

@@ -1,11 +1,13 @@
 """Run directories: which experiment a name stands for, which keys each round used, and who is working on it.
 
 `<root>/runs/<name>/` holds `experiment.yaml` (resolved), `identity.json`, `state.json`, `logs/<stage>.log`, `run.lock`.
-The data lies in the artifact store; a run only says which artifacts are its own."""
+The first three carry a checksum that covers the run's name too: what the disk changed, and what is another run's, is
+refused. The data lies in the artifact store; a run only says which artifacts are its own."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -21,12 +23,23 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from storage import locks
 from storage.errors import CorruptArtifact, IdentityMismatch, InputError, RunBusy
 from storage.failpoints import failpoint
-from storage.files import explain_full_disk, fsync_directory, replace_atomically, temporary_name, utc_now
+from storage.files import (
+    explain_full_disk,
+    fsync_directory,
+    replace_atomically,
+    seal,
+    temporary_name,
+    unseal,
+    utc_now,
+)
 from storage.identity import canonical_json
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _STAGE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _LARGEST_DIFFERENCE = 12
+_EXPERIMENT, _IDENTITY, _STATE = RECORDS = ("experiment.yaml", "identity.json", "state.json")
+"""The files that make a folder a run's. One that is missing is damage."""
+_MARK = b"# sha256 of the run's name and of what stands above: "
 
 
 class _State(BaseModel):
@@ -93,7 +106,7 @@ class Run:
     def open(cls, root: Path | str, name: str) -> Run:
         """The run of that name. InputError if there is none, with the nearest name."""
         directory = _directory(root, name)
-        if not (directory / "state.json").is_file():
+        if not _is_run(directory):
             names = [run.name for run in cls.list(root)]
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names[:20]) or 'none'}"
@@ -108,7 +121,7 @@ class Run:
             return []
         found = []
         for path in sorted(folder.iterdir()):
-            if RUN_NAME.fullmatch(path.name) and not path.is_symlink() and (path / "state.json").is_file():
+            if RUN_NAME.fullmatch(path.name) and not path.is_symlink() and _is_run(path):
                 found.append(cls(path))
         return found
 
@@ -133,47 +146,68 @@ class Run:
 
     @property
     def experiment(self) -> dict[str, Any]:
-        """The resolved config, as it was last saved."""
-        path = self.directory / "experiment.yaml"
+        """The resolved config, as it was last saved. CorruptArtifact when it is not what was written."""
+        path = self.directory / _EXPERIMENT
         try:
-            content = yaml.safe_load(path.read_text("utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise CorruptArtifact(f"{path}: unreadable ({error}); run the config again under another name") from error
-        if not isinstance(content, dict):
-            raise CorruptArtifact(f"{path}: not a mapping; run the config again under another name")
-        return content
+            data = path.read_bytes()
+            *_, last = data.splitlines(keepends=True) or [b""]
+            body = data.removesuffix(last)
+            if not last.startswith(_MARK):
+                raise ValueError(
+                    "its last line is no checksum: it was cut off, edited or written by an earlier version"
+                )
+            if last != _checksum(self.name, body):
+                raise ValueError("its checksum does not fit: it is damaged, edited or another run's")
+            return dict(yaml.safe_load(body))
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            raise CorruptArtifact(
+                f"{path}: {error}. To write it anew: `opd run CONFIG --name {self.name}` with the config that the run was made"
+                " with, or with this file itself once you have looked it through. What fixes results is compared with"
+                f" {_IDENTITY}, and nothing is made again. To change runtime or policy on purpose: `opd resume {self.name}"
+                " --set`; anything else: `opd fork`"
+            ) from error
 
     def save_experiment(self, experiment: dict[str, Any]) -> None:
         """Replaces the resolved config: runtime and run policy may change between calls. Hold the lock."""
-        replace_atomically(self.directory / "experiment.yaml", _yaml(experiment))
+        replace_atomically(self.directory / _EXPERIMENT, _experiment(self.name, experiment))
 
     @property
     def identity(self) -> dict[str, Any]:
-        path = self.directory / "identity.json"
-        try:
-            content = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise CorruptArtifact(f"{path}: unreadable ({error}); run the config again under another name") from error
-        return dict(content)
+        """What the name stands for. CorruptArtifact when it is not what was written."""
+        return dict(self._unsealed(_IDENTITY, "writes it again from the experiment")["identity"])
+
+    def save_identity(self, identity: dict[str, Any]) -> None:
+        """Writes a lost identity again. Hold the lock."""
+        replace_atomically(self.directory / _IDENTITY, _identity(self.name, json.loads(canonical_json(identity))))
 
     @property
     def state(self) -> RunState:
-        """The state as it was last saved."""
-        path = self.directory / "state.json"
+        """The state as it was last saved. CorruptArtifact when it is not what was written."""
+        again = "sets it aside and makes it again from what the store has"
         try:
-            return RunState.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise CorruptArtifact(
-                f"{path}: unreadable ({error}). The artifacts are not affected: remove the file's directory and run the"
-                " config again, finished stages are found in the store"
-            ) from error
+            return RunState.model_validate(self._unsealed(_STATE, again))
+        except ValidationError as error:
+            raise CorruptArtifact(f"{self.directory / _STATE}: {error}; `opd resume {self.name}` {again}") from error
 
     def save(self, state: RunState) -> None:
         """Replaces the state atomically and stamps `updated`. Hold the lock."""
         state.updated = utc_now()
-        failpoint("run.before_save", self.directory / "state.json")
-        replace_atomically(self.directory / "state.json", state.model_dump_json(indent=1).encode())
+        failpoint("run.before_save", self.directory / _STATE)
+        replace_atomically(self.directory / _STATE, _state(state))
         failpoint("run.after_save")
+
+    def _unsealed(self, file: str, again: str) -> dict[str, Any]:
+        path, found = self.directory / file, "missing"
+        try:
+            content = unseal(path)
+            if content.get("name") == self.name:
+                return content
+            found = f"it is that of the run {content.get('name')!r}"
+        except CorruptArtifact as error:
+            found = str(error).removeprefix(f"{path}: ")
+        except FileNotFoundError:
+            pass
+        raise CorruptArtifact(f"{path}: {found}. `opd resume {self.name}` {again}; no artifact is affected")
 
     def log_path(self, stage: str) -> Path:
         """Where a stage logs; the folder exists. InputError for a name that is no stage's."""
@@ -215,15 +249,14 @@ def _make(directory: Path, name: str, experiment: dict[str, Any], identity: dict
     with explain_full_disk(directory):
         try:
             (temporary / "logs").mkdir(parents=True)
-            replace_atomically(temporary / "experiment.yaml", _yaml(experiment))
-            replace_atomically(temporary / "identity.json", json.dumps(identity, indent=1, sort_keys=True).encode())
-            state = RunState(name=name, updated=utc_now())
-            replace_atomically(temporary / "state.json", state.model_dump_json(indent=1).encode())
+            replace_atomically(temporary / _EXPERIMENT, _experiment(name, experiment))
+            replace_atomically(temporary / _IDENTITY, _identity(name, identity))
+            replace_atomically(temporary / _STATE, _state(RunState(name=name, updated=utc_now())))
             failpoint("run.before_publish")
             os.rename(temporary, directory)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError) and (directory / "state.json").is_file():
+            if isinstance(error, OSError) and _is_run(directory):
                 return False
             raise
         failpoint("run.after_publish")
@@ -231,8 +264,26 @@ def _make(directory: Path, name: str, experiment: dict[str, Any], identity: dict
     return True
 
 
-def _yaml(experiment: dict[str, Any]) -> bytes:
-    return bytes(yaml.safe_dump(experiment, sort_keys=False, allow_unicode=True, encoding="utf-8"))
+def _is_run(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in RECORDS)
+
+
+def _experiment(name: str, experiment: dict[str, Any]) -> bytes:
+    body = bytes(yaml.safe_dump(experiment, sort_keys=False, allow_unicode=True, encoding="utf-8"))
+    return body + _checksum(name, body)
+
+
+def _checksum(name: str, body: bytes) -> bytes:
+    """The last line of an experiment's file: it speaks for the run's name and for every byte above it."""
+    return _MARK + hashlib.sha256(name.encode() + b"\n" + body).hexdigest().encode() + b"\n"
+
+
+def _identity(name: str, identity: dict[str, Any]) -> bytes:
+    return seal({"name": name, "identity": identity})
+
+
+def _state(state: RunState) -> bytes:
+    return seal(json.loads(state.model_dump_json()))  # a figure that is no number is null there
 
 
 def _difference(old: Any, new: Any) -> list[str]:

@@ -29,6 +29,7 @@ from storage.files import (
     seal,
     temporary_name,
     unique,
+    unreadable,
     unseal,
 )
 from storage.parts import PARTS, Parts
@@ -150,15 +151,17 @@ def check_file(path: Path, size: int, sha256: str) -> str | None:
     """What is wrong with a file, or None. Hashed in full the first time in a process, then trusted by its stat."""
     try:
         stat = path.stat()
+        if stat.st_size != size:
+            return f"{stat.st_size} bytes instead of {size}"
+        stamp = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, sha256)
+        if stamp in _verified:
+            return None
+        if file_sha256(path) != sha256:
+            return "sha256 differs from the recorded one"
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
-    if stat.st_size != size:
-        return f"{stat.st_size} bytes instead of {size}"
-    stamp = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, sha256)
-    if stamp in _verified:
-        return None
-    if file_sha256(path) != sha256:
-        return "sha256 differs from the recorded one"
+    except OSError as error:
+        return unreadable(error)
     _verified.add(stamp)
     return None
 

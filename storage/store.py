@@ -6,7 +6,7 @@ Layout under the root: `artifacts/<stage>/<key>/` (without `manifest.json` unfin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,14 +22,23 @@ from storage.artifact import (
     artifact_directory,
     load_manifest,
 )
-from storage.builder import Builder
+from storage.builder import Builder, unfinished_work
 from storage.errors import CorruptArtifact, Evicted, InputError, StoreError
-from storage.files import explain_full_disk, fsync_directory, make_directory, quarantine, require_space
-from storage.locks import build_lock, locked, probe, shared, use_lock
+from storage.files import (
+    explain_full_disk,
+    fsync_directory,
+    make_directory,
+    quarantine,
+    remove,
+    remove_leftovers,
+    require_space,
+    unreadable,
+)
+from storage.locks import alone, build_lock, locked, probe, shared, use_lock
 from storage.runs import find_use
 from storage.schemas import schema_for
 from storage.shards import ShardWriter, absent_dataset, check_file, dataset, footer_sha256, read_parquet
-from storage.trees import READ_BY_ENGINES, damaged, damaged_by_stat, external_files, own_files, tree_directory
+from storage.trees import added_files, damaged, damaged_by_stat, tree_directory
 from storage.verify import Verified, move_damaged, verify_artifact
 
 __all__ = ["Artifact", "ArtifactSpec", "Builder", "ShardRecord", "ShardWriter", "Store"]
@@ -89,6 +98,22 @@ class Store:
     def require_space(self, bytes_needed: int, purpose: str = "") -> None:
         """Raises NotEnoughSpace unless that many bytes are free under the root."""
         require_space(self.root, bytes_needed, purpose)
+
+    def remove_leftovers(self, mine: bool = False) -> None:
+        """Removes what killed processes of this machine left (and, with `mine`, this interrupted one): temporary files, and beside a manifest what only an
+        unfinished artifact needs. What another process is building now is left alone."""
+        remove_leftovers(self.root, mine=mine)
+        for directory in sorted({path.parent for path in unfinished_work(self.root / "artifacts", "[!.]*/*/")}):
+            if not (directory / MANIFEST).exists():
+                continue
+            stage, key = directory.parent.name, directory.name
+            # a folder that is no artifact's is refused
+            with suppress(StoreError), alone(build_lock(self.root, stage, key)) as ours:
+                artifact = self.get(stage, key) if ours else None
+                if artifact is None or self.evicted(artifact) is not None:
+                    continue  # it is made again, now or later, and goes on from there
+                for path in unfinished_work(directory):
+                    remove(path)
 
     @contextmanager
     def using(self, artifacts: Iterable[Artifact]) -> Iterator[None]:
@@ -179,6 +204,8 @@ class Store:
                 problem = "missing"
             except CorruptArtifact as error:
                 problem = str(error)
+            except OSError as error:
+                problem = unreadable(error)
             if problem is not None:
                 self._bad_file(artifact, path, problem)
         if not records:
@@ -208,15 +235,10 @@ class Store:
                     " recorded it: put the old files back, or point the config at a folder of its own for the new ones"
                 )
             self._bad_file(artifact, directory / record.path, problem)
-        known = {directory / record.path for record in tree.files}
-        if tree.external:
-            added = [path for path in external_files(directory) if path not in known and path.suffix in READ_BY_ENGINES]
-            if added:
-                raise InputError(f"{added[0]}: was not there when {_name(artifact)} recorded this folder; move it away")
-        else:
-            for path in own_files(directory):
-                if path not in known:
-                    quarantine(self.root, path, f"does not belong to the tree {name!r} of {_name(artifact)}")
+        for path in added_files(directory, tree):
+            if tree.external:
+                raise InputError(f"{path}: was not there when {_name(artifact)} recorded this folder; move it away")
+            quarantine(self.root, path, f"does not belong to the tree {name!r} of {_name(artifact)}")
         return directory
 
     # --- damage ------------------------------------------------------------------------------------------------------

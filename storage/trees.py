@@ -11,7 +11,7 @@ from storage.artifact import FileRecord, TreeRecord
 from storage.digests import architecture_digest, file_sha256, files_digest, tokenizer_digest, weights_digest
 from storage.errors import InputError, StoreError
 from storage.failpoints import failpoint
-from storage.files import fsync_directory, fsync_file
+from storage.files import fsync_directory, fsync_file, unreadable
 
 READ_BY_ENGINES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
 """Endings of files that change what a checkpoint is when they are added to its folder."""
@@ -92,12 +92,14 @@ def damaged(path: Path, record: FileRecord, memo: Path | None) -> str | None:
     """What is wrong with a file by its full hash (remembered in `memo`), or None."""
     try:
         stat = path.stat()
+        if stat.st_size != record.bytes:
+            return f"{stat.st_size} bytes instead of {record.bytes}"
+        if file_sha256(path, memo) != record.sha256:
+            return "sha256 differs from the recorded one"
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
-    if stat.st_size != record.bytes:
-        return f"{stat.st_size} bytes instead of {record.bytes}"
-    if file_sha256(path, memo) != record.sha256:
-        return "sha256 differs from the recorded one"
+    except OSError as error:
+        return unreadable(error)
     return None
 
 
@@ -107,6 +109,8 @@ def damaged_by_stat(path: Path, size: int, mtime_ns: int, sha256: str, memo: Pat
         stat = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
+    except OSError as error:
+        return unreadable(error)
     if stat.st_size == size and stat.st_mtime_ns == mtime_ns:
         return None
     record = FileRecord(path=path.name, sha256=sha256, bytes=size, mtime_ns=mtime_ns)
@@ -115,6 +119,16 @@ def damaged_by_stat(path: Path, size: int, mtime_ns: int, sha256: str, memo: Pat
 
 def tree_directory(artifact_directory: Path, tree: TreeRecord) -> Path:
     return Path(tree.directory) if tree.external else artifact_directory / tree.directory
+
+
+def added_files(directory: Path, tree: TreeRecord) -> list[Path]:
+    """Files in a tree's folder that it does not have; of a user's folder those alone that engines may read.
+
+    StoreError for a link or special file in a tree of the store."""
+    known = {directory / record.path for record in tree.files}
+    if tree.external:
+        return [p for p in external_files(directory) if p not in known and p.suffix in READ_BY_ENGINES]
+    return [path for path in own_files(directory) if path not in known]
 
 
 def damaged_files(directory: Path, tree: TreeRecord, memo: Path | None) -> Iterator[tuple[Path, str]]:

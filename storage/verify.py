@@ -16,7 +16,7 @@ from storage.files import quarantine
 from storage.identity import artifact_key
 from storage.runs import Run
 from storage.shards import read_parquet, row_digest
-from storage.trees import content_digests, damaged, external_files, own_files, tree_directory
+from storage.trees import added_files, content_digests, damaged, tree_directory
 
 _KEY = re.compile(r"[0-9a-f]{16}")
 Name = tuple[str, str]
@@ -163,17 +163,12 @@ def _trees(directory: Path, manifest: Manifest, count: _Count) -> list[Problem]:
             problem = damaged(base / record.path, record, None)
             if problem is not None:
                 bad.append(Problem(base / record.path, problem, _name(manifest), ours))
-        known = {base / record.path for record in tree.files}
         try:
-            present = own_files(base) if ours else [p for p in external_files(base) if p.suffix == ".safetensors"]
+            added = added_files(base, tree)
         except StoreError as error:  # a link: what it leads to is not ours
             found.append(Problem(base, str(error), _name(manifest)))
             continue
-        bad += [
-            Problem(path, f"does not belong to the tree {name!r}", _name(manifest), ours)
-            for path in present
-            if path not in known
-        ]
+        bad += [Problem(path, f"does not belong to the tree {name!r}", _name(manifest), ours) for path in added]
         if not bad:
             digests = content_digests(name, base, tree.files, None)
             wrong = [part for part, digest in digests.items() if manifest.artifact.content.get(part) != digest]

@@ -16,14 +16,18 @@ from typing import Any
 
 import in_process
 import pytest
+import scripted_run
 from fault_trials import Trials, both_forms
 from scripted_run import NAME, Trial, prepare_root
 
+from flows.runner import open_run, resume_experiment
 from storage.artifact import MANIFEST, load_manifest
 from storage.catalog import Catalog
 from storage.errors import CorruptArtifact, OpdError
-from storage.runs import Run
+from storage.gc import Collector
+from storage.runs import RECORDS, Run
 from storage.store import Store
+from storage.verify import Verified, verify_store
 
 BLOCK = 4096
 QUESTIONS = {
@@ -192,6 +196,55 @@ def test_damage_is_noticed_before_use(world: World, trials: Trials, tmp_path: Pa
         shutil.rmtree(root.parent)
 
     trials(2, damage, map(str, range(count)), attempt)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@both_forms(short=6, full=60)
+def test_damage_to_a_runs_own_files_is_noticed(
+    world: World, trials: Trials, tmp_path: Path, damage: str, count: int
+) -> None:
+    """What says which experiment this is, and which artifacts it needs: nothing is run by it, collected by it or lost."""
+
+    def attempt(name: str) -> None:
+        draw = random.Random(f"run {damage} {name}")
+        record = RECORDS[int(name) % 3]
+        part = record.partition(".")[0]
+        root = tmp_path / name / "store"
+        shutil.copytree(world.root, root)
+        other = open_run(scripted_run.experiment(1).model_copy(update={"seed": 5}), "other", root)
+        run, store = Run.open(root, NAME), Store(root)
+        whole, path = getattr(run, part), run.directory / record
+        damaged = DAMAGE[damage]([path, other.directory / record] if damage == "two files swapped" else [path], draw)
+        if record != "experiment.yaml" and damage == "one bit flipped" and whole_still(run, part, whole):
+            return shutil.rmtree(root.parent)  # 1e-05 became 1E-05: the same JSON
+        found = Verified()
+        verify_store(root, found, lambda _: None)
+        assert {p.path for p in found.problems if p.artifact.startswith("run ")} == set(damaged)
+        if record != "identity.json":  # a collection does not read it
+            with pytest.raises(CorruptArtifact, match=record):
+                Collector(store).plan()
+        if record == "experiment.yaml":
+            with pytest.raises(CorruptArtifact, match=f"{record}.*opd run CONFIG --name {NAME}"):
+                resume_experiment(NAME, root, [])
+        else:
+            assert resume_experiment(NAME, root, []) == scripted_run.experiment()
+        before = inodes(root)
+        in_process.run(root)
+        assert path.relative_to(root).as_posix() in notes(root)
+        assert {p: inode for p, inode in inodes(root).items() if p in before} == before, "made again without need"
+        assert Trial(root.parent, root.parent).result() == world.expected
+        if part != "state":
+            assert getattr(run, part) == whole
+        shutil.rmtree(root.parent)
+
+    trials(2, f"a run's experiment, identity or state: {damage}", map(str, range(count)), attempt)
+
+
+def whole_still(run: Run, part: str, whole: object) -> bool:
+    try:
+        return bool(getattr(run, part) == whole)
+    except CorruptArtifact:
+        return False
 
 
 def notes(root: Path) -> dict[str, str]:

@@ -12,10 +12,13 @@ import pytest
 from fault_trials import Trials, both_forms
 from scripted_run import ROUNDS, Trial
 
+from storage.artifact import MANIFEST
 from storage.failpoints import NAMES
 from storage.runs import Run
 from storage.store import Store
 
+OUTPUTS = 3
+"""Artifacts of a training: student, trainer state, steps."""
 REPAIR = {"quarantine.before_move", "quarantine.after_move"}
 """Failpoints that a run meets only when it finds damage."""
 
@@ -29,7 +32,8 @@ class Undisturbed:
         started = time.monotonic()
         assert trial.run(log=True) == 0, trial.output
         self.seconds = time.monotonic() - started
-        self.result, self.hits = trial.result(), Counter(trial.hits())
+        self.result, self.order = trial.result(), trial.hits()
+        self.hits = Counter(self.order)
         self.whole = trial.root
         trial.temporary.rmdir()
         assert self.result["status"] == "finished"
@@ -119,6 +123,40 @@ def test_killed_at_every_failpoint(
         check_after_resume(trial, world.result)
 
     trials(1, "SIGKILL at every failpoint x 5, scripted engines", names[:count], attempt, parallel=2)
+
+
+def commits_of_trainings(order: list[str]) -> list[int]:
+    """Which manifests, counted from 1, are those of what a training made: the three after its last checkpoint."""
+    found, manifests, since = list[int](), 0, OUTPUTS
+    for point in order:
+        if point.startswith("checkpoint."):
+            since = 0
+        elif point == "manifest.after_link":
+            manifests, since = manifests + 1, since + 1
+            if since <= OUTPUTS:
+                found.append(manifests)
+    return found
+
+
+@both_forms(short=3, full=12)
+def test_killed_when_a_training_is_committed_and_its_checkpoints_are_still_there(
+    plain: Undisturbed, trials: Trials, tmp_path: Path, count: int
+) -> None:
+    numbers = commits_of_trainings(plain.order)
+    assert len(numbers) == ROUNDS * OUTPUTS
+    names = [f"{point} {number}" for point in ("manifest.after_link", "manifest.after_sync") for number in numbers]
+    beside: list[Path] = []
+
+    def attempt(name: str) -> None:
+        point, number = name.split()
+        trial = plain.trial(tmp_path / name.replace(" ", "-"))
+        trial.run(f"{point}=killtree@{number}")
+        found = trial.root.glob("artifacts/*/*/checkpoint-*")
+        beside.extend(path for path in found if (path.parent / MANIFEST).exists())
+        check_after_resume(trial, plain.result)
+
+    trials(1, "SIGKILL just after the manifests of a training", names[:count], attempt, parallel=2)
+    assert beside or trials.record is not None, "no checkpoint was left beside a manifest: this shows nothing"
 
 
 @both_forms(short=1, full=40)

@@ -18,7 +18,7 @@ from small_models import Bench, checkpoint
 from flows.config_file import parse_override, read_config
 from flows.experiment import load_experiment
 from storage.errors import ConfigError, CorruptArtifact, InputError, OpdError
-from storage.runs import Run
+from storage.runs import Run, _checksum
 from storage.store import Store
 from tasks.engines.forward import LoadedModel, vocabulary_rows
 from tasks.engines.weights import reference_logprobs
@@ -208,7 +208,8 @@ def test_tags_in_yaml_make_no_objects(tag, tmp_path, canary, example_store):
     child = tmp_path / "child.yaml"
     child.write_text(f"base: {config.name}\n")
     run = Run.open(example_store, "demo")
-    (run.directory / "experiment.yaml").write_text(f"seed: {value}\n")
+    body = f"seed: {value}\n".encode()
+    (run.directory / "experiment.yaml").write_bytes(body + _checksum(run.name, body))
     for read in (
         lambda: load_experiment(config),
         lambda: read_config(child)["seed"] + 1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -196,12 +195,12 @@ def test_only_recorded_files_are_exported(name, example_store, tmp_path):
 
 def test_the_state_of_a_run_names_no_path(example_store):
     run = Run.open(example_store, "demo")
-    state = json.loads((run.directory / "state.json").read_text())
+    state = unseal(run.directory / "state.json")
     for stage, key in (("../../evil", "0" * 16), ("student", "../../../evil"), ("student", "/tmp/evil")):
         with pytest.raises(StoreError):
             Store(example_store).get(stage, key)
         state["rounds"][1]["stages"]["train"]["artifacts"] = {stage: key}
-        (run.directory / "state.json").write_text(json.dumps(state))
+        (run.directory / "state.json").write_bytes(seal(state))
         result = CliRunner().invoke(
             make_app(), ["query", "demo", "SELECT count(*) FROM rounds", "--root", str(example_store)]
         )

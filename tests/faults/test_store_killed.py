@@ -15,6 +15,7 @@ from fault_trials import Trials, both_forms
 from store_story import before, process, story, told
 
 from storage import failpoints
+from storage.builder import unfinished_work
 from storage.failpoints import NAMES
 
 
@@ -44,7 +45,7 @@ def trial(world: World, folder: Path, spec: str) -> tuple[int, dict[str, Any]]:
     shutil.copytree(world.start, root)
     code = run(root, spec, folder / "hits")
     assert run(root, "", folder / "later-hits") == 0
-    assert list(root.rglob(".tmp-*")) == []
+    assert [*root.rglob(".tmp-*"), *unfinished_work(root / "artifacts", "*/*/")] == []
     for path in (root / "quarantine").iterdir():  # nothing lies there without a reason
         reason = path if path.name.endswith(".reason.json") else path.with_name(path.name + ".reason.json")
         assert json.loads(reason.read_text())["reason"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from small_store import SPEC, build, build_student, contents, fresh, quarantined, rows, shard_path
+from small_store import SPEC, build, build_student, contents, flip, fresh, quarantined, rows, shard_path
 
 from storage.artifact import ArtifactSpec, load_manifest
 from storage.errors import ConfigError, CorruptArtifact, Evicted, RunBusy
@@ -173,6 +173,10 @@ def test_a_run_that_cannot_be_read_stops_the_collection(store: Store) -> None:
             Collector(store).plan()
         assert len(store.list()) == 1
         (run.directory / "state.json").write_bytes(state)
+    flip(run.directory / "state.json", state.index(b"one") + 2)
+    with pytest.raises(CorruptArtifact, match=r"state\.json: its checksum.*opd resume one"):
+        Collector(store).plan()
+    (run.directory / "state.json").write_bytes(state)
     (run.directory / "experiment.yaml").write_text("- no mapping")
     with pytest.raises(CorruptArtifact, match=r"experiment\.yaml"):
         Collector(store).plan()

@@ -1,4 +1,4 @@
-"""Temporary names say whose they are, and those of dead processes go."""
+"""What killed processes leave goes at the next start: their temporary files, and what only unfinished artifacts need."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from small_store import STUDENT, build_student, contents, model
+
+from storage import failpoints
+from storage.checkpoints import write_file
 from storage.files import TEMPORARY, remove_leftovers, temporary_name
+from storage.gc import evict
+from storage.locks import build_lock, locked
+from storage.store import Builder, Store
 
 
 def test_what_a_dead_process_left_goes_and_what_a_living_one_has_stays(tmp_path: Path) -> None:
@@ -31,3 +39,52 @@ def test_an_id_that_another_process_has_by_now_protects_nothing(tmp_path: Path) 
     unknown.write_text("where the kernel told no start")
     assert remove_leftovers(tmp_path, places=("",)) == [old]
     assert unknown.exists()
+
+
+def keep_work(builder: Builder) -> None:
+    """A checkpoint and a part, as of work under way."""
+    kept = builder.checkpoints({"threads": 1})
+    folder = kept.begin()
+    kept.commit(folder, 1, [write_file(folder / "value", lambda path: path.write_bytes(b"1") and None)], {})
+    builder.parts("mask", 0).add({"a": 1})
+
+
+def work_of(store: Store) -> list[str]:
+    folder = store.root / "artifacts" / "student" / STUDENT.key
+    return sorted(p.name.split("-")[0] for p in folder.iterdir() if p.name.startswith(("checkpoint-", "mask-")))
+
+
+@pytest.mark.parametrize("point", ["manifest.after_link", "manifest.after_sync"])
+def test_work_of_an_artifact_that_is_committed_goes_at_the_next_start(
+    store: Store, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    monkeypatch.setenv(failpoints.SPEC, f"{point}=raise:KeyboardInterrupt")
+    with store.building(STUDENT) as builder:
+        keep_work(builder)
+        model(builder.directory())
+        failpoints.arm()
+        with pytest.raises(KeyboardInterrupt):  # as a SIGKILL: nothing of the commit comes after it
+            builder.commit()
+    monkeypatch.delenv(failpoints.SPEC)
+    failpoints.arm()
+    artifact = store.get("student", STUDENT.key)
+    assert artifact is not None and work_of(store) == ["checkpoint", "mask"]
+    with locked(build_lock(store.root, "student", STUDENT.key), print):
+        store.remove_leftovers()
+    assert work_of(store) == ["checkpoint", "mask"]  # somebody builds it again now
+    store.remove_leftovers()
+    assert work_of(store) == [] and store.verify(artifact) == []
+
+
+def test_work_of_an_artifact_that_is_to_be_made_again_stays(store: Store) -> None:
+    artifact = build_student(store)
+    (store.root / "artifacts" / "folder" / "of-mine").mkdir(parents=True)
+    for file in ("checkpoint-x", "manifest.json"):
+        (store.root / "artifacts" / "folder" / "of-mine" / file).write_text("{}")
+    evict(store.root / "artifacts" / "student" / artifact.key)
+    with store.building(STUDENT) as builder:
+        keep_work(builder)
+    before = contents(store.root / "artifacts")
+    store.remove_leftovers()
+    assert contents(store.root / "artifacts") == before
+    assert build_student(store) == artifact and work_of(store) == []

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from storage.errors import CorruptArtifact, IdentityMismatch, InputError, RunBusy
-from storage.runs import RoundState, Run, RunState, StageState
+from storage.runs import RECORDS, RoundState, Run, RunState, StageState
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 EXPERIMENT = {"seed": 1, "rollout": {"top_p": 0.9}, "rounds": 3}
@@ -117,14 +117,55 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
     with pytest.raises(CorruptArtifact, match=r"state\.json"):
         _ = run.state
     (run.directory / "experiment.yaml").write_text("a: [")
-    with pytest.raises(CorruptArtifact, match=r"experiment\.yaml"):
-        _ = run.experiment
-    (run.directory / "experiment.yaml").write_text("just text")
-    with pytest.raises(CorruptArtifact, match="not a mapping"):
+    with pytest.raises(
+        CorruptArtifact, match=r"experiment\.yaml: its last line is no checksum.*opd run CONFIG --name demo"
+    ):
         _ = run.experiment
     (run.directory / "identity.json").write_text("{")
     with pytest.raises(CorruptArtifact, match=r"identity\.json"):
         Run.create(tmp_path, "demo", EXPERIMENT, IDENTITY)
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_no_bit_of_a_run_can_change_unnoticed(tmp_path: Path, record: str) -> None:
+    run = Run.create(tmp_path, "demo", EXPERIMENT, IDENTITY)
+    state = run.state
+    state.rounds.append(RoundState(round=0, stages={"r": StageState(state="done", artifacts={"rollout": "ab" * 8})}))
+    run.save(state)
+    path, part = run.directory / record, record.partition(".")[0]
+    good, value = path.read_bytes(), getattr(run, part)
+    for bit in range(8 * len(good)):
+        data = bytearray(good)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        with pytest.raises(CorruptArtifact, match=record):
+            getattr(run, part)
+    for size in range(len(good)):
+        path.write_bytes(good[:size])
+        with pytest.raises(CorruptArtifact, match=record):
+            getattr(run, part)
+    path.write_bytes(good)
+    assert getattr(run, part) == value
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_files_of_another_run_and_missing_ones_are_refused(tmp_path: Path, record: str) -> None:
+    one, other = (Run.create(tmp_path, name, EXPERIMENT, IDENTITY) for name in ("one", "other"))
+    (one.directory / record).write_bytes((other.directory / record).read_bytes())
+    with pytest.raises(CorruptArtifact, match=rf"runs/one/{record}.*opd r(un CONFIG --name|esume) one"):
+        getattr(one, record.partition(".")[0])
+    (one.directory / record).unlink()
+    assert [run.name for run in Run.list(tmp_path)] == ["one", "other"]  # a run that lost a file is still one
+    with pytest.raises(CorruptArtifact, match=rf"runs/one/{record}"):
+        getattr(Run.open(tmp_path, "one"), record.partition(".")[0])
+
+
+def test_a_figure_that_is_no_number_is_saved_as_none(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "demo", EXPERIMENT, IDENTITY)
+    state = run.state
+    state.rounds.append(RoundState(round=0, metrics={"loss": float("nan")}))
+    run.save(state)
+    assert run.state.rounds[0].metrics == {"loss": None}
 
 
 def test_states_are_checked_when_set() -> None:

@@ -1,14 +1,19 @@
 """Damaged bytes are noticed, quarantined, and rebuilt by the shard."""
 
+import errno
 import os
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_store import SPEC, build, flip, fresh, quarantined, rows, shard_path
+from small_store import SPEC, STUDENT, build, build_student, flip, fresh, model, quarantined, rows, shard_path
 
-from storage.errors import CorruptArtifact
+from storage import digests
+from storage.errors import CorruptArtifact, InputError
 from storage.shards import SIDECAR
 from storage.store import Store
 
@@ -163,3 +168,77 @@ def test_readers_ignore_what_the_manifest_does_not_name(store: Store) -> None:
     store.shard_writer("mask", SPEC.key).write_shard("mask", 1, rows(1, salt=9))
     assert store.read_table(artifact, "mask").num_rows == 120
     assert store.verify(artifact) == []
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
+    """Makes reading one file fail, as a disk does that gives its name and size but not its bytes."""
+
+    def fail(bad: Path, number: int = errno.EIO) -> None:
+        def refuse(path: Path) -> None:
+            if Path(path) == bad:
+                raise OSError(number, os.strerror(number), str(path))
+
+        real_hash, real_bytes = digests._hash_file, Path.read_bytes
+
+        def hashing(path: Path) -> str:
+            refuse(path)
+            return real_hash(path)
+
+        def reading(path: Path) -> bytes:
+            refuse(path)
+            return real_bytes(path)
+
+        monkeypatch.setattr(digests, "_hash_file", hashing)
+        monkeypatch.setattr(Path, "read_bytes", reading)
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EUCLEAN, errno.EBADMSG])
+def test_a_shard_that_the_disk_does_not_give_is_damage(store: Store, failing: Any, number: int) -> None:
+    artifact, _ = build(store)
+    path = shard_path(store, artifact, 1)
+    failing(path, number)
+    with pytest.raises(
+        CorruptArtifact, match=rf"{path.name}: unreadable .*the disk may be failing.*only what is damaged"
+    ):
+        fresh(store).read_table(artifact, "mask")
+    assert not path.exists() and "unreadable" in quarantined(store)[0]
+    assert build(fresh(store))[1] == [1]
+
+
+def test_a_student_or_manifest_that_the_disk_does_not_give_is_damage(store: Store, failing: Any) -> None:
+    artifact = build_student(store)
+    weights = store.materialize(artifact) / "model.safetensors"
+    manifest = store.root / "artifacts" / "student" / artifact.key / "manifest.json"
+    failing(weights)
+    assert [problem for problem in store.verify(artifact, move=False) if f"{weights}: unreadable" in problem]
+    with pytest.raises(CorruptArtifact, match=r"model\.safetensors: unreadable"):
+        store.materialize(artifact)
+    assert not weights.exists()
+    assert build_student(fresh(store)).content == artifact.content
+    failing(manifest)
+    assert store.get("student", artifact.key) is None
+    assert build_student(fresh(store)).content == artifact.content
+    assert any("manifest.json: " in line and "unreadable" in line for line in quarantined(store))
+
+
+def test_a_file_of_the_users_that_the_disk_does_not_give_is_named(store: Store, tmp_path: Path, failing: Any) -> None:
+    folder = model(tmp_path / "mine")
+    with store.building(STUDENT) as builder:
+        builder.external("model", folder)
+        artifact = builder.commit()
+    os.utime(folder / "config.json", ns=(0, 0))
+    failing(folder / "config.json")
+    with pytest.raises(InputError, match=r"config\.json: unreadable"):
+        store.materialize(artifact)
+
+
+def test_other_errors_of_reading_are_no_damage(store: Store, failing: Any) -> None:
+    artifact, _ = build(store)
+    path = shard_path(store, artifact, 1)
+    failing(path, errno.EACCES)
+    with pytest.raises(PermissionError):
+        fresh(store).read_table(artifact, "mask")
+    assert path.exists()

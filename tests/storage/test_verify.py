@@ -11,6 +11,7 @@ from small_store import STUDENT, build, build_student, flip, fresh, model, quara
 
 from storage.artifact import ArtifactSpec, artifact_directory, load_manifest
 from storage.digests import file_sha256
+from storage.errors import InputError
 from storage.files import replace_atomically
 from storage.gc import evict
 from storage.runs import RoundState, Run, StageState
@@ -139,6 +140,23 @@ def test_a_users_own_folder_is_reported_and_never_touched(store: Store, tmp_path
     assert (folder / "config.json").exists()
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json", "tokenizer.model", "README.md"])
+def test_what_resume_would_refuse_of_a_users_folder_is_said(store: Store, tmp_path: Path, name: str) -> None:
+    folder = model(tmp_path / "mine")
+    with store.building(STUDENT) as builder:
+        builder.external("model", folder)
+        artifact = builder.commit()
+    (folder / name).write_text("{}")
+    found = Verified()
+    verify_store(store.root, found, lambda name: None)
+    if name == "README.md":  # no engine reads it
+        assert found.problems == [] and store.materialize(artifact) == folder
+        return
+    assert [(p.path, p.ours) for p in found.problems] == [(folder / name, False)]
+    with pytest.raises(InputError, match=name):
+        store.materialize(artifact)
+
+
 def test_the_runs_own_files_and_its_student_are_looked_at(store: Store, run: Run) -> None:
     state = run.state
     state.rounds[0].student_sha256 = "0" * 64
@@ -147,7 +165,14 @@ def test_the_runs_own_files_and_its_student_are_looked_at(store: Store, run: Run
     assert "names a student" in verified(store, run).problems[0].reason
     (run.directory / "identity.json").write_text("{")
     (run.directory / "state.json").write_text("{")
-    assert {p.path.name for p in verified(store, run).problems} == {"identity.json", "state.json"}
+    flip(run.directory / "experiment.yaml", 3)
+    problems = verified(store, run).problems
+    assert {p.path.name for p in problems} == {"experiment.yaml", "identity.json", "state.json"}
+    assert all("opd r" in p.reason for p in problems)  # each says what to do
+    (run.directory / "state.json").unlink()
+    found = Verified()
+    verify_store(store.root, found, lambda name: None)
+    assert [p.reason for p in found.problems if p.path.name == "state.json" and "missing" in p.reason]
 
 
 def test_what_is_evicted_is_no_damage(store: Store, run: Run) -> None:

@@ -25,6 +25,8 @@ from safetensors.numpy import save_file
 
 from flows.experiment import Experiment
 from storage import failpoints
+from storage.artifact import MANIFEST
+from storage.builder import unfinished_work
 from storage.digests import table_digest
 from storage.runs import Run
 from storage.schemas import schema_for
@@ -194,8 +196,14 @@ class Trial:
         return found
 
     def leftovers(self) -> list[str]:
-        """Temporary files, in the store and in the folder for temporary files."""
+        """Temporary files, in the store and in the folder for temporary files; and checkpoints and parts where nobody needs them:
+        beside a manifest, or anywhere once the run has ended."""
         found = [*self.root.rglob(".tmp-*"), *self.temporary.iterdir()]
+        runs = [run for run in Run.list(self.root) if run.name == NAME]
+        ended = any(run.state.status == "finished" for run in runs)
+        for path in unfinished_work(self.root / "artifacts", "*/*/"):
+            if ended or (path.parent / MANIFEST).exists():
+                found.append(path)
         return sorted(map(str, found))
 
     def hits(self) -> list[str]:

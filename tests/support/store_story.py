@@ -12,7 +12,6 @@ from small_store import STUDENT, build, model
 from storage import failpoints
 from storage.checkpoints import write_file
 from storage.failpoints import failpoint
-from storage.files import remove_leftovers
 from storage.runs import RoundState, Run, StageState
 from storage.store import Artifact, ArtifactSpec, Store
 
@@ -34,7 +33,7 @@ def story(root: Path) -> None:
     store = Store(root)
     run = Run.create(root, "story", {"seed": 0}, {"seed": 0})
     with run.lock():
-        remove_leftovers(store.root)
+        store.remove_leftovers()
         state = run.state
         state.status, state.rounds = "running", [RoundState(round=0)]
         run.save(state)

@@ -73,6 +73,7 @@ class Builder(ShardWriter):
         self._memo = root / "memo"
         self._temporary: dict[str, Path] = {}
         self._external: dict[str, Path] = {}
+        self._scratch: list[Path] = []
         self._started = time.monotonic()
         self._closed = False
         if committed is None:
@@ -84,12 +85,25 @@ class Builder(ShardWriter):
         """Whether this restores a damaged or evicted artifact, so that its content is already fixed."""
         return self.committed is None and self._recorded is not None
 
+    @property
+    def recorded(self) -> Artifact | None:
+        """What a damaged or evicted artifact was; `commit` insists on its content."""
+        return self._recorded.artifact if self._recorded is not None else None
+
     def missing(self, table: str, n_shards: int) -> list[int]:
         """Shards of 0..n_shards-1 that must be (re)built. Bad files found on the way go to quarantine."""
         if self.committed is not None:
             return []
         good, _ = self._inspect(table)
         return [shard for shard in range(n_shards) if shard not in good]
+
+    def forget(self, table: str) -> None:
+        """Removes shards that an attempt before wrote and did not commit: for work whose outputs belong together, so that
+        none of them may be of another attempt than the rest."""
+        for path, record in list(sidecars(self.path)):
+            if path.name.rsplit("-", 2)[0] == table and not (record is not None and self._is_recorded(record)):
+                sidecar(path).unlink(missing_ok=True)  # first: a file without one counts for nothing
+                path.unlink(missing_ok=True)
 
     def finished(self, table: str, n_shards: int) -> list[Path]:
         """The files of shards 0..n_shards-1 before they are committed, verified, each shard once however often it was
@@ -115,6 +129,14 @@ class Builder(ShardWriter):
         with explain_full_disk(path):
             path.mkdir()
         failpoint("tree.begun")
+        return path
+
+    def scratch(self) -> Path:
+        """A fresh temporary directory whose files become no part of the artifact."""
+        path = self.path / temporary_name("scratch")
+        self._scratch.append(path)
+        with explain_full_disk(path):
+            path.mkdir()
         return path
 
     def external(self, name: str, path: Path) -> None:
@@ -172,7 +194,7 @@ class Builder(ShardWriter):
     def close(self) -> None:
         """Called when the lock is given back: nothing can be committed afterwards, and trees under way are removed."""
         self._closed = True
-        for path in self._temporary.values():
+        for path in (*self._temporary.values(), *self._scratch):
             shutil.rmtree(path, ignore_errors=True)
 
     # --- shards ------------------------------------------------------------------------------------------------------

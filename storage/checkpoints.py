@@ -105,8 +105,14 @@ class Checkpoints:
         for old in self._mine()[KEPT:]:
             remove(old)
 
+    def discard(self) -> None:
+        """Removes them: what they lead to is not wanted."""
+        for path in self._mine():
+            remove(path)
+
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest that is whole, and what there is to say about the others. Damaged ones go to quarantine."""
+        """The newest that is whole, and what there is to say about the others. Damaged ones go to quarantine; where none is
+        left, those that went there before are told of too: who moved them may have been killed before it could."""
         remove_leftovers(self.folder, places=("",))
         said, others = list[str](), list[_Record]()
         for step, path in self._found():
@@ -118,7 +124,14 @@ class Checkpoints:
             except CorruptArtifact as error:
                 quarantine(self.root, path, f"a damaged checkpoint: {error}")
                 said.append(f"the checkpoint of step {step} is damaged and in quarantine: {error}")
+        if not said and (before := self._quarantined()):
+            said.append(f"damaged checkpoints of it are in quarantine from before: {', '.join(before)}")
         return None, said + [self._unused(record) for record in others[:1]]
+
+    def _quarantined(self) -> list[str]:
+        """Names in quarantine of this artifact's checkpoints."""
+        found = (self.root / "quarantine").glob(f"*-{self.folder.parent.name}-{self.folder.name}-{CHECKPOINT}*")
+        return sorted(path.name for path in found if path.is_dir())
 
     def _found(self) -> list[tuple[int, Path]]:
         """All, newest first."""

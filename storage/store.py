@@ -100,15 +100,16 @@ class Store:
         require_space(self.root, bytes_needed, purpose)
 
     def remove_leftovers(self, mine: bool = False) -> None:
-        """Removes what killed processes of this machine left (and, with `mine`, this interrupted one): temporary files, and beside a manifest what only an
-        unfinished artifact needs. What another process is building now is left alone."""
+        """Removes what killed processes of this machine left (with `mine` also what this one did, when it was interrupted):
+        temporary files, and beside a manifest what only an unfinished artifact needs. What another process is building now
+        is left alone."""
         remove_leftovers(self.root, mine=mine)
         for directory in sorted({path.parent for path in unfinished_work(self.root / "artifacts", "[!.]*/*/")}):
             if not (directory / MANIFEST).exists():
                 continue
             stage, key = directory.parent.name, directory.name
             # a folder that is no artifact's is refused
-            with suppress(StoreError), alone(build_lock(self.root, stage, key)) as ours:
+            with suppress(OpdError), alone(build_lock(self.root, stage, key)) as ours:
                 artifact = self.get(stage, key) if ours else None
                 if artifact is None or self.evicted(artifact) is not None:
                     continue  # it is made again, now or later, and goes on from there

@@ -10,16 +10,18 @@ Figures = Mapping[str, float | None]
 
 
 class Progress(Protocol):
-    """How a worker's job tells how far it is. Figures are for jobs that have some; the latest of each counts."""
+    """How a worker's job tells how far it is. Figures are for jobs that have some; the latest of each counts. A note is what
+    the user should hear of; it is told at once, so that it is not lost with a worker that dies later."""
 
-    def __call__(self, done: int, total: int, figures: Figures | None = None) -> None: ...
+    def __call__(self, done: int, total: int, figures: Figures | None = None, note: str | None = None) -> None: ...
 
 
 JobsProgress = Callable[..., None]
-"""The same for one of several jobs: called with (job index, done, total), and with `figures` where the job gave some."""
+"""The same for one of several jobs: called with (job index, done, total), and with `figures` and `note` where the job
+gave some."""
 
 
-def silent(done: int, total: int, figures: Figures | None = None) -> None:
+def silent(done: int, total: int, figures: Figures | None = None, note: str | None = None) -> None:
     """No one listens."""
 
 

@@ -136,6 +136,18 @@ class RuntimeConfig(Runtime):
             data["trainer"]["deepspeed"] = None
         return RuntimeConfig.model_validate(data)
 
+    def training_differs(self, recorded: Mapping[str, Any]) -> list[str]:
+        """Settings whose value decides the bits of a training and is not the one in `recorded` (some `numerics`), each
+        with both; what an old record lacks is not compared."""
+        fields = {name: path for name, path in _FIELDS.items() if not name.startswith(("sampler_", "scorer_"))}
+        fields["deepspeed_config"] = ("trainer", "deepspeed")
+        now = self.numerics()
+        return [
+            f"{'.'.join(('runtime', *path))} {json.dumps(recorded[name])}, now {json.dumps(now[name])}"
+            for name, path in fields.items()
+            if name in recorded and recorded[name] != now[name]
+        ]
+
 
 _FIELDS = {
     "device": ("device",),

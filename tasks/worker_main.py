@@ -95,12 +95,13 @@ def main(role: str) -> None:
 def _serve(handler: Handler, channel: Channel, message: dict[str, Any], rank: int) -> None:
     sent = 0.0
 
-    def progress(done: int, total: int, figures: Figures | None = None) -> None:
+    def progress(done: int, total: int, figures: Figures | None = None, note: str | None = None) -> None:
         nonlocal sent
         now = time.monotonic()
-        if rank == 0 and (now - sent >= PROGRESS_INTERVAL or done >= total):
+        if rank == 0 and (now - sent >= PROGRESS_INTERVAL or done >= total or note):
             sent = now
-            told = {"figures": dict(figures)} if figures else {}
+            told: dict[str, Any] = {"figures": dict(figures)} if figures else {}
+            told |= {"note": redact(note)} if note else {}
             channel.send({"kind": "progress", "id": message["id"], "done": int(done), "total": int(total), **told})
 
     try:

@@ -129,8 +129,8 @@ def restore(
 ) -> None:
     """Make again what `opd gc` evicted of a round, and what that is made from. It must come out as it was recorded.
 
-    Exit codes: 0 it is there, 1 failed or not reproduced (it is then in quarantine), 2 no such run or round,
-    75 the run is held by another process, 130 stopped."""
+    Exit codes: 0 it is there, 1 failed or not reproduced, 2 no such run or round, or the training's settings have
+    changed since, 75 the run is held by another process, 130 stopped."""
     from flows.progress import LineReporter, SilentReporter, TerminalReporter
     from flows.report import evicted
     from flows.runner import rounds_done, run_experiment, stored_experiment

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from storage.checkpoints import Checkpoint, Checkpoints, write_file
 from storage.errors import CorruptArtifact
+from tasks.figures import Progress
 from tasks.trainer.engine import Engine
 from tasks.trainer.state import TrainerState, share
 
@@ -44,22 +45,24 @@ class Keeper:
         )
         self._seconds = minutes * 60 if minutes is not None and place is not None else None
         self._saved = time.monotonic()
-        self.notes: list[str] = []
-        """What the user should hear of, on rank 0."""
 
-    def find(self, total: int) -> Resumed | None:
-        """The newest checkpoint that is whole, by rank 0's look; `total`: steps of the whole job. Collective."""
+    def find(self, total: int, progress: Progress) -> Resumed | None:
+        """The newest checkpoint that is whole, by rank 0's look, which tells `progress` what there is to say about it;
+        `total`: steps of the whole job. Collective."""
         told: list[Resumed | None] = [None]
         if dist.get_rank() == 0 and self._kept is not None:
             found, problems = self._kept.newest()
-            self.notes += [f"warning: {problem}" for problem in problems]
+            resumed = _resumed(found) if found is not None else None
+            done = len(resumed.rows) if resumed is not None else 0
+            notes = [f"warning: {problem}" for problem in problems]
             if found is not None:
-                told = [_resumed(found)]
-                self.notes.append(f"going on after step {len(told[0].rows)} of {total} (saved {found.created})")  # type: ignore[union-attr]
+                notes.append(f"going on after step {done} of {total} (saved {found.created})")
             elif problems:
-                self.notes.append(f"warning: no checkpoint can be used: all {total} steps are done from the first on")
-            for note in self.notes:
+                notes.append(f"warning: no checkpoint can be used: all {total} steps are done from the first on")
+            for note in notes:
                 print(note, flush=True)
+                progress(done, total, note=note)  # before any step: this process may not live to give a result
+            told = [resumed]
         dist.broadcast_object_list(told, src=0)
         return told[0]
 

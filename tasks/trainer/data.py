@@ -106,9 +106,11 @@ def from_rollouts(
     `rows` are the student's vocabulary.
 
     Tokens that the mask marks as invalid, or that have an empty list, are left out and counted. Raises InputError when a
-    signal is not given, lacks a sample or repeats one, when a list's length is not its completion's, a top-K list is
-    narrower than the objective asks for, `full` support is not full, and for values that no gradient may see (`checks`)."""
+    sample is there twice, a signal is not given or lacks a sample, when a list's length is not its completion's, a top-K
+    list is narrower than the objective asks for, `full` support is not full, and for values that no gradient may see
+    (`checks`)."""
     ids = rollouts["sample_id"].to_pylist()
+    _places("rollouts", ids)
     completions = _ragged(rollouts["completion_token_ids"], np.int64)
     widths = {need.name: need.k for need in needs.signals}
     absent = sorted(set(widths) - set(signals))
@@ -232,9 +234,7 @@ def _checked(samples: Samples, prompt_column: str, rows: int | None) -> Samples:
 
 def _order(name: str, table: pa.Table, ids: list[str]) -> np.ndarray:
     found = table["sample_id"].to_pylist()
-    place = {sample: row for row, sample in enumerate(found)}
-    if len(place) != len(found):
-        raise InputError(f"signal {name}: {len(found) - len(place)} sample_ids occur twice")
+    place = _places(f"signal {name}", found)
     missing = [sample for sample in ids if sample not in place]
     if missing or len(found) != len(ids):
         what = (
@@ -244,6 +244,18 @@ def _order(name: str, table: pa.Table, ids: list[str]) -> np.ndarray:
         )
         raise InputError(f"signal {name}: {len(found)} rows for {len(ids)} rollouts: {what}")
     return np.fromiter((place[sample] for sample in ids), np.int64, len(ids))
+
+
+def _places(where: str, ids: list[str]) -> dict[str, int]:
+    """sample_id -> row. InputError for one that is there more than once: it would be trained on as often."""
+    place = {sample: row for row, sample in enumerate(ids)}
+    if len(place) != len(ids):
+        again = next(sample for row, sample in enumerate(ids) if place[sample] != row)
+        raise InputError(
+            f"{where}: sample {again!r} is there {ids.count(again)} times ({len(ids) - len(place)} rows too many); each"
+            " sample has one row: have the table written again"
+        )
+    return place
 
 
 def _aligned(lists: Ragged, completions: Ragged, ids: list[str], where: str) -> np.ndarray:

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from storage.checkpoints import KEPT
+from storage.artifact import provenance
+from storage.checkpoints import KEPT, Checkpoints
+from storage.digests import weights_digest
+from storage.errors import ConfigError, CorruptArtifact
 from storage.store import Artifact, ArtifactSpec, Builder
-from tasks.figures import summary
+from tasks.figures import Figures, summary
 from tasks.models import parameter_count
 from tasks.stage import Context
 from tasks.trainer.config import OptimizerSettings, TrainConfig, WarmupConfig
@@ -25,45 +28,107 @@ def run_and_commit(
     job: dict[str, Any], specs: Mapping[str, ArtifactSpec], builders: Mapping[str, Builder], context: Context
 ) -> None:
     """Runs the job on the trainer and commits what `builders` hold: trees `student` and `trainer_state`, and the table
-    training_steps of whatever else there is. Training is one whole: it is done again when any of them is missing."""
+    training_steps of whatever else there is. Training is one whole: it is done again when any of them is missing, and what
+    is known of the others by then it must have come to.
+
+    Raises ConfigError, before it trains, when the others were made at other numerics; CorruptArtifact, before it commits
+    anything, when their student has other weights than those just trained."""
     outputs: dict[str, Any] = {}
     for name, builder in builders.items():
         if name in _TREES:
             outputs[name] = str(builder.directory(_TREES[name])) if builder.needs_tree(_TREES[name]) else None
         else:
+            builder.forget("training_steps")  # of a training that came to other weights, perhaps
             missing = builder.missing("training_steps", 1)
             outputs["steps"] = {"stage": builder.stage, "key": builder.key} if missing else None
+    # a student that is there already is exported too, to be compared
+    outputs["student"] = outputs.get("student") or str(next(iter(builders.values())).scratch())
     context.log(f"{job['op']}: {job['model']}")
+    earlier = _earlier(specs, builders, context)
+    if earlier is not None:
+        _require_same_numerics(job, earlier, list(builders), context)
     _require_space(job, "trainer_state" in builders, context)
-    order = sorted(builders, key=lambda name: name != "student")  # the state names the student it belongs to
+    order = sorted(builders, key=lambda name: name != "student")  # the others name the student that they belong to
     numerics = context.runtime.numerics()
     last = builders[order[-1]].checkpoints(numerics)  # committed last, so that its checkpoints last as long as needed
     checkpoints = {"folder": str(last.folder), "settings": last.settings}
+
+    def heard(_: int, done: int, total: int, figures: Figures | None = None, note: str | None = None) -> None:
+        if note is not None:
+            context.say(job["op"], note)
+        context.progress(done, total, "steps", figures)
+
     [result] = context.workers.run(
         "trainer",
         [{**job, "store": str(context.store.root), "outputs": outputs, "checkpoints": checkpoints}],
-        lambda _, done, total, figures=None: context.progress(done, total, "steps", figures),
+        heard,
     )
-    for note in result.get("notes", ()):
-        context.say(job["op"], note)
     if text := summary(result["metrics"]):
         context.log(f"{job['op']}: {result['steps']} steps: {text}")
     if invalid := result["metrics"].get("invalid_tokens"):
         context.log(f"warning: {job['op']}: {invalid} completion tokens have invalid values and were left out")
-    provenance = {"numerics": numerics}
-    meta = {"steps": result["steps"], "last_step": result["last_step"]}
-    student: Artifact | None = None
+    weights = weights_digest(outputs["student"])
+    if earlier is not None:
+        _require_same_weights(job, earlier, weights, list(builders), last)
+    made_at = {"numerics": numerics}
+    meta, belongs = {"steps": result["steps"], "last_step": result["last_step"]}, {"student_weights": weights}
     for name in order:
         if name == "student":
-            student = builders[name].commit(meta=meta, provenance=provenance)
+            builders[name].commit(meta=meta, provenance=made_at)
         elif name == "trainer_state":
-            student = student or context.store.get(specs["student"].stage, specs["student"].key)
-            weights = {"student_weights": student.content["weights"]} if student is not None else {}
-            builders[name].commit(meta=meta | weights, provenance=provenance)
+            builders[name].commit(meta=meta | belongs, provenance=made_at)
         else:
-            builders[name].commit(
-                meta=meta | {"metrics": result["metrics"]}, tables={"training_steps": 1}, provenance=provenance
-            )
+            own = meta | belongs | {"metrics": result["metrics"]}
+            builders[name].commit(meta=own, tables={"training_steps": 1}, provenance=made_at)
+
+
+def _weights(artifact: Artifact) -> str | None:
+    """Digest of the weights that a training came to, by any of what it made."""
+    return artifact.content.get("weights") or artifact.meta.get("student_weights")
+
+
+def _earlier(specs: Mapping[str, ArtifactSpec], builders: Mapping[str, Builder], context: Context) -> Artifact | None:
+    """What is known of this training from before, the student first: an output that is committed, or that was."""
+    for name, spec in specs.items():
+        builder = builders.get(name)
+        artifact = builder.recorded if builder is not None else context.store.get(spec.stage, spec.key)
+        if artifact is not None and _weights(artifact) is not None:
+            return artifact
+    return None
+
+
+def _require_same_numerics(job: dict[str, Any], earlier: Artifact, missing: list[str], context: Context) -> None:
+    if differ := context.runtime.training_differs(earlier.provenance.get("numerics") or {}):
+        raise ConfigError(
+            f"{job['op']}: {' and '.join(sorted(missing))} must be made (again), at the settings at which"
+            f" {earlier.stage}/{earlier.key} was made: {'; '.join(differ)}. Set them back, for this at least: opd resume NAME"
+            f" --set FIELD=VALUE. {_beside(job)}"
+        )
+
+
+def _require_same_weights(
+    job: dict[str, Any], earlier: Artifact, weights: str, missing: list[str], checkpoints: Checkpoints
+) -> None:
+    before = str(_weights(earlier))
+    if weights == before:
+        return
+    checkpoints.discard()  # with what is put back, the next training must not go on from them
+    then, now = ({**origin, **origin.get("libraries", {})} for origin in (earlier.provenance, provenance()))
+    names = sorted((then.keys() | now.keys()) - {"libraries", "numerics"})
+    differ = [f"{name} {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
+    changed = f"Changed since: {'; '.join(differ)}" if differ else "Nothing that is recorded has changed since"
+    raise CorruptArtifact(
+        f"{job['op']}: {' and '.join(sorted(missing))} had to be made (again), and training came to the weights"
+        f" {weights[:12]}, where {earlier.stage}/{earlier.key} has {before[:12]}: it would belong to another student, and is"
+        f" not kept. {changed}. With the old ones back: opd resume NAME. {_beside(job)}"
+    )
+
+
+def _beside(job: dict[str, Any]) -> str:
+    """How to go on without them and without losing what is committed."""
+    new = f"--name NEW --set seed={job['seed'] + 1}"
+    command = f"opd fork NAME@{job['round'] - 1} {new}" if job["round"] else f"opd run CONFIG {new}"
+    return f"Where that is impossible, make the round anew in another run: {command}"
 
 
 def training_bytes(parameters: int, settings: OptimizerSettings, states: int) -> int:

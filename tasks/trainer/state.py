@@ -111,7 +111,7 @@ def save(directory: Path, engine: Engine, state: TrainerState, base: Path | None
         del tensors
     if dist.get_rank() == 0:
         if base is not None:
-            (directory / "base").mkdir()
+            (directory / "base").mkdir(exist_ok=True)  # of a try before that died
             for file in sorted(base.iterdir()):
                 if file.name == "config.json" or ".safetensors" in file.name:
                     shutil.copyfile(file, directory / "base" / file.name)

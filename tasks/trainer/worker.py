@@ -61,7 +61,7 @@ class Trainer:
         self.device = start()
 
     def handle(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        """Collective: every rank gets the same job. Rank 0 returns {steps, last_step, metrics, notes}, the others {}.
+        """Collective: every rank gets the same job. Rank 0 returns {steps, last_step, metrics}, the others {}.
 
         `job`: op (train | warmup), store, model (folder), state (folder or null), config, objective, seed, round,
         rollouts / signals / prompts ({stage, key}), outputs: {student, trainer_state: empty folders, steps: {stage,
@@ -89,7 +89,7 @@ class Trainer:
             job["seed"], job["round"], len(lesson.samples), lesson.samples_per_step, lesson.total_samples
         )
         keeper = Keeper(job, runtime["checkpoint_minutes"])
-        midway = keeper.find(len(steps))
+        midway = keeper.find(len(steps), progress)
         model = load_model(base, settings.dtype)
         if settings.lora is not None:
             add_adapters(model, settings.lora)
@@ -138,7 +138,7 @@ class Trainer:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return _summary(rows, lesson.samples) | {"notes": keeper.notes} if dist.get_rank() == 0 else {}
+        return _summary(rows, lesson.samples) if dist.get_rank() == 0 else {}
 
     def _write(
         self,

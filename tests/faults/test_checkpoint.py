@@ -81,6 +81,7 @@ class Bench:
         return train_work(config, objective, world.student, None, world.rollouts, world.signals, 0, 1)
 
     def train(self, setup: str, worker: Worker, tag: str, minutes: float | None = 0, **runtime: Any) -> Made:
+        """`runtime` may have `said`, a list that gets what is logged, also where the job fails."""
         runtime = SETUPS.get(setup, ({}, {}))[1] | {"checkpoint_minutes": minutes} | runtime
         return make(self.work(setup), self.world.store, worker, tag, **runtime)
 
@@ -89,16 +90,18 @@ class Bench:
             self.whole[setup, ranks] = told(self.train(setup, self.warm[ranks], f"whole {setup} {ranks}", None))
         return self.whole[setup, ranks]
 
-    def killed(self, setup: str, ranks: int, tag: str, spec: str) -> None:
-        """A trainer of its own that dies at a failpoint; the supervisor hears of it."""
+    def killed(self, setup: str, ranks: int, tag: str, spec: str) -> list[str]:
+        """A trainer of its own that dies at a failpoint; the supervisor hears of it. What was logged until then."""
+        said: list[str] = []
         log = self.folder / f"{re.sub('[^a-z0-9]+', '-', tag.lower())}.log"
         armed = {failpoints.SPEC: spec, failpoints.LOG: str(log.with_suffix(".hits"))}
         worker = launch_trainer(ranks, log, **armed)
         try:
             with pytest.raises(WorkerDied):
-                self.train(setup, worker, tag)
+                self.train(setup, worker, tag, said=said)
         finally:
             worker.kill()
+        return said
 
     def checkpoints(self) -> list[Path]:
         return sorted((self.world.store.root / "artifacts").glob(f"*/*/{CHECKPOINT}*"))
@@ -210,6 +213,23 @@ def test_a_damaged_checkpoint_is_never_used(bench: Bench, damage: Callable[[Path
         assert "no checkpoint can be used: all 12 steps are done from the first on" in warnings[-1]
     reasons = [path.read_text() for path in (Store(bench.world.store.root).root / "quarantine").glob("*.reason.json")]
     assert any(newer.name in reason and "a damaged checkpoint" in reason for reason in reasons)
+    bench.check(made, "float32", 1)
+
+
+def test_a_round_that_begins_anew_says_so_until_it_has_a_checkpoint(bench: Bench) -> None:
+    """The attempt that finds all checkpoints damaged is killed before it has saved one; the next finds none at all."""
+    tag, anew = "damaged and killed", "no checkpoint can be used: all 12 steps are done from the first on"
+    with pytest.raises(OpdError, match="a failpoint"):
+        bench.train("float32", bench.warm[1], tag, failpoints="train.after_step=raise:OpdError@7")
+    for path in (damaged := bench.checkpoints()):
+        torn_tensors(path)
+    first = bench.killed("float32", 1, tag, "train.after_step=kill@1")
+    assert sum("is damaged and in quarantine" in line for line in first) == 2 and any(anew in line for line in first)
+    assert bench.checkpoints() == []
+    made = bench.train("float32", bench.warm[1], tag)
+    assert resumed_after(made) == 0 and any(anew in line for line in made.said)
+    [before] = [line for line in made.said if "in quarantine from before" in line]
+    assert all(path.name in before for path in damaged)
     bench.check(made, "float32", 1)
 
 

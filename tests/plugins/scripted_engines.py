@@ -165,7 +165,9 @@ class Trainer(Engine):
         total = len(ids) * config["epochs_per_round"]
         steps = plan_steps(job["seed"], job["round"], len(ids), config["samples_per_step"], total)
         kept = Checkpoints(store.root, Path(job["checkpoints"]["folder"]), job["checkpoints"]["settings"])
-        found, notes = kept.newest()
+        found, problems = kept.newest()
+        for problem in problems:
+            progress(0, len(steps), note=problem)
         if found is not None:
             saved = json.loads(found.files[0].read_text())
             used, chain, rows = saved["used"], saved["chain"], saved["rows"]
@@ -194,4 +196,4 @@ class Trainer(Engine):
             writer = store.shard_writer(outputs["steps"]["stage"], outputs["steps"]["key"])
             writer.write_shard("training_steps", 0, pa.Table.from_pylist(rows, schema=schema_for("training_steps")))
         metrics = {"loss": rows[-1]["loss"]}
-        return {"steps": len(rows), "last_step": rows[-1]["step"], "metrics": metrics, "notes": notes}
+        return {"steps": len(rows), "last_step": rows[-1]["step"], "metrics": metrics}

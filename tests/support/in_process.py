@@ -12,6 +12,7 @@ import scripted_run
 
 from flows.runner import run_experiment
 from storage import shards
+from tasks.figures import silent
 
 sys.path.insert(0, str(scripted_run.PLUGINS))
 
@@ -35,7 +36,7 @@ class InProcess:
 
     def run(self, role: str, jobs: list[dict], on_progress: Any = None, settings_extra: Any = None) -> list[dict]:
         self.jobs += [(role, job) for job in jobs]
-        return [self.handlers[role].handle(job, lambda *_: None) for job in jobs]
+        return [self.handlers[role].handle(job, silent) for job in jobs]
 
     def stage_done(self) -> None:
         """Nothing to end."""

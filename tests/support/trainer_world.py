@@ -231,30 +231,40 @@ class Pool:
     def run(self, role: str, jobs: list[dict[str, Any]], on_progress: Any) -> list[dict[str, Any]]:
         assert role == "trainer"
 
-        def report(done: int, total: int, figures: Figures | None = None) -> None:
+        def report(done: int, total: int, figures: Figures | None = None, note: str | None = None) -> None:
             self.seen.append((done, total, figures or {}))
-            on_progress(0, done, total, figures)
+            on_progress(0, done, total, figures, note)
 
         return [self.worker.run(job | {"runtime": self.runtime}, report, timeout=120) for job in jobs]
 
 
-def make(work: Work, store: Store, worker: Worker, tag: str, **runtime: Any) -> Made:
-    """Builds all outputs of `work`. `tag` keeps artifacts apart that differ in runtime only, which no key shows."""
-    pool, said = Pool(worker, runtime), list[str]()
+def make(
+    work: Work,
+    store: Store,
+    worker: Worker,
+    tag: str | None,
+    said: list[str] | None = None,
+    config: RuntimeConfig | None = None,
+    **runtime: Any,
+) -> Made:
+    """Builds the outputs of `work` that are missing. `tag` keeps artifacts apart that differ in runtime only, which no key
+    shows. What is logged is added to `said`; `config` is what is recorded as the runtime, whatever the trainer does."""
+    pool, said = Pool(worker, runtime), [] if said is None else said
     context = Context(
         store=store,
-        runtime=RuntimeConfig(device="cpu"),
+        runtime=config or RuntimeConfig(device="cpu"),
         workers=pool,  # type: ignore[arg-type]
         progress=lambda done, total, unit, figures=None: None,
         log=said.append,
     )
+    tagged = {} if tag is None else {"tag": tag}
     other = {
-        name: ArtifactSpec.of(spec.stage, spec.version, spec.identity | {"tag": tag}, spec.inputs)
+        name: ArtifactSpec.of(spec.stage, spec.version, spec.identity | tagged, spec.inputs)
         for name, spec in work.outputs.items()
     }
     with ExitStack() as stack:
         builders = {name: stack.enter_context(store.building(other[name])) for name in sorted(other)}
-        work.build(builders, context)
+        work.build({name: builder for name, builder in builders.items() if builder.committed is None}, context)
     made = {name: store.get(spec.stage, spec.key) for name, spec in other.items()}
     assert pool.seen and pool.seen[-1][0] == pool.seen[-1][1], "progress reaches its total"
     artifacts = {name: artifact for name, artifact in made.items() if artifact is not None}

@@ -11,7 +11,7 @@ import torch
 
 from storage.errors import ConfigError, InputError
 from storage.schemas import MaskReason, schema_for
-from tasks.losses.config import DirectConfig, TopkSupport
+from tasks.losses.config import DirectConfig, SftConfig, TopkSupport
 from tasks.trainer.config import OptimizerSettings
 from tasks.trainer.data import forward_batch, from_rollouts, token_weights
 from tasks.trainer.engine import deepspeed_config
@@ -159,7 +159,7 @@ def test_union_support_needs_both_signals() -> None:
     ("signal", "change", "named"),
     [
         ("sampled", lambda t: t.slice(1), "p0/1/0"),
-        ("sampled", lambda t: pa.concat_tables([t, t.slice(0, 1)]), "twice"),
+        ("sampled", lambda t: pa.concat_tables([t, t.slice(0, 1)]), "sampled: sample 'p0/1/0' is there 2 times"),
         ("sampled", lambda t: replaced(t, "teacher_logprobs", [[-1.0] * 3, [-1.0] * 2, [-1.0] * 2]), "'p1/1/0' has 2"),
         ("mask", lambda t: replaced(t, "mask_reasons", [[0] * 3, [], [0] * 2]), "mask.mask_reasons"),
         ("teacher_topk", lambda t: replaced(t, "tail_logmass", [[-1.0] * 2, [-1.0], [-1.0] * 2]), "tail_logmass"),
@@ -171,6 +171,15 @@ def test_lengths_that_disagree_are_refused(signal: str, change, named: str) -> N
     signals[signal] = change(signals[signal])
     with pytest.raises(InputError, match=named):
         from_rollouts(rollouts, signals, needs(), SPECIAL)
+
+
+@pytest.mark.parametrize("rows", [[0, 0, 1], [0, 1, 2, 0]], ids=["in the place of another", "one too many"])
+def test_a_rollout_that_is_there_twice_is_refused_by_name(rows: list[int]) -> None:
+    """Also where the number of rows is right, and by an objective that reads no signal."""
+    rollouts, signals = tables()
+    for given, wanted in ((signals, needs()), ({}, SftConfig().needs())):
+        with pytest.raises(InputError, match=r"rollouts: sample 'p0/1/0' is there 2 times \(1 rows too many\)"):
+            from_rollouts(rollouts.take(rows), given, wanted, SPECIAL)
 
 
 def test_more_candidates_than_stored_are_refused() -> None:

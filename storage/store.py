@@ -23,7 +23,7 @@ from storage.artifact import (
     load_manifest,
 )
 from storage.builder import Builder, unfinished_work
-from storage.errors import CorruptArtifact, Evicted, InputError, StoreError
+from storage.errors import CorruptArtifact, Evicted, InputError, OpdError, StoreError
 from storage.files import (
     explain_full_disk,
     fsync_directory,

@@ -13,7 +13,7 @@ from typing import Any
 from flows.config_file import merge, parse_override, validate
 from flows.distill import distill
 from flows.executor import Planner
-from flows.experiment import Experiment, check_plugins
+from flows.experiment import Experiment, with_plugins
 from flows.origins import Again, Origin, rebuild
 from flows.runner import logger, rounds_done, stored_experiment
 from flows.stopping import terminating
@@ -26,7 +26,6 @@ from storage.runs import Run
 from storage.store import Store
 from storage.transfer import lend
 from storage.verify import Verified, move_damaged, verify_artifact
-from tasks.plugins import load_plugins
 from tasks.runtime import RuntimeConfig
 from tasks.stage import Context
 from tasks.workers import WorkerPool
@@ -66,10 +65,8 @@ def replay_round(
         raise InputError(f"--stages {','.join(stages)!r}: choose of {', '.join(STAGES)}")
     if round > (last := rounds_done(run.state)):
         raise InputError(f"run {run.name!r}: round {round} is not finished; the last finished one is {last}")
-    experiment = stored_experiment(run)
+    experiment = with_plugins(stored_experiment(run), run.name)
     experiment.runtime.tell_libraries()
-    check_plugins(experiment)
-    load_plugins(experiment.plugins)
     store = Store(root)
     origins = _recall(run, store, experiment, round, [stage for stage in STAGES if stage in stages])
     results: list[Replayed] = []

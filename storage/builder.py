@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,6 +39,7 @@ from storage.files import (
     utc_now,
 )
 from storage.identity import canonical_json
+from storage.made_at import MADE_AT, MadeAt
 from storage.parts import PARTS
 from storage.schemas import schema_version
 from storage.shards import SIDECAR, ShardWriter, check_file, sidecar, sidecars
@@ -123,6 +124,18 @@ class Builder(ShardWriter):
         when the artifact is committed."""
         return Checkpoints(self.root, self.path, settings)
 
+    def begin_shards(self, table: str, settings: Mapping[str, Any], missing: Sequence[int], count: int) -> list[str]:
+        """Notes that the `missing` ones of `count` shards are made at `settings` (numerics), and returns what there is to say.
+        Not for a repair: what it makes is fixed, and so is the record of it."""
+        if self._recorded is not None or self.committed is not None:
+            return []
+        parts = [self.parts(table, shard) for shard in missing]
+        return MadeAt(self.path, table).begin(settings, missing, count, parts)
+
+    def made_at(self, table: str, count: int) -> dict[str, Any]:
+        """The settings that the shards of a table were made at, for `commit(provenance=...)`."""
+        return MadeAt(self.path, table).provenance(count)
+
     def commit(
         self,
         content: Mapping[str, str] | None = None,
@@ -161,7 +174,7 @@ class Builder(ShardWriter):
             left.unlink()
         failpoint("builder.before_publish")
         self.committed = self._publish(manifest)
-        for path in self.path.glob(f"{CHECKPOINT}*"):
+        for path in (*self.path.glob(f"{CHECKPOINT}*"), *self.path.glob(f"*{MADE_AT}")):
             remove(path)
         return self.committed
 
@@ -370,7 +383,7 @@ class Builder(ShardWriter):
         for path in self.path.iterdir():
             if path.name in keep or path.name.startswith(CHECKPOINT):
                 continue
-            if path.name.endswith((SIDECAR, PARTS)) and not path.name.startswith(TEMPORARY):
+            if path.name.endswith((SIDECAR, PARTS, MADE_AT)) and not path.name.startswith(TEMPORARY):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)

@@ -163,6 +163,7 @@ def _build(
     shards = plan_shards(_held_out(ctx.store, prompts), config, seed)
     missing = builder.missing(TABLE, len(shards))
     progress = _Progress(ctx, shards, missing)
+    ctx.begin_shards(builder, TABLE, missing, len(shards), "sampler", "scorer")
     completions = _sample(builder, ctx, config, student, shards, missing, seed, progress) if missing else []
     written = dict(zip(missing, completions, strict=True))
     for index in missing:
@@ -182,9 +183,7 @@ def _build(
     meta = {} if builder.repairing else _meta(builder, len(shards))
     if lost := meta.get("invalid_kl"):
         ctx.log(f"warning: the KL of {lost} completions is not finite; reverse_kl leaves them out")
-    runtime = ctx.runtime.scorer.model_dump(include={"batch_tokens", "head_chunk_tokens"})
-    numerics = ctx.runtime.numerics() | runtime
-    builder.commit(meta=meta, tables={TABLE: len(shards)}, provenance={"numerics": numerics})
+    builder.commit(meta=meta, tables={TABLE: len(shards)}, provenance=builder.made_at(TABLE, len(shards)))
 
 
 class _Progress:

@@ -114,6 +114,7 @@ def _build(
     if missing and done:
         ctx.say("rollout", f"{done} of {total} samples are there already")
     ctx.progress(done, total, "samples")
+    ctx.begin_shards(builder, TABLE, missing, len(shards), "sampler")
     common = {
         "op": "rollout_shard",
         "store": str(ctx.store.root),
@@ -146,7 +147,7 @@ def _build(
             "weight_proofs": _distinct([result["proof"] for result in results]),
         },
         tables={TABLE: len(shards)},
-        provenance={"numerics": ctx.runtime.numerics()},
+        provenance=builder.made_at(TABLE, len(shards)),
     )
 
 

@@ -200,6 +200,8 @@ def _build(builders: dict[str, Builder], ctx: Context, inputs: _Inputs) -> None:
         ctx.say("supervise", f"{done} of {total} samples are scored already")
     ctx.progress(done, total, "samples")
     _require_space(ctx, rollouts, builders, k)
+    for name, builder in sorted(builders.items()):
+        ctx.begin_shards(builder, name, sorted(missing[name]), len(shards), "scorer")
     common = _common_job(ctx, inputs, builders) if wanted else {}
     jobs = []
     for shard in wanted:
@@ -219,15 +221,13 @@ def _build(builders: dict[str, Builder], ctx: Context, inputs: _Inputs) -> None:
     if outside := sum(result["outside_nucleus"] for result in results):
         ctx.log(f"supervise: {outside} sampled tokens lie just outside the set sampled from, by the scorer's rounding")
     ctx.progress(total, total, "samples")
-    runtime = ctx.runtime.scorer
-    numerics = ctx.runtime.numerics() | runtime.model_dump(include={"batch_tokens", "head_chunk_tokens"})
     for name, builder in sorted(builders.items()):
         meta = {} if builder.repairing else _meta(name, builder, store, rollouts, len(shards))
         if meta.get("reasons", {}).get("invalid_value"):
             ctx.log(
                 f"warning: {meta['reasons']['invalid_value']} tokens have invalid values; they are masked (reason 16)"
             )
-        builder.commit(meta=meta, tables={name: len(shards)}, provenance={"numerics": numerics})
+        builder.commit(meta=meta, tables={name: len(shards)}, provenance=builder.made_at(name, len(shards)))
 
 
 def _common_job(ctx: Context, inputs: _Inputs, builders: dict[str, Builder]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flows.distill import inputs
 from flows.executor import Maker
-from flows.experiment import Experiment, check_plugins
+from flows.experiment import Experiment, with_plugins
 from flows.progress import SilentReporter
 from flows.runner import bytes_per_round
 from storage.runs import Run
@@ -24,7 +24,7 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
 
     Raises ConfigError or InputError for the first problem."""
     experiment.runtime.tell_libraries()
-    check_plugins(experiment)
+    experiment = with_plugins(experiment)
     yield "config: valid"
     with tempfile.TemporaryDirectory(prefix="opd-check-") as scratch:
         store = Store(scratch)

@@ -86,9 +86,17 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def validate(model: type[Model], data: dict[str, Any], where: str) -> Model:
-    """The validated model, or ConfigError listing every bad field with what was found and what is allowed.
+    """The validated model, or ConfigError listing every bad field with what was found and what is allowed."""
+    refuse_secrets(data, where)
+    try:
+        return model.model_validate(_numbers(data))
+    except ValidationError as error:
+        lines = [_explain(model, dict(e)) for e in error.errors(include_url=False)]
+        raise ConfigError(f"{where}: {len(lines)} problem(s) in the config\n  " + "\n  ".join(lines)) from None
 
-    Configs are kept with every run, so one that holds a secret is refused, without repeating it."""
+
+def refuse_secrets(data: dict[str, Any], where: str) -> None:
+    """Configs are kept with every run, so one that holds a secret is refused (ConfigError), without repeating it."""
     if found := [f"{field}: {what}" for field, what in secrets_in(data)]:
         raise ConfigError(
             f"{where}: {len(found)} secret(s) in the config, which would be stored with every run\n  "
@@ -96,11 +104,6 @@ def validate(model: type[Model], data: dict[str, Any], where: str) -> Model:
             + "\n  take it out and leave it to the environment: HF_TOKEN (or `hf auth login`) for the Hub,"
             " PREFECT_API_KEY for Prefect, a variable that your plugin reads for anything else"
         )
-    try:
-        return model.model_validate(_numbers(data))
-    except ValidationError as error:
-        lines = [_explain(model, dict(e)) for e in error.errors(include_url=False)]
-        raise ConfigError(f"{where}: {len(lines)} problem(s) in the config\n  " + "\n  ".join(lines)) from None
 
 
 def _numbers(value: Any) -> Any:

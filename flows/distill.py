@@ -22,15 +22,15 @@ def distill(experiment: Experiment, do: Executor, rounds: int) -> Result:
     for number in range(1, rounds + 1):
         now = experiment.at(number)
         with do.round(number) as round:
-            rollouts = do("rollout", rollout_work, now.rollout, student, prompts, now.seed, number)["rollout"]
+            plugins, seed = now.plugin_sources, now.seed
+            rollouts = do("rollout", rollout_work, now.rollout, student, prompts, seed, number, plugins)["rollout"]
             needs = now.objective.needs().signals
-            supervise = partial(supervise_work, store=do.store)
+            supervise = partial(supervise_work, store=do.store, plugins=plugins)
             signals = do("supervise", supervise, now.supervise, rollouts, student, teacher, prompts, needs, now.rollout)
-            trained = do(
-                "train", train_work, now.train, now.objective, student, state, rollouts, signals, now.seed, number
-            )
+            train = partial(train_work, plugins=plugins)
+            trained = do("train", train, now.train, now.objective, student, state, rollouts, signals, seed, number)
             student, state = trained["student"], trained["trainer_state"]
-            do("evaluate", evaluate_work, now.evaluate, student, teacher, prompts, now.seed)
+            do("evaluate", evaluate_work, now.evaluate, student, teacher, prompts, seed, plugins)
             round.ends_with(student)
     return student
 
@@ -42,7 +42,7 @@ def begin(experiment: Experiment, do: Executor) -> tuple[Result, Result, Result]
         student_model, teacher_model, prompts = inputs(first, do)
         teacher = warmed("warmup_teacher", first.teacher, teacher_model, prompts, first, do)
         student = warmed("warmup", first.student, student_model, prompts, first, do)
-        do("evaluate", evaluate_work, first.evaluate, student, teacher, prompts, first.seed)
+        do("evaluate", evaluate_work, first.evaluate, student, teacher, prompts, first.seed, first.plugin_sources)
         round.ends_with(student)
     return student, teacher, prompts
 
@@ -60,4 +60,4 @@ def warmed(label: str, config: ModelConfig, model: Result, prompts: Result, e: E
     """The model after its warm-up, or as it came."""
     if config.warmup is None:
         return model
-    return do(label, warmup_work, config.warmup, model, prompts, e.seed)["student"]
+    return do(label, warmup_work, config.warmup, model, prompts, e.seed, e.plugin_sources)["student"]

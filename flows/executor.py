@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from flows.origins import Again, Origin, Origins, artifacts_in, rebuild
+from flows.origins import Again, Origin, Origins, artifacts_in, rebuild, require_plugins
 from storage.errors import InputError
 from storage.redact import redact
 from storage.runs import RoundState, Run, RunState, StageState
@@ -298,6 +298,7 @@ class Maker:
                 else:
                     builders[name] = builder
             if builders:
+                require_plugins(work, builders)
                 work.build(builders, context)
             for name in builders:
                 spec = work.outputs[name]

@@ -8,13 +8,14 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flows.config_file import merge, parse_override, read_config, validate
-from storage.errors import ConfigError
+from flows.config_file import merge, parse_override, read_config, refuse_secrets, validate
+from storage.errors import IdentityMismatch
 from storage.identity import Identity, RunPolicy
 from storage.retention import Retention
 from tasks.evaluate import EvaluateConfig
 from tasks.losses.config import FullSupport, ObjectiveConfig
 from tasks.models import ModelSource, declared_sizes
+from tasks.plugins import changed, load_plugins
 from tasks.prepare import PrepareConfig
 from tasks.rollout import RolloutConfig
 from tasks.runtime import RuntimeConfig
@@ -62,6 +63,9 @@ class Experiment(BaseModel):
     train: TrainConfig
     evaluate: EvaluateConfig
     plugins: tuple[str, ...] = Field((), description="modules of yours that register engines, objectives, verifiers")
+    plugin_sources: dict[str, str] = Field(
+        {}, description="set when a run begins: SHA-256 of each plugin's source, which enters the keys of what uses it"
+    )
     fork: Fork | None = Field(None, description="set by `opd fork`")
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
     policy: Policy = Field(default_factory=Policy)
@@ -155,7 +159,15 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
 
 
 def experiment_of(data: dict[str, Any], where: str) -> Experiment:
-    """The experiment that a config's fields make. ConfigError lists every bad one, after `where`."""
+    """The experiment that a config's fields make; its plugins are imported first, for they may bring what it names.
+
+    ConfigError lists every bad field, after `where`, or names the plugin that is not there."""
+    refuse_secrets(data, where)
+    parent = data["fork"].get("experiment") if isinstance(data.get("fork"), dict) else None
+    for part in (parent, data):
+        names = part.get("plugins") if isinstance(part, dict) else None
+        if isinstance(names, list | tuple):
+            load_plugins(name for name in names if isinstance(name, str))
     return validate(Experiment, _absolute(data), where)
 
 
@@ -168,11 +180,25 @@ def _absolute(value: Any, key: str = "") -> Any:
     return value
 
 
-def check_plugins(experiment: Experiment) -> None:
-    """Refuse plugins that cannot be found, before anything starts."""
-    from tasks.plugins import source_digest
+def with_plugins(experiment: Experiment, name: str = "NAME") -> Experiment:
+    """Its plugins are imported, and the digests of their sources in it: those of now where it has none yet.
 
-    try:
-        source_digest(experiment.plugins)
-    except ImportError as error:
-        raise ConfigError(f"plugins: {error}") from error
+    ConfigError for a plugin that is not there, IdentityMismatch when one is not what the run `name` began with."""
+    now = load_plugins(experiment.plugins)
+    if not experiment.plugin_sources:
+        return experiment.model_copy(update={"plugin_sources": now})
+    refuse_other_plugins(experiment.plugin_sources, now, name)
+    return experiment
+
+
+def refuse_other_plugins(then: dict[str, str], now: dict[str, str], name: str) -> None:
+    """A run keeps the plugins that it began with: with others its stages would have other keys, and it would silently
+    begin anew under its old name. IdentityMismatch names the file."""
+    for plugin, digest in now.items():
+        if then.get(plugin) != digest:
+            raise IdentityMismatch(
+                f"{changed(plugin)} since the run began (sha256 {then.get(plugin, 'none')[:12]} then,"
+                f" {digest[:12]} now). Put the old file back and `opd resume {name}`; to use the new one, run the config"
+                f" under another --name, or fork: `opd fork {name}@ROUND --name NEW`. What does not depend on it is found"
+                " in the store"
+            )

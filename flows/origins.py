@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from storage.store import Artifact, ArtifactSpec, Store
+from tasks.plugins import refuse_changed
 from tasks.stage import Context, Work
 
 
@@ -91,12 +92,20 @@ def rebuild(
             else:
                 made[name] = builder.committed
         if builders:
+            require_plugins(work, builders)
             work.build(builders, context)
         for name, builder in builders.items():
             if builder.committed is None:
                 raise RuntimeError(f"{work.stage}: the stage returned without committing {builder.stage}/{builder.key}")
             made[name] = builder.committed
     return made
+
+
+def require_plugins(work: Work, names: Iterable[str]) -> None:
+    """InputError when a plugin that these outputs are to be made with is another one by now: of a fork's parent, say."""
+    for name in names:
+        spec = work.outputs[name]
+        refuse_changed(spec.identity.get("plugins") or {}, f"{spec.stage}/{spec.key}")
 
 
 def spec_of(artifact: Artifact) -> ArtifactSpec:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flows.config_file import validate
 from flows.distill import distill
 from flows.executor import Planner, Result, figures_of, rows_of
-from flows.experiment import Experiment
+from flows.experiment import Experiment, experiment_of, refuse_other_plugins
 from storage.artifact import artifact_directory
 from storage.errors import CorruptArtifact
 from storage.runs import RECORDS, RoundState, Run, RunState, StageState
@@ -19,7 +18,8 @@ from tasks.stage import Work
 
 def stands_for(run: Run, experiment: Experiment) -> bool:
     """Whether a run is of this experiment, by both of its records (as this version reads them, whatever fields the version
-    that wrote them did not have), or by the one that is whole. CorruptArtifact when neither is."""
+    that wrote them did not have), or by the one that is whole. CorruptArtifact when neither is, IdentityMismatch when only
+    a plugin is another."""
     found, problems = list[dict[str, Any]](), list[str]()
     for record in ("experiment", "identity"):
         try:
@@ -32,8 +32,13 @@ def stands_for(run: Run, experiment: Experiment) -> bool:
             + f"\nnothing says any more what {run.name!r} is: give another --name (finished stages are"
             f" found in the store and not made again), and remove {run.directory}"
         )
-    identity = experiment.identity()
-    return all(validate(Experiment, data, f"run {run.name}").identity() == identity for data in found)
+    for data in found:
+        held = experiment_of(data, f"run {run.name}")
+        if held.identity() != experiment.identity():
+            if held.plugins == experiment.plugins:
+                refuse_other_plugins(held.plugin_sources, experiment.plugin_sources, run.name)
+            return False
+    return True
 
 
 def mend(run: Run, experiment: Experiment, store: Store) -> tuple[RunState, list[str]]:

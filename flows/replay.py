@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from flows.config_file import merge, parse_override, validate
 from flows.distill import distill
 from flows.executor import Planner
-from flows.experiment import Experiment, check_plugins
+from flows.experiment import Experiment, with_plugins
 from flows.origins import Again, Origin, rebuild
 from flows.runner import logger, rounds_done, stored_experiment
 from flows.stopping import terminating
@@ -22,12 +23,13 @@ from storage.compare import differences
 from storage.errors import ConfigError, CorruptArtifact, Evicted, InputError
 from storage.files import temporary_name, unique
 from storage.gc import HELD, KEPT_REPLAY
+from storage.identity import canonical_json
 from storage.locks import locked
+from storage.made_at import NUMERICS, several
 from storage.runs import Run
-from storage.store import Store
+from storage.store import Artifact, Store
 from storage.transfer import lend
 from storage.verify import Verified, move_damaged, verify_artifact
-from tasks.plugins import load_plugins
 from tasks.runtime import RuntimeConfig
 from tasks.stage import Context
 from tasks.workers import WorkerPool
@@ -43,10 +45,13 @@ class Replayed:
     artifact: str
     differences: tuple[str, ...]
     seconds: float
+    unrepeatable: str | None = None
+    """Why it was not made again: shards of it were made at different numerics (an interrupted stage that went on with
+    another runtime), and which"""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self) | {"identical": not self.differences}
+        """Plain values; `identical` is null for what was not made again."""
+        return asdict(self) | {"identical": None if self.unrepeatable else not self.differences}
 
 
 def replay_round(
@@ -67,10 +72,8 @@ def replay_round(
         raise InputError(f"--stages {','.join(stages)!r}: choose of {', '.join(STAGES)}")
     if round > (last := rounds_done(run.state)):
         raise InputError(f"run {run.name!r}: round {round} is not finished; the last finished one is {last}")
-    experiment = stored_experiment(run)
+    experiment = with_plugins(stored_experiment(run), run.name)
     experiment.runtime.tell_libraries()
-    check_plugins(experiment)
-    load_plugins(experiment.plugins)
     store = Store(root)
     origins = _recall(run, store, experiment, round, [stage for stage in STAGES if stage in stages])
     results: list[Replayed] = []
@@ -153,16 +156,38 @@ def _replay(
                     "\n".join(map(str, found.problems)) + f"\nto make only this again: opd resume {run.name}"
                 )
             lend(store, artifact, scratch)
-    runtime = _runtime(origin, experiment.runtime, overrides, folder)
-    tell(f"{origin.label} of round {origin.round}: {_numerics(runtime)}")
+    results, sets = [], dict[str, dict[str, Artifact]]()
+    for name, artifact in sorted(origin.made.items()):
+        if why := several(artifact.provenance):
+            tell(f"{origin.label} of round {origin.round}: {artifact.stage}/{artifact.key} cannot be replayed: {why}")
+            results.append(Replayed(origin.label, f"{artifact.stage}/{artifact.key}", (), 0.0, why))
+        else:
+            sets.setdefault(canonical_json(artifact.provenance.get(NUMERICS) or {}), {})[name] = artifact
+    for number, (recorded, artifacts) in enumerate(sets.items()):  # signals may have come at different times
+        place = folder / str(number)
+        place.mkdir()
+        runtime = _runtime(json.loads(recorded), experiment.runtime, overrides, place)
+        tell(f"{origin.label} of round {origin.round}: {_numerics(runtime)}")
+        results += _make(origin, artifacts, runtime, experiment, (store, scratch), place / "logs")
+    return results
+
+
+def _make(
+    origin: Origin,
+    artifacts: Mapping[str, Artifact],
+    runtime: RuntimeConfig,
+    experiment: Experiment,
+    stores: tuple[Store, Store],
+    logs: Path,
+) -> list[Replayed]:
+    store, scratch = stores
     started = time.monotonic()
-    logs = folder / "logs"
     logs.mkdir()
     with WorkerPool(runtime, logs, experiment.plugins) as workers:
         context = Context(
             scratch, runtime, workers, lambda *_, **__: None, logger(logs / "replay.log"), experiment.plugins
         )
-        made = rebuild(origin.work, origin.made, context)
+        made = rebuild(origin.work, artifacts, context)
     seconds = time.monotonic() - started
     return [
         Replayed(
@@ -171,12 +196,11 @@ def _replay(
             tuple(differences(artifact, store, made[name], scratch)),
             seconds,
         )
-        for name, artifact in sorted(origin.made.items())
+        for name, artifact in artifacts.items()
     ]
 
 
-def _runtime(origin: Origin, runtime: RuntimeConfig, overrides: list[str], folder: Path) -> RuntimeConfig:
-    recorded = next(iter(origin.made.values())).provenance.get("numerics") or {}
+def _runtime(recorded: dict[str, Any], runtime: RuntimeConfig, overrides: list[str], folder: Path) -> RuntimeConfig:
     data: dict[str, Any] = {"runtime": runtime.with_numerics(recorded, folder).model_dump(mode="json")}
     for text in overrides:
         if text.split(".")[0] != "runtime":

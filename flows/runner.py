@@ -10,7 +10,7 @@ from typing import Any
 
 from flows.distill import distill
 from flows.executor import Maker, PlanLine, Planner, Reporter
-from flows.experiment import Experiment, check_plugins, load_experiment
+from flows.experiment import Experiment, experiment_of, load_experiment, with_plugins
 from flows.progress import SilentReporter
 from flows.recovery import mend, stands_for
 from flows.stopping import terminating
@@ -22,7 +22,6 @@ from storage.runs import Run, RunState
 from storage.store import Store
 from tasks.figures import StageProgress
 from tasks.models import CheckpointModel, parameter_count
-from tasks.plugins import load_plugins
 from tasks.stage import Context
 from tasks.trainer.dispatch import training_bytes
 from tasks.workers import WorkerPool
@@ -31,13 +30,14 @@ from tasks.workers import WorkerPool
 def plan(experiment: Experiment, root: str | Path, rounds: int | None = None) -> list[PlanLine]:
     """What is in the store, what would run, and what waits for that; starts nothing."""
     planner = Planner(Store(root))
+    experiment = with_plugins(experiment)
     distill(experiment, planner, experiment.policy.rounds if rounds is None else rounds)
     return planner.lines
 
 
 def open_run(experiment: Experiment, name: str, root: str | Path) -> Run:
-    """The run of that name, made if new; IdentityMismatch when the name holds another experiment. One of its two records of
-    that may be damaged, not both (CorruptArtifact)."""
+    """The run of that name, made if new; IdentityMismatch when the name holds another experiment, or its plugins changed. One
+    of its two records of that may be damaged, not both (CorruptArtifact)."""
     existing = next((run for run in Run.list(root) if run.name == name), None)
     if existing is not None and stands_for(existing, experiment):
         return existing
@@ -63,8 +63,7 @@ def run_experiment(
     Raises RunBusy when another process holds the name, IdentityMismatch when the name holds another experiment, and
     whatever a stage raises."""
     experiment.runtime.tell_libraries()
-    check_plugins(experiment)
-    load_plugins(experiment.plugins)
+    experiment = with_plugins(experiment, name)
     store = Store(root)
     run = open_run(experiment, name, root)
     reporter = reporter or SilentReporter()
@@ -150,14 +149,12 @@ def rounds_done(state: RunState) -> int:
 
 def stored_experiment(run: Run) -> Experiment:
     """The experiment that a run holds, as this version reads it."""
-    from flows.config_file import validate
-
-    return validate(Experiment, run.experiment, f"run {run.name}")
+    return experiment_of(run.experiment, f"run {run.name}")
 
 
 def resume_experiment(name: str, root: str | Path, overrides: list[str]) -> Experiment:
     """The experiment that a run holds, with overrides of `runtime` and `policy` alone."""
-    from flows.config_file import merge, parse_override, validate
+    from flows.config_file import merge, parse_override
 
     run = Run.open(root, name)
     data = run.experiment
@@ -168,22 +165,23 @@ def resume_experiment(name: str, root: str | Path, overrides: list[str]) -> Expe
                 f" else from here: opd fork {name}@ROUND --name NEW --set {text}"
             )
         data = merge(data, parse_override(text))
-    return validate(Experiment, data, f"run {name}")
+    return experiment_of(data, f"run {name}")
 
 
 def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str]) -> Experiment:
     """The experiment of a run that shares rounds up to `round` with the run `name` and differs after it."""
-    from flows.config_file import merge, parse_override, validate
+    from flows.config_file import merge, parse_override
 
     run = Run.open(root, name)
     done = rounds_done(run.state)
     if round > done:
         raise ConfigError(f"run {name!r} has finished {done} round(s); it cannot be forked at round {round}")
-    data: dict[str, Any] = dict(run.experiment)
+    # its own rounds are made with the plugins of now, the shared ones keep theirs
+    data: dict[str, Any] = run.experiment | {"plugin_sources": {}}
     for text in overrides:
         data = merge(data, parse_override(text))
     data["fork"] = {"run": name, "round": round, "experiment": run.experiment}
-    return validate(Experiment, data, f"fork of {name}@{round}")
+    return experiment_of(data, f"fork of {name}@{round}")
 
 
 def refuse_full_disk(store: Store, experiment: Experiment) -> None:

@@ -33,6 +33,7 @@ from multiprocessing.connection import wait as wait_for_sentinels
 from pathlib import Path
 from typing import Any
 
+from flows.cli.errors import with_way_on
 from flows.prefect_server import ServerUnavailable
 from flows.prefect_session import prefect_session
 from storage import locks
@@ -327,7 +328,7 @@ def tick(
     except Exception as error:
         final = isinstance(error, OpdError) and error.exit_code == 2
         todo = "the schedule ends here" if final else "the next tick tries again"
-        text = redact(str(error) if isinstance(error, OpdError) else repr(error))
+        text = redact(with_way_on(error, name, Path(root)) if isinstance(error, OpdError) else repr(error))
         _report(f"{name}: tick failed: {text} ({todo}; opd logs {name})", error.exit_code if final else None)
         return Failed(message=redact(f"{type(error).__name__}: {error}"))
     last = max((r.round for r in state.rounds if r.student_sha256), default=0)

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,6 +39,7 @@ from storage.files import (
     utc_now,
 )
 from storage.identity import canonical_json
+from storage.made_at import MADE_AT, MadeAt
 from storage.parts import PARTS
 from storage.schemas import schema_version
 from storage.shards import SIDECAR, ShardWriter, check_file, sidecar, sidecars
@@ -54,9 +55,10 @@ from storage.trees import (
 
 
 def unfinished_work(directory: Path, below: str = "") -> list[Path]:
-    """What artifacts keep until they are committed: checkpoints, and parts of shards (their writer was killed a moment after
-    the shard was there). `below`: a glob pattern that leads from `directory` to the artifacts."""
-    return sorted(path for pattern in (f"{CHECKPOINT}*", f"*{PARTS}") for path in directory.glob(below + pattern))
+    """What artifacts keep until they are committed: checkpoints, records of numerics, and parts of shards (their writer was
+    killed a moment after the shard was there). `below`: a glob pattern that leads from `directory` to the artifacts."""
+    patterns = (f"{CHECKPOINT}*", f"*{PARTS}", f"*{MADE_AT}")
+    return sorted(path for pattern in patterns for path in directory.glob(below + pattern))
 
 
 class Builder(ShardWriter):
@@ -150,6 +152,18 @@ class Builder(ShardWriter):
         """Those of this artifact while it is unfinished, made at equal `settings`. They outlive a killed builder, and go
         when the artifact is committed."""
         return Checkpoints(self.root, self.path, settings)
+
+    def begin_shards(self, table: str, settings: Mapping[str, Any], missing: Sequence[int], count: int) -> list[str]:
+        """Notes that the `missing` ones of `count` shards are made at `settings` (numerics), and returns what there is to say.
+        Not for a repair: what it makes is fixed, and so is the record of it."""
+        if self._recorded is not None or self.committed is not None:
+            return []
+        parts = [self.parts(table, shard) for shard in missing]
+        return MadeAt(self.path, table).begin(settings, missing, count, parts)
+
+    def made_at(self, table: str, count: int) -> dict[str, Any]:
+        """The settings that the shards of a table were made at, for `commit(provenance=...)`."""
+        return MadeAt(self.path, table).provenance(count)
 
     def commit(
         self,
@@ -396,7 +410,7 @@ class Builder(ShardWriter):
         for path in self.path.iterdir():
             if path.name in keep or path.name.startswith(CHECKPOINT):
                 continue
-            if path.name.endswith((SIDECAR, PARTS)) and not path.name.startswith(TEMPORARY):
+            if path.name.endswith((SIDECAR, PARTS, MADE_AT)) and not path.name.startswith(TEMPORARY):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)

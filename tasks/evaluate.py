@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,10 +11,11 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from storage.errors import InputError
-from storage.identity import Identity, derive_seed
+from storage.identity import Identity, derive_seed, omit_at
 from storage.schemas import schema_for
 from storage.shards import read_parquet
 from storage.store import Artifact, ArtifactSpec, Builder, Store
+from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.rollout_config import StopTokenIds
 from tasks.stage import Context, Work, model_inputs
 from tasks.verifiers import ExactMatch, FunctionVerifier, VerifierConfig, verifier_digest, verify
@@ -76,6 +77,7 @@ class _EvaluateIdentity(Identity):
     config: EvaluateConfig
     seed: int
     verifier_source: str | None
+    plugins: dict[str, str] = Field({}, json_schema_extra=omit_at({}))
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,16 @@ class Shard:
         return [(prompt, index) for prompt in self.prompts for index in range(self.generations)]
 
 
-def evaluate_work(config: EvaluateConfig, student: Artifact, teacher: Artifact, prompts: Artifact, seed: int) -> Work:
+def evaluate_work(
+    config: EvaluateConfig,
+    student: Artifact,
+    teacher: Artifact,
+    prompts: Artifact,
+    seed: int,
+    plugins: Mapping[str, str] = NO_PLUGINS,
+) -> Work:
     """The evaluation of one student; its key leaves the round out, so an unchanged student is evaluated once.
+    `plugins`: the run's, name -> digest of the source.
 
     Output "evaluate": table evaluations. Meta: `metrics` accuracy_greedy and accuracy_sampled (shares of the judged
     completions, null where none was judged), reverse_kl (nats per token, exact over the vocabulary, on fresh rollouts
@@ -116,7 +126,10 @@ def evaluate_work(config: EvaluateConfig, student: Artifact, teacher: Artifact, 
         raise _nothing_held_out()
     inputs["prompts"] = prompts.content[f"prompts:{SPLIT}"]
     source = None if config.verifier is None else verifier_digest(config.verifier)
-    spec = ArtifactSpec.of(STAGE, VERSION, _EvaluateIdentity(config=config, seed=seed, verifier_source=source), inputs)
+    roles = ("sampler", "scorer") if config.generations("kl") else ("sampler",)
+    used = used_plugins(plugins, *roles, config=config)
+    identity = _EvaluateIdentity(config=config, seed=seed, verifier_source=source, plugins=used)
+    spec = ArtifactSpec.of(STAGE, VERSION, identity, inputs)
 
     def build(builders: dict[str, Builder], ctx: Context) -> None:
         _build(builders[STAGE], ctx, config, student, teacher, prompts, seed)
@@ -150,6 +163,7 @@ def _build(
     shards = plan_shards(_held_out(ctx.store, prompts), config, seed)
     missing = builder.missing(TABLE, len(shards))
     progress = _Progress(ctx, shards, missing)
+    ctx.begin_shards(builder, TABLE, missing, len(shards), "sampler", "scorer")
     completions = _sample(builder, ctx, config, student, shards, missing, seed, progress) if missing else []
     written = dict(zip(missing, completions, strict=True))
     for index in missing:
@@ -169,9 +183,7 @@ def _build(
     meta = {} if builder.repairing else _meta(builder, len(shards))
     if lost := meta.get("invalid_kl"):
         ctx.log(f"warning: the KL of {lost} completions is not finite; reverse_kl leaves them out")
-    runtime = ctx.runtime.scorer.model_dump(include={"batch_tokens", "head_chunk_tokens"})
-    numerics = ctx.runtime.numerics() | runtime
-    builder.commit(meta=meta, tables={TABLE: len(shards)}, provenance={"numerics": numerics})
+    builder.commit(meta=meta, tables={TABLE: len(shards)}, provenance=builder.made_at(TABLE, len(shards)))
 
 
 class _Progress:

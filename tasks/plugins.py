@@ -1,24 +1,39 @@
 """The user's own code: engines, objectives, verifiers, named in a config as `plugins: [module]`.
 
-A plugin is a Python module that registers what it brings when it is imported; it must be on the import path. The digest
-of its source does not enter keys yet: after a change of a plugin, use a new seed or a new store."""
+A plugin is a Python module or package that registers what it brings when it is imported; it must be on the import path.
+Its source (the module's file, or every .py file of the package) enters the keys of the stages that use what it registered,
+and of no others. What it imports from elsewhere is not looked at: make it a package."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import importlib.util
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from storage.errors import ConfigError
+from pydantic import BaseModel
+
+from storage.errors import ConfigError, InputError
 
 ROLES: dict[str, str] = {
     "sampler": "tasks.engines.sampler:Sampler",
     "scorer": "tasks.engines.scorer:Scorer",
     "trainer": "tasks.trainer.worker:Trainer",
 }
+NO_PLUGINS: Mapping[str, str] = MappingProxyType({})
+_OURS = ("tasks", "storage", "flows")
+_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+_loaded: dict[str, str] = {}
+"""Plugin -> digest of its source when this process imported it."""
+_loading: list[str] = []
+_registered: list[tuple[str, str, str | None]] = []
+"""(role, module of its target, the plugin that was being imported) of every call of `register_role`."""
 
 
 def register_role(role: str, target: str) -> None:
@@ -26,30 +41,101 @@ def register_role(role: str, target: str) -> None:
     if role not in ROLES:
         raise ConfigError(f"plugins: no role named {role!r}; there are {', '.join(ROLES)}")
     ROLES[role] = target
+    _registered.append((role, target.partition(":")[0], _loading[-1] if _loading else None))
 
 
-def load_plugins(modules: Iterable[str], search: str | None = None) -> None:
-    """Import the modules, `search` (a folder) first on the path."""
+def load_plugins(modules: Iterable[str], search: str | None = None) -> dict[str, str]:
+    """Import the modules, `search` (a folder) first on the path, and return the digest of each one's source: what it was
+    when this process imported it, whatever has become of the file since. ConfigError when there is no such module."""
     if search and search not in sys.path:
         sys.path.insert(0, search)
+    found = {}
     for name in modules:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name != name:
-                raise
-            raise ConfigError(f"plugins: no module named {name!r} on the import path") from error
+        if name not in _loaded:
+            digest = source_digest(name)  # first: an edit in between is then noticed by the next process
+            _loading.append(name)
+            try:
+                importlib.import_module(name)
+            finally:
+                _loading.pop()
+            _loaded[name] = digest
+        found[name] = _loaded[name]
+    return found
 
 
-def source_digest(modules: Iterable[str], search: str | None = None) -> str | None:
-    """SHA-256 over the plugins' source files; null without plugins."""
+def loaded_digests(modules: Iterable[str]) -> dict[str, str]:
+    """The digests of those that this process has imported."""
+    return {name: _loaded[name] for name in modules if name in _loaded}
+
+
+def source_digest(name: str) -> str:
+    """SHA-256 over the names and contents of a plugin's files. ConfigError when it has none."""
+    origin = source_place(name)
+    files = sorted(origin.rglob("*.py")) if origin.is_dir() else [origin]
     digest = hashlib.sha256()
-    names = list(modules)
-    for name in names:
-        if search and search not in sys.path:
-            sys.path.insert(0, search)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            raise ConfigError(f"plugins: no module named {name!r} on the import path")
-        digest.update(Path(spec.origin).read_bytes())
-    return digest.hexdigest() if names else None
+    for path in files:
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.relative_to(origin.parent).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def source_place(name: str) -> Path:
+    """Where a plugin lies: a module's file, a package's folder. ConfigError when there is no such module."""
+    try:
+        spec = importlib.util.find_spec(name) if _NAME.fullmatch(name) else None
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise
+        spec = None
+    if spec is not None and spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations)))
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise ConfigError(f"plugins: no module named {name!r} on the import path")
+    return Path(spec.origin)
+
+
+def used_plugins(plugins: Mapping[str, str], *roles: str, config: BaseModel | None = None) -> dict[str, str]:
+    """Which of a run's plugins (name -> digest of its source) a stage uses: those that registered one of these roles, a
+    class in its `config`, or hold a function that this names. A class from a module that belongs to none of them
+    counts for all. Without plugins nothing, and no key has anything of it."""
+    found = {
+        name
+        for role, module, during in _registered
+        for name in plugins
+        if role in roles and (during == name or _within(module, name))
+    }
+    for module, certain in _modules(config) if plugins else ():
+        owners = {name for name in plugins if _within(module, name)}
+        found |= owners if owners or not certain else set(plugins)
+    return {name: plugins[name] for name in sorted(found)}
+
+
+def refuse_changed(recorded: Mapping[str, str], what: str) -> None:
+    """InputError, naming the file, when a plugin that this process has imported is not the recorded one."""
+    for name, digest in recorded.items():
+        if _loaded.get(name, digest) != digest:
+            raise InputError(f"{changed(name)}, and {what} needs it as it was; put the old file back")
+
+
+def changed(name: str) -> str:
+    """That a plugin is not what it was, and where it lies."""
+    return f"the plugin {name!r} ({source_place(name)}) has changed"
+
+
+def _within(module: str, plugin: str) -> bool:
+    return module == plugin or module.startswith(f"{plugin}.")
+
+
+def _modules(value: Any) -> Iterator[tuple[str, bool]]:
+    """Modules of others that a config uses: (name, is it a class that somebody has registered?)."""
+    if isinstance(value, BaseModel):
+        module = type(value).__module__
+        if module.partition(".")[0] not in _OURS:
+            yield module, True
+        if getattr(value, "kind", None) == "function":
+            yield str(getattr(value, "target", "")).partition(":")[0], False
+        for name in type(value).model_fields:
+            yield from _modules(getattr(value, name))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _modules(item)

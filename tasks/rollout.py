@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
 from storage.errors import InputError
-from storage.identity import Identity, derive_seed
+from storage.identity import Identity, derive_seed, omit_at
 from storage.shards import read_parquet
 from storage.store import Artifact, ArtifactSpec, Builder, Store
+from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.rollout_config import RolloutConfig
 from tasks.stage import Context, Work, model_inputs
 from tasks.workers import WorkerDied
@@ -29,6 +31,7 @@ class _RolloutIdentity(Identity):
     config: RolloutConfig
     seed: int
     round: int
+    plugins: dict[str, str] = Field({}, json_schema_extra=omit_at({}))
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,25 @@ class Sample:
     seed: int
 
 
-def rollout_work(config: RolloutConfig, student: Artifact, prompts: Artifact, seed: int, round: int) -> Work:
+def rollout_work(
+    config: RolloutConfig,
+    student: Artifact,
+    prompts: Artifact,
+    seed: int,
+    round: int,
+    plugins: Mapping[str, str] = NO_PLUGINS,
+) -> Work:
     """The rollouts of one round (from 1): `prompts_per_round` prompts of the split train, `num_generations` each.
+    `plugins`: the run's, name -> digest of the source.
 
     Output "rollout": table rollouts; meta: metrics (mean_length and tokens in tokens, clipped_ratio), proofs of the
     engines' weights. Raises InputError when a prompt with its completion exceeds the student's positions."""
     # what a completion depends on: a checkpoint's generation config decides where "eos" ends it
     inputs = model_inputs(student, "student:")
     inputs["prompts"] = prompts.content[f"prompts:{SPLIT}"]
-    spec = ArtifactSpec.of(STAGE, VERSION, _RolloutIdentity(config=config, seed=seed, round=round), inputs)
+    used = used_plugins(plugins, "sampler")
+    identity = _RolloutIdentity(config=config, seed=seed, round=round, plugins=used)
+    spec = ArtifactSpec.of(STAGE, VERSION, identity, inputs)
 
     def build(builders: dict[str, Builder], ctx: Context) -> None:
         _build(builders[STAGE], ctx, config, student, prompts, seed, round)
@@ -101,6 +114,7 @@ def _build(
     if missing and done:
         ctx.say("rollout", f"{done} of {total} samples are there already")
     ctx.progress(done, total, "samples")
+    ctx.begin_shards(builder, TABLE, missing, len(shards), "sampler")
     common = {
         "op": "rollout_shard",
         "store": str(ctx.store.root),
@@ -133,7 +147,7 @@ def _build(
             "weight_proofs": _distinct([result["proof"] for result in results]),
         },
         tables={TABLE: len(shards)},
-        provenance={"numerics": ctx.runtime.numerics()},
+        provenance=builder.made_at(TABLE, len(shards)),
     )
 
 

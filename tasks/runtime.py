@@ -91,24 +91,32 @@ class RuntimeConfig(Runtime):
         if self.device == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-    def numerics(self) -> dict[str, object]:
-        """What bit-identity is promised at equal values of (design: numerics)."""
-        return {
-            "device": self.device,
-            "threads": self.threads,
-            "processes": self.trainer.processes,
-            "micro_batch_tokens": self.trainer.micro_batch_tokens,
-            "scorer_batch_tokens": self.scorer.batch_tokens,
-            "scorer_head_chunk_tokens": self.scorer.head_chunk_tokens,
-            "trainer_head_chunk_tokens": self.trainer.head_chunk_tokens,
-            "activation_checkpointing": self.trainer.activation_checkpointing,
-            "deepspeed": str(self.trainer.deepspeed.name) if self.trainer.deepspeed else None,
-            "deepspeed_config": _read_json(self.trainer.deepspeed),
-            "sampler_max_num_seqs": self.sampler.max_num_seqs,
-            "sampler_tensor_parallel_size": self.sampler.tensor_parallel_size,
-            "sampler_enforce_eager": self.sampler.enforce_eager,
-            "sampler_kv_cache_gib": self.sampler.kv_cache_gib,
-        }
+    def numerics(self, *roles: str) -> dict[str, Any]:
+        """What bit-identity is promised at equal values of (design: numerics): that of the workers of these roles (sampler,
+        scorer, trainer), or of all."""
+        found: dict[str, Any] = {"device": self.device, "threads": self.threads}
+        if not roles or "trainer" in roles:
+            found |= {
+                "processes": self.trainer.processes,
+                "micro_batch_tokens": self.trainer.micro_batch_tokens,
+                "trainer_head_chunk_tokens": self.trainer.head_chunk_tokens,
+                "activation_checkpointing": self.trainer.activation_checkpointing,
+                "deepspeed": str(self.trainer.deepspeed.name) if self.trainer.deepspeed else None,
+                "deepspeed_config": _read_json(self.trainer.deepspeed),
+            }
+        if not roles or "scorer" in roles:
+            found |= {
+                "scorer_batch_tokens": self.scorer.batch_tokens,
+                "scorer_head_chunk_tokens": self.scorer.head_chunk_tokens,
+            }
+        if not roles or "sampler" in roles:
+            found |= {
+                "sampler_max_num_seqs": self.sampler.max_num_seqs,
+                "sampler_tensor_parallel_size": self.sampler.tensor_parallel_size,
+                "sampler_enforce_eager": self.sampler.enforce_eager,
+                "sampler_kv_cache_gib": self.sampler.kv_cache_gib,
+            }
+        return found
 
     def with_numerics(self, recorded: Mapping[str, Any], folder: Path) -> RuntimeConfig:
         """This runtime at numerics that `numerics` recorded; what an old record lacks stays as it is here.

@@ -5,7 +5,7 @@ executor decides whether anything needs to be built at all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from storage.store import Artifact, ArtifactSpec, Builder, Store
@@ -31,6 +31,11 @@ class Context:
         """For the log, and for whoever watches this stage."""
         self.log(f"{stage}: {text}")
         self.tell(text)
+
+    def begin_shards(self, builder: Builder, table: str, missing: Sequence[int], count: int, *roles: str) -> None:
+        """The `missing` ones of `count` shards are made now, by the workers of these roles at this runtime's numerics."""
+        for note in builder.begin_shards(table, self.runtime.numerics(*roles), missing, count):
+            self.say(builder.stage, note)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ plans, finds what is there already, and commits. One pass of the models writes a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import pyarrow as pa
@@ -17,6 +17,7 @@ from storage.schemas import MaskReason
 from storage.shards import read_parquet
 from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.losses.needs import SignalNeed
+from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.stage import Context, Work
 
 VERSIONS = {"sampled": 1, "teacher_topk": 1, "student_topk": 1, "mask": 1}
@@ -72,8 +73,10 @@ def supervise_work(
     needs: Sequence[SignalNeed],
     sampling: Sampling,
     store: Store | None = None,
+    plugins: Mapping[str, str] = NO_PLUGINS,
 ) -> Work:
-    """The signals that an objective needs of one round's rollouts, each an artifact of its own.
+    """The signals that an objective needs of one round's rollouts, each an artifact of its own. `plugins`: the run's, name ->
+    digest of the source.
 
     Outputs "sampled", "teacher_topk", "student_topk", "mask", as needed: one table of the same name each, with the
     shards of the rollouts. With a `store`, a committed list of more candidates serves where fewer are asked for
@@ -82,7 +85,7 @@ def supervise_work(
     for a list without k."""
     made = tuple({need.name: need for need in needs}.values())
     how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    context = _Inputs(config, rollouts, student, teacher, prompts, how)
+    context = _Inputs(config, rollouts, student, teacher, prompts, how, used_plugins(plugins, "scorer"))
     outputs: dict[str, ArtifactSpec] = {need.name: context.spec(need.name, need.k) for need in made}
     shared: dict[str, str] = {}
     for need in made:
@@ -122,16 +125,17 @@ class _Inputs:
         teacher: Artifact,
         prompts: Artifact,
         sampling: dict[str, Any],
+        plugins: dict[str, str],
     ) -> None:
         self.config, self.rollouts, self.student, self.teacher = config, rollouts, student, teacher
-        self.prompts, self.sampling = prompts, sampling
+        self.prompts, self.sampling, self.plugins = prompts, sampling, plugins
 
     def spec(self, name: str, k: int | None = None) -> ArtifactSpec:
         """Each signal's key holds only what it depends on: the teacher's list not the student's weights, nothing but
         the mask the policy about special tokens. Marks of invalid values make the mask depend on both models."""
         if (k is None) == (name in TOPK):
             raise ConfigError(f"objective: the signal {name!r} {'needs' if name in TOPK else 'takes no'} k")
-        identity: dict[str, Any] = {"dtype": self.config.dtype}
+        identity: dict[str, Any] = {"dtype": self.config.dtype} | ({"plugins": self.plugins} if self.plugins else {})
         inputs = {"rollouts": self.rollouts.content["rollouts"], "prompts": self.prompts.content[f"prompts:{SPLIT}"]}
         # the student's config alone matters to the teacher's list: no candidate lies past the student's vocabulary
         models = [("teacher", self.teacher, "weights"), ("teacher", self.teacher, "architecture")]
@@ -196,6 +200,8 @@ def _build(builders: dict[str, Builder], ctx: Context, inputs: _Inputs) -> None:
         ctx.say("supervise", f"{done} of {total} samples are scored already")
     ctx.progress(done, total, "samples")
     _require_space(ctx, rollouts, builders, k)
+    for name, builder in sorted(builders.items()):
+        ctx.begin_shards(builder, name, sorted(missing[name]), len(shards), "scorer")
     common = _common_job(ctx, inputs, builders) if wanted else {}
     jobs = []
     for shard in wanted:
@@ -215,15 +221,13 @@ def _build(builders: dict[str, Builder], ctx: Context, inputs: _Inputs) -> None:
     if outside := sum(result["outside_nucleus"] for result in results):
         ctx.log(f"supervise: {outside} sampled tokens lie just outside the set sampled from, by the scorer's rounding")
     ctx.progress(total, total, "samples")
-    runtime = ctx.runtime.scorer
-    numerics = ctx.runtime.numerics() | runtime.model_dump(include={"batch_tokens", "head_chunk_tokens"})
     for name, builder in sorted(builders.items()):
         meta = {} if builder.repairing else _meta(name, builder, store, rollouts, len(shards))
         if meta.get("reasons", {}).get("invalid_value"):
             ctx.log(
                 f"warning: {meta['reasons']['invalid_value']} tokens have invalid values; they are masked (reason 16)"
             )
-        builder.commit(meta=meta, tables={name: len(shards)}, provenance={"numerics": numerics})
+        builder.commit(meta=meta, tables={name: len(shards)}, provenance=builder.made_at(name, len(shards)))
 
 
 def _common_job(ctx: Context, inputs: _Inputs, builders: dict[str, Builder]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from storage.errors import InputError
 from storage.store import Artifact, ArtifactSpec, Builder
 from tasks.losses.config import AnyObjective
+from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.stage import Context, Work, model_inputs
 from tasks.trainer.config import TrainConfig
 from tasks.trainer.dispatch import place, run_and_commit
@@ -26,10 +27,12 @@ def train_work(
     signals: Mapping[str, Artifact],
     seed: int,
     round: int,
+    plugins: Mapping[str, str] = NO_PLUGINS,
 ) -> Work:
     """Work with the outputs `student` (tree model), `trainer_state` (tree state) and `train` (table training_steps).
 
     Steps, learning rate and moments go on from `state`; without one they start at step 0 from the student's weights.
+    `plugins`: the run's, name -> digest of the source.
     Raises InputError when the state belongs to another student, or a signal that the objective needs is not given."""
     needed = {need.name: need for need in objective.needs().signals}
     missing = sorted(set(needed) - set(signals))
@@ -48,7 +51,9 @@ def train_work(
     inputs |= {f"signal:{name}": artifact.content[name] for name, artifact in used.items()}
     if state is not None:
         inputs["state"] = state.content["state"]
-    identity = {"config": config, "objective": objective, "seed": seed, "round": round}
+    identity: dict[str, Any] = {"config": config, "objective": objective, "seed": seed, "round": round}
+    if brought := used_plugins(plugins, "trainer", config=objective):
+        identity["plugins"] = brought
     outputs = {name: ArtifactSpec.of(name, VERSION, identity, inputs) for name in ("student", "trainer_state", "train")}
 
     def build(builders: dict[str, Builder], context: Context) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from storage.errors import InputError
 from storage.store import Artifact, ArtifactSpec, Builder
 from tasks.losses.config import SftConfig
+from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.stage import Context, Work, model_inputs
 from tasks.trainer.config import WarmupConfig
 from tasks.trainer.dispatch import place, run_and_commit
@@ -16,10 +18,16 @@ __all__ = ["VERSION", "WarmupConfig", "warmup_work"]
 VERSION = 1
 
 
-def warmup_work(config: WarmupConfig, model: Artifact, prompts: Artifact, seed: int) -> Work:
+def warmup_work(
+    config: WarmupConfig,
+    model: Artifact,
+    prompts: Artifact,
+    seed: int,
+    plugins: Mapping[str, str] = NO_PLUGINS,
+) -> Work:
     """Work with the outputs `student` (tree model; the teacher's warm-up makes one too) and `warmup` (training_steps).
 
-    Raises InputError when there are no prompts of the split `warmup`."""
+    `plugins`: the run's, name -> digest of the source. Raises InputError when there are no prompts of the split `warmup`."""
     if "prompts:warmup" not in prompts.content:
         raise InputError("warmup: there are no prompts of split warmup; give prompts.warmup rows with a `completion`")
     objective = SftConfig()
@@ -27,7 +35,9 @@ def warmup_work(config: WarmupConfig, model: Artifact, prompts: Artifact, seed: 
         **model_inputs(model),
         "prompts": prompts.content["prompts:warmup"],
     }
-    identity = {"config": config, "objective": objective, "seed": seed}
+    identity: dict[str, Any] = {"config": config, "objective": objective, "seed": seed}
+    if brought := used_plugins(plugins, "trainer"):
+        identity["plugins"] = brought
     outputs = {name: ArtifactSpec.of(name, VERSION, identity, inputs) for name in ("student", "warmup")}
 
     def build(builders: dict[str, Builder], context: Context) -> None:

@@ -24,7 +24,7 @@ from storage.errors import OpdError
 from storage.files import explain_full_disk
 from storage.redact import redact, redact_output
 from tasks.figures import Figures
-from tasks.plugins import ROLES, load_plugins
+from tasks.plugins import ROLES, load_plugins, refuse_changed
 
 PROGRESS_INTERVAL = 0.2
 """Seconds between two progress messages at least."""
@@ -75,6 +75,7 @@ def main(role: str) -> None:
     channel = Channel(os.environ["OPD_WORKER_SOCKET"])
     try:
         load_plugins(settings.get("plugins", ()), settings.get("plugin_path"))
+        refuse_changed(settings.get("plugin_sources", {}), "what this run has begun")
         module, _, name = ROLES[role].partition(":")
         handler: Handler = getattr(importlib.import_module(module), name)(settings)
     except BaseException as error:

@@ -19,6 +19,7 @@ from typing import Any
 import storage.errors
 from storage.files import remove_leftovers
 from tasks.figures import JobsProgress, Progress, silent
+from tasks.plugins import loaded_digests
 from tasks.runtime import RuntimeConfig
 from tasks.worker import Worker, WorkerDied, WorkerFailed, temporary_folders
 
@@ -191,6 +192,7 @@ class WorkerPool:
             "device": self.runtime.device,
             "threads": self.runtime.threads,
             "plugins": list(self.plugins),
+            "plugin_sources": loaded_digests(self.plugins),
             "plugin_path": self.plugin_path,
         }
 

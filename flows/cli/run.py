@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows.cli.errors import with_way_on
 from flows.cli.options import DEFAULT_ROOT, Json, Root, console, example, opd_command
 from storage.errors import ConfigError, InputError, OpdError
 from storage.runs import Run
@@ -196,10 +197,7 @@ def _go(experiment: Experiment, name: str, root: Path, rounds: int | None, no_pr
             raise typer.Exit(130) from None
         except OpdError as error:
             stack.close()
-            if error.exit_code == 1:
-                error.args = (
-                    f"{error}\nwhat was committed stays; once the cause is gone: {opd_command(root, 'resume', name)}",
-                )
+            error.args = (with_way_on(error, name, root), *error.args[1:])
             raise
     if as_json:
         print(json.dumps(_with_built(status_json(state, root), built), indent=2))

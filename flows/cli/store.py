@@ -169,7 +169,9 @@ def replay(
     It runs in a scratch store, with the threads, ranks, DeepSpeed settings and micro-batches that were recorded. The
     store must still have what the stage reads: for train the round's rollouts and signals and the round before's
     student and trainer_state. Compared are all files, and every column but wall seconds.
-    Exit codes: 0 identical, 1 it differs (or something needed is evicted or damaged), 2 no such run or round."""
+    What was begun with some settings and finished with others cannot be replayed; which shards have which is said.
+    Exit codes: 0 identical, 1 it differs, or cannot be replayed (or something needed is evicted or damaged), 2 no such
+    run or round."""
     from flows.replay import replay_round
 
     tell = (lambda line: None) if json_ else (lambda line: err.print(line, soft_wrap=True))
@@ -181,12 +183,19 @@ def replay(
         table = Table("stage", "artifact", "", "seconds")
         for result in results:
             says = "[green]identical[/]" if not result.differences else "[red]differs[/]"
+            says = "[yellow]cannot be replayed[/]" if result.unrepeatable else says
             table.add_row(result.stage, result.artifact, says, f"{result.seconds:.1f}")
         out.print(table)
-    different = [result for result in results if result.differences]
-    if different:
-        lines = [f"{result.artifact}: {line}" for result in different for line in result.differences]
-        raise OpdError(f"round {round} of {name!r} was not reproduced:\n" + "\n".join(lines))
+    problems = [f"{result.artifact}: {line}" for result in results for line in result.differences]
+    if problems:
+        problems.insert(0, f"round {round} of {name!r} was not reproduced:")
+    if mixed := [f"{result.artifact}: {result.unrepeatable}" for result in results if result.unrepeatable]:
+        problems += [
+            f"round {round} of {name!r} cannot be replayed, since not all was made with the same settings:",
+            *mixed,
+        ]
+    if problems:
+        raise OpdError("\n".join(problems))
     if not json_:
         out.print(f"round {round} of {name!r} replays bit for bit")
 

@@ -37,6 +37,7 @@ VALUES: dict[tuple[str, str], Any] = {
     ("WarmupConfig", "lora"): {},
     ("LoraSettings", "target_modules"): ["q_proj"],
     ("ModelConfig", "warmup"): {"steps": 1, "lr": 1e-3},
+    ("Experiment", "plugin_sources"): {"brings_nothing": "0" * 64},
 }
 """Another value of a field whose type alone does not tell one: (model, field) -> value. A new field whose test fails
 for want of a valid value is added here."""

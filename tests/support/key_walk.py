@@ -41,10 +41,23 @@ DEPENDS: dict[str, set[str]] = {
     "objective": {"train"},
     "train": {"train"},
     "evaluate": {"evaluate"},
-    "plugins": set(),  # their sources enter no key yet (tasks/plugins.py)
+    "plugins": set(),  # a name alone: what it brings is in the fields that use it, and in its source
+    "plugin_sources": set(),  # of a plugin that brings nothing; of others see PLUGGED
     "fork": set(),  # decides which experiment governs a round, not what a stage makes of it
 }
 """Longest matching field -> stages (of supervise: its signals) whose own key must change, and no other's."""
+
+PLUGGED: dict[str, set[str]] = {
+    "sampler": {"rollout", "evaluate"},
+    "scorer": SIGNALS | {"evaluate"},
+    "trainer": {"train", "warmup"},
+    "divergence": {"train"},
+    "trust_region": {"train"},
+    "token_weight": {"train"},
+    "verifier": {"evaluate"},
+    "nothing": set(),
+}
+"""What a plugin brings -> stages whose own key must change with its source, and no other's."""
 
 
 class Keys:

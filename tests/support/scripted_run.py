@@ -39,6 +39,8 @@ PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
 WITHOUT_PANDAS = Path(__file__).resolve().parent / "without_pandas"
 NAME = "trial"
 MARK = "OPD_FAULT_TRIAL"
+OWN_PLUGINS = "OPD_FAULT_PLUGINS"
+"""Environment variable: a folder of plugins of a trial's own."""
 ROUNDS = 2
 ROWS = 264
 
@@ -111,9 +113,10 @@ def prepare_root(root: Path) -> Path:
 
 
 def find_engines() -> None:
-    """Makes the plugin importable in this process and its workers."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (WITHOUT_PANDAS, PLUGINS)))
-    sys.path.insert(0, str(PLUGINS))
+    """Makes the plugin importable in this process and its workers, and what lies in the trial's own folder of plugins."""
+    places = [str(PLUGINS), *filter(None, [os.environ.get(OWN_PLUGINS)])]
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(WITHOUT_PANDAS), *places])
+    sys.path[:0] = places
 
 
 def _main(root: str, rounds: int, environment: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import pytest
@@ -136,3 +137,43 @@ def test_a_damaged_shard_alone_is_sampled_again(tmp_path, pool):
     after = stage.build(pool)
     assert stage.done() == [1]
     assert after.content == before.content and after.meta == before.meta
+
+
+def test_shards_made_with_other_settings_are_kept_and_the_manifest_says_which(tmp_path, pool):
+    """As after an engine ran out of memory: the next start has a smaller `max_num_seqs`."""
+    stage = Stage(tmp_path)
+    (stage.store.root / "die-before-shard").write_text("2")
+    with pytest.raises(WorkerDied):
+        stage.build(pool)
+    (stage.store.root / "die-before-shard").unlink()
+    stage.done()
+    smaller = RuntimeConfig(device="cpu", threads=1, retries=0, sampler=SamplerRuntime(max_num_seqs=8))
+    with WorkerPool(smaller, tmp_path / "logs", ("scripted_sampler",), str(PLUGINS)) as other:
+        artifact = stage.build(other)
+    assert stage.done() == [2]
+    assert any(
+        "2 of 3 shards were made with other settings (sampler_max_num_seqs 256, 8)" in line for line in stage.said
+    )
+    assert "numerics" not in artifact.provenance
+    first, second = artifact.provenance["numerics_by_shard"]
+    assert (first["shards"], second["shards"]) == ([0, 1], [2])
+    assert (first["numerics"], second["numerics"]) == (pool.runtime.numerics("sampler"), smaller.numerics("sampler"))
+    assert not list((stage.store.root / "artifacts" / "rollout" / stage.spec.key).glob("*made-at*"))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_finished_samples_of_a_shard_count_only_at_equal_settings(tmp_path, pool, same):
+    stage = Stage(tmp_path)
+    seeds = [sample.seed for sample in stage.shards[2]]
+    (stage.store.root / "fault").write_text(json.dumps({"kind": "kill", "seed": seeds[-1], "times": 1}))
+    with pytest.raises(WorkerDied):
+        stage.build(pool)
+    stage.noted("asked")
+    runtime = pool.runtime.model_copy(update={"threads": 1 if same else 2})
+    with WorkerPool(runtime, tmp_path / "logs", ("scripted_sampler",), str(PLUGINS)) as other:
+        artifact = stage.build(other)
+    asked, warned = stage.noted("asked"), [line for line in stage.said if "finished samples" in line]
+    assert (seeds[0] in asked) == (not same) and bool(warned) == (not same)
+    if not same:
+        assert "1 finished samples of unfinished shards were made with other settings (threads 1, 2)" in warned[0]
+        assert {2} <= set(artifact.provenance["numerics_by_shard"][-1]["shards"])

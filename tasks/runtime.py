@@ -125,7 +125,7 @@ class RuntimeConfig(Runtime):
         is not the one of this runtime."""
         data = self.model_dump()
         for name, path in _FIELDS.items():
-            if name in recorded:
+            if name in recorded and name != "deepspeed_config":
                 place = data
                 for part in path[:-1]:
                     place = place[part]
@@ -147,13 +147,10 @@ class RuntimeConfig(Runtime):
     def training_differs(self, recorded: Mapping[str, Any]) -> list[str]:
         """Settings whose value decides the bits of a training and is not the one in `recorded` (some `numerics`), each
         with both; what an old record lacks is not compared."""
-        fields = {name: path for name, path in _FIELDS.items() if not name.startswith(("sampler_", "scorer_"))}
-        fields["deepspeed_config"] = ("trainer", "deepspeed")
-        now = self.numerics()
         return [
-            f"{'.'.join(('runtime', *path))} {json.dumps(recorded[name])}, now {json.dumps(now[name])}"
-            for name, path in fields.items()
-            if name in recorded and recorded[name] != now[name]
+            f"runtime.{'.'.join(_FIELDS[name])} {json.dumps(recorded[name])}, now {json.dumps(value)}"
+            for name, value in self.numerics("trainer").items()
+            if name in recorded and name in _FIELDS and recorded[name] != value
         ]
 
 
@@ -164,6 +161,7 @@ _FIELDS = {
     "micro_batch_tokens": ("trainer", "micro_batch_tokens"),
     "trainer_head_chunk_tokens": ("trainer", "head_chunk_tokens"),
     "activation_checkpointing": ("trainer", "activation_checkpointing"),
+    "deepspeed_config": ("trainer", "deepspeed"),
     "scorer_batch_tokens": ("scorer", "batch_tokens"),
     "scorer_head_chunk_tokens": ("scorer", "head_chunk_tokens"),
     "sampler_max_num_seqs": ("sampler", "max_num_seqs"),
@@ -171,7 +169,7 @@ _FIELDS = {
     "sampler_enforce_eager": ("sampler", "enforce_eager"),
     "sampler_kv_cache_gib": ("sampler", "kv_cache_gib"),
 }
-"""Recorded numerics -> the fields that they came from; DeepSpeed's file apart."""
+"""Recorded numerics -> the fields that they came from."""
 
 
 def _read_json(path: Path | None) -> Any:

@@ -49,7 +49,7 @@ def run_and_commit(
         _require_same_numerics(job, earlier, list(builders), context)
     _require_space(job, "trainer_state" in builders, context)
     order = sorted(builders, key=lambda name: name != "student")  # the others name the student that they belong to
-    numerics = context.runtime.numerics()
+    numerics = context.runtime.numerics("trainer")
     last = builders[order[-1]].checkpoints(numerics)  # committed last, so that its checkpoints last as long as needed
     checkpoints = {"folder": str(last.folder), "settings": last.settings}
 

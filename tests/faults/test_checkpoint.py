@@ -156,7 +156,7 @@ def test_other_numerics_begin_anew_and_say_so(bench: Bench, monkeypatch: pytest.
     with pytest.raises(OpdError, match="a failpoint"):
         bench.train("float32", bench.warm[1], "other", failpoints="train.after_step=raise:OpdError@5")
     (newest, *_) = reversed(bench.checkpoints())
-    monkeypatch.setattr("tasks.runtime.RuntimeConfig.numerics", lambda self: {"threads": 7})
+    monkeypatch.setattr("tasks.runtime.RuntimeConfig.numerics", lambda self, *roles: {"threads": 7})
     made = bench.train("float32", bench.warm[1], "other")
     assert resumed_after(made) == 0
     assert any("step 4 was made with other settings" in line and "threads 2, now 7" in line for line in made.said)

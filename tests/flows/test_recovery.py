@@ -13,7 +13,7 @@ import scripted_run
 from scripted_run import NAME, Trial, prepare_root
 from small_store import flip
 
-from flows.experiment import load_experiment
+from flows.experiment import load_experiment, with_plugins
 from flows.progress import SilentReporter
 from flows.recovery import rebuilt_state
 from flows.runner import fork_experiment, open_run, resume_experiment, run_experiment
@@ -138,12 +138,12 @@ def test_a_lost_state_is_made_again_as_it_was(root: Path) -> None:
 
 def test_a_made_up_state_knows_what_is_begun_and_what_lies_past_the_config(root: Path) -> None:
     """Else a collection could take the checkpoints of an unfinished round, or rounds made with --rounds."""
-    store, e = Store(root), scripted_run.experiment()
+    store, e = Store(root), with_plugins(scripted_run.experiment())
     state = Run.open(root, NAME).state
     train = state.rounds[2].stages["train"].artifacts
     for stage in ("student", "trainer_state", "train"):
         (root / "artifacts" / stage / train[stage] / "manifest.json").unlink()
-    found = rebuilt_state(NAME, scripted_run.experiment(1), store)
+    found = rebuilt_state(NAME, with_plugins(scripted_run.experiment(1)), store)
     assert [r.round for r in found.rounds] == [0, 1, 2]
     assert found.rounds[1].student_sha256 == state.rounds[1].student_sha256 and found.rounds[2].student_sha256 is None
     assert found.rounds[2].stages["train"].artifacts == train and found.rounds[2].stages["train"].state == "pending"

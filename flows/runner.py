@@ -99,7 +99,8 @@ def run_experiment(
                     distill(experiment, maker, goal)
         except BaseException as error:
             state.status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-            run.save(state)
+            with suppress(OpdError, OSError):  # on a full disk, say: the first error is what there is to say
+                run.save(state)
             raise
         state.status = "finished" if rounds_done(state) >= experiment.policy.rounds else "stopped"
         run.save(state)
@@ -114,7 +115,7 @@ def leaving_nothing(store: Store) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        with suppress(OpdError, OSError):  # the first error is what there is to say
+        with suppress(OpdError, OSError):
             store.remove_leftovers(mine=isinstance(error, KeyboardInterrupt))
         raise
 

@@ -222,9 +222,9 @@ def remove(path: Path) -> bool:
 
 
 def seal(content: dict[str, Any]) -> bytes:
-    """JSON that carries the sha256 of its own content, so that a flipped bit in it is noticed."""
+    """JSON that carries the sha256 of its own content, so that a flipped bit in it is noticed. Keeps the order of keys."""
     checksum = hashlib.sha256(canonical_json(content).encode("ascii")).hexdigest()
-    return json.dumps({**content, "checksum": checksum}, indent=1, sort_keys=True, allow_nan=False).encode()
+    return json.dumps({**content, "checksum": checksum}, indent=1, allow_nan=False).encode()
 
 
 def unreadable(error: OSError) -> str:

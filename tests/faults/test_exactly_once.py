@@ -9,14 +9,13 @@ from collections import Counter
 from pathlib import Path
 
 import in_process
-import pyarrow.parquet as pq
 import pytest
 from fault_trials import Trials, both_forms
 from scripted_run import NAME, ROUNDS, Trial, prepare_root
 
 from storage.runs import Run
 from storage.shards import SIDECAR, ShardWriter
-from storage.store import Store
+from storage.store import ArtifactSpec, Store
 
 TABLES = {"rollout": "rollouts", "mask": "mask", "teacher_topk": "teacher_topk"}
 
@@ -49,8 +48,13 @@ def keys(root: Path, table: str) -> dict[int, Counter[str]]:
 def check(root: Path, expected: dict) -> None:
     result = Trial(root.parent, root.parent / "none").result()
     assert result == expected
-    planned = Counter((number, sample) for number, batch in result["used"] for sample in batch)
-    assert set(planned.values()) == {1}
+    count_keys(root, result["used"])
+
+
+def count_keys(root: Path, used: list) -> None:
+    """Each sample is trained on once, and stands once in every table that its round reads; no other does."""
+    planned = Counter((number, sample) for number, batch in used for sample in batch)
+    assert set(planned.values()) == {1}, "trained on"
     for table in TABLES.values():
         found = keys(root, table)
         assert set(found) == set(range(1, ROUNDS + 1))
@@ -127,15 +131,49 @@ def test_batches_that_are_served_twice_count_once(
     trials(3, "batches served twice", map(str, range(count)), attempt)
 
 
-def test_a_key_that_is_there_twice_would_be_seen(start: Path, expected: dict, tmp_path: Path) -> None:
-    """The check fails when a sample is doubled behind the store's back."""
+def put_in_its_place(root: Path, table: str, number: int, rows: list[int]) -> None:
+    """The round's artifact with this table is replaced by one of these rows, which the store wrote itself."""
+    store, run = Store(root), Run.open(root, NAME)
+    stage = next(name for name, its in TABLES.items() if its == table)
+    state = run.state
+    (place,) = [each.artifacts for each in state.rounds[number].stages.values() if stage in each.artifacts]
+    old = store.get(stage, place[stage])
+    assert old is not None
+    with store.building(ArtifactSpec.of(stage, old.version, {"round": number, "rows": rows}, {})) as builder:
+        builder.write_shard(table, 0, store.read_table(old, table).take(rows))
+        new = builder.commit(tables={table: 1})
+    place[stage] = new.key
+    with run.lock():
+        run.save(state)
+    assert store.verify(new, move=False) == []
+
+
+@pytest.mark.parametrize("table", TABLES.values())
+@pytest.mark.parametrize(
+    "rows", [[0, *range(8)], [0, 0, *range(2, 8)], [*range(7)]], ids=["twice", "instead", "missing"]
+)
+def test_a_key_that_is_not_there_once_would_be_seen(
+    start: Path, expected: dict, tmp_path: Path, table: str, rows: list[int]
+) -> None:
+    """All digests are right, and the count fails."""
     root = tmp_path / "store"
     shutil.copytree(start, root)
     in_process.run(root)
     check(root, expected)
-    (artifact, *_) = Store(root).list("rollout")
-    path = next((root / "artifacts" / "rollout" / artifact.key).glob("*-00000-*.parquet"))
-    table = pq.read_table(path)
-    pq.write_table(table.take([0, 0, *range(2, table.num_rows)]), path)
-    with pytest.raises(AssertionError):
-        check(root, expected)
+    for number in range(1, ROUNDS + 1):
+        put_in_its_place(root, table, number, [*range(8)])
+    count_keys(root, expected["used"])
+    put_in_its_place(root, table, ROUNDS, rows)
+    with pytest.raises(AssertionError, match=rf"^{table}\n"):
+        count_keys(root, expected["used"])
+
+
+def test_a_sample_that_is_trained_on_twice_would_be_seen(start: Path, expected: dict, tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    shutil.copytree(start, root)
+    in_process.run(root)
+    count_keys(root, expected["used"])
+    (number, batch), *rest = expected["used"]
+    for used in ([(number, [*batch, batch[0]]), *rest], [*expected["used"], (number, batch)]):
+        with pytest.raises(AssertionError, match=r"^trained on\n"):
+            count_keys(root, used)

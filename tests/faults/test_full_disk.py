@@ -9,6 +9,7 @@ import random
 import shutil
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,107 +18,137 @@ import in_process
 import pytest
 import small_disk
 from fault_trials import Trials, both_forms
-from scripted_run import NAME, PLUGINS, ROUNDS, Trial, experiment, find_engines
+from full_disk import FREED, SERVER, START, fill, measure
+from prefect_faults import ReportedRun
+from scripted_run import NAME, PLUGINS, ROUNDS, Trial, experiment
+from stopping import PATIENCE
 
 from flows.runner import bytes_per_round, refuse_full_disk
 from storage.errors import NotEnoughSpace
-from storage.runs import Run
 from storage.store import Store
 from tasks.models import CheckpointModel
 
-LARGE = 1 << 30
+ROUND = ("rollout", "supervise", "train", "evaluate")
+STAGES = ("0 evaluate", *(f"{number} {stage}" for number in range(1, ROUNDS + 1) for stage in ROUND))
+"""All that write: the models and prompts are there."""
+SHARES = (0, 20, 40, 60, 80, 95)
+FIRST = ("1 train at 60 %", "2 supervise at 40 %")
+FULL = [
+    *FIRST,
+    *(name for stage in (START, *STAGES) for share in SHARES if (name := f"{stage} at {share} %") not in FIRST),
+    *(f"{number} train, refused by its estimate" for number in range(1, ROUNDS + 1)),
+]
 
 
 class Undisturbed:
     def __init__(self, template: Path, folder: Path) -> None:
         self.template = template
-        trial = Trial.of(template, folder)
+        trial = Trial.of(template, folder / "run")
         assert trial.run(log=True) == 0, trial.output
         self.result, self.hits = trial.result(), Counter(trial.hits())
         trial.temporary.rmdir()
-        self.growth = pages(trial.root) - pages(template)
-
-
-def pages(root: Path) -> int:
-    sizes = [path.stat().st_size for path in root.rglob("*") if path.is_file()]
-    return sum(-(-size // small_disk.PAGE) * small_disk.PAGE for size in sizes)
+        self.mounted, self.growth = small_disk.possible(folder / "probe"), dict[str, int]()
+        if self.mounted:
+            output = folder / "output"
+            assert forked.exit_code(forked.start(measure, template, folder, output=output)) == 0, output.read_text()
+            self.growth = json.loads((folder / "growth.json").read_text())
+            assert [stage for stage, pages in self.growth.items() if pages > 0] == [START, *STAGES]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    return Undisturbed(template, tmp_path_factory.mktemp("roomy") / "run")
+    return Undisturbed(template, tmp_path_factory.mktemp("roomy"))
 
 
-def fill(template: Path, folder: Path, free: int) -> None:
-    """In a process of its own: a run on a disk with so many bytes free; then with enough. Writes down what happened."""
-    disk = folder / "disk"
-    small_disk.mount(disk, LARGE)
-    root = disk / "store"
-    shutil.copytree(template, root)
-    small_disk.resize(disk, small_disk.used(disk) + free)
-    find_engines()
-    said: dict[str, Any] = {"error": None}
-    try:
-        go(root)
-    except NotEnoughSpace as error:
-        said["error"] = str(error)
-    store = Store(root) if said["error"] is None else roomy(disk, root)
-    said["damaged"] = [problem for artifact in store.list() for problem in store.verify(artifact, move=False)]
-    said["committed"] = {f"{a.stage}/{a.key}": a.content for a in store.list()}
-    said["stage"] = stage_of(root)
-    go(root)
-    said["result"] = Trial(disk, folder / "none").result()
-    said["leftovers"] = [str(path) for path in root.rglob(".tmp-*")]
-    (folder / "said.json").write_text(json.dumps(said))
+def moment(name: str, growth: dict[str, int]) -> dict[str, Any]:
+    """When the trial's disk fills up: the stage that it is named for has so much of what it needs. A training would be
+    refused by its estimate, which is larger: another program takes the space just after it was found to do."""
+    if name.endswith("estimate"):
+        stage = name.partition(",")[0]
+        return {"full": stage, "share": 0.6, "growth": growth[stage]}
+    stage, _, percent = name.partition(" at ")
+    share = int(percent.removesuffix(" %")) / 100
+    return {"full": stage, "share": share, "growth": growth[stage], "late": stage.endswith("train")}
 
 
-def roomy(disk: Path, root: Path) -> Store:
-    small_disk.resize(disk, LARGE)
-    return Store(root)
+def stopped_and_resumed(undisturbed: Undisturbed, folder: Path, where: dict[str, Any], **more: Any) -> str:
+    """The stage that met the full disk stopped cleanly; what was committed is kept, and the end is the undisturbed one.
+    Returns what was said."""
+    folder.mkdir()
+    process = forked.start(partial(fill, **more), undisturbed.template, folder, where, output=folder / "output")
+    code = forked.exit_code(process)
+    output = (folder / "output").read_text()
+    assert code == 0, f"{where}: exit {code}\n{output}"
+    said = json.loads((folder / "said.json").read_text())
+    assert said["error"] is not None, f"{where} was enough"
+    check_error(said["error"] + output)
+    assert said["damaged"] == []
+    contents = undisturbed.result["contents"]
+    assert all(contents[key] == content for key, content in said["committed"].items())
+    assert said["result"] == json.loads(json.dumps(undisturbed.result))
+    assert (said["leftovers"], said["processes"]) == ([], [])
+    assert "warning" not in output.partition(FREED)[2], output  # Prefect has a record again
+    if where["full"] in undisturbed.growth:
+        assert said["stage"] == where["full"]
+    shutil.rmtree(folder)
+    return f"{said['error']}\n{output}"
 
 
-def go(root: Path) -> None:
-    from flows.runner import run_experiment
-
-    run_experiment(experiment(), name=NAME, root=root, prefect=False)
-
-
-def stage_of(root: Path) -> str:
-    """The first stage that is not done."""
-    runs = Run.list(root)
-    for entry in runs[0].state.rounds if runs else []:
-        for label, state in entry.stages.items():
-            if state.state not in ("done", "cached"):
-                return f"{entry.round} {label}"
-    return "between stages"
-
-
-@both_forms(short=2, full=60)
+@both_forms(short=2, full=len(FULL))
 def test_a_disk_that_fills_up(undisturbed: Undisturbed, trials: Trials, tmp_path: Path, count: int) -> None:
-    mounted = small_disk.possible(tmp_path / "probe")
-
     def attempt(name: str) -> None:
-        folder = tmp_path / name
-        folder.mkdir()
-        # from the first to the last byte of what the run writes, so that every stage meets it
-        free = round(undisturbed.growth * (int(name) + 0.5) / count * 0.95)
-        code = forked.exit_code(forked.start(fill, undisturbed.template, folder, free, output=folder / "output"))
-        assert code == 0, f"{free} bytes free: exit {code}\n{(folder / 'output').read_text()}"
-        said = json.loads((folder / "said.json").read_text())
-        assert said["error"] is not None, f"{free} of {undisturbed.growth} bytes were enough"
-        check_error(said["error"])
-        assert said["damaged"] == []
-        contents = undisturbed.result["contents"]
-        assert all(contents[key] == content for key, content in said["committed"].items())
-        assert said["result"] == json.loads(json.dumps(undisturbed.result))
-        assert said["leftovers"] == []
-        shutil.rmtree(folder)
+        said = stopped_and_resumed(undisturbed, tmp_path / name, moment(name, undisturbed.growth))
+        assert ("needed for train" in said) == name.endswith("estimate"), said
 
     def without_mount(name: str) -> None:
         full_at(undisturbed, tmp_path / name, name)
 
-    how = "a tmpfs fills up at every stage" if mounted else "ENOSPC at failpoints (no tmpfs may be mounted here)"
-    trials(11, how, map(str, range(count)), attempt if mounted else without_mount, parallel=2)
+    mounted = undisturbed.mounted
+    how = "a tmpfs fills up in every stage" if mounted else "ENOSPC at failpoints (no tmpfs may be mounted here)"
+    trials(11, how, FULL[:count], attempt if mounted else without_mount, parallel=2)
+
+
+WITH_PREFECT = [
+    "1 train at 60 %",
+    "0 evaluate at 0 %",
+    "1 rollout at 40 %",
+    "2 supervise at 80 %",
+    "2 evaluate at 20 %",
+]
+
+
+@pytest.fixture(scope="module")
+def prefects_folder(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefect's database as it is after a run: beginning one takes long."""
+    run = ReportedRun.of(template, tmp_path_factory.mktemp("reported") / "run")
+    run.write(None)
+    process = run.begin(prefect=True)
+    process.join(PATIENCE)
+    assert run.ended(process) == 0 and run.warnings() == [], run.output
+    run.temporary.rmdir()
+    return run.home
+
+
+@both_forms(short=1, full=len(WITH_PREFECT) + 1)
+def test_prefects_database_is_on_the_disk_that_fills_up(
+    undisturbed: Undisturbed, trials: Trials, tmp_path: Path, count: int, prefects_folder: Path
+) -> None:
+    """As every run without `--no-prefect` has it: the store's own server, with its database beside the artifacts."""
+
+    def attempt(name: str) -> None:
+        if name == SERVER:  # it cannot make its database; the run goes on without it, to the next stage
+            said = stopped_and_resumed(undisturbed, tmp_path / name, {"full": SERVER}, prefect=True)
+            assert "running without Prefect" in said, said
+        else:
+            where = moment(name, undisturbed.growth)
+            stopped_and_resumed(undisturbed, tmp_path / name, where, prefect=True, home=prefects_folder)
+
+    def without_mount(name: str) -> None:
+        full_at(undisturbed, tmp_path / name, f"Prefect {name}")
+
+    names = [*WITH_PREFECT, SERVER][:count]
+    how = "the same with Prefect's database on it" if undisturbed.mounted else "ENOSPC at failpoints, more of them"
+    trials(11, how, names, attempt if undisturbed.mounted else without_mount)
 
 
 @both_forms(short=1, full=60)

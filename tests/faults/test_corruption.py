@@ -20,6 +20,7 @@ import scripted_run
 from fault_trials import Trials, both_forms
 from scripted_run import NAME, Trial, prepare_root
 
+from flows.experiment import with_plugins
 from flows.runner import open_run, resume_experiment
 from storage.artifact import MANIFEST, load_manifest
 from storage.catalog import Catalog
@@ -227,7 +228,7 @@ def test_damage_to_a_runs_own_files_is_noticed(
             with pytest.raises(CorruptArtifact, match=f"{record}.*opd run CONFIG --name {NAME}"):
                 resume_experiment(NAME, root, [])
         else:
-            assert resume_experiment(NAME, root, []) == scripted_run.experiment()
+            assert resume_experiment(NAME, root, []) == with_plugins(scripted_run.experiment())
         before = inodes(root)
         in_process.run(root)
         assert path.relative_to(root).as_posix() in notes(root)

@@ -20,6 +20,7 @@ from fault_trials import Trials, both_forms
 from scripted_run import NAME, experiment, find_engines, prepare_root
 from small_store import SHARDS, SPEC, rows
 
+from flows.experiment import with_plugins
 from storage import failpoints
 from storage.runs import Run
 from storage.store import Store
@@ -96,7 +97,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = prepare_root(tmp_path_factory.mktemp("finished") / "store")
     in_process.run(root, rounds=1)
     with Run.open(root, NAME).lock():
-        Run.open(root, NAME).save_experiment(experiment(1).model_dump(mode="json"))
+        Run.open(root, NAME).save_experiment(with_plugins(experiment(1)).model_dump(mode="json"))
     return root
 
 

@@ -19,7 +19,9 @@ def test_a_run_is_found_again_as_it_was_saved(tmp_path: Path) -> None:
     assert (run.experiment, run.identity, run.state.status) == (EXPERIMENT, IDENTITY, "new")
     state = run.state
     stage = StageState(key="ab", state="done", seconds=1.5, rows=8, artifacts={"rollout": "ab"})
-    state.rounds.append(RoundState(round=0, metrics={"reverse_kl": None, "accuracy_greedy": 0.5}, stages={"r": stage, "a": stage}))
+    state.rounds.append(
+        RoundState(round=0, metrics={"reverse_kl": None, "accuracy_greedy": 0.5}, stages={"r": stage, "a": stage})
+    )
     state.status = "running"
     run.save(state)
     again = Run.open(tmp_path, "demo")

@@ -208,7 +208,8 @@ def _quiet_logging(log_path: Path) -> Iterator[None]:
             quiet = logger.name == "prefect._internal"
             logger.handlers, logger.propagate = ([logging.NullHandler()], False) if quiet else (old, propagate)
         logging.raiseExceptions = raising
-        ours.close()
+        with suppress(OSError):  # a full disk does not take its last lines: that must not hide why the run ends
+            ours.close()
 
 
 def _settle(session: Session) -> None:

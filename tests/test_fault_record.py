@@ -227,10 +227,15 @@ def attempt(name):
                 pass
         case "skip": pytest.skip("not here")
         case "exit": raise SystemExit(0)
+        case "noted":
+            error = AssertionError("wrong")
+            error.add_note("after this story")
+            raise error
 
 @both_forms(short=1, full=2)
 def test_raises(trials, count):
-    trials(3, "raises", ["skip"] if count == 1 else ["fail", "not raised", "skip", "exit", "last"], attempt, parallel=count)
+    names = ["skip"] if count == 1 else ["fail", "not raised", "skip", "exit", "noted", "last"]
+    trials(3, "raises", names, attempt, parallel=count)
 """
 
 
@@ -243,6 +248,7 @@ def test_whatever_a_trial_raises_is_on_record_and_the_others_go_on(tmp_path: Pat
         "not raised": "Failed: DID NOT RAISE ValueError",
         "skip": "Skipped: not here",
         "exit": "SystemExit: 0",
+        "noted": "AssertionError: wrong\nafter this story",
         "last": None,
     }
     _, said = session.pytest(code=1)  # the short form

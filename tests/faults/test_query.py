@@ -76,7 +76,7 @@ EXPLODING = (
     "SELECT count(DISTINCT md5(range::VARCHAR)) FROM range(1000000000)",
     "SELECT x, y, count(*) FROM range(100000) a(x), range(100000) b(y) GROUP BY CUBE (x, y)",
     "SELECT histogram(range) FROM range(1000000000)",
-    "SELECT count(*) FROM tokens a, tokens b, tokens c, tokens d, tokens e, tokens f WHERE a.position > random()",
+    f"SELECT count(*) FROM {', '.join(f'tokens t{number}' for number in range(8))} WHERE t0.position > random()",
     "SELECT len(list_resize([1], 10000000000))",
     "SELECT count(*) FROM (SELECT unnest(range(1000000000)))",
     "SELECT sleep_ms(100000000)",

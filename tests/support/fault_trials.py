@@ -67,7 +67,8 @@ class Trials:
             except (KeyboardInterrupt, pytest.exit.Exception):
                 raise
             except BaseException as error:  # pytest.fail and pytest.skip raise no Exception
-                note(name, started, f"{type(error).__name__}: {error}")
+                notes = getattr(error, "__notes__", [])  # hypothesis has its story there
+                note(name, started, "\n".join([f"{type(error).__name__}: {error}", *notes]))
                 if self.record is None and isinstance(error, Exception):
                     raise  # for its traceback
             else:

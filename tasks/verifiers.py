@@ -51,6 +51,12 @@ class MathVerify(Identity):
     kind: Literal["math_verify"] = "math_verify"
     timeout: float = Field(10, gt=0, le=600, description="seconds per completion; slower ones count as wrong")
 
+    @field_validator("timeout")
+    @classmethod
+    def _one_spelling(cls, value: float) -> float:
+        """10 and 10.0 are one key: a stored config is read back as 10.0, the default was hashed as 10."""
+        return int(value) if value.is_integer() else value
+
 
 class FunctionVerifier(Identity):
     """`module:function` of the user's (see plugins): called with completion text and answer (text or None)."""

@@ -13,7 +13,8 @@ from key_walk import SIGNALS, changed, expected, fields, keys_of, other_values, 
 from pydantic import BaseModel
 
 from flows.config_file import DISCRIMINATORS, merge
-from flows.experiment import Experiment, Fork
+from flows.experiment import Experiment, Fork, load_experiment
+from flows.study import load_study
 from storage.identity import Identity, RunPolicy, Runtime
 from storage.store import Store
 from tasks.losses.config import SftConfig
@@ -221,3 +222,34 @@ def test_golden_keys(store: Store) -> None:
         " `json_schema_extra=omit_at(value)`; if a stage's meaning changed, these are the new ones:\n"
         + json.dumps(keys, indent=1)
     )
+
+
+EARLIER = [json.loads(line) for line in (DATA / "v0.1" / "keys.jsonl").read_text().splitlines()]
+"""Every recipe, study method and scene as version 0.1.0 read it, with the keys that it computed."""
+
+
+@pytest.mark.promise(12, "keys of every recipe, study method and scene of an earlier version")
+def test_keys_of_an_earlier_version_are_unchanged(store: Store) -> None:
+    wrong = [
+        f"{entry['name']} {place}"
+        for entry in EARLIER
+        for place, key in keys_of(Experiment.model_validate(entry["experiment"]), store).items()
+        if entry["keys"].get(place) != key
+    ]
+    assert not wrong
+
+
+def test_configs_mean_what_they_meant_in_an_earlier_version(store: Store) -> None:
+    """The files themselves, defaults and bases applied, still make the same keys."""
+    configs = DATA.parent.parent
+    files = [entry for entry in EARLIER if entry["name"].endswith(".yaml")]
+    assert len(files) == 15
+    for entry in files:
+        assert keys_of(load_experiment(configs / entry["name"]), store) == entry["keys"], entry["name"]
+    plan = load_study(configs / "configs/study.yaml")
+    runs = {f"configs/study.yaml {run.name}": run for run in (*plan.sweep_runs(), *plan.method_runs())}
+    methods = [entry for entry in EARLIER if entry["name"] in runs]
+    assert len(methods) == 22
+    for entry in methods:
+        run = runs[entry["name"]]
+        assert keys_of(plan.experiment(run.method, run.seed, run.lr), store) == entry["keys"], entry["name"]

@@ -13,8 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from storage.disk.redact import secrets_in
 from storage.errors import ConfigError
-from storage.redact import secrets_in
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from flows.executor import Executor, Result
 from flows.experiment import Experiment, ModelConfig
+from flows.run.executor import Executor, Result
 from tasks.evaluate import evaluate_work
-from tasks.models import model_work
+from tasks.inputs.models import model_work
 from tasks.prepare import prepare_work
 from tasks.rollout import rollout_work
 from tasks.supervise import supervise_work

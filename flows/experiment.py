@@ -11,17 +11,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from flows.config_file import merge, parse_override, read_config, refuse_secrets, validate
 from storage.errors import IdentityMismatch
 from storage.identity import Identity, RunPolicy
-from storage.retention import Retention
+from storage.upkeep.retention import Retention
 from tasks.evaluate import EvaluateConfig
+from tasks.inputs.models import ModelSource, declared_sizes
 from tasks.losses.config import FullSupport, ObjectiveConfig
-from tasks.models import ModelSource, declared_sizes
 from tasks.plugins import changed, load_plugins
 from tasks.prepare import PrepareConfig
 from tasks.rollout import RolloutConfig
-from tasks.runtime import RuntimeConfig
 from tasks.supervise import SuperviseConfig
 from tasks.train import TrainConfig
 from tasks.warmup import WarmupConfig
+from tasks.workers.runtime import RuntimeConfig
 
 
 class ModelConfig(Identity):

@@ -20,10 +20,9 @@ from typing import Any, Literal, NoReturn
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from storage import locks
-from storage.errors import CorruptArtifact, IdentityMismatch, InputError, RunBusy
-from storage.failpoints import failpoint
-from storage.files import (
+from storage.disk import locks
+from storage.disk.failpoints import failpoint
+from storage.disk.files import (
     explain_full_disk,
     fsync_directory,
     replace_atomically,
@@ -32,6 +31,7 @@ from storage.files import (
     unseal,
     utc_now,
 )
+from storage.errors import CorruptArtifact, IdentityMismatch, InputError, RunBusy
 from storage.identity import canonical_json
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -303,3 +303,16 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:
             yield from _leaves(item, f"{name}.{key}" if name else key)
     else:
         yield name, json.dumps(value, sort_keys=True)
+
+
+def settled(state: RunState, holder: str | None) -> RunState:
+    """The state as it is: what was left `running` by a process that is gone is not running."""
+    if holder is not None or state.status != "running":
+        return state
+    found = state.model_copy(deep=True)
+    found.status = "stopped"
+    for round in found.rounds:
+        for stage in round.stages.values():
+            if stage.state == "running":
+                stage.state, stage.error = "pending", "interrupted"
+    return found

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from storage.artifact import (
+from storage.artifacts.artifact import (
     MANIFEST,
     Artifact,
     ArtifactSpec,
@@ -22,9 +22,11 @@ from storage.artifact import (
     artifact_directory,
     load_manifest,
 )
-from storage.builder import Builder, unfinished_work
-from storage.errors import CorruptArtifact, Evicted, InputError, OpdError, StoreError
-from storage.files import (
+from storage.artifacts.builder import Builder, unfinished_work
+from storage.artifacts.shards import ShardWriter, absent_dataset, check_file, dataset, footer_sha256, read_parquet
+from storage.artifacts.trees import added_files, damaged, damaged_by_stat, tree_directory
+from storage.artifacts.verify import Verified, move_damaged, verify_artifact
+from storage.disk.files import (
     explain_full_disk,
     fsync_directory,
     make_directory,
@@ -34,12 +36,10 @@ from storage.files import (
     require_space,
     unreadable,
 )
-from storage.locks import alone, build_lock, locked, probe, shared, use_lock
+from storage.disk.locks import alone, build_lock, locked, probe, shared, use_lock
+from storage.errors import CorruptArtifact, Evicted, InputError, OpdError, StoreError
 from storage.runs import find_use
 from storage.schemas import schema_for
-from storage.shards import ShardWriter, absent_dataset, check_file, dataset, footer_sha256, read_parquet
-from storage.trees import added_files, damaged, damaged_by_stat, tree_directory
-from storage.verify import Verified, move_damaged, verify_artifact
 
 __all__ = ["Artifact", "ArtifactSpec", "Builder", "ShardRecord", "ShardWriter", "Store"]
 

@@ -23,7 +23,7 @@ from storage.errors import ConfigError, InputError
 ROLES: dict[str, str] = {
     "sampler": "tasks.engines.sampler:Sampler",
     "scorer": "tasks.engines.scorer:Scorer",
-    "trainer": "tasks.trainer.worker:Trainer",
+    "trainer": "tasks.trainer.trainer:Trainer",
 }
 NO_PLUGINS: Mapping[str, str] = MappingProxyType({})
 _OURS = ("tasks", "storage", "flows")

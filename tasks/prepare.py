@@ -14,16 +14,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
-from storage.artifact import Artifact
-from storage.digests import table_digest
+from storage.artifacts.artifact import Artifact
+from storage.artifacts.digests import table_digest
 from storage.errors import InputError
 from storage.identity import Identity, canonical_json
 from storage.schemas import schema_for
 from storage.store import ArtifactSpec, Builder
-from tasks.addition import AdditionSource
-from tasks.sources import FileSource, PromptSource, Row, read_rows, source_identity
+from tasks.inputs.addition import AdditionSource
+from tasks.inputs.sources import FileSource, PromptSource, Row, read_rows, source_identity
+from tasks.inputs.tokenizers import TokenizerAudit, TokenizerPolicy, audit_tokenizers, load_tokenizer, vocabulary_rows
 from tasks.stage import Context, Work
-from tasks.tokenizers import TokenizerAudit, TokenizerPolicy, audit_tokenizers, load_tokenizer, vocabulary_rows
 
 VERSION = 1
 SPLITS: tuple[Literal["eval", "train", "warmup"], ...] = ("eval", "train", "warmup")

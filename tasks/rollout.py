@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
+from storage.artifacts.shards import read_parquet
 from storage.errors import InputError
 from storage.identity import Identity, derive_seed, omit_at
-from storage.shards import read_parquet
 from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.rollout_config import RolloutConfig
 from tasks.stage import Context, Work, model_inputs
-from tasks.workers import WorkerDied
+from tasks.workers.pool import WorkerDied
 
 VERSION = 1
 STAGE = "rollout"

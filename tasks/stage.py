@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from storage.store import Artifact, ArtifactSpec, Builder, Store
-from tasks.figures import StageProgress
-from tasks.runtime import RuntimeConfig
-from tasks.workers import WorkerPool
+from tasks.workers.metrics import StageProgress
+from tasks.workers.pool import WorkerPool
+from tasks.workers.runtime import RuntimeConfig
 
 
 @dataclass(frozen=True)

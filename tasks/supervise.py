@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
+from storage.artifacts.shards import read_parquet
 from storage.errors import ConfigError, InputError
 from storage.identity import Identity
 from storage.schemas import MaskReason
-from storage.shards import read_parquet
 from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.losses.needs import SignalNeed
 from tasks.plugins import NO_PLUGINS, used_plugins

@@ -11,8 +11,9 @@ from pathlib import Path
 import fault_record
 import fault_table
 import pytest
-from fault_record import CHECKOUT, DIED, OUTSIDE, Record
+from fault_record import DIED, OUTSIDE, Record
 from fault_trials import Trials, TrialsFailed
+from places import CHECKOUT
 from recording import FULL, Session, git
 
 TESTS = """

@@ -7,13 +7,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from flows.cli.options import opd_command
-from flows.stopping import terminating
-from storage.errors import IdentityMismatch, OpdError, RunBusy
-from storage.redact import redact_output
-from storage.runs import Run
+from flows.run.stopping import terminating
+from storage.disk.redact import redact_output
+from storage.errors import OpdError
 
 STOPPED = 130
 
@@ -38,13 +35,3 @@ def block(error: OpdError) -> str:
     """The message, its further lines indented under the first."""
     first, *rest = (str(error).strip() or type(error).__name__).splitlines()
     return "\n".join([f"error: {first}", *(f"  {line}".rstrip() for line in rest)])
-
-
-def with_way_on(error: OpdError, name: str, root: Path) -> str:
-    """The message, and after it what was kept of the run and the one command that goes on.
-
-    Nothing is added where nothing was begun, where another process is at it, and where the name is another run's."""
-    begun = any(run.name == name for run in Run.list(root))
-    if not begun or isinstance(error, RunBusy | IdentityMismatch):
-        return str(error)
-    return f"{error}\nwhat was committed stays; once the cause is gone: {opd_command(root, 'resume', name)}"

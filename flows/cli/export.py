@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.options import DEFAULT_ROOT, Json, Root, RunName, example, existing_root, opd_command
+from flows.cli.options import Json, Root, RunName, example, existing_root
+from flows.run.hints import DEFAULT_ROOT, opd_command
+from storage.disk.files import TEMPORARY, explain_full_disk, fsync_directory, require_space, unique
 from storage.errors import CorruptArtifact, InputError
-from storage.files import TEMPORARY, explain_full_disk, fsync_directory, require_space, unique
 from storage.runs import RoundState, Run
 
 if TYPE_CHECKING:
-    from storage.artifact import TreeRecord
+    from storage.artifacts.artifact import TreeRecord
 
 
 def register(app: typer.Typer) -> None:
@@ -35,7 +36,7 @@ def export(
 
     The hash of every file and of the weights is verified; the latter is printed. DIR appears whole or not at all.
     Exit codes: 0 done, 1 the store is damaged or the disk full, 2 no such run or round, or DIR is not empty."""
-    from flows.report import student_of, tree_of
+    from flows.cli.report import student_of, tree_of
     from storage.store import Store
 
     run = Run.open(root, name)
@@ -57,7 +58,7 @@ def export(
 
 
 def _round(run: Run, number: int | None) -> RoundState:
-    from flows.report import last_round
+    from flows.cli.report import last_round
 
     state = run.state
     last = last_round(state)
@@ -81,8 +82,8 @@ def _refuse_unless_free(directory: Path) -> None:
 
 def _copy(source: Path, tree: TreeRecord, directory: Path, expected: str) -> str:
     """Copies the recorded files beside DIR, verifies the copies, and renames. Returns the weights' sha256."""
-    from storage.digests import file_sha256, weights_digest
-    from storage.trees import fsync_tree
+    from storage.artifacts.digests import file_sha256, weights_digest
+    from storage.artifacts.trees import fsync_tree
 
     target = directory.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from flows.cli.options import DEFAULT_ROOT, Json, Root, RunName, console, example, existing_root
+from flows.cli.options import Json, Root, RunName, console, example, existing_root
+from flows.run.hints import DEFAULT_ROOT
 from storage.errors import InputError
 from storage.runs import Run, RunState
 
@@ -38,7 +39,8 @@ def status(
 
     With --json: name, status, and per round metrics, student_sha256, and per stage key, state, seconds, rows, error, evicted.
     Exit codes: 0 shown (whatever the run's status), 2 no such run."""
-    from flows.report import print_report, settled, status_json
+    from flows.cli.report import print_report, status_json
+    from storage.runs import settled
 
     run = Run.open(root, name) if name is not None else _latest(root)
     holder = run.holder()
@@ -53,7 +55,8 @@ def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
     """List the runs of a store, the one that changed last at the end.
 
     Exit codes: 0, also when there is none."""
-    from flows.report import evicted, last_round, settled
+    from flows.cli.report import evicted, last_round
+    from storage.runs import settled
 
     states = sorted((settled(run.state, run.holder()) for run in Run.list(root)), key=lambda state: state.updated)
     gone = {state.name: sorted({round for round, _ in evicted(state, root)}) for state in states}
@@ -121,8 +124,8 @@ def query(
     that `opd gc` evicted are never left out silently: a query that needs them ends and says which.
     Exit codes: 0 done, 1 damaged or evicted data, 2 refused, wrong SQL, no such run, or past a limit."""
     from flows.cli import tables
-    from storage.catalog import Catalog
-    from storage.query_limits import process_limits
+    from storage.query.catalog import Catalog
+    from storage.query.limits import process_limits
     from storage.store import Store
 
     if json_ and csv:
@@ -153,7 +156,7 @@ def _latest(root: Path) -> Run:
 
 
 def _line(state: RunState) -> dict[str, Any]:
-    from flows.report import last_round
+    from flows.cli.report import last_round
 
     last = last_round(state)
     return {

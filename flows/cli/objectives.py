@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.cli.options import Json, console, example
-from flows.methods import Entry, axes, catalogue
+from flows.reference.catalogue import Entry, axes, catalogue
 from storage.errors import ConfigError
 
 

@@ -16,14 +16,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows.cli.errors import with_way_on
-from flows.cli.options import DEFAULT_ROOT, Json, Root, console, example, opd_command
+from flows.cli.options import Json, Root, console, example
+from flows.run.hints import DEFAULT_ROOT, opd_command, with_resume_hint
 from storage.errors import ConfigError, InputError, OpdError
 from storage.runs import Run
 
 if TYPE_CHECKING:
-    from flows.executor import PlanLine, Reporter
     from flows.experiment import Experiment
+    from flows.run.executor import PlanLine, Reporter
 
 Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="override a field, e.g. train.lr=1e-4")]
 Rounds = Annotated[int | None, typer.Option("--rounds", min=0, help="rounds to reach instead of policy.rounds")]
@@ -79,7 +79,7 @@ def resume(
     """Go on with a run where it stands; only runtime.* and policy.* can be set.
 
     Exit codes as `opd run`."""
-    from flows.runner import resume_experiment
+    from flows.run.runner import resume_experiment
 
     _go(resume_experiment(name, root, set_), name, root, rounds, no_prefect, json_)
 
@@ -96,7 +96,7 @@ def fork(
     """Start a new run from a round of another: the same student and optimizer state, another loss, say.
 
     Rounds up to ROUND are shared through the store and not made again. Exit codes as `opd run`."""
-    from flows.runner import fork_experiment
+    from flows.run.runner import fork_experiment
 
     parent, at, number = point.rpartition("@")
     if not at or not number.isdigit():
@@ -139,15 +139,15 @@ def check(
     """Check a config, its files and both tokenizers; print the audit and the size of a round. Starts no engine.
 
     Exit codes: 0 fine, 2 a problem."""
-    from flows.check import check_experiment
     from flows.experiment import load_experiment
+    from flows.run.check import check_experiment
 
     for line in check_experiment(load_experiment(config, set_), root):
         out.print(line)
 
 
 def _dry_run(experiment: Experiment, name: str, root: Path, rounds: int | None, as_json: bool) -> None:
-    from flows.runner import plan
+    from flows.run.runner import plan
 
     lines = plan(experiment, root, rounds)
     if as_json:
@@ -178,9 +178,9 @@ def _plan_table(name: str, lines: list[PlanLine]) -> Table:
 
 def _go(experiment: Experiment, name: str, root: Path, rounds: int | None, no_prefect: bool, as_json: bool) -> None:
     """Run in the foreground, show what happens, and say at the end what came out and what to do next."""
-    from flows.progress import LineReporter, SilentReporter, TerminalReporter
-    from flows.report import print_report, status_json
-    from flows.runner import run_experiment
+    from flows.cli.report import print_report, status_json
+    from flows.run.progress import LineReporter, SilentReporter, TerminalReporter
+    from flows.run.runner import run_experiment
 
     with ExitStack() as stack:
         reporter: Reporter = SilentReporter() if as_json else LineReporter()
@@ -197,7 +197,7 @@ def _go(experiment: Experiment, name: str, root: Path, rounds: int | None, no_pr
             raise typer.Exit(130) from None
         except OpdError as error:
             stack.close()
-            error.args = (with_way_on(error, name, root), *error.args[1:])
+            error.args = (with_resume_hint(error, name, root), *error.args[1:])
             raise
     if as_json:
         print(json.dumps(_with_built(status_json(state, root), built), indent=2))

@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flows.cli.options import DEFAULT_ROOT, Root, example
-from storage.redact import redact
+from flows.cli.options import Root, example
+from flows.run.hints import DEFAULT_ROOT
+from storage.disk.redact import redact
 
 Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="override a field, e.g. train.lr=1e-4")]
 
@@ -42,7 +43,7 @@ def schedule(
     Exit codes: 0 all rounds are done, 2 bad config or input, 75 scheduled already, 130 stopped (Ctrl-C; all it had
     started is ended, `opd schedule` again goes on), 1 anything else."""
     from flows.experiment import load_experiment
-    from flows.schedule import Schedule, parse_every, serve
+    from flows.prefect_.schedule import Schedule, parse_every, serve
 
     plan = Schedule(
         config_path=str(config.absolute()),
@@ -67,7 +68,7 @@ def ui(
     """Serve Prefect's web interface on this store's history until Ctrl-C; runs that start meanwhile appear in it.
 
     Loopback only. Exit codes: 0 ended, 1 the server could not be started."""
-    from flows.prefect_server import EmbeddedServer, ServerUnavailable
+    from flows.prefect_.server import EmbeddedServer, ServerUnavailable
 
     if url := os.environ.get("PREFECT_API_URL"):
         out.print(f"PREFECT_API_URL is set, runs report to {redact(url)}: open that server's own address")

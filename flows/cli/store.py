@@ -13,14 +13,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows.cli.options import DEFAULT_ROOT, Json, Root, RunName, console, example, existing_root, opd_command
+from flows.cli.options import Json, Root, RunName, console, example, existing_root
+from flows.run.hints import DEFAULT_ROOT, opd_command
 from storage.errors import ConfigError, InputError, OpdError
 from storage.runs import Run
 
 if TYPE_CHECKING:
-    from flows.executor import Reporter
-    from storage.gc import Plan
-    from storage.verify import Verified
+    from flows.run.executor import Reporter
+    from storage.artifacts.verify import Verified
+    from storage.upkeep.gc import Plan
 
 out = console()
 err = Console(stderr=True, highlight=False)
@@ -44,8 +45,8 @@ def verify(
 
     What is damaged moves to quarantine with its reason, and `opd resume` makes just that again.
     Exit codes: 0 all is as it was written, 1 something is not, 2 no such run."""
+    from storage.artifacts.verify import Verified, move_damaged, verify_run, verify_store
     from storage.store import Store
-    from storage.verify import Verified, move_damaged, verify_run, verify_store
 
     if (name is None) == (not all_):
         raise InputError("name one run, or give --all: opd verify NAME | opd verify --all")
@@ -93,8 +94,8 @@ def gc(
     round is kept). An evicted artifact keeps its manifest: it counts as done and is made again when it must be read.
     Exit codes: 0 done, 1 a run cannot be read (nothing is removed), 2 bad arguments, 75 another collection is under
     way."""
-    from storage.gc import Collector, run_retention
     from storage.store import Store
+    from storage.upkeep.gc import Collector, run_retention
 
     changes = dict(_kept(text) for text in keep)
     store = Store(existing_root(root))
@@ -131,9 +132,9 @@ def restore(
 
     Exit codes: 0 it is there, 1 failed or not reproduced, 2 no such run or round, or the training's settings have
     changed since, 75 the run is held by another process, 130 stopped."""
-    from flows.progress import LineReporter, SilentReporter, TerminalReporter
-    from flows.report import evicted
-    from flows.runner import rounds_done, run_experiment, stored_experiment
+    from flows.cli.report import evicted
+    from flows.run.progress import LineReporter, SilentReporter, TerminalReporter
+    from flows.run.runner import rounds_done, run_experiment, stored_experiment
 
     run = Run.open(root, name)
     if round > (last := rounds_done(run.state)):
@@ -172,7 +173,7 @@ def replay(
     What was begun with some settings and finished with others cannot be replayed; which shards have which is said.
     Exit codes: 0 identical, 1 it differs, or cannot be replayed (or something needed is evicted or damaged), 2 no such
     run or round."""
-    from flows.replay import replay_round
+    from flows.run.replay import replay_round
 
     tell = (lambda line: None) if json_ else (lambda line: err.print(line, soft_wrap=True))
     chosen = tuple(part.strip() for part in stages.split(",") if part.strip())
@@ -239,7 +240,7 @@ def _kept(text: str) -> tuple[str, int | None]:
 
 
 def _print_plan(plan: Plan, root: Path) -> None:
-    from storage.gc import MEANING
+    from storage.upkeep.gc import MEANING
 
     if not plan.items:
         out.print("nothing to remove: every artifact is needed by a run")

@@ -10,15 +10,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.cli.options import DEFAULT_ROOT, Root, console, example, opd_command
-from flows.progress import LineReporter, round_line
+from flows.cli.options import Root, console, example
+from flows.run.hints import DEFAULT_ROOT, opd_command
+from flows.run.progress import LineReporter, round_line
 from storage.errors import OpdError
 from storage.runs import RoundState, StageState
-from tasks.figures import Figures
+from tasks.workers.metrics import Figures
 
 if TYPE_CHECKING:
-    from flows.study import StudyPlan, StudyRun
-    from flows.study_results import Grid, Norms
+    from flows.study.results import Grid, Norms
+    from flows.study.spec import StudyPlan, StudyRun
 
 out = console()
 err = Console(stderr=True, highlight=False)
@@ -44,9 +45,10 @@ def study(
     A sweep of equal budget finds each group's learning rate first. A run that fails is in the report, and tried again
     by the next call. Exit codes: 0 done, 1 a run of a method failed, 2 bad study or config, 75 a run is held by another
     process, 130 stopped."""
-    from flows.study import load_study, run_study
-    from flows.study_files import default_folder, write_files
-    from flows.study_results import grids, read_rows
+    from flows.study.files import default_folder, write_files
+    from flows.study.results import grids, read_rows
+    from flows.study.run import run_study
+    from flows.study.spec import load_study
 
     plan = load_study(config)
     if dry_run:
@@ -110,7 +112,7 @@ def _table(grid: Grid) -> Table:
 
 
 def _dry_run(plan: StudyPlan, root: Path) -> None:
-    from flows.study_results import best_lrs, read_rows
+    from flows.study.results import best_lrs, read_rows
 
     lrs = best_lrs(plan, read_rows(plan, root))
     table = Table("run", "method", "seed", "lr", "rounds", "stages in the store", "would run or wait")
@@ -124,7 +126,7 @@ def _dry_run(plan: StudyPlan, root: Path) -> None:
 
 
 def _counts(plan: StudyPlan, run: StudyRun, root: Path) -> tuple[str, str, str]:
-    from flows.runner import plan as plan_of
+    from flows.run.runner import plan as plan_of
 
     experiment = plan.experiment(run.method, run.seed, run.lr)
     states = [line.state for line in plan_of(experiment, root, run.rounds)]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from storage.views import VIEWS, duckdb_type
+from storage.query.views import VIEWS, duckdb_type
 
 SHOWN_ROWS = 200
 _SHOWN_CHARACTERS = 60

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
+from storage.artifacts.parts import Parts
 from storage.errors import ConfigError, OpdError
-from storage.parts import Parts
 
 _SHOWN = 5
 

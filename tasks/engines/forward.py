@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from storage.errors import InputError
-from tasks.engines.checkpoint import SAFE_LOADING
+from tasks.engines.hf_folder import SAFE_LOADING
 
 _PROBE_IDS = 4
 _PROBE_TOLERANCE = {torch.float32: 1e-4}

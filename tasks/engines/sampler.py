@@ -26,13 +26,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from storage.digests import weights_digest
+from storage.artifacts.digests import weights_digest
 from storage.errors import ConfigError, InputError, OpdError
 from storage.identity import derive_seed
 from tasks.engines.batch import Batch, Completion, SamplingFailed
-from tasks.engines.checkpoint import check_lengths, longest_sequence, read_config, stop_token_ids
-from tasks.engines.weights import judge_probes, judge_weights
-from tasks.tokenizers import load_tokenizer
+from tasks.engines.hf_folder import check_lengths, longest_sequence, read_config, stop_token_ids
+from tasks.engines.weight_proof import judge_probes, judge_weights
+from tasks.inputs.tokenizers import load_tokenizer
 
 Progress = Callable[[int, int], None]
 
@@ -323,7 +323,7 @@ class Sampler:
             generation_config="vllm",  # a checkpoint's own defaults would change the sampling
             logprobs_mode="processed_logprobs",
             enable_prefix_caching=True,
-            worker_extension_cls="tasks.engines.weights.EngineWeights",
+            worker_extension_cls="tasks.engines.weight_proof.EngineWeights",
             disable_log_stats=True,
             use_tqdm_on_load=False,
             **machine,

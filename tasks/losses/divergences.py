@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from tasks.losses.kinds import Kind, Registry
+from tasks.losses.registry import Kind, Registry
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from tasks.losses.kinds import Kind, Registry
+from tasks.losses.registry import Kind, Registry
 
 if TYPE_CHECKING:
     from torch import Tensor

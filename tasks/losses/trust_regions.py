@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from tasks.losses.divergences import Divergence, ForwardKL
-from tasks.losses.kinds import Kind, Registry
+from tasks.losses.registry import Kind, Registry
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ from storage.schemas import MaskReason
 from tasks.losses.needs import Needs
 from tasks.losses.types import TokenBatch
 from tasks.trainer import checks
-from tasks.trainer.support import Support, TopK, UnionTopK, check_width, harmless
+from tasks.trainer.topk_lists import Support, TopK, UnionTopK, check_width, harmless
 
 _TOPK = {  # log-probabilities and their tails by model; the lists are sorted by the first
     "teacher_topk": {"teacher": ("logprobs", "tail_logmass")},

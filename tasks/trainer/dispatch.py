@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from storage.artifact import provenance
-from storage.checkpoints import KEPT, Checkpoints
-from storage.digests import weights_digest
+from storage.artifacts.artifact import provenance
+from storage.artifacts.checkpoints import KEPT, Checkpoints
+from storage.artifacts.digests import weights_digest
 from storage.errors import ConfigError, CorruptArtifact
 from storage.store import Artifact, ArtifactSpec, Builder
-from tasks.figures import Figures, summary
-from tasks.models import parameter_count
+from tasks.inputs.models import parameter_count
 from tasks.stage import Context
 from tasks.trainer.config import OptimizerSettings, TrainConfig, WarmupConfig
+from tasks.workers.metrics import Figures, summary
 
 _TREES = {"student": "model", "trainer_state": "state"}
 

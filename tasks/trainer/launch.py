@@ -45,7 +45,7 @@ def launch_command(
         "--log_level=warning",
         "--no_local_rank",
         "--module",
-        "tasks.worker_main",
+        "tasks.workers.main",
         "trainer",
     ]
     loopback = "lo" if sys.platform == "linux" else "lo0"

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from storage.disk.failpoints import failpoint
 from storage.errors import OpdError
-from storage.failpoints import failpoint
 from storage.identity import derive_seed
 from storage.schemas import TABLES
-from tasks.figures import Progress, latest, words
 from tasks.trainer.batching import Step, split_step
 from tasks.trainer.config import OptimizerSettings
 from tasks.trainer.data import Samples, forward_batch, token_weights
 from tasks.trainer.engine import Engine
 from tasks.trainer.model import TokenStats, TrainModule
+from tasks.workers.metrics import Progress, latest, words
 
 METRICS = tuple(column.name for column in TABLES["training_steps"].columns if column.nullable)
 """Columns that are token means or percentiles, null where nothing computed them."""

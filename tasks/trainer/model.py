@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from storage.errors import ConfigError, InputError
-from tasks.engines.checkpoint import SAFE_LOADING
+from tasks.engines.hf_folder import SAFE_LOADING
+from tasks.losses.build import Objective
 from tasks.losses.needs import StudentRequest
-from tasks.losses.registry import Objective
 from tasks.losses.types import StudentView, TokenBatch
 from tasks.trainer.config import LoraSettings
 from tasks.trainer.data import Forward

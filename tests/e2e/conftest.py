@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from opd_cli import TINY, opd
+from opd_cli import opd
+from places import TINY
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from opd_cli import CHECKOUT, OPD
+from opd_cli import OPD
+from places import CHECKOUT
 
 MADE = CHECKOUT / "tests" / "data" / "v0.1"
 SMALL = MADE / "small.yaml"
@@ -70,7 +71,7 @@ def test_every_stage_is_found(root, run):
 
 
 def test_a_fork_shares_its_rounds(root):
-    from flows.runner import fork_experiment, plan
+    from flows.run.runner import fork_experiment, plan
 
     fork = fork_experiment("base", 1, root, ["objective.divergence.kind=forward_kl"])
     states = {(line.round, line.stage): line.state for line in plan(fork, root)}

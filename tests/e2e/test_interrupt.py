@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from opd_cli import OPD, TINY, opd
+from opd_cli import OPD, opd
+from places import TINY
 
 
 def start(root, *more: str, **environment: str) -> subprocess.Popen:

@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 import pytest
 from fault_trials import FULL_SECONDS, Trials
-from opd_cli import OPD, TINY
+from opd_cli import OPD
+from places import TINY
 from scripted_run import MARK, Trial
 
 from storage.runs import Run

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from opd_cli import TINY
+from places import TINY
 
 STAGES = ("rollout", "supervise", "train", "evaluate")
 
@@ -72,7 +72,7 @@ def test_another_objective_misses_only_the_signals_that_it_adds(finished):
 
 
 def test_a_fork_shares_its_parents_rounds_and_starts_anew_after_them(finished):
-    from flows.runner import fork_experiment, plan
+    from flows.run.runner import fork_experiment, plan
 
     fork = fork_experiment("base", 2, finished.root, ["objective.divergence.kind=forward_kl"])
     states = {(line.round, line.stage): line.state for line in plan(fork, finished.root)}

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from places import CONFIGS
 
 from flows.experiment import load_experiment
-from flows.runner import run_experiment
-from tasks.workers import WorkerPool
+from flows.run.runner import run_experiment
+from tasks.workers.pool import WorkerPool
 
-CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
 
 KL_DOES_NOT_FALL = {"rethinking-opd": "the paper's loss pushes student mass off its list, where nothing is compared"}

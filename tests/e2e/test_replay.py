@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from fault_trials import FULL_SECONDS, Trials
-from opd_cli import OPD, TINY, opd
+from opd_cli import OPD, opd
+from places import TINY
 
 ELSEWHERE = {
     "PYTHONHASHSEED": "7",

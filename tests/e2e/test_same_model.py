@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pyarrow.compute as pc
-from opd_cli import TINY, opd
+from opd_cli import opd
+from places import TINY
 
 from storage.store import Store
 

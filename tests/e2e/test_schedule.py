@@ -14,7 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from opd_cli import OPD, TINY, opd
+from opd_cli import OPD, opd
+from places import TINY
 
 
 @pytest.fixture

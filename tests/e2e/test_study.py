@@ -7,7 +7,8 @@ import json
 import pyarrow.parquet
 import pytest
 import yaml
-from opd_cli import CHECKOUT, TINY, opd
+from opd_cli import opd
+from places import CHECKOUT, TINY
 
 from flows.experiment import load_experiment
 

@@ -19,13 +19,13 @@ from clean_round import same_neighbours
 from fault_trials import Trials, both_forms
 from rollout_stage import Stage
 
-from flows.runner import run_experiment
+from flows.run.runner import run_experiment
 from storage.errors import InputError
 from storage.schemas import MaskReason
 from storage.store import Store
 from tasks.engines.batch import SamplingFailed
-from tasks.runtime import RuntimeConfig
 from tasks.trainer.data import Samples, from_rollouts
+from tasks.workers.runtime import RuntimeConfig
 
 Values = dict[str, list[np.ndarray]]
 K = scripted_run.EXPERIMENT["objective"]["support"]["k"]

@@ -9,7 +9,7 @@ import pytest
 from cancelling import cancel_a_tick
 from fault_trials import Trials
 
-from flows.prefect_session import prefect_session
+from flows.prefect_.session import prefect_session
 
 
 @pytest.mark.faults

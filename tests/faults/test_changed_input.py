@@ -16,7 +16,7 @@ from fault_trials import Trials, both_forms
 from key_walk import SIGNALS, changed, expected, fields, other_values, validated
 
 from flows.experiment import Experiment
-from flows.runner import run_experiment
+from flows.run.runner import run_experiment
 from storage.runs import Run
 
 BASE = scripted_run.experiment()

@@ -17,15 +17,15 @@ from pydantic import TypeAdapter
 from trainer_world import K, Made, World, launch_trainer, make, make_world
 
 from flows.experiment import load_experiment
-from storage import failpoints
-from storage.checkpoints import CHECKPOINT, RECORD
+from storage.artifacts.checkpoints import CHECKPOINT, RECORD
+from storage.disk import failpoints
 from storage.errors import OpdError
 from storage.store import Store
 from tasks.losses.config import AnyObjective, DirectConfig, ObjectiveConfig, TopkSupport
 from tasks.stage import Work
 from tasks.train import train_work
 from tasks.trainer.config import TrainConfig
-from tasks.workers import CHECKOUT, Worker, WorkerDied
+from tasks.workers.pool import CHECKOUT, Worker, WorkerDied
 
 STEPS = 12
 BUCKET = DirectConfig(support=TopkSupport(k=8, outside="bucket"))
@@ -156,7 +156,7 @@ def test_other_numerics_begin_anew_and_say_so(bench: Bench, monkeypatch: pytest.
     with pytest.raises(OpdError, match="a failpoint"):
         bench.train("float32", bench.warm[1], "other", failpoints="train.after_step=raise:OpdError@5")
     (newest, *_) = reversed(bench.checkpoints())
-    monkeypatch.setattr("tasks.runtime.RuntimeConfig.numerics", lambda self, *roles: {"threads": 7})
+    monkeypatch.setattr("tasks.workers.runtime.RuntimeConfig.numerics", lambda self, *roles: {"threads": 7})
     made = bench.train("float32", bench.warm[1], "other")
     assert resumed_after(made) == 0
     assert any("step 4 was made with other settings" in line and "threads 2, now 7" in line for line in made.said)

@@ -21,14 +21,14 @@ from fault_trials import Trials, both_forms
 from scripted_run import NAME, Trial, prepare_root
 
 from flows.experiment import with_plugins
-from flows.runner import open_run, resume_experiment
-from storage.artifact import MANIFEST, load_manifest
-from storage.catalog import Catalog
+from flows.run.runner import open_run, resume_experiment
+from storage.artifacts.artifact import MANIFEST, load_manifest
+from storage.artifacts.verify import Verified, verify_store
 from storage.errors import CorruptArtifact, OpdError
-from storage.gc import Collector
+from storage.query.catalog import Catalog
 from storage.runs import RECORDS, Run
 from storage.store import Store
-from storage.verify import Verified, verify_store
+from storage.upkeep.gc import Collector
 
 BLOCK = 4096
 QUESTIONS = {

@@ -13,8 +13,8 @@ import pytest
 from fault_trials import Trials, both_forms
 from scripted_run import NAME, ROUNDS, Trial, prepare_root
 
+from storage.artifacts.shards import SIDECAR, ShardWriter
 from storage.runs import Run
-from storage.shards import SIDECAR, ShardWriter
 from storage.store import ArtifactSpec, Store
 
 TABLES = {"rollout": "rollouts", "mask": "mask", "teacher_topk": "teacher_topk"}

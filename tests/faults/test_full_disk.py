@@ -19,14 +19,15 @@ import pytest
 import small_disk
 from fault_trials import Trials, both_forms
 from full_disk import FREED, SERVER, START, fill, measure
+from places import PLUGINS
 from prefect_faults import ReportedRun
-from scripted_run import NAME, PLUGINS, ROUNDS, Trial, experiment
+from scripted_run import NAME, ROUNDS, Trial, experiment
 from stopping import PATIENCE
 
-from flows.runner import bytes_per_round, refuse_full_disk
+from flows.run.runner import bytes_per_round, refuse_full_disk
 from storage.errors import NotEnoughSpace
 from storage.store import Store
-from tasks.models import CheckpointModel
+from tasks.inputs.models import CheckpointModel
 
 ROUND = ("rollout", "supervise", "train", "evaluate")
 STAGES = ("0 evaluate", *(f"{number} {stage}" for number in range(1, ROUNDS + 1) for stage in ROUND))
@@ -187,7 +188,7 @@ def check_error(text: str) -> None:
 @pytest.mark.promise(11, "space is estimated before a run starts")
 def test_space_is_estimated_before_a_run_starts(tmp_path: Path, template: Path) -> None:
     """A round that would not fit is refused before an engine starts."""
-    from flows.runner import run_experiment
+    from flows.run.runner import run_experiment
 
     root = tmp_path / "store"
     shutil.copytree(template, root)

@@ -12,8 +12,8 @@ import pytest
 from fault_trials import Trials, both_forms
 from scripted_run import ROUNDS, Trial
 
-from storage.artifact import MANIFEST
-from storage.failpoints import NAMES
+from storage.artifacts.artifact import MANIFEST
+from storage.disk.failpoints import NAMES
 from storage.runs import Run
 from storage.store import Store
 

@@ -21,13 +21,13 @@ from storage.errors import ConfigError, CorruptArtifact, InputError, OpdError
 from storage.runs import Run, _checksum
 from storage.store import Store
 from tasks.engines.forward import LoadedModel, vocabulary_rows
-from tasks.engines.weights import reference_logprobs
-from tasks.models import CheckpointModel, model_work
-from tasks.sources import FileSource, read_rows
-from tasks.tokenizers import audit_tokenizers, load_tokenizer
+from tasks.engines.weight_proof import reference_logprobs
+from tasks.inputs.models import CheckpointModel, model_work
+from tasks.inputs.sources import FileSource, read_rows
+from tasks.inputs.tokenizers import audit_tokenizers, load_tokenizer
+from tasks.inputs.verifiers import ExactMatch, MathVerify, verify
 from tasks.trainer.export import export_student
 from tasks.trainer.model import load_model
-from tasks.verifiers import ExactMatch, MathVerify, verify
 
 pytestmark = pytest.mark.promise(15, "payloads in checkpoints, adapters, templates, YAML tags, prompt files")
 
@@ -263,7 +263,7 @@ def test_every_payload_alone_is_never_run(loader, clean, tmp_path, canary):
 
 @pytest.mark.faults
 def test_the_engine_runs_nothing_that_lies_beside_a_checkpoint(poisoned, canary, monkeypatch):
-    from storage.digests import weights_digest
+    from storage.artifacts.digests import weights_digest
     from tasks.engines.sampler import Sampler
 
     monkeypatch.chdir(poisoned)

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 from fault_trials import Trials, both_forms
-from rollout_stage import PLUGINS, Stage
+from places import PLUGINS
+from rollout_stage import Stage
 from small_models import checkpoint
 
-from storage.artifact import Artifact
+from storage.artifacts.artifact import Artifact
 from storage.errors import OpdError
 from tasks.evaluate import EvaluateConfig, evaluate_work
 from tasks.rollout import RolloutConfig
-from tasks.runtime import RuntimeConfig, SamplerRuntime
-from tasks.workers import WorkerDied, WorkerFailed, WorkerPool
+from tasks.workers.pool import WorkerDied, WorkerFailed, WorkerPool
+from tasks.workers.runtime import RuntimeConfig, SamplerRuntime
 
 OF_ONE = ("abort", "empty", "infinite", "vanish")
 """Faults of one sample; the engine goes on."""

@@ -22,8 +22,8 @@ from storage.errors import InputError
 from storage.schemas import MaskReason, schema_for
 from storage.store import Artifact, Store
 from tasks.engines.signals import mask_table
+from tasks.inputs.models import CheckpointModel, model_work
 from tasks.losses.needs import Needs, SignalNeed, StudentRequest
-from tasks.models import CheckpointModel, model_work
 from tasks.prepare import PrepareConfig, prepare_work
 from tasks.supervise import SpecialTokens, mask_rules
 from tasks.trainer.data import forward_batch, from_rollouts, token_weights
@@ -254,7 +254,7 @@ def test_a_tokenizer_changed_in_mid_run_is_refused_by_the_stage_that_reads_it(na
 
 
 def test_a_tokenizer_of_a_student_in_the_store_is_restored_not_read(tmp_path):
-    from storage.artifact import ArtifactSpec
+    from storage.artifacts.artifact import ArtifactSpec
     from storage.errors import CorruptArtifact
 
     store = Store(tmp_path / "store")

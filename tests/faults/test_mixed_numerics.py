@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import CHECKOUT, PLUGINS
 from prefect_faults import ReportedRun
-from scripted_run import EXPERIMENT, NAME, PLUGINS
+from scripted_run import EXPERIMENT, NAME
 from stopping import PATIENCE
 
-from storage.failpoints import LOG
+from storage.disk.failpoints import LOG
 from storage.runs import Run
 from storage.store import Store
 
-CHECKOUT = Path(__file__).resolve().parent.parent.parent
 KILLED = {"rollout": (3, {"rollout"}), "supervise": (6, {"mask", "sampled"}), "evaluate": (12, {"evaluate"})}
 """Stage of round 1 -> (shard, counted over the run, after which everything is killed; the artifacts that have one by then)."""
 

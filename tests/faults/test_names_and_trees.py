@@ -12,9 +12,9 @@ from small_models import checkpoint
 from typer.testing import CliRunner
 
 from flows.cli.app import make_app
-from storage.artifact import MANIFEST, ArtifactSpec
+from storage.artifacts.artifact import MANIFEST, ArtifactSpec
+from storage.disk.files import seal, unseal
 from storage.errors import CorruptArtifact, InputError, OpdError, StoreError
-from storage.files import seal, unseal
 from storage.runs import Run
 from storage.store import Artifact, Store
 

@@ -14,8 +14,8 @@ from fault_trials import Trials, both_forms
 from power_loss import Recorder, disks_after, recording, restore
 from small_store import SPEC, STUDENT, build, build_student, fresh, quarantined, rows
 
-from storage.checkpoints import Checkpoints, write_file
-from storage.files import remove_leftovers
+from storage.artifacts.checkpoints import Checkpoints, write_file
+from storage.disk.files import remove_leftovers
 from storage.runs import Run
 from storage.store import Store
 
@@ -180,7 +180,7 @@ def check_quarantine(root: Path) -> None:
 
 
 @pytest.mark.promise(18, "an fsync left out: the model of the disk sees it")
-@pytest.mark.parametrize("forgotten", ["storage.shards.fsync_file", "storage.files.fsync_directory"])
+@pytest.mark.parametrize("forgotten", ["storage.artifacts.shards.fsync_file", "storage.disk.files.fsync_directory"])
 def test_the_model_sees_a_missing_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str) -> None:
     """The recorder proves nothing unless a store that forgets to sync loses what it said was done."""
     root = tmp_path / "store"

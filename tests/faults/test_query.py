@@ -11,12 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from places import CHECKOUT
 
-from storage.catalog import Catalog, QueryRefused
-from storage.query_limits import GRACE_SECONDS, SLACK_BYTES, memory_bytes, process_limits
+from storage.query.catalog import Catalog, QueryRefused
+from storage.query.limits import GRACE_SECONDS, SLACK_BYTES, memory_bytes, process_limits
 from storage.store import Store
-
-CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
 WRITES = (
     "COPY (SELECT 1) TO '{new}'",

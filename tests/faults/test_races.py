@@ -21,7 +21,7 @@ from scripted_run import NAME, experiment, find_engines, prepare_root
 from small_store import SHARDS, SPEC, rows
 
 from flows.experiment import with_plugins
-from storage import failpoints
+from storage.disk import failpoints
 from storage.runs import Run
 from storage.store import Store
 

@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fault_trials import Trials, both_forms
-from opd_cli import CHECKOUT, OPD
-from scripted_run import EXPERIMENT, MARK, NAME, PLUGINS, WITHOUT_PANDAS, Trial
+from opd_cli import OPD
+from places import CHECKOUT, PLUGINS
+from scripted_run import EXPERIMENT, MARK, NAME, WITHOUT_PANDAS, Trial
 from secrets_search import places
 
 ALPHABET = string.ascii_letters + string.digits

@@ -14,9 +14,9 @@ import pytest
 from fault_trials import Trials, both_forms
 from store_story import before, process, story, told
 
-from storage import failpoints
-from storage.builder import unfinished_work
-from storage.failpoints import NAMES
+from storage.artifacts.builder import unfinished_work
+from storage.disk import failpoints
+from storage.disk.failpoints import NAMES
 
 
 def run(root: Path, spec: str, log: Path) -> int:

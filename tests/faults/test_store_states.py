@@ -26,11 +26,12 @@ from hypothesis.stateful import (
 )
 from small_store import SHARDS, rows
 
-from storage import failpoints, shards
-from storage.artifact import artifact_directory
-from storage.digests import combine_digests, table_digest
+from storage.artifacts import shards
+from storage.artifacts.artifact import artifact_directory
+from storage.artifacts.digests import combine_digests, table_digest
+from storage.disk import failpoints
+from storage.disk.files import remove_leftovers
 from storage.errors import CorruptArtifact, OpdError, StoreError
-from storage.files import remove_leftovers
 from storage.schemas import validate_table
 from storage.store import ArtifactSpec, Builder, Store
 
@@ -48,9 +49,9 @@ which = st.integers(0, 1)
 share = st.floats(0, 1, exclude_max=True)
 
 evict: Callable[[Path], None] | None = None
-"""What removes a committed artifact's data and keeps its manifest, where the store can do that (storage.gc)."""
-if importlib.util.find_spec("storage.gc") is not None:
-    evict = importlib.import_module("storage.gc").evict
+"""What removes a committed artifact's data and keeps its manifest, where the store can do that (storage.upkeep.gc)."""
+if importlib.util.find_spec("storage.upkeep.gc") is not None:
+    evict = importlib.import_module("storage.upkeep.gc").evict
 
 
 class StoreMachine(RuleBasedStateMachine):

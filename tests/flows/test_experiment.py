@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import yaml
+from places import CHECKOUT, TINY
 
 from flows.experiment import Experiment, load_experiment
-from flows.reference import PAGES
+from flows.reference.pages import PAGES
 from storage.errors import ConfigError
-
-CHECKOUT = Path(__file__).resolve().parent.parent.parent
-TINY = CHECKOUT / "tests" / "data" / "tiny.yaml"
 
 
 def refused(*changes: str) -> str:
@@ -129,4 +125,4 @@ def test_every_config_in_the_repository_loads(path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_the_reference_pages_are_what_the_code_says(page):
     written = (CHECKOUT / "docs" / f"{page}.md").read_text()
-    assert written == PAGES[page](), f"python -m flows.reference {page} > docs/{page}.md"
+    assert written == PAGES[page](), f"python -m flows.reference.pages {page} > docs/{page}.md"

@@ -4,26 +4,25 @@ looked at. Contents are held fixed, so a key that changes says that the stage it
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
 from key_walk import SIGNALS, changed, expected, fields, keys_of, other_values, reachable, validated
+from places import DATA
 from pydantic import BaseModel
 
 from flows.config_file import DISCRIMINATORS, merge
 from flows.experiment import Experiment, Fork, load_experiment
-from flows.study import load_study
+from flows.study.spec import load_study
 from storage.identity import Identity, RunPolicy, Runtime
 from storage.store import Store
+from tasks.inputs.models import CheckpointModel, FolderTokenizer, HubModel
+from tasks.inputs.sources import FileSource
+from tasks.inputs.verifiers import FunctionVerifier
 from tasks.losses.config import SftConfig
-from tasks.models import CheckpointModel, FolderTokenizer, HubModel
-from tasks.sources import FileSource
-from tasks.verifiers import FunctionVerifier
 
 Scenes = list[tuple[dict[str, Any], Experiment]]
-DATA = Path(__file__).resolve().parent.parent / "data"
 GOLDEN = yaml.safe_load((DATA / "golden.yaml").read_text())
 
 VALUES: dict[tuple[str, str], Any] = {

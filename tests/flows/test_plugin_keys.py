@@ -10,10 +10,11 @@ from textwrap import dedent
 import pytest
 import yaml
 from key_walk import PLUGGED, keys_of
+from places import DATA
 
 from flows.config_file import merge
 from flows.experiment import Experiment, experiment_of
-from flows.runner import fork_experiment, open_run, plan, resume_experiment, run_experiment
+from flows.run.runner import fork_experiment, open_run, plan, resume_experiment, run_experiment
 from storage.errors import ConfigError, IdentityMismatch
 from storage.store import Store
 from tasks import plugins
@@ -21,7 +22,7 @@ from tasks.losses.divergences import DIVERGENCES
 from tasks.losses.token_weights import TOKEN_WEIGHTS
 from tasks.losses.trust_regions import TRUST_REGIONS
 
-GOLDEN = yaml.safe_load((Path(__file__).resolve().parent.parent / "data" / "golden.yaml").read_text())
+GOLDEN = yaml.safe_load((DATA / "golden.yaml").read_text())
 POLICY_GRADIENT = {"rollout": {"top_p": 1.0}, "objective": {"estimator": "policy_gradient"}}
 KIND = """
     from typing import Literal

@@ -15,9 +15,9 @@ import pyarrow as pa
 from safetensors.numpy import save_file
 
 import tasks.trainer.launch
-from storage.checkpoints import Checkpoints, write_file
-from storage.digests import table_digest, weights_digest
-from storage.failpoints import failpoint
+from storage.artifacts.checkpoints import Checkpoints, write_file
+from storage.artifacts.digests import table_digest, weights_digest
+from storage.disk.failpoints import failpoint
 from storage.schemas import schema_for
 from storage.store import Artifact, Store
 from tasks.engines.signals import mask_table, sampled_table, topk_table
@@ -28,7 +28,7 @@ for role in ("sampler", "scorer", "trainer"):
     register_role(role, f"{__name__}:{role.capitalize()}")
 
 # One rank needs no launcher, and DeepSpeed's takes seconds to import.
-tasks.trainer.launch.launch_command = lambda *_: ([sys.executable, "-m", "tasks.worker_main", "trainer"], {})
+tasks.trainer.launch.launch_command = lambda *_: ([sys.executable, "-m", "tasks.workers.main", "trainer"], {})
 
 VALUES = 2048
 """Weights of the student: 8 KiB, so that a block of 4 KiB is half of them."""

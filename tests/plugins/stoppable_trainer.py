@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from storage import failpoints
-from tasks.figures import Progress
+from storage.disk import failpoints
 from tasks.plugins import register_role
-from tasks.trainer.worker import Trainer
+from tasks.trainer.trainer import Trainer
+from tasks.workers.metrics import Progress
 
 
 class Stoppable(Trainer):

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 from small_store import STUDENT, build_student, contents, model
 
-from storage import failpoints
-from storage.checkpoints import write_file
-from storage.files import TEMPORARY, remove_leftovers, temporary_name
-from storage.gc import evict
-from storage.locks import build_lock, locked
+from storage.artifacts.checkpoints import write_file
+from storage.disk import failpoints
+from storage.disk.files import TEMPORARY, remove_leftovers, temporary_name
+from storage.disk.locks import build_lock, locked
 from storage.store import Builder, Store
+from storage.upkeep.gc import evict
 
 
 def test_what_a_dead_process_left_goes_and_what_a_living_one_has_stays(tmp_path: Path) -> None:
     mine = tmp_path / temporary_name("mine")
     mine.mkdir()
-    code = "import storage.files; print(storage.files.temporary_name())"
+    code = "import storage.disk.files; print(storage.disk.files.temporary_name())"
     left = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     (tmp_path / left).write_text("half")
     other = tmp_path / f"{TEMPORARY}00000000-1.1-0123456789ab"

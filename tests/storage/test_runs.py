@@ -4,12 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import CHECKOUT
 from pydantic import ValidationError
 
 from storage.errors import CorruptArtifact, IdentityMismatch, InputError, RunBusy
 from storage.runs import RECORDS, RoundState, Run, RunState, StageState
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 EXPERIMENT = {"seed": 1, "rollout": {"top_p": 0.9}, "rounds": 3}
 IDENTITY = {"seed": 1, "rollout": {"top_p": 0.9, "stop": []}}
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import StoreError
+from storage.query.views import duckdb_type
 from storage.schemas import TABLES, MaskReason, schema_for, schema_version, validate_table
-from storage.views import duckdb_type
 
 MASK = pa.table({"sample_id": ["a", "b"], "mask_reasons": pa.array([[0, 1], []], pa.list_(pa.int32()))})
 

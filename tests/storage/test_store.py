@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 from small_store import SHARDS, SPEC, STUDENT, build, build_student, fresh, rows
 
+from storage.artifacts.shards import SIDECAR
+from storage.disk.files import seal, unseal
 from storage.errors import NotEnoughSpace, StoreError
-from storage.files import seal, unseal
-from storage.shards import SIDECAR
 from storage.store import ArtifactSpec, Store
 
 GOLDEN = Path(__file__).with_name("golden_store")

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from small_store import SPEC, STUDENT, build, build_student, flip, fresh, model, quarantined, rows, shard_path
 
-from storage import digests
+from storage.artifacts import digests
+from storage.artifacts.shards import SIDECAR
 from storage.errors import CorruptArtifact, InputError
-from storage.shards import SIDECAR
 from storage.store import Store
 
 

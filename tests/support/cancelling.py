@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from opd_cli import CHECKOUT, OPD
-from scripted_run import MARK, NAME, PLUGINS, prepare_root
+from opd_cli import OPD
+from places import CHECKOUT, PLUGINS
+from scripted_run import MARK, NAME, prepare_root
 from stopping import LIMIT, PATIENCE, StoppedRun
 
 from storage.runs import Run

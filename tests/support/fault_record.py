@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from places import CHECKOUT
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 MATTERS = ("storage", "tasks", "flows", "tests", "configs", "requirements", "pyproject.toml")
 """What a result depends on: neither what git ignores nor a change of the documents makes it another commit's."""
 LIBRARIES = ("torch", "vllm", "transformers", "deepspeed", "prefect", "pyarrow", "duckdb", "hypothesis")

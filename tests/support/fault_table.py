@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fault_record import CHECKOUT, Record, commit, folder
+from fault_record import Record, commit, folder
+from places import CHECKOUT
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 MARKS = "faults or promise"

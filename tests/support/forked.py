@@ -13,7 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_PRELOAD = ["scripted_run", "small_store", "flows.cli.run", "flows.runner", "flows.distill", "storage.catalog"]
+_PRELOAD = [
+    "scripted_run",
+    "small_store",
+    "flows.cli.run",
+    "flows.run.runner",
+    "flows.distill",
+    "storage.query.catalog",
+]
 _PDEATHSIG = 1
 
 

@@ -13,9 +13,9 @@ import psutil
 import small_disk
 from scripted_run import NAME, Trial, experiment, find_engines
 
-from flows import prefect_session
-from flows.executor import Maker
-from flows.runner import run_experiment
+from flows.prefect_ import session as prefect_session
+from flows.run.executor import Maker
+from flows.run.runner import run_experiment
 from storage.errors import NotEnoughSpace
 from storage.store import Store
 from tasks.stage import Work

@@ -10,9 +10,9 @@ from typing import Any
 
 import scripted_run
 
-from flows.runner import run_experiment
-from storage import shards
-from tasks.figures import silent
+from flows.run.runner import run_experiment
+from storage.artifacts import shards
+from tasks.workers.metrics import silent
 
 sys.path.insert(0, str(scripted_run.PLUGINS))
 

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parent.parent.parent
-TINY = CHECKOUT / "tests" / "data" / "tiny.yaml"
 OPD = Path(sys.executable).parent / "opd"
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 from stopping import PATIENCE, StoppedRun
 
-from flows.prefect_server import EmbeddedServer, home_of
-from storage import failpoints
+from flows.prefect_.server import EmbeddedServer, home_of
+from storage.disk import failpoints
 
 
 class ReportedRun(StoppedRun):
@@ -28,7 +28,7 @@ class ReportedRun(StoppedRun):
 
     def servers(self) -> list[psutil.Process]:
         """The store's own server, by the tree of processes."""
-        return [process for process in self.processes() if "flows.prefect_server" in process.cmdline()]
+        return [process for process in self.processes() if "flows.prefect_.server" in process.cmdline()]
 
     def begin_until(self, moment: str, prefect: bool = True, **environment: str) -> Any:
         """Starts the run and returns when it stands still at a moment, NAME@HIT of a failpoint."""

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import fault_table
-from fault_record import CHECKOUT, Record
+from fault_record import Record
+from places import CHECKOUT
 
 FULL = ("-m", "faults or promise")
 

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from storage.artifact import Artifact, ArtifactSpec
+from storage.artifacts.artifact import Artifact, ArtifactSpec
 from storage.schemas import schema_for
 from storage.store import Store
 from tasks.rollout import RolloutConfig, plan_samples, prompts_for_round, rollout_work
 from tasks.stage import Context
-from tasks.workers import WorkerPool
+from tasks.workers.pool import WorkerPool
 
-PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
 CONFIG = RolloutConfig(num_generations=2, prompts_per_round=5, shard_prompts=2, max_completion_length=4, top_p=0.9)
 SEED, ROUND = 5, 2
 

@@ -14,7 +14,7 @@ from storage.runs import RoundState, Run, RunState
 
 
 def run_rounds(config_path: str, name: str, root: str, rounds: int, overrides: list[str]) -> RunState:
-    """The signature and the promises of `flows.runner.run_rounds`."""
+    """The signature and the promises of `flows.run.runner.run_rounds`."""
     config = json.loads(Path(config_path).read_text())
     if config.get("bad"):
         raise ConfigError("bad: true is not allowed")

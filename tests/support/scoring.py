@@ -15,10 +15,10 @@ from storage.identity import derive_seed
 from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
 from tasks.engines.scorer import Scorer
-from tasks.models import CheckpointModel, model_work
+from tasks.inputs.models import CheckpointModel, model_work
 from tasks.prepare import PrepareConfig, prepare_work
-from tasks.runtime import RuntimeConfig
 from tasks.stage import Context
+from tasks.workers.runtime import RuntimeConfig
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.25}
 VOCABULARY = 264

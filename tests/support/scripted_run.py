@@ -21,21 +21,21 @@ import forked
 import numpy as np
 import psutil
 import pyarrow as pa
+from places import PLUGINS
 from safetensors.numpy import save_file
 
 from flows.experiment import Experiment
-from storage import failpoints
-from storage.artifact import MANIFEST
-from storage.builder import unfinished_work
-from storage.digests import table_digest
+from storage.artifacts.artifact import MANIFEST
+from storage.artifacts.builder import unfinished_work
+from storage.artifacts.digests import table_digest
+from storage.disk import failpoints
 from storage.runs import Run
 from storage.schemas import schema_for
 from storage.store import Store
-from tasks.addition import additions
-from tasks.models import model_work
+from tasks.inputs.addition import additions
+from tasks.inputs.models import model_work
 from tasks.prepare import prepare_work
 
-PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
 WITHOUT_PANDAS = Path(__file__).resolve().parent / "without_pandas"
 NAME = "trial"
 MARK = "OPD_FAULT_TRIAL"
@@ -125,7 +125,7 @@ def _main(root: str, rounds: int, environment: dict[str, str]) -> None:
     find_engines()
     failpoints.arm()
     from flows.cli.errors import exit_codes
-    from flows.runner import resume_experiment, run_experiment
+    from flows.run.runner import resume_experiment, run_experiment
 
     with exit_codes():
         started = (Path(root) / "runs" / NAME / "state.json").exists()

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from storage.store import Artifact, Store
-from tasks.models import ArchitectureModel, initialise
-from tasks.runtime import RuntimeConfig
+from tasks.inputs.models import ArchitectureModel, initialise
 from tasks.stage import Context, Work
+from tasks.workers.runtime import RuntimeConfig
 
 ARCHITECTURE = {
     "model_type": "qwen3",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from storage import shards
+from storage.artifacts import shards
 from storage.store import Artifact, ArtifactSpec, Store
 
 SHARDS = 3

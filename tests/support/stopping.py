@@ -15,7 +15,7 @@ import forked
 import psutil
 from scripted_run import EXPERIMENT, MARK, NAME, Trial, find_engines
 
-from storage import failpoints
+from storage.disk import failpoints
 from storage.runs import Run
 
 LIMIT = 10.0

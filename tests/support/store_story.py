@@ -9,9 +9,9 @@ from typing import Any
 
 from small_store import STUDENT, build, model
 
-from storage import failpoints
-from storage.checkpoints import write_file
-from storage.failpoints import failpoint
+from storage.artifacts.checkpoints import write_file
+from storage.disk import failpoints
+from storage.disk.failpoints import failpoint
 from storage.runs import RoundState, Run, StageState
 from storage.store import Artifact, ArtifactSpec, Store
 

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwe
 
 from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
-from tasks.figures import Figures
-from tasks.runtime import RuntimeConfig
 from tasks.stage import Context, Work
 from tasks.trainer.launch import free_port, launch_command
-from tasks.workers import CHECKOUT, Worker
+from tasks.workers.metrics import Figures
+from tasks.workers.pool import CHECKOUT, Worker
+from tasks.workers.runtime import RuntimeConfig
 
 SAMPLES, K, VOCABULARY = 12, 8, 264
 

@@ -10,7 +10,7 @@ from small_models import ARCHITECTURE
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tasks.models import ArchitectureModel, initialise
+from tasks.inputs.models import ArchitectureModel, initialise
 
 _PAIRS = """
 th he in er an re on at en nd ti es or te of ed is it al ar st to nt ng se ha as ou io le ve co me de hi ri ro

@@ -17,10 +17,10 @@ from small_models import Bench, checkpoint
 
 from storage.errors import InputError
 from storage.store import Artifact, Store
-from tasks.addition import ANSWER_PATTERN, AdditionSource, additions, answer, scratchpad
-from tasks.models import CheckpointModel, model_work
+from tasks.inputs.addition import ANSWER_PATTERN, AdditionSource, additions, answer, scratchpad
+from tasks.inputs.models import CheckpointModel, model_work
+from tasks.inputs.verifiers import ExactMatch, verify
 from tasks.prepare import PrepareConfig, prepare_work
-from tasks.verifiers import ExactMatch, verify
 
 USER, END, ASSISTANT = 259, 257, 260
 

@@ -8,14 +8,15 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from places import PLUGINS
 from pydantic import ValidationError
-from rollout_stage import CONFIG, PLUGINS, Stage
+from rollout_stage import CONFIG, Stage
 
-from storage.artifact import Artifact
+from storage.artifacts.artifact import Artifact
 from storage.errors import InputError
 from tasks.rollout import RolloutConfig, plan_samples, prompts_for_round, rollout_work
-from tasks.runtime import RuntimeConfig, SamplerRuntime
-from tasks.workers import WorkerDied, WorkerPool
+from tasks.workers.pool import WorkerDied, WorkerPool
+from tasks.workers.runtime import RuntimeConfig, SamplerRuntime
 
 
 @given(st.sets(st.text(min_size=1, max_size=5), min_size=1, max_size=12), st.integers(0, 99), st.integers(1, 7))

@@ -17,11 +17,11 @@ from storage.errors import ConfigError, CorruptArtifact, InputError
 from storage.schemas import MaskReason, schema_for
 from storage.store import Artifact, Store
 from tasks.engines.signals import mask_table, topk_table
+from tasks.inputs.tokenizers import build_byte_tokenizer
 from tasks.losses.config import DirectConfig, TopkSupport
 from tasks.losses.needs import SignalNeed
 from tasks.rollout_config import RolloutConfig
 from tasks.supervise import SpecialTokens, SuperviseConfig, mask_rules, supervise_work
-from tasks.tokenizers import build_byte_tokenizer
 from tasks.trainer.data import from_rollouts
 
 ROLLOUT = RolloutConfig(temperature=0.8, top_p=0.9)

@@ -9,15 +9,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from storage.artifact import ArtifactSpec
-from storage.digests import weights_digest
+from storage.artifacts.artifact import ArtifactSpec
+from storage.artifacts.digests import weights_digest
 from storage.errors import InputError
 from storage.identity import derive_seed
 from storage.store import Store
-from tasks.engines.checkpoint import stop_token_ids
+from tasks.engines.hf_folder import stop_token_ids
 from tasks.engines.sampler import Sampler, SamplingFailed
-from tasks.engines.weights import StaleWeights, judge_probes
-from tasks.tokenizers import load_tokenizer
+from tasks.engines.weight_proof import StaleWeights, judge_probes
+from tasks.inputs.tokenizers import load_tokenizer
 
 VOCABULARY = 264
 EOS = 257

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from places import CHECKOUT
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -204,5 +204,5 @@ def test_a_plugin_registers_a_divergence_and_configs_accept_it() -> None:
 
 def test_configs_load_no_torch() -> None:
     code = "import sys, tasks.losses.config; sys.exit('torch' in sys.modules)"
-    root = Path(__file__).parents[3]
+    root = CHECKOUT
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

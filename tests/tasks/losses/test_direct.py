@@ -14,10 +14,10 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 
 from storage.schemas import schema_for
+from tasks.losses.build import make_objective
 from tasks.losses.config import DirectConfig
 from tasks.losses.divergences import REGISTRY, ReverseKL
 from tasks.losses.head import ChunkedHead, PlainHead
-from tasks.losses.registry import make_objective
 from tasks.losses.types import ObjectiveOutput, TokenBatch
 
 every = pytest.mark.parametrize("kind", REGISTRY)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tasks.losses.build import make_objective
 from tasks.losses.config import PolicyGradientConfig
 from tasks.losses.head import PlainHead
-from tasks.losses.registry import make_objective
 from tasks.losses.types import ObjectiveOutput, TokenBatch
 
 N, V, K = 5, 7, 3

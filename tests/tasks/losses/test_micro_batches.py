@@ -20,10 +20,10 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from storage.schemas import MaskReason, schema_for
+from tasks.losses.build import make_objective
 from tasks.losses.config import ObjectiveConfig
 from tasks.losses.divergences import REGISTRY
 from tasks.losses.head import ChunkedHead, PlainHead
-from tasks.losses.registry import make_objective
 from tasks.losses.token_weights import TOKEN_WEIGHTS
 from tasks.losses.trust_regions import TRUST_REGIONS
 from tasks.trainer.data import Samples, forward_batch, from_rollouts, token_weights

@@ -6,9 +6,9 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-CHECKOUT = Path(__file__).parents[3]
+from places import CHECKOUT
+
 FILES = [f"tests/tasks/losses/{name}.py" for name in ("test_divergences", "test_policy_gradient", "test_direct")]
 OF_THE_ADVANTAGE = {
     "test_advantage_is_minus_f_plus_u_times_derivative",

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tasks.losses.build import make_objective
 from tasks.losses.config import PolicyGradientConfig
 from tasks.losses.divergences import REGISTRY, Divergence
 from tasks.losses.head import PlainHead
 from tasks.losses.policy_gradient import surrogate
-from tasks.losses.registry import make_objective
 from tasks.losses.types import ObjectiveOutput, TokenBatch
 
 V = 7

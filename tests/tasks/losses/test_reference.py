@@ -12,16 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from places import DATA
 from torch import Tensor, nn
 
+from tasks.losses.build import make_objective
 from tasks.losses.config import DirectConfig, PolicyGradientConfig, TopkSupport
 from tasks.losses.divergences import REGISTRY
 from tasks.losses.head import ChunkedHead, PlainHead
 from tasks.losses.policy_gradient import advantage
-from tasks.losses.registry import make_objective
 from tasks.losses.types import TokenBatch
 
-PATH = Path(os.environ.get("OPD_REFERENCE", Path(__file__).parents[2] / "data" / "objectives.json"))
+PATH = Path(os.environ.get("OPD_REFERENCE", DATA / "objectives.json"))
 REFERENCE: dict[str, Any] = json.loads(PATH.read_text())
 CASES: list[dict[str, Any]] = REFERENCE["cases"]
 TOLERANCE = {torch.float64: {"rtol": 1e-6, "atol": 1e-12}, torch.float32: {"rtol": 2e-4, "atol": 2e-6}}

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from tasks.losses.build import make_objective
 from tasks.losses.config import PolicyGradientConfig, SftConfig
 from tasks.losses.divergences import REGISTRY
 from tasks.losses.head import ChunkedHead, PlainHead
 from tasks.losses.policy_gradient import advantage, surrogate
-from tasks.losses.registry import make_objective
 from tasks.losses.types import ObjectiveOutput, TokenBatch
 
 N, V = 4, 6

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tasks.losses.build import make_objective
 from tasks.losses.config import DirectConfig, PolicyGradientConfig
 from tasks.losses.head import PlainHead
-from tasks.losses.registry import make_objective
 from tasks.losses.token_weights import TOKEN_WEIGHTS, Weighable
 from tasks.losses.types import TokenBatch
 

@@ -5,19 +5,19 @@ TRL's convention is ours: beta = 0 is forward KL KL(q||p), beta = 1 reverse KL K
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from places import DATA
 from torch import Tensor, nn
 
+from tasks.losses.build import make_objective
 from tasks.losses.config import DirectConfig
 from tasks.losses.head import ChunkedHead, PlainHead
-from tasks.losses.registry import make_objective
 from tasks.losses.types import TokenBatch
 
-MADE: dict[str, Any] = json.loads((Path(__file__).parents[2] / "data" / "trl_jsd.json").read_text())
+MADE: dict[str, Any] = json.loads((DATA / "trl_jsd.json").read_text())
 CASES: list[dict[str, Any]] = MADE["cases"]
 
 

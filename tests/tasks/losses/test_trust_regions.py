@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tasks.losses.build import make_objective
 from tasks.losses.config import PolicyGradientConfig
 from tasks.losses.divergences import REGISTRY
 from tasks.losses.head import ChunkedHead, PlainHead
-from tasks.losses.registry import make_objective
 from tasks.losses.trust_regions import TRUST_REGIONS
 from tasks.losses.types import ObjectiveOutput, TokenBatch
 

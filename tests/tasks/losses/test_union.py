@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 
+from tasks.losses.build import make_objective
 from tasks.losses.config import DirectConfig
 from tasks.losses.divergences import REGISTRY
 from tasks.losses.head import ChunkedHead, PlainHead
-from tasks.losses.registry import make_objective
 from tasks.losses.types import TokenBatch
-from tasks.trainer.support import Rectangle, TopK, UnionTopK, harmless
+from tasks.trainer.topk_lists import Rectangle, TopK, UnionTopK, harmless
 
 N, V = 3, 8
 every = pytest.mark.parametrize("kind", REGISTRY)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from trainer_world import World, launch_trainer, make_world
 
-from tasks.workers import Worker
+from tasks.workers.pool import Worker
 
 
 @pytest.fixture(scope="session")

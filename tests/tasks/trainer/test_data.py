@@ -15,7 +15,7 @@ from tasks.losses.config import DirectConfig, SftConfig, TopkSupport
 from tasks.trainer.config import OptimizerSettings
 from tasks.trainer.data import forward_batch, from_rollouts, token_weights
 from tasks.trainer.engine import deepspeed_config
-from tasks.trainer.support import TopK, UnionTopK
+from tasks.trainer.topk_lists import TopK, UnionTopK
 
 CPU = torch.device("cpu")
 SPECIAL = [MaskReason.SPECIAL_TOKEN]

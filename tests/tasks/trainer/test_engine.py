@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tasks.workers import CHECKOUT
+from tasks.workers.pool import CHECKOUT
 
 
 @pytest.mark.promise(7, "a gradient that is not finite changes no weight")

@@ -13,7 +13,7 @@ from tasks.losses.config import PolicyGradientConfig
 from tasks.losses.trust_regions import TRUST_REGIONS
 from tasks.train import train_work
 from tasks.trainer.config import TrainConfig
-from tasks.workers import Worker
+from tasks.workers.pool import Worker
 
 CONFIG = TrainConfig.model_validate({"lr": 1e-3, "samples_per_step": 12, "max_grad_norm": None, "metrics_every": 1})
 FIELDS = {

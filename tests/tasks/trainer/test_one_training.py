@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 from trainer_world import Made, World, make
 
-from storage import failpoints
-from storage.artifact import MANIFEST
-from storage.checkpoints import CHECKPOINT
+from storage.artifacts.artifact import MANIFEST
+from storage.artifacts.checkpoints import CHECKPOINT
+from storage.disk import failpoints
 from storage.errors import ConfigError, CorruptArtifact, OpdError
 from storage.store import Artifact, Store
 from tasks.losses.config import DirectConfig, TopkSupport
-from tasks.runtime import RuntimeConfig
 from tasks.stage import Work
 from tasks.train import train_work
 from tasks.trainer.config import TrainConfig, WarmupConfig
 from tasks.warmup import warmup_work
-from tasks.workers import Worker
+from tasks.workers.pool import Worker
+from tasks.workers.runtime import RuntimeConfig
 
 OTHER = {"micro_batch_tokens": 1}
 """A setting of the trainer at which sums are rounded otherwise."""

@@ -20,7 +20,7 @@ from tasks.losses.config import DirectConfig, PolicyGradientConfig, SftConfig, T
 from tasks.train import train_work
 from tasks.trainer.config import TrainConfig, WarmupConfig
 from tasks.warmup import warmup_work
-from tasks.workers import CHECKOUT, Worker
+from tasks.workers.pool import CHECKOUT, Worker
 
 BUCKET = DirectConfig(support=TopkSupport(k=8, outside="bucket"))
 ZERO = CHECKOUT / "configs" / "deepspeed"

@@ -1,0 +1,200 @@
+"""What a run came to: the figures of each round, where the student is, what to try next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flows.cli.options import console
+from flows.run.hints import opd_command
+from storage.artifacts.artifact import Artifact, TreeRecord, artifact_directory, load_manifest
+from storage.artifacts.trees import tree_directory
+from storage.errors import CorruptArtifact, StoreError
+from storage.runs import RoundState, RunState, StageState
+from storage.store import Store
+
+_FIGURES = (
+    ("accuracy", "accuracy_greedy", "{:.1%}"),
+    ("sampled", "accuracy_sampled", "{:.1%}"),
+    ("reverse KL", "reverse_kl", "{:.4f}"),
+    ("length", "mean_length", "{:.1f}"),
+    ("clipped", "clipped_ratio", "{:.1%}"),
+    ("tokens", "rollout_tokens", "{:,.0f}"),
+)
+"""Heading, metric, form. `accuracy` is greedy; `tokens` are those sampled for training."""
+
+_LEGEND = "round 0 is the student before distillation; reverse KL is to the teacher, on fresh rollouts"
+_COLOURS = {"new": "dim", "running": "cyan", "stopped": "yellow", "failed": "red", "finished": "green"}
+_STUDENT_STAGES = (("train", "student"), ("warmup", "student"), ("model", "model"))
+"""(stage of a round, artifact) that can hold its student, best first."""
+
+
+def status_json(state: RunState, root: Path) -> dict[str, Any]:
+    """What `opd status --json` and `opd run --json` print: name, status, rounds with metrics, student digest and stages,
+    of every stage also its evicted artifacts."""
+    status = state.model_dump(mode="json")
+    gone = evicted(state, root)
+    for round in status["rounds"]:
+        for label, stage in round["stages"].items():
+            stage["evicted"] = gone.get((round["round"], label), [])
+    return status
+
+
+def evicted(state: RunState, root: Path) -> dict[tuple[int, str], list[str]]:
+    """(round, stage's label) -> artifacts of it whose data `opd gc` removed. Damaged manifests do not count."""
+    found: dict[tuple[int, str], list[str]] = {}
+    for round in state.rounds:
+        for label, record in round.stages.items():
+            for stage, key in record.artifacts.items():
+                try:
+                    manifest = load_manifest(artifact_directory(root, stage, key))
+                except (StoreError, CorruptArtifact):
+                    continue
+                if manifest is not None and manifest.evicted is not None:
+                    found.setdefault((round.round, label), []).append(f"{stage}/{key}")
+    return found
+
+
+def print_report(state: RunState, root: Path, holder: str | None = None, out: Console | None = None) -> None:
+    """The report on standard output."""
+    out = out or console()
+    for part in report(state, root, holder):
+        out.print(part, soft_wrap=isinstance(part, Text))  # paths and commands stay on one line, to be copied
+
+
+def report(state: RunState, root: Path, holder: str | None = None) -> list[Table | Text]:
+    """The table of rounds, then troubles, the student's folder and commands worth trying."""
+    parts: list[Table | Text] = [_heading(state, holder)]
+    if state.rounds:
+        gone = evicted(state, root)
+        parts.append(_rounds(state, gone))
+        parts.append(Text(_LEGEND, style="dim"))
+        if gone:
+            first = min(round for round, _ in gone)
+            again = opd_command(root, "restore", state.name, "--round", str(first))
+            parts.append(Text(f"evicted: removed by opd gc, made again when it is read, or by: {again}", style="dim"))
+    parts += [_trouble(round.round, label, stage) for round, label, stage in _failed(state)]
+    last = last_round(state)
+    if last is not None:
+        parts.append(_student(state, root, last))
+    parts.append(Text("next:", style="bold"))
+    return parts + [Text(f"  {command}") for command in next_commands(state, root)]
+
+
+def last_round(state: RunState) -> RoundState | None:
+    """The latest round that ended with a student."""
+    return max((r for r in state.rounds if r.student_sha256), key=lambda r: r.round, default=None)
+
+
+def student_of(store: Store, round: RoundState) -> Artifact | None:
+    """The committed artifact that holds a round's student: its weights are the recorded ones. None if it is gone."""
+    for label, kind in _STUDENT_STAGES:
+        stage = round.stages.get(label)
+        key = stage.artifacts.get(kind) if stage is not None else None
+        artifact = store.get(kind, key) if key is not None else None
+        if artifact is not None and artifact.content.get("weights") == round.student_sha256:
+            return artifact
+    return None
+
+
+def tree_of(store: Store, artifact: Artifact, name: str = "model") -> tuple[Path, TreeRecord]:
+    """Where a tree of an artifact lies, and its files as they were recorded. Nothing is verified."""
+    directory = artifact_directory(store.root, artifact.stage, artifact.key)
+    manifest = load_manifest(directory)
+    if manifest is None or name not in manifest.trees:
+        raise CorruptArtifact(f"{artifact.stage}/{artifact.key}: no tree {name!r} in {store.root}; run again")
+    return tree_directory(directory, manifest.trees[name]), manifest.trees[name]
+
+
+def next_commands(state: RunState, root: Path) -> list[str]:
+    """Three commands worth trying from here."""
+    name, last = state.name, last_round(state)
+    failed = [label for _, label, _ in _failed(state)]
+    if state.status == "running":
+        watch = [("logs", name, "--follow"), ("status", name), ("stop", name)]
+        return [opd_command(root, *words) for words in watch]
+    found: list[tuple[str, ...]] = []
+    if state.status != "finished":
+        found.append(("resume", name))
+    if failed:
+        found.append(("logs", name))
+    if last is None:
+        found += [("status", name, "--json"), ("ls",)]
+    else:
+        found += [("export", name, f"{name}-student"), ("query", name, _question(last.round))]
+        found.append(("fork", f"{name}@{max(last.round - 1, 0)}", "--name", f"{name}-2", "--set", "train.lr=1e-4"))
+    return [opd_command(root, *words) for words in found[:3]]
+
+
+def _question(round: int) -> str:
+    if round == 0:
+        return "SELECT prompt_id, completion_text, correct FROM evaluations LIMIT 10"
+    return (
+        "SELECT token, count(*) AS n, avg(student_logprob - teacher_logprob) AS gap"
+        f" FROM tokens WHERE round = {round} GROUP BY token ORDER BY gap DESC LIMIT 10"
+    )
+
+
+def _heading(state: RunState, holder: str | None) -> Text:
+    line = Text(state.name, style="bold")
+    line.append(f"  {state.status}", style=_COLOURS[state.status])
+    if state.forked_from:
+        line.append(f"  forked from {state.forked_from}", style="dim")
+    if holder:
+        line.append(f"  by {holder}", style="dim")
+    return line
+
+
+def _rounds(state: RunState, gone: dict[tuple[int, str], list[str]]) -> Table:
+    shown = [f for f in _FIGURES if any(r.metrics.get(f[1]) is not None for r in state.rounds)]
+    table = Table("round")
+    for heading, _, _ in shown:
+        table.add_column(heading, justify="right")
+    table.add_column("seconds per stage")
+    for round in sorted(state.rounds, key=lambda r: r.round):
+        values = [round.metrics.get(metric) for _, metric, _ in shown]
+        figures = [form.format(v) if v is not None else "" for v, (_, _, form) in zip(values, shown, strict=True)]
+        table.add_row(
+            str(round.round), *figures, _stages(round, {label for number, label in gone if number == round.round})
+        )
+    return table
+
+
+def _stages(round: RoundState, gone: set[str]) -> Text:
+    line = Text()
+    for label, stage in round.stages.items():
+        if line:
+            line.append(", ")
+        line.append(f"{label} ")
+        if stage.state == "done" and stage.seconds is not None:
+            line.append(f"{stage.seconds:.1f}")
+        else:
+            line.append(stage.state, style="red" if stage.state == "failed" else "dim")
+        if label in gone:
+            line.append(" (evicted)", style="yellow")
+    return line
+
+
+def _failed(state: RunState) -> list[tuple[RoundState, str, StageState]]:
+    return [(r, label, stage) for r in state.rounds for label, stage in r.stages.items() if stage.state == "failed"]
+
+
+def _trouble(round: int, label: str, stage: StageState) -> Text:
+    return Text(f"round {round} {label}: {stage.error or 'failed'}", style="red")
+
+
+def _student(state: RunState, root: Path, round: RoundState) -> Text:
+    store = Store(root)
+    artifact = student_of(store, round)
+    line = Text(f"student of round {round.round}: ")
+    if artifact is None:
+        return line.append(f"no longer in the store; `opd resume {state.name}` makes it again", style="yellow")
+    if store.evicted(artifact) is not None:
+        again = opd_command(root, "restore", state.name, "--round", str(round.round))
+        return line.append(f"evicted; make it again with: {again}", style="yellow")
+    line.append(str(tree_of(store, artifact)[0]), style="bold")
+    return line.append(f"  (sha256 {(round.student_sha256 or '')[:16]})", style="dim")

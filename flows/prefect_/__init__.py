@@ -1,0 +1,1 @@
+"""Prefect around a run: flow and tasks, its server, schedules."""

@@ -1,0 +1,235 @@
+"""The catalogue behind `opd objectives` and docs/objectives.md: recipes, and the choices on each axis of an objective.
+
+Everything comes from where it is defined: classes give equation, paper, fields and defaults, recipe files their header
+comment and what they set. Nothing is said twice."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from flows.experiment import load_experiment
+from tasks.losses.axes import FullSupport, SampledToken, StudentCandidates, TopkSupport
+from tasks.losses.config import DirectConfig, PolicyGradientConfig, SftConfig
+from tasks.losses.divergences import DIVERGENCES, Divergence
+from tasks.losses.token_weights import TOKEN_WEIGHTS
+from tasks.losses.trust_regions import TRUST_REGIONS
+
+CHECKOUT = Path(__file__).resolve().parent.parent.parent
+RECIPES = CHECKOUT / "configs" / "recipes"
+_PAPER = re.compile(r"\b(\d{4}\.\d{5})\b")
+
+OUTSIDE = {
+    "renormalize": "p and q divided by their own mass on S: p^ = p / p(S), q^ = q / q(S)",
+    "bucket": "one more category: p(rest) = 1 - p(S), q(rest) = 1 - q(S)",
+    "drop": "only the terms of S, unnormalised; no divergence, can be negative",
+}
+SUPPORTS = {
+    "direct": {
+        "teacher_topk": "S = the k ids with the largest q",
+        "student_topk": "S = the k ids with the largest p_old",
+        "union": "S = both lists together",
+        "full": "S = every id, k = V",
+    },
+    "policy_gradient": {
+        "sampled": "the sampled token y alone",
+        "student_topk": "sum_{v in S} -sg(w(v) A(v)) rho(v), S = the k ids with the largest p_old, w = p_old or p over S",
+    },
+}
+"""By estimator: what they have a common name for has fields of its own in each."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a config, as a user sees it."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing with a name: a recipe, or a choice on an axis."""
+
+    name: str
+    axis: str
+    summary: str
+    equations: tuple[str, ...]
+    papers: tuple[str, ...]
+    experimental: bool
+    code: str
+    """path of the file from the checkout, and the name in it"""
+    fields: tuple[Field, ...]
+    about: str
+    """everything that its definition says about it"""
+    uses: tuple[str, ...] = ()
+    """axes and labels of the entries that a recipe is made of"""
+    file: str = ""
+    """a recipe's file, from the checkout"""
+    estimator: str = ""
+    """the only one that it is a choice of, where the axis has others for others"""
+
+    @property
+    def label(self) -> str:
+        """The name, with what tells it from others of that name."""
+        return f"{self.name} ({self.estimator})" if self.estimator else self.name
+
+    @property
+    def anchor(self) -> str:
+        return "-".join(re.findall(r"[a-z0-9]+", f"{self.axis} {self.label}"))
+
+
+def catalogue() -> list[Entry]:
+    """Every entry: recipes first, then the axes in the order in which a config names them."""
+    estimators = [_of_class(c.model_fields["estimator"].default, "estimator", c) for c in _ESTIMATORS]
+    found = [_recipe(path) for path in sorted(RECIPES.glob("*.yaml"))] + estimators
+    found += [_of_class(kind, "divergence", c) for kind, c in DIVERGENCES.classes.items()]
+    found += [_support(estimator, kind) for estimator, kinds in SUPPORTS.items() for kind in kinds]
+    found += [_outside(kind, equation) for kind, equation in OUTSIDE.items()]
+    found += [_of_class(kind, "trust region", c) for kind, c in TRUST_REGIONS.classes.items()]
+    return found + [_of_class(kind, "token weight", c) for kind, c in TOKEN_WEIGHTS.classes.items()]
+
+
+def axes(entries: list[Entry]) -> list[str]:
+    """The axes of a catalogue, in its order."""
+    return list(dict.fromkeys(entry.axis for entry in entries))
+
+
+_ESTIMATORS: dict[type[BaseModel], str] = {  # where each is computed; named, so that listing them loads no torch
+    DirectConfig: "tasks/losses/direct.py DirectObjective",
+    PolicyGradientConfig: "tasks/losses/policy_gradient.py PolicyGradientObjective",
+    SftConfig: "tasks/losses/sft.py SftObjective",
+}
+_SUPPORT_CLASSES: dict[tuple[str, str], type[BaseModel]] = {
+    ("direct", "full"): FullSupport,
+    ("policy_gradient", "sampled"): SampledToken,
+    ("policy_gradient", "student_topk"): StudentCandidates,
+}
+
+
+def _of_class(name: str, axis: str, cls: Any) -> Entry:
+    about = inspect.getdoc(cls) or ""
+    equations = [cls.equation]
+    if issubclass(cls, Divergence) and cls.f_equation:
+        equations += [f"f(u) = {cls.f_equation}", f"w_f(u) = {cls.w_equation}"]
+    return Entry(
+        name=name,
+        axis=axis,
+        summary=_first_sentence(about),
+        equations=tuple(equations),
+        papers=tuple(dict.fromkeys([cls.paper] if cls.paper else _PAPER.findall(about))),
+        experimental=getattr(cls, "experimental", False),
+        code=_ESTIMATORS.get(cls) or _where(cls),
+        fields=_fields(cls),
+        about=about,
+    )
+
+
+def _support(estimator: str, kind: str) -> Entry:
+    cls, equation = _SUPPORT_CLASSES.get((estimator, kind), TopkSupport), SUPPORTS[estimator][kind]
+    about = inspect.getdoc(cls) or ""
+    summary = equation if estimator == "direct" else _first_sentence(about)
+    code, fields = _where(cls), _fields(cls)
+    return Entry(kind, "support", summary, (equation,), (), False, code, fields, about, estimator=estimator)
+
+
+def _outside(kind: str, equation: str) -> Entry:
+    from tasks.losses import support
+
+    code = "tasks/losses/support.py categories"
+    return Entry(kind, "outside", equation, (equation,), (), False, code, (), inspect.getdoc(support) or "")
+
+
+def _recipe(path: Path) -> Entry:
+    header = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
+    about = " ".join(header)
+    objective = load_experiment(path).objective
+    made_of = _parts(objective)
+    equations = [f"{axis} {name}: {equation}" for axis, name, equation in made_of]
+    return Entry(
+        name=path.stem,
+        axis="recipe",
+        summary=_first_sentence(about),
+        equations=tuple(equations),
+        papers=tuple(dict.fromkeys(_PAPER.findall(about))),
+        experimental="experimental" in about.lower(),
+        code=_ESTIMATORS[type(objective)],
+        fields=_values(objective),
+        about=about,
+        uses=tuple(
+            f"{axis} {name} ({objective.estimator})" if axis == "support" else f"{axis} {name}"
+            for axis, name, _ in made_of
+        ),
+        file=str(path.relative_to(CHECKOUT)),
+    )
+
+
+def _parts(objective: Any) -> list[tuple[str, str, str]]:
+    """(axis, name, equation) of what an objective is made of; what does nothing is left out."""
+    parts = [("estimator", objective.estimator, objective.equation)]
+    divergence = objective.divergence
+    if objective.estimator == "direct":
+        parts.append(("divergence", divergence.kind, f"D = {divergence.equation}"))
+    else:
+        text = divergence.w_equation if objective.advantage == "opd_plus" else f"-({divergence.f_equation})"
+        centred = ", centred at u = 1" if objective.center else ""
+        parts.append(("divergence", divergence.kind, f"A = {text}{centred}"))
+    kind = objective.support.kind
+    parts.append(("support", kind, SUPPORTS[objective.estimator][kind]))
+    outside = getattr(objective.support, "outside", None)
+    if outside is not None and objective.support.kind != "full":
+        parts.append(("outside", outside, OUTSIDE[outside]))
+    for axis, choice in (
+        ("trust region", getattr(objective, "trust_region", None)),
+        ("token weight", objective.token_weight),
+    ):
+        if choice is not None and choice.kind != "none":
+            parts.append((axis, choice.kind, choice.configured))
+    return parts
+
+
+def _fields(cls: type[BaseModel]) -> tuple[Field, ...]:
+    found = []
+    for name, info in _ordered(cls):
+        default = "required" if info.default is PydanticUndefined else _shown(info.default)
+        found.append(Field(name, default, info.description or ""))
+    return tuple(found)
+
+
+def _values(objective: BaseModel) -> tuple[Field, ...]:
+    cls = type(objective)
+    return tuple(Field(name, _shown(getattr(objective, name)), info.description or "") for name, info in _ordered(cls))
+
+
+def _ordered(cls: type[BaseModel]) -> list[tuple[str, Any]]:
+    """A class's own fields before those that it shares with others; without those that only name the class."""
+    fields = [item for item in cls.model_fields.items() if item[0] not in ("kind", "estimator")]
+    return sorted(fields, key=lambda item: item[0] not in cls.__annotations__)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        inside = ", ".join(f"{k}: {_shown(v)}" for k, v in value)
+        return f"{{{inside}}}"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def _where(cls: Any) -> str:
+    file = Path(inspect.getfile(cls)).resolve()
+    path = file.relative_to(CHECKOUT) if file.is_relative_to(CHECKOUT) else file.name
+    return f"{path} {cls.__name__}"
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"\.(?:\s|$)", " ".join(text.split()), maxsplit=1)[0]

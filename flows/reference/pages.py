@@ -1,0 +1,148 @@
+"""The reference pages, written from the schema and the catalogue: names, types, defaults and meanings have one source.
+
+python -m flows.reference.pages config > docs/config.md
+python -m flows.reference.pages objectives > docs/objectives.md
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from flows.experiment import Experiment
+from flows.reference.catalogue import Entry, axes, catalogue
+from flows.study.spec import Study
+
+INTRO = """# Config reference
+
+Written from the schema by `python -m flows.reference.pages config > docs/config.md`; a test holds it true. Everything above
+`runtime` is identity: it decides what is computed and enters the keys. `runtime` says where and how, `policy` how long: both
+may change between two calls of a run. `base: other.yaml` lays a config over another one; `--set a.b=c` overrides a field.
+"""
+
+STUDY = """# A study's file
+
+What `opd study` reads; see configs/study.yaml.
+"""
+
+
+def reference() -> str:
+    """Markdown: a section per model of the config, a line per field."""
+    schema = Experiment.model_json_schema()
+    models: dict[str, Any] = schema["$defs"]
+    sections = [INTRO, _section("Experiment", schema)]
+    sections += [_section(name, model) for name, model in models.items() if name != "Fork" and "properties" in model]
+    study = Study.model_json_schema()
+    sections += [STUDY, _section("Study", study), *(_section(name, model) for name, model in study["$defs"].items())]
+    return "\n".join(sections).rstrip() + "\n"
+
+
+def _section(name: str, model: dict[str, Any]) -> str:
+    about = " ".join((model.get("description") or "").split("\n\n")[0].split())
+    lines = [f"## {name}", "", about, "", "| field | type | default | meaning |", "|---|---|---|---|"]
+    required = set(model.get("required", ()))
+    for field, info in model["properties"].items():
+        default = (
+            "required"
+            if field in required
+            else f"`{json.dumps(info['default'])}`"
+            if "default" in info
+            else "see there"
+        )
+        if len(default) > 60:
+            default = "see there"
+        cells = (f"`{field}`", _type(info), default, info.get("description", ""))
+        lines.append(_row(cells))
+    return "\n".join(lines) + "\n"
+
+
+def _type(info: dict[str, Any]) -> str:
+    if "$ref" in info:
+        name = info["$ref"].rsplit("/", 1)[-1]
+        return f"[{name}](#{name.lower()})"
+    if "const" in info:
+        return f"`{info['const']}`"
+    if "enum" in info:
+        return " or ".join(f"`{value}`" for value in info["enum"])
+    for union in ("anyOf", "oneOf"):
+        if union in info:
+            return " or ".join(_type(part) for part in info[union])
+    kind = info.get("type", "any")
+    if kind == "array":
+        return f"list of {_type(info['items'])}" if "items" in info else "list"
+    return str(kind) + _range(info)
+
+
+def _range(info: dict[str, Any]) -> str:
+    words = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {info[key]:g}" for key, sign in words.items() if key in info]
+    return f" {', '.join(limits)}" if limits else ""
+
+
+OBJECTIVES = """# Objectives
+
+Written from the code and the recipes by `python -m flows.reference.pages objectives > docs/objectives.md`; a test holds it true.
+From a method's name to its equation to its code: click the name, then the file. The same on a terminal: `opd objectives`.
+
+`p` is the live student, `p_old` the student that wrote the rollouts, `q` the teacher, `y` the sampled token, `u = q/p`, `S` the
+support, `A` an advantage (constant in the gradient), `rho = p(y) / p_old(y)`, `M` a gate. Temperature 1, natural logarithms.
+The loss is the sum over the masked-in tokens of an optimizer step divided by their number (`normalisation: token`).
+
+A method is one choice on each axis. What is [experimental] is known to us from summaries of its paper only, or our own
+and untried at scale.
+
+Not here yet: TRB's blended rollouts (2605.31159; its loss is `rethinking-opd`) and TrOPD's teacher-written prefixes need
+rollouts of their own; TrOPD's term for prefix tokens is there. Off-policy training on given text is
+[sft](#estimator-sft), used by warm-ups.
+"""
+
+
+def objectives() -> str:
+    """Markdown: methods first, then every choice on every axis."""
+    entries = catalogue()
+    places = {f"{entry.axis} {entry.label}": f"{entry.axis} [{entry.label}](#{entry.anchor})" for entry in entries}
+    parts = [OBJECTIVES]
+    for axis in axes(entries):
+        chosen = [entry for entry in entries if entry.axis == axis]
+        title = "Methods" if axis == "recipe" else f"{axis[0].upper()}{axis[1:]}"
+        lines = [f"## {title}", "", "| name | what it is | paper |", "|---|---|---|"]
+        lines += [_row((f"[{e.label}](#{e.anchor})", e.summary + _mark(e), _papers(e))) for e in chosen]
+        parts.append("\n".join(lines) + "\n")
+        parts += [_entry(entry, places) for entry in chosen]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _entry(entry: Entry, places: dict[str, str]) -> str:
+    path, _, name = entry.code.partition(" ")
+    links = [f"code: [{path}](../{path}), `{name}`"]
+    if entry.file:
+        links.insert(0, f"recipe: [{entry.file}](../{entry.file})")
+    if entry.uses:
+        links.append("made of: " + ", ".join(places[use] for use in entry.uses))
+    about = "" if entry.about == entry.summary else entry.about.strip() + "\n\n"
+    equations = "\n".join(f"    {equation}" for equation in entry.equations)
+    lines = [f'<a id="{entry.anchor}"></a>', f"### {entry.label}{_mark(entry)}", "", about + equations, ""]
+    lines += ["; ".join(links) + (f"; paper: {_papers(entry)}" if entry.papers else ""), ""]
+    if entry.fields and entry.axis != "recipe":
+        lines += ["| field | default | meaning |", "|---|---|---|"]
+        lines += [_row((f"`{f.name}`", f"`{f.default}`", f.meaning)) for f in entry.fields] + [""]
+    return "\n".join(lines)
+
+
+def _mark(entry: Entry) -> str:
+    return " [experimental]" if entry.experimental else ""
+
+
+def _papers(entry: Entry) -> str:
+    return ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in entry.papers)
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+PAGES = {"config": reference, "objectives": objectives}
+
+if __name__ == "__main__":
+    print(PAGES[sys.argv[1] if len(sys.argv) > 1 else "config"](), end="")

@@ -1,0 +1,1 @@
+"""One run: plan or make its stages, recover, replay, check."""

@@ -1,0 +1,324 @@
+"""Executors walk the main path: one plans it, one makes it. Both see the same calls in the same order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from flows.run.lineage import Again, Origin, Origins, artifacts_in, rebuild, require_plugins
+from storage.disk.redact import redact
+from storage.errors import InputError
+from storage.runs import RoundState, Run, RunState, StageState
+from storage.store import Artifact, Builder, Store
+from tasks.stage import Context, Work
+from tasks.workers.metrics import Figures, StageProgress
+
+
+class Pending:
+    """Stands for what is not made yet; everything taken from it is pending too."""
+
+    def __getitem__(self, name: str) -> Pending:
+        return self
+
+
+Result = Any
+"""An `Artifact`, a mapping of them by output name, or `Pending`."""
+
+
+class RoundScope(Protocol):
+    def ends_with(self, student: Result) -> None:
+        """Note the student that the round ends with."""
+
+
+class Executor(Protocol):
+    store: Store
+
+    def __call__(self, label: str, make: Callable[..., Work], *inputs: Any) -> Result:
+        """The outputs of the stage that `make(*inputs)` describes."""
+
+    def round(self, number: int) -> Any:
+        """A context that yields a `RoundScope`."""
+
+
+def resolved(work: Work, store: Store) -> dict[str, Artifact]:
+    """The outputs of a stage that are committed already."""
+    found = {}
+    for name, spec in work.outputs.items():
+        artifact = store.get(spec.stage, work.shared.get(name, spec.key)) or store.get(spec.stage, spec.key)
+        if artifact is not None:
+            found[name] = artifact
+    return found
+
+
+def rows_of(made: Mapping[str, Artifact]) -> int:
+    """Rows of all that a stage made."""
+    return sum(sum(artifact.rows.values()) for artifact in made.values())
+
+
+def metrics_of(made: Mapping[str, Artifact]) -> Figures:
+    """The figures that a stage recorded in what it made."""
+    return {name: value for artifact in made.values() for name, value in (artifact.meta.get("metrics") or {}).items()}
+
+
+def figures_of(label: str, made: Mapping[str, Artifact]) -> dict[str, float | None]:
+    """The same under their names in a round: plain for the evaluation, after the stage's name for all others."""
+    return {name if label == "evaluate" else f"{label}_{name}": value for name, value in metrics_of(made).items()}
+
+
+def refuse_other_model(label: str, work: Work, recorded: StageState | None, store: Store) -> None:
+    """A run keeps the models that it began with. InputError, naming the file, when what a model is read from (weights,
+    tokenizer) is not what the run's state recorded; the folder's place may change."""
+    if work.stage != "model" or recorded is None or "model" not in recorded.artifacts:
+        return
+    before, spec = store.get("model", recorded.artifacts["model"]), work.outputs["model"]
+    if before is None or (before.version, before.identity) != (spec.version, spec.identity):
+        return
+    then, now = ({k: v for k, v in inputs.items() if k != "place"} for inputs in (before.inputs, spec.inputs))
+    if then != now:
+        store.materialize(before)  # a folder of the user's that has changed: the error names the file
+        raise InputError(
+            f"{label}: its {' and '.join(sorted(now))} are not those that this run began with (model/{before.key} then,"
+            f" model/{spec.key} now); put the old ones back, or begin a new run under another --name"
+        )
+
+
+@dataclass
+class PlanLine:
+    """One stage of a plan. `state`: cached (in the store), restore (evicted, and read by what would run), run (would
+    run), pending (waits for a stage that would)."""
+
+    round: int
+    stage: str
+    state: str
+    keys: dict[str, str] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    """outputs (signals, say) that are not in the store"""
+
+
+class Planner:
+    """Resolves keys as far as contents are known: up to the first stage that must run."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.lines, self._round = store, list[PlanLine](), 0
+        self.origins = Origins(store)
+
+    def __call__(self, label: str, make: Callable[..., Work], *inputs: Any) -> Result:
+        if any(_is_pending(value) for value in inputs):
+            self.lines.append(PlanLine(self._round, label, "pending"))
+            return Pending()
+        work = make(*inputs)
+        found = resolved(work, self.store)
+        keys = {name: spec.key for name, spec in work.outputs.items()}
+        missing = tuple(name for name in work.outputs if name not in found)
+        state = "run" if missing else "cached"
+        self.lines.append(PlanLine(self._round, label, state, keys, missing))
+        if missing:
+            self._mark(self.origins.to_restore(artifacts_in(inputs)))
+            return Pending()
+        self.origins.note(self._round, label, work, inputs, found)
+        return found
+
+    def _mark(self, again: list[Again]) -> None:
+        places = {(item.origin.round, item.origin.label) for item in again}
+        for line in self.lines:
+            if (line.round, line.stage) in places:
+                line.state = "restore"
+
+    @contextmanager
+    def round(self, number: int) -> Iterator[Planner]:
+        self._round = number
+        yield self
+
+    def ends_with(self, student: Result) -> None:
+        """A plan does not care."""
+
+
+def _is_pending(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_is_pending(item) for item in value.values())
+    return isinstance(value, Pending)
+
+
+class Reporter(Protocol):
+    """Who watches: a terminal, a log, a test."""
+
+    def stage(self, round: int, label: str, state: StageState, metrics: Figures | None = None) -> None:
+        """A stage begins or ends; `metrics` are of what it made."""
+
+    def progress(
+        self, round: int, label: str, done: int, total: int, unit: str, figures: Figures | None = None
+    ) -> None: ...
+
+    def note(self, round: int, label: str, text: str) -> None:
+        """Something worth knowing about a stage: what was kept of an earlier attempt, a warning."""
+
+    def waiting(self, label: str, holder: str) -> None: ...
+
+    def round_done(self, state: RoundState) -> None: ...
+
+
+RunTask = Callable[[str, Callable[[], Result], Callable[[Result], bool]], Result]
+"""Runs a stage's function as a task: (name, function, was it cached?) -> the function's result."""
+
+
+def directly(name: str, function: Callable[[], Result], cached: Callable[[Result], bool]) -> Result:
+    """Without Prefect: call it."""
+    return function()
+
+
+class Maker:
+    """Makes what is missing, records every stage in the run's state, and forgets nothing that is committed."""
+
+    def __init__(
+        self,
+        store: Store,
+        run: Run,
+        state: RunState,
+        context: Callable[[StageProgress], Context],
+        reporter: Reporter,
+        run_task: RunTask = directly,
+        restore: int | None = None,
+    ) -> None:
+        """`restore`: a round whose evicted artifacts are made again, read or not."""
+        self.store, self.run, self.state = store, run, state
+        self.context, self.reporter, self.run_task = context, reporter, run_task
+        self.built = 0
+        self.origins = Origins(store)
+        self._restored_round = restore
+        self._round = RoundState(round=0)
+
+    @contextmanager
+    def round(self, number: int) -> Iterator[Maker]:
+        known = {r.round: r for r in self.state.rounds}
+        if number not in known:
+            self.state.rounds.append(RoundState(round=number))
+            self.state.rounds.sort(key=lambda r: r.round)
+        self._round = next(r for r in self.state.rounds if r.round == number)
+        yield self
+        self.run.save(self.state)
+        self.reporter.round_done(self._round)
+
+    def ends_with(self, student: Result) -> None:
+        self._round.student_sha256 = student.content["weights"]
+
+    def __call__(self, label: str, make: Callable[..., Work], *inputs: Any) -> Result:
+        work = make(*inputs)
+        name = f"{label} · round {self._round.round}"
+        before = self.built
+        return self.run_task(name, lambda: self._make(label, work, inputs), lambda _: self.built == before)
+
+    def _make(self, label: str, work: Work, inputs: tuple[Any, ...]) -> dict[str, Artifact]:
+        with ExitStack() as held:
+            # what is found stays until the run's state names it
+            held.enter_context(self.store.using(resolved(work, self.store).values()))
+            made = self._resolve(label, work, inputs)
+        self.origins.note(self._round.round, label, work, inputs, made)
+        return made
+
+    def _resolve(self, label: str, work: Work, inputs: tuple[Any, ...]) -> dict[str, Artifact]:
+        started = time.monotonic()
+        context = self._context(self._round.round, label)
+        keys = {name: work.shared.get(name, spec.key) for name, spec in work.outputs.items()}
+        found = resolved(work, self.store)
+        old = self._round.stages.get(label)
+        refuse_other_model(label, work, old, self.store)
+        if len(found) == len(work.outputs):
+            if self._round.round == self._restored_round:
+                self._restore_own(label, work, inputs, found)
+            kept = old is not None and old.artifacts == keys and old.state in ("done", "cached")
+            state = old if kept and old is not None else StageState(state="cached", seconds=0.0, artifacts=keys)
+            return self._finish(label, state, found, shown="cached")
+        self._note(label, StageState(state="running", artifacts=keys, started=time.strftime("%Y-%m-%dT%H:%M:%S%z")))
+        try:
+            with self._whole(artifacts_in(inputs)):
+                found |= self._build(label, work, found, context)
+        except BaseException as error:
+            seconds = time.monotonic() - started
+            text = (
+                "stopped"
+                if isinstance(error, KeyboardInterrupt)
+                else str(error).splitlines()[0]
+                if str(error)
+                else repr(error)
+            )
+            self._note(label, StageState(state="failed", artifacts=keys, seconds=seconds, error=redact(text)))
+            raise
+        self.built += 1
+        context.workers.stage_done()
+        return self._finish(label, StageState(state="done", seconds=time.monotonic() - started, artifacts=keys), found)
+
+    def _context(self, round: int, label: str) -> Context:
+        context = self.context(
+            lambda done, total, unit, figures=None: self.reporter.progress(round, label, done, total, unit, figures)
+        )
+        return replace(context, tell=lambda text: self.reporter.note(round, label, text))
+
+    @contextmanager
+    def _whole(self, inputs: Iterable[Artifact]) -> Iterator[None]:
+        """The data of the inputs is there, made again where it was evicted, and stays."""
+        inputs = list(inputs)
+        with self.store.using(inputs):  # first, so that a collection cannot come between
+            self._restore(self.origins.to_restore(inputs))
+            yield
+
+    def _restore_own(self, label: str, work: Work, inputs: tuple[Any, ...], found: dict[str, Artifact]) -> None:
+        lost = {name: artifact for name, artifact in found.items() if self.store.evicted(artifact) is not None}
+        if lost:
+            origin = Origin(self._round.round, label, work, tuple(artifacts_in(inputs)), found)
+            self._restore([*self.origins.to_restore(origin.inputs), Again(origin, lost)])
+
+    def _restore(self, again: list[Again]) -> None:
+        with self.store.using(artifact for item in again for artifact in item.needs):
+            for item in again:
+                number, label, started = item.origin.round, item.origin.label, time.monotonic()
+                context = self._context(number, label)
+                names = ", ".join(f"{a.stage}/{a.key}" for a in item.lost.values())
+                context.log(f"{label} · round {number}: {names} was evicted and is made again")
+                self.reporter.stage(number, label, StageState(state="running"))
+                waiting = lambda holder, label=label: self.reporter.waiting(label, holder)  # noqa: E731
+                made = rebuild(item.origin.work, item.lost, context, waiting)
+                self.built += 1
+                context.workers.stage_done()
+                seconds = time.monotonic() - started
+                self.reporter.stage(number, label, StageState(state="done", seconds=seconds, rows=rows_of(made)))
+
+    def _build(self, label: str, work: Work, found: dict[str, Artifact], context: Context) -> dict[str, Artifact]:
+        with ExitStack() as stack:
+            builders: dict[str, Builder] = {}
+            made: dict[str, Artifact] = {}
+            missing = sorted((spec.stage, spec.key, name) for name, spec in work.outputs.items() if name not in found)
+            for _, _, name in missing:  # locks are taken in one order by everyone
+                waiting = lambda holder: self.reporter.waiting(label, holder)  # noqa: E731
+                builder = stack.enter_context(self.store.building(work.outputs[name], waiting))
+                if builder.committed is not None:
+                    made[name] = builder.committed
+                else:
+                    builders[name] = builder
+            if builders:
+                require_plugins(work, builders)
+                work.build(builders, context)
+            for name in builders:
+                spec = work.outputs[name]
+                artifact = self.store.get(spec.stage, spec.key)
+                if artifact is None:
+                    raise RuntimeError(f"{label}: the stage returned without committing {spec.stage}/{spec.key}")
+                made[name] = artifact
+        return made
+
+    def _finish(
+        self, label: str, state: StageState, found: dict[str, Artifact], shown: str | None = None
+    ) -> dict[str, Artifact]:
+        """Record the stage's end. `shown` is the state to report where the record keeps that of an earlier call."""
+        state.key = next(iter(state.artifacts.values()), None)
+        state.rows = rows_of(found)
+        self._round.metrics |= figures_of(label, found)
+        self._note(label, state, shown, metrics_of(found))
+        return found
+
+    def _note(self, label: str, state: StageState, shown: str | None = None, metrics: Figures | None = None) -> None:
+        self._round.stages[label] = state
+        self.run.save(self.state)
+        self.reporter.stage(self._round.round, label, state.model_copy(update={"state": shown or state.state}), metrics)

@@ -1,0 +1,169 @@
+"""Who watches a run: a live line in a terminal, plain lines in a log, or nobody."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
+
+from storage.runs import RoundState, StageState
+from tasks.workers.metrics import Figures, short_words, summary, words
+
+LINE_INTERVAL = 15.0
+"""Seconds between two progress lines of one stage where there is no terminal."""
+
+
+class SilentReporter:
+    """Nobody watches."""
+
+    def stage(self, round: int, label: str, state: StageState, metrics: Figures | None = None) -> None: ...
+
+    def progress(
+        self, round: int, label: str, done: int, total: int, unit: str, figures: Figures | None = None
+    ) -> None: ...
+
+    def note(self, round: int, label: str, text: str) -> None: ...
+
+    def waiting(self, label: str, holder: str) -> None: ...
+
+    def round_done(self, state: RoundState) -> None: ...
+
+
+class LineReporter(SilentReporter):
+    """One line per event, for logs and pipes."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self._last = 0.0
+        self._first: tuple[float, int] | None = None
+        """Time and count of the stage's first report: an engine's start is not its rate."""
+
+    def _begin(self) -> None:
+        self._last, self._first = time.monotonic(), None
+
+    def stage(self, round: int, label: str, state: StageState, metrics: Figures | None = None) -> None:
+        self._begin()
+        if state.state == "running":
+            self._line(round, label, "started")
+        elif state.state == "cached":
+            self._line(round, label, f"[dim]already in the store[/] ({state.rows or 0:,} rows)")
+        elif state.state == "done":
+            self._line(round, label, f"[green]done[/] in {state.seconds or 0:.1f} s ({state.rows or 0:,} rows)")
+            if text := summary(metrics or {}):
+                self._line(round, label, text)
+        else:
+            self._line(round, label, f"[red]{state.state}[/]: {state.error}")
+
+    def progress(
+        self, round: int, label: str, done: int, total: int, unit: str, figures: Figures | None = None
+    ) -> None:
+        now = time.monotonic()
+        since, before = self._first = self._first or (now, done)
+        if now - self._last < LINE_INTERVAL:
+            return
+        self._last = now
+        rate = (done - before) / (now - since) if now > since else 0.0
+        pace = f" ({rate:,.1f}/s, {(total - done) / rate:.0f} s left)" if rate > 0 else ""
+        text = f"  {words(figures)}" if figures else ""
+        self._line(round, label, f"{done:,}/{total:,} {unit}{pace}{text}")
+
+    def note(self, round: int, label: str, text: str) -> None:
+        self._line(round, label, escape(text))
+
+    def waiting(self, label: str, holder: str) -> None:
+        self.console.print(f"{label}: another process is making this; waiting for {holder}")
+
+    def round_done(self, state: RoundState) -> None:
+        self.console.print(f"[bold]{round_line(state)}[/]")
+
+    def _line(self, round: int, label: str, text: str) -> None:
+        self.console.print(f"[cyan]round {round}[/] {label:<15} {text}", soft_wrap=True)
+
+
+class RateColumn(ProgressColumn):
+    """Units per second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.1f} {task.fields['unit']}/s" if speed else f"- {task.fields['unit']}/s")
+
+
+class FiguresColumn(ProgressColumn):
+    """The latest figures, as many as the line has room for beside the other columns."""
+
+    def __init__(self, console: Console, others: Sequence[ProgressColumn]) -> None:
+        super().__init__(Column(no_wrap=True))
+        self.console, self.others = console, others
+
+    def render(self, task: Task) -> Text:
+        taken = sum(self.console.measure(column(task)).maximum + 1 for column in self.others)
+        return Text(short_words(task.fields["figures"], self.console.width - taken))
+
+
+class TerminalReporter(LineReporter):
+    """A live bar for the stage under way (done/total, rate, time left, a step's figures) under the lines of those that
+    ended."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__(console)
+        columns = (
+            TextColumn("[cyan]{task.description}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            RateColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        figures = FiguresColumn(self.console, columns)
+        self._bar = Progress(*columns, figures, console=self.console, transient=True)
+        self._task = self._add("", visible=False)
+
+    def __enter__(self) -> TerminalReporter:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def _add(self, description: str, visible: bool) -> TaskID:
+        return self._bar.add_task(description, total=None, unit="", figures={}, visible=visible)
+
+    def stage(self, round: int, label: str, state: StageState, metrics: Figures | None = None) -> None:
+        running = state.state == "running"
+        self._bar.remove_task(self._task)
+        self._task = self._add(f"round {round} {label}", visible=running)
+        if not running:
+            super().stage(round, label, state, metrics)
+
+    def progress(
+        self, round: int, label: str, done: int, total: int, unit: str, figures: Figures | None = None
+    ) -> None:
+        self._bar.update(self._task, completed=done, total=total, unit=unit, figures=figures or {}, visible=True)
+
+
+def round_line(state: RoundState) -> str:
+    """A round's figures in one line."""
+    shown = [f"round {state.round}:"]
+    for name, label, form in (
+        ("accuracy_greedy", "accuracy", "{:.1%}"),
+        ("reverse_kl", "reverse KL", "{:.4f}"),
+        ("mean_length", "length", "{:.1f}"),
+        ("clipped_ratio", "clipped", "{:.1%}"),
+    ):
+        value = state.metrics.get(name)
+        if value is not None:
+            shown.append(f"{label} {form.format(value)}")
+    return "  ".join(shown)

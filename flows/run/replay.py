@@ -1,0 +1,214 @@
+"""Replay: a round's stages made again from what the store recorded, in a scratch store, and compared bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.config_file import merge, parse_override, validate
+from flows.distill import distill
+from flows.experiment import Experiment, with_plugins
+from flows.run.executor import Planner
+from flows.run.lineage import Again, Origin, rebuild
+from flows.run.runner import logger, rounds_done, stored_experiment
+from flows.run.stopping import terminating
+from storage.artifacts.numerics import NUMERICS, several
+from storage.artifacts.verify import Verified, move_damaged, verify_artifact
+from storage.disk.files import temporary_name, unique
+from storage.disk.locks import locked
+from storage.errors import ConfigError, CorruptArtifact, Evicted, InputError
+from storage.identity import canonical_json
+from storage.runs import Run
+from storage.store import Artifact, Store
+from storage.upkeep.compare import differences
+from storage.upkeep.gc import HELD, KEPT_REPLAY
+from storage.upkeep.transfer import lend
+from tasks.stage import Context
+from tasks.workers.pool import WorkerPool
+from tasks.workers.runtime import RuntimeConfig
+
+STAGES = ("rollout", "supervise", "train", "evaluate")
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One artifact made again; without differences it is the recorded one, bit for bit."""
+
+    stage: str
+    artifact: str
+    differences: tuple[str, ...]
+    seconds: float
+    unrepeatable: str | None = None
+    """Why it was not made again: shards of it were made at different numerics (an interrupted stage that went on with
+    another runtime), and which"""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; `identical` is null for what was not made again."""
+        return asdict(self) | {"identical": None if self.unrepeatable else not self.differences}
+
+
+def replay_round(
+    run: Run,
+    root: Path,
+    round: int,
+    stages: tuple[str, ...],
+    overrides: list[str],
+    keep: bool,
+    tell: Callable[[str], None],
+) -> list[Replayed]:
+    """Each stage is made from its recorded inputs, at the recorded numerics unless `overrides` (runtime.*) say otherwise.
+
+    Raises InputError for a round that is not finished or an unknown stage, Evicted and CorruptArtifact when an input is
+    not there as it was written."""
+    unknown = sorted(set(stages) - set(STAGES))
+    if unknown or not stages:
+        raise InputError(f"--stages {','.join(stages)!r}: choose of {', '.join(STAGES)}")
+    if round > (last := rounds_done(run.state)):
+        raise InputError(f"run {run.name!r}: round {round} is not finished; the last finished one is {last}")
+    experiment = with_plugins(stored_experiment(run), run.name)
+    experiment.runtime.tell_libraries()
+    store = Store(root)
+    origins = _recall(run, store, experiment, round, [stage for stage in STAGES if stage in stages])
+    results: list[Replayed] = []
+    with _scratch(store, keep, tell) as folder, terminating():
+        for origin in origins:
+            results += _replay(origin, experiment, overrides, run, store, folder / origin.label, tell)
+    return results
+
+
+def _recall(run: Run, store: Store, experiment: Experiment, round: int, stages: list[str]) -> list[Origin]:
+    """The stages as the main path called them, everything being in the store."""
+    planner = Planner(store)
+    distill(experiment, planner, round)
+    states = next(r.stages for r in run.state.rounds if r.round == round)
+    found = []
+    for stage in stages:
+        origin = planner.origins.find(round, stage)
+        keys = {name: artifact.key for name, artifact in origin.made.items()} if origin else {}
+        if origin is None or keys != states[stage].artifacts:
+            raise CorruptArtifact(
+                f"run {run.name!r} round {round}: {stage} or what it is made from is damaged, or this version of the"
+                f" program gives it another key; `opd verify {run.name}` tells, `opd resume {run.name}` makes it again"
+            )
+        _require_inputs(run, origin, planner.origins.to_restore(origin.inputs))
+        found.append(origin)
+    return found
+
+
+def _require_inputs(run: Run, origin: Origin, lost: list[Again]) -> None:
+    """Evicted where an input's data was collected, with the commands that make it again."""
+    inputs = {(artifact.stage, artifact.key) for artifact in origin.inputs}
+    direct = [
+        (again.origin.round, a.stage) for again in lost for a in again.lost.values() if (a.stage, a.key) in inputs
+    ]
+    if direct:
+        names = ", ".join(f"{stage} of round {number}" for number, stage in direct)
+        commands = [f"opd restore {run.name} --round {number}" for number in sorted({number for number, _ in direct})]
+        raise Evicted(
+            f"to replay {origin.label} of round {origin.round} the store must have {names}, which `opd gc` removed.\n"
+            f"make it again with: {' && '.join(commands)}\n"
+            "to keep replaying possible: policy.retain of rollouts and signals must keep the round, of trainer_state and"
+            " students the one before"
+        )
+
+
+@contextmanager
+def _scratch(store: Store, keep: bool, tell: Callable[[str], None]) -> Iterator[Path]:
+    """A folder beside the artifacts, so that inputs are linked and not copied. A collection leaves it while it is held."""
+    folder = store.root / temporary_name("replay")
+    folder.mkdir()
+    try:
+        with locked(folder / HELD, lambda who: None):
+            yield folder
+    finally:
+        if keep:
+            kept = store.root / f"{KEPT_REPLAY}{unique()}"  # of no process: the next run's start leaves it alone
+            os.rename(folder, kept)
+            tell(f"the scratch stores are in {kept} (`opd gc --apply` removes them, after an hour at the earliest)")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replay(
+    origin: Origin,
+    experiment: Experiment,
+    overrides: list[str],
+    run: Run,
+    store: Store,
+    folder: Path,
+    tell: Callable[[str], None],
+) -> list[Replayed]:
+    scratch = Store(folder / "store")
+    with store.using(origin.inputs):
+        for artifact in origin.inputs:
+            found = Verified()
+            verify_artifact(store.root, artifact.stage, artifact.key, found)
+            if found.problems:
+                move_damaged(store.root, found.problems)
+                raise CorruptArtifact(
+                    "\n".join(map(str, found.problems)) + f"\nto make only this again: opd resume {run.name}"
+                )
+            lend(store, artifact, scratch)
+    results, sets = [], dict[str, dict[str, Artifact]]()
+    for name, artifact in sorted(origin.made.items()):
+        if why := several(artifact.provenance):
+            tell(f"{origin.label} of round {origin.round}: {artifact.stage}/{artifact.key} cannot be replayed: {why}")
+            results.append(Replayed(origin.label, f"{artifact.stage}/{artifact.key}", (), 0.0, why))
+        else:
+            sets.setdefault(canonical_json(artifact.provenance.get(NUMERICS) or {}), {})[name] = artifact
+    for number, (recorded, artifacts) in enumerate(sets.items()):  # signals may have come at different times
+        place = folder / str(number)
+        place.mkdir()
+        runtime = _runtime(json.loads(recorded), experiment.runtime, overrides, place)
+        tell(f"{origin.label} of round {origin.round}: {_numerics(runtime)}")
+        results += _make(origin, artifacts, runtime, experiment, (store, scratch), place / "logs")
+    return results
+
+
+def _make(
+    origin: Origin,
+    artifacts: Mapping[str, Artifact],
+    runtime: RuntimeConfig,
+    experiment: Experiment,
+    stores: tuple[Store, Store],
+    logs: Path,
+) -> list[Replayed]:
+    store, scratch = stores
+    started = time.monotonic()
+    logs.mkdir()
+    with WorkerPool(runtime, logs, experiment.plugins) as workers:
+        context = Context(
+            scratch, runtime, workers, lambda *_, **__: None, logger(logs / "replay.log"), experiment.plugins
+        )
+        made = rebuild(origin.work, artifacts, context)
+    seconds = time.monotonic() - started
+    return [
+        Replayed(
+            origin.label,
+            f"{artifact.stage}/{artifact.key}",
+            tuple(differences(artifact, store, made[name], scratch)),
+            seconds,
+        )
+        for name, artifact in artifacts.items()
+    ]
+
+
+def _runtime(recorded: dict[str, Any], runtime: RuntimeConfig, overrides: list[str], folder: Path) -> RuntimeConfig:
+    data: dict[str, Any] = {"runtime": runtime.with_numerics(recorded, folder).model_dump(mode="json")}
+    for text in overrides:
+        if text.split(".")[0] != "runtime":
+            raise ConfigError(f"--set {text}: a replay is of the recorded experiment; only runtime.* can be set")
+        data = merge(data, parse_override(text))
+    return validate(RuntimeConfig, data["runtime"], "--set")
+
+
+def _numerics(runtime: RuntimeConfig) -> str:
+    shown = {name: value for name, value in runtime.numerics().items() if name != "deepspeed_config"}
+    return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)

@@ -1,0 +1,256 @@
+"""What a study's runs came to, read from their states and the catalog: rows, learning rates, tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from storage.errors import CorruptArtifact
+from storage.query.catalog import Catalog
+from storage.runs import Run, RunState, settled
+from storage.store import Store
+
+if TYPE_CHECKING:
+    from flows.study.spec import StudyPlan, StudyRun, Sweep
+
+SCHEMA = pa.schema(
+    [
+        ("part", pa.string()),
+        ("method", pa.string()),
+        ("group", pa.string()),
+        ("lr", pa.float64()),
+        ("seed", pa.int64()),
+        ("run", pa.string()),
+        ("status", pa.string()),
+        ("round", pa.int64()),
+        ("accuracy", pa.float64()),
+        ("reverse_kl", pa.float64()),
+        ("grad_norm_max", pa.float64()),
+        ("steps", pa.int64()),
+        ("seconds", pa.float64()),
+        ("error", pa.string()),
+    ]
+)
+"""A line per round of a run. Gradient norms are those before clipping, the largest of the round's steps."""
+
+_NORMS = (
+    "SELECT round, max(grad_norm) AS grad_norm_max, count(*) AS steps FROM training_steps WHERE stage = 'train'"
+    " GROUP BY round"
+)
+
+_NORM_HEADING = "largest gradient norm (before clipping)"
+
+Row = dict[str, Any]
+Norms = dict[tuple[str, str], dict[int, tuple[float | None, int]]]
+"""(run, when its state changed) -> round -> largest gradient norm, steps."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One table of the report."""
+
+    title: str
+    note: str
+    header: tuple[str, ...]
+    lines: list[tuple[str, ...]]
+
+
+def read_rows(plan: StudyPlan, root: str | Path, norms: Norms | None = None) -> list[Row]:
+    """A row per evaluated round of every run of the study that exists, in the study's order.
+
+    `norms` remembers between calls what was read from Parquet."""
+    norms = {} if norms is None else norms
+    store, runs = Store(root), {run.name: run for run in Run.list(root)}
+    rows: list[Row] = []
+    for planned in (*plan.sweep_runs(), *plan.method_runs()):
+        run = runs.get(planned.name)
+        if run is not None:
+            rows += _rows_of(planned, run, store, norms)
+    return rows
+
+
+def _rows_of(planned: StudyRun, run: Run, store: Store, norms: Norms) -> list[Row]:
+    state = settled(run.state, run.holder())
+    key = (run.name, state.updated)
+    if key not in norms and _trained(state):
+        try:
+            found = Catalog(store, run).query(_NORMS).to_pylist()
+            norms[key] = {row["round"]: (row["grad_norm_max"], row["steps"]) for row in found}
+        except CorruptArtifact:
+            pass  # made again when the run's turn comes; read then
+    steps = norms.get(key, {})
+    common = {
+        "part": planned.part,
+        "method": planned.method,
+        "group": planned.group,
+        "lr": planned.lr if planned.lr is not None else run.experiment["train"]["lr"],
+        "seed": planned.seed,
+        "run": run.name,
+        "status": _status(state, planned.rounds),
+        "error": _error(state) if state.status == "failed" else None,
+    }
+    evaluated = [r for r in state.rounds if r.round <= planned.rounds and "reverse_kl" in r.metrics]
+    if not evaluated:
+        return [dict.fromkeys(SCHEMA.names) | common]
+    return [
+        common
+        | {
+            "round": r.round,
+            "accuracy": r.metrics.get("accuracy_greedy"),
+            "reverse_kl": r.metrics["reverse_kl"],
+            "grad_norm_max": steps.get(r.round, (None, None))[0],
+            "steps": steps.get(r.round, (None, None))[1],
+            "seconds": sum(stage.seconds or 0.0 for stage in r.stages.values()),
+        }
+        for r in evaluated
+    ]
+
+
+def _trained(state: RunState) -> bool:
+    return any(
+        r.stages.get("train") is not None and r.stages["train"].state in ("done", "cached") for r in state.rounds
+    )
+
+
+def _status(state: RunState, rounds: int) -> str:
+    """`finished` when the study's last round is evaluated, whatever the run's own goal is."""
+    last = next((r for r in state.rounds if r.round == rounds), None)
+    stage = last.stages.get("evaluate") if last is not None else None
+    return "finished" if stage is not None and stage.state in ("done", "cached") else state.status
+
+
+def _error(state: RunState) -> str:
+    failed = [(r.round, label, s.error) for r in state.rounds for label, s in r.stages.items() if s.state == "failed"]
+    return "; ".join(f"round {round} {label}: {error}" for round, label, error in failed) or "failed before a stage"
+
+
+def finals_of(rows: Iterable[Row], group: str, sweep: Sweep) -> dict[float, dict[int, float | None]]:
+    """Learning rate -> seed -> the group's deciding figure after its last round; null where the run failed or is not finite.
+
+    Candidates whose run is neither finished nor failed are not in it."""
+    found: dict[float, dict[int, float | None]] = {}
+    for row in rows:
+        if row["part"] == "sweep" and row["group"] == group and row["status"] in ("finished", "failed"):
+            value = (
+                row[sweep.groups[group].by] if row["status"] == "finished" and row["round"] == sweep.rounds else None
+            )
+            usable = value if value is not None and math.isfinite(value) else None
+            known = found.setdefault(row["lr"], {})
+            known[row["seed"]] = usable if usable is not None else known.get(row["seed"])
+    return found
+
+
+def best_lr(finals: dict[float, dict[int, float | None]], by: str = "reverse_kl") -> float | None:
+    """The rate with the lowest mean reverse KL, or highest mean accuracy; the smaller of two that tie. One that failed on
+    any seed is out."""
+    sign = -1 if by == "accuracy" else 1
+    means = {}
+    for lr, by_seed in finals.items():
+        values = [value for value in by_seed.values() if value is not None]
+        if by_seed and len(values) == len(by_seed):
+            means[lr] = sign * sum(values) / len(values)
+    return min(means, key=lambda lr: (means[lr], lr), default=None)
+
+
+def best_lrs(plan: StudyPlan, rows: Sequence[Row]) -> dict[str, float]:
+    """Group -> learning rate, for the groups all of whose candidates were tried and one of them held."""
+    sweep = plan.study.sweep
+    chosen = {}
+    for name, group in sweep.groups.items() if sweep else ():
+        finals = finals_of(rows, name, sweep)
+        if all(set(finals.get(lr, ())) == set(sweep.seeds) for lr in group.lrs):
+            lr = best_lr(finals, group.by)
+            if lr is not None:
+                chosen[name] = lr
+    return chosen
+
+
+def grids(plan: StudyPlan, rows: Sequence[Row]) -> list[Grid]:
+    """The report's tables: reverse KL and accuracy by method and round, the sweep, what failed."""
+    found = [
+        _figures(plan, rows, "reverse_kl", "Reverse KL to the teacher", "nats per token, full vocabulary", "{:.4f}"),
+        _figures(plan, rows, "accuracy", "Accuracy", "greedy, held-out prompts", "{:.1%}"),
+    ]
+    if plan.study.sweep is not None:
+        found.append(_sweep(plan, rows))
+    failed = {row["run"]: row["error"] for row in rows if row["status"] == "failed"}
+    if failed:
+        lines = [(name, error or "") for name, error in failed.items()]
+        found.append(Grid("Failed", "tried again by the next call", ("run", "error"), lines))
+    return found
+
+
+def _figures(plan: StudyPlan, rows: Sequence[Row], column: str, title: str, unit: str, form: str) -> Grid:
+    rounds = range(plan.study.rounds + 1)
+    seeds = len(plan.study.seeds)
+    lines = []
+    for method in plan.study.methods:
+        mine = [row for row in rows if row["part"] == "study" and row["method"] == method]
+        cells = [spread([r[column] for r in mine if r["round"] == number], form, seeds) for number in rounds]
+        lines.append(
+            (method, _lrs(mine), _seeds(mine, seeds), *cells, *([_norm(mine)] if column == "reverse_kl" else []))
+        )
+    note = f"{unit}; mean over seeds (lowest to highest), [n] where only n of them have it"
+    header = ("method", "lr", "seeds", *(f"round {number}" for number in rounds), _NORM_HEADING)
+    return Grid(title, note, header if column == "reverse_kl" else header[:-1], lines)
+
+
+def _norm(rows: Sequence[Row]) -> str:
+    norms = [row["grad_norm_max"] for row in rows if row["grad_norm_max"] is not None]
+    return f"{max(norms):.3g}" if norms else ""
+
+
+def _lrs(rows: Sequence[Row]) -> str:
+    return ", ".join(f"{lr:g}" for lr in sorted({row["lr"] for row in rows}))
+
+
+def _seeds(rows: Sequence[Row], seeds: int) -> str:
+    finished = len({row["seed"] for row in rows if row["status"] == "finished"})
+    failed = len({row["seed"] for row in rows if row["status"] == "failed"})
+    return f"{finished} of {seeds}" + (f", {failed} failed" if failed else "")
+
+
+def spread(values: Sequence[float | None], form: str, seeds: int) -> str:
+    """`mean (lowest to highest)` of the values that are there, with their number where it is not `seeds`."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return ""
+    low, high, mean = min(there), max(there), sum(there) / len(there)
+    text = form.format(mean)
+    if len(there) > 1:
+        text += f" ({form.format(low)} to {form.format(high)})"
+    return text + (f" [{len(there)}]" if len(there) != seeds else "")
+
+
+def _sweep(plan: StudyPlan, rows: Sequence[Row]) -> Grid:
+    sweep = plan.study.sweep
+    assert sweep is not None
+    chosen = best_lrs(plan, rows)
+    lines = []
+    for name, group in sweep.groups.items():
+        finals = finals_of(rows, name, sweep)
+        edges = {min(group.lrs), max(group.lrs)}
+        for lr in group.lrs:
+            mine = [row for row in rows if row["part"] == "sweep" and row["group"] == name and row["lr"] == lr]
+            values = list(finals.get(lr, {}).values())
+            last = [row for row in mine if row["round"] == sweep.rounds]
+            remark = "failed" if values and None in values else "" if values else "not tried yet"
+            if chosen.get(name) == lr:
+                remark = "chosen by accuracy" if group.by == "accuracy" else "chosen"
+                remark += ", the end of its list" if lr in edges and len(group.lrs) > 1 else ""
+            kl, accuracy = (
+                spread([row[column] for row in last], form, len(sweep.seeds))
+                for column, form in (("reverse_kl", "{:.4f}"), ("accuracy", "{:.1%}"))
+            )
+            lines.append((name, group.method, f"{lr:g}", kl, accuracy, _norm(mine), remark))
+    note = (
+        f"each group: {len(group.lrs)} rates, seed {', '.join(map(str, sweep.seeds))}, rounds: {sweep.rounds}; used is the"
+        " lowest reverse KL at the end, or the highest accuracy where a group says so"
+    )
+    header = ("group", "method", "lr", "reverse KL", "accuracy", _NORM_HEADING, "")
+    return Grid("Learning rates", note, header, lines)

@@ -1,0 +1,225 @@
+"""The YAML of a study: methods compared over seeds, each with a learning rate from a sweep of equal budget."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from flows.config_file import merge, read_config, read_layers, read_yaml, validate
+from flows.experiment import Experiment, experiment_of
+from storage.errors import ConfigError
+from storage.runs import RUN_NAME
+
+OWN_FIELDS = ("seed", "policy", "runtime", "plugins", "fork")
+"""Sections that a method cannot set: the study says the first two, all runs share their workers, none is a fork."""
+
+Seed = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Method(_Part):
+    """One line of the comparison."""
+
+    config: Path | None = Field(
+        None, description="a recipe, relative to the study; its lines are laid over the study's base, not over its own"
+    )
+    set: dict[str, Any] = Field({}, description="fields on top of that, nested or dotted (objective.advantage: ...)")
+    group: str | None = Field(None, description="whose learning rate it uses; null: the one of its config")
+
+
+class Group(_Part):
+    """Methods that share a learning rate."""
+
+    method: str = Field(description="the method that stands for the group in the sweep")
+    lrs: tuple[Rate, ...] = Field(min_length=1, description="learning rates to try")
+    by: Literal["reverse_kl", "accuracy"] = Field(
+        "reverse_kl", description="the figure that decides: the lowest reverse KL or the highest accuracy at the end"
+    )
+
+
+class Sweep(_Part):
+    """The search for learning rates: every group gets as many candidates, seeds and rounds as any other."""
+
+    seeds: tuple[Seed, ...] = Field(min_length=1, description="better not the study's, which would favour their tuning")
+    rounds: int = Field(ge=1, description="rounds of each candidate; its figures after the last decide")
+    groups: dict[str, Group] = Field(min_length=1, description="name -> Group; each equally many learning rates")
+
+    @model_validator(mode="after")
+    def _equal_budgets(self) -> Sweep:
+        counts = {name: len(group.lrs) for name, group in self.groups.items()}
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise ValueError(f"groups: learning rates per group are {listed}; give each equally many (equal budgets)")
+        twice = [name for name, group in self.groups.items() if len(set(group.lrs)) < len(group.lrs)]
+        if twice or len(set(self.seeds)) < len(self.seeds):
+            where = f"groups.{twice[0]}.lrs" if twice else "seeds"
+            raise ValueError(f"{where}: one stands there twice; it would be the same run")
+        return self
+
+
+class Study(_Part):
+    """The YAML of a study."""
+
+    name: str = Field(description="names its runs and its folder (default: the file's name)")
+    base: Path = Field(description="the experiment under all methods, relative to the study")
+    set: dict[str, Any] = Field({}, description="fields of all methods, over base and recipe")
+    seeds: tuple[Seed, ...] = Field(min_length=1, description="every method runs once on each")
+    rounds: int = Field(ge=1, description="rounds of every run")
+    methods: dict[str, Method] = Field(min_length=1, description="name -> Method, in the order of tables and plot")
+    sweep: Sweep | None = Field(None, description="null: every method uses the learning rate of its config")
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Study:
+        problems = [*self._reference_problems(), *self._override_problems()]
+        if len(set(self.seeds)) < len(self.seeds):
+            problems.append("seeds: one stands there twice; it would be the same run")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _reference_problems(self) -> Iterator[str]:
+        groups = self.sweep.groups if self.sweep else {}
+        for name, method in self.methods.items():
+            if method.group is not None and method.group not in groups:
+                yield f"methods.{name}.group: {method.group!r} is not in sweep.groups; {_nearest(method.group, groups)}"
+        for name, group in groups.items():
+            if group.method not in self.methods:
+                yield f"sweep.groups.{name}.method: no {group.method!r} in methods; {_nearest(group.method, self.methods)}"
+            elif self.methods[group.method].group != name:
+                yield f"sweep.groups.{name}.method: {group.method!r} must belong to the group it stands for"
+
+    def _override_problems(self) -> Iterator[str]:
+        shared = nested(self.set)
+        for field in ("seed", "policy", "fork"):
+            if field in shared:
+                yield f"set.{field}: a study says seeds and rounds itself, and forks nothing; remove it"
+        for name, method in self.methods.items():
+            own = nested(method.set)
+            yield from (f"methods.{name}.set.{f}: equal for all methods; remove it" for f in OWN_FIELDS if f in own)
+            if method.group is not None and "lr" in own.get("train", {}):
+                yield f"methods.{name}.set.train.lr: the sweep of group {method.group!r} chooses it; remove one of the two"
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run that a study asks for. `part`: sweep or study; `lr` null: as its config says."""
+
+    part: str
+    name: str
+    method: str
+    group: str | None
+    seed: int
+    lr: float | None
+    rounds: int
+
+    def __str__(self) -> str:
+        what = f"sweep of {self.group} with {self.method}" if self.part == "sweep" else self.method
+        return f"{what}, seed {self.seed}" + (f", lr {self.lr:g}" if self.lr is not None else "")
+
+
+class StudyPlan:
+    """A study whose configs are read and valid. Made by `load_study`."""
+
+    def __init__(self, study: Study, where: Path) -> None:
+        self.study, self.where = study, where
+        base = read_config(where.parent / study.base)
+        self._configs = {name: self._config(base, method) for name, method in study.methods.items()}
+        valid = {name: self.experiment(name, study.seeds[0], self._any_lr(m)) for name, m in study.methods.items()}
+        first = next(iter(valid.values()))
+        self.runtime, self.plugins = first.runtime, first.plugins
+        for name, experiment in valid.items():
+            if (experiment.runtime, experiment.plugins) != (self.runtime, self.plugins):
+                raise ConfigError(
+                    f"{where}: methods.{name}: its recipe changes runtime or plugins, but all runs share their workers;"
+                    " say it in the study's own `set`"
+                )
+        for run in (*self.sweep_runs(), *self.method_runs()):
+            if not RUN_NAME.fullmatch(run.name):
+                raise ConfigError(
+                    f"{where}: no run can be named {run.name!r} (1 to 64 of letters, digits, dot, underscore, dash);"
+                    " choose a shorter or plainer name for the study, the method or the group"
+                )
+
+    def _config(self, base: dict[str, Any], method: Method) -> dict[str, Any]:
+        layers = read_layers(self.where.parent / method.config) if method.config else []
+        recipe = layers[1:] or layers  # its outermost base gives way to the study's
+        study = {"policy": {"rounds": self.study.rounds}}
+        return functools.reduce(merge, [base, *recipe, nested(self.study.set), nested(method.set), study])
+
+    def _any_lr(self, method: Method) -> float | None:
+        sweep = self.study.sweep
+        return sweep.groups[method.group].lrs[0] if sweep is not None and method.group is not None else None
+
+    def experiment(self, method: str, seed: int, lr: float | None) -> Experiment:
+        """A method's experiment. ConfigError names the study's file, the method and the field."""
+        data = merge(self._configs[method], {"seed": seed})
+        if lr is not None:
+            data = merge(data, {"train": {"lr": lr}})
+        return experiment_of(data, f"{self.where}: methods.{method}")
+
+    def sweep_runs(self) -> list[StudyRun]:
+        """Every candidate learning rate of every group, on every seed of the sweep."""
+        sweep = self.study.sweep
+        if sweep is None:
+            return []
+        return [
+            StudyRun("sweep", f"{self._prefix}-sweep-{name}-{lr:g}-s{seed}", group.method, name, seed, lr, sweep.rounds)
+            for name, group in sweep.groups.items()
+            for lr in group.lrs
+            for seed in sweep.seeds
+        ]
+
+    def method_runs(self, lrs: Mapping[str, float] | None = None) -> list[StudyRun]:
+        """Every method on every seed, seed by seed, with its group's rate of `lrs`.
+
+        A group that has none there is left out; without `lrs` (not known yet) all are listed, without a rate."""
+        known = lrs or {}
+        return [
+            StudyRun(
+                "study",
+                f"{self._prefix}-{name}-s{seed}",
+                name,
+                method.group,
+                seed,
+                known.get(method.group or ""),
+                self.study.rounds,
+            )
+            for seed in self.study.seeds
+            for name, method in self.study.methods.items()
+            if lrs is None or method.group is None or method.group in lrs
+        ]
+
+    @property
+    def _prefix(self) -> str:
+        return f"study-{self.study.name}"
+
+
+def load_study(path: str | Path) -> StudyPlan:
+    """Read a study and the config of each of its methods; ConfigError says which file and field, and what to do."""
+    path = Path(path)
+    return StudyPlan(validate(Study, {"name": path.stem} | read_yaml(path), str(path)), path)
+
+
+def nested(overrides: dict[str, Any]) -> dict[str, Any]:
+    """`{"train.lr": 1}` as `{"train": {"lr": 1}}`; keys without dots stay as they are."""
+    found: dict[str, Any] = {}
+    for path, value in overrides.items():
+        for key in reversed(str(path).split(".")):
+            value = {key: value}
+        found = merge(found, value)
+    return found
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known) or 'none'}"

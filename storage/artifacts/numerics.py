@@ -1,0 +1,115 @@
+"""Made at: the settings (numerics) at which each shard of an unfinished artifact was made.
+
+An artifact may be begun at some settings and finished at others: shards are kept, whatever they were made at. A sealed
+file beside them says which is which, so that the manifest can tell. It is durable before the first shard is made, and goes
+when the artifact is committed. Finished parts of a shard are taken at equal settings only: a shard has one set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from storage.artifacts.parts import Parts
+from storage.disk.files import replace_atomically, seal, unseal
+from storage.errors import CorruptArtifact
+
+MADE_AT = ".made-at.json"
+NUMERICS = "numerics"
+BY_SHARD = "numerics_by_shard"
+"""Names in an artifact's provenance: the settings of all its shards; or, where there are several sets or where they are
+not known, a list of {shards, numerics (null: not known)}."""
+_SHOWN = 6
+
+Settings = dict[str, Any]
+
+
+class MadeAt:
+    """Those of one table. Hold the artifact's lock."""
+
+    def __init__(self, folder: Path, table: str) -> None:
+        self.path = folder / f"{table}{MADE_AT}"
+        self.table = table
+        self.sets, self.shards, self.now = self._read()
+
+    def begin(
+        self, settings: Mapping[str, Any], missing: Iterable[int], count: int, parts: Iterable[Parts]
+    ) -> list[str]:
+        """From now on the `missing` ones of `count` shards are made at `settings`. What is finished of them (`parts`) at
+        others is dropped. Returns what there is to say."""
+        before = self.now
+        absent = set(missing)
+        have = {shard: self.shards.get(shard, before) for shard in range(count) if shard not in absent}
+        if settings not in self.sets:
+            self.sets.append(dict(settings))
+        now = self.sets.index(dict(settings))
+        if now != before or absent & self.shards.keys():
+            self.shards, self.now = have, now
+            content = {"sets": self.sets, "shards": {str(k): v for k, v in have.items()}, "now": now}
+            replace_atomically(self.path, seal(content))
+        dropped = sum(self._drop(part) for part in parts) if now != before else 0
+        said = []
+        if now != before and absent and any(index != now for index in have.values()):
+            said.append(
+                f"warning: {self.table}: {len(have)} of {count} shards were made with other settings"
+                f" ({self._difference(before, now)}); they are kept, but `opd replay` cannot repeat what was made at two"
+            )
+        if dropped:
+            said.append(
+                f"warning: {dropped} finished samples of unfinished shards were made with other settings"
+                f" ({self._difference(before, now)}) and are made again"
+            )
+        return said
+
+    def groups(self, count: int) -> list[tuple[Settings | None, list[int]]]:
+        """(settings, or None where they are not known; shards made at them), in the order of their first shards."""
+        found: dict[int | None, list[int]] = {}
+        for shard in range(count):
+            found.setdefault(self.shards.get(shard, self.now), []).append(shard)
+        return [(None if index is None else self.sets[index], shards) for index, shards in found.items()]
+
+    def provenance(self, count: int) -> dict[str, Any]:
+        """For the manifest, see `NUMERICS` and `BY_SHARD`."""
+        groups = self.groups(count)
+        if len(groups) == 1 and groups[0][0] is not None:
+            return {NUMERICS: groups[0][0]}
+        return {BY_SHARD: [{"shards": shards, NUMERICS: settings} for settings, shards in groups]}
+
+    def _read(self) -> tuple[list[Settings], dict[int, int | None], int | None]:
+        """Nothing is known where there is no record, or none that can be believed."""
+        try:
+            content = unseal(self.path)
+        except (FileNotFoundError, CorruptArtifact):
+            return [], {}, None
+        return content["sets"], {int(shard): index for shard, index in content["shards"].items()}, content["now"]
+
+    def _drop(self, part: Parts) -> int:
+        finished = len(part.read())
+        part.remove()
+        return finished
+
+    def _difference(self, before: int | None, now: int) -> str:
+        return "not recorded" if before is None else differing([self.sets[before], self.sets[now]])
+
+
+def differing(sets: list[Settings]) -> str:
+    """In what settings differ, as text: "threads 1, 2"."""
+    names = sorted({name for settings in sets for name in settings})
+    unlike = [name for name in names if any(settings.get(name) != sets[0].get(name) for settings in sets)]
+    return "; ".join(f"{name} {', '.join(str(settings.get(name)) for settings in sets)}" for name in unlike)
+
+
+def several(provenance: Mapping[str, Any]) -> str | None:
+    """Which shards of an artifact were made at which settings, as text; None where all were made at the same."""
+    groups = provenance.get(BY_SHARD)
+    if groups is None:
+        return None
+    known = [group[NUMERICS] for group in groups if group[NUMERICS] is not None]
+    lines = []
+    for group in groups:
+        settings, shards = group[NUMERICS], group["shards"]
+        unlike = {k: v for k, v in (settings or {}).items() if any(other.get(k) != v for other in known)}
+        at = "settings that were not recorded" if settings is None else ", ".join(f"{k} {v}" for k, v in unlike.items())
+        more = f" and {len(shards) - _SHOWN} more" if len(shards) > _SHOWN else ""
+        lines.append(f"shards {', '.join(map(str, shards[:_SHOWN]))}{more} at {at or 'those that were recorded'}")
+    return "; ".join(lines)

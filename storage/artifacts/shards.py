@@ -1,0 +1,193 @@
+"""Shards: one Parquet file each, with a sidecar that vouches for it. The shard is the unit of redo.
+
+Written under a unique name straight into the artifact's directory: temporary name, fsync, rename, fsync of the
+directory, then the sidecar. A shard without a sidecar was never finished; one that its sidecar does not fit is bad."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from storage.artifacts.artifact import ShardRecord, artifact_directory
+from storage.artifacts.digests import file_sha256, table_digest
+from storage.artifacts.parts import PARTS, Parts
+from storage.disk.failpoints import failpoint
+from storage.disk.files import (
+    explain_full_disk,
+    fsync_directory,
+    fsync_file,
+    replace_atomically,
+    seal,
+    temporary_name,
+    unique,
+    unreadable,
+    unseal,
+)
+from storage.errors import CorruptArtifact, StoreError
+from storage.schemas import schema_version, validate_table
+
+SIDECAR = ".sidecar.json"
+# Wall time differs in every repetition: recorded and covered by the file's hash, but no part of what a shard contains.
+_MEASURED = {"training_steps": ("seconds",)}
+_SHARD_FILE = re.compile(r"(?P<table>[a-z][a-z0-9_]*)-(?P<shard>\d{5,})-[0-9a-f]{12}\.parquet")
+_MAGIC = b"PAR1"
+
+_verified: set[tuple[str, int, int, int, str]] = set()
+
+
+class ShardWriter:
+    """Writes shards of one unfinished artifact. Takes no lock: worker processes use it under their parent's."""
+
+    def __init__(self, root: Path, stage: str, key: str) -> None:
+        self.root = root
+        self.stage = stage
+        self.key = key
+        self.path = artifact_directory(root, stage, key)
+
+    def write_shard(self, table: str, shard: int, data: pa.Table) -> ShardRecord:
+        """Writes one shard durably. `data` must have the columns that `storage.schemas` declares for `table`.
+
+        Raises StoreError for other columns, an unknown table or an artifact that nobody builds; NotEnoughSpace."""
+        if isinstance(shard, bool) or shard < 0:
+            raise StoreError(f"{table}: shard number {shard!r}; shards count from 0")
+        rows = validate_table(table, data).replace_schema_metadata(None)
+        if not self.path.is_dir():
+            raise StoreError(f"{self.path}: nobody builds this artifact; shards are written inside `Store.building`")
+        name = f"{table}-{shard:05d}-{unique()}.parquet"
+        temporary, final = self.path / temporary_name(name), self.path / name
+        failpoint("shard.before_write")
+        with explain_full_disk(final):
+            try:
+                write_parquet(rows, temporary)
+                digest, footer = file_sha256(temporary), footer_sha256(temporary)
+                stat = temporary.stat()
+                failpoint("shard.before_rename", temporary)
+                os.rename(temporary, final)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            failpoint("shard.after_rename", final)
+            fsync_directory(self.path)
+        failpoint("shard.before_sidecar", final)
+        record = ShardRecord(
+            table=table,
+            shard=shard,
+            file=name,
+            sha256=digest,
+            bytes=stat.st_size,
+            mtime_ns=stat.st_mtime_ns,
+            footer_sha256=footer,
+            rows=rows.num_rows,
+            row_digest=row_digest(table, rows),
+            schema_version=schema_version(table),
+        )
+        replace_atomically(sidecar(final), seal(record.model_dump(mode="json")))
+        failpoint("shard.after_sidecar", final)
+        self.parts(table, shard).remove()
+        return record
+
+    def parts(self, table: str, shard: int) -> Parts:
+        """What is finished of a shard that is not written yet."""
+        return Parts(self.path / f"{table}-{shard:05d}{PARTS}")
+
+
+def row_digest(table: str, rows: pa.Table) -> str:
+    """Digest of a shard's rows, without the columns that measure the machine."""
+    return table_digest(without_measured(table, rows))
+
+
+def without_measured(table: str, rows: pa.Table) -> pa.Table:
+    """The columns that must be equal in every repetition."""
+    return rows.drop_columns([name for name in _MEASURED.get(table, ()) if name in rows.column_names])
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """zstd, a checksum in every page, fsynced."""
+    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+    fsync_file(path)
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Reads one file and verifies the checksum of every page read. CorruptArtifact when one does not match."""
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        return file.read(columns=None if columns is None else list(columns))
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        raise CorruptArtifact(f"{path}: unreadable Parquet ({error})") from error
+
+
+def sidecar(shard: Path) -> Path:
+    return shard.with_name(shard.name + SIDECAR)
+
+
+def sidecars(directory: Path) -> Iterator[tuple[Path, ShardRecord | None]]:
+    """Each sidecar of an unfinished artifact: (the shard's path, its record or None where that is unreadable)."""
+    for path in sorted(directory.glob(f"[!.]*{SIDECAR}")):
+        shard = path.with_name(path.name.removesuffix(SIDECAR))
+        match = _SHARD_FILE.fullmatch(shard.name)
+        if match is None:
+            continue
+        try:
+            record = ShardRecord.model_validate(unseal(path))
+        except (CorruptArtifact, ValidationError):
+            yield shard, None
+            continue
+        named = (record.table, record.shard, record.file) == (match["table"], int(match["shard"]), shard.name)
+        yield shard, record if named else None
+
+
+def check_file(path: Path, size: int, sha256: str) -> str | None:
+    """What is wrong with a file, or None. Hashed in full the first time in a process, then trusted by its stat."""
+    try:
+        stat = path.stat()
+        if stat.st_size != size:
+            return f"{stat.st_size} bytes instead of {size}"
+        stamp = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, sha256)
+        if stamp in _verified:
+            return None
+        if file_sha256(path) != sha256:
+            return "sha256 differs from the recorded one"
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing"
+    except OSError as error:
+        return unreadable(error)
+    _verified.add(stamp)
+    return None
+
+
+def footer_sha256(path: Path) -> str:
+    """sha256 of a Parquet file's footer: what page checksums do not cover. CorruptArtifact where there is none."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        tail = file.read(8)
+        length = int.from_bytes(tail[:4], "little")
+        if len(tail) < 8 or tail[4:] != _MAGIC or length + 12 > size:
+            raise CorruptArtifact(f"{path}: truncated, or not a Parquet file ({size} bytes)")
+        file.seek(size - 8 - length)
+        return hashlib.sha256(file.read(length + 8)).hexdigest()
+
+
+def dataset(paths: Sequence[Path], schema: pa.Schema) -> pads.Dataset:
+    """A lazy Arrow dataset that verifies page checksums as it scans."""
+    scan = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
+    form = pads.ParquetFileFormat(default_fragment_scan_options=scan)
+    return pads.dataset([str(path) for path in paths], schema=schema, format=form)
+
+
+def absent_dataset(paths: Sequence[Path], schema: pa.Schema) -> pads.Dataset:
+    """Like `dataset`, of files that are not there: only scanning them fails, so that filters may leave them out."""
+    form, system = pads.ParquetFileFormat(), pafs.LocalFileSystem()
+    fragments = [form.make_fragment(str(path), system) for path in paths]
+    return pads.FileSystemDataset(fragments, schema, form, system)

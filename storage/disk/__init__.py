@@ -1,0 +1,1 @@
+"""Files, locks, redaction: what the rest of storage rests on."""

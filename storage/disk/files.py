@@ -1,0 +1,279 @@
+"""Durable small-file primitives under the store: atomic writes, directory fsync, sealed JSON, quarantine."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from storage.disk.failpoints import failpoint
+from storage.errors import CorruptArtifact, NotEnoughSpace, OpdError, StoreError
+from storage.identity import canonical_json
+
+TEMPORARY = ".tmp-"
+STORE_PLACES = ("", "artifacts/*/*/", "runs/", "runs/*/", "quarantine/", "memo/")
+"""Where a store has temporary files, as prefixes of glob patterns."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_BROKEN = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)
+_OWNER = re.compile(re.escape(TEMPORARY) + r"(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)\.(?P<started>\d+)-")
+
+
+def unique() -> str:
+    """12 hex digits that no other writer uses."""
+    return uuid.uuid4().hex[:12]
+
+
+def temporary_name(suffix: str = "") -> str:
+    """A name for a file or directory under way. It says whose: `remove_leftovers` takes those of dead processes."""
+    owner = f"{_machine()}-{os.getpid()}.{_started(os.getpid()) or 0}"
+    return f"{TEMPORARY}{owner}-{unique()}" + (f"-{suffix}" if suffix else "")
+
+
+@functools.cache
+def _machine() -> str:
+    """Where process ids mean the same: 8 hex digits of host, machine id and pid namespace."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/etc/machine-id").read_text())
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
+def remove_leftovers(root: Path, places: Sequence[str] = STORE_PLACES, mine: bool = False) -> list[Path]:
+    """Removes the temporary files of killed processes from folders under `root`; returns what it removed.
+
+    What another host left stays until `opd gc`. Nothing of a living process (but for this one's, with `mine`: an
+    interruption can come before a writer is ready for it), and nothing that has its final name, is touched."""
+    removed = []
+    for place in places:
+        for path in root.glob(f"{place}{TEMPORARY}*"):
+            owner = _OWNER.match(path.name)
+            if owner is None or owner["machine"] != _machine():
+                continue
+            pid = int(owner["pid"])
+            if _alive(pid, int(owner["started"])) and not (mine and pid == os.getpid()):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
+
+
+def _alive(pid: int, started: int) -> bool:
+    """Whether that process lives; another one may have its id by now. Where no start is known, the id decides."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return not started or _started(pid) in (None, started)
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None where the kernel does not say."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory and what is missing above it, each durable before anything is put into it."""
+    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        fsync_directory(folder.parent)
+
+
+def fsync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Turns "no space left" and "quota exceeded", in any library's wording, into `NotEnoughSpace`."""
+    try:
+        yield
+    except OpdError:
+        raise
+    except Exception as error:
+        if getattr(error, "errno", None) in _FULL or "No space left on device" in str(error):
+            left = ""
+            with suppress(OSError):
+                free = shutil.disk_usage(path if path.is_dir() else path.parent).free
+                left = f" ({_gib(free)} free)"
+            raise NotEnoughSpace(
+                f"the disk is full: could not write {path}{left}. Nothing committed is lost: free space, then resume"
+            ) from error
+        raise
+
+
+def require_space(path: Path, bytes_needed: int, purpose: str = "") -> None:
+    """Raises NotEnoughSpace unless the file system of `path` has that many bytes for us."""
+    free = shutil.disk_usage(path).free
+    if free < bytes_needed:
+        for_what = f" for {purpose}" if purpose else ""
+        raise NotEnoughSpace(
+            f"{path}: {_gib(bytes_needed)} needed{for_what}, {_gib(free)} free. Free some space or choose another root"
+            " (--root, OPD_ROOT)"
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**20 else f"{size} bytes"
+
+
+def write_durably(directory: Path, data: bytes) -> Path:
+    """A fsynced temporary file in `directory`, which the caller renames or links to its name."""
+    path = directory / temporary_name()
+    with explain_full_disk(path):
+        try:
+            with open(path, "xb") as file:
+                file.write(data)
+                file.flush()
+                failpoint("file.before_fsync", path)
+                os.fsync(file.fileno())
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+    return path
+
+
+def replace_atomically(path: Path, data: bytes) -> None:
+    """Readers see the old bytes or the new ones, also after a crash."""
+    temporary = write_durably(path.parent, data)
+    with explain_full_disk(path):
+        try:
+            failpoint("file.before_replace", temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        failpoint("file.after_replace", path)
+        fsync_directory(path.parent)
+
+
+def publish_exclusively(path: Path, data: bytes) -> bool:
+    """Publishes a whole file under a name that must be free, or returns False. Exactly one of many racers wins."""
+    temporary = write_durably(path.parent, data)
+    with explain_full_disk(path):
+        try:
+            failpoint("manifest.before_link", temporary)
+            os.link(temporary, path)
+            failpoint("manifest.after_link", path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_directory(path.parent)
+    failpoint("manifest.after_sync", path)
+    return True
+
+
+def remove(path: Path) -> bool:
+    """Removes a file, or a folder: out of its place in one rename, so that no half of it is ever met."""
+    if path.is_dir() and not path.is_symlink():
+        going = path
+        if not path.name.startswith(TEMPORARY):
+            going = path.with_name(temporary_name())
+            try:
+                os.rename(path, going)
+            except FileNotFoundError:
+                return False
+            fsync_directory(path.parent)
+        shutil.rmtree(going, ignore_errors=True)
+        return True
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def seal(content: dict[str, Any]) -> bytes:
+    """JSON that carries the sha256 of its own content, so that a flipped bit in it is noticed. Keeps the order of keys."""
+    checksum = hashlib.sha256(canonical_json(content).encode("ascii")).hexdigest()
+    return json.dumps({**content, "checksum": checksum}, indent=1, allow_nan=False).encode()
+
+
+def unreadable(error: OSError) -> str:
+    """The damage that an error of reading stands for, when the disk gave no bytes. Any other error is raised again."""
+    if error.errno not in _BROKEN:
+        raise error
+    return f"unreadable ({error.strerror}): the disk may be failing, see the kernel's log"
+
+
+def unseal(path: Path) -> dict[str, Any]:
+    """Content of a sealed JSON file. FileNotFoundError if missing, CorruptArtifact if it is not what was written."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CorruptArtifact(f"{path}: {unreadable(error)}") from error
+    try:
+        content = json.loads(data)
+        checksum = content.pop("checksum")
+        good = checksum == hashlib.sha256(canonical_json(content).encode("ascii")).hexdigest()
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise CorruptArtifact(f"{path}: not a record of this store ({error})") from error
+    if not good:
+        raise CorruptArtifact(f"{path}: its checksum does not match its content")
+    return dict(content)
+
+
+def quarantine(root: Path, path: Path, reason: str) -> Path | None:
+    """Moves a file or directory of the store to `<root>/quarantine`, with the reason beside it as JSON.
+
+    The reason is written first: nothing ever lies there without one. Returns where it lies now, or None if it was already
+    gone (another reader was faster)."""
+    try:
+        inside = path.parent.resolve().relative_to(root.resolve()) / path.name
+    except ValueError:
+        raise StoreError(f"{path} is outside the store {root}: it is not ours to quarantine") from None
+    folder = root / "quarantine"
+    folder.mkdir(exist_ok=True)
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    target = folder / f"{stamp}-{unique()}-{'-'.join(inside.parts[1:]) or inside.name}"
+    note = {"path": inside.as_posix(), "reason": reason, "when": utc_now(), "host": socket.gethostname()}
+    reasons = target.with_name(target.name + ".reason.json")
+    replace_atomically(reasons, json.dumps(note, indent=1).encode())
+    failpoint("quarantine.before_move", path)
+    try:
+        os.rename(path, target)
+    except FileNotFoundError:
+        reasons.unlink(missing_ok=True)
+        return None
+    failpoint("quarantine.after_move", target)
+    fsync_directory(folder)
+    fsync_directory(path.parent)
+    return target

@@ -1,0 +1,249 @@
+"""Questions about committed artifacts, in SQL. DuckDB reads through lazy Arrow datasets that verify page checksums.
+
+DuckDB's read-only mode still reads and writes files, so the connection is sealed instead: no access outside, no
+replacement scans of Python variables, configuration locked; one SELECT, within memory and time limits.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import duckdb
+import pyarrow as pa
+
+from storage.artifacts.artifact import Artifact
+from storage.errors import CorruptArtifact, Evicted, OpdError
+from storage.query.views import (
+    METRICS,
+    VIEWS,
+    Use,
+    missing_of,
+    used_dataset,
+    uses_of,
+    view_sql,
+    wanted_views,
+)
+from storage.runs import Run, RunState
+from storage.store import Store
+
+_BATCH_ROWS = 65_536
+_MAX_RESULT_BYTES = 1 << 30
+_MAX_SQL_CHARACTERS = 100_000
+_THREADS = 4
+_NARROW = "narrow it (WHERE run = ... AND round = ...) or aggregate"
+_DAMAGED = re.compile(r"stream registered as '(\w+)@' failed")
+
+
+class QueryRefused(OpdError):
+    """A statement that is not one SELECT, that DuckDB does not understand, or that passed a limit."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class Catalog:
+    """The views over a store, or over one run's part of it."""
+
+    def __init__(self, store: Store, run: Run | None = None) -> None:
+        self.store, self.run = store, run
+
+    def query(self, sql: str, limit_seconds: float = 30, memory: str = "1GB", max_rows: int = 1_000_000) -> pa.Table:
+        """The result of one SELECT over the views in `storage.query.views.VIEWS`.
+
+        QueryRefused for anything else, and past `limit_seconds`, `memory` (of the execution) or `max_rows`;
+        CorruptArtifact when a shard that the statement reads is damaged, Evicted when `opd gc` removed it. One call of a
+        function on a huge constant is past the limits: `storage.query.limits` ends the process there.
+        """
+        if len(sql) > _MAX_SQL_CHARACTERS:
+            raise QueryRefused(f"a statement of {len(sql):,} characters; at most {_MAX_SQL_CHARACTERS:,} are read")
+        if limit_seconds <= 0:
+            raise QueryRefused(f"limit of {limit_seconds} seconds: must be above 0")
+        try:
+            with duckdb.connect(":memory:") as connection:
+                statement = _one_select(connection, sql)
+                self._create_views(connection, sql)
+                _seal(connection, memory)
+                return _run(connection, statement, limit_seconds, max_rows)
+        except MemoryError as error:
+            raise QueryRefused(f"needs more than {memory} of memory; {_NARROW}") from error
+        except (duckdb.Error, pa.ArrowException) as error:
+            if damaged := _DAMAGED.search(str(error)):
+                self._find_damage(damaged.group(1))
+                raise CorruptArtifact(f"a shard of {damaged.group(1)} could not be read: {error}") from error
+            raise _refusal(error, memory) from error
+
+    def _find_damage(self, table: str) -> None:
+        """Reads the table's shards one by one; the store names the bad one and moves it to quarantine."""
+        states = [run.state for run in ([self.run] if self.run else Run.list(self.store.root))]
+        uses = uses_of(states, self.store.list(), with_unused=self.run is None)
+        for use in uses:
+            if table in use.artifact.rows:
+                try:
+                    self.store.read_table(use.artifact, table)
+                except Evicted as error:
+                    raise Evicted(f"{error}\n{self._evicted(table, uses)}") from error
+
+    def _evicted(self, table: str, uses: Sequence[Use]) -> str:
+        """Which rounds of a table are gone, and how to ask without them."""
+        gone = sorted({(u.run, u.round) for u in uses if table in u.artifact.rows and self.store.evicted(u.artifact)})
+        last = {name: max(round for other, round in gone if other == name) for name, _ in gone if name}
+        places = ", ".join(f"{name}@{round}" for name, round in gone if name) or "of no run"
+        narrow = (
+            f"; a query without them: WHERE run = '{next(iter(last))}' AND round > {last[next(iter(last))]}"
+            if last
+            else ""
+        )
+        return f"evicted are the {table} of {places}{narrow}"
+
+    def _create_views(self, connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+        """All views exist; those that the statement cannot mean have no rows, and nothing is opened for them."""
+        wanted = wanted_views(sql)
+        if not wanted:
+            for name in VIEWS:
+                connection.execute(view_sql(name, rows_wanted=False))
+            return
+        states = [run.state for run in ([self.run] if self.run else Run.list(self.store.root))]
+        tables = {table for name in wanted for table in VIEWS[name].tables}
+        committed = self.store.list()
+        missing = missing_of(states, committed, tables)
+        if missing:
+            raise CorruptArtifact(
+                f"damaged or gone: {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}; `opd resume`"
+                " of that run rebuilds just what is damaged. `opd query NAME` reads only the run NAME"
+            )
+        uses = uses_of(states, committed, with_unused=self.run is None)
+        for table in sorted(tables):
+            open_one = functools.partial(self.store.arrow_dataset, table=table)
+            connection.register(f"{table}@", used_dataset(table, uses, open_one))
+        if "artifacts" in wanted:
+            used = {use.artifact.key: use.artifact for use in uses}
+            connection.register("artifacts@", _artifacts_table(used.values(), self.store))
+        if "rounds" in wanted:
+            connection.register("rounds@", _rounds_table(states))
+        for name in VIEWS:
+            connection.execute(view_sql(name, rows_wanted=name in wanted))
+
+
+def _one_select(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
+    statements = connection.extract_statements(sql)
+    if len(statements) != 1:
+        raise QueryRefused(f"found {len(statements)} statements; a query is exactly one SELECT")
+    if statements[0].type != duckdb.StatementType.SELECT:
+        kind = statements[0].type.name
+        raise QueryRefused(
+            f"this is a {kind} statement; only one SELECT over the views {', '.join(VIEWS)} is run. Nothing can be"
+            " written or read from files here: to save a result, use `opd query --csv` or `--json` and redirect it"
+        )
+    return statements[0]
+
+
+def _seal(connection: duckdb.DuckDBPyConnection, memory: str) -> None:
+    threads = max(1, min(_THREADS, os.cpu_count() or 1))
+    settings = (
+        ("memory_limit", "'" + memory.replace("'", "''") + "'"),
+        ("threads", str(threads)),
+        ("temp_directory", "''"),
+        ("autoinstall_known_extensions", "false"),
+        ("autoload_known_extensions", "false"),
+        ("python_enable_replacements", "false"),
+        ("enable_external_access", "false"),
+        ("lock_configuration", "true"),
+    )
+    for name, value in settings:
+        connection.execute(f"SET {name} = {value}")
+
+
+def _run(
+    connection: duckdb.DuckDBPyConnection, statement: duckdb.Statement, limit_seconds: float, max_rows: int
+) -> pa.Table:
+    """Execute and fetch, ended by a timer; the sizes are watched while fetching."""
+    late = threading.Event()
+
+    def interrupt() -> None:
+        late.set()
+        connection.interrupt()
+
+    timer = threading.Timer(limit_seconds, interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        reader = connection.sql(statement).to_arrow_reader(_BATCH_ROWS)
+        batches, rows, size = [], 0, 0
+        for batch in reader:
+            rows += batch.num_rows
+            size += batch.nbytes
+            if rows > max_rows or size > _MAX_RESULT_BYTES:
+                what = f"{max_rows:,} rows" if rows > max_rows else f"{_MAX_RESULT_BYTES:,} bytes"
+                raise QueryRefused(f"the result has more than {what}; aggregate, name fewer columns, or add a LIMIT")
+            batches.append(batch)
+        return _distinct_names(pa.Table.from_batches(batches, reader.schema))
+    except (duckdb.Error, OSError, pa.ArrowException) as error:
+        if not late.is_set():
+            raise duckdb.Error(str(error)) from error
+        raise QueryRefused(
+            f"ended after {limit_seconds:g} seconds; narrow it (WHERE run = ... AND round = ...), or raise the limit"
+            " (--limit-seconds)"
+        ) from error
+    finally:
+        timer.cancel()
+
+
+def _refusal(error: Exception, memory: str) -> OpdError:
+    """What DuckDB or Arrow says, in the words of this program."""
+    text = str(error).strip()
+    if "Out of Memory" in text or "bad_alloc" in text:
+        return QueryRefused(f"needs more than {memory} of memory; {_NARROW}")
+    unknown = "does not exist" in text or "Referenced column" in text
+    hint = f"\nviews: {', '.join(VIEWS)}; `opd query` alone lists their columns" if unknown else ""
+    return QueryRefused(text + hint)
+
+
+def _distinct_names(table: pa.Table) -> pa.Table:
+    """Columns of equal name get a number, so that no format loses one."""
+    seen: dict[str, int] = {}
+    names = []
+    for name in table.column_names:
+        count = seen.get(name, 0)
+        names.append(f"{name}_{count}" if count else name)
+        seen[name] = count + 1
+    return table.rename_columns(names)
+
+
+def _artifacts_table(artifacts: Iterable[Artifact], store: Store) -> pa.Table:
+    """Rows of the view `artifacts`."""
+    documents = ("content", "inputs", "identity", "meta")
+    rows = [
+        {"stage": a.stage, "artifact": a.key, "created": a.created, "seconds": a.seconds, "rows": sum(a.rows.values())}
+        | {name: json.dumps(getattr(a, name), sort_keys=True) for name in documents}
+        | {"evicted": store.evicted(a)}
+        for a in artifacts
+    ]
+    return pa.Table.from_pylist(rows, VIEWS["artifacts"].arrow)
+
+
+def _rounds_table(states: Iterable[RunState]) -> pa.Table:
+    """Rows of the view `rounds`."""
+    rows: list[dict[str, Any]] = []
+    for state in states:
+        for round in state.rounds:
+            evaluation = round.stages.get("evaluate")
+            row: dict[str, Any] = {column.name: round.metrics.get(column.name) for column in METRICS}
+            row |= {
+                "run": state.name,
+                "round": round.round,
+                "artifact": evaluation.key if evaluation else None,
+                "student_sha256": round.student_sha256,
+                "seconds": sum(stage.seconds or 0.0 for stage in round.stages.values()),
+                "metrics": list(round.metrics.items()),
+                "stages": [
+                    {"stage": label, **stage.model_dump(include={"key", "state", "seconds", "rows", "error"})}
+                    for label, stage in round.stages.items()
+                ],
+            }
+            rows.append(row)
+    return pa.Table.from_pylist(rows, VIEWS["rounds"].arrow)

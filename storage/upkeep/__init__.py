@@ -1,0 +1,1 @@
+"""Collection, comparison, transfer of artifacts."""

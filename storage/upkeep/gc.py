@@ -1,0 +1,298 @@
+"""Collection: removes what no run needs, and never what is in use.
+
+First a plan, which changes nothing; then each of its items is looked at again under the locks that builders and readers
+take, and removed. Whatever the moment of a crash, the store is valid: an eviction is marked, durably, before the first
+file goes; anything else leaves its place in one rename, under a temporary name that the next collection removes."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+from storage.artifacts.artifact import MANIFEST, Manifest, load_manifest
+from storage.artifacts.shards import SIDECAR
+from storage.disk.files import TEMPORARY, fsync_directory, remove, replace_atomically, utc_now
+from storage.disk.locks import alone, build_lock, holder, locked, use_lock
+from storage.errors import CorruptArtifact, RunBusy, StoreError
+from storage.runs import Run, RunState
+from storage.store import Store
+from storage.upkeep.retention import Name, Retention, droppable, used
+
+TEMPORARY_SECONDS = 3600.0
+"""A temporary file this old belongs to nobody: files are written in one go, and renamed."""
+HELD = "held.lock"
+"""A temporary folder in which this lock is held is somebody's, however old."""
+KEPT_REPLAY = "replay-"
+"""How the names of folders begin that `opd replay --keep` leaves in the store's root."""
+_STAMP = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{12}-")
+_KEY = re.compile(r"[0-9a-f]{16}")
+
+Kind = Literal["evicted", "unused", "unfinished", "left over", "temporary", "quarantine"]
+MEANING: dict[Kind, str] = {
+    "evicted": "data of rounds past a run's policy.retain; the manifest stays",
+    "unused": "artifacts that no run names",
+    "unfinished": "begun by nobody who still wants them",
+    "left over": "files in artifacts that their manifests do not name",
+    "temporary": "temporary files of processes that are gone, and what `opd replay --keep` left",
+    "quarantine": "damaged pieces that were set aside long ago",
+}
+RetentionOf = Callable[[Run], Retention]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that can go. `artifact` is whose locks guard it; None where a name's age alone decides."""
+
+    kind: Kind
+    path: Path
+    bytes: int
+    artifact: Name | None = None
+
+
+@dataclass
+class Plan:
+    """What would go, and which runs keep everything because somebody works on them."""
+
+    items: list[Item] = field(default_factory=list)
+    busy: dict[str, str] = field(default_factory=dict)
+
+    def bytes(self, kind: Kind | None = None) -> int:
+        return sum(item.bytes for item in self.items if kind in (None, item.kind))
+
+
+def run_retention(run: Run) -> Retention:
+    """A run's own `policy.retain`."""
+    return Retention.of(run.experiment, f"run {run.name}")
+
+
+class Collector:
+    """Plans and removes. `quarantine_days`: damaged pieces older than this go too.
+
+    Raises CorruptArtifact when a run's files cannot be read: what that run needs is then unknown."""
+
+    def __init__(self, store: Store, retention: RetentionOf = run_retention, quarantine_days: float = 30.0) -> None:
+        self.store, self.root = store, store.root
+        self._retention, self._quarantine_days = retention, quarantine_days
+        self._states: dict[str, tuple[tuple[int, int, int], RunState, Retention]] = {}
+
+    def plan(self) -> Plan:
+        """Looks, and changes nothing."""
+        needs = self._needs()
+        plan = Plan(busy=needs.busy)
+        for directory in sorted((self.root / "artifacts").glob("[!.]*/*")):
+            if _KEY.fullmatch(directory.name) and directory.is_dir() and not directory.is_symlink():
+                plan.items += self._of_artifact(directory, needs)
+        plan.items += self._temporary()
+        plan.items += self._old_quarantine()
+        return plan
+
+    def apply(self, plan: Plan, done: Callable[[Item], None] = lambda item: None) -> list[Item]:
+        """Removes what is still not needed and held by nobody; returns these items, `done` hears of each.
+
+        RunBusy when another process is collecting in this store."""
+
+        def busy(who: str) -> None:
+            raise RunBusy(f"{self.root}: is being collected by {who}; wait for it", who)
+
+        removed = []
+        with locked(self.root / "locks" / "gc.lock", busy):
+            for item in plan.items:
+                if self._apply(item):
+                    removed.append(item)
+                    done(item)
+        return removed
+
+    # --- what is needed ----------------------------------------------------------------------------------------------
+
+    def _needs(self) -> _Needs:
+        """From every run's state as it is now. A run that somebody works on needs all that it names."""
+        needs = _Needs()
+        for run in self._runs():
+            state, retain = self._state(run)
+            named = used(state)
+            who = run.holder()
+            if who is not None:
+                needs.busy[run.name] = who
+            dropped = droppable(state, retain) if who is None else set()
+            needs.named |= named
+            needs.whole |= named - dropped
+        return needs
+
+    def _runs(self) -> list[Run]:
+        """Every run, made whole or not: one that cannot be read still needs its artifacts."""
+        runs = Run.list(self.root)
+        known = {run.name for run in runs}
+        for path in sorted((self.root / "runs").iterdir()):
+            if path.name not in known and not path.name.startswith(TEMPORARY):
+                raise CorruptArtifact(
+                    f"{path}: no run's folder, so what it needs is unknown and nothing is collected;"
+                    " to delete the run, remove the folder"
+                )
+        return runs
+
+    def _state(self, run: Run) -> tuple[RunState, Retention]:
+        try:
+            stat = (run.directory / "state.json").stat()
+        except FileNotFoundError:
+            return run.state, self._retention(run)  # the error says what to do
+        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if run.name not in self._states or self._states[run.name][0] != stamp:
+            self._states[run.name] = (stamp, run.state, self._retention(run))
+        return self._states[run.name][1:]
+
+    # --- artifacts ---------------------------------------------------------------------------------------------------
+
+    def _of_artifact(self, directory: Path, needs: _Needs) -> Iterator[Item]:
+        name = (directory.parent.name, directory.name)
+        try:
+            manifest = load_manifest(directory)
+        except CorruptArtifact:
+            manifest = None
+        except StoreError:  # not an artifact's folder, or a newer program's
+            return
+        if name not in needs.named:
+            if holder(build_lock(self.root, *name)) is None:
+                yield Item("unused" if manifest else "unfinished", directory, _size(directory), name)
+            return
+        if manifest is None:
+            return  # a run will go on with it
+        if name not in needs.whole and manifest.evictable:
+            yield Item("evicted", directory, sum(_size(path) for path in _data(directory, manifest)), name)
+        loose = _loose(directory, manifest)
+        if loose and holder(build_lock(self.root, *name)) is None:
+            yield Item("left over", directory, sum(_size(path) for path in loose), name)
+
+    def _apply(self, item: Item) -> bool:
+        if item.artifact is None:
+            return remove(item.path)
+        with ExitStack() as held:
+            if not held.enter_context(alone(use_lock(self.root, *item.artifact))):
+                return False  # somebody reads it
+            try:
+                held.enter_context(locked(build_lock(self.root, *item.artifact), _give_up))
+            except _HeldError:
+                return False  # somebody builds it
+            now = [found for found in self._of_artifact_now(item) if found.kind == item.kind]
+            if not now:
+                return False
+            if item.kind == "evicted":
+                evict(item.path)
+            elif item.kind == "left over":
+                manifest = load_manifest(item.path)
+                for path in _loose(item.path, manifest) if manifest else ():
+                    remove(path)
+            else:
+                remove(item.path)
+        return True
+
+    def _of_artifact_now(self, item: Item) -> list[Item]:
+        """As in `plan`, by the runs' states of this moment; the build lock is ours now."""
+        if not item.path.is_dir():
+            return []
+        needs = self._needs()
+        name = (item.path.parent.name, item.path.name)
+        if item.kind in ("unused", "unfinished"):
+            return [] if name in needs.named else [item]
+        manifest = load_manifest(item.path)
+        if manifest is None:
+            return []
+        if item.kind == "evicted":
+            return [item] if name not in needs.whole and manifest.evictable else []
+        return [item] if _loose(item.path, manifest) else []
+
+    # --- what lies around --------------------------------------------------------------------------------------------
+
+    def _temporary(self) -> Iterator[Item]:
+        before = time.time() - TEMPORARY_SECONDS
+        places = ("", "artifacts/*/", "artifacts/*/*/", "runs/", "runs/*/", "quarantine/", "memo/", "locks/")
+        for pattern in (*(f"{place}{TEMPORARY}*" for place in places), f"{KEPT_REPLAY}*"):
+            for path in sorted(self.root.glob(pattern)):
+                parent = path.parent
+                artifact = (parent.parent.name, parent.name) if _KEY.fullmatch(parent.name) else None
+                if artifact is not None and ((parent / MANIFEST).exists() or holder(build_lock(self.root, *artifact))):
+                    continue  # left over in a committed artifact, or written now
+                if _newest(path) < before and not (path.is_dir() and holder(path / HELD)):
+                    yield Item("temporary", path, _size(path))
+
+    def _old_quarantine(self) -> Iterator[Item]:
+        before = datetime.now(UTC) - timedelta(days=self._quarantine_days)
+        for path in sorted((self.root / "quarantine").iterdir()):
+            stamp = _STAMP.match(path.name)
+            if stamp and datetime.strptime(stamp[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC) < before:
+                yield Item("quarantine", path, _size(path))
+
+
+@dataclass
+class _Needs:
+    """`named`: by any run. `whole`: those of them whose data is needed. `busy`: run -> who works on it."""
+
+    named: set[Name] = field(default_factory=set)
+    whole: set[Name] = field(default_factory=set)
+    busy: dict[str, str] = field(default_factory=dict)
+
+
+class _HeldError(Exception):
+    pass
+
+
+def _give_up(who: str) -> None:
+    raise _HeldError(who)
+
+
+def evict(directory: Path) -> None:
+    """Marks a committed artifact evicted, durably, then deletes its data. Hold its locks."""
+    manifest = load_manifest(directory)
+    if manifest is None:
+        raise StoreError(f"{directory}: nothing committed to evict")
+    if manifest.evicted is None:
+        manifest = manifest.model_copy(update={"evicted": utc_now()})
+        replace_atomically(directory / MANIFEST, manifest.dump())
+    for path in _data(directory, manifest):
+        remove(path)
+    fsync_directory(directory)
+
+
+def _data(directory: Path, manifest: Manifest) -> list[Path]:
+    """Shards, sidecars and trees of the store."""
+    paths = [directory / f"{record.file}{end}" for record in manifest.shards for end in ("", SIDECAR)]
+    paths += [directory / tree.directory for tree in manifest.trees.values() if not tree.external]
+    return [path for path in paths if path.exists()]
+
+
+def _loose(directory: Path, manifest: Manifest) -> list[Path]:
+    """What the manifest does not name; of an evicted artifact, all that is left of its data too."""
+    kept = {directory / MANIFEST}
+    if manifest.evicted is None:
+        kept |= set(_data(directory, manifest))
+    return sorted(path for path in directory.iterdir() if path not in kept)
+
+
+def _files(path: Path) -> Iterator[os.stat_result]:
+    if path.is_symlink() or not path.is_dir():
+        yield path.lstat()
+        return
+    for folder, _, names in os.walk(path):
+        for name in names:
+            yield Path(folder, name).lstat()
+
+
+def _size(path: Path) -> int:
+    try:
+        return sum(stat.st_size for stat in _files(path))
+    except FileNotFoundError:  # it goes while we look
+        return 0
+
+
+def _newest(path: Path) -> float:
+    """When it, or anything in it, was last written. Now, if it vanishes while we look."""
+    try:
+        return max((stat.st_mtime for stat in _files(path)), default=path.lstat().st_mtime)
+    except FileNotFoundError:
+        return time.time()

@@ -1,0 +1,45 @@
+"""Lending artifacts to another store on this machine: by hard link where the file system allows it, else by copy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from storage.artifacts.artifact import MANIFEST, Artifact, artifact_directory, load_manifest
+from storage.disk.files import explain_full_disk, replace_atomically
+from storage.errors import CorruptArtifact
+from storage.store import Store
+
+
+def lend(source: Store, artifact: Artifact, target: Store) -> None:
+    """Makes a committed artifact part of `target` too. Files are shared until either store removes its name of them;
+    trees outside the source stay where they are.
+
+    Raises Evicted without data, CorruptArtifact when a file is missing. Verify first: damage would be shared."""
+    source.require_data(artifact)
+    here = artifact_directory(source.root, artifact.stage, artifact.key)
+    there = artifact_directory(target.root, artifact.stage, artifact.key)
+    manifest = load_manifest(here)
+    if manifest is None:
+        raise CorruptArtifact(f"{here}: vanished while it was read; run again")
+    names = [record.file for record in manifest.shards]
+    for tree in manifest.trees.values():
+        if not tree.external:
+            names += [f"{tree.directory}/{file.path}" for file in tree.files]
+    with explain_full_disk(there):
+        there.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (there / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(here / name, there / name)
+        replace_atomically(there / MANIFEST, manifest.dump())
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except FileNotFoundError as error:
+        raise CorruptArtifact(f"{source}: missing; run again: only what is damaged is rebuilt") from error
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)

@@ -1,0 +1,245 @@
+"""Proof that an engine computes with the checkpoint it is said to hold.
+
+First every parameter inside the engine is compared with the checkpoint's tensors, bit for bit (stronger than comparing
+checksums, and as cheap). What counts is what the engine *multiplies* with: on CPU vLLM packs the weights of its linear
+layers into a private layout and drops the original, so there the weight is read back by sending the identity matrix
+through the layer, which returns it exactly. This also catches an output head that kept its packed copy of old tied
+embeddings. Then a few tokens are sampled and their log-probabilities compared with a transformers forward in float32:
+that needs no knowledge of the engine's layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from storage.errors import InputError, OpdError
+from tasks.engines.hf_folder import SAFE_LOADING
+
+TOLERANCE = {"float32": 1e-4}
+"""Largest difference of a probe's log-probability, in nats, that is no sign of other weights, by engine dtype."""
+TOLERANCE_LOW_PRECISION = 0.5
+"""The same for 16-bit engines, whose rounding hides small changes: there the comparison of parameters is the proof."""
+_ROWS = 256
+_SHOWN = 5
+
+
+class StaleWeights(OpdError):
+    """The engine does not compute with the checkpoint that it was told to load."""
+
+
+class EngineWeights:
+    """Extension of vLLM's worker class (`worker_extension_cls`): compares its weights with a checkpoint."""
+
+    def opd_compare_weights(self, path: str) -> dict[str, Any]:
+        """Compare this worker's parameters with the checkpoint in the directory `path`.
+
+        Returns counts and names: compared (parameters), elements, differing (names with the largest difference),
+        unproven (parameters of a kind whose layout is not known here), unread (tensors that no parameter came from)."""
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        with torch.inference_mode():
+            return compare_weights(model, Path(path))
+
+
+def compare_weights(model: nn.Module, path: Path) -> dict[str, Any]:
+    """See `EngineWeights.opd_compare_weights`; `model` is vLLM's module tree of one tensor-parallel rank."""
+    checkpoint = _Checkpoint(path, getattr(model, "hf_to_vllm_mapper", None))
+    packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+    compared = elements = 0
+    differing: list[str] = []
+    unproven: list[str] = []
+    for name, module in model.named_modules():
+        for parameter in ("weight", "bias"):
+            if not isinstance(getattr(module, parameter, None), torch.Tensor):
+                continue
+            full = f"{name}.{parameter}"
+            for how, actual, expected in _pairs(module, name, parameter, packed, checkpoint):
+                if expected is None or actual.shape != expected.shape:
+                    unproven.append(full)
+                    continue
+                compared += 1
+                elements += actual.numel()
+                expected = expected.to(actual.device, actual.dtype)
+                if not torch.equal(actual, expected):
+                    gap = (actual.float() - expected.float()).abs().max().item()
+                    differing.append(f"{full}{how} (up to {gap:.3g})")
+    known = {f"{name}.{p}" for name, _ in model.named_modules() for p in ("weight", "bias")}
+    unproven += [name for name, _ in model.named_parameters() if name not in known]
+    return {
+        "compared": compared,
+        "elements": elements,
+        "differing": differing,
+        "unproven": sorted(set(unproven)),
+        "unread": checkpoint.unread(),
+    }
+
+
+class _Checkpoint:
+    """Tensors of a checkpoint under the engine's names, read one at a time."""
+
+    def __init__(self, path: Path, mapper: Any) -> None:
+        self._files: dict[str, tuple[str, str]] = {}
+        rename = _renamer(mapper)
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise InputError(f"{path}: no *.safetensors in it; the engine's weights cannot be proven without")
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (no mapping: it iterates by keys() only)
+                    if (mapped := rename(name)) is not None:
+                        self._files[mapped] = (str(file), name)
+        self._read: set[str] = set()
+
+    def get(self, name: str) -> torch.Tensor | None:
+        """The tensor of this name; the output head's falls back to the embedding's (tied embeddings)."""
+        if name not in self._files and name.endswith("lm_head.weight"):
+            tied = [other for other in self._files if other.endswith("embed_tokens.weight")]
+            name = tied[0] if len(tied) == 1 else name
+        if name not in self._files:
+            return None
+        self._read.add(name)
+        file, key = self._files[name]
+        with safe_open(file, framework="pt") as tensors:
+            return tensors.get_tensor(key)
+
+    def unread(self) -> list[str]:
+        return sorted(name for name in self._files if name not in self._read and "rotary_emb" not in name)
+
+
+def _renamer(mapper: Any) -> Any:
+    """vLLM's own renaming of checkpoint tensors, without the fusing of projections (done here, part by part)."""
+    if mapper is None:
+        return lambda name: name
+    if hasattr(mapper, "orig_to_new_stacked"):
+        mapper = dataclasses.replace(mapper, orig_to_new_stacked={})
+    return mapper.map_name if hasattr(mapper, "map_name") else mapper._map_name
+
+
+def _pairs(
+    module: nn.Module, name: str, parameter: str, packed: dict[str, list[str]], checkpoint: _Checkpoint
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+    """(which copy, what the engine holds, what the checkpoint holds) of one parameter."""
+    stem, _, leaf = name.rpartition(".")
+    prefix = f"{stem}." if stem else ""
+    parts = [checkpoint.get(f"{prefix}{part}.{parameter}") for part in packed.get(leaf, [leaf])]
+    held = getattr(module, parameter)
+    present = [part for part in parts if part is not None]
+    if len(present) < len(parts):
+        yield "", held, None
+        return
+    expected = _share(module, parameter, present)
+    if parameter == "weight" and hasattr(module, "cpu_linear") and expected.ndim == 2 and not _lookup_only(module):
+        effective = read_back(module, expected.shape[1], held.dtype)
+        yield " as multiplied with", effective[: expected.shape[0]], expected
+        if held.numel() == 0:
+            return  # only the packed copy exists
+    if hasattr(module, "shard_indices"):
+        held = held[: expected.shape[0]]  # rows past the vocabulary are padding
+    yield "", held, expected
+
+
+def read_back(module: nn.Module, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix (out, in) that a linear layer multiplies with, exactly: products with rows of the identity have one
+    non-zero term each."""
+    rows = []
+    for start in range(0, columns, _ROWS):
+        stop = min(start + _ROWS, columns)
+        unit = torch.zeros(stop - start, columns, dtype=dtype)
+        unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
+        rows.append(module.quant_method.apply(module, unit, None))  # type: ignore[operator, union-attr]
+    return torch.cat(rows).T
+
+
+def _lookup_only(module: nn.Module) -> bool:
+    """An embedding that is only looked up in; the output head is one that is multiplied with."""
+    return hasattr(module, "shard_indices") and type(module).__name__ == "VocabParallelEmbedding"
+
+
+def _share(module: nn.Module, parameter: str, parts: list[torch.Tensor]) -> torch.Tensor:
+    """This rank's rows or columns of the checkpoint's tensors, fused as the module holds them."""
+    world = getattr(module, "tp_size", 1)
+    rank = getattr(module, "tp_rank", 0)
+    if hasattr(module, "shard_indices"):
+        where = module.shard_indices
+        return parts[0][where.org_vocab_start_index : where.org_vocab_end_index]
+    if world == 1:
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+    kind = {base.__name__ for base in type(module).__mro__}
+    if "QKVParallelLinear" in kind:
+        replica = rank // module.num_kv_head_replicas
+        value = getattr(module, "v_head_size", module.head_size)
+        sizes = [
+            module.num_heads * module.head_size,
+            module.num_kv_heads * module.head_size,
+            module.num_kv_heads * value,
+        ]
+        blocks = [(rank, sizes[0]), (replica, sizes[1]), (replica, sizes[2])]
+        return torch.cat([part.narrow(0, at * size, size) for part, (at, size) in zip(parts, blocks, strict=True)])
+    if "ColumnParallelLinear" in kind:  # the merged ones too: each part is cut by itself
+        return torch.cat([part.chunk(world, dim=0)[rank] for part in parts])
+    if "RowParallelLinear" in kind and parameter == "weight":
+        return parts[0].chunk(world, dim=1)[rank]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def judge_weights(reports: list[dict[str, Any]], path: Path, need_all: bool) -> dict[str, Any]:
+    """Sum up the workers' comparisons. Raises StaleWeights where a parameter differs, and with `need_all` (no probes
+    follow) also where one could not be compared."""
+    differing = [name for report in reports for name in report["differing"]]
+    if differing:
+        raise StaleWeights(
+            f"the engine holds other weights than {path}: {len(differing)} parameters differ, e.g."
+            f" {'; '.join(differing[:_SHOWN])}"
+        )
+    unproven = sorted({name for report in reports for name in (*report["unproven"], *report["unread"])})
+    compared = sum(report["compared"] for report in reports)
+    if (need_all and unproven) or not compared:
+        raise StaleWeights(
+            f"the engine's weights could not all be compared with {path}: {len(unproven)} of unknown layout, e.g."
+            f" {'; '.join(unproven[:_SHOWN])}. Set runtime.sampler.verify_weights to full, which adds probes"
+        )
+    return {
+        "params_compared": compared,
+        "elements_compared": sum(report["elements"] for report in reports),
+        "params_unproven": len(unproven),
+    }
+
+
+def reference_logprobs(path: Path, sequences: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
+    """Log-probabilities of completions by transformers in float32 on CPU: one tensor (T,) per (prompt, completion)."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **SAFE_LOADING).eval()
+    result = []
+    with torch.inference_mode():
+        for prompt, completion in sequences:
+            logits_TV = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+            logprobs_TV = torch.log_softmax(logits_TV.double(), dim=-1)
+            result.append(logprobs_TV.gather(1, torch.tensor(completion)[:, None])[:, 0])
+    return result
+
+
+def judge_probes(
+    path: Path, sequences: list[tuple[list[int], list[int]]], engine: list[list[float]], dtype: str
+) -> dict[str, Any]:
+    """Compare the engine's log-probabilities (temperature 1, nothing cut off) with transformers'.
+
+    Raises StaleWeights when they are further apart than the engine's dtype explains."""
+    largest = 0.0
+    for expected_T, found in zip(reference_logprobs(path, sequences), engine, strict=True):
+        gap = (expected_T - torch.tensor(found, dtype=torch.float64)).abs().max().item()
+        largest = max(largest, gap) if gap == gap else float("inf")
+    limit = TOLERANCE.get(dtype, TOLERANCE_LOW_PRECISION)
+    if largest > limit:
+        raise StaleWeights(
+            f"the engine's log-probabilities are not those of {path}: off by up to {largest:.3g} nats ({dtype} allows"
+            f" {limit:g})"
+        )
+    return {"probe_tokens": sum(len(completion) for _, completion in sequences), "max_logprob_difference": largest}

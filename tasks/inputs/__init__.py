@@ -1,0 +1,1 @@
+"""What stages read: models, prompts, tokenizers, verifiers."""

@@ -1,0 +1,331 @@
+"""Where models come from: a checkpoint folder, the Hub at a pinned revision, or an architecture with fresh weights.
+
+All three become a `model` artifact with the tree `model`: safetensors, configs, tokenizer files and chat template."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from storage.artifacts.digests import file_sha256, files_digest, tokenizer_digest, weights_digest
+from storage.artifacts.trees import external_files
+from storage.errors import ConfigError, InputError
+from storage.identity import Identity, derive_seed
+from storage.store import ArtifactSpec, Builder
+from tasks.inputs.tokenizers import BYTE_IDS, build_byte_tokenizer, load_tokenizer
+from tasks.stage import Context, Work
+
+VERSION = 1
+ROW_MULTIPLE = 8
+"""Vocabulary rows of a new model are a multiple of this; the rows past the tokenizer's ids are padding."""
+_MOVING_REVISIONS = ("main", "master", "head")
+_HUB_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab*",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.tiktoken", "tekken.json",
+)  # fmt: skip
+
+
+class CheckpointModel(Identity):
+    """A folder of the user's with safetensors, config.json and tokenizer. It is read where it is."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    path: Path = Field(description="checkpoint folder; its content, not its path, enters what is made from it")
+
+
+class HubModel(Identity):
+    """A model of the Hugging Face Hub (or of its local cache), at a revision that does not move."""
+
+    kind: Literal["hub"] = "hub"
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name")
+    revision: str = Field(description="commit (40 hex digits) or tag; branches move and are refused")
+
+    @field_validator("revision")
+    @classmethod
+    def _pinned(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w][\w./-]*", value) or value.removeprefix("refs/heads/").lower() in _MOVING_REVISIONS:
+            raise ValueError(f"{value!r} names no fixed revision; give a commit of 40 hex digits or a tag")
+        return value
+
+
+class ByteTokenizer(Identity):
+    """The byte-level tokenizer of this project: 256 bytes and five special tokens."""
+
+    kind: Literal["byte"] = "byte"
+
+
+class FolderTokenizer(Identity):
+    """The tokenizer of a folder (tokenizer.json and so on); a bare path means this."""
+
+    kind: Literal["folder"] = "folder"
+    path: Path
+
+
+class ArchitectureModel(Identity):
+    """A transformers architecture with random weights, to be trained from nothing by a warm-up."""
+
+    kind: Literal["architecture"] = "architecture"
+    config: dict[str, Any] = Field(description="fields of the transformers config, model_type among them (qwen3)")
+    tokenizer: Annotated[ByteTokenizer | FolderTokenizer, Field(discriminator="kind")] = ByteTokenizer()
+    init_seed: int | None = Field(None, ge=0, description="seed of the weights; null derives it from the run's seed")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokenizer_path(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("tokenizer"), (str, Path)):
+            return {**values, "tokenizer": {"kind": "folder", "path": values["tokenizer"]}}
+        return values
+
+    @field_validator("config")
+    @classmethod
+    def _has_type(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(value.get("model_type"), str):
+            raise ValueError("config: model_type is missing (qwen3, llama, ...)")
+        return value
+
+
+ModelSource = Annotated[CheckpointModel | HubModel | ArchitectureModel, Field(discriminator="kind")]
+
+
+def model_work(source: CheckpointModel | HubModel | ArchitectureModel, seed: int, *, memo: Path | None = None) -> Work:
+    """The work that makes a `model` artifact of a source. `seed` is the run's, used by new weights only.
+
+    `memo` is a folder that remembers hashes of unchanged files. A checkpoint's folder is checked and hashed here, at
+    planning: InputError for what is missing (weights in safetensors, config.json, tokenizer)."""
+    if isinstance(source, CheckpointModel):
+        return _checkpoint(source, memo)
+    if isinstance(source, HubModel):
+        spec = ArtifactSpec.of("model", VERSION, source, {})
+        return _work(spec, lambda builder, context: _build_hub(source, builder, context))
+    return _architecture(source, seed, memo)
+
+
+def _work(spec: ArtifactSpec, build: Callable[[Builder, Context], None]) -> Work:
+    def run(builders: dict[str, Builder], context: Context) -> None:
+        if "model" in builders:
+            build(builders["model"], context)
+
+    return Work(stage="model", outputs={"model": spec}, build=run)
+
+
+def declared_sizes(source: CheckpointModel | HubModel | ArchitectureModel) -> tuple[int | None, int | None]:
+    """(vocabulary rows, positions) as far as they are known before anything is loaded: from the architecture's fields or
+    the checkpoint's config.json; null where they are not."""
+    if isinstance(source, HubModel):
+        return None, None
+    if isinstance(source, CheckpointModel):
+        try:
+            config = json.loads((source.path / "config.json").read_bytes())
+        except (OSError, ValueError):
+            return None, None  # what is wrong with the folder, `model_work` says
+        config = config.get("text_config") or config
+    else:
+        config = dict(source.config)
+        if isinstance(source.tokenizer, ByteTokenizer):
+            config.setdefault("vocab_size", -(-BYTE_IDS // ROW_MULTIPLE) * ROW_MULTIPLE)
+    rows, positions = config.get("vocab_size"), config.get("max_position_embeddings")
+    return rows if isinstance(rows, int) else None, positions if isinstance(positions, int) else None
+
+
+# --- a folder of the user's ------------------------------------------------------------------------------------------
+
+
+def check_checkpoint(directory: Path) -> None:
+    """Raises InputError unless the folder holds config.json, safetensors and a tokenizer that loads."""
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such checkpoint folder (relative paths start from the working directory)")
+    if not (directory / "config.json").is_file():
+        adapter = (directory / "adapter_config.json").is_file()
+        raise InputError(
+            f"{directory}: a LoRA adapter without its base model; merge it into the base and save that"
+            if adapter
+            else f"{directory}: no config.json; a checkpoint is a folder written by save_pretrained"
+        )
+    if (directory / "adapter_config.json").is_file():  # transformers would load it too, and its base from elsewhere
+        raise InputError(f"{directory}: a LoRA adapter beside the model; merge it into the weights, or move it away")
+    pickles = [path for ending in ("bin", "pt", "pth", "pkl", "ckpt") for path in sorted(directory.glob(f"*.{ending}"))]
+    if pickles and not any(directory.glob("*.safetensors")):
+        raise InputError(f"{pickles[0]}: pickled weights are not loaded; save the checkpoint as safetensors")
+    _check_architecture(directory / "config.json")
+    load_tokenizer(directory)
+
+
+def _check_architecture(path: Path) -> None:
+    """Raises InputError unless transformers itself has the architecture: code that comes with a checkpoint is never run."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        config = json.loads(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    if config.get("transformers_weights") is not None:
+        raise InputError(
+            f"{path}: transformers_weights names other weights than those that are hashed; remove the field"
+        )
+    if (path.parent / "model.safetensors").is_file() and (path.parent / "model.safetensors.index.json").is_file():
+        raise InputError(f"{path.parent}: model.safetensors and an index of other files; keep one of them")
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+        return
+    if "auto_map" in config:
+        raise InputError(
+            f"{path}: model_type {model_type!r} is code that comes with the checkpoint (auto_map), and such code is never"
+            " run (there is no trust_remote_code); take a checkpoint whose architecture transformers has"
+        )
+    raise InputError(f"{path}: transformers knows no model_type {model_type!r}")
+
+
+def _checkpoint(source: CheckpointModel, memo: Path | None) -> Work:
+    directory = source.path.resolve()
+    check_checkpoint(directory)
+    weights_digest(directory, memo)  # refuses a folder without weights, or with a torn file
+    files = {path.relative_to(directory).as_posix(): file_sha256(path, memo) for path in external_files(directory)}
+    # The artifact stands for this folder with this content, so its place belongs to the key. What is made from the
+    # model depends on the content alone.
+    place = hashlib.sha256(os.fsencode(directory)).hexdigest()
+    digest = files_digest(files)
+    spec = ArtifactSpec.of("model", VERSION, {"kind": "checkpoint"}, {"files": digest, "place": place})
+
+    def build(builder: Builder, context: Context) -> None:
+        context.log(f"model: {directory} stays where it is; its files are hashed")
+        builder.external("model", directory)
+        meta = {"source": "checkpoint", "parameters": parameter_count(directory)}
+        builder.commit(meta=meta, expected={"model": digest})
+
+    return _work(spec, build)
+
+
+# --- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+def _build_hub(source: HubModel, builder: Builder, context: Context) -> None:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    context.log(f"model: fetching {source.repo} at {source.revision}")
+    try:
+        folder = Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+        raise InputError(
+            f"{source.repo} at {source.revision}: could not be fetched ({error}); check name, revision, network and"
+            " access (hf auth login), or download it and use kind: checkpoint"
+        ) from error
+    check_checkpoint(folder)
+    builder.external("model", folder)
+    # The Hub's cache names a snapshot's folder after its commit.
+    builder.commit(
+        meta={"source": "hub", "repo": source.repo, "commit": folder.name, "parameters": parameter_count(folder)}
+    )
+
+
+# --- fresh weights ---------------------------------------------------------------------------------------------------
+
+
+def _architecture(source: ArchitectureModel, seed: int, memo: Path | None) -> Work:
+    init_seed = derive_seed(seed, "model") if source.init_seed is None else source.init_seed
+    inputs = {}
+    if isinstance(source.tokenizer, FolderTokenizer):
+        load_tokenizer(source.tokenizer.path)
+        inputs["tokenizer"] = tokenizer_digest(source.tokenizer.path, memo)
+    identity = {
+        "kind": "architecture",
+        "config": source.config,
+        "tokenizer": source.tokenizer.kind,
+        "init_seed": init_seed,
+    }
+    spec = ArtifactSpec.of("model", VERSION, identity, inputs)
+
+    def build(builder: Builder, context: Context) -> None:
+        context.log(f"model: new {source.config['model_type']} weights from seed {init_seed}")
+        directory = builder.directory("model")
+        count = initialise(source, init_seed, directory)
+        builder.commit(meta={"source": "architecture", "parameters": count})
+
+    return _work(spec, build)
+
+
+def initialise(source: ArchitectureModel, init_seed: int, directory: Path) -> int:
+    """Write a float32 checkpoint with random weights and its tokenizer into `directory`; returns the parameter count.
+
+    Raises ConfigError for an unknown model_type or field, or values that make no model."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder = isinstance(source.tokenizer, FolderTokenizer)
+    tokenizer = load_tokenizer(source.tokenizer.path) if folder else build_byte_tokenizer()
+    config = transformers_config(source.config, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(init_seed)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        except (ValueError, TypeError, RuntimeError, ZeroDivisionError, KeyError) as error:
+            raise ConfigError(
+                f"config: {source.config} makes no {source.config['model_type']} model ({error})"
+            ) from error
+    model.generation_config = GenerationConfig(
+        eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id
+    )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return int(sum(parameter.numel() for parameter in model.parameters()))
+
+
+def transformers_config(fields: dict[str, Any], tokenizer: Any) -> Any:
+    """The transformers config of an architecture. Vocabulary rows and eos, bos, pad ids come from the tokenizer where
+    `fields` does not say. Raises ConfigError."""
+    import difflib
+
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    given = dict(fields)
+    model_type = given.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=1)
+        raise ConfigError(f"config.model_type: transformers knows no {model_type!r}" + _nearest(near))
+    kind = CONFIG_MAPPING[model_type]
+    known = set(kind().to_dict()) | set(kind.attribute_map) | {"rope_theta", "rope_scaling"}
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            raise ConfigError(f"config.{name}: no field of a {model_type} config" + _nearest(near))
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    given.setdefault("vocab_size", -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE)
+    if isinstance(given["vocab_size"], int) and given["vocab_size"] < tokens:
+        raise ConfigError(f"config.vocab_size: {given['vocab_size']} rows, but the tokenizer has {tokens} ids")
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        given.setdefault(name, getattr(tokenizer, name))
+    try:
+        return kind(**given)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ConfigError(f"config: not a valid {model_type} config ({error})") from error
+
+
+def _nearest(names: list[str]) -> str:
+    return f"; did you mean {names[0]!r}?" if names else ""
+
+
+def parameter_count(directory: Path) -> int:
+    """Number of weights in a checkpoint's safetensors, from their headers."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                size = 1
+                for length in tensors.get_slice(name).get_shape():
+                    size *= length
+                total += size
+    return total

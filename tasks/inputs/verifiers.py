@@ -1,0 +1,247 @@
+"""Verifiers: whether a completion gives the right answer. Exact match, mathematics, or a function of the user's."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from storage.errors import ConfigError, InputError, OpdError
+from storage.identity import Identity
+
+_START_SECONDS = 120.0
+"""Time that the judge process has for its imports."""
+
+
+class ExactMatch(Identity):
+    """The completion, or what a pattern finds in it, equals the answer."""
+
+    kind: Literal["exact_match"] = "exact_match"
+    extract: str | None = Field(None, description="regular expression; its last match counts, of it the first group")
+    strip: bool = Field(True, description="ignore white space around both")
+
+    @field_validator("extract")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"extract: {value!r} is no regular expression ({error})") from error
+        return value
+
+
+class MathVerify(Identity):
+    """The last expression of the completion equals the answer as mathematics (math-verify): 1/2 is 0.5."""
+
+    kind: Literal["math_verify"] = "math_verify"
+    timeout: float = Field(10, gt=0, le=600, description="seconds per completion; slower ones count as wrong")
+
+    @field_validator("timeout")
+    @classmethod
+    def _one_spelling(cls, value: float) -> float:
+        """10 and 10.0 are one key: a stored config is read back as 10.0, the default was hashed as 10."""
+        return int(value) if value.is_integer() else value
+
+
+class FunctionVerifier(Identity):
+    """`module:function` of the user's (see plugins): called with completion text and answer (text or None)."""
+
+    kind: Literal["function"] = "function"
+    target: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="module:function")
+
+
+VerifierConfig = Annotated[ExactMatch | MathVerify | FunctionVerifier, Field(discriminator="kind")]
+
+
+def verify(config: ExactMatch | MathVerify | FunctionVerifier, completion_text: str, answer: str | None) -> bool:
+    """Whether the completion is right. Callable from any thread.
+
+    Raises InputError for a missing answer (a user's function may do without), ConfigError for a function that cannot
+    be found, OpdError for one that fails or does not return a bool."""
+    if isinstance(config, FunctionVerifier):
+        return _call(config, completion_text, answer)
+    if answer is None:
+        raise InputError(f"verifier {config.kind}: a prompt has no answer; give an answer column or another verifier")
+    if isinstance(config, MathVerify):
+        return _judge().ask(completion_text, answer, config.timeout)
+    return _exact(config, completion_text, answer)
+
+
+def verifier_digest(config: ExactMatch | MathVerify | FunctionVerifier) -> str | None:
+    """sha256 of the source file of a user's function, which belongs into keys; null for the others."""
+    if not isinstance(config, FunctionVerifier):
+        return None
+    path = inspect.getsourcefile(_function(config.target))
+    if path is None:
+        raise ConfigError(f"verifier: {config.target!r} has no source file, so it has no identity")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _exact(config: ExactMatch, completion_text: str, answer: str) -> bool:
+    found = completion_text
+    if config.extract is not None:
+        matches = list(re.finditer(config.extract, completion_text))
+        if not matches:
+            return False
+        last = matches[-1]
+        found = (last.group(1) if last.re.groups else last.group(0)) or ""
+    return found.strip() == answer.strip() if config.strip else found == answer
+
+
+def _function(target: str) -> Callable[[str, str | None], object]:
+    module, name = target.split(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module + ".").startswith(error.name + "."):
+            raise
+        raise ConfigError(f"verifier: no module {module!r} beside the config or on the import path") from error
+    except AttributeError as error:
+        raise ConfigError(f"verifier: module {module!r} has no function {name!r}") from error
+    if not callable(function):
+        raise ConfigError(f"verifier: {target!r} is not callable, but {type(function).__name__}")
+    return function  # type: ignore[no-any-return]
+
+
+def _call(config: FunctionVerifier, completion_text: str, answer: str | None) -> bool:
+    function = _function(config.target)
+    try:
+        verdict = function(completion_text, answer)
+    except Exception as error:
+        shown = completion_text if len(completion_text) <= 200 else completion_text[:200] + "..."
+        raise OpdError(f"verifier {config.target!r} failed on {shown!r}: {type(error).__name__}: {error}") from error
+    if not isinstance(verdict, (bool, int)) or verdict not in (0, 1):
+        raise OpdError(f"verifier {config.target!r} must return True or False, found {verdict!r}")
+    return bool(verdict)
+
+
+# --- mathematics, in a process of its own ----------------------------------------------------------------------------
+# math-verify stops itself by SIGALRM, which works in a main thread only and cannot interrupt one long C call. So it runs
+# in a child whose main thread is free for it, and which is killed when even that does not help.
+
+
+class _Judge:
+    """The child process, started at the first question and again after it had to be killed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, completion_text: str, answer: str, timeout: float) -> bool:
+        with self._lock:
+            process = self._started()
+            question = {"completion": completion_text, "answer": answer, "timeout": timeout}
+            reply = self._exchange(process, json.dumps(question).encode() + b"\n", 2 * timeout + 5)
+            if reply is None:
+                self._stop()
+                return False
+            return bool(reply["correct"])
+
+    def close(self) -> None:
+        with self._lock:
+            self._stop()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        checkout = str(Path(__file__).resolve().parent.parent.parent)
+        path = os.pathsep.join(filter(None, (checkout, os.environ.get("PYTHONPATH"))))
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "tasks.inputs.verifiers"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,
+        )
+        ready = self._exchange(self._process, b"", _START_SECONDS)
+        if ready is None:
+            self._stop()
+            raise OpdError("verifier math_verify: its process did not start; is math-verify installed?")
+        return self._process
+
+    def _exchange(self, process: subprocess.Popen[bytes], question: bytes, seconds: float) -> dict[str, Any] | None:
+        """The reply (one JSON line) to a question; None when the child died or took too long."""
+        assert process.stdin is not None and process.stdout is not None
+        deadline, line = time.monotonic() + seconds, b""
+        try:
+            process.stdin.write(question)
+            process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        while not line.endswith(b"\n"):
+            readable, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            block = os.read(process.stdout.fileno(), 65536) if readable else b""
+            if not block:
+                return None
+            line += block
+        return dict(json.loads(line))
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout):
+                if stream is not None:
+                    stream.close()
+            self._process = None
+
+
+_judges: dict[int, _Judge] = {}
+
+
+def _judge() -> _Judge:
+    """The judge of this process (a fork must not share its parent's pipes)."""
+    if os.getpid() not in _judges:
+        _judges[os.getpid()] = judge = _Judge()
+        atexit.register(judge.close)
+    return _judges[os.getpid()]
+
+
+def _serve() -> None:
+    """The child: answers questions until its input closes, as it does when the parent dies."""
+    import logging
+
+    from math_verify import parse
+    from math_verify import verify as equal
+
+    logging.disable(logging.CRITICAL)
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # nothing that a library prints may end up among the replies
+    replies.write(b"{}\n")
+    replies.flush()
+    for line in sys.stdin.buffer:
+        question = json.loads(line)
+        seconds = max(1, round(question["timeout"] / 3))
+        try:
+            gold = _parse_gold(parse, question["answer"], seconds)
+            found = parse(question["completion"], parsing_timeout=seconds)
+            correct = bool(gold and found) and equal(gold, found, timeout_seconds=seconds)
+        except Exception:  # sympy raises anything; what cannot be compared is not shown to be right
+            correct = False
+        replies.write(json.dumps({"correct": bool(correct)}).encode() + b"\n")
+        replies.flush()
+
+
+def _parse_gold(parse: Callable[..., list[Any]], answer: str, seconds: int) -> list[Any]:
+    """The answer as mathematics: as LaTeX where it has no delimiters of its own, or else as it stands."""
+    bare = not any(mark in answer for mark in ("$", r"\(", r"\[", r"\boxed"))
+    return (parse(f"${answer}$", parsing_timeout=seconds) if bare else []) or parse(answer, parsing_timeout=seconds)
+
+
+if __name__ == "__main__":
+    _serve()

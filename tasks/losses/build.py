@@ -1,0 +1,31 @@
+"""From a config to the objective that computes it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tasks.losses.config import AnyObjective, DirectConfig, Needs, PolicyGradientConfig, SftConfig
+from tasks.losses.direct import DirectObjective
+from tasks.losses.policy_gradient import PolicyGradientObjective
+from tasks.losses.sft import SftObjective
+from tasks.losses.types import ObjectiveOutput, StudentView, TokenBatch
+
+
+class Objective(Protocol):
+    """Per-token values and metrics of a micro-batch; holds no state."""
+
+    needs: Needs
+
+    def __call__(self, batch: TokenBatch, student: StudentView, observed: StudentView | None = None) -> ObjectiveOutput:
+        """`student` answers `needs.student` with gradient; `observed` answers `needs.metrics`, where there is one."""
+
+
+def make_objective(config: AnyObjective) -> Objective:
+    """The objective that a config describes."""
+    match config:
+        case DirectConfig():
+            return DirectObjective(config)
+        case PolicyGradientConfig():
+            return PolicyGradientObjective(config)
+        case SftConfig():
+            return SftObjective(config)

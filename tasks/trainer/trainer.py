@@ -1,0 +1,234 @@
+"""The trainer: serves `train` and `warmup` jobs, on every rank at once.
+
+A job leaves nothing behind that the next could notice: seeds, weights and the engine are made anew for each, so the
+same job gives the same bits in a warm worker and in a fresh one."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from pydantic import TypeAdapter
+
+from storage.errors import CorruptArtifact, InputError
+from storage.identity import derive_seed
+from storage.schemas import MaskReason, schema_for
+from storage.store import Store
+from tasks.engines.forward import vocabulary_rows
+from tasks.losses.build import make_objective
+from tasks.losses.config import ObjectiveConfig
+from tasks.losses.head import ChunkedHead
+from tasks.trainer import state
+from tasks.trainer.batching import plan_steps
+from tasks.trainer.config import OptimizerSettings, TrainConfig, TruncatedCorrection, WarmupConfig
+from tasks.trainer.data import Samples, from_prompts, from_rollouts
+from tasks.trainer.engine import Engine, start
+from tasks.trainer.export import export_student
+from tasks.trainer.loop import Plan, pinned, run_steps
+from tasks.trainer.midround import Keeper
+from tasks.trainer.model import TrainModule, add_adapters, load_model, trainable
+from tasks.workers.metrics import Progress, summarised
+
+_OBJECTIVE: TypeAdapter[Any] = TypeAdapter(ObjectiveConfig)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a job comes down to, whichever op it was."""
+
+    settings: OptimizerSettings
+    objective: Any
+    samples: Samples
+    samples_per_step: int
+    total_samples: int
+    metrics_every: int = 1
+    max_drift: float | None = None
+    stop_loss: float | None = None
+    cap: float | None = None
+
+
+class Trainer:
+    """Handler of the role `trainer`. Settings: `runtime.trainer`, device and threads."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.device = start()
+
+    def handle(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """Collective: every rank gets the same job. Rank 0 returns {steps, last_step, metrics}, the others {}.
+
+        `job`: op (train | warmup), store, model (folder), state (folder or null), config, objective, seed, round,
+        rollouts / signals / prompts ({stage, key}), outputs: {student, trainer_state: empty folders, steps: {stage,
+        key} of the artifact with the table training_steps}, each null when not wanted; checkpoints (of the unfinished job:
+        folder, settings; or null)."""
+        runtime = self.settings | job.get("runtime", {})
+        with pinned(int(runtime["threads"])):
+            return self._train(job, runtime, progress)
+
+    def close(self) -> None:
+        """Leaves the group of ranks."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _train(self, job: dict[str, Any], runtime: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        torch.manual_seed(derive_seed(job["seed"], "train", job["round"]))
+        lesson = _LESSONS[job["op"]](job, Store(job["store"]))
+        settings = lesson.settings
+        student = Path(job["model"])
+        resumed = Path(job["state"]) if job.get("state") else None
+        lora = settings.lora.model_dump(mode="json") if settings.lora else None
+        known = state.read(resumed, lora) if resumed is not None else None
+        base = resumed / "base" if resumed is not None and settings.lora else student
+        steps = plan_steps(
+            job["seed"], job["round"], len(lesson.samples), lesson.samples_per_step, lesson.total_samples
+        )
+        keeper = Keeper(job, runtime["checkpoint_minutes"])
+        midway = keeper.find(len(steps), progress)
+        model = load_model(base, settings.dtype)
+        if settings.lora is not None:
+            add_adapters(model, settings.lora)
+        parameters = trainable(model)
+        tensors: state.Tensors | None = None
+        if midway is not None or resumed is not None:
+            tensors = state.Tensors(midway.files if midway is not None else state.files(resumed), parameters)
+            state.load_weights(tensors, parameters)
+        if runtime["activation_checkpointing"]:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        provider = ChunkedHead(int(runtime["head_chunk_tokens"]))
+        module = TrainModule(model, make_objective(lesson.objective), provider, lesson.cap)
+        engine = Engine(module, parameters, settings, runtime["deepspeed"], self.device)
+        try:
+            if tensors is not None:
+                state.load(tensors, engine, (midway.state if midway is not None else known).step)
+            else:
+                engine.make_moments(0)
+            plan = Plan(
+                steps=steps,
+                first_step=known.step if known is not None else 0,
+                seed=job["seed"],
+                round=job["round"],
+                normalisation=lesson.objective.normalisation,
+                normalisation_length=lesson.objective.normalisation_length,
+                metrics_every=lesson.metrics_every,
+                max_drift=lesson.max_drift,
+                stop_loss=lesson.stop_loss,
+                micro_batch_tokens=int(runtime["micro_batch_tokens"]),
+            )
+            own = {"round": job["round"], "lora": lora}
+            rows = run_steps(
+                plan,
+                lesson.samples,
+                engine,
+                module,
+                settings,
+                progress,
+                midway.rows if midway is not None else [],
+                partial(keeper.step_done, engine, own),
+            )
+            self._write(job, engine, rows, settings, base, student)
+        finally:
+            engine.close()
+            del engine, module, model, parameters
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return _summary(rows, lesson.samples) if dist.get_rank() == 0 else {}
+
+    def _write(
+        self,
+        job: dict[str, Any],
+        engine: Engine,
+        rows: list[dict[str, Any]],
+        settings: OptimizerSettings,
+        base: Path,
+        student: Path,
+    ) -> None:
+        outputs = job["outputs"]
+        if outputs.get("trainer_state"):
+            now = state.TrainerState(
+                step=rows[-1]["step"],
+                round=job["round"],
+                lr=rows[-1]["lr"],
+                lora=settings.lora.model_dump(mode="json") if settings.lora else None,
+            )
+            state.save(Path(outputs["trainer_state"]), engine, now, base if settings.lora else None)
+        if outputs.get("student"):
+            masters = state.full_tensors(engine, "master")
+            if dist.get_rank() == 0:
+                export_student(Path(outputs["student"]), base, student, masters, settings.dtype, settings.lora)
+            else:
+                list(masters)  # the ranks gather together
+        if outputs.get("steps") and dist.get_rank() == 0:
+            table = pa.Table.from_pylist(rows, schema=schema_for("training_steps"))
+            writer = Store(job["store"]).shard_writer(outputs["steps"]["stage"], outputs["steps"]["key"])
+            writer.write_shard("training_steps", 0, table)
+
+
+def _train_lesson(job: dict[str, Any], store: Store) -> Lesson:
+    config = TrainConfig.model_validate(job["config"])
+    objective = _OBJECTIVE.validate_python(job["objective"])
+    rollouts = _table(store, job["rollouts"], "rollouts")
+    signals = {name: _table(store, where, name) for name, where in job["signals"].items()}
+    reasons = [MaskReason[name.upper()] for name in config.mask_reasons]
+    rows = vocabulary_rows(Path(job["model"]))
+    samples = from_rollouts(rollouts, signals, objective.needs(), reasons, job["seed"], rows)
+    correction, cap = config.importance_correction, None
+    if isinstance(correction, TruncatedCorrection):
+        cap = correction.cap
+        if "behaviour_logprobs" not in samples.floats:
+            raise InputError(
+                "train.importance_correction: truncated needs sampled.behaviour_logprobs, which are null;"
+                " let supervise compute them"
+            )
+    return Lesson(
+        settings=config,
+        objective=objective,
+        samples=samples,
+        samples_per_step=config.samples_per_step,
+        total_samples=len(samples) * config.epochs_per_round,
+        metrics_every=config.metrics_every,
+        max_drift=config.max_drift,
+        cap=cap,
+    )
+
+
+def _warmup_lesson(job: dict[str, Any], store: Store) -> Lesson:
+    config = WarmupConfig.model_validate(job["config"])
+    samples = from_prompts(_table(store, job["prompts"], "prompts"), "warmup", vocabulary_rows(Path(job["model"])))
+    return Lesson(
+        settings=config,
+        objective=_OBJECTIVE.validate_python(job["objective"]),
+        samples=samples,
+        samples_per_step=config.samples_per_step,
+        total_samples=config.samples_per_step * config.steps,
+        metrics_every=config.metrics_every,
+        stop_loss=config.stop_loss,
+    )
+
+
+_LESSONS = {"train": _train_lesson, "warmup": _warmup_lesson}
+
+
+def _table(store: Store, where: dict[str, str], table: str) -> pa.Table:
+    artifact = store.get(where["stage"], where["key"])
+    if artifact is None:
+        raise CorruptArtifact(f"{where['stage']}/{where['key']}: not in the store at {store.root}")
+    return store.read_table(artifact, table)
+
+
+def _summary(rows: list[dict[str, Any]], samples: Samples) -> dict[str, Any]:
+    tokens = sum(row["tokens"] for row in rows)
+    loss = sum(row["loss"] * row["tokens"] for row in rows) / max(1, tokens)
+    metrics = {
+        "loss": loss,
+        "tokens": float(tokens),
+        "invalid_tokens": samples.invalid,
+        **summarised(rows),
+    }
+    return {"steps": len(rows), "last_step": rows[-1]["step"], "metrics": metrics}

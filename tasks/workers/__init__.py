@@ -1,0 +1,1 @@
+"""Supervised subprocesses that serve a stream of jobs."""

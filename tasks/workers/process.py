@@ -1,0 +1,298 @@
+"""One worker as its supervisor sees it: a subprocess that does jobs, or a launcher with ranks that do them together.
+
+A worker runs in its own session under a guard (`tasks/workers/guard.py`), which ends everything that the worker started. The
+worker holds a socket; when it closes, the supervisor is gone. Its output goes to a log file."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections import deque
+from collections.abc import Container, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import storage.errors
+from storage.disk.files import explain_full_disk, temporary_name
+from storage.errors import OpdError
+from tasks.workers.metrics import Progress
+
+START_TIMEOUT = 600.0
+"""Seconds until a worker must be ready: importing an engine on a cold, busy machine takes a minute or more."""
+STOP_TIMEOUT = 5.0
+"""Seconds a worker gets to end by itself before it is killed, with all that it has started."""
+SOCKET = "OPD_WORKER_SOCKET"
+"""The variable with the path of a worker's socket: all that it starts has it in its environment."""
+_GUARD = Path(__file__).with_name("guard.py")
+_SOCKET_PATH = 107
+"""The longest path of a socket that Linux takes."""
+_SOCKET_NAME = len("/5ff1b2c0-0b6c-4f1e-9d6a-0123456789ab")
+"""Room below a worker's folder: engines with several processes name their sockets so."""
+_SHOWN = 5
+
+
+class WorkerFailed(OpdError):
+    """A worker raised something unexpected; the message carries the cause and the log's place."""
+
+
+class WorkerDied(WorkerFailed):
+    """A worker ended, was killed or hung, without an answer. Trying again can help. `job` is the index of the job that it
+    was doing, among those given to `WorkerPool.run`."""
+
+    def __init__(self, what: str, tail: str = "", job: int = 0) -> None:
+        super().__init__(f"{what}\n{tail}" if tail else what)
+        self.what, self.tail, self.job = what, tail, job
+
+    def losing(self, names: Sequence[str], finished: Container[str], where: str) -> WorkerDied:
+        """The same, naming what of its job is not finished."""
+        left = [name for name in names if name not in finished]
+        shown = ", ".join(left[:_SHOWN]) + (f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else "")
+        lost = f"{len(left)} of {len(names)} samples of {where} are not finished ({shown}), the others are kept"
+        return WorkerDied(f"{self.what}; {lost}", self.tail, self.job)
+
+
+class Worker:
+    """One worker subprocess (or one launcher with `world` ranks) and the jobs it is asked to do."""
+
+    def __init__(self, role: str, argv: list[str], env: dict[str, str], log: Path, world: int = 1) -> None:
+        self.role, self.log, self.world = role, log, world
+        self.process: subprocess.Popen[bytes] | None = None
+        self._ranks: dict[int, socket.socket] = {}
+        self._names: dict[int, str] = {}
+        self._buffers: dict[int, bytes] = {}
+        self._jobs = 0
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._folder = _new_folder()
+        self._socket = str(self._folder / "s")
+        # also when an interruption loses this object; a killed supervisor's folder is removed by the guard
+        self._remove_folder = weakref.finalize(self, _remove, self._folder, os.getpid())
+        try:
+            self._folder.mkdir(0o700)
+            self._listener.bind(self._socket)
+            self._listener.listen(world)
+            self._listener.settimeout(0.5)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with explain_full_disk(log), log.open("ab") as out:
+                out.write(f"--- {role}: {' '.join(argv)}\n".encode())
+                out.flush()
+                self.process = subprocess.Popen(
+                    [*_guard(self._folder), *argv],
+                    env=env | {SOCKET: self._socket, "TMPDIR": str(self._folder)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            self._handshake()
+        except BaseException:
+            self.kill()
+            raise
+
+    def _handshake(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        waiting: list[socket.socket] = []
+        while len(waiting) < self.world:
+            try:
+                connection, _ = self._listener.accept()
+                waiting.append(connection)
+            except TimeoutError:
+                if not self.alive:
+                    raise self._died("before it was ready") from None
+                if time.monotonic() > deadline:
+                    raise self._stopped(f"not ready after {START_TIMEOUT:.0f} s") from None
+        for slot, connection in enumerate(waiting):
+            self._ranks[slot] = connection
+            self._buffers[slot] = b""
+        ready = 0
+        while ready < self.world:
+            for slot, message in self._receive():
+                if message["kind"] == "failed":
+                    raise self._error(message)
+                if message["kind"] == "ready":
+                    ready += 1
+                    self._names[slot] = f" (rank {message['rank']})" if self.world > 1 else ""
+            if time.monotonic() > deadline:
+                raise self._stopped(f"not ready after {START_TIMEOUT:.0f} s")
+
+    def run(
+        self,
+        job: dict[str, Any],
+        progress: Progress,
+        timeout: float | None = None,
+        log: Path | None = None,
+        stall_timeout: float | None = None,
+    ) -> dict[str, Any]:
+        """Do one job and return rank 0's result. From now on the worker writes to `log`, if one is given.
+
+        Raises the OpdError that the worker raised, WorkerFailed for anything else it raised, WorkerDied when it ended
+        without an answer, did not answer within `timeout` seconds or said nothing for `stall_timeout` seconds; after the
+        last two the worker is gone."""
+        self._jobs += 1
+        self.log = log or self.log
+        line = json.dumps({"kind": "job", "id": self._jobs, "job": job, "log": str(self.log)}).encode() + b"\n"
+        started = heard = time.monotonic()
+        result: dict[str, Any] = {}
+        done = 0
+        try:
+            for connection in self._ranks.values():
+                connection.sendall(line)
+            while done < self.world:
+                for _, message in (messages := self._receive()):
+                    if message["kind"] == "progress":
+                        told = {name: message[name] for name in ("figures", "note") if name in message}
+                        progress(message["done"], message["total"], **told)
+                    elif message["kind"] == "error":
+                        raise self._error(message)
+                    elif message["kind"] == "result":
+                        done += 1
+                        if message["rank"] == 0:
+                            result = message["result"]
+                now = time.monotonic()
+                heard = now if messages else heard
+                if done < self.world and timeout and now - started > timeout:
+                    raise self._stopped(f"no answer within runtime.stage_timeout ({timeout:g} s)")
+                if done < self.world and stall_timeout and now - heard > stall_timeout:
+                    raise self._stopped(f"no progress for runtime.stall_timeout ({stall_timeout:g} s)")
+        except (BrokenPipeError, ConnectionResetError):
+            error = self._died("while a job was sent to it")
+            self.kill()
+            raise error from None
+        except BaseException as error:
+            # one rank of several may wait for the failed one for ever; an interrupted job leaves no answer to read
+            if self.world > 1 or not isinstance(error, OpdError) or isinstance(error, WorkerFailed):
+                self.kill()
+            raise
+        return result
+
+    def _receive(self) -> list[tuple[int, dict[str, Any]]]:
+        """Messages that have come, waiting at most half a second."""
+        messages: list[tuple[int, dict[str, Any]]] = []
+        with selectors.DefaultSelector() as selector:
+            for slot, connection in self._ranks.items():
+                selector.register(connection, selectors.EVENT_READ, slot)
+            ready = selector.select(0.5)
+            if not ready and not self.alive:  # its guard was killed, and what it started holds the sockets open
+                raise self._died("without an answer")
+            for key, _ in ready:
+                slot = key.data
+                data = self._ranks[slot].recv(1 << 20)
+                if not data:
+                    raise self._died("without an answer", self._names.get(slot, ""))
+                *lines, self._buffers[slot] = (self._buffers[slot] + data).split(b"\n")
+                messages += [(slot, json.loads(line)) for line in lines]
+        return messages
+
+    def _died(self, when: str, name: str = "") -> WorkerDied:
+        try:
+            code = self.process.wait(1) if self.process is not None else None
+        except subprocess.TimeoutExpired:
+            code = None
+        how = "" if code is None else f" (exit {code})" if code >= 0 else f" (killed by signal {-code})"
+        return WorkerDied(f"{self.role} worker{name} ended {when}{how}", self._tail())
+
+    def _stopped(self, why: str) -> WorkerDied:
+        return WorkerDied(f"{self.role} worker stopped: {why}", self._tail())
+
+    def _error(self, message: dict[str, Any]) -> OpdError:
+        kind = getattr(storage.errors, message["type"], None)
+        if message["ours"] and isinstance(kind, type) and issubclass(kind, OpdError):
+            try:
+                return kind(message["message"])
+            except TypeError:
+                return OpdError(message["message"])
+        if message["ours"]:
+            return OpdError(message["message"])
+        last = message["traceback"].strip().splitlines()[-6:]
+        return WorkerFailed(
+            f"{self.role} worker: {message['type']}: {message['message']}\n" + "\n".join(last) + f"\nlog: {self.log}"
+        )
+
+    def _tail(self, lines: int = 12) -> str:
+        try:
+            with self.log.open(errors="replace") as file:
+                tail = [line.rstrip() for line in deque(file, lines)]
+        except OSError:
+            tail = []
+        return f"last lines of {self.log}:\n  " + "\n  ".join(tail)
+
+    def close(self) -> None:
+        """Ask the worker to end, then make sure that nothing below it is left."""
+        try:
+            for connection in self._ranks.values():
+                connection.sendall(b'{"kind": "stop"}\n')
+            if self.process is not None:
+                self.process.wait(STOP_TIMEOUT)
+        except (OSError, subprocess.TimeoutExpired):
+            pass
+        self.kill()
+
+    def kill(self) -> None:
+        """End everything that the worker has started, and it, now."""
+        if self.process is not None:
+            self.process.terminate()  # its guard ends all below and itself
+            try:
+                self.process.wait(STOP_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                pass
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            if self.process.wait() == -signal.SIGKILL:
+                _end_all_with(self._socket)  # was it the guard that was killed, it has ended nothing
+        for connection in self._ranks.values():
+            connection.close()
+        self._listener.close()
+        self._remove_folder()
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+
+def temporary_folders() -> list[Path]:
+    """Where workers' folders can lie: the folder for temporary files and, for when its path is too long, /tmp."""
+    return [Path(tempfile.gettempdir()), Path("/tmp")]
+
+
+def _new_folder() -> Path:
+    """A worker's folder, not made yet. Sockets fit into it, however long TMPDIR is."""
+    name = temporary_name()
+    folders = (folder / name for folder in temporary_folders())
+    return next(path for path in folders if len(os.fsencode(path)) + _SOCKET_NAME <= _SOCKET_PATH)
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child that ends has no say
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_all_with(path: str) -> None:
+    """SIGKILL to every process whose environment names this socket, until there is none."""
+    found = True
+    while found:
+        found = False
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get(SOCKET) == path and process.status() != psutil.STATUS_ZOMBIE:
+                    process.kill()
+                    found = True
+
+
+def _guard(folder: Path) -> list[str]:
+    """The command before a worker's own: see `tasks/workers/guard.py`."""
+    if sys.platform != "linux":
+        return []
+    return [sys.executable, "-I", "-S", str(_GUARD), str(os.getpid()), str(folder)]

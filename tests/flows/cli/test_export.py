@@ -1,0 +1,103 @@
+"""What `opd export` leaves behind is the student that the run recorded, or nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.cli.app import main
+from storage.artifacts.digests import weights_digest
+from storage.runs import Run
+
+
+@pytest.fixture
+def export(monkeypatch, capsys, example_store):
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["opd", "export", *map(str, args), "--root", str(example_store)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def recorded(root: Path, round: int) -> str:
+    return str(Run.open(root, "demo").state.rounds[round].student_sha256)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize(("args", "round"), [([], 2), (["--round", 1], 1), (["--round", 0], 0)])
+def test_the_copy_is_the_recorded_student(args, round, export, example_store, tmp_path):
+    target = tmp_path / "deep" / "student"
+    code, out, err = export("demo", target, *args)
+    assert (code, err) == (0, "")
+    assert files(target) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert recorded(example_store, round) in out
+    assert weights_digest(target) == recorded(example_store, round)
+    assert files(target.parent)[:1] == ["config.json"]  # no temporary folder stays beside it
+
+
+def test_an_empty_folder_is_filled_and_json_says_where(export, example_store, tmp_path):
+    target = tmp_path / "student"
+    target.mkdir()
+    code, out, _ = export("demo", target, "--json")
+    said = json.loads(out)
+    assert code == 0
+    assert said == {
+        "run": "demo",
+        "round": 2,
+        "directory": str(target),
+        "student_sha256": recorded(example_store, 2),
+    }
+
+
+def test_changing_the_copy_leaves_the_store_alone(export, example_store, tmp_path):
+    target = tmp_path / "student"
+    export("demo", target)
+    with (target / "model.safetensors").open("r+b") as file:
+        file.write(b"garbage")
+    assert export("demo", tmp_path / "again")[0] == 0
+    assert weights_digest(tmp_path / "again") == recorded(example_store, 2)
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_nothing_is_overwritten(what, export, tmp_path):
+    target = tmp_path / "student"
+    if what == "folder":
+        target.mkdir()
+    mine = target / "mine" if what == "folder" else target
+    mine.write_text("keep")
+    code, _, err = export("demo", target)
+    assert code == 2 and "choose another DIR" in err
+    assert mine.read_text() == "keep" and len(list(tmp_path.iterdir())) == 2  # with the store
+
+
+def test_an_unknown_round_is_answered_with_the_finished_ones(export, tmp_path):
+    code, _, err = export("demo", tmp_path / "student", "--round", 7)
+    assert code == 2 and "finished are 0, 1, 2" in err
+
+
+def test_a_damaged_student_is_not_exported(export, example_store, tmp_path):
+    import os
+
+    key = Run.open(example_store, "demo").state.rounds[2].stages["train"].artifacts["student"]
+    path = next((example_store / "artifacts" / "student" / key).rglob("*.safetensors"))
+    data, stat = bytearray(path.read_bytes()), path.stat()
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    code, out, err = export("demo", tmp_path / "student")
+    assert code == 1 and out == "" and "sha256" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["store"]
+    code, _, err = export("demo", tmp_path / "student")  # the file is in quarantine now
+    assert code == 1 and "opd resume demo" in err
+    assert export("demo", tmp_path / "student", "--round", 1)[0] == 0

@@ -1,0 +1,117 @@
+"""What a terminal and a log show of a run, as rendered text."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from flows.run import progress
+from flows.run.progress import LineReporter, TerminalReporter
+from storage.runs import StageState
+from tasks.workers.metrics import short_words, summarised, summary, words
+
+EVERYTHING = {
+    "loss": 0.08712,
+    "grad_norm": 1.923,
+    "teacher_mass": 0.9912,
+    "student_mass": 0.97,
+    "overlap_ratio": 0.93,
+    "student_entropy": 0.412,
+    "teacher_entropy": 0.379,
+    "outlier_fraction": 0.25,
+    "clip_fraction": 0.012,
+    "log_ratio_p05": -0.21,
+    "log_ratio_p50": 0.0,
+    "log_ratio_p95": 0.18,
+}
+LINE = (
+    "loss 0.08712  grad norm 1.92  teacher mass 99.1%  student mass 97.0%  overlap 0.93  entropy 0.41/0.38"
+    "  outliers 25.0%  clipped 1.2%  log-ratio p5/50/95 -0.21/0.00/0.18"
+)
+ROW = dict.fromkeys(EVERYTHING) | {"log_ratio_mean": None, "step": 1}
+ROWS = [
+    ROW | EVERYTHING | {"loss": 0.412, "grad_norm": 0.5},
+    ROW | {"loss": 0.3, "grad_norm": 1.9, "clip_fraction": 0.5},
+    ROW | {"loss": 0.0871, "grad_norm": 1.0},
+]
+DONE = StageState(state="done", seconds=12.0, rows=64)
+
+
+def console(width: int = 100, terminal: bool = False) -> tuple[Console, io.StringIO]:
+    out = io.StringIO()
+    return Console(file=out, width=width, force_terminal=terminal, color_system=None, highlight=False), out
+
+
+def test_only_what_exists_is_shown() -> None:
+    assert words(EVERYTHING) == LINE
+    assert words({"loss": 2.0, "teacher_mass": None, "unknown": 1.0}) == "loss 2"
+    assert words({"student_entropy": 0.5}) == "entropy 0.50/-"
+    assert words({}) == ""
+
+
+def test_a_summary_tells_the_first_and_last_loss_and_the_latest_of_the_rest() -> None:
+    text = summary(summarised(ROWS))
+    assert text.startswith("loss 0.412 → 0.0871  grad norm ≤ 1.9  teacher mass 99.1%  student mass 97.0%  overlap 0.93")
+    assert "clipped 50.0%" in text and text.endswith("log-ratio p5/50/95 -0.21/0.00/0.18")
+    assert summary(summarised([ROW | {"loss": 3.0, "grad_norm": 0.1}])) == "loss 3 → 3  grad norm ≤ 0.1"
+    assert summary({"accuracy": 1.0}) == ""
+
+
+@pytest.mark.parametrize("width", range(0, 120, 7))
+def test_short_words_end_where_the_room_does(width: int) -> None:
+    text = short_words(EVERYTHING, width)
+    assert cell_len(text) <= width
+    assert short_words(EVERYTHING, 500).startswith(text)
+    assert width < 22 or text.startswith("loss 0.08712 grad 1.92")
+
+
+def test_a_plain_log_has_figures_in_its_periodic_line_and_a_summary_at_the_end(monkeypatch) -> None:
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 0.0)
+    target, out = console(width=300)
+    reporter = LineReporter(target)
+    reporter.progress(2, "train", 3, 64, "steps", EVERYTHING)
+    reporter.progress(2, "rollout", 3, 64, "samples")
+    reporter.stage(2, "train", DONE, summarised(ROWS))
+    reporter.stage(2, "supervise", DONE, {"teacher_mass": 0.9})
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert lines[0] == f"round 2 train           3/64 steps  {LINE}"
+    assert lines[1] == "round 2 rollout         3/64 samples"
+    assert lines[2] == "round 2 train           done in 12.0 s (64 rows)"
+    assert lines[3] == f"round 2 train           {summary(summarised(ROWS))}"
+    assert lines[4:] == ["round 2 supervise       done in 12.0 s (64 rows)"]
+
+
+def test_a_cached_stage_has_no_summary() -> None:
+    target, out = console()
+    LineReporter(target).stage(1, "train", StageState(state="cached", rows=3), summarised(ROWS))
+    assert "loss" not in out.getvalue()
+
+
+@pytest.mark.parametrize("label", ["train", "warmup_teacher"])
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_the_live_bar_keeps_to_one_line_of_the_terminal(label: str, width: int) -> None:
+    target, _ = console(width, terminal=True)
+    reporter = TerminalReporter(target)
+    reporter.stage(12, label, StageState(state="running"))
+    for done in (100, 2000):
+        reporter.progress(12, label, done, 2000, "steps", EVERYTHING)
+        rendered, shown = console(width)
+        rendered.print(reporter._bar.get_renderable())
+        (line,) = shown.getvalue().splitlines()
+        assert f"round 12 {label} " in line and f"{done}/2000" in line and "…" not in line
+        assert width < 100 or "loss 0.08712" in line
+        assert width < 160 or "loss 0.08712 grad 1.92 mass 99%/97% H 0.41/0.38 clip 1%" in line
+
+
+def test_the_next_stage_starts_without_the_last_ones_figures() -> None:
+    target, _ = console(terminal=True)
+    reporter = TerminalReporter(target)
+    reporter.progress(1, "train", 1, 2, "steps", EVERYTHING)
+    reporter.stage(1, "evaluate", StageState(state="running"))
+    reporter.progress(1, "evaluate", 1, 2, "samples")
+    rendered, shown = console()
+    rendered.print(reporter._bar.get_renderable())
+    assert "evaluate" in shown.getvalue() and "loss" not in shown.getvalue()

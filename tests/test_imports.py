@@ -1,0 +1,33 @@
+"""Rules about the code itself: import contracts, module names, what may not be imported early."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from places import CHECKOUT
+
+
+@pytest.mark.parametrize("name", ["flows", "tasks", "storage"])
+def test_bare_names_resolve_to_this_checkout(name):
+    module = importlib.import_module(name)
+    assert Path(module.__file__).resolve().parent == CHECKOUT / name
+
+
+def test_import_contracts_hold():
+    linter = Path(sys.executable).parent / "lint-imports"
+    result = subprocess.run([linter, "--no-cache"], cwd=CHECKOUT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_stage_modules_import_no_engine():
+    """`opd run` shows its errors in a second because nothing heavy is imported until a worker starts."""
+    script = (
+        "import sys, flows.experiment, flows.run.runner\n"
+        "heavy = {'torch', 'vllm', 'transformers', 'deepspeed', 'prefect', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, check=True)

@@ -36,7 +36,7 @@ def distill(experiment: Experiment, do: Executor, rounds: int) -> Result:
 
 
 def begin(experiment: Experiment, do: Executor) -> tuple[Result, Result, Result]:
-    """Round 0: the two models, the prompts, the warm-ups, and the student's figures before distillation."""
+    """Round 0: the two models, the prompts, the warm-ups, and the student's metrics before distillation."""
     first = experiment.at(0)
     with do.round(0) as round:
         student_model, teacher_model, prompts = inputs(first, do)

@@ -35,7 +35,7 @@ def status(
     json_: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Show a run: the figures of each round, what failed, where the student is, what to do next.
+    """Show a run: the metrics of each round, what failed, where the student is, what to do next.
 
     With --json: name, status, and per round metrics, student_sha256, and per stage key, state, seconds, rows, error, evicted.
     Exit codes: 0 shown (whatever the run's status), 2 no such run."""

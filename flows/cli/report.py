@@ -1,4 +1,4 @@
-"""What a run came to: the figures of each round, where the student is, what to try next."""
+"""What a run came to: the metrics of each round, where the student is, what to try next."""
 
 from __future__ import annotations
 
@@ -157,9 +157,9 @@ def _rounds(state: RunState, gone: dict[tuple[int, str], list[str]]) -> Table:
     table.add_column("seconds per stage")
     for round in sorted(state.rounds, key=lambda r: r.round):
         values = [round.metrics.get(metric) for _, metric, _ in shown]
-        figures = [form.format(v) if v is not None else "" for v, (_, _, form) in zip(values, shown, strict=True)]
+        metrics = [form.format(v) if v is not None else "" for v, (_, _, form) in zip(values, shown, strict=True)]
         table.add_row(
-            str(round.round), *figures, _stages(round, {label for number, label in gone if number == round.round})
+            str(round.round), *metrics, _stages(round, {label for number, label in gone if number == round.round})
         )
     return table
 

@@ -15,7 +15,7 @@ from flows.run.hints import DEFAULT_ROOT, opd_command
 from flows.run.progress import LineReporter, round_line
 from storage.errors import OpdError
 from storage.runs import RoundState, StageState
-from tasks.workers.metrics import Figures
+from tasks.workers.metrics import Metrics
 
 if TYPE_CHECKING:
     from flows.study.results import Grid, Norms
@@ -92,7 +92,7 @@ class StudyReporter(LineReporter):
         super().__init__(console)
         self._made = False
 
-    def stage(self, round: int, label: str, state: StageState, metrics: Figures | None = None) -> None:
+    def stage(self, round: int, label: str, state: StageState, metrics: Metrics | None = None) -> None:
         if state.state in ("running", "failed"):
             self._made = True
             super().stage(round, label, state) if state.state == "failed" else self._begin()

@@ -8,13 +8,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from flows.run.lineage import Again, Origin, Origins, artifacts_in, rebuild, require_plugins
+from flows.run.lineage import Lineage, Origin, Rebuild, artifacts_in, rebuild, require_plugins
 from storage.disk.redact import redact
 from storage.errors import InputError
 from storage.runs import RoundState, Run, RunState, StageState
 from storage.store import Artifact, Builder, Store
 from tasks.stage import Context, Work
-from tasks.workers.metrics import Figures, StageProgress
+from tasks.workers.metrics import Metrics, StageProgress
 
 
 class Pending:
@@ -58,12 +58,12 @@ def rows_of(made: Mapping[str, Artifact]) -> int:
     return sum(sum(artifact.rows.values()) for artifact in made.values())
 
 
-def metrics_of(made: Mapping[str, Artifact]) -> Figures:
-    """The figures that a stage recorded in what it made."""
+def metrics_of(made: Mapping[str, Artifact]) -> Metrics:
+    """The metrics that a stage recorded in what it made."""
     return {name: value for artifact in made.values() for name, value in (artifact.meta.get("metrics") or {}).items()}
 
 
-def figures_of(label: str, made: Mapping[str, Artifact]) -> dict[str, float | None]:
+def round_metrics(label: str, made: Mapping[str, Artifact]) -> dict[str, float | None]:
     """The same under their names in a round: plain for the evaluation, after the stage's name for all others."""
     return {name if label == "evaluate" else f"{label}_{name}": value for name, value in metrics_of(made).items()}
 
@@ -103,7 +103,7 @@ class Planner:
 
     def __init__(self, store: Store) -> None:
         self.store, self.lines, self._round = store, list[PlanLine](), 0
-        self.origins = Origins(store)
+        self.lineage = Lineage(store)
 
     def __call__(self, label: str, make: Callable[..., Work], *inputs: Any) -> Result:
         if any(_is_pending(value) for value in inputs):
@@ -116,12 +116,12 @@ class Planner:
         state = "run" if missing else "cached"
         self.lines.append(PlanLine(self._round, label, state, keys, missing))
         if missing:
-            self._mark(self.origins.to_restore(artifacts_in(inputs)))
+            self._mark(self.lineage.to_restore(artifacts_in(inputs)))
             return Pending()
-        self.origins.note(self._round, label, work, inputs, found)
+        self.lineage.note(self._round, label, work, inputs, found)
         return found
 
-    def _mark(self, again: list[Again]) -> None:
+    def _mark(self, again: list[Rebuild]) -> None:
         places = {(item.origin.round, item.origin.label) for item in again}
         for line in self.lines:
             if (line.round, line.stage) in places:
@@ -145,11 +145,11 @@ def _is_pending(value: Any) -> bool:
 class Reporter(Protocol):
     """Who watches: a terminal, a log, a test."""
 
-    def stage(self, round: int, label: str, state: StageState, metrics: Figures | None = None) -> None:
+    def stage(self, round: int, label: str, state: StageState, metrics: Metrics | None = None) -> None:
         """A stage begins or ends; `metrics` are of what it made."""
 
     def progress(
-        self, round: int, label: str, done: int, total: int, unit: str, figures: Figures | None = None
+        self, round: int, label: str, done: int, total: int, unit: str, metrics: Metrics | None = None
     ) -> None: ...
 
     def note(self, round: int, label: str, text: str) -> None:
@@ -186,7 +186,7 @@ class Maker:
         self.store, self.run, self.state = store, run, state
         self.context, self.reporter, self.run_task = context, reporter, run_task
         self.built = 0
-        self.origins = Origins(store)
+        self.lineage = Lineage(store)
         self._restored_round = restore
         self._round = RoundState(round=0)
 
@@ -215,7 +215,7 @@ class Maker:
             # what is found stays until the run's state names it
             held.enter_context(self.store.using(resolved(work, self.store).values()))
             made = self._resolve(label, work, inputs)
-        self.origins.note(self._round.round, label, work, inputs, made)
+        self.lineage.note(self._round.round, label, work, inputs, made)
         return made
 
     def _resolve(self, label: str, work: Work, inputs: tuple[Any, ...]) -> dict[str, Artifact]:
@@ -252,7 +252,7 @@ class Maker:
 
     def _context(self, round: int, label: str) -> Context:
         context = self.context(
-            lambda done, total, unit, figures=None: self.reporter.progress(round, label, done, total, unit, figures)
+            lambda done, total, unit, metrics=None: self.reporter.progress(round, label, done, total, unit, metrics)
         )
         return replace(context, tell=lambda text: self.reporter.note(round, label, text))
 
@@ -261,16 +261,16 @@ class Maker:
         """The data of the inputs is there, made again where it was evicted, and stays."""
         inputs = list(inputs)
         with self.store.using(inputs):  # first, so that a collection cannot come between
-            self._restore(self.origins.to_restore(inputs))
+            self._restore(self.lineage.to_restore(inputs))
             yield
 
     def _restore_own(self, label: str, work: Work, inputs: tuple[Any, ...], found: dict[str, Artifact]) -> None:
         lost = {name: artifact for name, artifact in found.items() if self.store.evicted(artifact) is not None}
         if lost:
             origin = Origin(self._round.round, label, work, tuple(artifacts_in(inputs)), found)
-            self._restore([*self.origins.to_restore(origin.inputs), Again(origin, lost)])
+            self._restore([*self.lineage.to_restore(origin.inputs), Rebuild(origin, lost)])
 
-    def _restore(self, again: list[Again]) -> None:
+    def _restore(self, again: list[Rebuild]) -> None:
         with self.store.using(artifact for item in again for artifact in item.needs):
             for item in again:
                 number, label, started = item.origin.round, item.origin.label, time.monotonic()
@@ -314,11 +314,11 @@ class Maker:
         """Record the stage's end. `shown` is the state to report where the record keeps that of an earlier call."""
         state.key = next(iter(state.artifacts.values()), None)
         state.rows = rows_of(found)
-        self._round.metrics |= figures_of(label, found)
+        self._round.metrics |= round_metrics(label, found)
         self._note(label, state, shown, metrics_of(found))
         return found
 
-    def _note(self, label: str, state: StageState, shown: str | None = None, metrics: Figures | None = None) -> None:
+    def _note(self, label: str, state: StageState, shown: str | None = None, metrics: Metrics | None = None) -> None:
         self._round.stages[label] = state
         self.run.save(self.state)
         self.reporter.stage(self._round.round, label, state.model_copy(update={"state": shown or state.state}), metrics)

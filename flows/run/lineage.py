@@ -24,7 +24,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Again:
+class Rebuild:
     """Outputs of one stage that must be made again, because their data was evicted."""
 
     origin: Origin
@@ -36,7 +36,7 @@ class Again:
 
 
 @dataclass
-class Origins:
+class Lineage:
     """All stages of a walk so far, in order. An input always comes from a stage before."""
 
     store: Store
@@ -49,7 +49,7 @@ class Origins:
         """The stage of that name in a round."""
         return next((origin for origin in self._all if (origin.round, origin.label) == (round, label)), None)
 
-    def to_restore(self, wanted: Iterable[Artifact]) -> list[Again]:
+    def to_restore(self, wanted: Iterable[Artifact]) -> list[Rebuild]:
         """Stages to repeat, in order, so that the data of all of `wanted` is there."""
         needed = self._evicted(wanted)
         found = []
@@ -59,7 +59,7 @@ class Origins:
                     origin.made.values()
                 )  # one training gives both student and state: none is made twice
                 lost = {name: a for name, a in origin.made.items() if (a.stage, a.key) in gone}
-                found.append(Again(origin, lost))
+                found.append(Rebuild(origin, lost))
                 needed -= {(a.stage, a.key) for a in lost.values()}
                 needed |= self._evicted(origin.inputs)
         return found[::-1]

@@ -21,7 +21,7 @@ from rich.table import Column
 from rich.text import Text
 
 from storage.runs import RoundState, StageState
-from tasks.workers.metrics import Figures, short_words, summary, words
+from tasks.workers.metrics import Metrics, short_words, summary, words
 
 LINE_INTERVAL = 15.0
 """Seconds between two progress lines of one stage where there is no terminal."""
@@ -30,10 +30,10 @@ LINE_INTERVAL = 15.0
 class SilentReporter:
     """Nobody watches."""
 
-    def stage(self, round: int, label: str, state: StageState, metrics: Figures | None = None) -> None: ...
+    def stage(self, round: int, label: str, state: StageState, metrics: Metrics | None = None) -> None: ...
 
     def progress(
-        self, round: int, label: str, done: int, total: int, unit: str, figures: Figures | None = None
+        self, round: int, label: str, done: int, total: int, unit: str, metrics: Metrics | None = None
     ) -> None: ...
 
     def note(self, round: int, label: str, text: str) -> None: ...
@@ -55,7 +55,7 @@ class LineReporter(SilentReporter):
     def _begin(self) -> None:
         self._last, self._first = time.monotonic(), None
 
-    def stage(self, round: int, label: str, state: StageState, metrics: Figures | None = None) -> None:
+    def stage(self, round: int, label: str, state: StageState, metrics: Metrics | None = None) -> None:
         self._begin()
         if state.state == "running":
             self._line(round, label, "started")
@@ -69,7 +69,7 @@ class LineReporter(SilentReporter):
             self._line(round, label, f"[red]{state.state}[/]: {state.error}")
 
     def progress(
-        self, round: int, label: str, done: int, total: int, unit: str, figures: Figures | None = None
+        self, round: int, label: str, done: int, total: int, unit: str, metrics: Metrics | None = None
     ) -> None:
         now = time.monotonic()
         since, before = self._first = self._first or (now, done)
@@ -78,7 +78,7 @@ class LineReporter(SilentReporter):
         self._last = now
         rate = (done - before) / (now - since) if now > since else 0.0
         pace = f" ({rate:,.1f}/s, {(total - done) / rate:.0f} s left)" if rate > 0 else ""
-        text = f"  {words(figures)}" if figures else ""
+        text = f"  {words(metrics)}" if metrics else ""
         self._line(round, label, f"{done:,}/{total:,} {unit}{pace}{text}")
 
     def note(self, round: int, label: str, text: str) -> None:
@@ -102,8 +102,8 @@ class RateColumn(ProgressColumn):
         return Text(f"{speed:,.1f} {task.fields['unit']}/s" if speed else f"- {task.fields['unit']}/s")
 
 
-class FiguresColumn(ProgressColumn):
-    """The latest figures, as many as the line has room for beside the other columns."""
+class MetricsColumn(ProgressColumn):
+    """The latest metrics, as many as the line has room for beside the other columns."""
 
     def __init__(self, console: Console, others: Sequence[ProgressColumn]) -> None:
         super().__init__(Column(no_wrap=True))
@@ -111,11 +111,11 @@ class FiguresColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         taken = sum(self.console.measure(column(task)).maximum + 1 for column in self.others)
-        return Text(short_words(task.fields["figures"], self.console.width - taken))
+        return Text(short_words(task.fields["metrics"], self.console.width - taken))
 
 
 class TerminalReporter(LineReporter):
-    """A live bar for the stage under way (done/total, rate, time left, a step's figures) under the lines of those that
+    """A live bar for the stage under way (done/total, rate, time left, a step's metrics) under the lines of those that
     ended."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -127,8 +127,8 @@ class TerminalReporter(LineReporter):
             RateColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
         )
-        figures = FiguresColumn(self.console, columns)
-        self._bar = Progress(*columns, figures, console=self.console, transient=True)
+        metrics = MetricsColumn(self.console, columns)
+        self._bar = Progress(*columns, metrics, console=self.console, transient=True)
         self._task = self._add("", visible=False)
 
     def __enter__(self) -> TerminalReporter:
@@ -139,9 +139,9 @@ class TerminalReporter(LineReporter):
         self._bar.stop()
 
     def _add(self, description: str, visible: bool) -> TaskID:
-        return self._bar.add_task(description, total=None, unit="", figures={}, visible=visible)
+        return self._bar.add_task(description, total=None, unit="", metrics={}, visible=visible)
 
-    def stage(self, round: int, label: str, state: StageState, metrics: Figures | None = None) -> None:
+    def stage(self, round: int, label: str, state: StageState, metrics: Metrics | None = None) -> None:
         running = state.state == "running"
         self._bar.remove_task(self._task)
         self._task = self._add(f"round {round} {label}", visible=running)
@@ -149,13 +149,13 @@ class TerminalReporter(LineReporter):
             super().stage(round, label, state, metrics)
 
     def progress(
-        self, round: int, label: str, done: int, total: int, unit: str, figures: Figures | None = None
+        self, round: int, label: str, done: int, total: int, unit: str, metrics: Metrics | None = None
     ) -> None:
-        self._bar.update(self._task, completed=done, total=total, unit=unit, figures=figures or {}, visible=True)
+        self._bar.update(self._task, completed=done, total=total, unit=unit, metrics=metrics or {}, visible=True)
 
 
 def round_line(state: RoundState) -> str:
-    """A round's figures in one line."""
+    """A round's metrics in one line."""
     shown = [f"round {state.round}:"]
     for name, label, form in (
         ("accuracy_greedy", "accuracy", "{:.1%}"),

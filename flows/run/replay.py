@@ -16,7 +16,7 @@ from flows.config_file import merge, parse_override, validate
 from flows.distill import distill
 from flows.experiment import Experiment, with_plugins
 from flows.run.executor import Planner
-from flows.run.lineage import Again, Origin, rebuild
+from flows.run.lineage import Origin, Rebuild, rebuild
 from flows.run.runner import logger, rounds_done, stored_experiment
 from flows.run.stopping import terminating
 from storage.artifacts.numerics import NUMERICS, several
@@ -75,10 +75,10 @@ def replay_round(
     experiment = with_plugins(stored_experiment(run), run.name)
     experiment.runtime.tell_libraries()
     store = Store(root)
-    origins = _recall(run, store, experiment, round, [stage for stage in STAGES if stage in stages])
+    lineage = _recall(run, store, experiment, round, [stage for stage in STAGES if stage in stages])
     results: list[Replayed] = []
     with _scratch(store, keep, tell) as folder, terminating():
-        for origin in origins:
+        for origin in lineage:
             results += _replay(origin, experiment, overrides, run, store, folder / origin.label, tell)
     return results
 
@@ -90,19 +90,19 @@ def _recall(run: Run, store: Store, experiment: Experiment, round: int, stages: 
     states = next(r.stages for r in run.state.rounds if r.round == round)
     found = []
     for stage in stages:
-        origin = planner.origins.find(round, stage)
+        origin = planner.lineage.find(round, stage)
         keys = {name: artifact.key for name, artifact in origin.made.items()} if origin else {}
         if origin is None or keys != states[stage].artifacts:
             raise CorruptArtifact(
                 f"run {run.name!r} round {round}: {stage} or what it is made from is damaged, or this version of the"
                 f" program gives it another key; `opd verify {run.name}` tells, `opd resume {run.name}` makes it again"
             )
-        _require_inputs(run, origin, planner.origins.to_restore(origin.inputs))
+        _require_inputs(run, origin, planner.lineage.to_restore(origin.inputs))
         found.append(origin)
     return found
 
 
-def _require_inputs(run: Run, origin: Origin, lost: list[Again]) -> None:
+def _require_inputs(run: Run, origin: Origin, lost: list[Rebuild]) -> None:
     """Evicted where an input's data was collected, with the commands that make it again."""
     inputs = {(artifact.stage, artifact.key) for artifact in origin.inputs}
     direct = [

@@ -67,7 +67,7 @@ def run_experiment(
     store = Store(root)
     run = open_run(experiment, name, root)
     reporter = reporter or SilentReporter()
-    with run.lock(), terminating(), leaving_nothing(store):
+    with run.lock(), terminating(), without_leftovers(store):
         log = logger(run.log_path("run"))
         state, said = mend(run, experiment, store)
         for line in said:
@@ -108,7 +108,7 @@ def run_experiment(
 
 
 @contextmanager
-def leaving_nothing(store: Store) -> Iterator[None]:
+def without_leftovers(store: Store) -> Iterator[None]:
     """No temporary files of dead processes in the store, before and, should something break, after; nor of this one, when
     it is interrupted."""
     store.remove_leftovers()

@@ -51,7 +51,7 @@ class Sweep(_Part):
     """The search for learning rates: every group gets as many candidates, seeds and rounds as any other."""
 
     seeds: tuple[Seed, ...] = Field(min_length=1, description="better not the study's, which would favour their tuning")
-    rounds: int = Field(ge=1, description="rounds of each candidate; its figures after the last decide")
+    rounds: int = Field(ge=1, description="rounds of each candidate; its metrics after the last decide")
     groups: dict[str, Group] = Field(min_length=1, description="name -> Group; each equally many learning rates")
 
     @model_validator(mode="after")

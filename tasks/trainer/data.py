@@ -320,7 +320,9 @@ def _one_array(column: pa.ChunkedArray) -> pa.Array:
     return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
 
 
-def token_weights(samples: Samples, rows: Sequence[int], normalisation: str, constant_length: int | None) -> np.ndarray:
+def loss_denominators(
+    samples: Samples, rows: Sequence[int], normalisation: str, constant_length: int | None
+) -> np.ndarray:
     """What one masked-in token of each of the step's samples counts in the step's loss (float64, one per sample).
 
     `token`: 1 / masked-in tokens of the step. `sequence`: 1 / (samples that have such tokens x the sample's own).

@@ -14,7 +14,7 @@ from storage.store import Artifact, ArtifactSpec, Builder
 from tasks.inputs.models import parameter_count
 from tasks.stage import Context
 from tasks.trainer.config import OptimizerSettings, TrainConfig, WarmupConfig
-from tasks.workers.metrics import Figures, summary
+from tasks.workers.metrics import Metrics, summary
 
 _TREES = {"student": "model", "trainer_state": "state"}
 
@@ -53,10 +53,10 @@ def run_and_commit(
     last = builders[order[-1]].checkpoints(numerics)  # committed last, so that its checkpoints last as long as needed
     checkpoints = {"folder": str(last.folder), "settings": last.settings}
 
-    def heard(_: int, done: int, total: int, figures: Figures | None = None, note: str | None = None) -> None:
+    def heard(_: int, done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None:
         if note is not None:
             context.say(job["op"], note)
-        context.progress(done, total, "steps", figures)
+        context.progress(done, total, "steps", metrics)
 
     [result] = context.workers.run(
         "trainer",

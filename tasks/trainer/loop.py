@@ -19,7 +19,7 @@ from storage.identity import derive_seed
 from storage.schemas import TABLES
 from tasks.trainer.batching import Step, split_step
 from tasks.trainer.config import OptimizerSettings
-from tasks.trainer.data import Samples, forward_batch, token_weights
+from tasks.trainer.data import Samples, forward_batch, loss_denominators
 from tasks.trainer.engine import Engine
 from tasks.trainer.model import TokenStats, TrainModule
 from tasks.workers.metrics import Progress, latest, words
@@ -77,7 +77,7 @@ def run_steps(
         now = plan.first_step + number + 1
         torch.manual_seed(derive_seed(plan.seed, "dropout", plan.round, now, dist.get_rank()))
         observe = plan.max_drift is not None or (now - 1) % plan.metrics_every == 0
-        weights = token_weights(samples, step.rows, plan.normalisation, plan.normalisation_length)
+        weights = loss_denominators(samples, step.rows, plan.normalisation, plan.normalisation_length)
         lengths = samples.forward_lengths[list(step.rows)].tolist()
         micros = split_step(lengths, engine.world, plan.micro_batch_tokens)[dist.get_rank()]
         tally = Tally(engine.device)

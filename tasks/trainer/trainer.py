@@ -39,7 +39,7 @@ _OBJECTIVE: TypeAdapter[Any] = TypeAdapter(ObjectiveConfig)
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingJob:
     """What a job comes down to, whichever op it was."""
 
     settings: OptimizerSettings
@@ -78,15 +78,15 @@ class Trainer:
 
     def _train(self, job: dict[str, Any], runtime: dict[str, Any], progress: Progress) -> dict[str, Any]:
         torch.manual_seed(derive_seed(job["seed"], "train", job["round"]))
-        lesson = _LESSONS[job["op"]](job, Store(job["store"]))
-        settings = lesson.settings
+        training = _TRAINING_JOBS[job["op"]](job, Store(job["store"]))
+        settings = training.settings
         student = Path(job["model"])
         resumed = Path(job["state"]) if job.get("state") else None
         lora = settings.lora.model_dump(mode="json") if settings.lora else None
         known = state.read(resumed, lora) if resumed is not None else None
         base = resumed / "base" if resumed is not None and settings.lora else student
         steps = plan_steps(
-            job["seed"], job["round"], len(lesson.samples), lesson.samples_per_step, lesson.total_samples
+            job["seed"], job["round"], len(training.samples), training.samples_per_step, training.total_samples
         )
         keeper = Keeper(job, runtime["checkpoint_minutes"])
         midway = keeper.find(len(steps), progress)
@@ -101,7 +101,7 @@ class Trainer:
         if runtime["activation_checkpointing"]:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         provider = ChunkedHead(int(runtime["head_chunk_tokens"]))
-        module = TrainModule(model, make_objective(lesson.objective), provider, lesson.cap)
+        module = TrainModule(model, make_objective(training.objective), provider, training.cap)
         engine = Engine(module, parameters, settings, runtime["deepspeed"], self.device)
         try:
             if tensors is not None:
@@ -113,17 +113,17 @@ class Trainer:
                 first_step=known.step if known is not None else 0,
                 seed=job["seed"],
                 round=job["round"],
-                normalisation=lesson.objective.normalisation,
-                normalisation_length=lesson.objective.normalisation_length,
-                metrics_every=lesson.metrics_every,
-                max_drift=lesson.max_drift,
-                stop_loss=lesson.stop_loss,
+                normalisation=training.objective.normalisation,
+                normalisation_length=training.objective.normalisation_length,
+                metrics_every=training.metrics_every,
+                max_drift=training.max_drift,
+                stop_loss=training.stop_loss,
                 micro_batch_tokens=int(runtime["micro_batch_tokens"]),
             )
             own = {"round": job["round"], "lora": lora}
             rows = run_steps(
                 plan,
-                lesson.samples,
+                training.samples,
                 engine,
                 module,
                 settings,
@@ -138,7 +138,7 @@ class Trainer:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return _summary(rows, lesson.samples) if dist.get_rank() == 0 else {}
+        return _summary(rows, training.samples) if dist.get_rank() == 0 else {}
 
     def _write(
         self,
@@ -170,7 +170,7 @@ class Trainer:
             writer.write_shard("training_steps", 0, table)
 
 
-def _train_lesson(job: dict[str, Any], store: Store) -> Lesson:
+def _train_job(job: dict[str, Any], store: Store) -> TrainingJob:
     config = TrainConfig.model_validate(job["config"])
     objective = _OBJECTIVE.validate_python(job["objective"])
     rollouts = _table(store, job["rollouts"], "rollouts")
@@ -186,7 +186,7 @@ def _train_lesson(job: dict[str, Any], store: Store) -> Lesson:
                 "train.importance_correction: truncated needs sampled.behaviour_logprobs, which are null;"
                 " let supervise compute them"
             )
-    return Lesson(
+    return TrainingJob(
         settings=config,
         objective=objective,
         samples=samples,
@@ -198,10 +198,10 @@ def _train_lesson(job: dict[str, Any], store: Store) -> Lesson:
     )
 
 
-def _warmup_lesson(job: dict[str, Any], store: Store) -> Lesson:
+def _warmup_job(job: dict[str, Any], store: Store) -> TrainingJob:
     config = WarmupConfig.model_validate(job["config"])
     samples = from_prompts(_table(store, job["prompts"], "prompts"), "warmup", vocabulary_rows(Path(job["model"])))
-    return Lesson(
+    return TrainingJob(
         settings=config,
         objective=_OBJECTIVE.validate_python(job["objective"]),
         samples=samples,
@@ -212,7 +212,7 @@ def _warmup_lesson(job: dict[str, Any], store: Store) -> Lesson:
     )
 
 
-_LESSONS = {"train": _train_lesson, "warmup": _warmup_lesson}
+_TRAINING_JOBS = {"train": _train_job, "warmup": _warmup_job}
 
 
 def _table(store: Store, where: dict[str, str], table: str) -> pa.Table:

@@ -24,7 +24,7 @@ from storage.disk.files import explain_full_disk
 from storage.disk.redact import redact, redact_output
 from storage.errors import OpdError
 from tasks.plugins import ROLES, load_plugins, refuse_changed
-from tasks.workers.metrics import Figures
+from tasks.workers.metrics import Metrics
 
 PROGRESS_INTERVAL = 0.2
 """Seconds between two progress messages at least."""
@@ -96,12 +96,12 @@ def main(role: str) -> None:
 def _serve(handler: Handler, channel: Channel, message: dict[str, Any], rank: int) -> None:
     sent = 0.0
 
-    def progress(done: int, total: int, figures: Figures | None = None, note: str | None = None) -> None:
+    def progress(done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None:
         nonlocal sent
         now = time.monotonic()
         if rank == 0 and (now - sent >= PROGRESS_INTERVAL or done >= total or note):
             sent = now
-            told: dict[str, Any] = {"figures": dict(figures)} if figures else {}
+            told: dict[str, Any] = {"metrics": dict(metrics)} if metrics else {}
             told |= {"note": redact(note)} if note else {}
             channel.send({"kind": "progress", "id": message["id"], "done": int(done), "total": int(total), **told})
 

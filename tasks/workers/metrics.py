@@ -1,40 +1,40 @@
-"""Figures of optimizer steps on their way from the trainer to whoever watches, and how they read. Imports no engine."""
+"""Metrics of optimizer steps on their way from the trainer to whoever watches, and how they read. Imports no engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-Figures = Mapping[str, float | None]
+Metrics = Mapping[str, float | None]
 """By column of `training_steps`, what is known so far; null and absent are the same: nothing computed it."""
 
 
 class Progress(Protocol):
-    """How a worker's job tells how far it is. Figures are for jobs that have some; the latest of each counts. A note is what
+    """How a worker's job tells how far it is. Metrics are for jobs that have some; the latest of each counts. A note is what
     the user should hear of; it is told at once, so that it is not lost with a worker that dies later."""
 
-    def __call__(self, done: int, total: int, figures: Figures | None = None, note: str | None = None) -> None: ...
+    def __call__(self, done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None: ...
 
 
 JobsProgress = Callable[..., None]
-"""The same for one of several jobs: called with (job index, done, total), and with `figures` and `note` where the job
+"""The same for one of several jobs: called with (job index, done, total), and with `metrics` and `note` where the job
 gave some."""
 
 
-def silent(done: int, total: int, figures: Figures | None = None, note: str | None = None) -> None:
+def silent(done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None:
     """No one listens."""
 
 
 class StageProgress(Protocol):
     """The same for a stage, with the unit of what is counted."""
 
-    def __call__(self, done: int, total: int, unit: str, figures: Figures | None = None) -> None: ...
+    def __call__(self, done: int, total: int, unit: str, metrics: Metrics | None = None) -> None: ...
 
 
 _ENTROPY = ("student_entropy", "teacher_entropy")
 _LOG_RATIO = ("log_ratio_p05", "log_ratio_p50", "log_ratio_p95")
 _Words = tuple[str, tuple[str, ...], str]
-"""What it is called, the figures that stand together, and the form of each."""
+"""What it is called, the metrics that stand together, and the form of each."""
 _LONG: tuple[_Words, ...] = (
     ("loss", ("loss",), "{:.4g}"),
     ("grad norm", ("grad_norm",), "{:.3g}"),
@@ -61,16 +61,16 @@ _AFTER = SHOWN[2:]
 """All but loss and gradient norm, of which a summary tells more than the last."""
 
 
-def words(figures: Figures) -> str:
+def words(metrics: Metrics) -> str:
     """One line with every figure that there is; entropies are the student's / the teacher's."""
-    return "  ".join(_parts(figures, _LONG))
+    return "  ".join(_parts(metrics, _LONG))
 
 
-def short_words(figures: Figures, width: int) -> str:
-    """As many figures as `width` characters hold, the most telling first. mass is the teacher's / the student's on the
+def short_words(metrics: Metrics, width: int) -> str:
+    """As many metrics as `width` characters hold, the most telling first. mass is the teacher's / the student's on the
     support, H the entropy of the student / the teacher."""
     text = ""
-    for part in _parts(figures, _SHORT):
+    for part in _parts(metrics, _SHORT):
         longer = f"{text} {part}" if text else part
         if len(longer) > width:
             break
@@ -78,7 +78,7 @@ def short_words(figures: Figures, width: int) -> str:
     return text
 
 
-def summary(metrics: Figures) -> str:
+def summary(metrics: Metrics) -> str:
     """One line about a job's steps, of its `summarised` metrics; empty where there are none."""
     first, last, norm = (metrics.get(name) for name in ("loss_first", "loss_last", "grad_norm_max"))
     if first is None or last is None or norm is None:
@@ -100,10 +100,10 @@ def latest(rows: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
     return {name: row[name] for row in rows for name in (*SHOWN, "log_ratio_mean") if row[name] is not None}
 
 
-def _parts(figures: Figures, table: tuple[_Words, ...]) -> list[str]:
+def _parts(metrics: Metrics, table: tuple[_Words, ...]) -> list[str]:
     parts = []
     for label, names, form in table:
-        values = [figures.get(name) for name in names]
+        values = [metrics.get(name) for name in names]
         if any(value is not None for value in values):
             parts.append(f"{label} " + "/".join("-" if value is None else form.format(value) for value in values))
     return parts

@@ -151,7 +151,7 @@ class Worker:
             while done < self.world:
                 for _, message in (messages := self._receive()):
                     if message["kind"] == "progress":
-                        told = {name: message[name] for name in ("figures", "note") if name in message}
+                        told = {name: message[name] for name in ("metrics", "note") if name in message}
                         progress(message["done"], message["total"], **told)
                     elif message["kind"] == "error":
                         raise self._error(message)

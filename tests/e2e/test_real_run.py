@@ -1,4 +1,4 @@
-"""What the one true run left behind: figures, identities, proofs of weights, answers in SQL."""
+"""What the one true run left behind: metrics, identities, proofs of weights, answers in SQL."""
 
 from __future__ import annotations
 

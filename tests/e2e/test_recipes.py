@@ -15,7 +15,7 @@ from tasks.workers.pool import WorkerPool
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
 
 KL_DOES_NOT_FALL = {"rethinking-opd": "the paper's loss pushes student mass off its list, where nothing is compared"}
-"""Recipe -> why; docs/log.md has the figures. One whose KL falls after all must leave this list."""
+"""Recipe -> why; docs/log.md has the metrics. One whose KL falls after all must leave this list."""
 
 pytestmark = pytest.mark.slow
 

@@ -270,7 +270,7 @@ def test_killed_after_a_random_step(bench: Bench, trials: Trials, count: int) ->
 
 @both_forms(short=1, full=len(RECIPES))
 def test_every_recipe_goes_on_bit_for_bit(bench: Bench, trials: Trials, count: int) -> None:
-    """Draws of trust regions, ratios to the rollouts' policy and figures of every objective depend on no step before."""
+    """Draws of trust regions, ratios to the rollouts' policy and metrics of every objective depend on no step before."""
 
     def attempt(name: str) -> None:
         draw = random.Random(f"recipe {name}")

@@ -30,8 +30,8 @@ class Scripted:
                 progress(1, 1)
                 return {"value": job["value"], "served": self.served, "pid": os.getpid()}
             case "train":
-                for step, figures in enumerate(job["figures"], 1):
-                    progress(step, len(job["figures"]), figures)
+                for step, metrics in enumerate(job["metrics"], 1):
+                    progress(step, len(job["metrics"]), metrics)
                     time.sleep(job["pause"])
                 return {}
             case "die_once":

@@ -215,7 +215,7 @@ class Trial:
         return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
 
     def result(self) -> dict[str, Any]:
-        """All that must not depend on what happened on the way: students, figures, contents, samples used."""
+        """All that must not depend on what happened on the way: students, metrics, contents, samples used."""
         store, state = Store(self.root), Run.open(self.root, NAME).state
         artifacts = store.list()
         used: list[Any] = []

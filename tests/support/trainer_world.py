@@ -20,7 +20,7 @@ from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
 from tasks.stage import Context, Work
 from tasks.trainer.launch import free_port, launch_command
-from tasks.workers.metrics import Figures
+from tasks.workers.metrics import Metrics
 from tasks.workers.pool import CHECKOUT, Worker
 from tasks.workers.runtime import RuntimeConfig
 
@@ -197,7 +197,7 @@ class Made:
 
     artifacts: dict[str, Artifact]
     store: Store
-    figures: Figures
+    metrics: Metrics
     """What progress told last."""
     said: list[str]
 
@@ -226,14 +226,14 @@ class Pool:
 
     def __init__(self, worker: Worker, runtime: dict[str, Any]) -> None:
         self.worker, self.runtime = worker, runtime
-        self.seen: list[tuple[int, int, Figures]] = []
+        self.seen: list[tuple[int, int, Metrics]] = []
 
     def run(self, role: str, jobs: list[dict[str, Any]], on_progress: Any) -> list[dict[str, Any]]:
         assert role == "trainer"
 
-        def report(done: int, total: int, figures: Figures | None = None, note: str | None = None) -> None:
-            self.seen.append((done, total, figures or {}))
-            on_progress(0, done, total, figures, note)
+        def report(done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None:
+            self.seen.append((done, total, metrics or {}))
+            on_progress(0, done, total, metrics, note)
 
         return [self.worker.run(job | {"runtime": self.runtime}, report, timeout=120) for job in jobs]
 
@@ -254,7 +254,7 @@ def make(
         store=store,
         runtime=config or RuntimeConfig(device="cpu"),
         workers=pool,  # type: ignore[arg-type]
-        progress=lambda done, total, unit, figures=None: None,
+        progress=lambda done, total, unit, metrics=None: None,
         log=said.append,
     )
     tagged = {} if tag is None else {"tag": tag}

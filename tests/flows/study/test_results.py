@@ -36,7 +36,7 @@ def plan(tmp_path: Path) -> StudyPlan:
 
 @pytest.fixture
 def root(example_store: Path, plan: StudyPlan) -> Path:
-    """The example's run `demo` (rounds 0 to 2) under the names of the study's runs, with other figures; `bad` seed 0
+    """The example's run `demo` (rounds 0 to 2) under the names of the study's runs, with other metrics; `bad` seed 0
     failed in round 1, and its seed 1 has not begun."""
     example = Run.open(example_store, "demo").state
     pace = {"study-s-sweep-g-0.0001-s9": 0.5, "study-s-sweep-g-0.001-s9": 2, "study-s-good-s0": 2, "study-s-good-s1": 4}

@@ -13,7 +13,7 @@ from storage.errors import ConfigError, InputError
 from storage.schemas import MaskReason, schema_for
 from tasks.losses.config import DirectConfig, SftConfig, TopkSupport
 from tasks.trainer.config import OptimizerSettings
-from tasks.trainer.data import forward_batch, from_rollouts, token_weights
+from tasks.trainer.data import forward_batch, from_rollouts, loss_denominators
 from tasks.trainer.engine import deepspeed_config
 from tasks.trainer.topk_lists import TopK, UnionTopK
 
@@ -75,7 +75,7 @@ def test_tokens_stand_with_their_signals_and_hidden_states() -> None:
     signals["mask"] = replaced(signals["mask"], "mask_reasons", masks)
     samples = from_rollouts(rollouts, signals, needs(), SPECIAL)
     rows = (2, 0, 1)
-    batch = forward_batch(samples, rows, token_weights(samples, rows, "token", None), (0, 1, 2), False, CPU)
+    batch = forward_batch(samples, rows, loss_denominators(samples, rows, "token", None), (0, 1, 2), False, CPU)
     tokens = batch.tokens
     assert tokens.token_ids_N.tolist() == [20, 21, 0, 2], "masked: 1 special, 16 invalid; 2 truncated is no reason here"
     assert tokens.student_logprobs_N.tolist() == [-20.0, -21.0, 0.0, -2.0]
@@ -92,11 +92,11 @@ def test_weights_of_the_three_normalisations() -> None:
     signals["mask"] = replaced(signals["mask"], "mask_reasons", [[0, 1, 0], [0], [1, 1], [0, 0]])
     samples = from_rollouts(rollouts, signals, needs(), SPECIAL)
     rows = (3, 1, 0, 2)  # with 2, 1, 2 and 0 tokens left
-    assert token_weights(samples, rows, "token", None).tolist() == [1 / 5] * 4
-    assert token_weights(samples, rows, "sequence", None).tolist()[:3] == [1 / 6, 1 / 3, 1 / 6]
-    assert token_weights(samples, rows, "constant", 10).tolist() == [1 / 40] * 4
+    assert loss_denominators(samples, rows, "token", None).tolist() == [1 / 5] * 4
+    assert loss_denominators(samples, rows, "sequence", None).tolist()[:3] == [1 / 6, 1 / 3, 1 / 6]
+    assert loss_denominators(samples, rows, "constant", 10).tolist() == [1 / 40] * 4
     with pytest.raises(ConfigError, match="normalisation"):
-        token_weights(samples, rows, "constant", None)
+        loss_denominators(samples, rows, "constant", None)
 
 
 def test_fillers_and_empty_batches_count_for_nothing() -> None:
@@ -105,7 +105,7 @@ def test_fillers_and_empty_batches_count_for_nothing() -> None:
     topk = signals["teacher_topk"]
     signals["teacher_topk"] = replaced(topk, "tail_logmass", [[float("nan")] * 2, topk["tail_logmass"][1].as_py()])
     samples = from_rollouts(rollouts, signals, needs(), SPECIAL)
-    weights = token_weights(samples, (0, 1), "token", None)
+    weights = loss_denominators(samples, (0, 1), "token", None)
     for places, filler in (((0,), False), ((1,), True)):
         batch = forward_batch(samples, (0, 1), weights, places, filler, CPU)
         assert batch.tokens.loss_mask_N.tolist() == [0.0] and batch.weight_N.tolist() == [0.0]
@@ -146,7 +146,7 @@ def test_union_support_needs_both_signals() -> None:
     rollouts, signals = tables()
     samples = from_rollouts(rollouts, signals, needs("union"), SPECIAL)
     assert samples.support.rows(np.arange(6)).valid_N.tolist() == [6] * 6  # ids 0..3 and 2..5
-    weights = token_weights(samples, (0, 1), "token", None)
+    weights = loss_denominators(samples, (0, 1), "token", None)
     batches = [forward_batch(samples, (0, 1), weights, (0, 1), filler, CPU).tokens for filler in (False, True)]
     assert set(batches[0].support_teacher_valid_N.tolist()) == {4}
     assert batches[1].support_teacher_valid_N.tolist() == [1]  # every micro-batch has the same metrics

@@ -1,4 +1,4 @@
-"""Student, state and figures of a round are of one training, whatever of it was lost and had to be made again."""
+"""Student, state and metrics of a round are of one training, whatever of it was lost and had to be made again."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ def test_figures_are_told_on_the_way_and_summed_up_at_the_end(train: Train) -> N
     made = train(config(metrics_every=2))
     first, _, last = made.rows
     for name in ("loss", "grad_norm", "teacher_mass", "student_entropy", "log_ratio_p50"):
-        assert made.figures[name] == last[name] is not None
+        assert made.metrics[name] == last[name] is not None
     metrics = made.artifacts["train"].meta["metrics"]
     assert (metrics["loss_first"], metrics["loss_last"]) == (first["loss"], last["loss"])
     assert metrics["teacher_mass_last"] == last["teacher_mass"] and metrics["invalid_tokens"] == 0

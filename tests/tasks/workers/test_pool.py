@@ -67,15 +67,15 @@ def ended_process_name() -> str:
 
 def test_figures_of_a_job_reach_whoever_listens(tmp_path):
     """The first and the last always; in between not more often than five times a second."""
-    figures = [{"loss": 3.0 - step, "entropy": None} for step in range(3)]
+    metrics = [{"loss": 3.0 - step, "entropy": None} for step in range(3)]
     seen = []
     with pool(tmp_path) as workers:
-        listen = lambda job, done, total, figures=None: seen.append((done, figures))  # noqa: E731
-        workers.run("scorer", [{"op": "train", "figures": figures, "pause": 0.3}], listen)
-        assert seen == [(1, figures[0]), (2, figures[1]), (3, figures[2])]
+        listen = lambda job, done, total, metrics=None: seen.append((done, metrics))  # noqa: E731
+        workers.run("scorer", [{"op": "train", "metrics": metrics, "pause": 0.3}], listen)
+        assert seen == [(1, metrics[0]), (2, metrics[1]), (3, metrics[2])]
         seen.clear()
-        workers.run("scorer", [{"op": "train", "figures": figures * 20, "pause": 0.001}], listen)
-        assert seen[0] == (1, figures[0]) and seen[-1] == (60, figures[2]) and len(seen) < 10
+        workers.run("scorer", [{"op": "train", "metrics": metrics * 20, "pause": 0.001}], listen)
+        assert seen[0] == (1, metrics[0]) and seen[-1] == (60, metrics[2]) and len(seen) < 10
         seen.clear()
         workers.run("scorer", [{"op": "echo", "value": 1}], lambda job, done, total: seen.append((done, total)))
     assert seen == [(1, 1)]

@@ -197,21 +197,32 @@ _ALL = (
     ),
 )
 
+COMPLETION_KL = "completion_kl"
+_INTERMEDIATE = (
+    _table(
+        COMPLETION_KL,
+        "Intermediate, in no manifest: what the scorer tells the evaluation of its completions.",
+        _SAMPLE_ID,
+        _opt("reverse_kl_sum", _DOUBLE, "sum over T of the exact KL(student || teacher); null where it is not finite"),
+    ),
+)
+
 TABLES: dict[str, TableSchema] = {table.name: table for table in _ALL}
+_BY_NAME = TABLES | {table.name: table for table in _INTERMEDIATE}
 
 
 @cache
 def schema_for(table: str) -> pa.Schema:
     """The Arrow schema of a table. StoreError for a table that is not declared here."""
-    if table not in TABLES:
+    if table not in _BY_NAME:
         raise StoreError(f"table {table!r} is not declared; there are {', '.join(sorted(TABLES))}")
-    return TABLES[table].arrow
+    return _BY_NAME[table].arrow
 
 
 def schema_version(table: str) -> int:
     """The version that is written beside every shard. StoreError for a table that is not declared here."""
     schema_for(table)
-    return TABLES[table].version
+    return _BY_NAME[table].version
 
 
 def validate_table(table: str, data: pa.Table) -> pa.Table:

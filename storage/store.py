@@ -79,6 +79,13 @@ class Store:
             return None
         return manifest.artifact
 
+    def require(self, stage: str, key: str) -> Artifact:
+        """The same. CorruptArtifact where it is not committed, or damaged."""
+        artifact = self.get(stage, key)
+        if artifact is None:
+            raise CorruptArtifact(f"{stage}/{key}: not committed in {self.root}, or damaged; run again")
+        return artifact
+
     def evicted(self, artifact: Artifact) -> str | None:
         """When its data was removed by `opd gc`; None if it is there. CorruptArtifact when it is not committed."""
         return self._manifest(artifact).evicted

@@ -1,4 +1,6 @@
-"""Evaluate: what the student does on held-out prompts. vLLM samples, a verifier judges, transformers scores the KL."""
+"""Evaluate: what the student does on held-out prompts. vLLM samples, transformers scores the KL, a verifier judges.
+
+Workers write intermediate shards (completions, sums of the KL); this half judges, and writes the table from both."""
 
 from __future__ import annotations
 
@@ -13,18 +15,21 @@ from pydantic import Field, model_validator
 from storage.artifacts.shards import read_parquet
 from storage.errors import InputError
 from storage.identity import Identity, derive_seed, omit_at
-from storage.schemas import schema_for
+from storage.schemas import COMPLETION_KL, schema_for
 from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.inputs.verifiers import ExactMatch, FunctionVerifier, VerifierConfig, verifier_digest, verify
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.rollout_config import StopTokenIds
+from tasks.sharded import ShardedStage
 from tasks.stage import Context, Work, model_inputs
-from tasks.workers.pool import WorkerDied
+from tasks.workers.jobs import ArtifactRef, KLJob, KLShard, ModelRef, Request, SampleJob, SampleShard, Sampling
 
 VERSION = 1
 STAGE = "evaluate"
 TABLE = "evaluations"
 SPLIT = "eval"
+COMPLETIONS = "rollouts"
+"""Schema of the intermediate shards that the sampler writes."""
 MODES: tuple[Literal["greedy", "sampled", "kl"], ...] = ("greedy", "sampled", "kl")
 
 
@@ -103,6 +108,18 @@ class Shard:
         """(prompt, sample_index) of every completion."""
         return [(prompt, index) for prompt in self.prompts for index in range(self.generations)]
 
+    def requests(self, seed: int) -> list[Request]:
+        """What to sample. Seeds: H(seed, mode, prompt id, sample index), without the round."""
+        return [
+            Request(
+                f"{prompt.prompt_id}/{self.mode}/{index}",
+                prompt.prompt_id,
+                index,
+                derive_seed(seed, "evaluate", self.mode, prompt.prompt_id, index),
+            )
+            for prompt, index in self.samples
+        ]
+
 
 def evaluate_work(
     config: EvaluateConfig,
@@ -160,45 +177,49 @@ def _build(
     prompts: Artifact,
     seed: int,
 ) -> None:
-    shards = plan_shards(_held_out(ctx.store, prompts), config, seed)
-    missing = builder.missing(TABLE, len(shards))
-    progress = _Progress(ctx, shards, missing)
-    ctx.begin_shards(builder, TABLE, missing, len(shards), "sampler", "scorer")
-    completions = _sample(builder, ctx, config, student, shards, missing, seed, progress) if missing else []
-    written = dict(zip(missing, completions, strict=True))
-    for index in missing:
-        if shards[index].mode != "kl":
-            builder.write_shard(TABLE, index, _rows(shards[index], written[index], config, None))
-    scored = [index for index in missing if shards[index].mode == "kl"]
-    if scored:
+    plan = plan_shards(_held_out(ctx.store, prompts), config, seed)
+    sizes = [len(shard.samples) for shard in plan]
+    stage = ShardedStage(ctx, STAGE, sizes, {TABLE: builder}, ("sampler", "scorer"))
+    between = builder.intermediate()
+    unsampled = [number for number in stage.missing if between.read(COMPLETIONS, number) is None]
+    stage.expect({number: (number in unsampled) + (plan[number].mode == "kl") for number in stage.missing})
+    if kept := sum(sizes[number] for number in stage.missing if number not in unsampled):
+        ctx.say(STAGE, f"{kept} completions of an earlier attempt are there already")
+    if unsampled:
+        job = SampleJob(
+            store=str(ctx.store.root),
+            target=ArtifactRef(builder.stage, builder.key),
+            prompts=ArtifactRef.of(prompts),
+            split=SPLIT,
+            model=ModelRef.of(ctx.store, student),
+            dtype=config.dtype,
+            longest=max(len(p.token_ids) for shard in plan for p in shard.prompts) + config.max_completion_length,
+            log_table=TABLE,
+            intermediate=True,
+        )
+        shards = {
+            number: SampleShard(number, Sampling(**config.sampling(shard.mode)), shard.requests(seed))
+            for number, shard in enumerate(plan)
+        }
+        stage.sample(TABLE, job, shards, unsampled)
+    _write(builder, plan, [n for n in stage.missing if plan[n].mode != "kl"], config)
+    unscored = [number for number in stage.missing if plan[number].mode == "kl"]
+    if unscored:
         ctx.workers.stage_done()  # on a GPU the sampler's memory is needed now; warm workers stay
-        models = {"student": _model(ctx.store, student), "teacher": _model(ctx.store, teacher)}
-        jobs = [
-            {"op": "reverse_kl", **models, "dtype": config.dtype, "samples": _to_score(shards[i], written[i])}
-            for i in scored
-        ]
-        results = ctx.workers.run("scorer", jobs, lambda job, done, _: progress(("kl", job), done))
-        for index, result in zip(scored, results, strict=True):
-            builder.write_shard(TABLE, index, _rows(shards[index], written[index], config, result["sums"]))
-    meta = {} if builder.repairing else _meta(builder, len(shards))
+        score = KLJob(
+            store=str(ctx.store.root),
+            target=ArtifactRef(builder.stage, builder.key),
+            prompts=ArtifactRef.of(prompts),
+            student=ModelRef.of(ctx.store, student),
+            teacher=ModelRef.of(ctx.store, teacher),
+            dtype=config.dtype,
+        )
+        stage.run("scorer", score, [KLShard(number, sizes[number]) for number in unscored])
+        _write(builder, plan, unscored, config)
+    meta = {} if builder.repairing else _meta(builder, len(plan))
     if lost := meta.get("invalid_kl"):
         ctx.log(f"warning: the KL of {lost} completions is not finite; reverse_kl leaves them out")
-    builder.commit(meta=meta, tables={TABLE: len(shards)}, provenance=builder.made_at(TABLE, len(shards)))
-
-
-class _Progress:
-    """Counts completions sampled, and those of the KL once more when they are scored."""
-
-    def __init__(self, ctx: Context, shards: Sequence[Shard], missing: Sequence[int]) -> None:
-        self._ctx = ctx
-        work = [len(shard.samples) * (1 + (shard.mode == "kl")) for shard in shards]
-        self._total, self._done = sum(work), sum(work) - sum(work[index] for index in missing)
-        self._counts: dict[tuple[str, int], int] = {}
-        ctx.progress(self._done, self._total, "samples")
-
-    def __call__(self, job: tuple[str, int], done: int) -> None:
-        self._counts[job] = done
-        self._ctx.progress(self._done + sum(self._counts.values()), self._total, "samples")
+    stage.commit(TABLE, meta, sampled=True)
 
 
 def _held_out(store: Store, prompts: Artifact) -> list[Prompt]:
@@ -214,75 +235,36 @@ def _nothing_held_out() -> InputError:
     return InputError("evaluate: no held-out prompts; give prompts.eval a source")
 
 
-def _model(store: Store, artifact: Artifact) -> dict[str, str]:
-    digests = {part: artifact.content[part] for part in ("weights", "architecture")}
-    return {"path": str(store.materialize(artifact)), **digests}
+def _write(builder: Builder, plan: Sequence[Shard], numbers: Sequence[int], config: EvaluateConfig) -> None:
+    """Judges completions and writes the shards, from what the workers left. CorruptArtifact where that is damaged."""
+    between = builder.intermediate()
+    for number in numbers:
+        completions = between.require(COMPLETIONS, number)
+        sums = (
+            between.require(COMPLETION_KL, number)["reverse_kl_sum"].to_pylist() if plan[number].mode == "kl" else None
+        )
+        builder.write_shard(TABLE, number, _rows(plan[number], completions, config, sums))
 
 
-def _sample(
-    builder: Builder,
-    ctx: Context,
-    config: EvaluateConfig,
-    student: Artifact,
-    shards: Sequence[Shard],
-    missing: Sequence[int],
-    seed: int,
-    progress: _Progress,
-) -> list[list[dict[str, Any]]]:
-    """The sampler's completions of the missing shards. Seeds: H(seed, mode, prompt id, sample index), without the round."""
-    path = str(ctx.store.materialize(student))
-    place = {"store": str(ctx.store.root), "stage": builder.stage, "key": builder.key, "table": TABLE}
-    jobs = [
-        {
-            "op": "generate_shard",
-            "model": path,
-            "weights": student.content["weights"],
-            "dtype": config.dtype,
-            "sampling": config.sampling(shard.mode),
-            "prompts": [prompt.token_ids for prompt, _ in shard.samples],
-            "seeds": [derive_seed(seed, "evaluate", shard.mode, p.prompt_id, index) for p, index in shard.samples],
-            "names": [f"{prompt.prompt_id}/{shard.mode}/{index}" for prompt, index in shard.samples],
-            "parts": place | {"shard": number},
-        }
-        for number, shard in ((number, shards[number]) for number in missing)
-    ]
-    try:
-        results = ctx.workers.run("sampler", jobs, lambda job, done, _: progress(("sample", job), done))
-    except WorkerDied as error:
-        number = missing[error.job]
-        finished = builder.parts(TABLE, number).read()
-        raise error.losing(jobs[error.job]["names"], finished, f"shard {number}") from error
-    if kept := sum(result.get("kept", 0) for result in results):
-        ctx.say("evaluate", f"{kept} completions of workers that ended early were kept")
-    return [result["completions"] for result in results]
-
-
-def _to_score(shard: Shard, completions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {"prompt": prompt.token_ids, "teacher_prompt": prompt.teacher_token_ids, "completion": completion["token_ids"]}
-        for (prompt, _), completion in zip(shard.samples, completions, strict=True)
-    ]
-
-
-def _rows(
-    shard: Shard, completions: Sequence[dict[str, Any]], config: EvaluateConfig, sums: Sequence[float | None] | None
-) -> pa.Table:
+def _rows(shard: Shard, completions: pa.Table, config: EvaluateConfig, sums: Sequence[float | None] | None) -> pa.Table:
     rows = []
-    for number, ((prompt, index), completion) in enumerate(zip(shard.samples, completions, strict=True)):
-        correct = None if shard.mode == "kl" else _judge(config, completion["text"], prompt.answer)
+    columns = ("prompt_token_ids", "completion_token_ids", "completion_text", "finish_reason")
+    made = zip(*(completions[name].to_pylist() for name in columns), strict=True)
+    for place, ((prompt, index), (ids, completion, text, reason)) in enumerate(zip(shard.samples, made, strict=True)):
+        correct = None if shard.mode == "kl" else _judge(config, text, prompt.answer)
         rows.append(
             {
                 "prompt_id": prompt.prompt_id,
                 "mode": shard.mode,
                 "sample_index": index,
-                "prompt_token_ids": prompt.token_ids,
-                "completion_token_ids": completion["token_ids"],
-                "completion_text": completion["text"],
-                "finish_reason": completion["finish_reason"],
+                "prompt_token_ids": ids,
+                "completion_token_ids": completion,
+                "completion_text": text,
+                "finish_reason": reason,
                 "verifier": None if config.verifier is None or correct is None else config.verifier.kind,
                 "correct": correct,
-                "reverse_kl_sum": None if sums is None else sums[number],
-                "tokens": len(completion["token_ids"]),
+                "reverse_kl_sum": None if sums is None else sums[place],
+                "tokens": len(completion),
             }
         )
     return pa.Table.from_pylist(rows, schema=schema_for(TABLE))

@@ -20,11 +20,6 @@ from pydantic import BaseModel
 
 from storage.errors import ConfigError, InputError
 
-ROLES: dict[str, str] = {
-    "sampler": "tasks.engines.sampler:Sampler",
-    "scorer": "tasks.engines.scorer:Scorer",
-    "trainer": "tasks.trainer.trainer:Trainer",
-}
 NO_PLUGINS: Mapping[str, str] = MappingProxyType({})
 _OURS = ("tasks", "storage", "flows")
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -33,15 +28,12 @@ _loaded: dict[str, str] = {}
 """Plugin -> digest of its source when this process imported it."""
 _loading: list[str] = []
 _registered: list[tuple[str, str, str | None]] = []
-"""(role, module of its target, the plugin that was being imported) of every call of `register_role`."""
+"""(role, module of its target, the plugin that was being imported) of every call of `jobs.register_role`."""
 
 
-def register_role(role: str, target: str) -> None:
-    """Let `target` ("module:class") serve the jobs of a role: sampler, scorer or trainer."""
-    if role not in ROLES:
-        raise ConfigError(f"plugins: no role named {role!r}; there are {', '.join(ROLES)}")
-    ROLES[role] = target
-    _registered.append((role, target.partition(":")[0], _loading[-1] if _loading else None))
+def note_role(role: str, module: str) -> None:
+    """Remember that `module`, or the plugin that is being imported, brings a role's handler."""
+    _registered.append((role, module, _loading[-1] if _loading else None))
 
 
 def load_plugins(modules: Iterable[str], search: str | None = None) -> dict[str, str]:

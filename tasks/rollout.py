@@ -1,11 +1,9 @@
-"""Rollout: the student writes completions of the round's prompts. Workers sample; this half plans and commits."""
+"""Rollout: the student writes completions of the round's prompts. This half plans and commits, sampler workers write shards."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,14 +15,14 @@ from storage.identity import Identity, derive_seed, omit_at
 from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.rollout_config import RolloutConfig
+from tasks.sharded import ShardedStage, distinct
 from tasks.stage import Context, Work, model_inputs
-from tasks.workers.pool import WorkerDied
+from tasks.workers.jobs import ArtifactRef, ModelRef, Request, SampleJob, SampleShard, Sampling
 
 VERSION = 1
 STAGE = "rollout"
 TABLE = "rollouts"
 SPLIT = "train"
-_SHOWN = 3
 
 
 class _RolloutIdentity(Identity):
@@ -32,16 +30,6 @@ class _RolloutIdentity(Identity):
     seed: int
     round: int
     plugins: dict[str, str] = Field({}, json_schema_extra=omit_at({}))
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One completion to ask for. A prompt that the round holds twice goes on counting its `sample_index`."""
-
-    prompt_id: str
-    sample_id: str
-    sample_index: int
-    seed: int
 
 
 def rollout_work(
@@ -89,8 +77,9 @@ def prompts_for_round(prompt_ids: Sequence[str], seed: int, round: int, prompts_
     return chosen
 
 
-def plan_samples(chosen: Sequence[str], config: RolloutConfig, seed: int, round: int) -> list[list[Sample]]:
-    """The samples of a round, shard by shard. Each has its own seed: H(seed, round, prompt id, sample index)."""
+def plan_samples(chosen: Sequence[str], config: RolloutConfig, seed: int, round: int) -> list[list[Request]]:
+    """The samples of a round, shard by shard. Each has its own seed: H(seed, round, prompt id, sample index). A prompt that
+    the round holds twice goes on counting its `sample_index`."""
     seen: Counter[str] = Counter()
     samples = []
     for prompt_id in chosen:
@@ -98,7 +87,7 @@ def plan_samples(chosen: Sequence[str], config: RolloutConfig, seed: int, round:
             index = seen[prompt_id]
             seen[prompt_id] += 1
             sample_seed = derive_seed(seed, "rollout", round, prompt_id, index)
-            samples.append(Sample(prompt_id, f"{prompt_id}/{round}/{index}", index, sample_seed))
+            samples.append(Request(f"{prompt_id}/{round}/{index}", prompt_id, index, sample_seed))
     size = config.shard_prompts * config.num_generations
     return [samples[start : start + size] for start in range(0, len(samples), size)]
 
@@ -106,68 +95,37 @@ def plan_samples(chosen: Sequence[str], config: RolloutConfig, seed: int, round:
 def _build(
     builder: Builder, ctx: Context, config: RolloutConfig, student: Artifact, prompts: Artifact, seed: int, round: int
 ) -> None:
-    tokens = _prompt_tokens(ctx.store, prompts)
-    shards = plan_samples(prompts_for_round(list(tokens), seed, round, config.prompts_per_round), config, seed, round)
-    missing = builder.missing(TABLE, len(shards))
-    done = sum(len(samples) for shard, samples in enumerate(shards) if shard not in missing)
-    total = sum(len(samples) for samples in shards)
-    if missing and done:
-        ctx.say("rollout", f"{done} of {total} samples are there already")
-    ctx.progress(done, total, "samples")
-    ctx.begin_shards(builder, TABLE, missing, len(shards), "sampler")
-    common = {
-        "op": "rollout_shard",
-        "store": str(ctx.store.root),
-        "stage": builder.stage,
-        "key": builder.key,
-        "model": str(ctx.store.materialize(student)) if missing else "",
-        "weights": student.content["weights"],
-        "dtype": config.dtype,
-        "sampling": config.sampling(),
+    lengths = _prompt_lengths(ctx.store, prompts)
+    plan = plan_samples(prompts_for_round(list(lengths), seed, round, config.prompts_per_round), config, seed, round)
+    stage = ShardedStage(ctx, STAGE, [len(requests) for requests in plan], {TABLE: builder}, ("sampler",))
+    results = []
+    if stage.missing:
+        sampling = Sampling(**config.sampling())
+        job = SampleJob(
+            store=str(ctx.store.root),
+            target=ArtifactRef(builder.stage, builder.key),
+            prompts=ArtifactRef.of(prompts),
+            split=SPLIT,
+            model=ModelRef.of(ctx.store, student),
+            dtype=config.dtype,
+            longest=max(lengths[r.prompt_id] for shard in plan for r in shard) + config.max_completion_length,
+            log_table=TABLE,
+        )
+        shards = {number: SampleShard(number, sampling, requests) for number, requests in enumerate(plan)}
+        results = stage.sample(TABLE, job, shards, stage.missing)
+    meta = {
+        "metrics": _metrics(builder, 0 if builder.repairing else len(plan)),
+        "stop_token_ids": results[0].stop_token_ids if results else None,
+        "weight_proofs": distinct([result.proof for result in results]),
     }
-    jobs = [common | _shard_job(shard, shards[shard], tokens) for shard in missing]
-    counts = [0] * len(jobs)
-
-    def on_progress(job: int, samples: int, _total: int) -> None:
-        counts[job] = samples
-        ctx.progress(done + sum(counts), total, "samples")
-
-    try:
-        results = ctx.workers.run("sampler", jobs, on_progress)
-    except WorkerDied as error:
-        job = jobs[error.job]
-        finished = builder.parts(TABLE, job["shard"]).read()
-        raise error.losing([s["sample_id"] for s in job["samples"]], finished, f"shard {job['shard']}") from error
-    if kept := sum(result.get("kept", 0) for result in results):
-        ctx.say("rollout", f"{kept} samples of workers that ended early were kept")
-    builder.commit(
-        meta={
-            "metrics": _metrics(builder, 0 if builder.repairing else len(shards)),
-            "stop_token_ids": results[0]["stop_token_ids"] if results else None,
-            "weight_proofs": _distinct([result["proof"] for result in results]),
-        },
-        tables={TABLE: len(shards)},
-        provenance=builder.made_at(TABLE, len(shards)),
-    )
+    stage.commit(TABLE, meta, sampled=True)
 
 
-def _prompt_tokens(store: Store, prompts: Artifact) -> dict[str, list[int]]:
+def _prompt_lengths(store: Store, prompts: Artifact) -> dict[str, int]:
+    """prompt_id -> tokens, of the training prompts."""
     table = store.read_table(prompts, "prompts", columns=["prompt_id", "split", "token_ids"])
     table = table.filter(pc.equal(table["split"], SPLIT))
-    return dict(zip(table["prompt_id"].to_pylist(), table["token_ids"].to_pylist(), strict=True))
-
-
-def _shard_job(shard: int, samples: Sequence[Sample], tokens: dict[str, list[int]]) -> dict[str, Any]:
-    ids = list(dict.fromkeys(sample.prompt_id for sample in samples))
-    position = {prompt_id: index for index, prompt_id in enumerate(ids)}
-    return {
-        "shard": shard,
-        "prompts": [{"prompt_id": prompt_id, "token_ids": tokens[prompt_id]} for prompt_id in ids],
-        "samples": [
-            {"sample_id": s.sample_id, "prompt": position[s.prompt_id], "sample_index": s.sample_index, "seed": s.seed}
-            for s in samples
-        ],
-    }
+    return dict(zip(table["prompt_id"].to_pylist(), pc.list_value_length(table["token_ids"]).to_pylist(), strict=True))
 
 
 def _metrics(builder: Builder, shards: int) -> dict[str, float | int]:
@@ -182,7 +140,3 @@ def _metrics(builder: Builder, shards: int) -> dict[str, float | int]:
         "clipped_ratio": pc.mean(pc.equal(table["finish_reason"], "length").cast(pa.float64())).as_py(),
         "tokens": pc.sum(lengths).as_py(),
     }
-
-
-def _distinct(proofs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [proof for index, proof in enumerate(proofs) if proof not in proofs[:index]]

@@ -5,8 +5,9 @@ executor decides whether anything needs to be built at all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.workers.metrics import StageProgress
@@ -26,16 +27,13 @@ class Context:
     plugins: tuple[str, ...] = ()
     tell: Callable[[str], None] = lambda text: None
     """A line for whoever watches."""
+    recorded: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
+    """(stage, key) -> provenance of an artifact that is made again in another store (a replay): its batches are repeated."""
 
     def say(self, stage: str, text: str) -> None:
         """For the log, and for whoever watches this stage."""
         self.log(f"{stage}: {text}")
         self.tell(text)
-
-    def begin_shards(self, builder: Builder, table: str, missing: Sequence[int], count: int, *roles: str) -> None:
-        """The `missing` ones of `count` shards are made now, by the workers of these roles at this runtime's numerics."""
-        for note in builder.begin_shards(table, self.runtime.numerics(*roles), missing, count):
-            self.say(builder.stage, note)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,17 @@ from storage.schemas import MaskReason
 from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.losses.needs import SignalNeed
 from tasks.plugins import NO_PLUGINS, used_plugins
+from tasks.sharded import ShardedStage
 from tasks.stage import Context, Work
+from tasks.workers.jobs import (
+    ArtifactRef,
+    MaskRules,
+    ModelRef,
+    ScoreJob,
+    ScoreShard,
+    ScoringDistribution,
+    SignalOutput,
+)
 
 VERSIONS = {"sampled": 1, "teacher_topk": 1, "student_topk": 1, "mask": 1}
 TOPK = ("teacher_topk", "student_topk")
@@ -153,7 +163,7 @@ class _Inputs:
         return ArtifactSpec.of(name, VERSIONS[name], identity, inputs)
 
 
-def mask_rules(store: Store, prompts: Artifact, special_tokens: SpecialTokens) -> dict[str, Any]:
+def mask_rules(store: Store, prompts: Artifact, special_tokens: SpecialTokens) -> MaskRules:
     """The rules of the scorer's `mask_table`, from the tokenizers' audit and vocabularies in the `prepare` artifact.
 
     Raises InputError for a token that the student's tokenizer does not have, or prompts prepared without a teacher."""
@@ -169,12 +179,12 @@ def mask_rules(store: Store, prompts: Artifact, special_tokens: SpecialTokens) -
     own = vocabulary.filter(pc.equal(vocabulary["tokenizer"], "student"))
     for name in special_tokens.tokens:
         marked = marked | _ids_of(name, own)
-    return {
-        "unmapped": sorted(unmapped),
-        "teacher_rows": audit["teacher"]["rows"],
-        "special": sorted(marked),
-        "occurrence": special_tokens.occurrence,
-    }
+    return MaskRules(
+        unmapped=sorted(unmapped),
+        teacher_rows=audit["teacher"]["rows"],
+        special=sorted(marked),
+        occurrence=special_tokens.occurrence,
+    )
 
 
 def _ids_of(name: str, vocabulary: pa.Table) -> set[int]:
@@ -189,76 +199,51 @@ def _ids_of(name: str, vocabulary: pa.Table) -> set[int]:
 
 
 def _build(builders: dict[str, Builder], ctx: Context, inputs: _Inputs) -> None:
-    store, rollouts = ctx.store, inputs.rollouts
+    rollouts = inputs.rollouts
     k = {name: builder.spec.identity.get("k") for name, builder in builders.items()}  # a list that served may be longer
-    shards = [record.rows for record in store.shards(rollouts, "rollouts")]
-    missing = {name: set(builder.missing(name, len(shards))) for name, builder in builders.items()}
-    wanted = [shard for shard in range(len(shards)) if any(shard in absent for absent in missing.values())]
-    total = sum(shards)
-    done = total - sum(shards[shard] for shard in wanted)
-    if wanted and done:
-        ctx.say("supervise", f"{done} of {total} samples are scored already")
-    ctx.progress(done, total, "samples")
+    sizes = [record.rows for record in ctx.store.shards(rollouts, "rollouts")]
+    stage = ShardedStage(ctx, "supervise", sizes, builders, ("scorer",))
     _require_space(ctx, rollouts, builders, k)
-    for name, builder in sorted(builders.items()):
-        ctx.begin_shards(builder, name, sorted(missing[name]), len(shards), "scorer")
-    common = _common_job(ctx, inputs, builders) if wanted else {}
-    jobs = []
-    for shard in wanted:
-        outputs = [
-            {"table": name, "stage": name, "key": builder.key, "k": k[name], "encoding": inputs.config.encoding}
-            for name, builder in sorted(builders.items())
-            if shard in missing[name]
+    outputs = {
+        name: SignalOutput(name, ArtifactRef(name, builder.key), k[name], inputs.config.encoding)
+        for name, builder in sorted(builders.items())
+    }
+    results = []
+    if stage.missing:
+        items = [
+            ScoreShard(shard, sizes[shard], [out for name, out in outputs.items() if shard in stage.absent[name]])
+            for shard in stage.missing
         ]
-        jobs.append(common | {"shard": shard, "outputs": outputs})
-    counts = [0] * len(jobs)
-
-    def on_progress(job: int, samples: int, _total: int) -> None:
-        counts[job] = samples
-        ctx.progress(done + sum(counts), total, "samples")
-
-    results = ctx.workers.run("scorer", jobs, on_progress)
-    if outside := sum(result["outside_nucleus"] for result in results):
+        results, _ = stage.run("scorer", _job(ctx, inputs, builders), items)
+    if outside := sum(result.outside_nucleus for result in results):
         ctx.log(f"supervise: {outside} sampled tokens lie just outside the set sampled from, by the scorer's rounding")
-    ctx.progress(total, total, "samples")
     for name, builder in sorted(builders.items()):
-        meta = {} if builder.repairing else _meta(name, builder, store, rollouts, len(shards))
+        meta = {} if builder.repairing else _meta(name, builder, ctx.store, rollouts, len(sizes))
         if meta.get("reasons", {}).get("invalid_value"):
             ctx.log(
                 f"warning: {meta['reasons']['invalid_value']} tokens have invalid values; they are masked (reason 16)"
             )
-        builder.commit(meta=meta, tables={name: len(shards)}, provenance=builder.made_at(name, len(shards)))
+        stage.commit(name, meta)
 
 
-def _common_job(ctx: Context, inputs: _Inputs, builders: dict[str, Builder]) -> dict[str, Any]:
-    flags: dict[str, str] | None = None
+def _job(ctx: Context, inputs: _Inputs, builders: Mapping[str, Builder]) -> ScoreJob:
+    flags: ArtifactRef | None = None
     if "mask" in builders and "sampled" not in builders:
         committed = ctx.store.get("sampled", inputs.spec("sampled").key)
         if committed is not None and ctx.store.evicted(committed) is None:
-            flags = {"stage": "sampled", "key": committed.key}
+            flags = ArtifactRef.of(committed)
     needs_models = flags is None or set(builders) != {"mask"}
-    rules = mask_rules(ctx.store, inputs.prompts, inputs.config.special_tokens) if "mask" in builders else None
-    return {
-        "op": "supervise_shard",
-        "store": str(ctx.store.root),
-        "rollouts": _reference(inputs.rollouts),
-        "prompts": _reference(inputs.prompts),
-        "student": _model(ctx.store, inputs.student, needs_models),
-        "teacher": _model(ctx.store, inputs.teacher, needs_models),
-        "dtype": inputs.config.dtype,
-        "sampling": inputs.sampling,
-        "mask": rules,
-        "flags": flags,
-    }
-
-
-def _reference(artifact: Artifact) -> dict[str, str]:
-    return {"stage": artifact.stage, "key": artifact.key}
-
-
-def _model(store: Store, artifact: Artifact, needed: bool) -> dict[str, str]:
-    path = str(store.materialize(artifact)) if needed else ""
-    return {"path": path, "weights": artifact.content["weights"], "architecture": artifact.content["architecture"]}
+    return ScoreJob(
+        store=str(ctx.store.root),
+        rollouts=ArtifactRef.of(inputs.rollouts),
+        prompts=ArtifactRef.of(inputs.prompts),
+        student=ModelRef.of(ctx.store, inputs.student, needs_models),
+        teacher=ModelRef.of(ctx.store, inputs.teacher, needs_models),
+        dtype=inputs.config.dtype,
+        sampling=ScoringDistribution(**inputs.sampling),
+        mask=mask_rules(ctx.store, inputs.prompts, inputs.config.special_tokens) if "mask" in builders else None,
+        flags=flags,
+    )
 
 
 def _require_space(ctx: Context, rollouts: Artifact, builders: Iterable[str], k: dict[str, int | None]) -> None:

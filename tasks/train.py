@@ -11,7 +11,8 @@ from tasks.losses.config import AnyObjective
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.stage import Context, Work, model_inputs
 from tasks.trainer.config import TrainConfig
-from tasks.trainer.dispatch import place, run_and_commit
+from tasks.trainer.dispatch import run_and_commit
+from tasks.workers.jobs import ArtifactRef, TrainJob, TrainOutputs, config_json
 
 __all__ = ["VERSION", "TrainConfig", "train_work"]
 
@@ -57,17 +58,18 @@ def train_work(
     outputs = {name: ArtifactSpec.of(name, VERSION, identity, inputs) for name in ("student", "trainer_state", "train")}
 
     def build(builders: dict[str, Builder], context: Context) -> None:
-        job: dict[str, Any] = {
-            "op": "train",
-            "model": str(context.store.materialize(student, "model")),
-            "state": str(context.store.materialize(state, "state")) if state is not None else None,
-            "rollouts": place(rollouts),
-            "signals": {name: place(artifact) for name, artifact in used.items()},
-            "config": config.model_dump(mode="json"),
-            "objective": objective.model_dump(mode="json"),
-            "seed": seed,
-            "round": round,
-        }
+        job = TrainJob(
+            store=str(context.store.root),
+            model=str(context.store.materialize(student, "model")),
+            state=str(context.store.materialize(state, "state")) if state is not None else None,
+            rollouts=ArtifactRef.of(rollouts),
+            signals={name: ArtifactRef.of(artifact) for name, artifact in used.items()},
+            config=config_json(config),
+            objective=config_json(objective),
+            seed=seed,
+            round=round,
+            outputs=TrainOutputs(),
+        )
         run_and_commit(job, outputs, builders, context)
 
     return Work("train", outputs, build)

@@ -11,7 +11,8 @@ from tasks.losses.config import SftConfig
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.stage import Context, Work, model_inputs
 from tasks.trainer.config import WarmupConfig
-from tasks.trainer.dispatch import place, run_and_commit
+from tasks.trainer.dispatch import run_and_commit
+from tasks.workers.jobs import ArtifactRef, TrainOutputs, WarmupJob, config_json
 
 __all__ = ["VERSION", "WarmupConfig", "warmup_work"]
 
@@ -41,16 +42,15 @@ def warmup_work(
     outputs = {name: ArtifactSpec.of(name, VERSION, identity, inputs) for name in ("student", "warmup")}
 
     def build(builders: dict[str, Builder], context: Context) -> None:
-        job: dict[str, Any] = {
-            "op": "warmup",
-            "model": str(context.store.materialize(model, "model")),
-            "state": None,
-            "prompts": place(prompts),
-            "config": config.model_dump(mode="json"),
-            "objective": objective.model_dump(mode="json"),
-            "seed": seed,
-            "round": 0,
-        }
+        job = WarmupJob(
+            store=str(context.store.root),
+            model=str(context.store.materialize(model, "model")),
+            prompts=ArtifactRef.of(prompts),
+            config=config_json(config),
+            objective=config_json(objective),
+            seed=seed,
+            outputs=TrainOutputs(),
+        )
         run_and_commit(job, outputs, builders, context)
 
     return Work("warmup", outputs, build)

@@ -184,8 +184,15 @@ def _make(
     started = time.monotonic()
     logs.mkdir()
     with WorkerPool(runtime, logs, experiment.plugins) as workers:
+        recorded = {(artifact.stage, artifact.key): artifact.provenance for artifact in artifacts.values()}
         context = Context(
-            scratch, runtime, workers, lambda *_, **__: None, logger(logs / "replay.log"), experiment.plugins
+            scratch,
+            runtime,
+            workers,
+            lambda *_, **__: None,
+            logger(logs / "replay.log"),
+            experiment.plugins,
+            recorded=recorded,
         )
         made = rebuild(origin.work, artifacts, context)
     seconds = time.monotonic() - started

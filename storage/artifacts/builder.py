@@ -22,11 +22,11 @@ from storage.artifacts.artifact import (
     load_manifest,
     provenance,
 )
+from storage.artifacts.batches import BATCH, Batch, provenance_of, recorded_batches, unfinished_batches
 from storage.artifacts.checkpoints import CHECKPOINT, Checkpoints
 from storage.artifacts.digests import combine_digests
-from storage.artifacts.numerics import MADE_AT, MadeAt
-from storage.artifacts.parts import PARTS
-from storage.artifacts.shards import SIDECAR, ShardWriter, check_file, sidecar, sidecars
+from storage.artifacts.numerics import MADE_AT, ShardNumerics
+from storage.artifacts.shards import INTERMEDIATE, SIDECAR, ShardWriter, check_file, sidecar, sidecars
 from storage.artifacts.trees import (
     content_digests,
     damaged_files,
@@ -55,9 +55,9 @@ from storage.schemas import schema_version
 
 
 def unfinished_work(directory: Path, below: str = "") -> list[Path]:
-    """What artifacts keep until they are committed: checkpoints, records of numerics, and parts of shards (their writer was
-    killed a moment after the shard was there). `below`: a glob pattern that leads from `directory` to the artifacts."""
-    patterns = (f"{CHECKPOINT}*", f"*{PARTS}", f"*{MADE_AT}")
+    """What artifacts keep until they are committed: checkpoints, records of numerics and of batches, intermediate shards.
+    `below`: a glob pattern that leads from `directory` to the artifacts."""
+    patterns = (f"{CHECKPOINT}*", f"*{MADE_AT}", f"*{BATCH}", INTERMEDIATE)
     return sorted(path for pattern in patterns for path in directory.glob(below + pattern))
 
 
@@ -158,12 +158,28 @@ class Builder(ShardWriter):
         Not for a repair: what it makes is fixed, and so is the record of it."""
         if self._recorded is not None or self.committed is not None:
             return []
-        parts = [self.parts(table, shard) for shard in missing]
-        return MadeAt(self.path, table).begin(settings, missing, count, parts)
+        return ShardNumerics(self.path, table).begin(settings, missing, count)
 
-    def made_at(self, table: str, count: int) -> dict[str, Any]:
+    def shard_numerics(self, table: str, count: int) -> dict[str, Any]:
         """The settings that the shards of a table were made at, for `commit(provenance=...)`."""
-        return MadeAt(self.path, table).provenance(count)
+        return ShardNumerics(self.path, table).provenance(count)
+
+    def batches(self, table: str, count: int) -> dict[str, Any]:
+        """The batches that the shards of a sampled table were in, for `commit(provenance=...)`."""
+        return provenance_of(unfinished_batches(self.path, table), count)
+
+    def batches_to_repeat(
+        self, table: str, missing: Sequence[int], provenance: Mapping[str, Any] | None
+    ) -> list[Batch]:
+        """The batches in which those of the `missing` shards must be sampled whose rows are recorded: by the manifest of this
+        artifact, by `provenance` (of an artifact that is made again elsewhere), or by a sidecar of this attempt."""
+        if self._recorded is not None:
+            provenance = self._recorded.artifact.provenance
+        if provenance is not None:
+            return recorded_batches(provenance, missing)
+        _, digests = self._inspect(table)
+        lost = [shard for shard in missing if digests[shard]]
+        return recorded_batches(provenance_of(unfinished_batches(self.path, table), max(lost, default=-1) + 1), lost)
 
     def commit(
         self,
@@ -408,9 +424,9 @@ class Builder(ShardWriter):
             keep |= {record.file for record in manifest.shards}
             keep |= {tree.directory for tree in manifest.trees.values() if not tree.external}
         for path in self.path.iterdir():
-            if path.name in keep or path.name.startswith(CHECKPOINT):
+            if path.name in keep or path.name.startswith(CHECKPOINT) or path.name == INTERMEDIATE:
                 continue
-            if path.name.endswith((SIDECAR, PARTS, MADE_AT)) and not path.name.startswith(TEMPORARY):
+            if path.name.endswith((SIDECAR, MADE_AT, BATCH)) and not path.name.startswith(TEMPORARY):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 An artifact may be begun at some settings and finished at others: shards are kept, whatever they were made at. A sealed
 file beside them says which is which, so that the manifest can tell. It is durable before the first shard is made, and goes
-when the artifact is committed. Finished parts of a shard are taken at equal settings only: a shard has one set."""
+when the artifact is committed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from storage.artifacts.parts import Parts
 from storage.disk.files import replace_atomically, seal, unseal
 from storage.errors import CorruptArtifact
 
@@ -24,7 +23,7 @@ _SHOWN = 6
 Settings = dict[str, Any]
 
 
-class MadeAt:
+class ShardNumerics:
     """Those of one table. Hold the artifact's lock."""
 
     def __init__(self, folder: Path, table: str) -> None:
@@ -32,11 +31,8 @@ class MadeAt:
         self.table = table
         self.sets, self.shards, self.now = self._read()
 
-    def begin(
-        self, settings: Mapping[str, Any], missing: Iterable[int], count: int, parts: Iterable[Parts]
-    ) -> list[str]:
-        """From now on the `missing` ones of `count` shards are made at `settings`. What is finished of them (`parts`) at
-        others is dropped. Returns what there is to say."""
+    def begin(self, settings: Mapping[str, Any], missing: Iterable[int], count: int) -> list[str]:
+        """From now on the `missing` ones of `count` shards are made at `settings`. Returns warnings for the user."""
         before = self.now
         absent = set(missing)
         have = {shard: self.shards.get(shard, before) for shard in range(count) if shard not in absent}
@@ -47,17 +43,11 @@ class MadeAt:
             self.shards, self.now = have, now
             content = {"sets": self.sets, "shards": {str(k): v for k, v in have.items()}, "now": now}
             replace_atomically(self.path, seal(content))
-        dropped = sum(self._drop(part) for part in parts) if now != before else 0
         said = []
         if now != before and absent and any(index != now for index in have.values()):
             said.append(
                 f"warning: {self.table}: {len(have)} of {count} shards were made with other settings"
                 f" ({self._difference(before, now)}); they are kept, but `opd replay` cannot repeat what was made at two"
-            )
-        if dropped:
-            said.append(
-                f"warning: {dropped} finished samples of unfinished shards were made with other settings"
-                f" ({self._difference(before, now)}) and are made again"
             )
         return said
 
@@ -82,11 +72,6 @@ class MadeAt:
         except (FileNotFoundError, CorruptArtifact):
             return [], {}, None
         return content["sets"], {int(shard): index for shard, index in content["shards"].items()}, content["now"]
-
-    def _drop(self, part: Parts) -> int:
-        finished = len(part.read())
-        part.remove()
-        return finished
 
     def _difference(self, before: int | None, now: int) -> str:
         return "not recorded" if before is None else differing([self.sets[before], self.sets[now]])

@@ -19,12 +19,12 @@ from pydantic import ValidationError
 
 from storage.artifacts.artifact import ShardRecord, artifact_directory
 from storage.artifacts.digests import file_sha256, table_digest
-from storage.artifacts.parts import PARTS, Parts
 from storage.disk.failpoints import failpoint
 from storage.disk.files import (
     explain_full_disk,
     fsync_directory,
     fsync_file,
+    make_directory,
     replace_atomically,
     seal,
     temporary_name,
@@ -36,6 +36,8 @@ from storage.errors import CorruptArtifact, StoreError
 from storage.schemas import schema_version, validate_table
 
 SIDECAR = ".sidecar.json"
+INTERMEDIATE = "intermediate"
+"""Folder of an unfinished artifact for shards that one worker writes and another reads; no manifest names them."""
 # Wall time differs in every repetition: recorded and covered by the file's hash, but no part of what a shard contains.
 _MEASURED = {"training_steps": ("seconds",)}
 _SHARD_FILE = re.compile(r"(?P<table>[a-z][a-z0-9_]*)-(?P<shard>\d{5,})-[0-9a-f]{12}\.parquet")
@@ -52,6 +54,10 @@ class ShardWriter:
         self.stage = stage
         self.key = key
         self.path = artifact_directory(root, stage, key)
+
+    def intermediate(self) -> IntermediateShards:
+        """Shards that are no part of the artifact: one worker writes them, another reads them."""
+        return IntermediateShards(self.root, self.stage, self.key)
 
     def write_shard(self, table: str, shard: int, data: pa.Table) -> ShardRecord:
         """Writes one shard durably. `data` must have the columns that `storage.schemas` declares for `table`.
@@ -92,12 +98,37 @@ class ShardWriter:
         )
         replace_atomically(sidecar(final), seal(record.model_dump(mode="json")))
         failpoint("shard.after_sidecar", final)
-        self.parts(table, shard).remove()
         return record
 
-    def parts(self, table: str, shard: int) -> Parts:
-        """What is finished of a shard that is not written yet."""
-        return Parts(self.path / f"{table}-{shard:05d}{PARTS}")
+
+class IntermediateShards(ShardWriter):
+    """Those of one unfinished artifact, in a folder of their own. They outlive a killed builder and go at the commit."""
+
+    def __init__(self, root: Path, stage: str, key: str) -> None:
+        super().__init__(root, stage, key)
+        self.path = self.path / INTERMEDIATE
+
+    def write_shard(self, table: str, shard: int, data: pa.Table) -> ShardRecord:
+        if not self.path.is_dir() and self.path.parent.is_dir():
+            make_directory(self.path)
+        return super().write_shard(table, shard, data)
+
+    def read(self, table: str, shard: int) -> pa.Table | None:
+        """The rows of a shard, verified; None where it is missing or damaged."""
+        for path, record in sidecars(self.path):
+            fits = record is not None and (record.table, record.shard) == (table, shard)
+            if record is not None and fits and check_file(path, record.bytes, record.sha256) is None:
+                return read_parquet(path)
+        return None
+
+    def require(self, table: str, shard: int) -> pa.Table:
+        """The same. CorruptArtifact where it is missing or damaged."""
+        rows = self.read(table, shard)
+        if rows is None:
+            raise CorruptArtifact(
+                f"{self.path}: shard {shard} of {table} is missing or damaged; run again: it is made again"
+            )
+        return rows
 
 
 def row_digest(table: str, rows: pa.Table) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from storage.errors import InputError
 from tasks.engines.hf_folder import SAFE_LOADING
+from tasks.workers.jobs import ModelRef
 
 _PROBE_IDS = 4
 _PROBE_TOLERANCE = {torch.float32: 1e-4}
@@ -150,14 +151,13 @@ class WarmModels:
         self._models: dict[tuple[str, str, str], LoadedModel] = {}
         self.loads = 0
 
-    def get(self, models: dict[str, dict[str, str]], names: Sequence[str], dtype: str) -> dict[str, LoadedModel]:
-        """Those of a job's models that are named. Each is described by {path, weights, architecture}, the last two
-        being content digests. Loaded models that the job does not describe are freed first."""
-        keys = {name: (model["weights"], model["architecture"], dtype) for name, model in models.items()}
+    def get(self, models: dict[str, ModelRef], names: Sequence[str], dtype: str) -> dict[str, LoadedModel]:
+        """Those of a job's models that are named. Loaded models that the job does not describe are freed first."""
+        keys = {name: (model.weights, model.architecture, dtype) for name, model in models.items()}
         self.free(keep=list(keys.values()))
         for name in names:
             if keys[name] not in self._models:
-                self._models[keys[name]] = LoadedModel(Path(models[name]["path"]), dtype, self.device)
+                self._models[keys[name]] = LoadedModel(Path(models[name].path), dtype, self.device)
                 self.loads += 1
         return {name: self._models[keys[name]] for name in names}
 

@@ -13,21 +13,14 @@ SAFE_LOADING: dict[str, Any] = {"local_files_only": True, "trust_remote_code": F
 """Arguments of every `from_pretrained` that reads weights: no network, no code of the checkpoint, no pickle."""
 
 
-def check_lengths(config: dict[str, Any], path: Path, prompts: list[list[int]], completion_length: int) -> int:
-    """Tokens of the longest prompt with its completion. Raises InputError for an empty prompt, or when the model's
-    positions do not suffice."""
-    if not prompts or min(map(len, prompts)) == 0:
-        raise InputError("sampler: no prompts, or one without tokens; prepare filters these")
-    longest = max(map(len, prompts))
+def check_length(config: dict[str, Any], path: Path, longest: int) -> None:
+    """Raises InputError when the model's positions do not suffice for `longest`, a prompt with its completion (tokens)."""
     limit = longest_sequence(config, path)
-    if longest + completion_length > limit:
-        over = sum(len(ids) + completion_length > limit for ids in prompts)
+    if longest > limit:
         raise InputError(
-            f"max_completion_length: {over} of {len(prompts)} prompts (the longest has {longest} tokens) with"
-            f" completions of {completion_length} do not fit the {limit} positions of {path}; lower it, or let prepare"
-            " filter long prompts"
+            f"max_completion_length: the longest prompt with its completion has {longest} tokens, more than the {limit}"
+            f" positions of {path}; lower it, or let prepare filter long prompts (prompts.max_prompt_length)"
         )
-    return longest + completion_length
 
 
 def stop_token_ids(path: Path, policy: str | Sequence[int], tokenizer_eos: int | None) -> list[int]:

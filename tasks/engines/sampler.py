@@ -1,19 +1,12 @@
 """The sampler: a warm vLLM engine that writes completions. The only place that imports vLLM.
 
-Jobs (`op`), all with `model` (directory), `weights` (its weights digest), `dtype` and `sampling` (temperature, top_p,
-top_k (0: all), max_completion_length, stop_token_ids or "eos"):
+A job (`SampleJob`) is open: the engine gets the next shard's requests as soon as it has free slots, so that it stays full until
+the stage has no more shards, and every shard is written when its last completion is there. What one engine decodes from the
+start of a job until it is empty is a *batch* (storage/artifacts/batches.py); its record says at which step each shard was
+added, so that a shard can be sampled again in the same company.
 
-- `rollout_shard`: `store`, `stage`, `key`, `shard`, `prompts` ({prompt_id, token_ids} list), `samples` ({sample_id,
-  prompt (position in prompts), sample_index, seed} list). Writes one shard of the table `rollouts`.
-  Returns samples, kept, tokens, clipped, stop_token_ids, proof.
-- `generate_shard`: `prompts` (list of token id lists), `seeds` (one per prompt, ignored at temperature 0), `names` (one
-  per prompt) and `parts` ({store, stage, key, table, shard}: the shard that the completions are for). Writes nothing
-  but parts. Returns completions ({token_ids, text, finish_reason, logprobs} list in the order of the prompts), kept,
-  stop_token_ids, proof. Without names and parts a worker that dies takes its finished completions with it.
-
-Every request has its own seed, so that a completion depends neither on its company nor on the order: what an engine or a
-worker that died had finished (`kept`: their number) is taken as it is, and only the rest is asked for again. Log-probabilities
-are of the distribution sampled from (temperature, top-p and top-k applied; at temperature 0 the model's own)."""
+Every request has its own seed: its tokens do not depend on the others. The last bits of its log-probabilities can. They are
+of the distribution sampled from (temperature, top-p and top-k applied; at temperature 0 the model's own)."""
 
 from __future__ import annotations
 
@@ -22,19 +15,26 @@ import logging
 import math
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from storage.artifacts.batches import BatchLog
 from storage.artifacts.digests import weights_digest
 from storage.errors import ConfigError, InputError, OpdError
 from storage.identity import derive_seed
-from tasks.engines.batch import Batch, Completion, SamplingFailed
-from tasks.engines.hf_folder import check_lengths, longest_sequence, read_config, stop_token_ids
+from storage.schemas import schema_for
+from storage.store import Store
+from tasks.engines.hf_folder import check_length, longest_sequence, read_config, stop_token_ids
 from tasks.engines.weight_proof import judge_probes, judge_weights
 from tasks.inputs.tokenizers import load_tokenizer
-
-Progress = Callable[[int, int], None]
+from tasks.workers.jobs import Request, SampleJob, SampleResult, SampleShard, Sampling, ShardDone
+from tasks.workers.main import Link
 
 BATCHED_TOKENS = 16384
 """Prompt tokens of one engine step."""
@@ -43,8 +43,113 @@ _PROBE_PROMPT = 8
 _PROBE_TOKENS = 8
 
 
+_SHOWN = 5
+"""Samples that an error lists."""
+
+
+class SamplingFailed(OpdError):
+    """The engine gave no usable completion for some samples, however often it was asked."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion. `logprobs` has one value per token id, under the distribution that was sampled from."""
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    logprobs: list[float]
+
+
+@dataclass
+class OpenShard:
+    """A shard whose requests are in the engine: what came of them, by position."""
+
+    item: SampleShard
+    completions: dict[int, Completion] = field(default_factory=dict)
+    problems: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every request has an answer, good or bad."""
+        return len(self.completions) + len(self.problems) == self.item.size
+
+    def fail(self, problem: str) -> None:
+        """None of the missing answers will come."""
+        missing = set(range(self.item.size)) - self.completions.keys() - self.problems.keys()
+        self.problems |= dict.fromkeys(sorted(missing), problem)
+
+    def error(self) -> SamplingFailed:
+        """Names the samples that failed, and why."""
+        shown = [
+            f"{self.item.requests[at].sample_id} (seed {self.item.requests[at].seed}): {self.problems[at]}"
+            for at in sorted(self.problems)[:_SHOWN]
+        ]
+        more = f", and {len(self.problems) - _SHOWN} more" if len(self.problems) > _SHOWN else ""
+        return SamplingFailed(
+            f"{len(self.problems)} of {self.item.size} samples of shard {self.item.shard} failed at every try:"
+            f" {', '.join(shown)}{more}"
+        )
+
+    def rows(self, prompts: dict[str, list[int]]) -> pa.Table:
+        """Rows of the table `rollouts`."""
+        return pa.Table.from_pylist(
+            [
+                {
+                    "sample_id": request.sample_id,
+                    "prompt_id": request.prompt_id,
+                    "sample_index": request.sample_index,
+                    "prompt_token_ids": prompts[request.prompt_id],
+                    "completion_token_ids": self.completions[position].token_ids,
+                    "sampling_logprobs": self.completions[position].logprobs,
+                    "behaviour": "student",
+                    "prefix_length": 0,
+                    "finish_reason": self.completions[position].finish_reason,
+                    "seed": request.seed,
+                    "completion_text": self.completions[position].text,
+                    "reward": None,
+                }
+                for position, request in enumerate(self.item.requests)
+            ],
+            schema=schema_for("rollouts"),
+        )
+
+
+class Intake:
+    """Gives a batch its shards: those to be tried again first, then the job's. Repeating a recorded batch, each is given at its
+    recorded step; otherwise whenever the engine has free slots."""
+
+    def __init__(self, link: Link, slots: int, steps: Sequence[int] | None) -> None:
+        self._link, self._slots, self._steps = link, slots, steps
+        self._taken = 0
+        self._exhausted = False
+        self.again: list[SampleShard] = []
+        """Shards that failed in an earlier batch of the job."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether the job has no more shards."""
+        return self._exhausted and not self.again
+
+    def take(self, step: int, unfinished: int) -> SampleShard | None:
+        """The next shard, if the engine is to have one before this step."""
+        if self._steps is None and self.again:
+            return self.again.pop(0)
+        if self._exhausted or (unfinished and not self._due(step, unfinished)):
+            return None
+        item: SampleShard | None = self._link.next()
+        self._exhausted = item is None
+        self._taken += 1
+        return item
+
+    def _due(self, step: int, unfinished: int) -> bool:
+        if self._steps is None:
+            return unfinished < self._slots
+        return self._taken < len(self._steps) and self._steps[self._taken] <= step
+
+
 class Sampler:
-    """Serves rollout and evaluation jobs from one engine, kept warm between jobs and between weights.
+    """Serves sampling jobs from one engine, kept warm between jobs and between weights.
 
     Settings: device (cpu|cuda), threads, tensor_parallel_size, gpu_memory_utilization, kv_cache_gib (CPU),
     enforce_eager (null: on CPU only), max_num_seqs, verify_weights (full|checksums), batched_tokens, retries."""
@@ -60,16 +165,43 @@ class Sampler:
         self._shape: dict[str, Any] = {}
         self._tokenizer: Any = None
         self._vocabulary = 0
+        self._stopped_by: list[int] = []
         _prepare_environment(self.on_cpu, self.eager, int(settings.get("threads", 1)))
 
-    def handle(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        """Do one job (see the module's description). Raises InputError for prompts that do not fit the model,
+    def handle(self, job: SampleJob, link: Link) -> SampleResult:
+        """Sample and write shards until the supervisor has no more. Raises InputError for prompts that do not fit the model,
         StaleWeights when the engine could not be brought to the job's weights, SamplingFailed, StoreError."""
-        if job.get("op") == "rollout_shard":
-            return self._rollout_shard(job, progress)
-        if job.get("op") == "generate_shard":
-            return self._generate_shard(job, progress)
-        raise ConfigError(f"sampler: no operation {job.get('op')!r}; there are rollout_shard and generate_shard")
+        store = Store(job.store)
+        writer = store.shard_writer(job.target.stage, job.target.key)
+        target = writer.intermediate() if job.intermediate else writer
+        prompts = _prompt_tokens(store, job)
+        wanted = set(job.write) if job.write is not None else None
+        intake = Intake(link, int(self.settings.get("max_num_seqs", 256)), job.batch)
+        tries: Counter[int] = Counter()
+        done = 0
+        while not intake.empty:
+            self._prepare(job)
+            log = BatchLog(writer.path, job.log_table) if job.batch is None else None
+            batch = self._batch(job, intake, prompts, log, link, done)
+            for shard in batch:
+                number = shard.item.shard
+                if shard.problems:
+                    tries[number] += 1
+                    if job.batch is not None or tries[number] > int(self.settings.get("retries", 2)):
+                        raise shard.error()
+                    intake.again.append(shard.item)  # whole, in the next batch: a shard is of one batch
+                elif wanted is None or number in wanted:
+                    if log is not None:
+                        log.writing(number)
+                    target.write_shard("rollouts", number, shard.rows(prompts))
+                    done += shard.item.size
+                    link.done(ShardDone(number, shard.item.size))
+                if wanted is not None:
+                    wanted.discard(number)
+                    if not wanted:
+                        batch.close()
+                        return SampleResult(self._stopped_by, self.proof)
+        return SampleResult(self._stopped_by, self.proof)
 
     def close(self) -> None:
         """End the engine explicitly: left to the interpreter's exit it may abort the process."""
@@ -79,128 +211,101 @@ class Sampler:
             del llm
             gc.collect()
 
-    # --- jobs ----------------------------------------------------------------------------------------------------
+    # --- a batch ---------------------------------------------------------------------------------------------------
 
-    def _rollout_shard(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        import pyarrow as pa
+    def _prepare(self, job: SampleJob) -> None:
+        """Bring the engine to the job's weights, with room for its longest sequence."""
+        path = Path(job.model.path)
+        check_length(read_config(path), path, job.longest)
+        self._load(path, job.model.weights, job.dtype, job.longest)
 
-        from storage.schemas import schema_for
-        from storage.store import Store
-
-        prompts, samples = job["prompts"], job["samples"]
-        writer = Store(job["store"]).shard_writer(job["stage"], job["key"])
-        batch = Batch(
-            [sample["sample_id"] for sample in samples],
-            [prompts[sample["prompt"]]["token_ids"] for sample in samples],
-            [sample["seed"] for sample in samples],
-            writer.parts("rollouts", job["shard"]),
-        )
-        stop_ids = self._complete(job, batch, progress)
-        completions = batch.completions()
-        rows = [
-            {
-                "sample_id": sample["sample_id"],
-                "prompt_id": prompts[sample["prompt"]]["prompt_id"],
-                "sample_index": sample["sample_index"],
-                "prompt_token_ids": prompts[sample["prompt"]]["token_ids"],
-                "completion_token_ids": completion.token_ids,
-                "sampling_logprobs": completion.logprobs,
-                "behaviour": "student",
-                "prefix_length": 0,
-                "finish_reason": completion.finish_reason,
-                "seed": sample["seed"],
-                "completion_text": completion.text,
-                "reward": None,
-            }
-            for sample, completion in zip(samples, completions, strict=True)
-        ]
-        writer.write_shard("rollouts", job["shard"], pa.Table.from_pylist(rows, schema=schema_for("rollouts")))
-        return {
-            "samples": len(completions),
-            "kept": batch.kept,
-            "tokens": sum(len(completion.token_ids) for completion in completions),
-            "clipped": sum(completion.finish_reason == "length" for completion in completions),
-            "stop_token_ids": stop_ids,
-            "proof": self.proof,
-        }
-
-    def _generate_shard(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        from storage.store import Store
-
-        parts, place = None, job.get("parts")
-        if place is not None:
-            writer = Store(place["store"]).shard_writer(place["stage"], place["key"])
-            parts = writer.parts(place["table"], place["shard"])
-        names = job.get("names") or [f"number {number}" for number in range(len(job["prompts"]))]
-        batch = Batch(names, job["prompts"], job["seeds"], parts)
-        stop_ids = self._complete(job, batch, progress)
-        completions = [vars(completion) for completion in batch.completions()]
-        return {"completions": completions, "kept": batch.kept, "stop_token_ids": stop_ids, "proof": self.proof}
-
-    def _complete(self, job: dict[str, Any], batch: Batch, progress: Progress) -> list[int]:
-        """Fills the batch and returns the stop ids. What an engine that failed has left is asked of a new one."""
-        for _ in range(1 + int(self.settings.get("retries", 2))):
-            stop_ids = self._prepare(job, batch.prompts)
-            try:
-                self._ask(batch, job["sampling"], stop_ids, progress)
-            except OpdError:
-                self._abandon()  # it may hold requests that nobody waits for
-                raise
-            except Exception as error:
-                traceback.print_exc()
-                batch.refuse(batch.missing, f"the engine failed: {type(error).__name__}: {error}")
-                self._abandon()
-            if not batch.missing:
-                return stop_ids
-        raise batch.failed()
-
-    def _prepare(self, job: dict[str, Any], prompts: list[list[int]]) -> list[int]:
-        """Bring the engine to the job's weights; returns the ids that end a completion."""
-        path = Path(job["model"])
-        config = read_config(path)
-        length = check_lengths(config, path, prompts, job["sampling"]["max_completion_length"])
-        self._load(path, job["weights"], job["dtype"], length)
-        stop_ids = stop_token_ids(path, job["sampling"].get("stop_token_ids", "eos"), self._tokenizer.eos_token_id)
-        vocabulary = int(config["vocab_size"])
-        if not all(0 <= token < vocabulary for token in stop_ids):
+    def _stop_ids(self, job: SampleJob, sampling: Sampling) -> list[int]:
+        """The ids that end a completion. Raises InputError for ids that the model does not have."""
+        found = stop_token_ids(Path(job.model.path), sampling.stop_token_ids, self._tokenizer.eos_token_id)
+        if not all(0 <= token < self._vocabulary for token in found):
             raise InputError(
-                f"stop_token_ids: {stop_ids} has ids that {path} (vocabulary of {vocabulary}) cannot write"
+                f"stop_token_ids: {found} has ids that {job.model.path} (vocabulary of {self._vocabulary}) cannot write"
             )
-        return stop_ids
+        self._stopped_by = found
+        return found
 
-    # --- sampling ------------------------------------------------------------------------------------------------
-
-    def _ask(self, batch: Batch, sampling: dict[str, Any], stop_ids: list[int], progress: Progress) -> None:
-        """Ask once for all that is missing. An aborted, empty or otherwise unusable output stays missing."""
-        # the bits of a log-probability may depend on what was computed together: it starts from an empty cache
+    def _batch(
+        self, job: SampleJob, intake: Intake, prompts: dict[str, list[int]], log: BatchLog | None, link: Link, done: int
+    ) -> Generator[OpenShard, None, None]:
+        """Samples until the engine is empty and there are no more shards. Yields each shard when it is complete; one with
+        `problems` holds a completion that cannot be used, or was in an engine that failed. `done`: samples written before."""
+        # the bits of a log-probability may depend on what was computed together: a batch starts from an empty cache
         self.llm.reset_prefix_cache()
-        asked = batch.missing  # nothing, where an earlier worker died between the last sample and the shard
-        params = [self._params(sampling, batch.seeds[index], stop_ids) for index in asked]
-        progress(batch.done, len(batch))
-        unanswered = set(asked)
-        for outputs in self._steps([batch.prompts[index] for index in asked], params):
-            finished = {}
-            for number, output in outputs:
-                unanswered.discard(index := asked[number])
-                if (problem := _problem(output, self._vocabulary)) is None:
-                    finished[index] = self._completion(output)
-                else:
-                    batch.refuse([index], problem)
-            batch.accept(finished)
-            progress(batch.done, len(batch))
-        batch.refuse(sorted(unanswered), "it ended without an output")
+        waiting: dict[str, tuple[OpenShard, int]] = {}
+        step = 0
+        try:
+            while True:
+                while (item := intake.take(step, len(waiting))) is not None:
+                    if log is not None:
+                        log.add(item.shard, step)
+                    waiting |= self._enqueue(item, prompts, self._stop_ids(job, item.sampling))
+                if not waiting:
+                    return
+                answers = self._step(waiting)
+                for shard, position, output in answers:
+                    if (problem := _problem(output, self._vocabulary)) is None:
+                        shard.completions[position] = self._completion(output)
+                        done += 1
+                    else:
+                        shard.problems[position] = problem
+                step += 1
+                link.progress(done, 0)
+                yield from {id(shard): shard for shard, _, _ in answers if shard.complete}.values()
+        except GeneratorExit:
+            self.llm.llm_engine.abort_request(list(waiting), internal=True)
+            raise
+        except OpdError:
+            self._abandon()  # it may hold requests that nobody waits for
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            self._abandon()
+            lost = {id(shard): shard for shard, _ in waiting.values()}.values()
+            for shard in lost:
+                shard.fail(f"the engine failed: {type(error).__name__}: {error}")
+            yield from lost
 
-    def _params(self, sampling: dict[str, Any], seed: int, stop_ids: Sequence[int]) -> Any:
+    def _enqueue(
+        self, item: SampleShard, prompts: dict[str, list[int]], stop_ids: list[int]
+    ) -> dict[str, tuple[OpenShard, int]]:
+        """Give the engine a shard's requests. Engine's name of each -> (the shard, its position)."""
+        shard = OpenShard(item)
+        texts = [prompts[request.prompt_id] for request in item.requests]
+        if not all(texts):
+            raise InputError(f"sampler: shard {item.shard} has a prompt without tokens; prepare filters these")
+        params = [self._params(item.sampling, request.seed, stop_ids) for request in item.requests]
+        names = self.llm.enqueue([{"prompt_token_ids": ids} for ids in texts], params, use_tqdm=False)
+        return {str(name): (shard, position) for position, name in enumerate(names)}
+
+    def _step(self, waiting: dict[str, tuple[OpenShard, int]]) -> list[tuple[OpenShard, int, Any]]:
+        """One step of the engine: (shard, position, output) of every request that it finished, removed from `waiting`. Of an
+        engine that has nothing left to do, all requests without an answer, with None."""
+        engine = self.llm.llm_engine
+        if not engine.has_unfinished_requests():
+            left = [(shard, position, None) for shard, position in waiting.values()]
+            waiting.clear()
+            return left
+        # the engine makes names unique; its outputs carry the part that it was given
+        names = {name.split("-")[0]: name for name in waiting}
+        finished = [output for output in engine.step() if output.finished]
+        return [(*waiting.pop(names[o.request_id.split("-")[0]]), o.outputs[0]) for o in finished]
+
+    def _params(self, sampling: Sampling, seed: int, stop_ids: Sequence[int]) -> Any:
         from vllm import SamplingParams
 
-        greedy = sampling["temperature"] == 0
+        greedy = sampling.temperature == 0
         return SamplingParams(
             n=1,
-            temperature=sampling["temperature"],
-            top_p=1.0 if greedy else sampling.get("top_p", 1.0),
-            top_k=0 if greedy else sampling.get("top_k") or 0,
+            temperature=sampling.temperature,
+            top_p=1.0 if greedy else sampling.top_p,
+            top_k=0 if greedy else sampling.top_k,
             seed=None if greedy else seed,
-            max_tokens=sampling["max_completion_length"],
+            max_tokens=sampling.max_completion_length,
             stop_token_ids=list(stop_ids),
             ignore_eos=True,  # the stop ids are explicit; the engine adds none of its own
             logprobs=0,  # of the sampled token alone
@@ -208,18 +313,8 @@ class Sampler:
             detokenize=False,
         )
 
-    def _steps(self, prompts: list[list[int]], params: list[Any]) -> Iterator[list[tuple[int, Any]]]:
-        """After every step of the engine, the (number of the prompt, output) pairs that it finished."""
-        names = self.llm.enqueue([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-        # enqueue answers with names that the engine may have made unique; outputs carry the caller's part of it
-        order = {str(name).split("-")[0]: number for number, name in enumerate(names)}
-        engine = self.llm.llm_engine
-        while engine.has_unfinished_requests():
-            finished = [output for output in engine.step() if output.finished]
-            yield [(order[output.request_id.split("-")[0]], output.outputs[0]) for output in finished]
-
     def _abandon(self) -> None:
-        """Give up an engine that failed; the next job builds another."""
+        """Give up an engine that failed; the next batch builds another."""
         try:
             self.close()
         except Exception:  # it is of no use any more, whatever it says
@@ -272,10 +367,14 @@ class Sampler:
     def _probe(self, path: Path, dtype: str) -> dict[str, Any]:
         vocabulary = int(read_config(path)["vocab_size"])
         prompts = [[derive_seed("probe", i, j) % vocabulary for j in range(_PROBE_PROMPT)] for i in range(_PROBES)]
-        sampling = {"temperature": 1.0, "max_completion_length": _PROBE_TOKENS}
-        params = [self._params(sampling, derive_seed("probe", i), ()) for i in range(_PROBES)]
-        found = dict(pair for step in self._steps(prompts, params) for pair in step)
-        outputs = [found.get(number) for number in range(_PROBES)]
+        sampling = Sampling(1.0, 1.0, 0, _PROBE_TOKENS, [])
+        requests = [Request(f"probe {i}", str(i), 0, derive_seed("probe", i)) for i in range(_PROBES)]
+        texts = {str(i): prompt for i, prompt in enumerate(prompts)}
+        waiting = self._enqueue(SampleShard(0, sampling, requests), texts, [])
+        outputs: list[Any] = [None] * _PROBES
+        while waiting:
+            for _, position, output in self._step(waiting):
+                outputs[position] = output
         for output in outputs:
             if (problem := _problem(output, vocabulary)) is not None:
                 raise SamplingFailed(f"a probe after a weight change failed: {problem}")
@@ -328,6 +427,14 @@ class Sampler:
             use_tqdm_on_load=False,
             **machine,
         )
+
+
+def _prompt_tokens(store: Store, job: SampleJob) -> dict[str, list[int]]:
+    """prompt_id -> the student's tokens, of the job's split."""
+    artifact = store.require(job.prompts.stage, job.prompts.key)
+    table = store.read_table(artifact, "prompts", columns=["prompt_id", "split", "token_ids"])
+    table = table.filter(pc.equal(table["split"], job.split))
+    return dict(zip(table["prompt_id"].to_pylist(), table["token_ids"].to_pylist(), strict=True))
 
 
 # --- outputs ---------------------------------------------------------------------------------------------------------

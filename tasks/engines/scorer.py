@@ -1,15 +1,6 @@
 """The scorer: student and teacher read the same completions, and what they say becomes signals. Uses transformers.
 
-Jobs (`op`), all with `student` and `teacher` ({path, weights, architecture}: a local folder and content digests) and
-`dtype`:
-
-- `supervise_shard`: `store`, `rollouts` and `prompts` ({stage, key}), `shard`, `outputs` ({table, stage, key, and for
-  top-K lists k and encoding} list), `sampling` (temperature, top_p, top_k of the rollouts), `mask` (rules, see
-  `mask_table`), `flags` ({stage, key} of a committed `sampled` that tells invalid values, or null). Writes one shard of
-  each output. Returns samples, tokens, outside_nucleus (sampled tokens that by this student's rounding lie outside the
-  set sampled from).
-- `reverse_kl`: `samples` ({prompt, teacher_prompt or null, completion} list, token ids). Writes nothing. Returns sums:
-  per sample the sum over its tokens of the exact full-vocabulary KL(student || teacher), null where it is not finite.
+Jobs: `ScoreJob` (signals of rollouts, one shard of each per item) and `KLJob` (exact KL of an evaluation's completions).
 
 A distribution is a softmax over all rows that a model has, tokenizer or not: that is what the sampler samples from and
 what the trainer trains. Teacher rows past the student's are padding that the student cannot write: they do not exist
@@ -18,24 +9,30 @@ them out of both."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from storage.errors import ConfigError, CorruptArtifact, InputError
-from storage.store import Artifact, Store
+from storage.errors import ConfigError, InputError
+from storage.schemas import COMPLETION_KL, schema_for
+from storage.store import Store
 from tasks.engines import distributions
 from tasks.engines.forward import LoadedModel, Passage, WarmModels, plan_batches, vocabulary_rows
 from tasks.engines.signals import Values, mask_table, sampled_table, topk_table
+from tasks.workers.jobs import ArtifactRef, KLJob, KLShard, ModelRef, ScoreJob, ScoreResult, ScoreShard, ShardDone
+from tasks.workers.main import Link
 
-Progress = Callable[[int, int], None]
+Report = Callable[[int], None]
+"""Called with the samples of a shard that are scored."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +85,18 @@ class Scorer:
         self._vocabularies: dict[str, int] = {}
         self._teacher_prompts: tuple[str, dict[str, list[int]]] = ("", {})
 
-    def handle(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        """Do one job (see the module's description). Raises InputError for samples that a model cannot read and for
+    def handle(self, job: ScoreJob | KLJob, link: Link) -> ScoreResult:
+        """Score shards until the supervisor has no more. Raises InputError for samples that a model cannot read and for
         checkpoints that do not load, CorruptArtifact, StoreError."""
-        if job.get("op") == "supervise_shard":
-            return self._supervise_shard(job, progress)
-        if job.get("op") == "reverse_kl":
-            return self._reverse_kl(job, progress)
-        raise ConfigError(f"scorer: no operation {job.get('op')!r}; there are supervise_shard and reverse_kl")
+        done = 0
+        while (item := link.next()) is not None:
+            progress = functools.partial(_report, link, done)
+            if isinstance(job, ScoreJob):
+                link.done(self._score_shard(job, item, progress))
+            else:
+                link.done(self._score_kl(job, item, progress))
+            done += item.size
+        return ScoreResult()
 
     def close(self) -> None:
         """Free the models."""
@@ -103,66 +104,74 @@ class Scorer:
 
     # --- jobs ----------------------------------------------------------------------------------------------------
 
-    def _supervise_shard(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        store = self._stores.get(job["store"]) or self._stores.setdefault(job["store"], Store(job["store"]))
-        rollouts = store.read_shard(_artifact(store, job["rollouts"]), "rollouts", job["shard"])
-        outputs = {output["table"]: output for output in job["outputs"]}
+    def _score_shard(self, job: ScoreJob, item: ScoreShard, progress: Report) -> ShardDone:
+        store = self._store(job.store)
+        rollouts = store.read_shard(store.require(job.rollouts.stage, job.rollouts.key), "rollouts", item.shard)
+        outputs = {output.table: output for output in item.outputs}
         wanted = Wanted(
-            sampled="sampled" in outputs or ("mask" in outputs and job["flags"] is None),
-            teacher_k=outputs.get("teacher_topk", {}).get("k"),
-            student_k=outputs.get("student_topk", {}).get("k"),
-            sampling=job["sampling"] if "sampled" in outputs else {},
+            sampled="sampled" in outputs or ("mask" in outputs and job.flags is None),
+            teacher_k=outputs["teacher_topk"].k if "teacher_topk" in outputs else None,
+            student_k=outputs["student_topk"].k if "student_topk" in outputs else None,
+            sampling=msgspec.structs.asdict(job.sampling) if "sampled" in outputs else {},
         )
         values: Values = {}
         if wanted.student or wanted.teacher:
-            values = self.score(job, self._samples(store, job["prompts"], rollouts), wanted, progress)
+            values = self.score(job, self._samples(store, job.prompts, rollouts), wanted, progress)
         tables: dict[str, pa.Table] = {}
         if wanted.sampled:
             tables["sampled"] = sampled_table(rollouts, values)
-        elif "mask" in outputs:
-            tables["sampled"] = store.read_shard(_artifact(store, job["flags"]), "sampled", job["shard"])
+        elif "mask" in outputs and job.flags is not None:
+            tables["sampled"] = store.read_shard(store.require(job.flags.stage, job.flags.key), "sampled", item.shard)
         for name, output in outputs.items():
-            if name == "mask":
-                tables[name] = mask_table(rollouts, tables["sampled"], job["mask"])
+            if name == "mask" and job.mask is not None:
+                tables[name] = mask_table(rollouts, tables["sampled"], msgspec.structs.asdict(job.mask))
             elif name != "sampled":
-                tables[name] = topk_table(name, rollouts, values, output["encoding"])
-            store.shard_writer(output["stage"], output["key"]).write_shard(name, job["shard"], tables[name])
+                tables[name] = topk_table(name, rollouts, values, output.encoding)
+            writer = store.shard_writer(output.target.stage, output.target.key)
+            writer.write_shard(name, item.shard, tables[name])
         outside = int(sum(array.sum() for array in values.get("outside_nucleus", [])))
-        tokens = sum(map(len, rollouts["completion_token_ids"].to_pylist()))
-        return {"samples": rollouts.num_rows, "tokens": tokens, "outside_nucleus": outside}
+        return ShardDone(item.shard, item.size, outside)
 
-    def _reverse_kl(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        samples = [
-            Sample(f"sample {number}", sample["prompt"], sample["completion"], sample.get("teacher_prompt"))
-            for number, sample in enumerate(job["samples"])
-        ]
-        values = self.score(job, samples, Wanted(reverse_kl=True), progress)
+    def _score_kl(self, job: KLJob, item: KLShard, progress: Report) -> ShardDone:
+        store = self._store(job.store)
+        between = store.shard_writer(job.target.stage, job.target.key).intermediate()
+        completions = between.require("rollouts", item.shard)
+        values = self.score(job, self._samples(store, job.prompts, completions), Wanted(reverse_kl=True), progress)
         sums = [float(array.sum()) for array in values["reverse_kl"]]
-        return {"sums": [value if math.isfinite(value) else None for value in sums]}
+        columns = {
+            "sample_id": completions["sample_id"].combine_chunks(),
+            "reverse_kl_sum": [value if math.isfinite(value) else None for value in sums],
+        }
+        between.write_shard(COMPLETION_KL, item.shard, pa.table(columns, schema=schema_for(COMPLETION_KL)))
+        return ShardDone(item.shard, item.size)
 
-    def _samples(self, store: Store, prompts: dict[str, str], rollouts: pa.Table) -> list[Sample]:
+    def _store(self, root: str) -> Store:
+        return self._stores.get(root) or self._stores.setdefault(root, Store(root))
+
+    def _samples(self, store: Store, prompts: ArtifactRef, rollouts: pa.Table) -> list[Sample]:
         names = ("sample_id", "prompt_id", "prompt_token_ids", "completion_token_ids")
         rows = zip(*(rollouts[name].to_pylist() for name in names), strict=True)
         other = self._other_prompts(store, prompts)
         return [Sample(name, prompt, completion, other.get(prompt_id)) for name, prompt_id, prompt, completion in rows]
 
-    def _other_prompts(self, store: Store, prompts: dict[str, str]) -> dict[str, list[int]]:
+    def _other_prompts(self, store: Store, prompts: ArtifactRef) -> dict[str, list[int]]:
         """By prompt_id the teacher's tokens, of the prompts where they are not the student's."""
-        if self._teacher_prompts[0] != prompts["key"]:
-            table = store.read_table(_artifact(store, prompts), "prompts", columns=["prompt_id", "teacher_token_ids"])
+        if self._teacher_prompts[0] != prompts.key:
+            artifact = store.require(prompts.stage, prompts.key)
+            table = store.read_table(artifact, "prompts", columns=["prompt_id", "teacher_token_ids"])
             table = table.filter(table["teacher_token_ids"].is_valid())
             found = dict(zip(table["prompt_id"].to_pylist(), table["teacher_token_ids"].to_pylist(), strict=True))
-            self._teacher_prompts = (prompts["key"], found)
+            self._teacher_prompts = (prompts.key, found)
         return self._teacher_prompts[1]
 
     # --- scoring -------------------------------------------------------------------------------------------------
 
-    def score(self, job: dict[str, Any], samples: Sequence[Sample], wanted: Wanted, progress: Progress) -> Values:
+    def score(self, job: ScoreJob | KLJob, samples: Sequence[Sample], wanted: Wanted, progress: Report) -> Values:
         """What is wanted of the samples, in their order. One forward per batch and model."""
         names = [name for name in ("student", "teacher") if getattr(wanted, name)]
-        described = {name: job[name] for name in ("student", "teacher")}
-        models = self.models.get(described, names, job["dtype"])
-        rows = [self._rows(job[name]) for name in ("student", "teacher")]
+        described = {"student": job.student, "teacher": job.teacher}
+        models = self.models.get(described, names, job.dtype)
+        rows = [self._rows(model) for model in described.values()]
         if (k := max(wanted.teacher_k or 0, wanted.student_k or 0)) > min(rows):
             raise InputError(
                 f"objective.support.k: {k} candidates, but student and teacher share a vocabulary of {min(rows)} ids"
@@ -182,13 +191,13 @@ class Scorer:
                 for index, part in zip(batch, np.split(found, edges), strict=True):
                     arrays[index] = part
             done += len(batch)
-            progress(done, len(samples))
+            progress(done)
         return values
 
-    def _rows(self, model: dict[str, str]) -> int:
-        if model["architecture"] not in self._vocabularies:
-            self._vocabularies[model["architecture"]] = vocabulary_rows(Path(model["path"]))
-        return self._vocabularies[model["architecture"]]
+    def _rows(self, model: ModelRef) -> int:
+        if model.architecture not in self._vocabularies:
+            self._vocabularies[model.architecture] = vocabulary_rows(Path(model.path))
+        return self._vocabularies[model.architecture]
 
     @torch.inference_mode()
     def _in_chunks(
@@ -213,6 +222,10 @@ class Scorer:
             for name, value in _quantities(logprobs, tokens[0][chunk], rows, wanted).items():
                 parts.setdefault(name, []).append(value.cpu().numpy())
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def _report(link: Link, before: int, done: int) -> None:
+    link.progress(before + done, 0)
 
 
 def _quantities(logprobs: dict[str, Tensor], ids_N: Tensor, rows: int, wanted: Wanted) -> dict[str, Tensor]:
@@ -262,11 +275,3 @@ def _tokens(samples: Sequence[Sample], rows: Sequence[int], device: torch.device
     pair = (torch.from_numpy(np.concatenate(arrays)).to(device) for arrays in (ids, unread))
     ids_N, unread_N = pair
     return ids_N, unread_N
-
-
-def _artifact(store: Store, reference: dict[str, str]) -> Artifact:
-    artifact = store.get(reference["stage"], reference["key"])
-    if artifact is None:
-        name = f"{reference['stage']}/{reference['key']}"
-        raise CorruptArtifact(f"{name}: not committed in {store.root}, or damaged; run again")
-    return artifact

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from storage.artifacts.artifact import provenance
 from storage.artifacts.checkpoints import KEPT, Checkpoints
 from storage.artifacts.digests import weights_digest
 from storage.errors import ConfigError, CorruptArtifact
+from storage.identity import canonical_json
 from storage.store import Artifact, ArtifactSpec, Builder
 from tasks.inputs.models import parameter_count
 from tasks.stage import Context
 from tasks.trainer.config import OptimizerSettings, TrainConfig, WarmupConfig
+from tasks.workers.jobs import ArtifactRef, CheckpointPlace, TrainJob, TrainOutputs, TrainResult, WarmupJob
 from tasks.workers.metrics import Metrics, summary
 
 _TREES = {"student": "model", "trainer_state": "state"}
 
 
-def place(artifact: Artifact) -> dict[str, str]:
-    """How a job names an artifact that the worker reads from the store."""
-    return {"stage": artifact.stage, "key": artifact.key}
-
-
 def run_and_commit(
-    job: dict[str, Any], specs: Mapping[str, ArtifactSpec], builders: Mapping[str, Builder], context: Context
+    job: TrainJob | WarmupJob, specs: Mapping[str, ArtifactSpec], builders: Mapping[str, Builder], context: Context
 ) -> None:
     """Runs the job on the trainer and commits what `builders` hold: trees `student` and `trainer_state`, and the table
     training_steps of whatever else there is. Training is one whole: it is done again when any of them is missing, and what
@@ -33,17 +31,20 @@ def run_and_commit(
 
     Raises ConfigError, before it trains, when the others were made at other numerics; CorruptArtifact, before it commits
     anything, when their student has other weights than those just trained."""
-    outputs: dict[str, Any] = {}
+    folders = {
+        name: str(builder.directory(tree)) if builder.needs_tree(tree) else None
+        for name, tree in _TREES.items()
+        if (builder := builders.get(name)) is not None
+    }
+    steps = None
     for name, builder in builders.items():
-        if name in _TREES:
-            outputs[name] = str(builder.directory(_TREES[name])) if builder.needs_tree(_TREES[name]) else None
-        else:
+        if name not in _TREES:
             builder.forget("training_steps")  # of a training that came to other weights, perhaps
-            missing = builder.missing("training_steps", 1)
-            outputs["steps"] = {"stage": builder.stage, "key": builder.key} if missing else None
+            steps = ArtifactRef(builder.stage, builder.key) if builder.missing("training_steps", 1) else None
     # a student that is there already is exported too, to be compared
-    outputs["student"] = outputs.get("student") or str(next(iter(builders.values())).scratch())
-    context.log(f"{job['op']}: {job['model']}")
+    exported = folders.get("student") or str(next(iter(builders.values())).scratch())
+    outputs = TrainOutputs(student=exported, trainer_state=folders.get("trainer_state"), steps=steps)
+    context.log(f"{job.stage}: {job.model}")
     earlier = _earlier(specs, builders, context)
     if earlier is not None:
         _require_same_numerics(job, earlier, list(builders), context)
@@ -51,35 +52,32 @@ def run_and_commit(
     order = sorted(builders, key=lambda name: name != "student")  # the others name the student that they belong to
     numerics = context.runtime.numerics("trainer")
     last = builders[order[-1]].checkpoints(numerics)  # committed last, so that its checkpoints last as long as needed
-    checkpoints = {"folder": str(last.folder), "settings": last.settings}
+    checkpoints = CheckpointPlace(str(last.folder), msgspec.Raw(canonical_json(dict(last.settings)).encode()))
 
-    def heard(_: int, done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None:
+    def heard(done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None:
         if note is not None:
-            context.say(job["op"], note)
+            context.say(job.stage, note)
         context.progress(done, total, "steps", metrics)
 
-    [result] = context.workers.run(
-        "trainer",
-        [{**job, "store": str(context.store.root), "outputs": outputs, "checkpoints": checkpoints}],
-        heard,
-    )
-    if text := summary(result["metrics"]):
-        context.log(f"{job['op']}: {result['steps']} steps: {text}")
-    if invalid := result["metrics"].get("invalid_tokens"):
-        context.log(f"warning: {job['op']}: {invalid} completion tokens have invalid values and were left out")
-    weights = weights_digest(outputs["student"])
+    sent = msgspec.structs.replace(job, outputs=outputs, checkpoints=checkpoints)
+    result: TrainResult = context.workers.run("trainer", sent, heard)
+    if text := summary(result.metrics):
+        context.log(f"{job.stage}: {result.steps} steps: {text}")
+    if invalid := result.metrics.get("invalid_tokens"):
+        context.log(f"warning: {job.stage}: {invalid:.0f} completion tokens have invalid values and were left out")
+    weights = weights_digest(exported)
     if earlier is not None:
         _require_same_weights(job, earlier, weights, list(builders), last)
-    made_at = {"numerics": numerics}
-    meta, belongs = {"steps": result["steps"], "last_step": result["last_step"]}, {"student_weights": weights}
+    provenance = {"numerics": numerics}
+    meta, belongs = {"steps": result.steps, "last_step": result.last_step}, {"student_weights": weights}
     for name in order:
         if name == "student":
-            builders[name].commit(meta=meta, provenance=made_at)
+            builders[name].commit(meta=meta, provenance=provenance)
         elif name == "trainer_state":
-            builders[name].commit(meta=meta | belongs, provenance=made_at)
+            builders[name].commit(meta=meta | belongs, provenance=provenance)
         else:
-            own = meta | belongs | {"metrics": result["metrics"]}
-            builders[name].commit(meta=own, tables={"training_steps": 1}, provenance=made_at)
+            own = meta | belongs | {"metrics": result.metrics}
+            builders[name].commit(meta=own, tables={"training_steps": 1}, provenance=provenance)
 
 
 def _weights(artifact: Artifact) -> str | None:
@@ -97,17 +95,17 @@ def _earlier(specs: Mapping[str, ArtifactSpec], builders: Mapping[str, Builder],
     return None
 
 
-def _require_same_numerics(job: dict[str, Any], earlier: Artifact, missing: list[str], context: Context) -> None:
+def _require_same_numerics(job: TrainJob | WarmupJob, earlier: Artifact, missing: list[str], context: Context) -> None:
     if differ := context.runtime.training_differs(earlier.provenance.get("numerics") or {}):
         raise ConfigError(
-            f"{job['op']}: {' and '.join(sorted(missing))} must be made (again), at the settings at which"
+            f"{job.stage}: {' and '.join(sorted(missing))} must be made (again), at the settings at which"
             f" {earlier.stage}/{earlier.key} was made: {'; '.join(differ)}. Set them back, for this at least: opd resume NAME"
             f" --set FIELD=VALUE. {_beside(job)}"
         )
 
 
 def _require_same_weights(
-    job: dict[str, Any], earlier: Artifact, weights: str, missing: list[str], checkpoints: Checkpoints
+    job: TrainJob | WarmupJob, earlier: Artifact, weights: str, missing: list[str], checkpoints: Checkpoints
 ) -> None:
     before = str(_weights(earlier))
     if weights == before:
@@ -118,16 +116,16 @@ def _require_same_weights(
     differ = [f"{name} {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
     changed = f"Changed since: {'; '.join(differ)}" if differ else "Nothing that is recorded has changed since"
     raise CorruptArtifact(
-        f"{job['op']}: {' and '.join(sorted(missing))} had to be made (again), and training came to the weights"
+        f"{job.stage}: {' and '.join(sorted(missing))} had to be made (again), and training came to the weights"
         f" {weights[:12]}, where {earlier.stage}/{earlier.key} has {before[:12]}: it would belong to another student, and is"
         f" not kept. {changed}. With the old ones back: opd resume NAME. {_beside(job)}"
     )
 
 
-def _beside(job: dict[str, Any]) -> str:
+def _beside(job: TrainJob | WarmupJob) -> str:
     """How to go on without them and without losing what is committed."""
-    new = f"--name NEW --set seed={job['seed'] + 1}"
-    command = f"opd fork NAME@{job['round'] - 1} {new}" if job["round"] else f"opd run CONFIG {new}"
+    new = f"--name NEW --set seed={job.seed + 1}"
+    command = f"opd fork NAME@{job.round - 1} {new}" if job.round else f"opd run CONFIG {new}"
     return f"Where that is impossible, make the round anew in another run: {command}"
 
 
@@ -138,9 +136,10 @@ def training_bytes(parameters: int, settings: OptimizerSettings, states: int) ->
     return student if settings.lora is not None else student + states * 12 * parameters
 
 
-def _require_space(job: dict[str, Any], state: bool, context: Context) -> None:
+def _require_space(job: TrainJob | WarmupJob, state: bool, context: Context) -> None:
     """Refuses to start what the disk has no room for: NotEnoughSpace."""
-    settings: OptimizerSettings = (TrainConfig if job["op"] == "train" else WarmupConfig).model_validate(job["config"])
+    config: type[OptimizerSettings] = TrainConfig if isinstance(job, TrainJob) else WarmupConfig
+    settings = config.model_validate_json(bytes(job.config))
     states = state + (KEPT + 1 if context.runtime.trainer.checkpoint_minutes is not None else 0)
-    needed = training_bytes(parameter_count(Path(job["model"])), settings, states)
-    context.store.require_space(needed, f"{job['op']}: student, optimizer state, checkpoints")
+    needed = training_bytes(parameter_count(Path(job.model)), settings, states)
+    context.store.require_space(needed, f"{job.stage}: student, optimizer state, checkpoints")

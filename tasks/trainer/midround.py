@@ -6,6 +6,7 @@ what it loads, and `latest` says which checkpoint is meant before all ranks have
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from storage.artifacts.checkpoints import Checkpoint, Checkpoints, write_file
 from storage.errors import CorruptArtifact
 from tasks.trainer.engine import Engine
 from tasks.trainer.state import TrainerState, share
+from tasks.workers.jobs import TrainJob, WarmupJob
 from tasks.workers.metrics import Progress
 
 Rows = list[dict[str, Any]]
@@ -38,11 +40,11 @@ class Resumed:
 class Keeper:
     """One job's checkpoints, the same calls on every rank."""
 
-    def __init__(self, job: dict[str, Any], minutes: float | None) -> None:
-        place = job.get("checkpoints")
-        self._kept = (
-            Checkpoints(Path(job["store"]), Path(place["folder"]), place["settings"]) if place is not None else None
-        )
+    def __init__(self, job: TrainJob | WarmupJob, minutes: float | None) -> None:
+        place = job.checkpoints
+        self._kept: Checkpoints | None = None
+        if place is not None:
+            self._kept = Checkpoints(Path(job.store), Path(place.folder), json.loads(bytes(place.numerics)))
         self._seconds = minutes * 60 if minutes is not None and place is not None else None
         self._saved = time.monotonic()
 

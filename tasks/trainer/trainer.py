@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter
 
-from storage.errors import CorruptArtifact, InputError
+from storage.errors import InputError
 from storage.identity import derive_seed
 from storage.schemas import MaskReason, schema_for
 from storage.store import Store
@@ -33,6 +33,8 @@ from tasks.trainer.export import export_student
 from tasks.trainer.loop import Plan, pinned, run_steps
 from tasks.trainer.midround import Keeper
 from tasks.trainer.model import TrainModule, add_adapters, load_model, trainable
+from tasks.workers.jobs import ArtifactRef, TrainJob, TrainResult, WarmupJob
+from tasks.workers.main import Link
 from tasks.workers.metrics import Progress, summarised
 
 _OBJECTIVE: TypeAdapter[Any] = TypeAdapter(ObjectiveConfig)
@@ -60,33 +62,28 @@ class Trainer:
         self.settings = settings
         self.device = start()
 
-    def handle(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        """Collective: every rank gets the same job. Rank 0 returns {steps, last_step, metrics}, the others {}.
-
-        `job`: op (train | warmup), store, model (folder), state (folder or null), config, objective, seed, round,
-        rollouts / signals / prompts ({stage, key}), outputs: {student, trainer_state: empty folders, steps: {stage,
-        key} of the artifact with the table training_steps}, each null when not wanted; checkpoints (of the unfinished job:
-        folder, settings; or null)."""
-        runtime = self.settings | job.get("runtime", {})
-        with pinned(int(runtime["threads"])):
-            return self._train(job, runtime, progress)
+    def handle(self, job: TrainJob | WarmupJob, link: Link) -> TrainResult:
+        """Collective: every rank gets the same job; rank 0's result counts."""
+        with pinned(int(self.settings["threads"])):
+            return self._train(job, self.settings, link.progress)
 
     def close(self) -> None:
         """Leaves the group of ranks."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _train(self, job: dict[str, Any], runtime: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        torch.manual_seed(derive_seed(job["seed"], "train", job["round"]))
-        training = _TRAINING_JOBS[job["op"]](job, Store(job["store"]))
+    def _train(self, job: TrainJob | WarmupJob, runtime: dict[str, Any], progress: Progress) -> TrainResult:
+        torch.manual_seed(derive_seed(job.seed, "train", job.round))
+        store = Store(job.store)
+        training = _train_job(job, store) if isinstance(job, TrainJob) else _warmup_job(job, store)
         settings = training.settings
-        student = Path(job["model"])
-        resumed = Path(job["state"]) if job.get("state") else None
+        student = Path(job.model)
+        resumed = Path(job.state) if job.state else None
         lora = settings.lora.model_dump(mode="json") if settings.lora else None
         known = state.read(resumed, lora) if resumed is not None else None
         base = resumed / "base" if resumed is not None and settings.lora else student
         steps = plan_steps(
-            job["seed"], job["round"], len(training.samples), training.samples_per_step, training.total_samples
+            job.seed, job.round, len(training.samples), training.samples_per_step, training.total_samples
         )
         keeper = Keeper(job, runtime["checkpoint_minutes"])
         midway = keeper.find(len(steps), progress)
@@ -111,8 +108,8 @@ class Trainer:
             plan = Plan(
                 steps=steps,
                 first_step=known.step if known is not None else 0,
-                seed=job["seed"],
-                round=job["round"],
+                seed=job.seed,
+                round=job.round,
                 normalisation=training.objective.normalisation,
                 normalisation_length=training.objective.normalisation_length,
                 metrics_every=training.metrics_every,
@@ -120,7 +117,7 @@ class Trainer:
                 stop_loss=training.stop_loss,
                 micro_batch_tokens=int(runtime["micro_batch_tokens"]),
             )
-            own = {"round": job["round"], "lora": lora}
+            own = {"round": job.round, "lora": lora}
             rows = run_steps(
                 plan,
                 training.samples,
@@ -138,46 +135,46 @@ class Trainer:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return _summary(rows, training.samples) if dist.get_rank() == 0 else {}
+        return _summary(rows, training.samples)
 
     def _write(
         self,
-        job: dict[str, Any],
+        job: TrainJob | WarmupJob,
         engine: Engine,
         rows: list[dict[str, Any]],
         settings: OptimizerSettings,
         base: Path,
         student: Path,
     ) -> None:
-        outputs = job["outputs"]
-        if outputs.get("trainer_state"):
+        outputs = job.outputs
+        if outputs.trainer_state:
             now = state.TrainerState(
                 step=rows[-1]["step"],
-                round=job["round"],
+                round=job.round,
                 lr=rows[-1]["lr"],
                 lora=settings.lora.model_dump(mode="json") if settings.lora else None,
             )
-            state.save(Path(outputs["trainer_state"]), engine, now, base if settings.lora else None)
-        if outputs.get("student"):
+            state.save(Path(outputs.trainer_state), engine, now, base if settings.lora else None)
+        if outputs.student:
             masters = state.full_tensors(engine, "master")
             if dist.get_rank() == 0:
-                export_student(Path(outputs["student"]), base, student, masters, settings.dtype, settings.lora)
+                export_student(Path(outputs.student), base, student, masters, settings.dtype, settings.lora)
             else:
                 list(masters)  # the ranks gather together
-        if outputs.get("steps") and dist.get_rank() == 0:
+        if outputs.steps and dist.get_rank() == 0:
             table = pa.Table.from_pylist(rows, schema=schema_for("training_steps"))
-            writer = Store(job["store"]).shard_writer(outputs["steps"]["stage"], outputs["steps"]["key"])
+            writer = Store(job.store).shard_writer(outputs.steps.stage, outputs.steps.key)
             writer.write_shard("training_steps", 0, table)
 
 
-def _train_job(job: dict[str, Any], store: Store) -> TrainingJob:
-    config = TrainConfig.model_validate(job["config"])
-    objective = _OBJECTIVE.validate_python(job["objective"])
-    rollouts = _table(store, job["rollouts"], "rollouts")
-    signals = {name: _table(store, where, name) for name, where in job["signals"].items()}
+def _train_job(job: TrainJob, store: Store) -> TrainingJob:
+    config = TrainConfig.model_validate_json(bytes(job.config))
+    objective = _OBJECTIVE.validate_json(bytes(job.objective))
+    rollouts = _table(store, job.rollouts, "rollouts")
+    signals = {name: _table(store, where, name) for name, where in job.signals.items()}
     reasons = [MaskReason[name.upper()] for name in config.mask_reasons]
-    rows = vocabulary_rows(Path(job["model"]))
-    samples = from_rollouts(rollouts, signals, objective.needs(), reasons, job["seed"], rows)
+    rows = vocabulary_rows(Path(job.model))
+    samples = from_rollouts(rollouts, signals, objective.needs(), reasons, job.seed, rows)
     correction, cap = config.importance_correction, None
     if isinstance(correction, TruncatedCorrection):
         cap = correction.cap
@@ -198,12 +195,12 @@ def _train_job(job: dict[str, Any], store: Store) -> TrainingJob:
     )
 
 
-def _warmup_job(job: dict[str, Any], store: Store) -> TrainingJob:
-    config = WarmupConfig.model_validate(job["config"])
-    samples = from_prompts(_table(store, job["prompts"], "prompts"), "warmup", vocabulary_rows(Path(job["model"])))
+def _warmup_job(job: WarmupJob, store: Store) -> TrainingJob:
+    config = WarmupConfig.model_validate_json(bytes(job.config))
+    samples = from_prompts(_table(store, job.prompts, "prompts"), "warmup", vocabulary_rows(Path(job.model)))
     return TrainingJob(
         settings=config,
-        objective=_OBJECTIVE.validate_python(job["objective"]),
+        objective=_OBJECTIVE.validate_json(bytes(job.objective)),
         samples=samples,
         samples_per_step=config.samples_per_step,
         total_samples=config.samples_per_step * config.steps,
@@ -212,17 +209,11 @@ def _warmup_job(job: dict[str, Any], store: Store) -> TrainingJob:
     )
 
 
-_TRAINING_JOBS = {"train": _train_job, "warmup": _warmup_job}
+def _table(store: Store, where: ArtifactRef, table: str) -> pa.Table:
+    return store.read_table(store.require(where.stage, where.key), table)
 
 
-def _table(store: Store, where: dict[str, str], table: str) -> pa.Table:
-    artifact = store.get(where["stage"], where["key"])
-    if artifact is None:
-        raise CorruptArtifact(f"{where['stage']}/{where['key']}: not in the store at {store.root}")
-    return store.read_table(artifact, table)
-
-
-def _summary(rows: list[dict[str, Any]], samples: Samples) -> dict[str, Any]:
+def _summary(rows: list[dict[str, Any]], samples: Samples) -> TrainResult:
     tokens = sum(row["tokens"] for row in rows)
     loss = sum(row["loss"] * row["tokens"] for row in rows) / max(1, tokens)
     metrics = {
@@ -231,4 +222,4 @@ def _summary(rows: list[dict[str, Any]], samples: Samples) -> dict[str, Any]:
         "invalid_tokens": samples.invalid,
         **summarised(rows),
     }
-    return {"steps": len(rows), "last_step": rows[-1]["step"], "metrics": metrics}
+    return TrainResult(len(rows), rows[-1]["step"], metrics)

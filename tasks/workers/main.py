@@ -1,7 +1,7 @@
-"""The child's side of a worker: `python -m tasks.workers.main ROLE` serves a stream of jobs over a Unix socket.
+"""The worker process: `python -m tasks.workers.main ROLE` serves a stream of jobs over a Unix socket.
 
-The supervisor (`tasks/workers/pool.py`) gives the socket's path and the settings in the environment. Every message is one line
-of JSON. When the socket closes the supervisor is gone, and the worker ends its whole process group at once."""
+The supervisor (`tasks/workers/pool.py`) passes the socket's path and the settings in the environment. Messages are those of
+`tasks/workers/jobs.py`. When the socket closes, the supervisor is gone, and the worker kills its whole process group."""
 
 from __future__ import annotations
 
@@ -23,45 +23,75 @@ from typing import Any, Protocol
 from storage.disk.files import explain_full_disk
 from storage.disk.redact import redact, redact_output
 from storage.errors import OpdError
-from tasks.plugins import ROLES, load_plugins, refuse_changed
+from tasks.plugins import load_plugins, refuse_changed
+from tasks.workers import jobs
 from tasks.workers.metrics import Metrics
 
 PROGRESS_INTERVAL = 0.2
-"""Seconds between two progress messages at least."""
+"""Shortest time in seconds between two progress messages."""
 _PR_SET_PDEATHSIG = 1
 
 
 class Handler(Protocol):
-    """What serves a role's jobs. `settings` are facts about the machine that hold for the worker's life."""
+    """Serves a role's jobs. `settings` are facts about the machine that hold for the worker's life."""
 
-    def handle(self, job: dict[str, Any], progress: Any) -> dict[str, Any]: ...
+    def handle(self, job: Any, link: Link) -> jobs.Schema:
+        """Do one job (a schema of `jobs`) and return its result."""
 
     def close(self) -> None: ...
 
 
 class Channel:
-    """Line-wise JSON over the supervisor's socket; ends the process group when the supervisor is gone."""
+    """Messages over the supervisor's socket; kills the process group when the supervisor is gone."""
 
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.connect(path)
         self._lock = threading.Lock()
-        self.incoming: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.incoming: queue.Queue[bytes] = queue.Queue()
         threading.Thread(target=self._read, daemon=True, name="supervisor-watch").start()
 
-    def send(self, message: dict[str, Any]) -> None:
-        data = json.dumps(message).encode() + b"\n"
+    def send(self, message: jobs.FromWorker) -> None:
         with self._lock:
-            self._socket.sendall(data)
+            self._socket.sendall(jobs.line(message))
 
     def _read(self) -> None:
         try:
             with self._socket.makefile("rb") as lines:
-                for line in lines:
-                    self.incoming.put(json.loads(line))
+                for data in lines:
+                    self.incoming.put(data)
         except OSError:
             pass
         os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+class Link:
+    """What a handler uses of its supervisor while it does one job."""
+
+    def __init__(self, channel: Channel, job: int, rank: int) -> None:
+        self._channel, self._job, self._rank = channel, job, rank
+        self._sent = 0.0
+
+    def progress(self, done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None:
+        """How far the job is (total 0: not known), at most every `PROGRESS_INTERVAL`; the last one and notes always."""
+        now = time.monotonic()
+        if self._rank == 0 and (now - self._sent >= PROGRESS_INTERVAL or 0 < total <= done or note):
+            self._sent = now
+            text = redact(note) if note else None
+            found = dict(metrics) if metrics else None
+            self._channel.send(jobs.Progress(self._job, int(done), int(total), found, text))
+
+    def next(self) -> Any:
+        """The next item of the job; None when there are no more."""
+        self._channel.send(jobs.Want(self._job))
+        answer = jobs.to_worker(self._channel.incoming.get())
+        if not isinstance(answer, jobs.Give) or answer.id != self._job:
+            raise jobs.JobMismatch(f"the worker asked for an item and got {type(answer).__name__}")
+        return None if answer.item is None else jobs.decode(answer.item)
+
+    def done(self, result: jobs.Schema) -> None:
+        """An item is finished: its shard is written."""
+        self._channel.send(jobs.Done(self._job, jobs.raw(result)))
 
 
 def main(role: str) -> None:
@@ -76,46 +106,37 @@ def main(role: str) -> None:
     try:
         load_plugins(settings.get("plugins", ()), settings.get("plugin_path"))
         refuse_changed(settings.get("plugin_sources", {}), "what this run has begun")
-        module, _, name = ROLES[role].partition(":")
+        module, _, name = jobs.ROLES[role].partition(":")
         handler: Handler = getattr(importlib.import_module(module), name)(settings)
     except BaseException as error:
-        channel.send({"kind": "failed", "rank": rank, **_describe(error)})
+        channel.send(jobs.Failed(rank, _describe(error)))
         raise
-    channel.send({"kind": "ready", "rank": rank, "pid": os.getpid()})
+    channel.send(jobs.Ready(rank, os.getpid()))
     while True:
-        message = channel.incoming.get()
-        if message["kind"] == "stop":
+        message = jobs.to_worker(channel.incoming.get())
+        if isinstance(message, jobs.Do):
+            _serve(handler, channel, message, rank)
+        elif isinstance(message, jobs.Stop):
             handler.close()
-            channel.send({"kind": "stopped", "rank": rank})
+            channel.send(jobs.Stopped(rank))
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)  # engines may abort in interpreter exit; everything that matters is committed
-        _serve(handler, channel, message, rank)
 
 
-def _serve(handler: Handler, channel: Channel, message: dict[str, Any], rank: int) -> None:
-    sent = 0.0
-
-    def progress(done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None:
-        nonlocal sent
-        now = time.monotonic()
-        if rank == 0 and (now - sent >= PROGRESS_INTERVAL or done >= total or note):
-            sent = now
-            told: dict[str, Any] = {"metrics": dict(metrics)} if metrics else {}
-            told |= {"note": redact(note)} if note else {}
-            channel.send({"kind": "progress", "id": message["id"], "done": int(done), "total": int(total), **told})
-
+def _serve(handler: Handler, channel: Channel, message: jobs.Do, rank: int) -> None:
     try:
-        with explain_full_disk(Path(message["job"].get("store", message["log"]))):
-            _write_to(message["log"])
-            result = handler.handle(message["job"], progress)
+        job = jobs.decode(message.job, message.protocol)
+        with explain_full_disk(Path(getattr(job, "store", message.log))):
+            _write_to(message.log)
+            result = handler.handle(job, Link(channel, message.id, rank))
     except Exception as error:
         with suppress(OSError):  # a full disk takes the log, not the answer
             traceback.print_exc()
             sys.stderr.flush()
-        channel.send({"kind": "error", "id": message["id"], "rank": rank, **_describe(error)})
+        channel.send(jobs.Error(message.id, rank, _describe(error)))
         return
-    channel.send({"kind": "result", "id": message["id"], "rank": rank, "result": result if rank == 0 else {}})
+    channel.send(jobs.Result(message.id, rank, jobs.raw(result) if rank == 0 else None))
 
 
 def _write_to(log: str) -> None:
@@ -128,13 +149,13 @@ def _write_to(log: str) -> None:
     os.close(file)
 
 
-def _describe(error: BaseException) -> dict[str, Any]:
-    return {
-        "type": type(error).__name__,
-        "message": redact(str(error)),
-        "ours": isinstance(error, OpdError),
-        "traceback": redact("".join(traceback.format_exception(error)[-12:])),
-    }
+def _describe(error: BaseException) -> jobs.ErrorText:
+    return jobs.ErrorText(
+        kind=type(error).__name__,
+        message=redact(str(error)),
+        ours=isinstance(error, OpdError),
+        traceback=redact("".join(traceback.format_exception(error)[-12:])),
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 Metrics = Mapping[str, float | None]
@@ -14,11 +14,6 @@ class Progress(Protocol):
     the user should hear of; it is told at once, so that it is not lost with a worker that dies later."""
 
     def __call__(self, done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None: ...
-
-
-JobsProgress = Callable[..., None]
-"""The same for one of several jobs: called with (job index, done, total), and with `metrics` and `note` where the job
-gave some."""
 
 
 def silent(done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None:

@@ -1,31 +1,42 @@
-"""The supervisor's side of workers: heavy work runs in subprocesses that serve a stream of jobs (`tasks/workers/process.py`).
-
-GPU memory is free when a worker ends, and a crash is only that stage's."""
+"""The pool of workers of a run. Heavy work runs in subprocesses that serve a stream of jobs (`tasks/workers/process.py`): GPU
+memory is free when a worker ends, and a crash ends one worker, not the run."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-import queue
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import storage.errors
 from storage.disk.files import remove_leftovers
 from tasks.plugins import loaded_digests
-from tasks.workers.metrics import JobsProgress, Progress, silent
-from tasks.workers.process import Worker, WorkerDied, WorkerFailed, temporary_folders
+from tasks.workers import jobs
+from tasks.workers.metrics import Metrics, Progress, silent
+from tasks.workers.process import Items, Worker, WorkerDied, WorkerFailed, temporary_folders
 from tasks.workers.runtime import RuntimeConfig
 
 __all__ = ["Worker", "WorkerDied", "WorkerFailed", "WorkerPool"]
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
+
+_SHOWN = 8
+
+
+class Item(Protocol):
+    """One shard of a job that several workers share."""
+
+    @property
+    def shard(self) -> int: ...
+    @property
+    def size(self) -> int:
+        """Samples of the shard."""
 
 
 class WorkerPool:
@@ -70,45 +81,41 @@ class WorkerPool:
             self.kill()
             raise
 
-    def run(
+    def run(self, role: str, job: jobs.Schema, on_progress: Progress = silent) -> Any:
+        """Do one job on one worker and return its result.
+
+        A worker that dies or hangs is started again and the job tried again, `runtime.retries` times."""
+        tries = self.runtime.retries + 1
+        for attempt in range(1, tries + 1):
+            try:
+                return self._do(role, 0, job, on_progress, None)
+            except WorkerDied as error:
+                self._again(role, 0, error, attempt, tries)
+        raise AssertionError("unreachable")
+
+    def share(
         self,
         role: str,
-        jobs: list[dict[str, Any]],
-        on_progress: JobsProgress | None = None,
-        settings_extra: dict[str, Any] | None = None,
-    ) -> list[dict[str, Any]]:
-        """Do the jobs over the role's workers and return their results in the order of the jobs.
+        job: jobs.Schema,
+        items: Sequence[Item],
+        on_progress: Callable[[int], None] = lambda done: None,
+        workers: int | None = None,
+    ) -> tuple[list[Any], list[Any]]:
+        """Let the role's workers (at most `workers` of them) do one job over a queue of items: each takes the next item as
+        soon as it has room. `on_progress` is called with the samples that are finished.
 
-        A worker that dies or hangs is started again and its job retried, `runtime.retries` times; the job's handler
-        finds what the dead one had finished. The first error ends the rest: jobs under way are stopped, what they
-        committed stays."""
-        if not jobs:
-            return []
-        count = min(self._count(role), len(jobs))
-        pending: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for index in range(len(jobs)):
-            pending.put(index)
-        results: list[dict[str, Any]] = [{} for _ in jobs]
-        errors: list[BaseException] = []
-
-        def drain(number: int) -> None:
-            try:
-                while not errors:
-                    index = pending.get_nowait()
-                    report = functools.partial(on_progress, index) if on_progress else silent
-                    results[index] = self._attempt(role, number, jobs[index], report, settings_extra or {})
-            except queue.Empty:
-                pass
-            except WorkerDied as error:
-                error.job = index
-                errors.append(error)
-            except BaseException as error:
-                errors.append(error)
-
+        Returns the items' results in the order of the items, and the results of the workers. When a worker dies or hangs, its
+        unfinished items go back to the front of the queue and it is started again; an item that was unfinished at
+        more than `runtime.retries` deaths ends the stage (WorkerDied). The first error ends the rest: what they wrote stays."""
+        shared = _Shared(items, on_progress, self.runtime.retries + 1)
+        count = min(workers or self._count(role), self._count(role), len(items))
         if count == 1:
-            drain(0)
-        else:
-            threads = [threading.Thread(target=drain, args=(number,), daemon=True) for number in range(count)]
+            self._drain(role, 0, job, shared)
+        elif count > 1:
+            threads = [
+                threading.Thread(target=self._drain, args=(role, number, job, shared), daemon=True)
+                for number in range(count)
+            ]
             for thread in threads:
                 thread.start()
             try:
@@ -116,27 +123,42 @@ class WorkerPool:
                     while thread.is_alive():
                         thread.join(0.2)
             except BaseException as error:
-                errors.append(error)
+                shared.errors.append(error)
                 self.kill()
-        if errors:
-            raise errors[0]
-        return results
+        if shared.errors:
+            raise shared.errors[0]
+        return [shared.results[index] for index in range(len(items))], shared.answers
 
-    def _attempt(
-        self, role: str, number: int, job: dict[str, Any], report: Progress, extra: dict[str, Any]
-    ) -> dict[str, Any]:
-        tries, log = self.runtime.retries + 1, self._log(role, number)
-        for attempt in range(1, tries + 1):
-            try:
-                worker = self._worker(role, number, extra)
-                return worker.run(job, report, self.runtime.stage_timeout, log, self.runtime.stall_timeout)
-            except WorkerDied as error:
-                if attempt == tries:
-                    often = f", the last of {tries} tries" if tries > 1 else ""
-                    raise WorkerDied(error.what + often, error.tail) from None
-                with suppress(OSError), log.open("a") as file:  # a full disk is the job's to notice
-                    file.write(f"--- {error.what}; try {attempt + 1} of {tries}\n")
-        raise AssertionError("unreachable")
+    def _drain(self, role: str, number: int, job: jobs.Schema, shared: _Shared) -> None:
+        attempt = 0
+        try:
+            while not shared.errors:
+                part = shared.part()
+                try:
+                    answer = self._do(role, number, job, part.progress, Items(part.take, part.done))
+                    shared.answers.append(answer)
+                    return
+                except WorkerDied as error:
+                    attempt = 0 if part.finished else attempt
+                    attempt += 1
+                    lost = part.give_back()
+                    tries = max([attempt, *(shared.deaths[index] for index in lost)])
+                    self._again(role, number, shared.naming(error, lost), tries, shared.tries)
+        except BaseException as error:
+            shared.errors.append(error)
+
+    def _do(self, role: str, number: int, job: jobs.Schema, report: Progress, items: Items | None) -> Any:
+        worker, runtime = self._worker(role, number), self.runtime
+        log = self._log(role, number)
+        return worker.run(job, report, runtime.stage_timeout, log, runtime.stall_timeout, items)
+
+    def _again(self, role: str, number: int, error: WorkerDied, attempt: int, tries: int) -> None:
+        """Notes that a worker is started again, or raises the error when it was tried often enough."""
+        if attempt >= tries:
+            often = f", the last of {tries} tries" if tries > 1 else ""
+            raise WorkerDied(error.what + often, error.tail) from None
+        with suppress(OSError), self._log(role, number).open("a") as file:  # a full disk is the job's to notice
+            file.write(f"--- {error.what}; try {attempt + 1} of {tries}\n")
 
     def stage_done(self) -> None:
         """A stage has ended: workers end too unless they are kept warm."""
@@ -171,8 +193,8 @@ class WorkerPool:
     def _count(self, role: str) -> int:
         return {"sampler": self.runtime.sampler.workers, "scorer": self.runtime.scorer.workers}.get(role, 1)
 
-    def _worker(self, role: str, number: int, extra: dict[str, Any]) -> Worker:
-        settings = self._settings(role) | extra
+    def _worker(self, role: str, number: int) -> Worker:
+        settings = self._settings(role)
         key = (role, number, json.dumps(settings, sort_keys=True))
         with self._lock:
             for other in [k for k in self._workers if k[:2] == key[:2] and (k != key or not self._workers[k].alive)]:
@@ -242,6 +264,90 @@ class WorkerPool:
                 f" {width}; name at least {own.workers * width}"
             )
         return ",".join(map(str, mine))
+
+
+class _Shared:
+    """A queue of items that several workers take from, and what became of each."""
+
+    def __init__(self, items: Sequence[Item], on_progress: Callable[[int], None], tries: int) -> None:
+        self.items, self.tries = items, tries
+        self.queue = deque(range(len(items)))
+        self.deaths = [0] * len(items)
+        """Workers that died over an item."""
+        self.results: dict[int, Any] = {}
+        self.answers: list[Any] = []
+        self.errors: list[BaseException] = []
+        self.lock = threading.Lock()
+        self._on_progress = on_progress
+        self._parts: list[_Part] = []
+        self._index = {item.shard: index for index, item in enumerate(items)}
+
+    def part(self) -> _Part:
+        with self.lock:
+            self._parts.append(_Part(self))
+            return self._parts[-1]
+
+    def index(self, shard: int) -> int:
+        return self._index[shard]
+
+    def report(self) -> None:
+        self._on_progress(sum(part.samples for part in self._parts))
+
+    def naming(self, error: WorkerDied, lost: Sequence[int]) -> WorkerDied:
+        """The error, saying which shards are not finished."""
+        if not lost:
+            return error
+        shards = sorted(self.items[index].shard for index in lost)
+        more = f" and {len(shards) - _SHOWN} more" if len(shards) > _SHOWN else ""
+        samples = sum(self.items[index].size for index in lost)
+        what = f"shard{'s' if len(shards) > 1 else ''} {', '.join(map(str, shards[:_SHOWN]))}{more}"
+        return WorkerDied(
+            f"{error.what}; {what} ({samples} samples) not finished, finished shards are kept", error.tail
+        )
+
+
+class _Part:
+    """One worker's share of a queue, from its start to its end or death."""
+
+    def __init__(self, shared: _Shared) -> None:
+        self._shared = shared
+        self._open: list[int] = []
+        self._written = 0
+        self.samples = 0
+        """Finished samples, those of shards under way included."""
+        self.finished = False
+        """Whether it has finished an item."""
+
+    def take(self) -> Item | None:
+        with self._shared.lock:
+            if self._shared.errors or not self._shared.queue:
+                return None
+            self._open.append(self._shared.queue.popleft())
+            return self._shared.items[self._open[-1]]
+
+    def done(self, result: Any) -> None:
+        with self._shared.lock:
+            index = self._shared.index(result.shard)
+            self._open.remove(index)
+            self._shared.results[index] = result
+            self._written += self._shared.items[index].size
+            self.samples = max(self.samples, self._written)
+            self.finished = True
+            self._shared.report()
+
+    def progress(self, done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None:
+        with self._shared.lock:
+            self.samples = max(done, self._written)
+            self._shared.report()
+
+    def give_back(self) -> list[int]:
+        """The worker is gone: its unfinished items are for the next one."""
+        with self._shared.lock:
+            lost, self._open, self.samples = self._open, [], self._written
+            for index in reversed(lost):
+                self._shared.deaths[index] += 1
+                self._shared.queue.appendleft(index)
+            return lost
 
 
 def _inductor_cache() -> str:

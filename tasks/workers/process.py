@@ -5,7 +5,6 @@ worker holds a socket; when it closes, the supervisor is gone. Its output goes t
 
 from __future__ import annotations
 
-import json
 import os
 import selectors
 import shutil
@@ -17,8 +16,9 @@ import tempfile
 import time
 import weakref
 from collections import deque
-from collections.abc import Container, Sequence
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import psutil
 import storage.errors
 from storage.disk.files import explain_full_disk, temporary_name
 from storage.errors import OpdError
+from tasks.workers import jobs
 from tasks.workers.metrics import Progress
 
 START_TIMEOUT = 600.0
@@ -40,7 +41,6 @@ _SOCKET_PATH = 107
 """The longest path of a socket that Linux takes."""
 _SOCKET_NAME = len("/5ff1b2c0-0b6c-4f1e-9d6a-0123456789ab")
 """Room below a worker's folder: engines with several processes name their sockets so."""
-_SHOWN = 5
 
 
 class WorkerFailed(OpdError):
@@ -48,19 +48,28 @@ class WorkerFailed(OpdError):
 
 
 class WorkerDied(WorkerFailed):
-    """A worker ended, was killed or hung, without an answer. Trying again can help. `job` is the index of the job that it
-    was doing, among those given to `WorkerPool.run`."""
+    """A worker ended, was killed or hung, without an answer. Trying again can help."""
 
-    def __init__(self, what: str, tail: str = "", job: int = 0) -> None:
+    def __init__(self, what: str, tail: str = "") -> None:
         super().__init__(f"{what}\n{tail}" if tail else what)
-        self.what, self.tail, self.job = what, tail, job
+        self.what, self.tail = what, tail
 
-    def losing(self, names: Sequence[str], finished: Container[str], where: str) -> WorkerDied:
-        """The same, naming what of its job is not finished."""
-        left = [name for name in names if name not in finished]
-        shown = ", ".join(left[:_SHOWN]) + (f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else "")
-        lost = f"{len(left)} of {len(names)} samples of {where} are not finished ({shown}), the others are kept"
-        return WorkerDied(f"{self.what}; {lost}", self.tail, self.job)
+
+def no_items() -> None:
+    """The items of a job that has none."""
+
+
+def _ignore(result: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Items:
+    """Where a worker's job gets its items, and where it reports them."""
+
+    take: Callable[[], Any] = no_items
+    """The next item; None when there are no more."""
+    done: Callable[[Any], None] = _ignore
+    """Called with an item's result once its shard is written."""
 
 
 class Worker:
@@ -118,55 +127,59 @@ class Worker:
         ready = 0
         while ready < self.world:
             for slot, message in self._receive():
-                if message["kind"] == "failed":
-                    raise self._error(message)
-                if message["kind"] == "ready":
+                if isinstance(message, jobs.Failed):
+                    raise self._error(message.error)
+                if isinstance(message, jobs.Ready):
                     ready += 1
-                    self._names[slot] = f" (rank {message['rank']})" if self.world > 1 else ""
+                    self._names[slot] = f" (rank {message.rank})" if self.world > 1 else ""
             if time.monotonic() > deadline:
                 raise self._stopped(f"not ready after {START_TIMEOUT:.0f} s")
 
     def run(
         self,
-        job: dict[str, Any],
+        job: jobs.Schema,
         progress: Progress,
         timeout: float | None = None,
         log: Path | None = None,
         stall_timeout: float | None = None,
-    ) -> dict[str, Any]:
+        items: Items | None = None,
+    ) -> Any:
         """Do one job and return rank 0's result. From now on the worker writes to `log`, if one is given.
 
         Raises the OpdError that the worker raised, WorkerFailed for anything else it raised, WorkerDied when it ended
-        without an answer, did not answer within `timeout` seconds or said nothing for `stall_timeout` seconds; after the
+        without an answer, did not answer within `timeout` seconds or sent nothing for `stall_timeout` seconds; after the
         last two the worker is gone."""
         self._jobs += 1
         self.log = log or self.log
-        line = json.dumps({"kind": "job", "id": self._jobs, "job": job, "log": str(self.log)}).encode() + b"\n"
+        items = items or Items()
         started = heard = time.monotonic()
-        result: dict[str, Any] = {}
-        done = 0
+        result: Any = None
+        finished = 0
         try:
-            for connection in self._ranks.values():
-                connection.sendall(line)
-            while done < self.world:
+            self._send(jobs.Do(self._jobs, jobs.PROTOCOL, str(self.log), jobs.raw(job)))
+            while finished < self.world:
                 for _, message in (messages := self._receive()):
-                    if message["kind"] == "progress":
-                        told = {name: message[name] for name in ("metrics", "note") if name in message}
-                        progress(message["done"], message["total"], **told)
-                    elif message["kind"] == "error":
-                        raise self._error(message)
-                    elif message["kind"] == "result":
-                        done += 1
-                        if message["rank"] == 0:
-                            result = message["result"]
+                    if isinstance(message, jobs.Progress):
+                        self._forward(message, progress)
+                    elif isinstance(message, jobs.Want):
+                        item = items.take()
+                        self._send(jobs.Give(self._jobs, None if item is None else jobs.raw(item)))
+                    elif isinstance(message, jobs.Done):
+                        items.done(jobs.decode(message.result))
+                    elif isinstance(message, jobs.Error):
+                        raise self._error(message.error)
+                    elif isinstance(message, jobs.Result):
+                        finished += 1
+                        if message.rank == 0 and message.result is not None:
+                            result = jobs.decode(message.result)
                 now = time.monotonic()
                 heard = now if messages else heard
-                if done < self.world and timeout and now - started > timeout:
+                if finished < self.world and timeout and now - started > timeout:
                     raise self._stopped(f"no answer within runtime.stage_timeout ({timeout:g} s)")
-                if done < self.world and stall_timeout and now - heard > stall_timeout:
+                if finished < self.world and stall_timeout and now - heard > stall_timeout:
                     raise self._stopped(f"no progress for runtime.stall_timeout ({stall_timeout:g} s)")
         except (BrokenPipeError, ConnectionResetError):
-            error = self._died("while a job was sent to it")
+            error = self._died("while it was sent a message")
             self.kill()
             raise error from None
         except BaseException as error:
@@ -176,9 +189,18 @@ class Worker:
             raise
         return result
 
-    def _receive(self) -> list[tuple[int, dict[str, Any]]]:
+    @staticmethod
+    def _forward(message: jobs.Progress, progress: Progress) -> None:
+        told = {name: getattr(message, name) for name in ("metrics", "note") if getattr(message, name) is not None}
+        progress(message.done, message.total, **told)
+
+    def _send(self, message: jobs.ToWorker) -> None:
+        for connection in self._ranks.values():
+            connection.sendall(jobs.line(message))
+
+    def _receive(self) -> list[tuple[int, jobs.FromWorker]]:
         """Messages that have come, waiting at most half a second."""
-        messages: list[tuple[int, dict[str, Any]]] = []
+        messages: list[tuple[int, jobs.FromWorker]] = []
         with selectors.DefaultSelector() as selector:
             for slot, connection in self._ranks.items():
                 selector.register(connection, selectors.EVENT_READ, slot)
@@ -191,7 +213,7 @@ class Worker:
                 if not data:
                     raise self._died("without an answer", self._names.get(slot, ""))
                 *lines, self._buffers[slot] = (self._buffers[slot] + data).split(b"\n")
-                messages += [(slot, json.loads(line)) for line in lines]
+                messages += [(slot, jobs.from_worker(line)) for line in lines]
         return messages
 
     def _died(self, when: str, name: str = "") -> WorkerDied:
@@ -205,18 +227,18 @@ class Worker:
     def _stopped(self, why: str) -> WorkerDied:
         return WorkerDied(f"{self.role} worker stopped: {why}", self._tail())
 
-    def _error(self, message: dict[str, Any]) -> OpdError:
-        kind = getattr(storage.errors, message["type"], None)
-        if message["ours"] and isinstance(kind, type) and issubclass(kind, OpdError):
+    def _error(self, error: jobs.ErrorText) -> OpdError:
+        kind = getattr(storage.errors, error.kind, None)
+        if error.ours and isinstance(kind, type) and issubclass(kind, OpdError):
             try:
-                return kind(message["message"])
+                return kind(error.message)
             except TypeError:
-                return OpdError(message["message"])
-        if message["ours"]:
-            return OpdError(message["message"])
-        last = message["traceback"].strip().splitlines()[-6:]
+                return OpdError(error.message)
+        if error.ours:
+            return OpdError(error.message)
+        last = error.traceback.strip().splitlines()[-6:]
         return WorkerFailed(
-            f"{self.role} worker: {message['type']}: {message['message']}\n" + "\n".join(last) + f"\nlog: {self.log}"
+            f"{self.role} worker: {error.kind}: {error.message}\n" + "\n".join(last) + f"\nlog: {self.log}"
         )
 
     def _tail(self, lines: int = 12) -> str:
@@ -230,8 +252,7 @@ class Worker:
     def close(self) -> None:
         """Ask the worker to end, then make sure that nothing below it is left."""
         try:
-            for connection in self._ranks.values():
-                connection.sendall(b'{"kind": "stop"}\n')
+            self._send(jobs.Stop())
             if self.process is not None:
                 self.process.wait(STOP_TIMEOUT)
         except (OSError, subprocess.TimeoutExpired):

@@ -17,7 +17,7 @@ from storage.runs import Run
 SCORER = """
 import numpy as np
 import scripted_engines
-from tasks.plugins import register_role
+from tasks.workers.jobs import register_role
 
 register_role("scorer", f"{__name__}:Scorer")
 

@@ -21,6 +21,7 @@ from tasks import plugins
 from tasks.losses.divergences import DIVERGENCES
 from tasks.losses.token_weights import TOKEN_WEIGHTS
 from tasks.losses.trust_regions import TRUST_REGIONS
+from tasks.workers import jobs
 
 GOLDEN = yaml.safe_load((DATA / "golden.yaml").read_text())
 POLICY_GRADIENT = {"rollout": {"top_p": 1.0}, "objective": {"estimator": "policy_gradient"}}
@@ -33,7 +34,7 @@ KIND = """
         kind: Literal["mine"] = "mine"
     """
 ROLE = """
-    from tasks.plugins import register_role
+    from tasks.workers.jobs import register_role
 
     register_role("{role}", f"{{__name__}}:Engine")
     """
@@ -58,7 +59,7 @@ def _registries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     """What a test's plugins register is forgotten after it, and they are imported as by a new process."""
     for registry in (DIVERGENCES, TRUST_REGIONS, TOKEN_WEIGHTS):
         monkeypatch.setattr(registry, "classes", dict(registry.classes))
-    monkeypatch.setattr(plugins, "ROLES", dict(plugins.ROLES))
+    monkeypatch.setattr(jobs, "ROLES", dict(jobs.ROLES))
     monkeypatch.setattr(plugins, "_registered", list(plugins._registered))
     monkeypatch.setattr(plugins, "_loaded", dict(plugins._loaded))
     monkeypatch.syspath_prepend(tmp_path)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from tasks.engines.sampler import Sampler
-from tasks.plugins import register_role
+from tasks.workers.jobs import register_role
 
 register_role("sampler", f"{__name__}:Faulty")
 

@@ -10,19 +10,21 @@ import shutil
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 from safetensors.numpy import save_file
 
 import tasks.trainer.launch
+from storage.artifacts.batches import BatchLog
 from storage.artifacts.checkpoints import Checkpoints, write_file
 from storage.artifacts.digests import table_digest, weights_digest
 from storage.disk.failpoints import failpoint
 from storage.schemas import schema_for
-from storage.store import Artifact, Store
+from storage.store import Store
 from tasks.engines.signals import mask_table, sampled_table, topk_table
-from tasks.plugins import register_role
 from tasks.trainer.batching import plan_steps
+from tasks.workers.jobs import KLJob, SampleResult, ScoreResult, ShardDone, TrainResult, register_role
 
 for role in ("sampler", "scorer", "trainer"):
     register_role(role, f"{__name__}:{role.capitalize()}")
@@ -43,12 +45,6 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def artifact(store: Store, place: dict[str, str]) -> Artifact:
-    found = store.get(place["stage"], place["key"])
-    assert found is not None, place
-    return found
-
-
 class Engine:
     def __init__(self, settings: dict) -> None:
         self.settings = settings
@@ -58,42 +54,43 @@ class Engine:
 
 
 class Sampler(Engine):
-    def handle(self, job: dict, progress) -> dict:
-        assert weights_digest(job["model"]) == job["weights"]
-        sampling = job["sampling"]
-        if job["op"] == "generate_shard":
-            pairs = list(zip(job["prompts"], job["seeds"], strict=True))
-            completions = [self.complete(job, prompt, seed) for prompt, seed in pairs]
-            return {"completions": completions, "stop_token_ids": [257], "proof": {"weights": job["weights"]}}
-        rows = []
-        for done, sample in enumerate(job["samples"], 1):
-            prompt = job["prompts"][sample["prompt"]]
-            made = self.complete(job, prompt["token_ids"], sample["seed"])
-            rows.append(
-                {
-                    "sample_id": sample["sample_id"],
-                    "prompt_id": prompt["prompt_id"],
-                    "sample_index": sample["sample_index"],
-                    "prompt_token_ids": prompt["token_ids"],
-                    "completion_token_ids": made["token_ids"],
-                    "sampling_logprobs": made["logprobs"],
-                    "behaviour": "student",
-                    "prefix_length": 0,
-                    "finish_reason": made["finish_reason"],
-                    "seed": sample["seed"],
-                    "completion_text": made["text"],
-                    "reward": None,
-                }
-            )
-            progress(done, len(job["samples"]))
-        writer = Store(job["store"]).shard_writer(job["stage"], job["key"])
-        writer.write_shard("rollouts", job["shard"], pa.Table.from_pylist(rows, schema=schema_for("rollouts")))
-        assert sampling["max_completion_length"] >= 1
-        return {"samples": len(rows), "stop_token_ids": [257], "proof": {"weights": job["weights"]}}
+    def handle(self, job, link):
+        assert weights_digest(job.model.path) == job.model.weights
+        writer = Store(job.store).shard_writer(job.target.stage, job.target.key)
+        target = writer.intermediate() if job.intermediate else writer
+        prompts = Store(job.store).read_table(Store(job.store).require(job.prompts.stage, job.prompts.key), "prompts")
+        tokens = {row["prompt_id"]: row["token_ids"] for row in prompts.to_pylist() if row["split"] == job.split}
+        log, done = BatchLog(writer.path, job.log_table), 0
+        while (item := link.next()) is not None:
+            log.add(item.shard, done)
+            rows = []
+            for request in item.requests:
+                made = self.complete(job, item.sampling, tokens[request.prompt_id], request.seed)
+                rows.append(
+                    {
+                        "sample_id": request.sample_id,
+                        "prompt_id": request.prompt_id,
+                        "sample_index": request.sample_index,
+                        "prompt_token_ids": tokens[request.prompt_id],
+                        "completion_token_ids": made["token_ids"],
+                        "sampling_logprobs": made["logprobs"],
+                        "behaviour": "student",
+                        "prefix_length": 0,
+                        "finish_reason": made["finish_reason"],
+                        "seed": request.seed,
+                        "completion_text": made["text"],
+                        "reward": None,
+                    }
+                )
+                link.progress(done := done + 1, 0)
+            log.writing(item.shard)
+            target.write_shard("rollouts", item.shard, pa.Table.from_pylist(rows, schema=schema_for("rollouts")))
+            link.done(ShardDone(item.shard, item.size))
+        return SampleResult([257], {"weights": job.model.weights})
 
-    def complete(self, job: dict, prompt: list[int], seed: int) -> dict:
-        numbers = draw(job["weights"], prompt, seed, job["sampling"])
-        limit = job["sampling"]["max_completion_length"]
+    def complete(self, job, sampling, prompt: list[int], seed: int) -> dict:
+        numbers = draw(job.model.weights, prompt, seed, msgspec.structs.asdict(sampling))
+        limit = sampling.max_completion_length
         length = int(numbers.integers(1, limit + 1))
         return {
             "token_ids": numbers.integers(0, 256, length).tolist(),
@@ -104,28 +101,41 @@ class Sampler(Engine):
 
 
 class Scorer(Engine):
-    def handle(self, job: dict, progress) -> dict:
-        models = {name: weights_digest(job[name]["path"]) for name in ("student", "teacher") if job[name]["path"]}
-        assert all(weights == job[name]["weights"] for name, weights in models.items())
-        if job["op"] == "reverse_kl":
-            return {"sums": [float(draw(models, sample).random()) for sample in job["samples"]]}
-        store = Store(job["store"])
-        rollouts = store.read_shard(artifact(store, job["rollouts"]), "rollouts", job["shard"])
-        outputs = {output["table"]: output for output in job["outputs"]}
-        lengths = [len(ids) for ids in rollouts["completion_token_ids"].to_pylist()]
+    def handle(self, job, link):
+        named = {"student": job.student, "teacher": job.teacher}
+        models = {name: weights_digest(model.path) for name, model in named.items() if model.path}
+        assert all(weights == named[name].weights for name, weights in models.items())
+        store, done = Store(job.store), 0
+        while (item := link.next()) is not None:
+            self.score_kl(store, job, item, models) if isinstance(job, KLJob) else self.score(store, job, item, models)
+            link.progress(done := done + item.size, 0)
+            link.done(ShardDone(item.shard, item.size))
+        return ScoreResult()
+
+    def score_kl(self, store: Store, job, item, models: dict) -> None:
+        between = store.shard_writer(job.target.stage, job.target.key).intermediate()
+        rows = between.require("rollouts", item.shard).to_pylist()
+        told = ("prompt_token_ids", "completion_token_ids")
+        sums = [float(draw(models, [row[name] for name in told]).random()) for row in rows]
+        found = [{"sample_id": r["sample_id"], "reverse_kl_sum": value} for r, value in zip(rows, sums, strict=True)]
+        table = pa.Table.from_pylist(found, schema=schema_for("completion_kl"))
+        between.write_shard("completion_kl", item.shard, table)
+
+    def score(self, store: Store, job, item, models: dict) -> None:
+        rollouts = store.read_shard(store.require(job.rollouts.stage, job.rollouts.key), "rollouts", item.shard)
+        outputs = {output.table: output for output in item.outputs}
         tables: dict[str, pa.Table] = {}
-        if job["flags"] is None:
+        if job.flags is None:
             tables["sampled"] = sampled_table(rollouts, self.sampled(models, rollouts))
         else:
-            tables["sampled"] = store.read_shard(artifact(store, job["flags"]), "sampled", job["shard"])
+            tables["sampled"] = store.read_shard(store.require(job.flags.stage, job.flags.key), "sampled", item.shard)
         for name, output in outputs.items():
             if name == "mask":
-                tables[name] = mask_table(rollouts, tables["sampled"], job["mask"])
+                tables[name] = mask_table(rollouts, tables["sampled"], msgspec.structs.asdict(job.mask))
             elif name != "sampled":
-                tables[name] = topk_table(name, rollouts, self.top(models, rollouts, output["k"]), output["encoding"])
-            store.shard_writer(output["stage"], output["key"]).write_shard(name, job["shard"], tables[name])
-        progress(rollouts.num_rows, rollouts.num_rows)
-        return {"samples": rollouts.num_rows, "tokens": sum(lengths), "outside_nucleus": 0}
+                tables[name] = topk_table(name, rollouts, self.top(models, rollouts, output.k), output.encoding)
+            writer = store.shard_writer(output.target.stage, output.target.key)
+            writer.write_shard(name, item.shard, tables[name])
 
     @staticmethod
     def samples(rollouts: pa.Table) -> list[tuple[list[int], int]]:
@@ -153,21 +163,23 @@ class Scorer(Engine):
 class Trainer(Engine):
     """Its state remembers every sample of every step since the beginning: what was used, and how often."""
 
-    def handle(self, job: dict, progress) -> dict:
-        store, outputs = Store(job["store"]), job["outputs"]
-        rollouts = store.read_table(artifact(store, job["rollouts"]), "rollouts")
-        signals = {name: store.read_table(artifact(store, at), name) for name, at in sorted(job["signals"].items())}
+    def handle(self, job, link):
+        store, outputs = Store(job.store), job.outputs
+        rollouts = store.read_table(store.require(job.rollouts.stage, job.rollouts.key), "rollouts")
+        signals = {
+            name: store.read_table(store.require(at.stage, at.key), name) for name, at in sorted(job.signals.items())
+        }
         ids = rollouts["sample_id"].to_pylist()
         assert all(table["sample_id"].to_pylist() == ids for table in signals.values())
-        used = json.loads((Path(job["state"]) / "used.json").read_text()) if job["state"] else []
-        chain = digest(weights_digest(job["model"]), used, [table_digest(t) for t in (rollouts, *signals.values())])
-        config, rows = job["config"], []
+        used = json.loads((Path(job.state) / "used.json").read_text()) if job.state else []
+        chain = digest(weights_digest(job.model), used, [table_digest(t) for t in (rollouts, *signals.values())])
+        config, rows = json.loads(bytes(job.config)), []
         total = len(ids) * config["epochs_per_round"]
-        steps = plan_steps(job["seed"], job["round"], len(ids), config["samples_per_step"], total)
-        kept = Checkpoints(store.root, Path(job["checkpoints"]["folder"]), job["checkpoints"]["settings"])
+        steps = plan_steps(job.seed, job.round, len(ids), config["samples_per_step"], total)
+        kept = Checkpoints(store.root, Path(job.checkpoints.folder), json.loads(bytes(job.checkpoints.numerics)))
         found, problems = kept.newest()
         for problem in problems:
-            progress(0, len(steps), note=problem)
+            link.progress(0, len(steps), note=problem)
         if found is not None:
             saved = json.loads(found.files[0].read_text())
             used, chain, rows = saved["used"], saved["chain"], saved["rows"]
@@ -177,23 +189,23 @@ class Trainer(Engine):
                 record = write_file(folder / "state.json", lambda path, text=text: path.write_text(text))
                 kept.commit(folder, len(rows), [record], {})
             batch = [ids[row] for row in step.rows]
-            used.append([job["round"], batch])
+            used.append([job.round, batch])
             chain = digest(chain, batch)
             rows.append(
-                {"step": len(used), "round": job["round"], "epoch": step.epoch, "loss": int(chain[:8], 16) / 2**32}
+                {"step": len(used), "round": job.round, "epoch": step.epoch, "loss": int(chain[:8], 16) / 2**32}
                 | {"grad_norm": 1.0, "lr": 1e-3, "samples": len(batch), "tokens": len(batch), "seconds": 0.0}
             )
             failpoint("train.after_step")
-            progress(number, len(steps))
-        if outputs.get("trainer_state"):
-            Path(outputs["trainer_state"], "used.json").write_text(json.dumps(used))
-        if outputs.get("student"):
-            target = Path(outputs["student"])
+            link.progress(number, len(steps))
+        if outputs.trainer_state:
+            Path(outputs.trainer_state, "used.json").write_text(json.dumps(used))
+        if outputs.student:
+            target = Path(outputs.student)
             for name in ("config.json", "tokenizer.json"):
-                shutil.copyfile(Path(job["model"], name), target / name)
+                shutil.copyfile(Path(job.model, name), target / name)
             save_file({"weight": draw(chain).random(VALUES, np.float32)}, target / "model.safetensors")
-        if outputs.get("steps"):
-            writer = store.shard_writer(outputs["steps"]["stage"], outputs["steps"]["key"])
+        if outputs.steps:
+            writer = store.shard_writer(outputs.steps.stage, outputs.steps.key)
             writer.write_shard("training_steps", 0, pa.Table.from_pylist(rows, schema=schema_for("training_steps")))
         metrics = {"loss": rows[-1]["loss"]}
-        return {"steps": len(rows), "last_step": rows[-1]["step"], "metrics": metrics}
+        return TrainResult(len(rows), rows[-1]["step"], metrics)

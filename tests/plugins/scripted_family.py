@@ -12,16 +12,10 @@ from pathlib import Path
 
 import scripted_engines
 
-from tasks.plugins import register_role
+from tasks.workers.jobs import register_role
 
 for role in ("sampler", "scorer", "trainer"):
     register_role(role, f"{__name__}:{role.capitalize()}")
-
-
-def store_of(job: dict) -> Path | None:
-    """The store's root; None for a job that writes nothing."""
-    place = job if "store" in job else job.get("parts", {})
-    return Path(place["store"]) if "store" in place else None
 
 
 def fork(body) -> int:
@@ -56,10 +50,10 @@ def orphan(ready: Path) -> None:
 
 
 class Family:
-    def handle(self, job: dict, progress) -> dict:
-        root = store_of(job)
-        asked = root / "family" if root is not None else None
-        if asked is not None and asked.exists() and asked.read_text() == type(self).__name__.lower():
+    def handle(self, job, link):
+        root = Path(job.store)
+        asked = root / "family"
+        if asked.exists() and asked.read_text() == type(self).__name__.lower():
             pids = root / "family-pids"
             fork(with_child(lambda: None, pids))
             fork(with_child(os.setsid, pids))
@@ -71,7 +65,7 @@ class Family:
             (root / ".family").write_text(found)
             (root / ".family").rename(root / "family-ready")
             time.sleep(600)
-        return super().handle(job, progress)
+        return super().handle(job, link)
 
 
 class Sampler(Family, scripted_engines.Sampler): ...

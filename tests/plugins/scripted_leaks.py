@@ -12,7 +12,7 @@ import scripted_engines
 
 import tasks.trainer.launch
 from storage.errors import InputError
-from tasks.plugins import register_role
+from tasks.workers.jobs import register_role
 
 for role in ("sampler", "scorer", "trainer"):
     register_role(role, f"{__name__}:{role.capitalize()}")
@@ -44,9 +44,9 @@ def leak() -> None:
 
 
 class Leaking:
-    def handle(self, job: dict, progress) -> dict:
+    def handle(self, job, link):
         leak()
-        return super().handle(job, progress)
+        return super().handle(job, link)
 
 
 class Sampler(scripted_engines.Sampler): ...

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from tasks.engines.sampler import Sampler
-from tasks.plugins import register_role
+from tasks.workers.jobs import register_role
 
 register_role("sampler", f"{__name__}:Scripted")
 

@@ -13,7 +13,7 @@ import uuid
 from pathlib import Path
 
 from storage.errors import InputError
-from tasks.plugins import register_role
+from tasks.workers.jobs import register_role
 
 register_role("scorer", f"{__name__}:Scripted")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from storage.disk import failpoints
-from tasks.plugins import register_role
 from tasks.trainer.trainer import Trainer
+from tasks.workers.jobs import register_role
 from tasks.workers.metrics import Progress
 
 

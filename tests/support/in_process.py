@@ -9,40 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import scripted_run
+from feed import InProcessPool
 
 from flows.run.runner import run_experiment
 from storage.artifacts import shards
-from tasks.workers.metrics import silent
 
 sys.path.insert(0, str(scripted_run.PLUGINS))
 
 
-class InProcess:
+class InProcess(InProcessPool):
     """In the place of a `WorkerPool` that is lent to a run."""
 
     def __init__(self) -> None:
         import scripted_engines as engines
 
-        self.handlers: dict[str, Any] = {
-            "sampler": engines.Sampler({}),
-            "scorer": engines.Scorer({}),
-            "trainer": engines.Trainer({}),
-        }
-        self.jobs: list[tuple[str, dict[str, Any]]] = []
+        super().__init__(sampler=engines.Sampler({}), scorer=engines.Scorer({}), trainer=engines.Trainer({}))
 
     @contextmanager
     def serving(self, *_: Any) -> Iterator[InProcess]:
         yield self
 
-    def run(self, role: str, jobs: list[dict], on_progress: Any = None, settings_extra: Any = None) -> list[dict]:
-        self.jobs += [(role, job) for job in jobs]
-        return [self.handlers[role].handle(job, silent) for job in jobs]
 
-    def stage_done(self) -> None:
-        """Nothing to end."""
-
-
-def run(root: Path, rounds: int = scripted_run.ROUNDS) -> list[tuple[str, dict[str, Any]]]:
+def run(root: Path, rounds: int = scripted_run.ROUNDS) -> list[tuple[str, Any, list[Any]]]:
     """Brings the run to its end as a new process would, with nothing verified yet; the jobs that its engines did."""
     shards._verified.clear()
     pool = InProcess()

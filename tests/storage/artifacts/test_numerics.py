@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from storage.artifacts.numerics import BY_SHARD, MadeAt, differing, several
+from storage.artifacts.numerics import BY_SHARD, ShardNumerics, differing, several
 from storage.artifacts.parts import Parts
 
 ONE, TWO = {"threads": 1, "seqs": 8}, {"threads": 2, "seqs": 8}
 
 
 def begin(folder: Path, settings: dict, *missing: int, parts: tuple[Parts, ...] = (), count: int = 4) -> list[str]:
-    return MadeAt(folder, "rollouts").begin(settings, missing, count, parts)
+    return ShardNumerics(folder, "rollouts").begin(settings, missing, count, parts)
 
 
 def groups(folder: Path, count: int = 4) -> list:
-    return MadeAt(folder, "rollouts").groups(count)
+    return ShardNumerics(folder, "rollouts").groups(count)
 
 
 def test_shards_keep_what_they_were_made_at(tmp_path: Path) -> None:
     assert begin(tmp_path, ONE, 0, 1, 2, 3) == []
     assert begin(tmp_path, ONE, 2, 3) == []
     assert groups(tmp_path) == [(ONE, [0, 1, 2, 3])]
-    assert MadeAt(tmp_path, "rollouts").provenance(4) == {"numerics": ONE}
+    assert ShardNumerics(tmp_path, "rollouts").provenance(4) == {"numerics": ONE}
     (said,) = begin(tmp_path, TWO, 2, 3)
     assert "2 of 4 shards were made with other settings (threads 1, 2)" in said and "opd replay" in said
     assert groups(tmp_path) == [(ONE, [0, 1]), (TWO, [2, 3])]
@@ -36,9 +36,9 @@ def test_shards_keep_what_they_were_made_at(tmp_path: Path) -> None:
 def test_settings_of_an_attempt_that_made_nothing_are_not_named(tmp_path: Path) -> None:
     begin(tmp_path, ONE, 0, 1, 2, 3)
     assert begin(tmp_path, TWO, 0, 1, 2, 3) == []
-    assert MadeAt(tmp_path, "rollouts").provenance(4) == {"numerics": TWO}
+    assert ShardNumerics(tmp_path, "rollouts").provenance(4) == {"numerics": TWO}
     assert begin(tmp_path, ONE) == []  # all shards are there, only the manifest was not
-    assert MadeAt(tmp_path, "rollouts").provenance(4) == {"numerics": TWO}
+    assert ShardNumerics(tmp_path, "rollouts").provenance(4) == {"numerics": TWO}
 
 
 def test_parts_made_at_other_settings_are_dropped(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_what_has_no_record_that_can_be_believed_is_said_not_to_be_known(tmp_pat
     record.write_bytes(record.read_bytes().replace(b'"threads": 1', b'"threads": 3'))
     (said,) = begin(tmp_path, TWO, 3)
     assert "not recorded" in said and groups(tmp_path) == [(None, [0, 1, 2]), (TWO, [3])]
-    told = several(MadeAt(tmp_path, "rollouts").provenance(4))
+    told = several(ShardNumerics(tmp_path, "rollouts").provenance(4))
     assert told is not None and "shards 0, 1, 2 at settings that were not recorded; shards 3 at" in told
 
 

@@ -1,0 +1,102 @@
+"""Batches: which shards were sampled together. The last bits of a log-probability depend on what an engine decodes at the same
+time, so a shard comes out equal only in the batch that it was in.
+
+A batch is a queue of (shard, step): the engine got the shard's requests before its step of that number. While the artifact is
+unfinished, a worker keeps a sealed file per batch beside the shards, and rewrites it before each shard that it writes; the
+manifest's provenance then has all batches. Artifacts made before batches were recorded had one shard per batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from storage.disk.files import replace_atomically, seal, unique, unseal
+from storage.errors import CorruptArtifact
+
+BATCH = ".batch.json"
+BATCHES = "batches"
+"""Name in an artifact's provenance: a list of {queue, shards}, `shards` being those that were written in this batch; `queue` is
+null where it is not known (its file was damaged)."""
+
+Queue = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A recorded batch, and the shards of it that are meant (by default those written in it)."""
+
+    queue: Queue
+    shards: list[int]
+
+
+@dataclass
+class BatchLog:
+    """A worker's record of the batch that it is sampling: one file, its name sorted by time."""
+
+    folder: Path
+    table: str
+    queue: Queue = field(default_factory=list)
+    written: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.path = self.folder / f"{self.table}-{time.time_ns():020d}-{unique()}{BATCH}"
+
+    def add(self, shard: int, step: int) -> None:
+        """The engine gets the requests of a shard before its step number `step`."""
+        self.queue.append((shard, step))
+
+    def writing(self, shard: int) -> None:
+        """The shard is written next: the record of its batch must be durable before it."""
+        self.written.append(shard)
+        content = seal({"queue": self.queue, "written": self.written})
+        replace_atomically(self.path, content)
+
+
+def unfinished_batches(folder: Path, table: str) -> list[Batch | None]:
+    """Those of an unfinished artifact, oldest first; None for a damaged record. Of a shard that was written in several, the
+    last counts."""
+    found: list[Batch | None] = []
+    for path in _files(folder, table):
+        try:
+            content = unseal(path)
+            queue = [(int(shard), int(step)) for shard, step in content["queue"]]
+            found.append(Batch(queue, [int(shard) for shard in content["written"]]))
+        except (CorruptArtifact, FileNotFoundError, KeyError, TypeError, ValueError):
+            found.append(None)
+    return found
+
+
+def provenance_of(batches: Iterable[Batch | None], count: int) -> dict[str, Any]:
+    """What the manifest keeps of the batches of a table with `count` shards."""
+    last: dict[int, int] = {}
+    known = [batch for batch in batches if batch is not None]
+    for number, batch in enumerate(known):
+        last.update(dict.fromkeys(batch.shards, number))
+    entries = [
+        {"queue": [list(entry) for entry in batch.queue], "shards": mine}
+        for number, batch in enumerate(known)
+        if (mine := sorted(shard for shard, at in last.items() if at == number and shard < count))
+    ]
+    if unknown := [shard for shard in range(count) if shard not in last]:
+        entries.append({"queue": None, "shards": unknown})
+    return {BATCHES: entries}
+
+
+def recorded_batches(provenance: Mapping[str, Any], shards: Iterable[int]) -> list[Batch]:
+    """The batches to repeat, so that these shards come out as they were. A shard whose batch is not known is asked alone, as
+    all were before batches were recorded."""
+    wanted = set(shards)
+    found = []
+    for entry in provenance.get(BATCHES) or ():
+        mine = sorted(wanted & set(entry["shards"]))
+        if mine and entry["queue"] is not None:
+            found.append(Batch([(int(shard), int(step)) for shard, step in entry["queue"]], mine))
+            wanted -= set(mine)
+    return found + [Batch([(shard, 0)], [shard]) for shard in sorted(wanted)]
+
+
+def _files(folder: Path, table: str) -> list[Path]:
+    return sorted(folder.glob(f"{table}-*{BATCH}"))

@@ -1,0 +1,442 @@
+"""What supervisor and workers say to each other: the roles, one schema per job, item and result, and the messages around them.
+
+Both sides import this module. A message is one line of JSON, encoded and checked by msgspec: a field that is missing, unknown
+or of another type is refused with its path (`JobMismatch`), and so is a worker or a plugin of another `PROTOCOL`.
+
+A job names what it reads and writes by reference (`ArtifactRef`, `ModelRef`); rows never travel in messages. A job of a
+sharded stage is open: the worker asks for items (`Want`), one shard each, until there are none, and reports each shard that
+it has written (`Done`)."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, Union
+
+import msgspec
+from pydantic import BaseModel
+
+from storage.errors import ConfigError, OpdError
+from storage.store import Artifact, Store
+from tasks.plugins import note_role
+
+PROTOCOL = 1
+"""Rises when a schema changes: a worker refuses a supervisor of another one."""
+
+
+class JobMismatch(OpdError):
+    """A message does not fit the schema of its kind, or comes from another protocol."""
+
+
+class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag=True):
+    """Base of everything that is sent. Its name is its tag."""
+
+
+# --- references ------------------------------------------------------------------------------------------------------
+
+
+class ArtifactRef(Schema):
+    """An artifact of the job's store, committed or (as a target) being built."""
+
+    stage: str
+    key: str
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> ArtifactRef:
+        return cls(artifact.stage, artifact.key)
+
+
+class ModelRef(Schema):
+    """A model on local disk. `weights` and `architecture` are its content digests. An empty path: the job does not read it."""
+
+    path: str
+    weights: str
+    architecture: str
+
+    @classmethod
+    def of(cls, store: Store, model: Artifact, read: bool = True) -> ModelRef:
+        """A model of the store, its files verified; with `read` false only its digests."""
+        path = str(store.materialize(model)) if read else ""
+        return cls(path, model.content["weights"], model.content["architecture"])
+
+
+# --- sampler ---------------------------------------------------------------------------------------------------------
+
+
+class Sampling(Schema):
+    """How tokens are drawn. top_k 0 means all tokens; temperature 0 the likeliest. `stop_token_ids`: ids, or "eos"."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_completion_length: int
+    stop_token_ids: list[int] | str
+
+
+class Request(Schema, array_like=True):
+    """One completion to sample, with its own seed."""
+
+    sample_id: str
+    prompt_id: str
+    sample_index: int
+    seed: int
+
+
+class SampleShard(Schema):
+    """Item: the completions of one shard."""
+
+    shard: int
+    sampling: Sampling
+    requests: list[Request]
+
+    @property
+    def size(self) -> int:
+        return len(self.requests)
+
+
+class SampleJob(Schema):
+    """Sample completions of prompts (role sampler). Every shard becomes one of the table `rollouts` in the unfinished artifact
+    `target`; with `intermediate` in its folder of intermediate shards, which no manifest names.
+
+    `longest` is the length in tokens of the longest prompt with its completion, over all shards of the stage. `batch`
+    repeats a recorded batch: item i is added at the engine's step `batch[i]`, and only the shards `write` are written."""
+
+    store: str
+    target: ArtifactRef
+    prompts: ArtifactRef
+    split: str
+    model: ModelRef
+    dtype: str
+    longest: int
+    log_table: str
+    """The table whose batches are recorded: the one that the stage commits."""
+    intermediate: bool = False
+    batch: list[int] | None = None
+    write: list[int] | None = None
+
+
+class SampleResult(Schema):
+    """`proof`: how the engine's weights were checked (weight_proof.py). `stop_token_ids`: those that ended completions."""
+
+    stop_token_ids: list[int]
+    proof: dict[str, str | int | float | bool | None]
+
+
+# --- scorer ----------------------------------------------------------------------------------------------------------
+
+
+class ScoringDistribution(Schema):
+    """What of the rollouts' sampling shapes the distribution sampled from."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+
+
+class MaskRules(Schema):
+    """Which tokens get which mask reason. unmapped: ids that the teacher's vocabulary lacks or reads otherwise; ids from
+    `teacher_rows` on are unmapped too. special: ids; occurrence: all, or the first of each id in a completion."""
+
+    unmapped: list[int]
+    teacher_rows: int
+    special: list[int]
+    occurrence: str
+
+
+class SignalOutput(Schema):
+    """One signal to write. `k` and `encoding` are of top-K lists."""
+
+    table: str
+    target: ArtifactRef
+    k: int | None = None
+    encoding: str = "exact"
+
+
+class ScoreShard(Schema):
+    """Item: one shard of the rollouts, and the signals that are missing of it."""
+
+    shard: int
+    size: int
+    outputs: list[SignalOutput]
+
+
+class ScoreJob(Schema):
+    """Score rollouts under student and teacher (role scorer). Every item writes one shard of each of its outputs.
+
+    `flags`: a committed `sampled` that says which values are invalid, where only `mask` is wanted; then no model is read."""
+
+    store: str
+    rollouts: ArtifactRef
+    prompts: ArtifactRef
+    student: ModelRef
+    teacher: ModelRef
+    dtype: str
+    sampling: ScoringDistribution
+    mask: MaskRules | None = None
+    flags: ArtifactRef | None = None
+
+
+class KLShard(Schema):
+    """Item: one intermediate shard of completions, to be scored."""
+
+    shard: int
+    size: int
+
+
+class KLJob(Schema):
+    """Exact reverse KL of sampled completions (role scorer): per intermediate shard `rollouts` of `target` one intermediate
+    shard `completion_kl`."""
+
+    store: str
+    target: ArtifactRef
+    prompts: ArtifactRef
+    student: ModelRef
+    teacher: ModelRef
+    dtype: str
+
+
+class ShardDone(Schema):
+    """Result of an item: its shard is written. `outside_nucleus`: sampled tokens that by the scorer's rounding lie just
+    outside the set sampled from."""
+
+    shard: int
+    size: int
+    outside_nucleus: int = 0
+
+
+class ScoreResult(Schema):
+    """A scorer's job has nothing to report beyond its shards."""
+
+
+# --- trainer ---------------------------------------------------------------------------------------------------------
+
+
+class TrainOutputs(Schema):
+    """Empty folders for student and trainer_state, and the artifact of the table training_steps; null: not wanted."""
+
+    student: str | None = None
+    trainer_state: str | None = None
+    steps: ArtifactRef | None = None
+
+
+class CheckpointPlace(Schema):
+    """Where checkpoints inside the round lie, and the numerics at which one may be used (canonical JSON)."""
+
+    folder: str
+    numerics: msgspec.Raw
+
+
+class TrainJob(Schema):
+    """Train a student on rollouts and signals (role trainer; every rank gets the same job). `config` and `objective` are the
+    JSON of a TrainConfig and of an objective; `state`: folder of the trainer state to continue from, or null."""
+
+    store: str
+    model: str
+    seed: int
+    round: int
+    config: msgspec.Raw
+    objective: msgspec.Raw
+    outputs: TrainOutputs
+    rollouts: ArtifactRef
+    signals: dict[str, ArtifactRef]
+    state: str | None = None
+    checkpoints: CheckpointPlace | None = None
+
+    stage = "train"
+
+
+class WarmupJob(Schema):
+    """Supervised fine-tuning on the prompts' completions (role trainer). `config` is the JSON of a WarmupConfig."""
+
+    store: str
+    model: str
+    seed: int
+    config: msgspec.Raw
+    objective: msgspec.Raw
+    outputs: TrainOutputs
+    prompts: ArtifactRef
+    checkpoints: CheckpointPlace | None = None
+
+    stage = "warmup"
+    round = 0
+    state = None
+
+
+class TrainResult(Schema):
+    """Steps of this job, the last step of the run, and the metrics of the steps."""
+
+    steps: int
+    last_step: int
+    metrics: dict[str, int | float | None]
+
+
+# --- roles and the registry ------------------------------------------------------------------------------------------
+
+ROLES: dict[str, str] = {
+    "sampler": "tasks.engines.sampler:Sampler",
+    "scorer": "tasks.engines.scorer:Scorer",
+    "trainer": "tasks.trainer.trainer:Trainer",
+}
+"""Role -> "module:class" of the handler that serves its jobs in the worker process."""
+
+_schemas: list[type[Schema]] = [
+    SampleJob, ScoreJob, KLJob, TrainJob, WarmupJob,
+    SampleShard, ScoreShard, KLShard,
+    SampleResult, ScoreResult, TrainResult, ShardDone,
+]  # fmt: skip
+
+
+def register_role(role: str, target: str) -> None:
+    """Let `target` ("module:class") serve the jobs of a role. ConfigError for a role that there is not."""
+    if role not in ROLES:
+        raise ConfigError(f"plugins: no role named {role!r}; there are {', '.join(ROLES)}")
+    ROLES[role] = target
+    note_role(role, target.partition(":")[0])
+
+
+S = TypeVar("S", bound=Schema)
+
+
+def register_schema(schema: type[S]) -> type[S]:
+    """Class decorator: a plugin's own job, item or result, which both sides then can send."""
+    _schemas.append(schema)
+    _decoders.clear()
+    return schema
+
+
+# --- messages --------------------------------------------------------------------------------------------------------
+
+
+class Do(Schema):
+    """To the worker: do a job. Its output goes to the file `log` from now on."""
+
+    id: int
+    protocol: int
+    log: str
+    job: msgspec.Raw
+
+
+class Give(Schema):
+    """To the worker: the next item of its job; null: there are no more."""
+
+    id: int
+    item: msgspec.Raw | None
+
+
+class Stop(Schema):
+    """To the worker: end."""
+
+
+class Ready(Schema):
+    """From the worker: it can take jobs."""
+
+    rank: int
+    pid: int
+
+
+class ErrorText(Schema):
+    """An exception. `ours`: an OpdError, whose message is for the user."""
+
+    kind: str
+    message: str
+    ours: bool
+    traceback: str
+
+
+class Failed(Schema):
+    """From the worker: it could not start."""
+
+    rank: int
+    error: ErrorText
+
+
+class Progress(Schema):
+    """From the worker: how far a job is, with what is known of its metrics; a note is for the user."""
+
+    id: int
+    done: int
+    total: int
+    metrics: dict[str, int | float | None] | None = None
+    note: str | None = None
+
+
+class Want(Schema):
+    """From the worker: it has room for another item."""
+
+    id: int
+
+
+class Done(Schema):
+    """From the worker: an item is finished, its shard written."""
+
+    id: int
+    result: msgspec.Raw
+
+
+class Result(Schema):
+    """From the worker: a job is finished; `result` is null on ranks above 0."""
+
+    id: int
+    rank: int
+    result: msgspec.Raw | None
+
+
+class Error(Schema):
+    """From the worker: a job failed."""
+
+    id: int
+    rank: int
+    error: ErrorText
+
+
+class Stopped(Schema):
+    """From the worker: it ends now."""
+
+    rank: int
+
+
+ToWorker = Do | Give | Stop
+FromWorker = Ready | Failed | Progress | Want | Done | Result | Error | Stopped
+_to_worker: msgspec.json.Decoder[ToWorker] = msgspec.json.Decoder(ToWorker)
+_from_worker: msgspec.json.Decoder[FromWorker] = msgspec.json.Decoder(FromWorker)
+_decoders: dict[str, Any] = {}
+
+
+def config_json(config: BaseModel) -> msgspec.Raw:
+    """A config inside a job: its JSON, which its own model reads back."""
+    return msgspec.Raw(config.model_dump_json().encode())
+
+
+def line(message: ToWorker | FromWorker) -> bytes:
+    """A message as a line of JSON."""
+    return msgspec.json.encode(message) + b"\n"
+
+
+def raw(value: Schema) -> msgspec.Raw:
+    """A job, item or result inside a message: it is decoded on its own, so that an error names its field."""
+    return msgspec.Raw(msgspec.json.encode(value))
+
+
+def to_worker(data: bytes) -> ToWorker:
+    """A message that a worker got. JobMismatch when it is none."""
+    return _decode(_to_worker, data, "a message to the worker")
+
+
+def from_worker(data: bytes) -> FromWorker:
+    """A message that a worker sent. JobMismatch when it is none."""
+    return _decode(_from_worker, data, "a message from the worker")
+
+
+def decode(data: msgspec.Raw, protocol: int = PROTOCOL) -> Any:
+    """The job, item or result in a message. JobMismatch names the field, what was found, and both protocols."""
+    if "all" not in _decoders:
+        _decoders["all"] = msgspec.json.Decoder(Union[tuple(_schemas)])  # noqa: UP007
+    return _decode(_decoders["all"], bytes(data), "a job", protocol)
+
+
+def _decode(decoder: Any, data: bytes, what: str, protocol: int = PROTOCOL) -> Any:
+    try:
+        return decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise JobMismatch(
+            f"{what} does not fit its schema: {error} (sent with protocol {protocol}, read with protocol {PROTOCOL});"
+            " supervisor, workers and plugins must be of one version of opdflow"
+        ) from error

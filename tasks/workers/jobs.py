@@ -318,7 +318,7 @@ class Give(Schema):
     """To the worker: the next item of its job; null: there are no more."""
 
     id: int
-    item: msgspec.Raw | None
+    item: msgspec.Raw
 
 
 class Stop(Schema):
@@ -376,7 +376,7 @@ class Result(Schema):
 
     id: int
     rank: int
-    result: msgspec.Raw | None
+    result: msgspec.Raw
 
 
 class Error(Schema):
@@ -410,8 +410,8 @@ def line(message: ToWorker | FromWorker) -> bytes:
     return msgspec.json.encode(message) + b"\n"
 
 
-def raw(value: Schema) -> msgspec.Raw:
-    """A job, item or result inside a message: it is decoded on its own, so that an error names its field."""
+def raw(value: Schema | None) -> msgspec.Raw:
+    """A job, item or result (or null) inside a message: it is decoded on its own, so that an error names its field."""
     return msgspec.Raw(msgspec.json.encode(value))
 
 
@@ -426,9 +426,9 @@ def from_worker(data: bytes) -> FromWorker:
 
 
 def decode(data: msgspec.Raw, protocol: int = PROTOCOL) -> Any:
-    """The job, item or result in a message. JobMismatch names the field, what was found, and both protocols."""
+    """The job, item or result (or None) in a message. JobMismatch names the field, what was found, and both protocols."""
     if "all" not in _decoders:
-        _decoders["all"] = msgspec.json.Decoder(Union[tuple(_schemas)])  # noqa: UP007
+        _decoders["all"] = msgspec.json.Decoder(Union[(*_schemas, None)])  # noqa: UP007
     return _decode(_decoders["all"], bytes(data), "a job", protocol)
 
 

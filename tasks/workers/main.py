@@ -87,7 +87,7 @@ class Link:
         answer = jobs.to_worker(self._channel.incoming.get())
         if not isinstance(answer, jobs.Give) or answer.id != self._job:
             raise jobs.JobMismatch(f"the worker asked for an item and got {type(answer).__name__}")
-        return None if answer.item is None else jobs.decode(answer.item)
+        return jobs.decode(answer.item)
 
     def done(self, result: jobs.Schema) -> None:
         """An item is finished: its shard is written."""
@@ -136,7 +136,7 @@ def _serve(handler: Handler, channel: Channel, message: jobs.Do, rank: int) -> N
             sys.stderr.flush()
         channel.send(jobs.Error(message.id, rank, _describe(error)))
         return
-    channel.send(jobs.Result(message.id, rank, jobs.raw(result) if rank == 0 else None))
+    channel.send(jobs.Result(message.id, rank, jobs.raw(result if rank == 0 else None)))
 
 
 def _write_to(log: str) -> None:

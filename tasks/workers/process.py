@@ -162,15 +162,14 @@ class Worker:
                     if isinstance(message, jobs.Progress):
                         self._forward(message, progress)
                     elif isinstance(message, jobs.Want):
-                        item = items.take()
-                        self._send(jobs.Give(self._jobs, None if item is None else jobs.raw(item)))
+                        self._send(jobs.Give(self._jobs, jobs.raw(items.take())))
                     elif isinstance(message, jobs.Done):
                         items.done(jobs.decode(message.result))
                     elif isinstance(message, jobs.Error):
                         raise self._error(message.error)
                     elif isinstance(message, jobs.Result):
                         finished += 1
-                        if message.rank == 0 and message.result is not None:
+                        if message.rank == 0:
                             result = jobs.decode(message.result)
                 now = time.monotonic()
                 heard = now if messages else heard

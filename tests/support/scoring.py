@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from feed import InProcessPool
 from small_models import Bench, checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,7 @@ from tasks.engines.scorer import Scorer
 from tasks.inputs.models import CheckpointModel, model_work
 from tasks.prepare import PrepareConfig, prepare_work
 from tasks.stage import Context
+from tasks.workers.jobs import ModelRef
 from tasks.workers.runtime import RuntimeConfig
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.25}
@@ -36,9 +38,9 @@ def model_folder(root: Path, name: str, seed: int, **fields: Any) -> Path:
     return checkpoint(root / name, seed, **{**SHAPE, **fields})
 
 
-def described(path: Path) -> dict[str, str]:
+def described(path: Path) -> ModelRef:
     """A model as a scoring job names it."""
-    return {"path": str(path), "weights": f"weights of {path.name}", "architecture": f"architecture of {path.name}"}
+    return ModelRef(str(path), f"weights of {path.name}", f"architecture of {path.name}")
 
 
 def plain_logits(path: Path, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
@@ -64,23 +66,11 @@ def nucleus_logprobs(logits_TV: torch.Tensor, temperature: float, top_p: float, 
     return result
 
 
-class InProcess:
-    """Handlers in place of worker processes; remembers the jobs."""
+class InProcess(InProcessPool):
+    """A scorer with `settings` in place of worker processes, and other handlers where they are given."""
 
     def __init__(self, settings: dict[str, Any] | None = None, **handlers: Any) -> None:
-        self.handlers = {"scorer": Scorer({"threads": 1, **(settings or {})}), **handlers}
-        self.jobs: list[tuple[str, dict[str, Any]]] = []
-
-    def run(self, role: str, jobs: list[dict], on_progress: Any = None, settings_extra: Any = None) -> list[dict]:
-        results = []
-        for index, job in enumerate(jobs):
-            self.jobs.append((role, job))
-            report = lambda done, total, i=index: on_progress(i, done, total)  # noqa: E731
-            results.append(self.handlers[role].handle(job, report))
-        return results
-
-    def stage_done(self) -> None:
-        """Nothing to end."""
+        super().__init__(scorer=Scorer({"threads": 1, **(settings or {})}), **handlers)
 
 
 class ScoringBench(Bench):

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scoring import SAMPLING, VOCABULARY, described, model_folder, nucleus_logprobs, plain_logits, tokens
 
-from storage.errors import ConfigError, InputError
+from storage.errors import InputError
 from tasks.engines import distributions
 from tasks.engines.forward import plan_batches
 from tasks.engines.scorer import Sample, Scorer, Wanted
+from tasks.workers.jobs import ArtifactRef, KLJob
 
 ALL = Wanted(sampled=True, teacher_k=5, student_k=4, reverse_kl=True, sampling=SAMPLING)
 
@@ -41,16 +42,18 @@ def samples() -> list[Sample]:
     ]
 
 
-def job(models: dict[str, Path], student: str = "student", teacher: str = "teacher", dtype: str = "float32") -> dict:
-    return {"student": described(models[student]), "teacher": described(models[teacher]), "dtype": dtype}
+def job(models: dict[str, Path], student: str = "student", teacher: str = "teacher", dtype: str = "float32") -> KLJob:
+    """What every scoring job says of its models."""
+    unused = ArtifactRef("unused", "0")
+    return KLJob("", unused, unused, described(models[student]), described(models[teacher]), dtype)
 
 
 def score(models, samples, wanted=ALL, *, student="student", teacher="teacher", dtype="float32", **settings) -> dict:
-    seen: list[tuple[int, int]] = []
+    seen: list[int] = []
     scorer = Scorer({"threads": 1, **settings})
     task = job(models, student, teacher, dtype)
-    values = scorer.score(task, samples, wanted, lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (len(samples), len(samples))
+    values = scorer.score(task, samples, wanted, seen.append)
+    assert seen[-1] == len(samples)
     return values
 
 
@@ -259,8 +262,3 @@ def test_logits_that_are_no_product_are_refused(models, tmp_path):
     )  # fmt: skip
     with pytest.raises(InputError, match="final_logit_softcapping"):
         score({**models, "gemma": tmp_path / "gemma"}, [Sample("s", [1], [2])], teacher="gemma")
-
-
-def test_unknown_jobs_are_refused():
-    with pytest.raises(ConfigError, match="supervise_shard and reverse_kl"):
-        Scorer({"threads": 1}).handle({"op": "score"}, lambda *_: None)

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from msgspec.structs import asdict
 from small_models import Bench
 from tokenizers import Tokenizer
 from two_tokenizers import STUDENT_ROWS, TEACHER_ROWS, conversation, model, rendered, text
@@ -186,7 +187,7 @@ def test_reasons_and_loss_masks_are_the_oracles(world):
     rollouts, sampled = tables(made, prompt_ids)
     seen: set[str] = set()
     for marks in MARKS:
-        mask = mask_table(rollouts, sampled, mask_rules(world.bench.store, prompts, marks))
+        mask = mask_table(rollouts, sampled, asdict(mask_rules(world.bench.store, prompts, marks)))
         expected = [world.oracle.reasons(m, marks) for m in made.values()]
         for name, got, want in zip(made, mask["mask_reasons"].to_pylist(), expected, strict=True):
             assert [{r.name.lower() for r in MaskReason if bits & r} for bits in got] == want, name

@@ -23,6 +23,7 @@ from tasks.losses.needs import SignalNeed
 from tasks.rollout_config import RolloutConfig
 from tasks.supervise import SpecialTokens, SuperviseConfig, mask_rules, supervise_work
 from tasks.trainer.data import from_rollouts
+from tasks.workers.jobs import MaskRules, ScoreJob, ScoreShard
 
 ROLLOUT = RolloutConfig(temperature=0.8, top_p=0.9)
 SHARDS = [4, 3]
@@ -52,11 +53,11 @@ class World:
     def make(self, needs=NEEDS, **changed: Any) -> dict[str, Artifact]:
         return self.bench.make(self.work(needs, **changed))
 
-    def jobs(self, needs=NEEDS, **changed: Any) -> list[dict[str, Any]]:
-        """The scoring jobs that making this took."""
+    def jobs(self, needs=NEEDS, **changed: Any) -> list[tuple[ScoreJob, list[ScoreShard]]]:
+        """The scoring jobs that making this took, with their shards."""
         before = len(self.bench.workers.jobs)
         self.make(needs, **changed)
-        return [job for _, job in self.bench.workers.jobs[before:]]
+        return [(job, items) for _, job, items in self.bench.workers.jobs[before:]]
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +73,10 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
-def outputs(jobs: list[dict[str, Any]]) -> list[tuple[int, list[str]]]:
-    return [(job["shard"], [output["table"] for output in job["outputs"]]) for job in jobs]
+def outputs(jobs: list[tuple[ScoreJob, list[ScoreShard]]]) -> list[tuple[int, list[str]]]:
+    """(shard, tables) of what the one job of a stage wrote; none where there was no job."""
+    assert len(jobs) <= 1, "all missing shards go to the workers at once"
+    return [(item.shard, [output.table for output in item.outputs]) for _, items in jobs for item in items]
 
 
 def test_signals_have_the_rollouts_rows_and_shards(shared):
@@ -135,7 +138,7 @@ def test_one_pass_writes_what_is_missing_and_rewrites_nothing(world):
     loads = world.bench.workers.handlers["scorer"].models.loads
     config = SuperviseConfig(special_tokens=SpecialTokens(mark="all"))
     jobs = world.jobs(config=config)
-    assert outputs(jobs) == [(0, ["mask"]), (1, ["mask"])] and jobs[0]["student"]["path"] == ""
+    assert outputs(jobs) == [(0, ["mask"]), (1, ["mask"])] and jobs[0][0].student.path == ""
     assert world.bench.workers.handlers["scorer"].models.loads == loads
 
 
@@ -150,7 +153,7 @@ def test_a_shard_is_redone_alone_and_is_the_same_shard(world, tmp_path):
     again = world.make()["teacher_topk"]
     assert again.content == made["teacher_topk"].content and again.meta == made["teacher_topk"].meta
     assert (
-        world.bench.progressed[-1] == (7, 7, "samples") and "4 of 7 samples are scored already" in world.bench.said[-1]
+        world.bench.progressed[-1] == (7, 7, "samples") and "4 of 7 samples are there already" in world.bench.said[-1]
     )
 
 
@@ -160,18 +163,17 @@ def test_what_was_interrupted_goes_on_with_complete_metrics(world):
 
     whole = World(world.store.root.parent / "other").make()["sampled"].meta
     scorer = world.bench.workers.handlers["scorer"]
-    score, calls = scorer.handle, []
+    score = scorer.score
 
-    def stop_at_second(job, progress):
-        calls.append(job)
-        if len(calls) == 2:
+    def stop_at_second(job, samples, *rest):
+        if len(samples) == SHARDS[1]:
             raise Interrupted
-        return score(job, progress)
+        return score(job, samples, *rest)
 
-    scorer.handle = stop_at_second
+    scorer.score = stop_at_second
     with pytest.raises(Interrupted):
         world.make()
-    scorer.handle = score
+    scorer.score = score
     assert outputs(world.jobs()) == [(1, ["mask", "sampled", "teacher_topk"])]
     assert world.make()["sampled"].meta == whole and whole["metrics"]["sampler_mismatch_max"] > 0
 
@@ -355,10 +357,10 @@ def test_rules_come_from_the_audit_and_the_vocabularies(tmp_path):
     policy = {"on_mismatch": "mask", "on_template_mismatch": "student"}
     prompts = bench.prompts(bench.model(student), bench.model(teacher), tmp_path / "data", tokenizers=policy)
     rules = mask_rules(bench.store, prompts, SpecialTokens())
-    assert rules == {"unmapped": [end], "teacher_rows": 264, "special": [end], "occurrence": "all"}
+    assert rules == MaskRules(unmapped=[end], teacher_rows=264, special=[end], occurrence="all")
     every = mask_rules(bench.store, prompts, SpecialTokens(mark="all", occurrence="first"))
-    assert every["special"] == [256, 257, 258, 259, 260] and every["occurrence"] == "first"
+    assert every.special == [256, 257, 258, 259, 260] and every.occurrence == "first"
     named = mask_rules(bench.store, prompts, SpecialTokens(tokens=("<", "a", " ")))
-    assert named["special"] == sorted({end, ord("<"), ord("a"), ord(" ")})
+    assert named.special == sorted({end, ord("<"), ord("a"), ord(" ")})
     with pytest.raises(InputError, match="no token '<|usr|>'.*did you mean '<|user|>'".replace("|", r"\|")):
         mask_rules(bench.store, prompts, SpecialTokens(tokens=("<|usr|>",)))

@@ -6,17 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import pyarrow as pa
 import pytest
 import torch
+from feed import Feed
 from pydantic import ValidationError
 from scoring import END, InProcess, ScoringBench, model_folder, nucleus_logprobs, plain_logits
 from transformers import AutoTokenizer
 
+from storage.artifacts.shards import INTERMEDIATE
 from storage.errors import InputError
+from storage.schemas import schema_for
 from storage.store import Artifact, Store
 from tasks.engines.sampler import Sampler
 from tasks.evaluate import EvaluateConfig, Prompt, evaluate_work, plan_shards
 from tasks.prepare import PrepareConfig, prepare_work
+from tasks.workers.jobs import KLJob, SampleJob, SampleResult, Sampling, ShardDone
 
 CONFIG = EvaluateConfig(
     greedy=True, num_generations=2, temperature=0.7, top_p=0.8, kl_prompts=3, kl_generations=2, max_completion_length=4,
@@ -25,29 +31,51 @@ CONFIG = EvaluateConfig(
 
 
 class PlainSampler:
-    """Serves `generate_shard` as the sampler does, slowly and plainly."""
+    """Serves sampling jobs as the sampler does, slowly and plainly. `limit`: shards until it is interrupted."""
 
-    def handle(self, job: dict[str, Any], progress: Any) -> dict[str, Any]:
-        assert job["op"] == "generate_shard" and len(job["prompts"]) == len(job["seeds"])
-        path, how = Path(job["model"]), job["sampling"]
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        completions = []
-        for prompt, seed in zip(job["prompts"], job["seeds"], strict=True):
-            generator = torch.Generator().manual_seed(seed)
-            ids: list[int] = []
-            while len(ids) < how["max_completion_length"] and END not in ids:
-                logits_V = plain_logits(path, prompt, [*ids, 0])[-1]
-                if how["temperature"] == 0:
-                    ids.append(int(logits_V.argmax()))
-                else:
-                    shape = (how["temperature"], how["top_p"], how["top_k"])
-                    probs_V = nucleus_logprobs(logits_V[None], *shape)[0].exp()
-                    ids.append(int(torch.multinomial(probs_V, 1, generator=generator)))
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            reason = "stop" if ids[-1] == END else "length"
-            completions.append({"token_ids": ids, "text": text, "finish_reason": reason, "logprobs": [0.0] * len(ids)})
-            progress(len(completions), len(job["prompts"]))
-        return {"completions": completions, "stop_token_ids": [END], "proof": {}}
+    limit: int | None = None
+
+    def handle(self, job: SampleJob, link: Feed) -> SampleResult:
+        store = Store(job.store)
+        between = store.shard_writer(job.target.stage, job.target.key).intermediate()
+        table = store.read_table(store.require(job.prompts.stage, job.prompts.key), "prompts").to_pylist()
+        prompts = {row["prompt_id"]: row["token_ids"] for row in table if row["split"] == job.split}
+        tokenizer = AutoTokenizer.from_pretrained(job.model.path)
+        while (item := link.next()) is not None:
+            if len(link.results) == self.limit:
+                raise KeyboardInterrupt
+            rows = []
+            for request in item.requests:
+                ids = self.complete(Path(job.model.path), prompts[request.prompt_id], item.sampling, request.seed)
+                rows.append(
+                    msgspec.structs.asdict(request)
+                    | {
+                        "prompt_token_ids": prompts[request.prompt_id],
+                        "completion_token_ids": ids,
+                        "sampling_logprobs": [0.0] * len(ids),
+                        "behaviour": "student",
+                        "prefix_length": 0,
+                        "finish_reason": "stop" if ids[-1] == END else "length",
+                        "completion_text": tokenizer.decode(ids, skip_special_tokens=True),
+                        "reward": None,
+                    }
+                )
+            between.write_shard("rollouts", item.shard, pa.Table.from_pylist(rows, schema_for("rollouts")))
+            link.done(ShardDone(item.shard, item.size))
+        return SampleResult([END], {})
+
+    @staticmethod
+    def complete(path: Path, prompt: list[int], how: Sampling, seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        ids: list[int] = []
+        while len(ids) < how.max_completion_length and END not in ids:
+            logits_V = plain_logits(path, prompt, [*ids, 0])[-1]
+            if how.temperature == 0:
+                ids.append(int(logits_V.argmax()))
+            else:
+                probs_V = nucleus_logprobs(logits_V[None], how.temperature, how.top_p, how.top_k)[0].exp()
+                ids.append(int(torch.multinomial(probs_V, 1, generator=generator)))
+        return ids
 
 
 class World:
@@ -167,25 +195,32 @@ def test_keys_leave_the_round_out_and_hold_the_rest(shared):
     assert key(plain) == key(plain, teacher=other(shared.teacher, "weights"))
 
 
+class Dead:
+    def handle(self, job: KLJob, link: Feed) -> None:
+        raise KeyboardInterrupt
+
+
 def test_an_interrupted_evaluation_goes_on(world):
-    """The scorer dies: what was sampled for accuracy is kept, only the KL's shards are made again."""
+    """The sampler dies over its fourth shard, then the scorer: what was sampled is kept, though no accuracy or KL is known."""
     pool = world.bench.workers
-    scorer = pool.handlers["scorer"]
-
-    class Dead:
-        def handle(self, job: dict, progress: Any) -> dict:
-            raise KeyboardInterrupt
-
-    pool.handlers["scorer"] = Dead()
-    with pytest.raises(KeyboardInterrupt):
-        world.make()
+    sampler, scorer = pool.handlers["sampler"], pool.handlers["scorer"]
+    sampler.limit, pool.handlers["scorer"] = 3, Dead()
+    for sampled in (range(8), range(3, 8)):
+        before = len(pool.jobs)
+        with pytest.raises(KeyboardInterrupt):
+            world.make()
+        (_, _, shards), *_ = pool.jobs[before:]
+        assert [item.shard for item in shards] == list(sampled)
+        sampler.limit = None
+    assert "5 completions of an earlier attempt are there already" in " ".join(world.bench.said)
     pool.handlers["scorer"] = scorer
     before = len(pool.jobs)
     artifact = world.make()
-    redone = [job for role, job in pool.jobs[before:] if role == "sampler"]
-    assert [(job["sampling"]["temperature"], len(job["prompts"])) for job in redone] == [(1.0, 4), (1.0, 2)]
+    assert [(role, [item.shard for item in items]) for role, _, items in pool.jobs[before:]] == [("scorer", [6, 7])]
+    assert world.bench.progressed[-1] == (5 + 10 + 6, 5 + 10 + 6, "samples")
     whole = World(world.root / "other").make()
     assert artifact.content == whole.content and artifact.meta == whole.meta
+    assert not list(world.bench.store.root.rglob(INTERMEDIATE))
 
 
 def test_the_prompts_are_a_seeded_choice():
@@ -228,14 +263,16 @@ def test_there_must_be_held_out_prompts(world):
 
 
 def test_jobs_are_such_as_the_sampler_reads(shared):
-    """The fields that the real sampler takes from a job before it needs an engine."""
+    """What the real sampler takes from a job before it needs an engine."""
     shared.make(EvaluateConfig(kl_prompts=0, max_completion_length=2))
-    job = next(job for role, job in shared.bench.workers.jobs if role == "sampler")
+    job, items = next((job, items) for role, job, items in shared.bench.workers.jobs[::-1] if role == "sampler")
     sampler = Sampler({"device": "cpu", "threads": 1})
     loaded: list[Any] = []
     sampler._load = lambda *arguments: loaded.append(arguments) or (_ for _ in ()).throw(InterruptedError)
     with pytest.raises(InterruptedError):
-        sampler.handle(job, lambda *_: None)
+        sampler.handle(job, Feed(items))
     ((path, weights, dtype, length),) = loaded
-    assert path == Path(job["model"]) and weights == shared.student.content["weights"]
-    assert dtype == "float32" and length == max(map(len, job["prompts"])) + job["sampling"]["max_completion_length"]
+    assert path == Path(job.model.path) and weights == shared.student.content["weights"]
+    table = shared.bench.store.read_table(shared.prompts, "prompts").to_pylist()
+    longest = max(len(row["token_ids"]) for row in table if row["split"] == job.split)
+    assert dtype == "float32" and length == longest + items[0].sampling.max_completion_length

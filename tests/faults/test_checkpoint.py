@@ -131,7 +131,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     with ExitStack() as stack:
         warm = {}
         for ranks in (1, 2):
-            warm[ranks] = launch_trainer(ranks, folder / f"warm-{ranks}.log", ["stoppable_trainer"])
+            warm[ranks] = launch_trainer(ranks, folder / f"warm-{ranks}.log")
             stack.callback(warm[ranks].close)
         yield Bench(make_world(folder / "store"), folder, warm, {})
 

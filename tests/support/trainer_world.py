@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from overriding_jobs import overriding
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -20,6 +20,7 @@ from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
 from tasks.stage import Context, Work
 from tasks.trainer.launch import free_port, launch_command
+from tasks.workers.jobs import TrainJob, TrainResult, WarmupJob
 from tasks.workers.metrics import Metrics
 from tasks.workers.pool import CHECKOUT, Worker
 from tasks.workers.runtime import RuntimeConfig
@@ -168,8 +169,8 @@ def make_world(root: Path) -> World:
     )
 
 
-def launch_trainer(processes: int, log: Path, plugins: Sequence[str] = (), **environment: str) -> Worker:
-    """A trainer of that many ranks, launched as the supervisor does."""
+def launch_trainer(processes: int, log: Path, **environment: str) -> Worker:
+    """A trainer of that many ranks, launched as the supervisor does. It takes settings and failpoints per job."""
     settings = {
         "device": "cpu",
         "threads": 1,
@@ -178,12 +179,12 @@ def launch_trainer(processes: int, log: Path, plugins: Sequence[str] = (), **env
         "deepspeed": None,
         "activation_checkpointing": False,
         "checkpoint_minutes": None,
-        "plugins": list(plugins),
+        "plugins": ["trainer_with_overrides"],
         "plugin_path": str(CHECKOUT / "tests" / "plugins"),
     }
     argv, more = launch_command(processes, "cpu", free_port())
     env = dict(os.environ) | {
-        "PYTHONPATH": str(CHECKOUT),
+        "PYTHONPATH": os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "tests" / "support")]),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "OPD_WORKER_SETTINGS": json.dumps(settings),
@@ -228,14 +229,14 @@ class Pool:
         self.worker, self.runtime = worker, runtime
         self.seen: list[tuple[int, int, Metrics]] = []
 
-    def run(self, role: str, jobs: list[dict[str, Any]], on_progress: Any) -> list[dict[str, Any]]:
+    def run(self, role: str, job: TrainJob | WarmupJob, on_progress: Any) -> TrainResult:
         assert role == "trainer"
 
         def report(done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None:
             self.seen.append((done, total, metrics or {}))
-            on_progress(0, done, total, metrics, note)
+            on_progress(done, total, metrics, note)
 
-        return [self.worker.run(job | {"runtime": self.runtime}, report, timeout=120) for job in jobs]
+        return self.worker.run(overriding(job, **self.runtime), report, timeout=120)
 
 
 def make(

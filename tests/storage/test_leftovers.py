@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_store import STUDENT, build_student, contents, model
+from small_store import STUDENT, build_student, contents, model, rows
 
+from storage.artifacts.batches import BatchLog
 from storage.artifacts.checkpoints import write_file
+from storage.artifacts.shards import INTERMEDIATE
 from storage.disk import failpoints
 from storage.disk.files import TEMPORARY, remove_leftovers, temporary_name
 from storage.disk.locks import build_lock, locked
@@ -42,16 +44,21 @@ def test_an_id_that_another_process_has_by_now_protects_nothing(tmp_path: Path) 
 
 
 def keep_work(builder: Builder) -> None:
-    """A checkpoint and a part, as of work under way."""
+    """A checkpoint, a record of a batch and an intermediate shard, as of work under way."""
     kept = builder.checkpoints({"threads": 1})
     folder = kept.begin()
     kept.commit(folder, 1, [write_file(folder / "value", lambda path: path.write_bytes(b"1") and None)], {})
-    builder.parts("mask", 0).add({"a": 1})
+    BatchLog(builder.path, "mask").writing(0)
+    builder.intermediate().write_shard("mask", 0, rows(0))
+
+
+WORK = ["checkpoint", INTERMEDIATE, "mask"]
 
 
 def work_of(store: Store) -> list[str]:
     folder = store.root / "artifacts" / "student" / STUDENT.key
-    return sorted(p.name.split("-")[0] for p in folder.iterdir() if p.name.startswith(("checkpoint-", "mask-")))
+    names = {path.name.split("-")[0] for path in folder.iterdir()}
+    return sorted(names & set(WORK))
 
 
 @pytest.mark.parametrize("point", ["manifest.after_link", "manifest.after_sync"])
@@ -68,10 +75,10 @@ def test_work_of_an_artifact_that_is_committed_goes_at_the_next_start(
     monkeypatch.delenv(failpoints.SPEC)
     failpoints.arm()
     artifact = store.get("student", STUDENT.key)
-    assert artifact is not None and work_of(store) == ["checkpoint", "mask"]
+    assert artifact is not None and work_of(store) == WORK
     with locked(build_lock(store.root, "student", STUDENT.key), print):
         store.remove_leftovers()
-    assert work_of(store) == ["checkpoint", "mask"]  # somebody builds it again now
+    assert work_of(store) == WORK  # somebody builds it again now
     store.remove_leftovers()
     assert work_of(store) == [] and store.verify(artifact) == []
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from storage.artifacts.numerics import BY_SHARD, ShardNumerics, differing, several
-from storage.artifacts.parts import Parts
 
 ONE, TWO = {"threads": 1, "seqs": 8}, {"threads": 2, "seqs": 8}
 
 
-def begin(folder: Path, settings: dict, *missing: int, parts: tuple[Parts, ...] = (), count: int = 4) -> list[str]:
-    return ShardNumerics(folder, "rollouts").begin(settings, missing, count, parts)
+def begin(folder: Path, settings: dict, *missing: int, count: int = 4) -> list[str]:
+    return ShardNumerics(folder, "rollouts").begin(settings, missing, count)
 
 
 def groups(folder: Path, count: int = 4) -> list:
@@ -39,15 +38,6 @@ def test_settings_of_an_attempt_that_made_nothing_are_not_named(tmp_path: Path) 
     assert ShardNumerics(tmp_path, "rollouts").provenance(4) == {"numerics": TWO}
     assert begin(tmp_path, ONE) == []  # all shards are there, only the manifest was not
     assert ShardNumerics(tmp_path, "rollouts").provenance(4) == {"numerics": TWO}
-
-
-def test_parts_made_at_other_settings_are_dropped(tmp_path: Path) -> None:
-    part = Parts(tmp_path / "rollouts-00000.parts")
-    begin(tmp_path, ONE, 0, 1, 2, 3)
-    part.add({"a": 1, "b": 2})
-    assert begin(tmp_path, ONE, 0, 1, 2, 3, parts=(part,)) == [] and len(part.read()) == 2
-    (said,) = begin(tmp_path, TWO, 0, 1, 2, 3, parts=(part,))
-    assert "2 finished samples of unfinished shards" in said and "threads 1, 2" in said and part.read() == {}
 
 
 def test_what_has_no_record_that_can_be_believed_is_said_not_to_be_known(tmp_path: Path) -> None:

@@ -17,14 +17,16 @@ import pytest
 import scripted_run
 from clean_round import same_neighbours
 from fault_trials import Trials, both_forms
+from feed import Feed
 from rollout_stage import Stage
 
 from flows.run.runner import run_experiment
 from storage.errors import InputError
 from storage.schemas import MaskReason
 from storage.store import Store
-from tasks.engines.batch import SamplingFailed
+from tasks.engines.sampler import SamplingFailed
 from tasks.trainer.data import Samples, from_rollouts
+from tasks.workers.jobs import SampleJob, SampleResult, Sampling, TrainJob, TrainResult
 from tasks.workers.runtime import RuntimeConfig
 
 Values = dict[str, list[np.ndarray]]
@@ -110,13 +112,13 @@ class Pool(in_process.InProcess):
         round_of = scripted_run.experiment()
 
         class Sampler(engines.Sampler):
-            def handle(self, job: dict, progress: Any) -> dict:
-                self.names = {sample["seed"]: sample["sample_id"] for sample in job.get("samples", ())}
-                return super().handle(job, progress)
+            def handle(self, job: SampleJob, link: Feed) -> SampleResult:
+                self.names = {request.seed: request.sample_id for item in link.items for request in item.requests}
+                return super().handle(job, link)
 
-            def complete(self, job: dict, prompt: list[int], seed: int) -> dict:
-                made = super().complete(job, prompt, seed)
-                if seed not in self.names:
+            def complete(self, job: SampleJob, sampling: Sampling, prompt: list[int], seed: int) -> dict:
+                made = super().complete(job, sampling, prompt, seed)
+                if job.intermediate:  # an evaluation's
                     return made
                 values = {
                     "completion_token_ids": [np.array(made["token_ids"])],
@@ -137,14 +139,13 @@ class Pool(in_process.InProcess):
                 return spoil(rollouts["sample_id"].to_pylist(), values)
 
         class Trainer(engines.Trainer):
-            def handle(self, job: dict, progress: Any) -> dict:
-                store = Store(job["store"])
-                places = {"rollouts": job["rollouts"], **job["signals"]}
-                tables = {name: store.read_table(engines.artifact(store, at), name) for name, at in places.items()}
-                reasons = [MaskReason[name.upper()] for name in job["config"]["mask_reasons"]]
+            def handle(self, job: TrainJob, link: Feed) -> TrainResult:
+                store, places = Store(job.store), {"rollouts": job.rollouts, **job.signals}
+                tables = {name: store.read_table(store.require(at.stage, at.key), name) for name, at in places.items()}
+                reasons = [MaskReason[name.upper()] for name in json.loads(bytes(job.config))["mask_reasons"]]
                 rollouts, needs = tables.pop("rollouts"), round_of.objective.needs()
-                loaded.append(from_rollouts(rollouts, tables, needs, reasons, job["seed"], scripted_run.ROWS))
-                return super().handle(job, progress)
+                loaded.append(from_rollouts(rollouts, tables, needs, reasons, job.seed, scripted_run.ROWS))
+                return super().handle(job, link)
 
         self.handlers = {"sampler": Sampler({}), "scorer": Scorer({}), "trainer": Trainer({})}
 
@@ -226,7 +227,8 @@ def test_an_output_that_cannot_be_used_is_asked_for_again(trials: Trials, tmp_pa
             assert Counter(stage.noted("asked"))[sample.seed] == 2
         else:
             message = (
-                rf"1 of \d samples failed at every try: {sample.sample_id} \(seed {sample.seed}\): {OUTPUTS[kind]}"
+                rf"1 of \d samples of shard \d failed at every try: {sample.sample_id} \(seed {sample.seed}\):"
+                rf" {OUTPUTS[kind]}"
             )
             with pytest.raises(SamplingFailed, match=message):
                 stage.build(OneSampler())  # type: ignore[arg-type]

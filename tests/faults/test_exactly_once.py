@@ -1,4 +1,4 @@
-"""Each (round, prompt, sample) is used exactly once (row 3): shards written twice, batches asked for twice, killed workers.
+"""Each (round, prompt, sample) is used exactly once (row 3): shards written twice, shards asked for twice, killed workers.
 `test_kill.py` checks the same after every kill of a whole run."""
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from scripted_run import NAME, ROUNDS, Trial, prepare_root
 from storage.artifacts.shards import SIDECAR, ShardWriter
 from storage.runs import Run
 from storage.store import ArtifactSpec, Store
+from tasks.workers.jobs import Schema
 
 TABLES = {"rollout": "rollouts", "mask": "mask", "teacher_topk": "teacher_topk"}
 
@@ -106,29 +107,28 @@ def tear(path: Path) -> None:
 
 
 @both_forms(short=4, full=100)
-def test_batches_that_are_served_twice_count_once(
+def test_shards_that_are_served_twice_count_once(
     start: Path, expected: dict, trials: Trials, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker did a batch and its answer was lost: the supervisor asks again, and the batch is there already."""
-    real = in_process.InProcess.run
+    """Workers wrote some shards and their answers were lost: the supervisor gives these shards out again."""
+    real = in_process.InProcess.share
 
     def attempt(name: str) -> None:
         draw = random.Random(f"again {name}")
 
-        def again(self: in_process.InProcess, role: str, jobs: list[dict], *rest: object) -> list[dict]:
-            if role != "trainer":
-                real(self, role, [job for job in jobs if draw.random() < 0.5])
-            return real(self, role, jobs, *rest)
+        def again(self: in_process.InProcess, role: str, job: Schema, items: list, *rest: object) -> tuple[list, list]:
+            real(self, role, job, [item for item in items if draw.random() < 0.5])
+            return real(self, role, job, items, *rest)
 
         root = tmp_path / name / "store"
         shutil.copytree(start, root)
-        monkeypatch.setattr(in_process.InProcess, "run", again)
+        monkeypatch.setattr(in_process.InProcess, "share", again)
         in_process.run(root)
-        monkeypatch.setattr(in_process.InProcess, "run", real)
+        monkeypatch.setattr(in_process.InProcess, "share", real)
         check(root, expected)
         shutil.rmtree(root.parent)
 
-    trials(3, "batches served twice", map(str, range(count)), attempt)
+    trials(3, "shards served twice", map(str, range(count)), attempt)
 
 
 def put_in_its_place(root: Path, table: str, number: int, rows: list[int]) -> None:

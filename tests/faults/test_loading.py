@@ -13,13 +13,15 @@ import pytest
 import torch
 import yaml
 from canary import MODULES, PICKLES, Canary, edit, poison
+from feed import Feed
 from small_models import Bench, checkpoint
 
 from flows.config_file import parse_override, read_config
 from flows.experiment import load_experiment
 from storage.errors import ConfigError, CorruptArtifact, InputError, OpdError
 from storage.runs import Run, _checksum
-from storage.store import Store
+from storage.schemas import schema_for
+from storage.store import ArtifactSpec, Store
 from tasks.engines.forward import LoadedModel, vocabulary_rows
 from tasks.engines.weight_proof import reference_logprobs
 from tasks.inputs.models import CheckpointModel, model_work
@@ -28,6 +30,7 @@ from tasks.inputs.tokenizers import audit_tokenizers, load_tokenizer
 from tasks.inputs.verifiers import ExactMatch, MathVerify, verify
 from tasks.trainer.export import export_student
 from tasks.trainer.model import load_model
+from tasks.workers.jobs import ArtifactRef, ModelRef, Request, SampleJob, SampleShard, Sampling
 
 pytestmark = pytest.mark.promise(15, "payloads in checkpoints, adapters, templates, YAML tags, prompt files")
 
@@ -262,20 +265,35 @@ def test_every_payload_alone_is_never_run(loader, clean, tmp_path, canary):
 
 
 @pytest.mark.faults
-def test_the_engine_runs_nothing_that_lies_beside_a_checkpoint(poisoned, canary, monkeypatch):
+def test_the_engine_runs_nothing_that_lies_beside_a_checkpoint(poisoned, canary, monkeypatch, tmp_path):
     from storage.artifacts.digests import weights_digest
     from tasks.engines.sampler import Sampler
 
     monkeypatch.chdir(poisoned)
     sampler = Sampler({"device": "cpu", "threads": 1, "kv_cache_gib": 0.125, "max_num_seqs": 8})
-    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_completion_length": 4, "stop_token_ids": "eos"}
-    job = {"op": "generate_shard", "model": str(poisoned), "weights": weights_digest(poisoned), "dtype": "float32"}
-    job |= {"sampling": sampling, "prompts": [[1, 2, 3]], "seeds": [0]}
-    try:
-        assert sampler.handle(job, lambda done, total: None)["completions"][0]["token_ids"]
-    finally:
-        sampler.close()
-    assert canary.alive
+    store = Store(tmp_path / "store")
+    prompt = {"prompt_id": "p", "split": "train", "text": "x", "token_ids": [1, 2, 3]}
+    with store.building(ArtifactSpec.of("prepare", 1, {}, {})) as builder:
+        builder.write_shard("prompts", 0, pa.Table.from_pylist([prompt], schema_for("prompts")))
+        prompts = builder.commit()
+    with store.building(ArtifactSpec.of("rollout", 1, {}, {})) as builder:
+        job = SampleJob(
+            store=str(store.root),
+            target=ArtifactRef(builder.stage, builder.key),
+            prompts=ArtifactRef.of(prompts),
+            split="train",
+            model=ModelRef(str(poisoned), weights_digest(poisoned), ""),
+            dtype="float32",
+            longest=7,
+            log_table="rollouts",
+        )
+        sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_completion_length=4, stop_token_ids="eos")
+        try:
+            sampler.handle(job, Feed([SampleShard(0, sampling, [Request("p/1/0", "p", 0, 0)])]))
+        finally:
+            sampler.close()
+        (row,) = store.read_table(builder.commit(), "rollouts").to_pylist()
+    assert row["completion_token_ids"] and canary.alive
 
 
 @pytest.mark.faults

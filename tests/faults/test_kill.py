@@ -160,14 +160,14 @@ def test_killed_when_a_training_is_committed_and_its_checkpoints_are_still_there
 
 
 @both_forms(short=1, full=40)
-def test_a_batch_that_dies_is_retried_and_counts_once(
+def test_a_shard_whose_worker_dies_is_made_again_and_counts_once(
     plain: Undisturbed, trials: Trials, tmp_path: Path, count: int
 ) -> None:
-    """A worker dies between a shard and its sidecar: the supervisor asks another for the same batch, within one run."""
+    """A worker dies between a shard and its sidecar: the supervisor gives the shard to another, within one run."""
 
     def attempt(name: str) -> None:
         trial = plain.trial(tmp_path / name)
-        hit = random.Random(f"batch {name}").randint(1, plain.hits["shard.before_sidecar"])
+        hit = random.Random(f"shard {name}").randint(1, plain.hits["shard.before_sidecar"])
         code = trial.run(f"shard.before_sidecar=kill@{hit}")
         assert Counter(trial.hits())["shard.before_sidecar"] >= hit
         if code == 0:
@@ -175,4 +175,4 @@ def test_a_batch_that_dies_is_retried_and_counts_once(
             exactly_once(trial.result()["used"], ROUNDS)
         check_after_resume(trial, plain.result)
 
-    trials(3, "killed between a shard and its sidecar, batch retried", map(str, range(count)), attempt, parallel=2)
+    trials(3, "killed between a shard and its sidecar, shard retried", map(str, range(count)), attempt, parallel=2)

@@ -19,8 +19,9 @@ from storage.disk.failpoints import LOG
 from storage.runs import Run
 from storage.store import Store
 
-KILLED = {"rollout": (3, {"rollout"}), "supervise": (6, {"mask", "sampled"}), "evaluate": (12, {"evaluate"})}
-"""Stage of round 1 -> (shard, counted over the run, after which everything is killed; the artifacts that have one by then)."""
+KILLED = {"rollout": (6, {"rollout"}), "supervise": (9, {"mask", "sampled"}), "evaluate": (17, {"evaluate"})}
+"""Stage of round 1 -> (shard, counted over the run with the intermediate ones, after which everything is killed; the artifacts
+that have one by then)."""
 
 
 class Resumed(ReportedRun):

@@ -199,8 +199,8 @@ class Trial:
         return found
 
     def leftovers(self) -> list[str]:
-        """Temporary files, in the store and in the folder for temporary files; and checkpoints and parts where nobody needs them:
-        beside a manifest, or anywhere once the run has ended."""
+        """Temporary files, in the store and in the folder for temporary files; and what unfinished artifacts keep where nobody
+        needs it: beside a manifest, or anywhere once the run has ended."""
         found = [*self.root.rglob(".tmp-*"), *self.temporary.iterdir()]
         runs = [run for run in Run.list(self.root) if run.name == NAME]
         ended = any(run.state.status == "finished" for run in runs)

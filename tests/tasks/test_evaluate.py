@@ -223,6 +223,21 @@ def test_an_interrupted_evaluation_goes_on(world):
     assert not list(world.bench.store.root.rglob(INTERMEDIATE))
 
 
+def test_completions_made_at_other_numerics_are_sampled_again(world, monkeypatch):
+    """What is recorded of a shard holds for its completions too, though they are in a shard of their own until then."""
+    pool = world.bench.workers
+    scorer, pool.handlers["scorer"] = pool.handlers["scorer"], Dead()
+    config = EvaluateConfig(greedy=False, max_completion_length=2)
+    with pytest.raises(KeyboardInterrupt):
+        world.make(config)
+    pool.handlers["scorer"] = scorer
+    monkeypatch.setattr("tasks.workers.runtime.RuntimeConfig.numerics", lambda self, *roles: {"threads": 7})
+    before = len(pool.jobs)
+    artifact = world.make(config)
+    assert [role for role, _, _ in pool.jobs[before:]] == ["sampler", "scorer"]
+    assert artifact.provenance["numerics"] == {"threads": 7}
+
+
 def test_the_prompts_are_a_seeded_choice():
     prompts = [Prompt(f"p{i}", [i], None, None) for i in range(20)]
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from small_store import SPEC, rows
+
 from storage.artifacts.numerics import BY_SHARD, ShardNumerics, differing, several
+from storage.store import Store
 
 ONE, TWO = {"threads": 1, "seqs": 8}, {"threads": 2, "seqs": 8}
 
@@ -38,6 +41,17 @@ def test_settings_of_an_attempt_that_made_nothing_are_not_named(tmp_path: Path) 
     assert ShardNumerics(tmp_path, "rollouts").provenance(4) == {"numerics": TWO}
     assert begin(tmp_path, ONE) == []  # all shards are there, only the manifest was not
     assert ShardNumerics(tmp_path, "rollouts").provenance(4) == {"numerics": TWO}
+
+
+def test_intermediate_shards_made_at_other_settings_are_made_again(store: Store) -> None:
+    """A shard has one set of settings, those of its intermediate shards included."""
+    with store.building(SPEC) as builder:
+        between = builder.intermediate()
+        assert builder.begin_shards("mask", ONE, [0, 1], 2) == []
+        between.write_shard("mask", 0, rows(0))
+        assert builder.begin_shards("mask", ONE, [0, 1], 2) == [] and between.read("mask", 0) is not None
+        (said,) = builder.begin_shards("mask", TWO, [0, 1], 2)
+        assert "made again" in said and "threads 1, 2" in said and between.read("mask", 0) is None
 
 
 def test_what_has_no_record_that_can_be_believed_is_said_not_to_be_known(tmp_path: Path) -> None:

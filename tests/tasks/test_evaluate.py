@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from scoring import END, InProcess, ScoringBench, model_folder, nucleus_logprobs, plain_logits
 from transformers import AutoTokenizer
 
+from storage.artifacts.batches import BatchLog
 from storage.artifacts.shards import INTERMEDIATE
 from storage.errors import InputError
 from storage.schemas import schema_for
@@ -37,13 +38,18 @@ class PlainSampler:
 
     def handle(self, job: SampleJob, link: Feed) -> SampleResult:
         store = Store(job.store)
-        between = store.shard_writer(job.target.stage, job.target.key).intermediate()
+        writer = store.shard_writer(job.target.stage, job.target.key)
+        log, step = BatchLog(writer.path, job.log_table), 0
         table = store.read_table(store.require(job.prompts.stage, job.prompts.key), "prompts").to_pylist()
         prompts = {row["prompt_id"]: row["token_ids"] for row in table if row["split"] == job.split}
         tokenizer = AutoTokenizer.from_pretrained(job.model.path)
         while (item := link.next()) is not None:
             if len(link.results) == self.limit:
                 raise KeyboardInterrupt
+            log.add(item.shard, step)
+            step += 1
+            if job.write is not None and item.shard not in job.write:
+                continue
             rows = []
             for request in item.requests:
                 ids = self.complete(Path(job.model.path), prompts[request.prompt_id], item.sampling, request.seed)
@@ -60,7 +66,11 @@ class PlainSampler:
                         "reward": None,
                     }
                 )
-            between.write_shard("rollouts", item.shard, pa.Table.from_pylist(rows, schema_for("rollouts")))
+            if job.batch is None:
+                log.writing(item.shard)
+            writer.intermediate().write_shard(
+                "rollouts", item.shard, pa.Table.from_pylist(rows, schema_for("rollouts"))
+            )
             link.done(ShardDone(item.shard, item.size))
         return SampleResult([END], {})
 
@@ -236,6 +246,19 @@ def test_completions_made_at_other_numerics_are_sampled_again(world, monkeypatch
     artifact = world.make(config)
     assert [role for role, _, _ in pool.jobs[before:]] == ["sampler", "scorer"]
     assert artifact.provenance["numerics"] == {"threads": 7}
+
+
+def test_a_lost_shard_is_sampled_in_the_batch_that_it_was_in(world):
+    pool, store = world.bench.workers, world.bench.store
+    made = world.make()
+    assert made.provenance["batches"] == [{"queue": [[n, n] for n in range(8)], "shards": list(range(8))}]
+    (store.root / "artifacts" / "evaluate" / made.key / store.shards(made, "evaluations")[6].file).unlink()
+    before = len(pool.jobs)
+    again = world.make()
+    (_, sampling, sampled), (_, _, scored) = pool.jobs[before:]
+    assert sampling.batch == [item.shard for item in sampled] == list(range(8)) and sampling.write == [6]
+    assert [item.shard for item in scored] == [6]
+    assert again.content == made.content and again.provenance["batches"] == made.provenance["batches"]
 
 
 def test_the_prompts_are_a_seeded_choice():

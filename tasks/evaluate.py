@@ -203,8 +203,8 @@ def _build(
         }
         stage.sample(TABLE, job, shards, unsampled)
     _write(builder, plan, [n for n in stage.missing if plan[n].mode != "kl"], config)
-    unscored = [number for number in stage.missing if plan[number].mode == "kl"]
-    if unscored:
+    kl = [number for number in stage.missing if plan[number].mode == "kl"]
+    if unscored := [number for number in kl if between.read(COMPLETION_KL, number) is None]:
         ctx.workers.stage_done()  # on a GPU the sampler's memory is needed now; warm workers stay
         score = KLJob(
             store=str(ctx.store.root),
@@ -215,7 +215,7 @@ def _build(
             dtype=config.dtype,
         )
         stage.run("scorer", score, [KLShard(number, sizes[number]) for number in unscored])
-        _write(builder, plan, unscored, config)
+    _write(builder, plan, kl, config)
     meta = {} if builder.repairing else _meta(builder, len(plan))
     if lost := meta.get("invalid_kl"):
         ctx.log(f"warning: the KL of {lost} completions is not finite; reverse_kl leaves them out")

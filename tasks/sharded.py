@@ -39,16 +39,14 @@ class ShardedStage:
         self._done = self._total - sum(self.sizes[shard] * passes[shard] for shard in passes)
         self.ctx.progress(self._done, self._total, "samples")
 
-    def run(
-        self, role: str, job: Schema, items: Sequence[Item], workers: int | None = None
-    ) -> tuple[list[Any], list[Any]]:
+    def run(self, role: str, job: Schema, items: Sequence[Item], together: bool = False) -> tuple[list[Any], list[Any]]:
         """Let workers do a job over items, one shard each. (results of the items, results of the workers)."""
         before = self._done
 
         def report(done: int) -> None:
             self.ctx.progress(min(before + done, self._total), self._total, "samples")
 
-        found = self.ctx.workers.share(role, job, items, report, workers)
+        found = self.ctx.workers.share(role, job, items, report, together)
         self._done = min(before + sum(item.size for item in items), self._total)
         return found
 
@@ -63,7 +61,7 @@ class ShardedStage:
         for batch in again:
             steps = [step for _, step in batch.queue]
             repeat = msgspec.structs.replace(job, batch=steps, write=batch.shards)
-            _, answers = self.run("sampler", repeat, [shards[shard] for shard, _ in batch.queue], workers=1)
+            _, answers = self.run("sampler", repeat, [shards[shard] for shard, _ in batch.queue], together=True)
             results += answers
         repeated = {shard for batch in again for shard in batch.shards}
         if rest := [shards[shard] for shard in missing if shard not in repeated]:

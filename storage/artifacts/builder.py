@@ -25,8 +25,8 @@ from storage.artifacts.artifact import (
 from storage.artifacts.batches import BATCH, Batch, provenance_of, recorded_batches, unfinished_batches
 from storage.artifacts.checkpoints import CHECKPOINT, Checkpoints
 from storage.artifacts.digests import combine_digests
-from storage.artifacts.numerics import MADE_AT, ShardNumerics
-from storage.artifacts.shards import INTERMEDIATE, SIDECAR, ShardWriter, check_file, sidecar, sidecars
+from storage.artifacts.numerics import INTERMEDIATE, MADE_AT, ShardNumerics
+from storage.artifacts.shards import SIDECAR, ShardWriter, check_file, sidecar, sidecars
 from storage.artifacts.trees import (
     content_digests,
     damaged_files,

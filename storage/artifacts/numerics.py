@@ -10,10 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from storage.disk.files import replace_atomically, seal, unseal
+from storage.disk.files import remove, replace_atomically, seal, unseal
 from storage.errors import CorruptArtifact
 
 MADE_AT = ".made-at.json"
+INTERMEDIATE = "intermediate"
+"""Folder of an unfinished artifact for shards that one worker writes and another reads; no manifest names them."""
 NUMERICS = "numerics"
 BY_SHARD = "numerics_by_shard"
 """Names in an artifact's provenance: the settings of all its shards; or, where there are several sets or where they are
@@ -39,6 +41,8 @@ class ShardNumerics:
         if settings not in self.sets:
             self.sets.append(dict(settings))
         now = self.sets.index(dict(settings))
+        # first: what is between two workers must not pass for made at the new settings after a kill here
+        dropped = now != before and remove(self.path.with_name(INTERMEDIATE))
         if now != before or absent & self.shards.keys():
             self.shards, self.now = have, now
             content = {"sets": self.sets, "shards": {str(k): v for k, v in have.items()}, "now": now}
@@ -48,6 +52,11 @@ class ShardNumerics:
             said.append(
                 f"warning: {self.table}: {len(have)} of {count} shards were made with other settings"
                 f" ({self._difference(before, now)}); they are kept, but `opd replay` cannot repeat what was made at two"
+            )
+        if dropped:
+            said.append(
+                f"warning: {self.table}: intermediate shards were made with other settings"
+                f" ({self._difference(before, now)}) and are made again"
             )
         return said
 

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from storage.artifacts.artifact import ShardRecord, artifact_directory
 from storage.artifacts.digests import file_sha256, table_digest
+from storage.artifacts.numerics import INTERMEDIATE
 from storage.disk.failpoints import failpoint
 from storage.disk.files import (
     explain_full_disk,
@@ -36,8 +37,6 @@ from storage.errors import CorruptArtifact, StoreError
 from storage.schemas import schema_version, validate_table
 
 SIDECAR = ".sidecar.json"
-INTERMEDIATE = "intermediate"
-"""Folder of an unfinished artifact for shards that one worker writes and another reads; no manifest names them."""
 # Wall time differs in every repetition: recorded and covered by the file's hash, but no part of what a shard contains.
 _MEASURED = {"training_steps": ("seconds",)}
 _SHARD_FILE = re.compile(r"(?P<table>[a-z][a-z0-9_]*)-(?P<shard>\d{5,})-[0-9a-f]{12}\.parquet")

@@ -237,13 +237,15 @@ class Sampler:
         # the bits of a log-probability may depend on what was computed together: a batch starts from an empty cache
         self.llm.reset_prefix_cache()
         waiting: dict[str, tuple[OpenShard, int]] = {}
+        unfinished: dict[int, OpenShard] = {}
         step = 0
         try:
             while True:
                 while (item := intake.take(step, len(waiting))) is not None:
                     if log is not None:
                         log.add(item.shard, step)
-                    waiting |= self._enqueue(item, prompts, self._stop_ids(job, item.sampling))
+                    shard = unfinished[item.shard] = OpenShard(item)
+                    waiting |= self._enqueue(shard, prompts, self._stop_ids(job, item.sampling))
                 if not waiting:
                     return
                 answers = self._step(waiting)
@@ -255,7 +257,8 @@ class Sampler:
                         shard.problems[position] = problem
                 step += 1
                 link.progress(done, 0)
-                yield from {id(shard): shard for shard, _, _ in answers if shard.complete}.values()
+                for number in [number for number, shard in unfinished.items() if shard.complete]:
+                    yield unfinished.pop(number)
         except GeneratorExit:
             self.llm.llm_engine.abort_request(list(waiting), internal=True)
             raise
@@ -265,16 +268,15 @@ class Sampler:
         except Exception as error:
             traceback.print_exc()
             self._abandon()
-            lost = {id(shard): shard for shard, _ in waiting.values()}.values()
-            for shard in lost:
+            for shard in unfinished.values():
                 shard.fail(f"the engine failed: {type(error).__name__}: {error}")
-            yield from lost
+                yield shard
 
     def _enqueue(
-        self, item: SampleShard, prompts: dict[str, list[int]], stop_ids: list[int]
+        self, shard: OpenShard, prompts: dict[str, list[int]], stop_ids: list[int]
     ) -> dict[str, tuple[OpenShard, int]]:
         """Give the engine a shard's requests. Engine's name of each -> (the shard, its position)."""
-        shard = OpenShard(item)
+        item = shard.item
         texts = [prompts[request.prompt_id] for request in item.requests]
         if not all(texts):
             raise InputError(f"sampler: shard {item.shard} has a prompt without tokens; prepare filters these")
@@ -370,7 +372,7 @@ class Sampler:
         sampling = Sampling(1.0, 1.0, 0, _PROBE_TOKENS, [])
         requests = [Request(f"probe {i}", str(i), 0, derive_seed("probe", i)) for i in range(_PROBES)]
         texts = {str(i): prompt for i, prompt in enumerate(prompts)}
-        waiting = self._enqueue(SampleShard(0, sampling, requests), texts, [])
+        waiting = self._enqueue(OpenShard(SampleShard(0, sampling, requests)), texts, [])
         outputs: list[Any] = [None] * _PROBES
         while waiting:
             for _, position, output in self._step(waiting):

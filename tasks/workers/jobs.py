@@ -428,7 +428,7 @@ def from_worker(data: bytes) -> FromWorker:
 def decode(data: msgspec.Raw, protocol: int = PROTOCOL) -> Any:
     """The job, item or result (or None) in a message. JobMismatch names the field, what was found, and both protocols."""
     if "all" not in _decoders:
-        _decoders["all"] = msgspec.json.Decoder(Union[(*_schemas, None)])  # noqa: UP007
+        _decoders["all"] = msgspec.json.Decoder(Union[(*_schemas, None)])
     return _decode(_decoders["all"], bytes(data), "a job", protocol)
 
 

@@ -99,16 +99,18 @@ class WorkerPool:
         job: jobs.Schema,
         items: Sequence[Item],
         on_progress: Callable[[int], None] = lambda done: None,
-        workers: int | None = None,
+        together: bool = False,
     ) -> tuple[list[Any], list[Any]]:
-        """Let the role's workers (at most `workers` of them) do one job over a queue of items: each takes the next item as
-        soon as it has room. `on_progress` is called with the samples that are finished.
+        """Let the role's workers do one job over a queue of items: each takes the next item as soon as it has room. With
+        `together` one worker takes all, and takes all again after a death. `on_progress` is called with the samples that
+        are finished.
 
-        Returns the items' results in the order of the items, and the results of the workers. When a worker dies or hangs, its
-        unfinished items go back to the front of the queue and it is started again; an item that was unfinished at
-        more than `runtime.retries` deaths ends the stage (WorkerDied). The first error ends the rest: what they wrote stays."""
-        shared = _Shared(items, on_progress, self.runtime.retries + 1)
-        count = min(workers or self._count(role), self._count(role), len(items))
+        Returns the results of the items that have one, in their order, and the results of the workers. When a worker dies
+        or hangs, its unfinished items go back to the front of the queue and it is started again; an item that was
+        unfinished at more than `runtime.retries` deaths ends the stage (WorkerDied). The first error ends the rest: what
+        they wrote stays."""
+        shared = _Shared(items, on_progress, self.runtime.retries + 1, together)
+        count = min(1 if together else self._count(role), len(items))
         if count == 1:
             self._drain(role, 0, job, shared)
         elif count > 1:
@@ -127,7 +129,7 @@ class WorkerPool:
                 self.kill()
         if shared.errors:
             raise shared.errors[0]
-        return [shared.results[index] for index in range(len(items))], shared.answers
+        return [result for _, result in sorted(shared.results.items())], shared.answers
 
     def _drain(self, role: str, number: int, job: jobs.Schema, shared: _Shared) -> None:
         attempt = 0
@@ -269,8 +271,8 @@ class WorkerPool:
 class _Shared:
     """A queue of items that several workers take from, and what became of each."""
 
-    def __init__(self, items: Sequence[Item], on_progress: Callable[[int], None], tries: int) -> None:
-        self.items, self.tries = items, tries
+    def __init__(self, items: Sequence[Item], on_progress: Callable[[int], None], tries: int, together: bool) -> None:
+        self.items, self.tries, self.together = items, tries, together
         self.queue = deque(range(len(items)))
         self.deaths = [0] * len(items)
         """Workers that died over an item."""
@@ -328,7 +330,8 @@ class _Part:
     def done(self, result: Any) -> None:
         with self._shared.lock:
             index = self._shared.index(result.shard)
-            self._open.remove(index)
+            if not self._shared.together:
+                self._open.remove(index)
             self._shared.results[index] = result
             self._written += self._shared.items[index].size
             self.samples = max(self.samples, self._written)
@@ -343,7 +346,8 @@ class _Part:
     def give_back(self) -> list[int]:
         """The worker is gone: its unfinished items are for the next one."""
         with self._shared.lock:
-            lost, self._open, self.samples = self._open, [], self._written
+            lost, self._open = self._open, []
+            self.samples = 0 if self._shared.together else self._written
             for index in reversed(lost):
                 self._shared.deaths[index] += 1
                 self._shared.queue.appendleft(index)

@@ -16,35 +16,27 @@ register_role("sampler", f"{__name__}:Faulty")
 
 
 class Faulty(Sampler):
-    def handle(self, job, progress):
-        self.job = job
-        return super().handle(job, progress)
+    def handle(self, job, link):
+        self.fault = Path(job.store) / "fault"
+        return super().handle(job, link)
 
-    def _ask(self, batch, sampling, stop_ids, progress):
-        self.batch = batch
-        return super()._ask(batch, sampling, stop_ids, progress)
-
-    def _steps(self, prompts, params):
-        for finished in super()._steps(prompts, params):
-            if finished and self.is_due(len(finished)):
-                kind = self.fault["kind"]
+    def _step(self, waiting):
+        answers = super()._step(waiting)
+        for shard, _, output in answers:
+            if self.is_due(shard):
+                kind = json.loads(self.fault.read_text())["kind"]
+                self.fault.with_name("fault-met").touch()
                 if kind == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
                 if kind == "hang":
                     time.sleep(600)
                 if kind == "raise_":
                     raise RuntimeError("the engine core is dead")
-                finished[0][1].finish_reason = "abort"
-            yield finished
+                output.finish_reason = "abort"
+        return answers
 
-    def is_due(self, finished: int) -> bool:
-        path = Path(self.job["store"]) / "fault"
-        if not path.exists() or not hasattr(self, "batch"):
+    def is_due(self, shard) -> bool:
+        if not self.fault.exists() or self.fault.with_name("fault-met").exists():
             return False
-        self.fault = json.loads(path.read_text())
-        met = path.with_name("fault-met")
-        due = self.fault["shard"] == self.job["shard"] and self.batch.done + finished > self.fault["at"]
-        if not due or met.exists():
-            return False
-        met.touch()
-        return True
+        wanted = json.loads(self.fault.read_text())
+        return wanted["shard"] == shard.item.shard and len(shard.completions) + 1 > wanted["at"]

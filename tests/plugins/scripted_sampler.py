@@ -1,7 +1,7 @@
 """A plugin that takes the engine's place, at vLLM's own interface: completions made of the sample's seed. All of the sampler
 but the engine is the real one. Faults on demand through files beside the store:
 
-- `die-before-shard`: the number of a shard; its worker kills itself before it asks for a sample;
+- `die-before-shard`: the number of a shard; its worker kills itself before the engine gets its requests;
 - `fault`: JSON {kind, seed, times}: what happens when the sample of that seed is about to be finished, and how often. Kinds:
   kill (SIGKILL), hang, raise_, abort, empty, infinite (a log-probability), vanish (no output), and the other bad numbers.
 
@@ -24,31 +24,34 @@ register_role("sampler", f"{__name__}:Scripted")
 
 
 class Scripted(Sampler):
-    def _prepare(self, job, prompts):
-        self.proof = {"weights": job["weights"]}
+    def _prepare(self, job):
+        self.proof = {"weights": job.model.weights}
         if self.llm is None:
-            self.llm = Engine()
-            self._tokenizer = SimpleNamespace(decode=lambda ids, **_: f"text {sum(ids)}")
+            self.llm = Engine(Path(job.store))
+            self._tokenizer = SimpleNamespace(decode=lambda ids, **_: f"text {sum(ids)}", eos_token_id=7)
             self._vocabulary = 256
-        # a job of an evaluation names its place in the store elsewhere
-        place = job.get("parts") or job
-        self.llm.store = Path(place["store"])
-        deadly = self.llm.store / "die-before-shard"
-        if deadly.exists() and int(deadly.read_text()) == place["shard"]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.llm.note("shards-done", str(place["shard"]))
+        self.llm.store = Path(job.store)
+
+    def _stop_ids(self, job, sampling):
+        self._stopped_by = [7]
         return [7]
 
     def _params(self, sampling, seed, stop_ids):
-        return SimpleNamespace(seed=seed, limit=sampling["max_completion_length"])
+        return SimpleNamespace(seed=seed, limit=sampling.max_completion_length)
+
+    def _enqueue(self, shard, prompts, stop_ids):
+        deadly = self.llm.store / "die-before-shard"
+        if deadly.exists() and int(deadly.read_text()) == shard.item.shard:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.llm.note("shards-done", str(shard.item.shard))
+        return super()._enqueue(shard, prompts, stop_ids)
 
 
 class Engine:
     """What the sampler uses of `vllm.LLM`, of its engine and of the engine's core. A step finishes one request."""
 
-    store: Path
-
-    def __init__(self) -> None:
+    def __init__(self, store: Path) -> None:
+        self.store = store
         self.llm_engine = self.engine_core = self
         self.requests: list[tuple[str, list[int], SimpleNamespace]] = []
         self.count = 0
@@ -71,6 +74,9 @@ class Engine:
 
     def shutdown(self) -> None:
         self.requests.clear()
+
+    def abort_request(self, names, internal) -> None:
+        self.requests = [request for request in self.requests if request[0] not in names]
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.requests)

@@ -12,6 +12,8 @@ import time
 import uuid
 from pathlib import Path
 
+from scripted_jobs import ScriptedAnswer, ScriptedDone, ScriptedJob
+
 from storage.errors import InputError
 from tasks.workers.jobs import register_role
 
@@ -23,23 +25,25 @@ class Scripted:
         self.settings = settings
         self.served = 0
 
-    def handle(self, job: dict, progress) -> dict:
+    def handle(self, job: ScriptedJob, link) -> ScriptedAnswer:
         self.served += 1
-        match job["op"]:
+        match job.do:
             case "echo":
-                progress(1, 1)
-                return {"value": job["value"], "served": self.served, "pid": os.getpid()}
+                link.progress(1, 1)
+                return ScriptedAnswer(job.value, self.served, os.getpid())
             case "train":
-                for step, metrics in enumerate(job["metrics"], 1):
-                    progress(step, len(job["metrics"]), metrics)
-                    time.sleep(job["pause"])
-                return {}
+                for step, metrics in enumerate(job.metrics, 1):
+                    link.progress(step, len(job.metrics), metrics)
+                    time.sleep(job.pause)
+                return ScriptedAnswer()
+            case "shards":
+                return self.shards(job, link)
             case "die_once":
-                marker = Path(job["marker"])
+                marker = Path(job.path)
                 if not marker.exists():
                     marker.touch()
                     os.kill(os.getpid(), signal.SIGKILL)
-                return {"value": "second try"}
+                return ScriptedAnswer(2)
             case "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "refuse":
@@ -50,11 +54,29 @@ class Scripted:
                 path = Path(tempfile.gettempdir(), str(uuid.uuid4()))  # as vLLM names those of its own processes
                 with socket.socket(socket.AF_UNIX) as listener:
                     listener.bind(str(path))
-                return {"folder": str(path.parent)}
+                return ScriptedAnswer(folder=str(path.parent))
             case "grandchild":
                 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-                Path(job["pids"]).write_text(f"{os.getpid()} {child.pid}")
+                Path(job.path).write_text(f"{os.getpid()} {child.pid}")
                 time.sleep(600)
-        raise ValueError(job["op"])
+        raise ValueError(job.do)
+
+    def shards(self, job: ScriptedJob, link) -> ScriptedAnswer:
+        """Takes two items at a time. A file `<path>/die-N` kills it once when it has taken the item N, `kill-N` each time."""
+        count, held = 0, []
+        while True:
+            while len(held) < 2 and (item := link.next()) is not None:
+                held.append(item)
+                once, always = Path(job.path, f"die-{item.shard}"), Path(job.path, f"kill-{item.shard}")
+                if once.exists() or always.exists():
+                    once.unlink(missing_ok=True)
+                    os.kill(os.getpid(), signal.SIGKILL)
+            if not held:
+                return ScriptedAnswer(count, self.served, os.getpid())
+            item = held.pop(0)
+            time.sleep(job.pause)
+            count += 1
+            link.progress(count, 0)
+            link.done(ScriptedDone(item.shard, os.getpid()))
 
     def close(self) -> None: ...

@@ -37,7 +37,7 @@ class InProcessPool:
         return self.handlers[role].handle(job, Feed((), on_progress))
 
     def share(
-        self, role: str, job: Any, items: Iterable[Any], on_progress: Any = None, workers: int | None = None
+        self, role: str, job: Any, items: Iterable[Any], on_progress: Any = None, together: bool = False
     ) -> tuple[list[Any], list[Any]]:
         items = list(items)
         self.jobs.append((role, job, items))

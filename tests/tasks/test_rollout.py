@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 
 import pytest
@@ -12,7 +11,7 @@ from places import PLUGINS
 from pydantic import ValidationError
 from rollout_stage import CONFIG, Stage
 
-from storage.artifacts.artifact import Artifact
+from storage.artifacts.artifact import Artifact, load_manifest
 from storage.errors import InputError
 from tasks.rollout import RolloutConfig, plan_samples, prompts_for_round, rollout_work
 from tasks.workers.pool import WorkerDied, WorkerPool
@@ -90,7 +89,8 @@ def test_the_key_follows_what_changes_the_completions():
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
-    runtime = RuntimeConfig(device="cpu", threads=1, retries=0, sampler=SamplerRuntime(workers=2))
+    """One sequence at a time, so that the engine gets a shard when the one before is finished."""
+    runtime = RuntimeConfig(device="cpu", threads=1, retries=0, sampler=SamplerRuntime(max_num_seqs=1))
     logs = tmp_path_factory.mktemp("logs")
     with WorkerPool(runtime, logs, ("scripted_sampler",), str(PLUGINS)) as pool:
         yield pool
@@ -105,7 +105,7 @@ def test_an_interrupted_round_goes_on_where_it_broke(tmp_path, pool):
     (broken.store.root / "die-before-shard").write_text("2")
     with pytest.raises(WorkerDied):
         broken.build(pool)
-    assert broken.store.get("rollout", broken.spec.key) is None and sorted(broken.done()) == [0, 1]
+    assert broken.store.get("rollout", broken.spec.key) is None and broken.done() == [0, 1]
     (broken.store.root / "die-before-shard").unlink()
     result = broken.build(pool)
     assert broken.done() == [2]
@@ -128,16 +128,63 @@ def test_an_interrupted_round_goes_on_where_it_broke(tmp_path, pool):
     assert result.meta["weight_proofs"] == [{"weights": broken.student.content["weights"]}]
 
 
-def test_a_damaged_shard_alone_is_sampled_again(tmp_path, pool):
+def damage(stage: Stage, artifact: Artifact, shard: int) -> None:
+    folder = stage.store.root / "artifacts" / "rollout" / stage.spec.key
+    path = folder / stage.store.shards(artifact, "rollouts")[shard].file
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def test_a_damaged_shard_is_sampled_again_in_its_batch_and_alone_written(tmp_path, pool):
+    """Its batch had all three shards; the engine stops as soon as the damaged one is complete."""
     stage = Stage(tmp_path)
     before = stage.build(pool)
+    assert before.provenance["batches"] == [{"queue": [[0, 0], [1, 4], [2, 8]], "shards": [0, 1, 2]}]
     stage.done()
-    folder = stage.store.root / "artifacts" / "rollout" / stage.spec.key
-    damaged = folder / stage.store.shards(before, "rollouts")[1].file
-    damaged.write_bytes(damaged.read_bytes()[:-9])
+    files = {record.file for record in stage.store.shards(before, "rollouts")}
+    damage(stage, before, 1)
     after = stage.build(pool)
+    assert stage.done() == [0, 1]
+    assert after.content == before.content and after.meta == before.meta and after.provenance == before.provenance
+    assert len({record.file for record in stage.store.shards(after, "rollouts")} & files) == 2
+
+
+def test_a_shard_of_an_earlier_version_is_sampled_again_alone(tmp_path, pool):
+    """Artifacts made before batches were recorded had one shard per batch."""
+    stage = Stage(tmp_path)
+    before = stage.build(pool)
+    path = stage.store.root / "artifacts" / "rollout" / stage.spec.key / "manifest.json"
+    manifest = load_manifest(path.parent)
+    old = {name: value for name, value in before.provenance.items() if name != "batches"}
+    artifact = manifest.artifact.model_copy(update={"provenance": old})
+    path.write_bytes(manifest.model_copy(update={"artifact": artifact}).dump())
+    stage.done()
+    damage(stage, before, 1)
+    assert stage.build(pool).content == before.content
     assert stage.done() == [1]
-    assert after.content == before.content and after.meta == before.meta
+
+
+def test_shards_of_two_attempts_are_two_batches(tmp_path, pool):
+    stage = Stage(tmp_path)
+    (stage.store.root / "die-before-shard").write_text("1")
+    with pytest.raises(WorkerDied):
+        stage.build(pool)
+    (stage.store.root / "die-before-shard").unlink()
+    artifact = stage.build(pool)
+    first, second = artifact.provenance["batches"]
+    assert (first, second) == (
+        {"queue": [[0, 0]], "shards": [0]},
+        {"queue": [[1, 0], [2, 4]], "shards": [1, 2]},
+    )
+
+
+def test_several_samplers_share_the_shards(tmp_path, pool):
+    stage = Stage(tmp_path)
+    runtime = RuntimeConfig(device="cpu", threads=1, sampler=SamplerRuntime(workers=2, max_num_seqs=1))
+    with WorkerPool(runtime, tmp_path / "logs", ("scripted_sampler",), str(PLUGINS)) as two:
+        shared = stage.build(two)
+    assert sorted(stage.done()) == [0, 1, 2]
+    assert shared.content == Stage(tmp_path / "one").build(pool).content
+    assert sorted(shard for batch in shared.provenance["batches"] for shard in batch["shards"]) == [0, 1, 2]
 
 
 def test_shards_made_with_other_settings_are_kept_and_the_manifest_says_which(tmp_path, pool):
@@ -152,29 +199,9 @@ def test_shards_made_with_other_settings_are_kept_and_the_manifest_says_which(tm
     with WorkerPool(smaller, tmp_path / "logs", ("scripted_sampler",), str(PLUGINS)) as other:
         artifact = stage.build(other)
     assert stage.done() == [2]
-    assert any(
-        "2 of 3 shards were made with other settings (sampler_max_num_seqs 256, 8)" in line for line in stage.said
-    )
+    assert any("2 of 3 shards were made with other settings (sampler_max_num_seqs 1, 8)" in line for line in stage.said)
     assert "numerics" not in artifact.provenance
     first, second = artifact.provenance["numerics_by_shard"]
     assert (first["shards"], second["shards"]) == ([0, 1], [2])
     assert (first["numerics"], second["numerics"]) == (pool.runtime.numerics("sampler"), smaller.numerics("sampler"))
     assert not list((stage.store.root / "artifacts" / "rollout" / stage.spec.key).glob("*made-at*"))
-
-
-@pytest.mark.parametrize("same", [True, False])
-def test_finished_samples_of_a_shard_count_only_at_equal_settings(tmp_path, pool, same):
-    stage = Stage(tmp_path)
-    seeds = [sample.seed for sample in stage.shards[2]]
-    (stage.store.root / "fault").write_text(json.dumps({"kind": "kill", "seed": seeds[-1], "times": 1}))
-    with pytest.raises(WorkerDied):
-        stage.build(pool)
-    stage.noted("asked")
-    runtime = pool.runtime.model_copy(update={"threads": 1 if same else 2})
-    with WorkerPool(runtime, tmp_path / "logs", ("scripted_sampler",), str(PLUGINS)) as other:
-        artifact = stage.build(other)
-    asked, warned = stage.noted("asked"), [line for line in stage.said if "finished samples" in line]
-    assert (seeds[0] in asked) == (not same) and bool(warned) == (not same)
-    if not same:
-        assert "1 finished samples of unfinished shards were made with other settings (threads 1, 2)" in warned[0]
-        assert {2} <= set(artifact.provenance["numerics_by_shard"][-1]["shards"])

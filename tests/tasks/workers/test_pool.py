@@ -14,9 +14,13 @@ import psutil
 import pytest
 from places import PLUGINS
 
-from storage.errors import ConfigError, InputError
+from storage.errors import ConfigError, InputError, OpdError
+from tasks.workers import jobs
 from tasks.workers.pool import WorkerDied, WorkerFailed, WorkerPool
 from tasks.workers.runtime import RuntimeConfig, ScorerRuntime
+
+sys.path.insert(0, str(PLUGINS))
+from scripted_jobs import ScriptedItem, ScriptedJob
 
 
 def pool(tmp_path: Path, **runtime) -> WorkerPool:
@@ -34,14 +38,16 @@ def alive(pid: int) -> bool:
 def test_one_warm_worker_serves_a_stream_of_jobs(tmp_path):
     seen = []
     with pool(tmp_path) as workers:
-        jobs = [{"op": "echo", "value": i} for i in range(5)]
-        first = workers.run("scorer", jobs, lambda job, done, total: seen.append((job, done, total)))
-        second = workers.run("scorer", jobs[:1])
+        first = [
+            workers.run("scorer", ScriptedJob(do="echo", value=i), lambda done, total: seen.append((done, total)))
+            for i in range(5)
+        ]
+        second = workers.run("scorer", ScriptedJob(do="echo"))
         workers.stage_done()
-    assert [r["value"] for r in first] == [0, 1, 2, 3, 4]
-    assert second[0]["served"] == 6 and second[0]["pid"] == first[0]["pid"]
-    assert seen == [(i, 1, 1) for i in range(5)]
-    assert not alive(first[0]["pid"])
+    assert [r.value for r in first] == [0, 1, 2, 3, 4]
+    assert second.served == 6 and second.pid == first[0].pid
+    assert seen == [(1, 1)] * 5
+    assert not alive(first[0].pid)
 
 
 @pytest.mark.parametrize(("length", "there"), [(20, True), (60, False), (200, False)])
@@ -55,7 +61,7 @@ def test_a_long_folder_for_temporary_files_leaves_room_for_sockets(tmp_path, mon
         for path in left:
             path.mkdir()
         with pool(tmp_path) as workers:
-            own = Path(workers.run("scorer", [{"op": "socket"}])[0]["folder"])
+            own = Path(workers.run("scorer", ScriptedJob(do="socket")).folder)
             assert own.is_dir() and own.parent == (folder if there else Path("/tmp"))
         assert not any(path.exists() for path in (own, *left))
 
@@ -65,69 +71,120 @@ def ended_process_name() -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_figures_of_a_job_reach_whoever_listens(tmp_path):
+def test_metrics_of_a_job_reach_whoever_listens(tmp_path):
     """The first and the last always; in between not more often than five times a second."""
     metrics = [{"loss": 3.0 - step, "entropy": None} for step in range(3)]
     seen = []
     with pool(tmp_path) as workers:
-        listen = lambda job, done, total, metrics=None: seen.append((done, metrics))  # noqa: E731
-        workers.run("scorer", [{"op": "train", "metrics": metrics, "pause": 0.3}], listen)
+        listen = lambda done, total, metrics=None: seen.append((done, metrics))  # noqa: E731
+        workers.run("scorer", ScriptedJob(do="train", metrics=metrics, pause=0.3), listen)
         assert seen == [(1, metrics[0]), (2, metrics[1]), (3, metrics[2])]
         seen.clear()
-        workers.run("scorer", [{"op": "train", "metrics": metrics * 20, "pause": 0.001}], listen)
+        workers.run("scorer", ScriptedJob(do="train", metrics=metrics * 20, pause=0.001), listen)
         assert seen[0] == (1, metrics[0]) and seen[-1] == (60, metrics[2]) and len(seen) < 10
         seen.clear()
-        workers.run("scorer", [{"op": "echo", "value": 1}], lambda job, done, total: seen.append((done, total)))
+        workers.run("scorer", ScriptedJob(do="echo", value=1), lambda done, total: seen.append((done, total)))
     assert seen == [(1, 1)]
 
 
-def test_two_workers_share_the_jobs_and_answers_keep_their_order(tmp_path):
+def test_workers_share_a_queue_and_results_keep_the_order_of_the_items(tmp_path):
+    seen = []
     with pool(tmp_path, scorer=ScorerRuntime(workers=2)) as workers:
-        results = workers.run("scorer", [{"op": "echo", "value": i} for i in range(20)])
-    assert [r["value"] for r in results] == list(range(20))
+        items = [ScriptedItem(shard) for shard in range(5, 25)]
+        job = ScriptedJob(do="shards", path=str(tmp_path), pause=0.5)
+        results, answers = workers.share("scorer", job, items, seen.append)
+    assert [result.shard for result in results] == list(range(5, 25))
+    assert sum(answer.value for answer in answers) == 20 and len(answers) == 2
+    assert {result.pid for result in results} == {answer.pid for answer in answers if answer.value}
+    assert seen == sorted(seen) and seen[-1] == 20
+
+
+def test_an_idle_worker_is_not_started(tmp_path):
+    with pool(tmp_path, scorer=ScorerRuntime(workers=3)) as workers:
+        _, answers = workers.share("scorer", ScriptedJob(do="shards", path=str(tmp_path)), [ScriptedItem(0)])
+        assert len(answers) == 1
+        assert workers.share("scorer", ScriptedJob(do="shards"), []) == ([], [])
+
+
+def test_unfinished_items_of_a_dead_worker_are_done_by_another(tmp_path):
+    (tmp_path / "die-3").touch()
+    seen = []
+    with pool(tmp_path) as workers:
+        items = [ScriptedItem(shard, size=10) for shard in range(6)]
+        results, answers = workers.share("scorer", ScriptedJob(do="shards", path=str(tmp_path)), items, seen.append)
+    assert [result.shard for result in results] == list(range(6))
+    assert len({result.pid for result in results}) == 2 and answers[0].value == 4  # 2 and 3 were under way
+    assert seen[-1] == 60
+
+
+def test_an_item_that_kills_its_worker_ends_the_stage_and_is_named(tmp_path):
+    (tmp_path / "kill-3").touch()
+    with pool(tmp_path) as workers, pytest.raises(WorkerDied) as error:
+        items = [ScriptedItem(shard, size=10) for shard in range(6)]
+        workers.share("scorer", ScriptedJob(do="shards", path=str(tmp_path)), items)
+    first = str(error.value).splitlines()[0]
+    assert "shards 2, 3 (20 samples) not finished" in first and "the last of 2 tries" in first
+
+
+def test_a_message_that_does_not_fit_names_the_field_and_both_protocols(tmp_path):
+    wrong = jobs.raw(ScriptedItem(0))
+    with pytest.raises(jobs.JobMismatch, match=r"`int`, got `str` - at `\$\.shard`.*protocol 7.*protocol 1"):
+        jobs.decode(type(wrong)(bytes(wrong).replace(b'"shard":0', b'"shard":"a"')), 7)
+    with pytest.raises(jobs.JobMismatch, match=r"missing required field `size`|unknown field"):
+        jobs.decode(type(wrong)(b'{"type":"ShardDone","shard":1,"bytes":3}'))
+    with pool(tmp_path) as workers, pytest.raises(OpdError, match=r"unknown field `valeu`"):
+        job = ScriptedJob(do="echo")
+        worker = workers._worker("scorer", 0)
+        worker._jobs += 1
+        sent = type(wrong)(bytes(jobs.raw(job)).replace(b'"value"', b'"valeu"'))
+        worker._send(jobs.Do(worker._jobs, jobs.PROTOCOL, str(tmp_path / "log"), sent))
+        while True:
+            for _, message in worker._receive():
+                if isinstance(message, jobs.Error):
+                    raise worker._error(message.error)
 
 
 def test_cold_workers_end_with_their_stage(tmp_path):
     with pool(tmp_path, keep_warm=False) as workers:
-        (result,) = workers.run("scorer", [{"op": "echo", "value": 1}])
+        result = workers.run("scorer", ScriptedJob(do="echo", value=1))
         workers.stage_done()
-        assert not alive(result["pid"])
+        assert not alive(result.pid)
 
 
 def test_a_worker_that_dies_is_replaced_and_its_job_tried_again(tmp_path):
     with pool(tmp_path) as workers:
-        (result,) = workers.run("scorer", [{"op": "die_once", "marker": str(tmp_path / "died")}])
-    assert result == {"value": "second try"}
+        result = workers.run("scorer", ScriptedJob(do="die_once", path=str(tmp_path / "died")))
+    assert result.value == 2
 
 
 def test_retries_are_bounded_and_the_error_names_the_log(tmp_path):
     with pool(tmp_path) as workers, pytest.raises(WorkerDied, match=r"killed by signal 9[\s\S]*scorer\.log"):
-        workers.run("scorer", [{"op": "die"}])
+        workers.run("scorer", ScriptedJob(do="die"))
 
 
 def test_a_users_error_keeps_its_type_and_text_and_the_worker(tmp_path):
     with pool(tmp_path) as workers:
         with pytest.raises(InputError, match=r"prompts\.jsonl:3"):
-            workers.run("scorer", [{"op": "refuse"}])
-        assert workers.run("scorer", [{"op": "echo", "value": 7}])[0]["value"] == 7
+            workers.run("scorer", ScriptedJob(do="refuse"))
+        assert workers.run("scorer", ScriptedJob(do="echo", value=7)).value == 7
 
 
 def test_a_bug_is_reported_with_its_traceback(tmp_path):
     with pool(tmp_path) as workers, pytest.raises(WorkerFailed, match="ZeroDivisionError: a bug"):
-        workers.run("scorer", [{"op": "crash"}])
+        workers.run("scorer", ScriptedJob(do="crash"))
 
 
 def test_workers_that_runs_share_stay_warm_and_log_to_each_runs_own_place(tmp_path):
     plugins = ("scripted_worker",)
     with pool(tmp_path) as workers:
         with workers.serving(workers.runtime, tmp_path / "one", plugins):
-            first = workers.run("scorer", [{"op": "echo", "value": 1}])
+            first = workers.run("scorer", ScriptedJob(do="echo", value=1))
         (tmp_path / "two").mkdir()
         with workers.serving(workers.runtime, tmp_path / "two", plugins):
-            second = workers.run("scorer", [{"op": "echo", "value": 2}])
+            second = workers.run("scorer", ScriptedJob(do="echo", value=2))
             with pytest.raises(WorkerFailed, match=r"two/scorer\.log"):
-                workers.run("scorer", [{"op": "crash"}])
-    assert second[0]["pid"] == first[0]["pid"]
+                workers.run("scorer", ScriptedJob(do="crash"))
+    assert second.pid == first.pid
     assert "ZeroDivisionError" in (tmp_path / "two" / "scorer.log").read_text()
     assert "ZeroDivisionError" not in (tmp_path / "one" / "scorer.log").read_text()
 
@@ -135,11 +192,11 @@ def test_workers_that_runs_share_stay_warm_and_log_to_each_runs_own_place(tmp_pa
 def test_a_run_that_ends_in_an_error_leaves_the_next_one_fresh_workers(tmp_path):
     with pool(tmp_path) as workers:
         with pytest.raises(KeyError), workers.serving(workers.runtime, tmp_path / "one", workers.plugins):
-            (before,) = workers.run("scorer", [{"op": "echo", "value": 1}])
+            before = workers.run("scorer", ScriptedJob(do="echo", value=1))
             raise KeyError
-        assert not alive(before["pid"])
+        assert not alive(before.pid)
         with workers.serving(workers.runtime, tmp_path / "two", workers.plugins):
-            assert workers.run("scorer", [{"op": "echo", "value": 2}])[0]["served"] == 1
+            assert workers.run("scorer", ScriptedJob(do="echo", value=2)).served == 1
 
 
 def test_workers_are_not_shared_with_a_run_that_asks_for_others(tmp_path):
@@ -152,7 +209,7 @@ def test_workers_are_not_shared_with_a_run_that_asks_for_others(tmp_path):
 def test_a_job_past_its_time_limit_is_stopped_with_its_children(tmp_path):
     pids = tmp_path / "pids"
     with pool(tmp_path, stage_timeout=5, retries=0) as workers, pytest.raises(WorkerDied, match="stage_timeout"):
-        workers.run("scorer", [{"op": "grandchild", "pids": str(pids)}])
+        workers.run("scorer", ScriptedJob(do="grandchild", path=str(pids)))
     assert not any(alive(int(pid)) for pid in pids.read_text().split())
 
 
@@ -162,7 +219,8 @@ def test_a_killed_supervisor_leaves_nothing_behind(tmp_path):
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[3])\n"
         "from tasks.workers.runtime import RuntimeConfig; from tasks.workers.pool import WorkerPool\n"
         "pool = WorkerPool(RuntimeConfig(device='cpu', threads=1), Path(sys.argv[1]), ('scripted_worker',), sys.argv[3])\n"
-        "pool.run('scorer', [{'op': 'grandchild', 'pids': sys.argv[2]}])\n"
+        "from scripted_jobs import ScriptedJob\n"
+        "pool.run('scorer', ScriptedJob(do='grandchild', path=sys.argv[2]))\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "logs"), str(pids), str(PLUGINS)])
     deadline = time.monotonic() + 60

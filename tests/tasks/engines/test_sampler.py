@@ -2,33 +2,42 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
+from feed import Feed
+from msgspec import structs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from storage.artifacts.artifact import ArtifactSpec
+from storage.artifacts.batches import unfinished_batches
 from storage.artifacts.digests import weights_digest
+from storage.artifacts.shards import read_parquet
 from storage.errors import InputError
 from storage.identity import derive_seed
+from storage.schemas import schema_for
 from storage.store import Store
 from tasks.engines.hf_folder import stop_token_ids
 from tasks.engines.sampler import Sampler, SamplingFailed
 from tasks.engines.weight_proof import StaleWeights, judge_probes
 from tasks.inputs.tokenizers import load_tokenizer
+from tasks.workers.jobs import ArtifactRef, ModelRef, Request, SampleJob, SampleResult, SampleShard, Sampling
 
 VOCABULARY = 264
 EOS = 257
-SAMPLING = {"temperature": 0.8, "top_p": 0.7, "top_k": None, "max_completion_length": 16, "stop_token_ids": "eos"}
+SAMPLING = {"temperature": 0.8, "top_p": 0.7, "top_k": 0, "max_completion_length": 16, "stop_token_ids": "eos"}
 
 
-def make_model(folder: Path, seed: int, tied: bool) -> Path:
+def make_model(folder: Path, seed: int, tied: bool, heads: int = 4, hidden: int = 64, positions: int = 128) -> Path:
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=128, tie_word_embeddings=tied, eos_token_id=EOS,
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=3 * hidden // 2, num_hidden_layers=2, num_attention_heads=heads,
+        num_key_value_heads=heads // 2 if heads % 2 == 0 else heads, head_dim=32, max_position_embeddings=positions,
+        tie_word_embeddings=tied, eos_token_id=EOS,
         initializer_range=0.3,
     )  # fmt: skip
     Qwen3ForCausalLM(config).save_pretrained(folder)
@@ -62,20 +71,61 @@ def prompt(number: int, length: int = 6) -> list[int]:
     return [derive_seed("test prompt", number, i) % 256 for i in range(length)]
 
 
-def job(path: Path, prompts: list[list[int]], seeds: list[int], **sampling: object) -> dict:
-    return {
-        "op": "generate_shard",
-        "model": str(path),
-        "weights": weights_digest(path),
-        "dtype": "float32",
-        "sampling": SAMPLING | sampling,
-        "prompts": prompts,
-        "seeds": seeds,
-    }
+class Samples:
+    """A store with prompts, and an unfinished artifact that gets the shards."""
+
+    def __init__(self, root: Path, prompts: list[list[int]]) -> None:
+        self.store = Store(root)
+        rows = [
+            {"prompt_id": f"p{i}", "split": "train", "text": "x", "token_ids": ids} for i, ids in enumerate(prompts)
+        ]
+        with self.store.building(ArtifactSpec.of("prepare", 1, {"prompts": prompts}, {})) as builder:
+            builder.write_shard("prompts", 0, pa.Table.from_pylist(rows, schema=schema_for("prompts")))
+            self.prompts = builder.commit(content={"prompts:train": "p"})
+        self.longest = max(map(len, prompts))
+
+    def job(self, path: Path, target: ArtifactRef, length: int = 16) -> SampleJob:
+        return SampleJob(
+            store=str(self.store.root),
+            target=target,
+            prompts=ArtifactRef.of(self.prompts),
+            split="train",
+            model=ModelRef(str(path), weights_digest(path), ""),
+            dtype="float32",
+            longest=self.longest + length,
+            log_table="rollouts",
+        )
+
+
+def shard_of(number: int, requests: list[Request], **sampling: object) -> SampleShard:
+    return SampleShard(number, Sampling(**SAMPLING | sampling), requests)
+
+
+def make(
+    sampler: Sampler, path: Path, prompts: list[list[int]], seeds: list[int], report=None, **sampling: object
+) -> tuple[list[dict], SampleResult]:
+    """Rows of one shard with a sample per prompt, and the job's result."""
+    with tempfile.TemporaryDirectory() as folder:
+        samples = Samples(Path(folder), prompts)
+        requests = [Request(f"p{i}/1/0", f"p{i}", 0, seed) for i, seed in enumerate(seeds)]
+        with samples.store.building(ArtifactSpec.of("rollout", 1, {}, {})) as builder:
+            length = int(sampling.get("max_completion_length", 16))
+            job = samples.job(path, ArtifactRef("rollout", builder.key), length)
+            result = sampler.handle(job, Feed([shard_of(0, requests, **sampling)], report))
+            artifact = builder.commit(tables={"rollouts": 1})
+        return samples.store.read_table(artifact, "rollouts").to_pylist(), result
 
 
 def ask(sampler: Sampler, path: Path, prompts: list[list[int]], seeds: list[int], **sampling: object) -> list[dict]:
-    return sampler.handle(job(path, prompts, seeds, **sampling), lambda done, total: None)["completions"]
+    return [
+        {
+            "token_ids": row["completion_token_ids"],
+            "text": row["completion_text"],
+            "finish_reason": row["finish_reason"],
+            "logprobs": row["sampling_logprobs"],
+        }
+        for row in make(sampler, path, prompts, seeds, **sampling)[0]
+    ]
 
 
 def truncated_logprobs(logits_TV: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
@@ -99,9 +149,9 @@ def test_a_completion_depends_on_its_seed_alone(sampler, checkpoints):
     prompts = [prompt(i, 4 + 5 * i) for i in range(6)] * 3
     seeds = list(range(100, 118))
     seen: list[tuple[int, int]] = []
-    result = sampler.handle(job(path, prompts, seeds), lambda done, total: seen.append((done, total)))
-    together = result["completions"]
-    assert seen[-1] == (18, 18) and [done for done, _ in seen] == sorted(done for done, _ in seen)
+    make(sampler, path, prompts, seeds, lambda done, total: seen.append((done, total)))
+    together = ask(sampler, path, prompts, seeds)
+    assert seen[-1] == (18, 0) and [done for done, _ in seen] == sorted(done for done, _ in seen)
     order = list(reversed(range(18)))
     backwards = ask(sampler, path, [prompts[i] for i in order], [seeds[i] for i in order])
     alone = [ask(sampler, path, [prompts[i]], [seeds[i]])[0] for i in (0, 7, 17)]
@@ -160,14 +210,14 @@ def test_a_weight_change_is_proven(sampler, checkpoints):
     ids, seeds = [prompt(1)], [5]
     before = ask(sampler, checkpoints["one"], ids, seeds)
     engine = sampler.llm
-    other = sampler.handle(job(checkpoints["two"], ids, seeds), lambda *_: None)
-    assert sampler.llm is engine and other["proof"]["change"] == "reloaded"
-    assert other["proof"]["weights"] == weights_digest(checkpoints["two"])
+    rows, other = make(sampler, checkpoints["two"], ids, seeds)
+    assert sampler.llm is engine and other.proof["change"] == "reloaded"
+    assert other.proof["weights"] == weights_digest(checkpoints["two"])
     # per layer q, k, v fused, o, gate and up fused, down; four norms; then the last norm, embedding, and the output
     # head as it is kept and as it is multiplied with
-    assert other["proof"]["params_compared"] == 2 * 8 + 4 and other["proof"]["params_unproven"] == 0
-    assert 0 < other["proof"]["max_logprob_difference"] < 1e-4
-    assert other["completions"] != before
+    assert other.proof["params_compared"] == 2 * 8 + 4 and other.proof["params_unproven"] == 0
+    assert 0 < other.proof["max_logprob_difference"] < 1e-4
+    assert rows[0]["completion_token_ids"] != before[0]["token_ids"]
     assert ask(sampler, checkpoints["one"], ids, seeds) == before
 
 
@@ -216,99 +266,140 @@ def test_probes_notice_other_weights(checkpoints):
         judge_probes(checkpoints["one"], [sequence], [[*values[:-1], values[-1] + 2e-4]], "float32")
 
 
-def test_an_aborted_sample_is_asked_again_then_fails_loudly(sampler, checkpoints, monkeypatch):
+def test_a_shard_with_an_aborted_sample_is_asked_again_then_fails_loudly(sampler, checkpoints, monkeypatch):
     path = checkpoints["one"]
     whole = ask(sampler, path, [prompt(0), prompt(1)], [1, 2])
-    steps, calls = sampler._steps, []
+    step, enqueue, calls = sampler._step, sampler._enqueue, []
 
-    def flaky(prompts, params):
-        calls.append([p.seed for p in params])
-        for finished in steps(prompts, params):
-            for number, output in finished:
-                if number == len(prompts) - 1 and len(calls) <= failures:
-                    output.finish_reason = "abort"
-            yield finished
+    def flaky(waiting):
+        answers = step(waiting)
+        for _, position, output in answers:
+            if position == 1 and len(calls) <= failures:
+                output.finish_reason = "abort"
+        return answers
 
-    monkeypatch.setattr(sampler, "_steps", flaky)
+    def counted(shard, *rest):
+        calls.append(shard.item.shard)
+        return enqueue(shard, *rest)
+
+    monkeypatch.setattr(sampler, "_step", flaky)
+    monkeypatch.setattr(sampler, "_enqueue", counted)
     failures = 2
     assert ask(sampler, path, [prompt(0), prompt(1)], [1, 2]) == whole
-    assert calls == [[1, 2], [2], [2]]
+    assert calls == [0, 0, 0]
     calls.clear()
     failures = 3
-    with pytest.raises(SamplingFailed, match=r"1 of 2 samples failed at every try: number 1 \(seed 2\).*abort"):
+    with pytest.raises(
+        SamplingFailed, match=r"1 of 2 samples of shard 0 failed at every try: p1/1/0 \(seed 2\).*abort"
+    ):
         ask(sampler, path, [prompt(0), prompt(1)], [1, 2])
 
 
-def test_what_an_engine_finished_before_it_failed_is_kept(sampler, checkpoints, monkeypatch):
+def test_an_engine_that_fails_is_built_anew_and_asked_for_its_unfinished_shards(sampler, checkpoints, monkeypatch):
     path = checkpoints["one"]
     prompts, seeds = [prompt(i, 4 + i) for i in range(20)], list(range(20))
     whole = ask(sampler, path, prompts, seeds)
-    engine, steps, calls = sampler.llm, sampler._steps, []
+    engine, step = sampler.llm, sampler._step
 
-    def fails(prompts, params):
-        calls.append(len(prompts))
-        for finished in steps(prompts, params):
-            yield finished
-            if finished and sampler.llm is engine:
-                raise RuntimeError("the engine core is dead")
+    def fails(waiting):
+        if sampler.llm is engine and len(waiting) < 12:
+            raise RuntimeError("the engine core is dead")
+        return step(waiting)
 
-    monkeypatch.setattr(sampler, "_steps", fails)
-    assert ask(sampler, path, prompts, seeds) == whole  # log-probabilities too: decoded in another company
+    monkeypatch.setattr(sampler, "_step", fails)
+    assert ask(sampler, path, prompts, seeds) == whole
     assert sampler.llm is not engine and sampler.proof["change"] == "built"
-    assert calls[0] == 20 and 0 < calls[-1] < 20
     ask(sampler, path, [prompt(0, 100)], [0])  # the new engine, too, is as long as any test needs
 
 
-def test_jobs_that_cannot_be_right_are_refused(sampler, checkpoints):
+def test_jobs_that_cannot_be_right_are_refused(sampler, checkpoints, tmp_path):
     path = checkpoints["one"]
-    with pytest.raises(InputError, match=r"max_completion_length: 1 of 2 prompts.*120 tokens.*128 positions"):
+    with pytest.raises(InputError, match=r"max_completion_length: the longest .* 136 tokens.*128 positions"):
         ask(sampler, path, [prompt(0), prompt(1, 120)], [0, 1])
     with pytest.raises(InputError, match=r"stop_token_ids.*264"):
         ask(sampler, path, [prompt(0)], [0], stop_token_ids=[264])
+    job = Samples(tmp_path, [prompt(0)]).job(path, ArtifactRef("rollout", "0" * 16))
+    other = ModelRef(str(path), weights_digest(checkpoints["two"]), "")
     with pytest.raises(InputError, match="digest"):
-        sampler.handle(job(path, [prompt(0)], [0]) | {"weights": weights_digest(checkpoints["two"])}, lambda *_: None)
+        sampler.handle(structs.replace(job, model=other), Feed([shard_of(0, [Request("p0/1/0", "p0", 0, 0)])]))
 
 
-def test_a_rollout_shard_is_written_and_redone_bit_for_bit(sampler, checkpoints, tmp_path):
-    prompts = [{"prompt_id": f"p{i}", "token_ids": prompt(i)} for i in range(3)]
-    samples = [
-        {"sample_id": f"p{i}/1/{g}", "prompt": i, "sample_index": g, "seed": 10 * i + g}
-        for i in range(3)
-        for g in (0, 1)
+def rollouts(
+    sampler: Sampler, path: Path, root: Path, prompts: list[list[int]], sizes: list[int], write: list[int] | None = None,
+    **sampling: object,
+) -> tuple[dict[int, dict], list[list[int]]]:  # fmt: skip
+    """Rows by shard of a job over shards of these sizes, and its batch. With `write` the recorded batch is repeated."""
+    samples = Samples(root, prompts)
+    numbers = iter(range(sum(sizes)))
+    shards = [
+        shard_of(shard, [Request(f"p{n}/1/0", f"p{n}", 0, n) for _, n in zip(range(size), numbers)], **sampling)  # noqa: B905
+        for shard, size in enumerate(sizes)
     ]
-    digests, results = [], []
-    for name in ("first", "again"):
-        store = Store(tmp_path / name)
-        with store.building(ArtifactSpec.of("rollout", 1, {}, {})) as builder:
-            rollout = job(checkpoints["one"], prompts, []) | {"op": "rollout_shard", "samples": samples, "shard": 0}
-            rollout |= {"store": str(store.root), "stage": "rollout", "key": builder.key}
-            results.append(sampler.handle(rollout, lambda *_: None))
-            artifact = builder.commit(tables={"rollouts": 1})
-        digests.append(artifact.content["rollouts"])
-        ask(sampler, checkpoints["one"], [prompt(0), prompt(9)], [3, 4])  # other work between the two
-    assert digests[0] == digests[1]
-    rows = store.read_table(artifact, "rollouts").to_pylist()
-    assert [row["sample_id"] for row in rows] == [sample["sample_id"] for sample in samples]
-    token_ids = [prompts[sample["prompt"]]["token_ids"] for sample in samples]
-    expected = ask(sampler, checkpoints["one"], token_ids, [sample["seed"] for sample in samples])
-    assert [row["completion_token_ids"] for row in rows] == [completion["token_ids"] for completion in expected]
+    with samples.store.building(ArtifactSpec.of("rollout", 1, {}, {})) as builder:
+        target = ArtifactRef("rollout", builder.key)
+        job = samples.job(path, target, int(sampling["max_completion_length"]))
+        if write is not None:
+            (recorded,) = json.loads((root / "batch").read_text())
+            job = structs.replace(job, batch=[step for _, step in recorded], write=write)
+            shards = [shards[number] for number, _ in recorded]
+        feed = Feed(shards)
+        sampler.handle(job, feed)
+        made = {done.shard: builder.path for done in feed.results}
+        rows = {
+            shard: read_parquet(next(folder.glob(f"rollouts-{shard:05d}-*.parquet"))).to_pylist()
+            for shard, folder in made.items()
+        }
+        queues = [[list(entry) for entry in b.queue] for b in unfinished_batches(builder.path, "rollouts") if b]
+    (root / "batch").write_text(json.dumps(queues))
+    return rows, queues
+
+
+def test_shards_are_written_as_they_fill_and_the_engine_stays_full(sampler, checkpoints, tmp_path):
+    """Eight sequences at once: the fourth shard of three samples enters as soon as a place is free."""
+    prompts = [prompt(i) for i in range(15)]
+    rows, ((first, *later),) = rollouts(
+        sampler, checkpoints["one"], tmp_path, prompts, [3] * 5, max_completion_length=16
+    )
+    assert sorted(rows) == [0, 1, 2, 3, 4]
+    steps = [step for _, step in (first, *later)]
+    assert steps[:3] == [0, 0, 0] and 0 < steps[3] <= steps[4]
+    alone = ask(sampler, checkpoints["one"], prompts, list(range(15)))
+    assert [row["completion_token_ids"] for shard in range(5) for row in rows[shard]] == [c["token_ids"] for c in alone]
     tokenizer = load_tokenizer(checkpoints["one"])
-    for row in rows:
+    for row in rows[4]:
         assert row["prompt_token_ids"] == prompt(int(row["prompt_id"][1:]))
         assert row["completion_text"] == tokenizer.decode(row["completion_token_ids"], skip_special_tokens=True)
-    assert results[0]["tokens"] == sum(len(row["completion_token_ids"]) for row in rows)
-    assert results[0]["clipped"] == sum(row["finish_reason"] == "length" for row in rows)
-    assert results[0]["samples"] == 6 and results[0]["stop_token_ids"] == [EOS]
+
+
+def test_a_lost_shard_comes_out_bit_for_bit_in_its_batch_and_not_alone(tmp_path):
+    """1,000 tokens, three heads, two threads: what is decoded together decides the last bits of log-probabilities."""
+    path = make_model(tmp_path / "model", 5, False, heads=3, hidden=96, positions=1024)
+    sampler = Sampler({"device": "cpu", "threads": 2, "kv_cache_gib": 0.5, "max_num_seqs": 8})
+    how = {"max_completion_length": 1000, "top_p": 1.0, "stop_token_ids": [263]}
+    prompts = [prompt(i, 5 + i) for i in range(10)]
+    try:
+        whole, queues = rollouts(sampler, path, tmp_path / "whole", prompts, [1] * 10, **how)
+        assert max(len(row["completion_token_ids"]) for row in whole[2]) > 500 and len(queues) == 1
+        (tmp_path / "again").mkdir()
+        (tmp_path / "again" / "batch").write_text(json.dumps(queues))
+        again, _ = rollouts(sampler, path, tmp_path / "again", prompts, [1] * 10, write=[2], **how)
+        assert again == {2: whole[2]}
+        (tmp_path / "alone").mkdir()
+        (tmp_path / "alone" / "batch").write_text(json.dumps([[[2, 0]]]))
+        alone, _ = rollouts(sampler, path, tmp_path / "alone", prompts, [1] * 10, write=[2], **how)
+        assert [r["completion_token_ids"] for r in alone[2]] == [r["completion_token_ids"] for r in whole[2]]
+        assert [r["sampling_logprobs"] for r in alone[2]] != [r["sampling_logprobs"] for r in whole[2]]
+    finally:
+        sampler.close()
 
 
 def test_tied_embeddings_get_a_new_engine(sampler, checkpoints):
     ids, seeds = [prompt(2)], [9]
     ask(sampler, checkpoints["tied_one"], ids, seeds)
-    result = sampler.handle(job(checkpoints["tied_two"], ids, seeds, temperature=0), lambda *_: None)
-    assert result["proof"]["change"] == "built" and result["proof"]["max_logprob_difference"] < 1e-4
-    (completion,) = result["completions"]
-    logits_TV = logits_of(checkpoints["tied_two"], ids[0], completion["token_ids"])
-    assert completion["token_ids"] == logits_TV.argmax(-1).tolist()
+    (row,), result = make(sampler, checkpoints["tied_two"], ids, seeds, temperature=0)
+    assert result.proof["change"] == "built" and result.proof["max_logprob_difference"] < 1e-4
+    logits_TV = logits_of(checkpoints["tied_two"], ids[0], row["completion_token_ids"])
+    assert row["completion_token_ids"] == logits_TV.argmax(-1).tolist()
     # the reason: reloaded in place, the output head keeps a packed copy of the old embeddings, and the proof says so
     sampler.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoints["tied_one"])})
     with pytest.raises(StaleWeights, match=r"lm_head\.weight as multiplied with"):

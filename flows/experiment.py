@@ -109,6 +109,11 @@ def cross_problems(e: Experiment) -> list[str]:
         )
     if e.objective.estimator == "sft":
         found.append("objective.estimator: 'sft' trains on given text and belongs to student.warmup; choose another")
+    if e.objective.needs().credit.reward:
+        found.append(
+            "objective.advantage: this one needs a reward of each sample, and rewards come with the stage `judge`, which is"
+            " not built yet; use an advantage that needs none (`opd objectives` lists them)"
+        )
     truncated = [
         f"rollout.{name} is {value}"
         for name, value, plain in (

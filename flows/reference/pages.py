@@ -2,7 +2,8 @@
 
 python -m flows.reference.pages config > docs/config.md
 python -m flows.reference.pages objectives > docs/objectives.md
-"""
+
+Modules named after the page are imported as plugins first, so that the page has what they register."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from typing import Any
 from flows.experiment import Experiment
 from flows.reference.catalogue import Entry, axes, catalogue
 from flows.study.spec import Study
+from tasks.plugins import load_plugins
 
 INTRO = """# Config reference
 
@@ -86,8 +88,9 @@ Written from the code and the recipes by `python -m flows.reference.pages object
 From a method's name to its equation to its code: click the name, then the file. The same on a terminal: `opd objectives`.
 
 `p` is the live student, `p_old` the student that wrote the rollouts, `q` the teacher, `y` the sampled token, `u = q/p`, `S` the
-support, `A` an advantage (constant in the gradient), `rho = p(y) / p_old(y)`, `M` a gate. Temperature 1, natural logarithms.
-The loss is the sum over the masked-in tokens of an optimizer step divided by their number (`normalisation: token`).
+support, `rho = p(y) / p_old(y)`, `M` a gate. `A = m A_r + delta` is an advantage (constant in the gradient): `A_r` from rewards,
+`delta` from student and teacher. Temperature 1, natural logarithms. The loss is the sum over the masked-in tokens of an
+optimizer step divided by their number (`normalisation: token`).
 
 A method is one choice on each axis. What is [experimental] is known to us from summaries of its paper only, or our own
 and untried at scale.
@@ -145,4 +148,5 @@ def _row(cells: tuple[str, ...]) -> str:
 PAGES = {"config": reference, "objectives": objectives}
 
 if __name__ == "__main__":
+    load_plugins(sys.argv[2:])
     print(PAGES[sys.argv[1] if len(sys.argv) > 1 else "config"](), end="")

@@ -5,6 +5,7 @@ Names of tensors end in their shape, one letter per axis:
     N  packed completion tokens of a micro-batch, masked ones included
     K  entries of a support (top-K lists), padded on the right
     C  categories that a divergence compares: K, or K + 1 with a bucket for the rest
+    G  samples of a prompt in a round, padded on the right
     V  vocabulary (rows of the output head)
     D  hidden size
     M  unmasked tokens among N, or one chunk of them

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, model_validator
 
-from storage.identity import omit_at
+from storage.identity import by_kind, omit_at
 from tasks.losses.axes import FullSupport, Normalised, SampledToken, StudentCandidates, TopkSupport
+from tasks.losses.credit import CREDITS, Credit
+from tasks.losses.credit.opd_plus import OpdPlus
 from tasks.losses.divergences import DIVERGENCES, Divergence, ReverseKL
 from tasks.losses.needs import Needs, SignalNeed, StudentRequest, SupportKind
 from tasks.losses.token_weights import TOKEN_WEIGHTS, TokenWeight, Unweighted
@@ -30,19 +32,15 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    CreditField = Credit
     DivergenceField = Divergence
     TrustRegionField = TrustRegion
     TokenWeightField = TokenWeight
 else:
-
-    def _one_of(registry):
-        """The registered classes as a pydantic union by `kind`; what is registered later is let in by `late`."""
-        union = Annotated[Union[tuple(registry.classes.values())], Field(discriminator="kind")]  # noqa: UP007
-        return Annotated[SerializeAsAny[union], registry.late()]
-
-    DivergenceField = _one_of(DIVERGENCES)
-    TrustRegionField = _one_of(TRUST_REGIONS)
-    TokenWeightField = _one_of(TOKEN_WEIGHTS)
+    CreditField = CREDITS.annotation(names=True)
+    DivergenceField = DIVERGENCES.annotation()
+    TrustRegionField = TRUST_REGIONS.annotation()
+    TokenWeightField = TOKEN_WEIGHTS.annotation()
 
 
 LARGEST_EXPONENT = 80.0
@@ -160,7 +158,9 @@ class PolicyGradientConfig(Weighted):
     `sum_v sg(w_v) rho_v sg(-A_v)`, takes the place of the sampled token (Rethinking OPD, 2604.13016; TRB, 2605.31159)."""
 
     estimator: Literal["policy_gradient"] = "policy_gradient"
-    equation: ClassVar[str] = "-sg(A(y)) rho, rho = p(y) / sg(p_old(y)), A = w_f(u) - w_f(1) or -f(u), u = q(y) / p(y)"
+    equation: ClassVar[str] = (
+        "a PPO(rho, A) + b w D, A = sg(m A_r + delta), rho = p(y) / sg(p_old(y)); by default -A rho"
+    )
     paper: ClassVar[str] = "2606.01039"
     divergence: DivergenceField = Field(ReverseKL(), description="what is minimised in expectation")
     support: Annotated[SampledToken | StudentCandidates, Field(discriminator="kind")] = Field(
@@ -168,14 +168,16 @@ class PolicyGradientConfig(Weighted):
         description="the tokens that have an advantage: the sampled one, or the rollout-time student's top K",
         json_schema_extra=omit_at({"kind": "sampled"}),
     )
-    advantage: Literal["opd_plus", "stop_gradient"] = Field(
-        "opd_plus",
-        description="`opd_plus`: w_f(u) = -f(u) + u f'(u), unbiased; `stop_gradient`: -f(u), as is usual",
+    advantage: CreditField = Field(
+        OpdPlus(),
+        description="the credit of each token: its name, or {kind: name, ...} where it has fields; `opd objectives` lists"
+        " them",
+        json_schema_extra=by_kind(),
     )
     center: bool = Field(
         True,
-        description="subtract the advantage at u = 1: same gradient in expectation for exact samples of the sampled token,"
-        " without a ratio clip or trust region; less variance",
+        description="subtract delta at u = 1: same gradient in expectation for exact samples of the sampled token, without"
+        " a ratio clip or trust region; less variance",
     )
     advantage_at: Literal["live", "rollout"] = Field(
         "live", description="log u from the live student each step, or frozen at the rollout"
@@ -211,19 +213,25 @@ class PolicyGradientConfig(Weighted):
                 f"trust_region: {self.trust_region.kind} judges the sampled token, but support.kind is"
                 f" {self.support.kind}; use support.kind: sampled, or another trust region"
             )
-        one = self.divergence.w_at_one if self.advantage == "opd_plus" and not self.center else 0.0
-        if isinstance(self.support, StudentCandidates) and self.support.baseline == "none" and one != 0:
+        support = self.support
+        self.advantage.check(
+            self.divergence,
+            listed=isinstance(support, StudentCandidates),
+            baseline=isinstance(support, StudentCandidates) and support.baseline == "list",
+            center=self.center,
+        )
+        if self.advantage.side is not None and self.trust_region.side is not None:
             raise ValueError(
-                f"center: false gives every candidate the advantage {one:g} where student and teacher agree; over a list"
-                " that is not the whole vocabulary this moves mass onto or off it, whatever the teacher says; use center:"
-                " true, or support.baseline: list"
+                f"advantage: {self.advantage.kind} and trust_region {self.trust_region.kind} each have a divergence beside"
+                " the policy gradient; one objective computes one: use another advantage or trust region"
             )
-        reached = self.divergence.advantage_growth * self.log_ratio_clip + self.log_rho_clip
+        growth = self.advantage.growth(self.divergence)
+        reached = growth * self.log_ratio_clip + self.log_rho_clip
         if reached > LARGEST_EXPONENT:
             raise ValueError(
                 f"log_ratio_clip: with {_named(self.divergence)}, log_ratio_clip {self.log_ratio_clip:g} and log_rho_clip"
                 f" {self.log_rho_clip:g} an advantage times its ratio reaches e^{reached:g}, which float32 cannot hold; use"
-                f" {_tenths((LARGEST_EXPONENT - self.log_rho_clip) / self.divergence.advantage_growth):g} or less"
+                f" {_tenths((LARGEST_EXPONENT - self.log_rho_clip) / growth):g} or less"
             )
         return self
 
@@ -236,8 +244,8 @@ class PolicyGradientConfig(Weighted):
 
     @property
     def side(self) -> DirectConfig | None:
-        """The trust region's divergence beside the policy gradient, as a direct objective of its own."""
-        term = self.trust_region.side
+        """The divergence beside the policy gradient, the credit's or the trust region's, as a direct objective."""
+        term = self.advantage.side or self.trust_region.side
         if term is None:
             return None
         return DirectConfig.model_validate(
@@ -252,21 +260,22 @@ class PolicyGradientConfig(Weighted):
     def needs(self) -> Needs:
         """The sampled tokens' log-probabilities under student and teacher, and the live student's; lists where the
         support or the trust region has them."""
-        signals = (SignalNeed("sampled"), SignalNeed("mask"))
-        uses = {"draws": self.trust_region.draws, "takes_prefixes": self.trust_region.takes_prefixes}
+        student, metrics = StudentRequest(token_logprobs=True), StudentRequest(token_logprobs=True, entropy=True)
+        lists: tuple[SignalNeed, ...] = ()
         if self.support.kind == "student_topk":
             student = StudentRequest(support="student_topk", log_normaliser=True)
-            listed = (SignalNeed("student_topk", self.support.k),)
-            return Needs((*signals, *listed), student, everything("student_topk"), **uses)
-        if self.side is not None:
-            student = replace(self.side.needs().student, token_logprobs=True, log_normaliser=True)
-            lists = tuple(need for need in self.side.needs().signals if need.k is not None)
-            return Needs((*signals, *lists), student, everything("teacher_topk"), **uses)
+            metrics, lists = everything("student_topk"), (SignalNeed("student_topk", self.support.k),)
+        elif self.side is not None:
+            beside = self.side.needs()
+            student = replace(beside.student, token_logprobs=True, log_normaliser=True)
+            metrics, lists = everything("teacher_topk"), tuple(n for n in beside.signals if n.k is not None)
         return Needs(
-            signals,
-            StudentRequest(token_logprobs=True),
-            StudentRequest(token_logprobs=True, entropy=True),
-            **uses,
+            (SignalNeed("sampled"), SignalNeed("mask"), *lists),
+            student,
+            metrics,
+            draws=self.trust_region.draws,
+            takes_prefixes=self.trust_region.takes_prefixes,
+            credit=self.advantage.needs,
         )
 
 

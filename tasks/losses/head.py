@@ -1,13 +1,12 @@
 """Head providers: from hidden states and the output head to just what an objective asks of the live student.
 
 The head is called as a module (`head(hidden)`), so that hooks on it run (ZeRO-3 gathers the weight there, LoRA adds its
-part). Three ways, one result:
+part). `ChunkedHead` has two ways with one result:
 
-- `PlainHead` makes all logits at once: the reference, for small cases.
-- `ChunkedHead` makes them for a chunk of unmasked tokens at a time and again in backward, so that N x V never exists.
-- K rows: where only scores on the support are wanted (`renormalize`), `ChunkedHead` multiplies with these rows of the
-  head's weight alone. That needs the weight itself: a head that is not exactly `nn.Linear`, or whose weight ZeRO-3 has
-  partitioned, gets full logits in chunks instead.
+- It makes the logits of a chunk of unmasked tokens at a time, and again in backward, so that N x V logits never exist.
+- Where only scores on the support are wanted (`renormalize`), it multiplies with these K rows of the head's weight alone.
+  That needs the weight itself: a head that is not exactly `nn.Linear`, or whose weight ZeRO-3 has partitioned, gets full
+  logits in chunks instead.
 
 Logits are taken to float32 (float64 stays) before anything is summed.
 """
@@ -43,13 +42,6 @@ class HeadProvider(Protocol):
         """hidden_ND: the last hidden state at the position that predicts each token."""
 
 
-class PlainHead:
-    """All logits at once."""
-
-    def __call__(self, hidden_ND: Tensor, head: nn.Module, batch: TokenBatch, request: StudentRequest) -> StudentView:
-        return _view(from_logits(head(hidden_ND), batch.token_ids_N, *_support(batch, request), request))
-
-
 class ChunkedHead:
     """Logits of `chunk_tokens` tokens at a time, recomputed in backward; masked tokens are skipped (their values are
     0).
@@ -66,7 +58,7 @@ class ChunkedHead:
     def __call__(self, hidden_ND: Tensor, head: nn.Module, batch: TokenBatch, request: StudentRequest) -> StudentView:
         kept_M = batch.loss_mask_N.nonzero().squeeze(-1)
         hidden_MD = hidden_ND.index_select(0, kept_M)
-        lists = [None if t is None else t.index_select(0, kept_M) for t in _support(batch, request)]
+        lists = [None if t is None else t.index_select(0, kept_M) for t in support_of(batch, request)]
         ids_MK = lists[0]
         n = hidden_ND.shape[0]
         if ids_MK is not None and not request.whole_vocabulary and self._rows_apply(head, ids_MK.shape[-1]):
@@ -86,7 +78,7 @@ class ChunkedHead:
             for chunk in zip(*inputs, strict=True)
         ]
         whole = (_joined(list(column)) for column in zip(*chunks, strict=True))
-        return _view(tuple(None if value is None else _spread(value, kept_M, n) for value in whole))
+        return view_of(tuple(None if value is None else _spread(value, kept_M, n) for value in whole))
 
     def _rows_apply(self, head: nn.Module, k: int) -> bool:
         if type(head) is not nn.Linear or _partitioned(head) or head._forward_hooks or head._forward_pre_hooks:
@@ -152,7 +144,7 @@ def _overlap(logits_NV: Tensor, scores_NK: Tensor, teacher_NK: Tensor) -> Tensor
     return ((scores_NK >= threshold) & teacher_NK).sum(-1) / count.clamp(min=1)
 
 
-def _support(batch: TokenBatch, request: StudentRequest) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def support_of(batch: TokenBatch, request: StudentRequest) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Support ids with a real id of the row in place of padding (so that a scatter over them is safe), which are listed,
     and which of these are the teacher's own list (null where that is not known)."""
     if request.support is None:
@@ -249,5 +241,5 @@ def _spread(values_M: Tensor, kept_M: Tensor, n: int) -> Tensor:
     return values_M.new_zeros((n, *values_M.shape[1:])).index_copy(0, kept_M, values_M)
 
 
-def _view(parts: Parts) -> StudentView:
+def view_of(parts: Parts) -> StudentView:
     return StudentView(**dict(zip(FIELDS, parts, strict=True)))

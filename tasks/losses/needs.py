@@ -43,6 +43,21 @@ class StudentRequest:
 
 
 @dataclass(frozen=True)
+class CreditNeeds:
+    """What a credit reads beside log-probabilities and positions; the trainer's data has it only where it is needed."""
+
+    reward: bool = False
+    """the reward of each sample (rollouts.reward)"""
+    groups: bool = False
+    """which samples have the same prompt; with `reward`, the rewards of all of them"""
+    teacher_entropy: bool = False
+    student_entropy: bool = False
+    """of the student that wrote the rollouts"""
+    segment_ends: tuple[int, ...] = ()
+    """token ids that end a segment of a completion, each the last token of its segment; none: no segments"""
+
+
+@dataclass(frozen=True)
 class Needs:
     """Signals to be cached, and what the loss wants of the student.
 
@@ -56,3 +71,4 @@ class Needs:
     """one uniform number per token, from a counter-based generator keyed by (seed, sample id, position)"""
     takes_prefixes: bool = False
     """tokens that the teacher wrote belong in the batch, told apart: the objective has a term of its own for them"""
+    credit: CreditNeeds = CreditNeeds()

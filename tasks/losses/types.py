@@ -33,6 +33,14 @@ class TokenBatch:
     """counter-based draws in [0, 1)"""
     teacher_prefix_N: Tensor | None = None
     """1 where the teacher wrote the token"""
+    reward_N: Tensor | None = None
+    """reward of the token's sample"""
+    group_N: Tensor | None = None
+    """index of the sample's prompt in the round"""
+    group_rewards_NG: Tensor | None = None
+    """rewards of all samples of that prompt in the round, padded with NaN on the right"""
+    segment_N: Tensor | None = None
+    """index of the token's segment in its completion"""
     support_ids_NK: Tensor | None = None
     support_valid_N: Tensor | None = None
     """number of valid entries, at the front of each row"""
@@ -46,10 +54,13 @@ class TokenBatch:
 
     def __post_init__(self) -> None:
         n = self.token_ids_N.shape[0]
-        k = None if self.support_ids_NK is None else self.support_ids_NK.shape[-1]
+        widths = {
+            axis: None if first is None else first.shape[-1]
+            for axis, first in (("K", self.support_ids_NK), ("G", self.group_rewards_NG))
+        }
         for entry in fields(self):
             value = getattr(self, entry.name)
-            wanted = (n, k) if entry.name.endswith("_NK") else (n,)
+            wanted = (n, *(widths[axis] for axis in entry.name.rpartition("_N")[2]))
             if value is not None and tuple(value.shape) != wanted:
                 raise ValueError(f"TokenBatch.{entry.name}: shape {tuple(value.shape)}, expected {wanted}")
 

@@ -13,7 +13,7 @@ import torch
 from storage.errors import ConfigError, InputError
 from storage.identity import derive_seed
 from storage.schemas import MaskReason
-from tasks.losses.needs import Needs
+from tasks.losses.needs import CreditNeeds, Needs
 from tasks.losses.types import TokenBatch
 from tasks.trainer import checks
 from tasks.trainer.topk_lists import Support, TopK, UnionTopK, check_width, harmless
@@ -66,6 +66,12 @@ class Samples:
     support: Support | None = None
     invalid: int = 0
     """Completion tokens left out because a value of theirs is not usable."""
+    rewards: np.ndarray | None = None
+    """Per sample."""
+    groups: np.ndarray | None = None
+    """Per sample: the number of its prompt, in the order in which the round's rollouts name them first."""
+    segments: np.ndarray | None = None
+    """Per flat completion token: the index of its segment in its completion."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -80,6 +86,18 @@ class Samples:
         """Masked-in tokens per sample."""
         edges = np.concatenate([[0], np.cumsum(self.keep)])
         return edges[self.completions.offsets[1:]] - edges[self.completions.offsets[:-1]]
+
+    @cached_property
+    def group_rewards(self) -> np.ndarray:
+        """float32 [samples, G]: rewards of all samples of each sample's prompt, padded with NaN on the right. Needs `rewards`
+        and `groups`."""
+        assert self.rewards is not None and self.groups is not None
+        order = np.argsort(self.groups, kind="stable")
+        sizes = np.bincount(self.groups)
+        place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        by_group = np.full((len(sizes), int(sizes.max(initial=0))), np.nan, np.float32)
+        by_group[self.groups[order], place] = self.rewards[order]
+        return by_group[self.groups]
 
 
 @dataclass(frozen=True)
@@ -154,7 +172,42 @@ def from_rollouts(
         floats["teacher_prefix"] = _leading(rollouts["prefix_length"], completions)
     prompts = _ragged(rollouts["prompt_token_ids"], np.int64)
     samples = Samples(ids, prompts, completions, keep, floats, None, int(invalid.sum()))
-    return _checked(replace(samples, support=_support(stored, tokens, needs, rows)), "rollouts.prompt_token_ids", rows)
+    samples = replace(
+        samples, support=_support(stored, tokens, needs, rows), **_of_credit(rollouts, samples, needs.credit)
+    )
+    return _checked(samples, "rollouts.prompt_token_ids", rows)
+
+
+def _of_credit(rollouts: pa.Table, samples: Samples, needs: CreditNeeds) -> dict[str, np.ndarray]:
+    """The fields of `Samples` that a credit needs. Raises InputError for a reward that is null or not finite, and for
+    entropies that were not stored."""
+    found: dict[str, np.ndarray] = {}
+    for name in ("teacher_entropy", "student_entropy"):
+        if getattr(needs, name) and name not in samples.floats:
+            raise InputError(
+                f"sampled.{name}: the objective's advantage needs it, but it is null; have it scored again"
+            )
+    if needs.reward:
+        rewards = rollouts["reward"].to_numpy().astype(np.float64)  # null becomes NaN
+        if bad := np.flatnonzero(~np.isfinite(rewards)).tolist():
+            raise InputError(
+                f"rollouts.reward: sample {samples.ids[bad[0]]!r} has the reward {rollouts['reward'][bad[0]]}, and the"
+                f" objective's advantage needs a finite one of each sample ({len(bad)} of {len(rewards)} have none). The stage"
+                " `judge`, which gives rewards, is not built yet; use an advantage that needs no reward"
+                " (`opd objectives` lists them)"
+            )
+        found["rewards"] = rewards.astype(np.float32)
+    if needs.groups:
+        numbers: dict[str, int] = {}
+        prompts = rollouts["prompt_id"].to_pylist()
+        found["groups"] = np.array([numbers.setdefault(prompt, len(numbers)) for prompt in prompts], np.int64)
+    if needs.segment_ends:
+        completions = samples.completions
+        before = np.concatenate(
+            [[0], np.cumsum(np.isin(completions.values, needs.segment_ends))]
+        )  # ends before a token
+        found["segments"] = before[:-1] - np.repeat(before[completions.offsets[:-1]], completions.lengths)
+    return found
 
 
 def _support(stored: list[checks.Lists], tokens: checks.Tokens, needs: Needs, rows: int | None) -> Support | None:
@@ -370,6 +423,15 @@ def forward_batch(
         return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
     signals = {f"{name}_N": tensor(_at(name, values, index, counts)) for name, values in samples.floats.items()}
+    row_N = np.asarray(rows)[place_N]
+    if samples.rewards is not None:
+        signals["reward_N"] = tensor(samples.rewards[row_N])
+    if samples.groups is not None:
+        signals["group_N"] = tensor(samples.groups[row_N])
+        if samples.rewards is not None:
+            signals["group_rewards_NG"] = tensor(samples.group_rewards[row_N])
+    if samples.segments is not None:
+        signals["segment_N"] = tensor(samples.segments[index])
     if samples.support is not None:
         found = samples.support.rows(index)
         found = found if counts else harmless(found)

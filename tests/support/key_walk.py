@@ -52,6 +52,7 @@ PLUGGED: dict[str, set[str]] = {
     "scorer": SIGNALS | {"evaluate"},
     "trainer": {"train", "warmup"},
     "divergence": {"train"},
+    "credit": {"train"},
     "trust_region": {"train"},
     "token_weight": {"train"},
     "verifier": {"evaluate"},

@@ -6,10 +6,10 @@ plugin registers as well, also after the classes of the config were made."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Generic, TypeVar, Union
+from typing import Annotated, Any, ClassVar, Generic, TypeVar, Union, cast
 
 from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, SerializeAsAny
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
 from storage.identity import Identity
 
@@ -68,6 +68,11 @@ class _Open:
         self.registry, self.names = registry, names
         self.known = frozenset(registry.classes)
 
+    @property
+    def models(self) -> list[type[Kind]]:
+        """The classes that are accepted now; errors name their fields."""
+        return list(self.registry.classes.values())
+
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         union = handler(source)
         schema = core_schema.no_info_wrap_validator_function(self._validate, union)
@@ -77,19 +82,25 @@ class _Open:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         classes = self.registry.classes
-        shown = [handler(schema)]
-        shown += [handler(cls.__pydantic_core_schema__) for kind, cls in classes.items() if kind not in self.known]
+        later = [cls.__pydantic_core_schema__ for kind, cls in classes.items() if kind not in self.known]
+        names: list[CoreSchema] = []
         if self.names:
-            alone = [k for k, cls in classes.items() if not any(f.is_required() for f in cls.model_fields.values())]
-            shown.insert(0, {"enum": alone})
-        return {"anyOf": shown} if len(shown) > 1 else shown[0]
+            optional = (k for k, c in classes.items() if not any(f.is_required() for f in c.model_fields.values()))
+            names = [core_schema.literal_schema(list(optional))]
+        if not names and not later:
+            return handler(schema)
+        return handler(core_schema.union_schema([*names, cast(Any, schema)["schema"], *later]))
 
     def _validate(self, value: Any, handler: Callable[[Any], Any]) -> Any:
         if self.names and isinstance(value, str):
             value = {"kind": value}
         kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-        if not isinstance(kind, str) or kind in self.known or kind not in self.registry.classes:
+        if not isinstance(kind, str) or kind in self.known:
             return handler(value)
+        if kind not in self.registry.classes:
+            names = ", ".join(f"'{name}'" for name in self.registry.classes)
+            where = {"discriminator": "'kind'", "tag": kind, "expected_tags": names}
+            raise PydanticKnownError("union_tag_invalid", where)
         return self.registry.classes[kind].model_validate(value)
 
 

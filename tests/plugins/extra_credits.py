@@ -37,8 +37,8 @@ class Grouped(Credit):
     end: int = Field(0, ge=0, description="token id that ends a segment")
     k: int = Field(4, ge=1, description="teacher's candidates for the forward KL")
     equation = (
-        "A_r = r - mean of the group, m = 2^(-segment), delta = log u / 10, a = 1[H(q) < 5], b = 1[A_r < 0],"
-        " w = exp(-H(p_old)), D = sum_{v in top-k} q log(q/p)"
+        "A_r = r - mean of the group, m = 2^(-segment), delta = log u / 10, a = 1[H(q) < 5.12], b = 1[A_r < 0],"
+        " w = exp(-H(p_old) / 5), D = sum_{v in top-k} q log(q/p)"
     )
     paper = ""
     experimental = True
@@ -63,9 +63,9 @@ class Grouped(Credit):
             A_r=advantage,
             m=0.5**segment,
             delta=context.log_u / 10,
-            a=(teacher < 5).to(advantage.dtype),
+            a=(teacher < 5.12).to(advantage.dtype),
             b=(advantage < 0).to(advantage.dtype),
-            w=(-student).exp(),
+            w=(-student / 5).exp(),
         )
 
 

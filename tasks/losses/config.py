@@ -1,4 +1,5 @@
-"""The `objective:` part of a config: one point in the product of axes, with what is refused and why. Torch-free."""
+"""The `objective:` section of a config: one choice on each axis. Combinations that make no sense are refused with the
+reason. Imports no torch."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ else:
 
 
 LARGEST_EXPONENT = 80.0
-"""What may be reached in e^x: float32 ends at e^88.7, and sums and factors (x itself, 1 / alpha) need the rest."""
+"""Largest x of an admitted e^x: float32 overflows at e^88.7, and sums and factors (x itself, 1 / alpha) need a margin."""
 
 
 def _named(divergence: Divergence) -> str:
@@ -52,12 +53,12 @@ def _named(divergence: Divergence) -> str:
 
 
 def _tenths(limit: float) -> float:
-    """A limit rounded to what is still within it."""
+    """A limit, rounded down to tenths."""
     return math.floor(limit * 10) / 10
 
 
 def everything(support: SupportKind, exclude_ids: tuple[int, ...] = ()) -> StudentRequest:
-    """What metrics want to know where there is a support."""
+    """What the metrics of an objective with a support need of the student."""
     return StudentRequest(
         support=support,
         token_logprobs=True,
@@ -70,7 +71,7 @@ def everything(support: SupportKind, exclude_ids: tuple[int, ...] = ()) -> Stude
 
 
 class Weighted(Normalised):
-    """Fields about how tokens count, shared by the objectives of distillation."""
+    """The token weight, a field of all objectives of distillation."""
 
     token_weight: TokenWeightField = Field(
         Unweighted(), description="how much each token counts", json_schema_extra=omit_at({"kind": "none"})
@@ -91,15 +92,16 @@ class DirectConfig(Weighted):
     )
     support_exclude_ids: tuple[int, ...] = Field(
         (),
-        description="ids taken out of both distributions wherever the support lists them (a teacher's <think>); elsewhere"
-        " they lie outside of it as any other id does",
+        description="ids removed from both distributions at tokens whose support lists them (a teacher's <think>); at other"
+        " tokens they are outside the support like any other id",
     )
     logprob_min: float = Field(
         -40.0, lt=0, ge=-80, description="floor of log p and log q per category; no gradient below it"
     )
     tail_logmass_min: float = Field(-30.0, lt=0, ge=-80, description="floor of the bucket's log-mass, of both")
     allow_drop: bool = Field(
-        False, description="accept `drop` where its sum falls without end as student mass leaves the support"
+        False,
+        description="accept `drop` with a divergence whose sum is unbounded below as student mass leaves the support",
     )
 
     @model_validator(mode="after")
@@ -113,11 +115,11 @@ class DirectConfig(Weighted):
         if support.outside == "drop" and self.divergence.w_at_one < 0 and not self.allow_drop:
             raise ValueError(
                 f"support.outside: {self.divergence.kind} with `drop` is no divergence: its sum becomes negative as the"
-                " student moves its mass off the support, which is what training would do; use bucket or renormalize,"
-                " or say allow_drop: true"
+                " student moves its mass off the support, which training would then do; use bucket or renormalize, or set"
+                " allow_drop: true"
             )
         if any(i < 0 for i in self.support_exclude_ids):
-            raise ValueError("support_exclude_ids: ids are not negative")
+            raise ValueError("support_exclude_ids: ids must not be negative")
         floors = {"logprob_min": self.logprob_min}
         if support.outside == "bucket":
             floors["tail_logmass_min"] = self.tail_logmass_min
@@ -131,7 +133,7 @@ class DirectConfig(Weighted):
         return self
 
     def needs(self) -> Needs:
-        """Signals and student quantities that the loss cannot do without, and those that its metrics want."""
+        """The signals and student quantities of the loss and of its metrics."""
         k = self.support.k
         lists: tuple[SignalNeed, ...] = {
             "teacher_topk": (SignalNeed("teacher_topk", k),),
@@ -184,7 +186,7 @@ class PolicyGradientConfig(Weighted):
     )
     trust_region: TrustRegionField = Field(
         NoTrustRegion(),
-        description="what is done where the teacher's verdict on a token is unreliable",
+        description="treatment of tokens on which the ratio of teacher to student is unreliable",
         json_schema_extra=omit_at({"kind": "none"}),
     )
     log_ratio_clip: float = Field(6.0, gt=0, le=40, description="log u is clipped to +- this")
@@ -210,7 +212,7 @@ class PolicyGradientConfig(Weighted):
             raise ValueError("dual_clip: bounds a clipped ratio; set ppo_clip as well (0.2 is usual)")
         if self.support.kind != "sampled" and self.trust_region.sampled_only:
             raise ValueError(
-                f"trust_region: {self.trust_region.kind} judges the sampled token, but support.kind is"
+                f"trust_region: {self.trust_region.kind} is defined for the sampled token, but support.kind is"
                 f" {self.support.kind}; use support.kind: sampled, or another trust region"
             )
         support = self.support
@@ -258,8 +260,8 @@ class PolicyGradientConfig(Weighted):
         )
 
     def needs(self) -> Needs:
-        """The sampled tokens' log-probabilities under student and teacher, and the live student's; lists where the
-        support or the trust region has them."""
+        """Log-probabilities of the sampled tokens under student and teacher, those of the live student, the lists of the
+        support, the trust region or the credit, and what else the credit reads."""
         student, metrics = StudentRequest(token_logprobs=True), StudentRequest(token_logprobs=True, entropy=True)
         lists: tuple[SignalNeed, ...] = ()
         if self.support.kind == "student_topk":
@@ -287,7 +289,7 @@ class SftConfig(Normalised):
     paper: ClassVar[str] = ""
 
     def needs(self) -> Needs:
-        """No signals; the live student's log-probabilities of the text."""
+        """No signals; log-probabilities of the text under the live student."""
         student = StudentRequest(token_logprobs=True)
         return Needs((), student, StudentRequest(token_logprobs=True, entropy=True))
 

@@ -1,4 +1,4 @@
-"""Head providers: from hidden states and the output head to just what an objective asks of the live student.
+"""Head providers: compute what an objective needs of the live student from hidden states and the output head.
 
 The head is called as a module (`head(hidden)`), so that hooks on it run (ZeRO-3 gathers the weight there, LoRA adds its
 part). `ChunkedHead` has two ways with one result:
@@ -39,7 +39,8 @@ class HeadProvider(Protocol):
     """Answers a request about the live student, with gradient to hidden states and head."""
 
     def __call__(self, hidden_ND: Tensor, head: nn.Module, batch: TokenBatch, request: StudentRequest) -> StudentView:
-        """hidden_ND: the last hidden state at the position that predicts each token."""
+        """hidden_ND: the last hidden state at the position that predicts each token. Fields that `request` does not ask for
+        are null."""
 
 
 class ChunkedHead:
@@ -94,7 +95,7 @@ def from_logits(
     teacher_NK: Tensor | None,
     request: StudentRequest,
 ) -> Parts:
-    """What `request` asks for, in the order of FIELDS, null where not asked.
+    """The values that `request` asks for, in the order of FIELDS; null for the others.
 
     listed_NK: which ids of the support count; teacher_NK: which of them are the teacher's own list. The tail is a
     logsumexp over the complement of the support: it neither cancels as 1 - sum does nor makes NaN where nothing lies
@@ -127,8 +128,8 @@ def from_logits(
 
 
 def _without(raw_NV: Tensor, ids_NK: Tensor, listed_NK: Tensor, exclude_ids: tuple[int, ...]) -> Tensor:
-    """-inf at the ids to exclude, in the rows whose support lists them: of others the teacher's value is not known, so
-    there they stay outside in both models."""
+    """-inf at the ids to exclude, in the rows whose support lists them. In other rows the teacher's value is not known, and
+    the ids stay outside the support in both models."""
     gone_E = torch.tensor(sorted(set(exclude_ids)), device=raw_NV.device)
     there_NE = ((ids_NK.unsqueeze(-1) == gone_E) & listed_NK.unsqueeze(-1)).any(1)
     return raw_NV.index_copy(-1, gone_E, raw_NV.index_select(-1, gone_E).masked_fill(there_NE, float("-inf")))

@@ -1,4 +1,4 @@
-"""What an objective asks for: stored signals, and quantities of the live student. Torch-free."""
+"""What an objective needs: stored signals, values of samples, quantities of the live student. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SignalNeed:
 
 @dataclass(frozen=True)
 class StudentRequest:
-    """What a head provider must compute of the live student; everything not asked for may be left out.
+    """What a head provider must compute of the live student; it may leave out the rest.
 
     `support` gives the ids of which scores are wanted: normalised over the vocabulary when `log_normaliser` is set,
     else raw logits (K rows of the head then suffice). `tail` is the student's log-mass outside the support,
@@ -59,7 +59,7 @@ class CreditNeeds:
 
 @dataclass(frozen=True)
 class Needs:
-    """Signals to be cached, and what the loss wants of the student.
+    """Everything that an objective needs.
 
     `metrics` is a second request, for steps that log: the trainer computes it without gradient beside `student` and
     hands it to the objective as `observed`, so that logging changes no bit of the loss."""
@@ -70,5 +70,5 @@ class Needs:
     draws: bool = False
     """one uniform number per token, from a counter-based generator keyed by (seed, sample id, position)"""
     takes_prefixes: bool = False
-    """tokens that the teacher wrote belong in the batch, told apart: the objective has a term of its own for them"""
+    """keep tokens that the teacher wrote in the batch, marked by `teacher_prefix_N`: the objective has a term for them"""
     credit: CreditNeeds = CreditNeeds()

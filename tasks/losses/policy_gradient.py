@@ -86,7 +86,7 @@ class PolicyGradientObjective:
         )
 
     def _of_sampled(self, batch: TokenBatch, student: StudentView) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(loss, how far apart the models are, metrics), per token."""
+        """(loss, estimate of the divergence, metrics), per token."""
         region, out = self.config.trust_region, batch.loss_mask_N <= 0
         live = required(student.token_logprobs_N, "student.token_logprobs_N").masked_fill(out, 0)
         old = required(batch.student_logprobs_N, "batch.student_logprobs_N").masked_fill(out, 0)
@@ -123,7 +123,7 @@ class PolicyGradientObjective:
         return loss, divergence, metrics
 
     def _of_candidates(self, batch: TokenBatch, student: StudentView) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The same of sum_v sg(w_v) (-sg(A_v)) rho_v over the rollout-time student's K likeliest ids v."""
+        """The same for sum_v sg(w_v) (-sg(A_v)) rho_v over the rollout-time student's K likeliest ids v."""
         ids = required(batch.support_ids_NK, "batch.support_ids_NK")
         listed = listed_mask(ids, required(batch.support_valid_N, "batch.support_valid_N"))
         listed &= (batch.loss_mask_N > 0).unsqueeze(-1)
@@ -187,9 +187,10 @@ class PolicyGradientObjective:
         terms = credit(context)
         whole = terms.advantage(credit.delta_at_one(config.divergence) if config.center else 0.0)
         if whole.shape != log_u.shape:
-            raise ValueError(
-                f"advantage {credit.kind}: gives values of shape {list(whole.shape)} for log u of shape {list(log_u.shape)}"
-            )
+            shapes = f"{list(whole.shape)} for log u of shape {list(log_u.shape)}"
+            raise ValueError(f"advantage {credit.kind}: it gives values of shape {shapes}; they must be the same")
+        if terms.b is not None and credit.side is None:
+            raise ValueError(f"advantage {credit.kind}: it gives b, but names no divergence; override `side`")
         bounded = region.bound(whole, weights)
         same = bounded is whole or weights is not None
         return _Credited(bounded, terms, None if same else (bounded != whole).to(bounded.dtype))

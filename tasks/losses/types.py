@@ -1,4 +1,4 @@
-"""What goes into an objective and what comes out. Shapes: see `tasks.losses`."""
+"""Inputs and outputs of an objective. Shapes: see `tasks.losses`."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class TokenBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentView:
-    """What a head provider computed of the live student; null where it was not asked for."""
+    """What a head provider computed of the live student; null if it was not requested."""
 
     token_logprobs_N: Tensor | None = None
     support_logprobs_NK: Tensor | None = None
@@ -93,7 +93,9 @@ class ObjectiveOutput:
 def required(value: Tensor | None, what: str) -> Tensor:
     """`value`, or ValueError naming what is missing."""
     if value is None:
-        raise ValueError(f"the objective needs {what}, which is missing; its `needs` say what to compute and cache")
+        raise ValueError(
+            f"the objective needs {what}, which is missing; its `needs` must declare it, and the caller provide it"
+        )
     return value
 
 

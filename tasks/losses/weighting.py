@@ -1,4 +1,4 @@
-"""Applies token weights: detached, from what is harmless where masked."""
+"""Applies token weights, detached; masked tokens get harmless inputs."""
 
 from __future__ import annotations
 

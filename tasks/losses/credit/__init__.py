@@ -148,8 +148,8 @@ class Credit(Kind):
         if listed and not baseline and one != 0:
             raise ValueError(
                 f"center: false gives every candidate the advantage {one:g} where student and teacher agree; over a list"
-                " that is not the whole vocabulary this moves mass onto or off it, whatever the teacher says; use center:"
-                " true, or support.baseline: list"
+                " that is not the whole vocabulary this moves mass onto or off the list, regardless of the teacher; use"
+                " center: true, or support.baseline: list"
             )
 
     @abstractmethod

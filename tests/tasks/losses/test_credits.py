@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from storage.identity import canonical_json
 from tasks.losses.build import make_objective
 from tasks.losses.config import ObjectiveConfig, PolicyGradientConfig
-from tasks.losses.credit import CREDITS, CreditContext
+from tasks.losses.credit import CREDITS, Credit, CreditContext, CreditTerms
 from tasks.losses.direct import DirectObjective
 from tasks.losses.divergences import REGISTRY
 from tasks.losses.types import TokenBatch
@@ -222,6 +223,29 @@ def test_what_a_credit_needs_and_misses_is_named(kind: str) -> None:
     for name in (name for name, needed in named.items() if needed):
         with pytest.raises(ValueError, match=name):
             losses(config(kind), live, replace(tokens, **{name: None}))
+
+
+@pytest.mark.parametrize(
+    ("terms", "found"),
+    [
+        (lambda log_u: CreditTerms(delta=log_u.mean()), r"shape \[\] for log u of shape \[12\]"),
+        (lambda log_u: CreditTerms(delta=log_u, b=log_u), "names no divergence"),
+        (lambda log_u: CreditTerms(m=log_u), "give delta, A_r, or both"),
+    ],
+)
+def test_terms_that_do_not_fit_are_refused_by_name(
+    terms: Callable[[Tensor], CreditTerms], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Odd(Credit):
+        kind: Literal["odd"] = "odd"
+
+        def __call__(self, context: CreditContext) -> CreditTerms:
+            return terms(context.log_u)
+
+    monkeypatch.setitem(CREDITS.classes, "odd", Odd)
+    live, tokens = batch("odd")
+    with pytest.raises(ValueError, match=found):
+        losses(config("odd"), live, tokens)
 
 
 def test_a_name_and_its_mapping_are_one_config() -> None:

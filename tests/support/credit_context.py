@@ -17,9 +17,9 @@ def context_of(divergence: Divergence, log_u: Tensor, **fields: Any) -> CreditCo
     n = log_u.shape[0]
     index, ones = torch.arange(n), torch.ones_like(log_u)
     values = {
-        "log_p_live": -1.5 - log_u,
-        "log_p_rollout": -1.5 - log_u,
-        "log_q": -1.5 * ones,
+        "log_p_live": -1.5 - log_u.clamp(min=0),
+        "log_p_rollout": -1.5 - log_u.clamp(min=0),
+        "log_q": -1.5 + log_u.clamp(max=0),
         "mask_N": ones,
         "sample_N": torch.zeros_like(index),
         "position_N": index,

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from storage.errors import InputError
-from tasks.engines.hf_folder import SAFE_LOADING, changed_logits
+from tasks.engines.hf_folder import SAFE_LOADING
 
 _PROBE_IDS = 4
 _PROBE_TOLERANCE = {torch.float32: 1e-4}
 """Relative to the largest logit, by dtype: equal products may differ by far less, a scale makes far more."""
 _PROBE_TOLERANCE_LOW_PRECISION = 1e-2
+_LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
+"""Config fields that change logits after the head, with the values at which they do nothing."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,10 @@ class LoadedModel:
         text = model.config.get_text_config()
         self.rows = int(text.vocab_size)
         self.positions: int | None = getattr(text, "max_position_embeddings", None)
-        if changed := changed_logits(text):
-            self._refuse(f"{changed} in its config")
+        for name, neutral in _LOGIT_CHANGES.items():
+            value = getattr(text, name, None)
+            if value is not None and value != neutral:
+                self._refuse(f"{name}: {value} in its config")
         self._check_head()
 
     @torch.inference_mode()

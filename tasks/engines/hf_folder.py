@@ -11,15 +11,6 @@ from storage.errors import InputError
 
 SAFE_LOADING: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
 """Arguments of every `from_pretrained` that reads weights: no network, no code of the checkpoint, no pickle."""
-_LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
-"""Config fields that change logits after the output head, with the values at which they have no effect."""
-
-
-def changed_logits(config: Any) -> str | None:
-    """ "field: value" of the first field of a transformers config that changes logits after the output head, or None."""
-    values = {name: getattr(config, name, None) for name in _LOGIT_CHANGES}
-    changed = (f"{name}: {v}" for name, v in values.items() if v is not None and v != _LOGIT_CHANGES[name])
-    return next(changed, None)
 
 
 def check_lengths(config: dict[str, Any], path: Path, prompts: list[list[int]], completion_length: int) -> int:

@@ -272,7 +272,7 @@ class PolicyGradientConfig(Weighted):
             student = replace(beside.student, token_logprobs=True, log_normaliser=True)
             metrics, lists = everything("teacher_topk"), tuple(n for n in beside.signals if n.k is not None)
         return Needs(
-            (SignalNeed("sampled"), SignalNeed("mask"), *lists),
+            (SignalNeed("sampled"), SignalNeed("mask"), *lists, *self.advantage.needs.signals),
             student,
             metrics,
             draws=self.trust_region.draws,

@@ -55,6 +55,8 @@ class CreditNeeds:
     """of the student that wrote the rollouts"""
     segment_ends: tuple[int, ...] = ()
     """token ids that end a segment of a completion, each the last token of its segment; none: no segments"""
+    signals: tuple[SignalNeed, ...] = ()
+    """further signals of supervision, beside `sampled`, `mask` and the lists of the support and of `side`"""
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,7 @@ class PolicyGradientObjective:
             reward_N=value("reward_N", needs.reward),
             group_N=value("group_N", needs.groups),
             group_rewards_NG=value("group_rewards_NG", needs.reward and needs.groups),
+            signals={name: values.detach().masked_fill(out, 0) for name, values in (batch.signals or {}).items()},
         )
         terms = credit(context)
         whole = terms.advantage(credit.delta_at_one(config.divergence) if config.center else 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -51,6 +52,8 @@ class TokenBatch:
     """rollout-time student on the support"""
     teacher_tail_logmass_N: Tensor | None = None
     """log of the teacher's mass outside the support"""
+    signals: Mapping[str, Tensor] | None = None
+    """further numbers per token (N), of signals that plugins bring: `<signal>_<column>`"""
 
     def __post_init__(self) -> None:
         n = self.token_ids_N.shape[0]
@@ -58,11 +61,11 @@ class TokenBatch:
             axis: None if first is None else first.shape[-1]
             for axis, first in (("K", self.support_ids_NK), ("G", self.group_rewards_NG))
         }
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            wanted = (n, *(widths[axis] for axis in entry.name.rpartition("_N")[2]))
+        tensors = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "signals"}
+        for name, value in {**tensors, **(self.signals or {})}.items():
+            wanted = (n, *(widths[axis] for axis in name.rpartition("_N")[2] if name in tensors))
             if value is not None and tuple(value.shape) != wanted:
-                raise ValueError(f"TokenBatch.{entry.name}: shape {tuple(value.shape)}, expected {wanted}")
+                raise ValueError(f"TokenBatch.{name}: shape {tuple(value.shape)}, expected {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)

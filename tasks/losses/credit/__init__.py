@@ -24,7 +24,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from tasks.losses.divergences import Divergence
@@ -72,6 +73,8 @@ class CreditContext:
     group_rewards_NG: Tensor | None = None
     """rewards of all samples of that prompt in the round, its own among them, padded with NaN on the right. A micro-batch
     holds only some of them, so a statistic of a group must come from here; needs `reward` and `groups`."""
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+    """numbers per token of the signals that `CreditNeeds.signals` adds: `<signal>_<column>`"""
 
     @property
     def log_u_live(self) -> Tensor:

@@ -19,6 +19,7 @@ from tasks.losses.config import ObjectiveConfig, PolicyGradientConfig
 from tasks.losses.credit import CREDITS, Credit, CreditContext, CreditTerms
 from tasks.losses.direct import DirectObjective
 from tasks.losses.divergences import REGISTRY
+from tasks.losses.needs import CreditNeeds, SignalNeed
 from tasks.losses.types import TokenBatch
 
 every = pytest.mark.parametrize("kind", CREDITS.classes)
@@ -69,7 +70,7 @@ def batch(kind: str, seed: int = 0) -> tuple[Tensor, TokenBatch]:
 
 
 def taken(tokens: TokenBatch, index: Tensor) -> TokenBatch:
-    values = {entry.name: getattr(tokens, entry.name) for entry in fields(tokens)}
+    values = {entry.name: getattr(tokens, entry.name) for entry in fields(tokens) if entry.name != "signals"}
     return TokenBatch(**{name: None if value is None else value[index] for name, value in values.items()})
 
 
@@ -88,7 +89,9 @@ def context(settings: PolicyGradientConfig, live: Tensor, tokens: TokenBatch) ->
     assert tokens.student_logprobs_N is not None and tokens.teacher_logprobs_N is not None
     log_p = tokens.loss_mask_N * live.detach().log_softmax(1)[torch.arange(N), tokens.token_ids_N]
     old, log_q = (tokens.loss_mask_N * values for values in (tokens.student_logprobs_N, tokens.teacher_logprobs_N))
-    shared = {entry.name for entry in fields(CreditContext)} & {entry.name for entry in fields(TokenBatch)}
+    shared = {entry.name for entry in fields(CreditContext)} & {entry.name for entry in fields(TokenBatch)} - {
+        "signals"
+    }
     return CreditContext(
         divergence=settings.divergence,
         log_u=log_q - (log_p if settings.advantage_at == "live" else old),
@@ -157,7 +160,7 @@ def test_a_masked_token_has_no_effect_and_no_loss(kind: str) -> None:
             (tokens.loss_mask_N > 0).view(N, *[1] * (value.dim() - 1)), value, torch.full_like(value, torch.nan)
         )
         for entry in fields(tokens)
-        if entry.name != "loss_mask_N"
+        if entry.name not in ("loss_mask_N", "signals")
         and (value := getattr(tokens, entry.name)) is not None
         and value.is_floating_point()
     }
@@ -223,6 +226,28 @@ def test_what_a_credit_needs_and_misses_is_named(kind: str) -> None:
     for name in (name for name, needed in named.items() if needed):
         with pytest.raises(ValueError, match=name):
             losses(config(kind), live, replace(tokens, **{name: None}))
+
+
+def test_a_credit_reads_the_signals_that_it_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Given(Credit):
+        kind: Literal["given"] = "given"
+
+        @property
+        def needs(self) -> CreditNeeds:
+            return CreditNeeds(signals=(SignalNeed("mine"),))
+
+        def __call__(self, context: CreditContext) -> CreditTerms:
+            return CreditTerms(delta=context.signals["mine_gain"])
+
+    monkeypatch.setitem(CREDITS.classes, "given", Given)
+    settings, (live, tokens) = config("given", center=False), batch("given")
+    assert [need.name for need in settings.needs().signals] == ["sampled", "mask", "mine"]
+    gain = torch.rand(N, dtype=torch.float64)
+    found = losses(settings, live, replace(tokens, signals={"mine_gain": gain}))
+    rho = (live.log_softmax(1)[torch.arange(N), tokens.token_ids_N] - tokens.student_logprobs_N).exp()
+    torch.testing.assert_close(found, torch.where(tokens.loss_mask_N > 0, -gain * rho, 0))
+    with pytest.raises(ValueError, match="mine_gain"):
+        replace(tokens, signals={"mine_gain": gain[:-1]})
 
 
 @pytest.mark.parametrize(

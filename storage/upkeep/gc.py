@@ -16,14 +16,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from storage.artifacts.artifact import MANIFEST, Manifest, load_manifest
+from storage.artifacts.artifact import MANIFEST, Manifest, artifact_directory, load_manifest
 from storage.artifacts.shards import SIDECAR
 from storage.disk.files import TEMPORARY, fsync_directory, remove, replace_atomically, utc_now
 from storage.disk.locks import alone, build_lock, holder, locked, use_lock
 from storage.errors import CorruptArtifact, RunBusy, StoreError
 from storage.runs import Run, RunState
 from storage.store import Store
-from storage.upkeep.retention import Name, Retention, droppable, used
+from storage.upkeep.retention import Name, Retention, droppable, role_of_stage, used
 
 TEMPORARY_SECONDS = 3600.0
 """A temporary file this old belongs to nobody: files are written in one go, and renamed."""
@@ -81,6 +81,7 @@ class Collector:
         self.store, self.root = store, store.root
         self._retention, self._quarantine_days = retention, quarantine_days
         self._states: dict[str, tuple[tuple[int, int, int], RunState, Retention]] = {}
+        self._roles: dict[Name, str | None] = {}
 
     def plan(self) -> Plan:
         """Looks, and changes nothing."""
@@ -120,10 +121,24 @@ class Collector:
             who = run.holder()
             if who is not None:
                 needs.busy[run.name] = who
-            dropped = droppable(state, retain) if who is None else set()
+            dropped = droppable(state, retain, self._role) if who is None else set()
             needs.named |= named
             needs.whole |= named - dropped
         return needs
+
+    def _role(self, name: Name) -> str | None:
+        """The field of `Retention` that an artifact falls under: by its stage, or for a plugin's signal by its manifest. None,
+        so that it is kept, where that cannot be read."""
+        if name not in self._roles:
+            role = role_of_stage(name)
+            if role is None:
+                try:
+                    manifest = load_manifest(artifact_directory(self.root, *name))
+                except (CorruptArtifact, StoreError):
+                    manifest = None
+                role = manifest.retention if manifest is not None else None
+            self._roles[name] = role
+        return self._roles[name]
 
     def _runs(self) -> list[Run]:
         """Every run, made whole or not: one that cannot be read still needs its artifacts."""

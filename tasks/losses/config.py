@@ -149,7 +149,7 @@ class DirectConfig(Weighted):
             exclude_ids=self.support_exclude_ids,
         )
         metrics = everything(self.support.kind, self.support_exclude_ids)
-        return Needs((SignalNeed("sampled"), SignalNeed("mask"), *lists), student, metrics)
+        return Needs((SignalNeed("sampled"), SignalNeed("mask"), *lists, *self.token_weight.needs), student, metrics)
 
 
 class PolicyGradientConfig(Weighted):
@@ -252,7 +252,7 @@ class PolicyGradientConfig(Weighted):
     def needs(self) -> Needs:
         """The sampled tokens' log-probabilities under student and teacher, and the live student's; lists where the
         support or the trust region has them."""
-        signals = (SignalNeed("sampled"), SignalNeed("mask"))
+        signals = (SignalNeed("sampled"), SignalNeed("mask"), *self.token_weight.needs)
         uses = {"draws": self.trust_region.draws, "takes_prefixes": self.trust_region.takes_prefixes}
         if self.support.kind == "student_topk":
             student = StudentRequest(support="student_topk", log_normaliser=True)

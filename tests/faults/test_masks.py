@@ -21,12 +21,11 @@ from two_tokenizers import STUDENT_ROWS, TEACHER_ROWS, conversation, model, rend
 from storage.errors import InputError
 from storage.schemas import MaskReason, schema_for
 from storage.store import Artifact, Store
-from tasks.engines.signals import mask_table
 from tasks.inputs.models import CheckpointModel, model_work
 from tasks.losses.needs import Needs, SignalNeed, StudentRequest
 from tasks.prepare import PrepareConfig, prepare_work
-from tasks.supervise import SpecialTokens, mask_rules
-from tasks.trainer.data import forward_batch, from_rollouts, token_weights
+from tasks.signals.mask import SpecialTokens, mask_rules, mask_table
+from tasks.trainer.data import forward_batch, from_rollouts, loss_denominators
 
 pytestmark = pytest.mark.promise(8, "conversations through two tokenizers; a tokenizer changed in mid-run")
 
@@ -211,7 +210,7 @@ def check_batches(
     assert samples.keep.tolist() == [keep for tokens in trained for keep in tokens]
     for start in range(0, len(samples), 64):
         rows = list(range(start, min(start + 64, len(samples))))
-        weights = token_weights(samples, rows, "token", None)
+        weights = loss_denominators(samples, rows, "token", None)
         batch = forward_batch(samples, rows, weights, list(range(len(rows))), False, torch.device("cpu"))
         inputs, length = batch.input_ids_BT.numpy(), batch.input_ids_BT.shape[1]
         got = set()

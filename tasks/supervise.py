@@ -11,7 +11,7 @@ from pydantic import Field
 from storage.errors import ConfigError
 from storage.identity import Identity, omit_at
 from storage.store import Artifact, ArtifactSpec, Builder, Store
-from tasks.engines.teacher import Local, TeacherField
+from tasks.engines.teacher import LocalTeacher, TeacherField
 from tasks.losses.needs import SignalNeed
 from tasks.plugins import NO_PLUGINS
 from tasks.signals import Inputs, Written, signal_named
@@ -30,7 +30,7 @@ class SuperviseConfig(Identity):
     )
     special_tokens: SpecialTokens = SpecialTokens()
     teacher: TeacherField = Field(
-        Local(), description="how the teacher is asked", json_schema_extra=omit_at({"kind": "local"})
+        LocalTeacher(), description="how the teacher is asked", json_schema_extra=omit_at({"kind": "local"})
     )
 
 

@@ -34,11 +34,20 @@ from storage.errors import ConfigError, CorruptArtifact, InputError
 from storage.store import Artifact, Store
 from tasks.engines import distributions
 from tasks.engines.forward import plan_batches
-from tasks.engines.teacher import Host, Local, Passage, Teacher, TeacherBackend, Vocabulary, WarmModels, backend_of
+from tasks.engines.teacher import (
+    Host,
+    LocalTeacher,
+    Passage,
+    Teacher,
+    TeacherBackend,
+    Vocabulary,
+    WarmModels,
+    backend_of,
+)
 from tasks.signals import Shard, Values, Wanted, signal_named
 
 Progress = Callable[[int, int], None]
-LOCAL = Local()
+LOCAL = LocalTeacher()
 
 
 @dataclass(frozen=True)

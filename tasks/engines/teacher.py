@@ -46,10 +46,10 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can answer about a completion token."""
+    """What a backend can answer about a completion token, beside the log-probability of the token itself, which every one can."""
 
-    entropy: bool = True
-    """exact over the vocabulary"""
+    entropy: Literal["exact", "list"] = "exact"
+    """list: of its own candidates with the rest as one category, at most the exact one"""
     top: int | None = None
     """candidates of its longest list; None: as many as there are ids"""
     given_ids: bool = True
@@ -60,8 +60,6 @@ class Capabilities:
     def lacking(self, wanted: Wanted) -> list[str]:
         """What of `wanted` the backend cannot answer about the teacher."""
         ask, found = wanted.teacher, []
-        if ask.entropy and not self.entropy:
-            found.append("the entropy of its distribution")
         if self.top is not None and max(ask.top, default=0) > self.top:
             found.append(f"its {max(ask.top)} likeliest tokens (at most {self.top})")
         if ask.on and not self.given_ids:
@@ -126,7 +124,7 @@ register = TEACHERS.register
 
 
 @register
-class Local(TeacherBackend):
+class LocalTeacher(TeacherBackend):
     """transformers loads the checkpoint in the scorer's own process: every quantity, exact."""
 
     kind: Literal["local"] = "local"
@@ -146,7 +144,7 @@ class Local(TeacherBackend):
 if TYPE_CHECKING:
     TeacherField = TeacherBackend
 else:
-    TeacherField = Annotated[SerializeAsAny[Local], TEACHERS.late()]
+    TeacherField = Annotated[SerializeAsAny[LocalTeacher], TEACHERS.late()]
 """The type of a config's field that chooses a backend; a plugin may have registered it later."""
 
 
@@ -173,7 +171,7 @@ class WarmModels:
     ) -> dict[str, Teacher]:
         """Those of a job's models that are named. Each is described by {path, weights, architecture}, the last two
         being content digests. Opened models that the job does not describe are closed first."""
-        backends = {name: teacher if name == "teacher" else Local() for name in models}
+        backends = {name: teacher if name == "teacher" else LocalTeacher() for name in models}
         keys = {
             name: (model["weights"], model["architecture"], dtype, backends[name].model_dump_json())
             for name, model in models.items()

@@ -35,6 +35,14 @@ class Ask:
     sampling: Mapping[str, Any] | None = None
     """temperature, top_p, top_k: log-probabilities under the distribution sampled from"""
 
+    def __str__(self) -> str:
+        """What is asked, for people."""
+        parts = ["log-probabilities of the sampled tokens"] * self.logprobs + ["entropies"] * self.entropy
+        parts += [f"its {k} likeliest tokens" for k in sorted(self.top)]
+        parts += [f"log-probabilities of the student's {k} likeliest tokens" for k in sorted(self.on)]
+        parts += ["log-probabilities under the distribution sampled from"] * bool(self.sampling)
+        return ", ".join(parts) or "nothing"
+
     def __bool__(self) -> bool:
         return any(getattr(self, field.name) for field in fields(self))
 

@@ -44,14 +44,14 @@ class TokenBatch:
     """rollout-time student on the support"""
     teacher_tail_logmass_N: Tensor | None = None
     """log of the teacher's mass outside the support"""
-    signals: Mapping[str, Tensor] = field(default_factory=dict)
+    signals: Mapping[str, Tensor] | None = None
     """further numbers per token (N), of signals that plugins bring: `<signal>_<column>`"""
 
     def __post_init__(self) -> None:
         n = self.token_ids_N.shape[0]
         k = None if self.support_ids_NK is None else self.support_ids_NK.shape[-1]
         tensors = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "signals"}
-        for name, value in {**tensors, **self.signals}.items():
+        for name, value in {**tensors, **(self.signals or {})}.items():
             wanted = (n, k) if name.endswith("_NK") else (n,)
             if value is not None and tuple(value.shape) != wanted:
                 raise ValueError(f"TokenBatch.{name}: shape {tuple(value.shape)}, expected {wanted}")

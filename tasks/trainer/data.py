@@ -387,7 +387,7 @@ def forward_batch(
         loss_mask_N=torch.full((len(index),), float(counts), device=device),
         sample_N=tensor(place_N),
         position_N=tensor(position),
-        signals=others,
+        signals=others or None,
         **signals,
     )
     weight = weights[place_N].astype(np.float32) * float(counts)

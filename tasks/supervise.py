@@ -1,5 +1,5 @@
-"""Supervise: what student and teacher say about the rollouts, as signals. Workers score; this half plans, finds what is there
-already, and commits. One pass of the models writes all signals that are missing."""
+"""Supervise: student and teacher score the rollouts, and the scores become signals. This module plans, finds the signals that
+exist, and commits; workers run the models. One pass of the models writes all missing signals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tasks.stage import Context, Work
 
 
 class SuperviseConfig(Identity):
-    """How rollouts are scored. Which signals are made is the objective's need, not a setting."""
+    """How rollouts are scored. The objective, not this config, decides which signals are made."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="both models' weights and arithmetic; probabilities are always computed in float32"

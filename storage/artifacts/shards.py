@@ -61,13 +61,13 @@ class ShardWriter:
         """Writes one shard durably. `data` must have the columns that `table` is declared with: in `storage.schemas`, or for a
         plugin's table by `schema`.
 
-        Raises StoreError for other columns, an unknown table or an artifact that nobody builds; NotEnoughSpace."""
+        Raises StoreError for other columns, an unknown table or an artifact that is not being built; NotEnoughSpace."""
         if isinstance(shard, bool) or shard < 0:
             raise StoreError(f"{table}: shard number {shard!r}; shards count from 0")
         schema = schema or self.table_schema(table)
         rows = validate_table(table, data, schema).replace_schema_metadata(None)
         if not self.path.is_dir():
-            raise StoreError(f"{self.path}: nobody builds this artifact; shards are written inside `Store.building`")
+            raise StoreError(f"{self.path}: this artifact is not being built; write shards inside `Store.building`")
         name = f"{table}-{shard:05d}-{unique()}.parquet"
         temporary, final = self.path / temporary_name(name), self.path / name
         failpoint("shard.before_write")

@@ -211,7 +211,7 @@ def _run(
 
 
 def _refusal(error: Exception, memory: str, views: Views) -> OpdError:
-    """What DuckDB or Arrow says, in the words of this program."""
+    """An error of DuckDB or Arrow as one of this program."""
     text = str(error).strip()
     if "Out of Memory" in text or "bad_alloc" in text:
         return QueryRefused(f"needs more than {memory} of memory; {_NARROW}")

@@ -94,23 +94,22 @@ def _signal_columns(schema: TableSchema) -> dict[str, Column]:
     }
 
 
-_SUPERVISION = View(
-    "supervision",
-    "All signals of a run's rollouts, joined by sample_id; null where a signal was not asked for.",
-    (
-        _RUN,
-        _ROUND,
-        Column("artifact", _STR, "key of the rollouts that the signals describe"),
-        TABLES["rollouts"].columns[0],
-        *(column for signal in SIGNALS for column in _signal_columns(TABLES[signal]).values()),
-    ),
-    ("rollouts", *SIGNALS),
-)
 _ALL = (
     View("prompts", TABLES["prompts"].doc, (_RUN, _ARTIFACT, *TABLES["prompts"].columns), ("prompts",)),
     View("vocabulary", TABLES["vocabulary"].doc, (_RUN, _ARTIFACT, *TABLES["vocabulary"].columns), ("vocabulary",)),
     View("rollouts", TABLES["rollouts"].doc, (_RUN, _ROUND, _ARTIFACT, *TABLES["rollouts"].columns), ("rollouts",)),
-    _SUPERVISION,
+    View(
+        "supervision",
+        "All signals of a run's rollouts, joined by sample_id; null where a signal was not asked for.",
+        (
+            _RUN,
+            _ROUND,
+            Column("artifact", _STR, "key of the rollouts that the signals describe"),
+            TABLES["rollouts"].columns[0],
+            *(column for signal in SIGNALS for column in _signal_columns(TABLES[signal]).values()),
+        ),
+        ("rollouts", *SIGNALS),
+    ),
     View(
         "tokens",
         "One row per completion token of a run's rollouts.",

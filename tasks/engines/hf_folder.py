@@ -26,8 +26,8 @@ def changed_logits(config: Any) -> str | None:
 
 
 def vocabulary_rows(path: Path) -> int:
-    """Rows of a checkpoint's vocabulary, by its config alone, where transformers knows the default of a field that is not there.
-    InputError when it cannot be read."""
+    """Rows of a checkpoint's vocabulary, from its config alone. Read by transformers, which fills in the architecture's default
+    where the field is missing. InputError when the config cannot be read."""
     from transformers import AutoConfig
 
     try:
@@ -78,7 +78,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def longest_sequence(config: dict[str, Any], path: Path) -> int:
-    """Positions of the model. Raises InputError when the config does not say."""
+    """Positions of the model. InputError when the config does not give them."""
     limit = config.get("max_position_embeddings")
     if not isinstance(limit, int) or limit < 1:
         raise InputError(f"{path / 'config.json'}: max_position_embeddings is {limit!r}; a positive integer is needed")

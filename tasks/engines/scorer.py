@@ -5,9 +5,9 @@ Jobs (`op`), all with `student` and `teacher` ({path, weights, architecture}: a 
 
 - `supervise_shard`: `store`, `rollouts` and `prompts` ({stage, key}), `shard`, `outputs` ({table, stage, key, and for
   top-K lists k and encoding} list), `sampling` (temperature, top_p, top_k of the rollouts), `mask` (rules, see
-  `tasks.signals.mask`), `flags` ({stage, key} of a committed `sampled` that tells invalid values, or null), `backend` (the
-  teacher's, see `tasks.engines.teacher`). Writes one shard of each output. Returns outside_nucleus: sampled tokens that by
-  this student's rounding lie outside the set sampled from.
+  `tasks.signals.mask`), `flags` ({stage, key} of a committed `sampled`, which shows invalid values; or null),
+  `backend` (the teacher's, see `tasks.engines.teacher`). Writes one shard of each output. Returns outside_nucleus: sampled
+  tokens that by this student's rounding lie outside the set sampled from.
 - `reverse_kl`: `samples` ({prompt, teacher_prompt or null, completion} list, token ids). Writes nothing. Returns sums:
   per sample the sum over its tokens of the exact full-vocabulary KL(student || teacher), null where it is not finite.
 

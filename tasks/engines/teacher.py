@@ -1,7 +1,7 @@
-"""The seam between the scorer and what answers about tokens: one call, `Teacher.score`, for the teacher and for the student.
+"""How the scorer asks a model about tokens: one call, `Teacher.score`, for teacher and student.
 
-A backend is a registered class that is its own config (`supervise.teacher`). It declares what it can answer, so that an objective
-that needs more is refused when the config loads, and opens a model. Torch-free: an implementation is imported when it opens."""
+A backend is a registered class, which is its own config (`supervise.teacher`). It opens models and declares what these can
+answer: an objective that needs more is refused when the config loads. Torch-free; a backend imports its engine in `open`."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class TeacherBackend(Kind):
 
     @abstractmethod
     def rows(self, folder: Path) -> int:
-        """Ids of the vocabulary of the model at `folder`. InputError where that cannot be told."""
+        """Ids of the vocabulary of the model at `folder`. InputError when it cannot be read."""
 
     @abstractmethod
     def open(self, folder: Path, dtype: str, host: Host) -> Teacher:
@@ -149,7 +149,7 @@ else:
 
 
 def backend_of(config: Mapping[str, object]) -> TeacherBackend:
-    """The backend that a job names. ConfigError for a kind that nobody has registered."""
+    """The backend that a job names. ConfigError for a kind that is not registered."""
     kind = str(config.get("kind"))
     if kind not in TEACHERS.classes:
         raise ConfigError(

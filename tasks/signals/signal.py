@@ -63,7 +63,7 @@ class Shard:
     rules: Mapping[str, Any] = field(default_factory=dict)
     """of the mask, see `tasks.signals.mask`"""
     flags: pa.Table | None = None
-    """rows of a committed `sampled` that tell invalid values, where the models were not run"""
+    """rows of a committed `sampled`, which show invalid values where the models were not run"""
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Written:
 class Signal:
     """One signal: a table beside the rollouts, row for row and token for token, made by running student and teacher over them.
 
-    A subclass names itself, declares its table, says what it wants of the models and makes rows of their answers; the rest
-    follows. Instances hold no state."""
+    A subclass gives its name and table, what it asks of the models, and how their answers become rows. Instances hold no
+    state."""
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
@@ -176,6 +176,10 @@ def register(cls: type[Signal]) -> type[Signal]:
         raise ValueError(f"{cls.__name__}: the name {name!r} is taken; give the signal another one")
     if schema.name != name or schema.names[:1] != ("sample_id",):
         raise ValueError(f"{cls.__name__}: its table must be called {name!r} and begin with the column sample_id")
+    if name not in TABLES and not schema.prefixed:
+        raise ValueError(
+            f"{cls.__name__}: set prefixed=True in its table, whose columns are joined to those of other signals"
+        )
     if missing := sorted({*cls.floats, *(c for pair in cls.lists.values() for c in pair)} - set(schema.names)):
         raise ValueError(f"{cls.__name__}: no column {missing[0]!r} in its table; it has {', '.join(schema.names)}")
     SIGNALS[name] = cls()

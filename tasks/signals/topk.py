@@ -22,7 +22,7 @@ def topk_table(schema: TableSchema, quantities: Mapping[str, str], shard: Shard)
     to float16 (11 significant bits); the column's type stays, and compression drops the rest.
 
     A token with an unusable number (NaN, +inf, above LOGPROB_MAX) among its entries or tails gets an empty list and NaN
-    tails: whoever trains on it leaves the token out. Raises InputError by sample for a list that is not as long as its
+    tails; training leaves the token out. Raises InputError by sample for a list that is not as long as its
     completion, or counts more entries than it has."""
     values = {column: shard.values[quantity] for column, quantity in quantities.items()}
     check_lengths(shard.rollouts, {f"{schema.name}.{column}": arrays for column, arrays in values.items()})

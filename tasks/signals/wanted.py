@@ -59,7 +59,8 @@ class Ask:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of the two models. ValueError for log-probabilities on a list that nobody asks for."""
+    """What is asked of the two models. ValueError for questions that only the other model can answer, and for
+    log-probabilities on a list that is not asked for."""
 
     student: Ask = Ask()
     teacher: Ask = Ask()

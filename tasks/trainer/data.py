@@ -139,7 +139,7 @@ def from_rollouts(
         tokens = checks.Tokens(ids, completions.offsets, keep & ~invalid)
         stored = [_lists(name, ordered[name], completions, tokens) for name in _SOURCES[needs.student.support]]
         for lists in stored:
-            invalid |= lists.counts == 0  # how the scorer says that it had no usable numbers
+            invalid |= lists.counts == 0  # the scorer had no usable numbers for the token
     keep &= ~invalid
     tokens = checks.Tokens(ids, completions.offsets, keep)
     checks.check_token_ids(tokens, "rollouts.completion_token_ids", completions.values, rows)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from tasks.losses.config import DirectConfig, TopkSupport
 from tasks.losses.needs import SignalNeed
 from tasks.plugins import load_plugins
 from tasks.rollout_config import RolloutConfig
-from tasks.signals import SIGNALS, Signal, register
+from tasks.signals import SIGNALS, Signal, Wanted, register
 from tasks.supervise import SuperviseConfig, supervise_work
 from tasks.trainer.data import forward_batch, from_rollouts, loss_denominators
 
@@ -83,9 +83,17 @@ def test_its_source_enters_the_keys_of_the_signal_and_of_training(tmp_path: Path
 def test_names_and_tables_that_do_not_fit_are_refused() -> None:
     load_plugins(["teacher_margin"])
     known = type(SIGNALS["teacher_margin"])
-    for change in ({"name": "mask"}, {"name": "train"}, {"name": "other"}, {"floats": ("margin",)}, {}):
-        with pytest.raises(ValueError, match=r"taken|must be called|no column"):
-            register(type("Other", (known,), {"name": "teacher_margin", **change}))
+    short, bare = replace(known.schema, name="short"), replace(known.schema, name="bare", prefixed=False)
+    for change, message in (
+        ({"name": "mask"}, "'mask' is taken"),
+        ({"name": "train"}, "'train' is taken"),
+        ({"name": "teacher_margin"}, "'teacher_margin' is taken"),
+        ({"name": "other"}, "must be called 'other'"),
+        ({"name": "short", "schema": short, "floats": ("margin",)}, "no column 'margin'"),
+        ({"name": "bare", "schema": bare}, "prefixed=True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            register(type("Other", (known,), change))
     with pytest.raises(StoreError, match="must match"):
         register(type("Other", (Signal,), {"name": "Bad-Name", "schema": known.schema}))
 
@@ -258,7 +266,7 @@ def test_a_backend_is_asked_in_the_teachers_place_and_has_keys_of_its_own(world:
 
     needs = (*DirectConfig(support=TopkSupport(k=6)).needs().signals,)
     local, served = world.make(needs), world.make(needs, teacher={"kind": "served"})
-    other = world.make(needs, teacher={"kind": "served", "url": "http://127.0.0.1:9000"})
+    other = world.make(needs, teacher={"kind": "served", "quantization": "fp8"})
     for name in ("sampled", "mask", "teacher_topk"):
         assert len({made[name].key for made in (local, served, other)}) == 3, name
     assert sum(count for count, _ in served_teacher.asked) == 2 * world.rollouts.rows["rollouts"]
@@ -270,4 +278,6 @@ def test_a_backend_is_asked_in_the_teachers_place_and_has_keys_of_its_own(world:
     assert (entropies[1] < entropies[0] + 1e-5).all() and (entropies[1] < entropies[0] - 0.1).any()
     with pytest.raises(ConfigError, match="cannot give log-probabilities"):
         world.make((SignalNeed("student_topk", 3),), teacher={"kind": "served"})
-    assert math.isfinite(entropies[1].sum())
+    scorer = world.bench.workers.handlers["scorer"]
+    with pytest.raises(ConfigError, match="served cannot give its whole distribution"):
+        scorer.score({}, [], Wanted(reverse_kl=True), lambda *_: None, served_teacher.ServedTeacher())

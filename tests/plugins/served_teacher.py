@@ -51,7 +51,7 @@ class ServedTeacher(TeacherBackend):
     """A server that gives its likeliest tokens and the log-probability of the sampled one."""
 
     kind: Literal["served"] = "served"
-    url: str = "http://127.0.0.1:8000"
+    quantization: str = "none"
     capabilities = Capabilities(entropy="list", top=TOP, given_ids=False, full_distribution=False)
 
     def rows(self, folder: Path) -> int:

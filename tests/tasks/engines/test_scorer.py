@@ -260,6 +260,7 @@ def test_half_precision_is_scored_in_float32(models, samples):
         (Sample("long", [1] * 5, [2] * 6), "short", "teacher, long: 10 tokens"),
         (Sample("empty", [], [2]), "teacher", "empty: a prompt without tokens"),
         (Sample("alien", [1, 900], [2]), "teacher", "alien: token id 900"),
+        (Sample("foreign", [1], [900, 2]), "teacher", "student, foreign: token id 900"),
     ],
 )
 def test_samples_that_a_model_cannot_read_are_refused(models, sample, teacher, message):

@@ -9,10 +9,10 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, Union
 
 import numpy as np
-from pydantic import SerializeAsAny
+from pydantic import Field, SerializeAsAny
 
 from storage.errors import ConfigError
 from tasks.losses.registry import Kind, Registry
@@ -144,7 +144,9 @@ class LocalTeacher(TeacherBackend):
 if TYPE_CHECKING:
     TeacherField = TeacherBackend
 else:
-    TeacherField = Annotated[SerializeAsAny[LocalTeacher], TEACHERS.late()]
+    _classes = tuple(TEACHERS.classes.values())
+    _known = Annotated[Union[_classes], Field(discriminator="kind")] if len(_classes) > 1 else _classes[0]  # noqa: UP007
+    TeacherField = Annotated[SerializeAsAny[_known], TEACHERS.late()]
 """The type of a config's field that chooses a backend; a plugin may have registered it later."""
 
 

@@ -149,7 +149,7 @@ class DirectConfig(Weighted):
             exclude_ids=self.support_exclude_ids,
         )
         metrics = everything(self.support.kind, self.support_exclude_ids)
-        return Needs((SignalNeed("sampled"), SignalNeed("mask"), *lists), student, metrics)
+        return Needs((SignalNeed("sampled"), SignalNeed("mask"), *lists, *self.token_weight.needs), student, metrics)
 
 
 class PolicyGradientConfig(Weighted):
@@ -272,7 +272,13 @@ class PolicyGradientConfig(Weighted):
             student = replace(beside.student, token_logprobs=True, log_normaliser=True)
             metrics, lists = everything("teacher_topk"), tuple(n for n in beside.signals if n.k is not None)
         return Needs(
-            (SignalNeed("sampled"), SignalNeed("mask"), *lists, *self.advantage.needs.signals),
+            (
+                SignalNeed("sampled"),
+                SignalNeed("mask"),
+                *lists,
+                *self.token_weight.needs,
+                *self.advantage.needs.signals,
+            ),
             student,
             metrics,
             draws=self.trust_region.draws,

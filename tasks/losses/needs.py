@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-SignalName = Literal["sampled", "teacher_topk", "student_topk", "mask"]
 SupportKind = Literal["teacher_topk", "student_topk", "union", "full"]
 
 
 @dataclass(frozen=True)
 class SignalNeed:
-    """One signal of supervision; `k` is the least number of entries per token where the signal is a top-K list."""
+    """One signal of supervision, by the name it is registered under (`tasks.signals`); `k` is the least number of entries per
+    token where the signal is a top-K list."""
 
-    name: SignalName
+    name: str
     k: int | None = None
 
 

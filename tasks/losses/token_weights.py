@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from tasks.losses.needs import SignalNeed
 from tasks.losses.registry import Kind, Registry
 
 if TYPE_CHECKING:
@@ -33,10 +35,15 @@ class Weighable:
     u - 1 - log u of the reverse KL (non-negative, unbiased under exact sampling)"""
     teacher_entropy_N: Tensor | None
     """nats"""
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+    """numbers of the signals that the weight wants: `<signal>_<column>`"""
 
 
 class TokenWeight(Kind):
     """A non-negative weight per token."""
+
+    needs: ClassVar[tuple[SignalNeed, ...]] = ()
+    """Signals that the weight depends on, beside those of the objective."""
 
     @abstractmethod
     def __call__(self, tokens: Weighable) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,23 +15,18 @@ from storage.identity import derive_seed
 from storage.schemas import MaskReason
 from tasks.losses.needs import CreditNeeds, Needs
 from tasks.losses.types import TokenBatch
+from tasks.signals import signal_named
 from tasks.trainer import checks
 from tasks.trainer.topk_lists import Support, TopK, UnionTopK, check_width, harmless
 
-_TOPK = {  # log-probabilities and their tails by model; the lists are sorted by the first
-    "teacher_topk": {"teacher": ("logprobs", "tail_logmass")},
-    "student_topk": {
-        "student": ("student_logprobs", "student_tail_logmass"),
-        "teacher": ("teacher_logprobs", "teacher_tail_logmass"),
-    },
-}
 _SOURCES = {
     "teacher_topk": ("teacher_topk",),
     "full": ("teacher_topk",),
     "student_topk": ("student_topk",),
     "union": ("teacher_topk", "student_topk"),
 }
-_SAMPLED = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy", "behaviour_logprobs")
+"""By support: the signals that hold its lists."""
+_OF_BATCH = {entry.name.removesuffix("_N") for entry in fields(TokenBatch)}
 
 
 @dataclass(frozen=True)
@@ -140,10 +135,13 @@ def from_rollouts(
         return _aligned(_ragged(table[column], dtype), completions, ids, f"{where}.{column}")
 
     floats = {"sampling_logprobs": aligned(rollouts, "rollouts", "sampling_logprobs", np.float32)}
-    if "sampled" in ordered:
-        for name in _SAMPLED:
-            if ordered["sampled"][name].null_count == 0:
-                floats[name] = aligned(ordered["sampled"], "sampled", name, np.float32)
+    columns = {"sampling_logprobs": "rollouts.sampling_logprobs"}
+    for signal, table in ordered.items():
+        kind = signal_named(signal)
+        for column in kind.floats:
+            if table[column].null_count == 0:
+                name = f"{signal}_{column}" if kind.schema.prefixed else column
+                floats[name], columns[name] = aligned(table, signal, column, np.float32), f"{signal}.{column}"
     keep, invalid = np.ones(len(completions.values), bool), np.zeros(len(completions.values), bool)
     if "mask" in ordered:
         masked = MaskReason(0)
@@ -159,13 +157,12 @@ def from_rollouts(
         tokens = checks.Tokens(ids, completions.offsets, keep & ~invalid)
         stored = [_lists(name, ordered[name], completions, tokens) for name in _SOURCES[needs.student.support]]
         for lists in stored:
-            invalid |= lists.counts == 0  # how the scorer says that it had no usable numbers
+            invalid |= lists.counts == 0  # the scorer had no usable numbers for the token
     keep &= ~invalid
     tokens = checks.Tokens(ids, completions.offsets, keep)
     checks.check_token_ids(tokens, "rollouts.completion_token_ids", completions.values, rows)
     for name, values in floats.items():
-        where = "rollouts" if name == "sampling_logprobs" else "sampled"
-        checks.check_floats(tokens, f"{where}.{name}", values)
+        checks.check_floats(tokens, columns[name], values)
     if needs.draws:
         floats["uniform"] = _uniform(seed, ids, completions)
     if needs.takes_prefixes:
@@ -215,7 +212,7 @@ def _support(stored: list[checks.Lists], tokens: checks.Tokens, needs: Needs, ro
     widths = {need.name: need.k for need in needs.signals}
     tops = []
     for lists in stored:
-        columns = _TOPK[lists.name]
+        columns = signal_named(lists.name).lists
         checks.check_lists(tokens, lists, rows)
         k = check_width(lists.name, lists.counts, widths.get(lists.name))
         if needs.student.support == "full":
@@ -339,7 +336,7 @@ def _lists(name: str, table: pa.Table, completions: Ragged, tokens: checks.Token
 
     valid = _aligned(_ragged(table["valid"], np.int64), completions, ids, f"{name}.valid")
     checks.check_counts(tokens, name, valid, np.diff(edges))
-    columns = _TOPK[name].values()
+    columns = signal_named(name).lists.values()
     return checks.Lists(
         name=name,
         starts=edges[:-1],
@@ -422,7 +419,9 @@ def forward_batch(
     def tensor(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
-    signals = {f"{name}_N": tensor(_at(name, values, index, counts)) for name, values in samples.floats.items()}
+    found_N = {name: tensor(_at(name, values, index, counts)) for name, values in samples.floats.items()}
+    signals = {f"{name}_N": value for name, value in found_N.items() if name in _OF_BATCH}
+    others = {name: value for name, value in found_N.items() if name not in _OF_BATCH}
     row_N = np.asarray(rows)[place_N]
     if samples.rewards is not None:
         signals["reward_N"] = tensor(samples.rewards[row_N])
@@ -450,6 +449,7 @@ def forward_batch(
         loss_mask_N=torch.full((len(index),), float(counts), device=device),
         sample_N=tensor(place_N),
         position_N=tensor(position),
+        signals=others or None,
         **signals,
     )
     weight = weights[place_N].astype(np.float32) * float(counts)

@@ -21,11 +21,10 @@ from two_tokenizers import STUDENT_ROWS, TEACHER_ROWS, conversation, model, rend
 from storage.errors import InputError
 from storage.schemas import MaskReason, schema_for
 from storage.store import Artifact, Store
-from tasks.engines.signals import mask_table
 from tasks.inputs.models import CheckpointModel, model_work
 from tasks.losses.needs import Needs, SignalNeed, StudentRequest
 from tasks.prepare import PrepareConfig, prepare_work
-from tasks.supervise import SpecialTokens, mask_rules
+from tasks.signals.mask import SpecialTokens, mask_rules, mask_table
 from tasks.trainer.data import forward_batch, from_rollouts, loss_denominators
 
 pytestmark = pytest.mark.promise(8, "conversations through two tokenizers; a tokenizer changed in mid-run")

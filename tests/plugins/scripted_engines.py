@@ -20,8 +20,8 @@ from storage.artifacts.digests import table_digest, weights_digest
 from storage.disk.failpoints import failpoint
 from storage.schemas import schema_for
 from storage.store import Artifact, Store
-from tasks.engines.signals import mask_table, sampled_table, topk_table
 from tasks.plugins import register_role
+from tasks.signals import Shard, signal_named
 from tasks.trainer.batching import plan_steps
 
 for role in ("sampler", "scorer", "trainer"):
@@ -112,20 +112,20 @@ class Scorer(Engine):
         store = Store(job["store"])
         rollouts = store.read_shard(artifact(store, job["rollouts"]), "rollouts", job["shard"])
         outputs = {output["table"]: output for output in job["outputs"]}
-        lengths = [len(ids) for ids in rollouts["completion_token_ids"].to_pylist()]
-        tables: dict[str, pa.Table] = {}
+        flags, values = None, {}
         if job["flags"] is None:
-            tables["sampled"] = sampled_table(rollouts, self.sampled(models, rollouts))
+            values = self.sampled(models, rollouts)
         else:
-            tables["sampled"] = store.read_shard(artifact(store, job["flags"]), "sampled", job["shard"])
+            flags = store.read_shard(artifact(store, job["flags"]), "sampled", job["shard"])
         for name, output in outputs.items():
-            if name == "mask":
-                tables[name] = mask_table(rollouts, tables["sampled"], job["mask"])
-            elif name != "sampled":
-                tables[name] = topk_table(name, rollouts, self.top(models, rollouts, output["k"]), output["encoding"])
-            store.shard_writer(output["stage"], output["key"]).write_shard(name, job["shard"], tables[name])
+            signal = signal_named(name)
+            for k in signal.wanted(output["k"], job["sampling"]).teacher.top:
+                values |= self.top(models, rollouts, k)
+            table = signal.table(Shard(rollouts, values, output["k"], output["encoding"], job["mask"] or {}, flags))
+            writer = store.shard_writer(output["stage"], output["key"])
+            writer.write_shard(name, job["shard"], table, signal.schema)
         progress(rollouts.num_rows, rollouts.num_rows)
-        return {"samples": rollouts.num_rows, "tokens": sum(lengths), "outside_nucleus": 0}
+        return {"outside_nucleus": 0}
 
     @staticmethod
     def samples(rollouts: pa.Table) -> list[tuple[list[int], int]]:
@@ -143,10 +143,10 @@ class Scorer(Engine):
         samples = self.samples(rollouts)
         first = [draw(models, "top", ids).integers(0, 256 - k, n) for ids, n in samples]
         return {
-            "teacher_ids": [starts[:, None] + np.arange(k) for starts in first],
-            "teacher_top": [np.full((n, k), -np.log(k), np.float32) for _, n in samples],
-            "teacher_valid": [np.full(n, k) for _, n in samples],
-            "teacher_tail": [np.full(n, -30.0, np.float32) for _, n in samples],
+            f"teacher_top{k}_ids": [starts[:, None] + np.arange(k) for starts in first],
+            f"teacher_top{k}_logprobs": [np.full((n, k), -np.log(k), np.float32) for _, n in samples],
+            f"teacher_top{k}_valid": [np.full(n, k) for _, n in samples],
+            f"teacher_top{k}_tail": [np.full(n, -30.0, np.float32) for _, n in samples],
         }
 
 

@@ -19,7 +19,7 @@ from storage.store import Artifact, Store
 
 PARTS = (
     "model", "weights", "architecture", "tokenizer", "generation", "prompts", "vocabulary", "audit", "prompts:train",
-    "prompts:eval", "prompts:warmup", "rollouts", "sampled", "mask", "teacher_topk", "student_topk", "state",
+    "prompts:eval", "prompts:warmup", "rollouts", "sampled", "mask", "teacher_topk", "student_topk", "teacher_margin", "state",
 )  # fmt: skip
 
 

@@ -57,7 +57,9 @@ class Registry(Generic[C]):
         value of which nothing but `kind` would be written is written as that string."""
         annotated: Any = Annotated  # the classes are not known to a type checker
         union: Any = Union
-        known = annotated[union[tuple(self.classes.values())], Field(discriminator="kind")]
+        known: Any = union[tuple(self.classes.values())]
+        if len(self.classes) > 1:
+            known = annotated[known, Field(discriminator="kind")]
         return annotated[known, SerializeAsAny(), _Open(self, names)]
 
 

@@ -43,7 +43,7 @@ class TokenWeight(Kind):
     """A non-negative weight per token."""
 
     needs: ClassVar[tuple[SignalNeed, ...]] = ()
-    """Signals that the weight depends on, beside those of the objective."""
+    """Signals that the weight depends on, beside those of the objective: numbers per token, so without k."""
 
     @abstractmethod
     def __call__(self, tokens: Weighable) -> Tensor | None:

@@ -162,7 +162,8 @@ def _step(candidates: list[type[BaseModel]], part: str | int) -> list[type[BaseM
     for candidate in candidates:
         info: FieldInfo | None = candidate.model_fields.get(str(part))
         if info is not None:
-            return _models(info.annotation) + [m for extra in info.metadata for m in _models(extra)]
+            more = [m for extra in info.metadata for m in _models(extra) + getattr(extra, "models", [])]
+            return _models(info.annotation) + more
     return None
 
 

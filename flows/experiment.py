@@ -18,7 +18,7 @@ from tasks.losses.config import FullSupport, ObjectiveConfig
 from tasks.plugins import changed, load_plugins
 from tasks.prepare import PrepareConfig
 from tasks.rollout import RolloutConfig
-from tasks.supervise import SuperviseConfig
+from tasks.supervise import SuperviseConfig, signal_problems
 from tasks.train import TrainConfig
 from tasks.warmup import WarmupConfig
 from tasks.workers.runtime import RuntimeConfig
@@ -109,6 +109,11 @@ def cross_problems(e: Experiment) -> list[str]:
         )
     if e.objective.estimator == "sft":
         found.append("objective.estimator: 'sft' trains on given text and belongs to student.warmup; choose another")
+    if e.objective.needs().credit.reward:
+        found.append(
+            "objective.advantage: this one needs a reward of each sample, and rewards come with the stage `judge`, which is"
+            " not built yet; use an advantage that needs none (`opd objectives` lists them)"
+        )
     truncated = [
         f"rollout.{name} is {value}"
         for name, value, plain in (
@@ -136,6 +141,7 @@ def cross_problems(e: Experiment) -> list[str]:
                 f"{section}.max_completion_length: {length} leaves no room for a prompt in the student's"
                 f" max_position_embeddings, {positions}"
             )
+    found += signal_problems(e.supervise, e.objective.needs().signals)
     for need in e.objective.needs().signals:
         if rows and need.k and need.k > rows:
             side = getattr(e.objective, "side", None)

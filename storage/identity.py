@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 KEY_LENGTH = 16
 _OMIT_AT = "x-opd-omit-at"
+_BY_KIND = "x-opd-by-kind"
 
 
 class Identity(BaseModel):
@@ -43,6 +44,12 @@ def omit_at(value: object) -> dict[str, Any]:
 
     A field that is added after a release names its value of old here, so that old keys stay what they are."""
     return {_OMIT_AT: _canonical(value, "omit_at")}
+
+
+def by_kind() -> dict[str, Any]:
+    """For `Field(json_schema_extra=by_kind())`: a model of which only `kind` would be written is that string in the
+    canonical JSON. For a field that was a string in a release and holds a model since, so that old keys stay the same."""
+    return {_BY_KIND: True}
 
 
 def canonical_json(value: object) -> str:
@@ -105,6 +112,9 @@ def _canonical_model(model: BaseModel, where: str) -> dict[str, Any]:
     result = {}
     for name, field in type(model).model_fields.items():
         item = _canonical(getattr(model, name), f"{where}.{name}")
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get(_BY_KIND) and isinstance(item, dict) and item.keys() == {"kind"}:
+            item = item["kind"]
         if not _omitted(field, item):
             result[name] = item
     return result

@@ -1,4 +1,5 @@
-"""Every column of every table, declared once: Arrow type, nullability, meaning. Shards and DuckDB views come from here.
+"""Every column of this program's own tables, declared once: Arrow type, nullability, meaning. Shards and DuckDB views come
+from here. A plugin's table is declared by the plugin and recorded in the manifest of every artifact that holds it.
 
 Missing is null, never 0.0. Lists hold no nulls; log-probabilities are natural logarithms, entropies are in nats.
 T stands for the completion's tokens, K for the candidates kept per token.
@@ -38,12 +39,14 @@ class Column:
 
 @dataclass(frozen=True)
 class TableSchema:
-    """One table. `version` rises when a column changes its meaning or type; it is written beside every shard."""
+    """One table. `version` rises when a column changes its meaning or type; it is written beside every shard. `prefixed`:
+    its columns carry the table's name in the view `supervision`."""
 
     name: str
     doc: str
     columns: tuple[Column, ...]
     version: int = 1
+    prefixed: bool = False
 
     @property
     def arrow(self) -> pa.Schema:
@@ -59,8 +62,8 @@ _INTS, _SHORTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.int16()), pa.list_(p
 _INTS_K, _FLOATS_K = pa.list_(_INTS), pa.list_(_FLOATS)
 
 
-def _table(name: str, doc: str, *columns: Column) -> TableSchema:
-    return TableSchema(name, doc, columns)
+def _table(name: str, doc: str, *columns: Column, prefixed: bool = False) -> TableSchema:
+    return TableSchema(name, doc, columns, prefixed=prefixed)
 
 
 def _col(name: str, type: pa.DataType, doc: str) -> Column:
@@ -136,6 +139,7 @@ _ALL = (
         _col("logprobs", _FLOATS_K, "the teacher's log-probabilities of these"),
         _col("valid", _SHORTS, "T counts of usable entries"),
         _col("tail_logmass", _FLOATS, "T log-probabilities of everything outside the list"),
+        prefixed=True,
     ),
     _table(
         "student_topk",
@@ -147,6 +151,7 @@ _ALL = (
         _col("valid", _SHORTS, "T counts of usable entries"),
         _col("student_tail_logmass", _FLOATS, "T log-probabilities of the rest under the student"),
         _col("teacher_tail_logmass", _FLOATS, "T log-probabilities of the rest under the teacher"),
+        prefixed=True,
     ),
     _table(
         "mask",
@@ -211,27 +216,50 @@ TABLES: dict[str, TableSchema] = {table.name: table for table in _ALL}
 _BY_NAME = TABLES | {table.name: table for table in _INTERMEDIATE}
 
 
+_SCALARS = {"string": _STR, "bool": _BOOL, "int16": pa.int16(), "int32": _INT, "int64": _LONG}
+_SCALARS |= {"float32": pa.float32(), "float64": _DOUBLE}
+
+
+def type_name(type: pa.DataType) -> str:
+    """How a manifest names a column's type: a scalar of `_SCALARS`, with `[]` behind it for each level of lists. StoreError for
+    any other type."""
+    if pa.types.is_list(type):
+        return f"{type_name(type.value_type)}[]"
+    for name, scalar in _SCALARS.items():
+        if type == scalar:
+            return name
+    raise StoreError(f"column type {type}: tables hold {', '.join(_SCALARS)}, and lists of these")
+
+
+def type_of(name: str) -> pa.DataType:
+    """The Arrow type that `type_name` gave this name. ValueError for an unknown name."""
+    if name.endswith("[]"):
+        return pa.list_(type_of(name.removesuffix("[]")))
+    if name not in _SCALARS:
+        raise ValueError(f"unknown column type {name!r}; types are {', '.join(_SCALARS)}, and lists of these (int32[])")
+    return _SCALARS[name]
+
+
+def declared(table: str) -> TableSchema:
+    """The table's declaration here. StoreError for a table that is not declared here."""
+    if table not in _BY_NAME:
+        raise StoreError(f"table {table!r} is not declared; there are {', '.join(sorted(TABLES))}")
+    return _BY_NAME[table]
+
+
 @cache
 def schema_for(table: str) -> pa.Schema:
     """The Arrow schema of a table. StoreError for a table that is not declared here."""
-    if table not in _BY_NAME:
-        raise StoreError(f"table {table!r} is not declared; there are {', '.join(sorted(TABLES))}")
-    return _BY_NAME[table].arrow
+    return declared(table).arrow
 
 
-def schema_version(table: str) -> int:
-    """The version that is written beside every shard. StoreError for a table that is not declared here."""
-    schema_for(table)
-    return _BY_NAME[table].version
-
-
-def validate_table(table: str, data: pa.Table) -> pa.Table:
-    """`data` with exactly the declared columns, order and types.
+def validate_table(table: str, data: pa.Table, declaration: TableSchema | None = None) -> pa.Table:
+    """`data` with exactly the declared columns, order and types; `declaration` is for a table that is not declared here.
 
     Nullable columns may be missing and become null; losslessly convertible types are converted. StoreError for an
     unknown column, a missing one, a type that does not convert, a null where none may be.
     """
-    schema = schema_for(table)
+    schema = (declaration or declared(table)).arrow
     unknown = [name for name in data.column_names if name not in schema.names]
     if unknown:
         raise StoreError(f"table {table!r}: unknown column {unknown[0]!r}; declared are {', '.join(schema.names)}")

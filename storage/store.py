@@ -39,7 +39,7 @@ from storage.disk.files import (
 from storage.disk.locks import alone, build_lock, locked, probe, shared, use_lock
 from storage.errors import CorruptArtifact, Evicted, InputError, OpdError, StoreError
 from storage.runs import find_use
-from storage.schemas import schema_for
+from storage.schemas import TableSchema
 
 __all__ = ["Artifact", "ArtifactSpec", "Builder", "ShardRecord", "ShardWriter", "Store"]
 
@@ -174,12 +174,18 @@ class Store:
         """The shards of a table, in order. StoreError for a table that the artifact does not have."""
         return self._shards(self._manifest(artifact), table)
 
+    def table_schemas(self, artifact: Artifact) -> dict[str, TableSchema]:
+        """The declarations of its tables, those of plugins from its manifest."""
+        manifest = self._manifest(artifact)
+        return {table: manifest.table_schema(table) for table in manifest.artifact.rows}
+
     def read_table(self, artifact: Artifact, table: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of a table in shard order. Each file's full hash is verified the first time in this process, page
         checksums every time; a bad file moves to quarantine and CorruptArtifact is raised. Evicted where `opd gc` removed
         the data."""
-        records = self.shards(artifact, table)
-        empty = schema_for(table).empty_table()
+        manifest = self._manifest(artifact)
+        records = self._shards(manifest, table)
+        empty = manifest.table_schema(table).arrow.empty_table()
         if columns is not None:
             unknown = [name for name in columns if name not in empty.column_names]
             if unknown:
@@ -201,9 +207,10 @@ class Store:
         """A lazy dataset for queries: the footers are verified now, page checksums as it is scanned. Scanning what was
         evicted raises FileNotFoundError; what a filter leaves out is not missed."""
         directory = self._directory(artifact)
-        records = self.shards(artifact, table)
-        if self.evicted(artifact) is not None:
-            return absent_dataset([directory / f"{r.file} (evicted)" for r in records], schema_for(table))
+        manifest = self._manifest(artifact)
+        records, schema = self._shards(manifest, table), manifest.table_schema(table).arrow
+        if manifest.evicted is not None:
+            return absent_dataset([directory / f"{r.file} (evicted)" for r in records], schema)
         for record in records:
             path = directory / record.file
             try:
@@ -217,8 +224,8 @@ class Store:
             if problem is not None:
                 self._bad_file(artifact, path, problem)
         if not records:
-            return pads.dataset(schema_for(table).empty_table())
-        return dataset([directory / record.file for record in records], schema_for(table))
+            return pads.dataset(schema.empty_table())
+        return dataset([directory / record.file for record in records], schema)
 
     # --- trees -------------------------------------------------------------------------------------------------------
 

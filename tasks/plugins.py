@@ -86,17 +86,20 @@ def source_place(name: str) -> Path:
     return Path(spec.origin)
 
 
-def used_plugins(plugins: Mapping[str, str], *roles: str, config: BaseModel | None = None) -> dict[str, str]:
+def used_plugins(
+    plugins: Mapping[str, str], *roles: str, config: BaseModel | None = None, classes: Iterable[type] = ()
+) -> dict[str, str]:
     """Which of a run's plugins (name -> digest of its source) a stage uses: those that registered one of these roles, a
-    class in its `config`, or hold a function that this names. A class from a module that belongs to none of them
-    counts for all. Without plugins nothing, and no key has anything of it."""
+    class in its `config` or one of `classes`, or hold a function that the config names. A registered class from outside every
+    plugin counts as used by all of them. Without plugins the result is empty and keys do not change."""
     found = {
         name
         for role, module, during in _registered
         for name in plugins
         if role in roles and (during == name or _within(module, name))
     }
-    for module, certain in _modules(config) if plugins else ():
+    own = ((cls.__module__, True) for cls in classes if cls.__module__.partition(".")[0] not in _OURS)
+    for module, certain in (*_modules(config), *own) if plugins else ():
         owners = {name for name in plugins if _within(module, name)}
         found |= owners if owners or not certain else set(plugins)
     return {name: plugins[name] for name in sorted(found)}

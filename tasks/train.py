@@ -9,6 +9,7 @@ from storage.errors import InputError
 from storage.store import Artifact, ArtifactSpec, Builder
 from tasks.losses.config import AnyObjective
 from tasks.plugins import NO_PLUGINS, used_plugins
+from tasks.signals import signal_named
 from tasks.stage import Context, Work, model_inputs
 from tasks.trainer.config import TrainConfig
 from tasks.trainer.dispatch import run_and_commit
@@ -53,7 +54,8 @@ def train_work(
     if state is not None:
         inputs["state"] = state.content["state"]
     identity: dict[str, Any] = {"config": config, "objective": objective, "seed": seed, "round": round}
-    if brought := used_plugins(plugins, "trainer", config=objective):
+    loaded = [type(signal_named(name)) for name in used]
+    if brought := used_plugins(plugins, "trainer", config=objective, classes=loaded):
         identity["plugins"] = brought
     outputs = {name: ArtifactSpec.of(name, VERSION, identity, inputs) for name in ("student", "trainer_state", "train")}
 

@@ -126,13 +126,14 @@ def query(
     from flows.cli import tables
     from storage.query.catalog import Catalog
     from storage.query.limits import process_limits
+    from storage.query.views import Views
     from storage.store import Store
 
     if json_ and csv:
         raise InputError("--json and --csv: choose one")
     name, statement = (name_or_sql, sql) if sql is not None else (None, name_or_sql)
     if statement is None or (sql is None and any(run.name == statement for run in Run.list(root))):
-        tables.print_views(console())
+        tables.print_views(console(), Catalog(Store(root)).views() if (root / "artifacts").is_dir() else Views())
         return
     run = Run.open(root, name) if name is not None else None
     catalog = Catalog(Store(existing_root(root)), run)

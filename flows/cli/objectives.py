@@ -15,6 +15,7 @@ from rich.table import Table
 from flows.cli.options import Json, console, example
 from flows.reference.catalogue import Entry, axes, catalogue
 from storage.errors import ConfigError
+from tasks.plugins import load_plugins
 
 
 def register(app: typer.Typer) -> None:
@@ -24,11 +25,15 @@ def register(app: typer.Typer) -> None:
 
 def objectives(
     name: Annotated[str | None, typer.Argument(help="a recipe, or a choice on an axis", show_default=False)] = None,
+    plugin: Annotated[
+        list[str] | None, typer.Option(help="a module that registers more, as in a config's `plugins`; repeatable")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """List every recipe and every choice of an objective; with a name, show its equation, paper, code and fields.
 
-    Exit codes: 0 shown, 2 no such name."""
+    Exit codes: 0 shown, 2 no such name or plugin."""
+    load_plugins(plugin or ())
     entries = catalogue()
     chosen = entries if name is None else [entry for entry in entries if entry.name == name]
     if not chosen:

@@ -12,15 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from storage.query.views import VIEWS, duckdb_type
+from storage.query.views import Views, duckdb_type
 
 SHOWN_ROWS = 200
 _SHOWN_CHARACTERS = 60
 
 
-def print_views(console: Console) -> None:
+def print_views(console: Console, views: Views) -> None:
     """Every view with its columns, their types and meanings."""
-    for view in VIEWS.values():
+    for view in views.all.values():
         table = Table("column", "type", "meaning", title=f"[bold]{view.name}[/]: {view.doc}", title_justify="left")
         for column in view.columns:
             table.add_row(Text(column.name), Text(duckdb_type(column.type)), Text(column.doc))

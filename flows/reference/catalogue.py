@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 from flows.experiment import load_experiment
 from tasks.losses.axes import FullSupport, SampledToken, StudentCandidates, TopkSupport
 from tasks.losses.config import DirectConfig, PolicyGradientConfig, SftConfig
+from tasks.losses.credit import CREDITS
 from tasks.losses.divergences import DIVERGENCES, Divergence
 from tasks.losses.token_weights import TOKEN_WEIGHTS
 from tasks.losses.trust_regions import TRUST_REGIONS
@@ -93,6 +94,7 @@ def catalogue() -> list[Entry]:
     found += [_of_class(kind, "divergence", c) for kind, c in DIVERGENCES.classes.items()]
     found += [_support(estimator, kind) for estimator, kinds in SUPPORTS.items() for kind in kinds]
     found += [_outside(kind, equation) for kind, equation in OUTSIDE.items()]
+    found += [_of_class(kind, "credit", c) for kind, c in CREDITS.classes.items()]
     found += [_of_class(kind, "trust region", c) for kind, c in TRUST_REGIONS.classes.items()]
     return found + [_of_class(kind, "token weight", c) for kind, c in TOKEN_WEIGHTS.classes.items()]
 
@@ -178,14 +180,16 @@ def _parts(objective: Any) -> list[tuple[str, str, str]]:
     if objective.estimator == "direct":
         parts.append(("divergence", divergence.kind, f"D = {divergence.equation}"))
     else:
-        text = divergence.w_equation if objective.advantage == "opd_plus" else f"-({divergence.f_equation})"
-        centred = ", centred at u = 1" if objective.center else ""
-        parts.append(("divergence", divergence.kind, f"A = {text}{centred}"))
+        parts.append(("divergence", divergence.kind, f"f(u) = {divergence.f_equation}"))
     kind = objective.support.kind
     parts.append(("support", kind, SUPPORTS[objective.estimator][kind]))
     outside = getattr(objective.support, "outside", None)
     if outside is not None and objective.support.kind != "full":
         parts.append(("outside", outside, OUTSIDE[outside]))
+    if objective.estimator == "policy_gradient":
+        credit = objective.advantage
+        centred = ", centred at u = 1" if objective.center and credit.delta_at_one(divergence) else ""
+        parts.append(("credit", credit.kind, f"{credit.of(divergence)}{centred}"))
     for axis, choice in (
         ("trust region", getattr(objective, "trust_region", None)),
         ("token weight", objective.token_weight),

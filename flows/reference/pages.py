@@ -2,7 +2,9 @@
 
 python -m flows.reference.pages config > docs/config.md
 python -m flows.reference.pages objectives > docs/objectives.md
-"""
+python -m flows.reference.pages signals > docs/signals.md
+
+Modules named after the page are imported as plugins first, so that the page has what they register."""
 
 from __future__ import annotations
 
@@ -13,6 +15,10 @@ from typing import Any
 from flows.experiment import Experiment
 from flows.reference.catalogue import Entry, axes, catalogue
 from flows.study.spec import Study
+from storage.schemas import type_name
+from tasks.engines.teacher import TEACHERS
+from tasks.plugins import load_plugins
+from tasks.signals import SIGNALS, Signal
 
 INTRO = """# Config reference
 
@@ -86,8 +92,9 @@ Written from the code and the recipes by `python -m flows.reference.pages object
 From a method's name to its equation to its code: click the name, then the file. The same on a terminal: `opd objectives`.
 
 `p` is the live student, `p_old` the student that wrote the rollouts, `q` the teacher, `y` the sampled token, `u = q/p`, `S` the
-support, `A` an advantage (constant in the gradient), `rho = p(y) / p_old(y)`, `M` a gate. Temperature 1, natural logarithms.
-The loss is the sum over the masked-in tokens of an optimizer step divided by their number (`normalisation: token`).
+support, `rho = p(y) / p_old(y)`, `M` a gate. `A = m A_r + delta` is an advantage (constant in the gradient): `A_r` from rewards,
+`delta` from student and teacher. Temperature 1, natural logarithms. The loss is the sum over the masked-in tokens of an
+optimizer step divided by their number (`normalisation: token`).
 
 A method is one choice on each axis. What is [experimental] is known to us from summaries of its paper only, or our own
 and untried at scale.
@@ -142,7 +149,54 @@ def _row(cells: tuple[str, ...]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
-PAGES = {"config": reference, "objectives": objectives}
+SIGNALS_PAGE = """# Signals
+
+Written from the code by `python -m flows.reference.pages signals > docs/signals.md`; a test holds it true. A signal is a table
+beside the rollouts of a round: one row per sample, in every column one entry per completion token (T; lists of K candidates
+where it is a list). An objective names the signals that it needs; `supervise` makes those that are missing, all in one pass of
+the models. Columns are in the views `supervision` (with the prefix shown) and, but for lists, `tokens` of `opd query`.
+"""
+_EXAMPLE_K = 8
+
+
+def signals() -> str:
+    """Markdown: every registered signal, and the backends that can answer for the teacher."""
+    parts = [SIGNALS_PAGE, *(_signal(signal) for _, signal in sorted(SIGNALS.items()))]
+    lines = [
+        "## Teacher backends",
+        "",
+        "How the teacher is asked: `supervise.teacher.kind`. An objective whose signals need more than",
+    ]
+    lines += ["a backend can give is refused when the config loads.", ""]
+    lines += [
+        "| kind | what it is | entropy | longest list | given ids | whole distribution |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, cls in TEACHERS.classes.items():
+        can = cls.capabilities
+        about = " ".join((cls.__doc__ or "").split())
+        given, whole = ("yes" if can_it else "no" for can_it in (can.given_ids, can.full_distribution))
+        lines.append(_row((f"`{kind}`", about, can.entropy, str(can.top or "any"), given, whole)))
+    return "\n".join([*parts, *lines]).rstrip() + "\n"
+
+
+def _signal(signal: Signal) -> str:
+    k = _EXAMPLE_K if signal.listed else None
+    wanted = signal.wanted(k, {"temperature": 1.0, "top_p": 1.0, "top_k": 0})
+    lines = [f"## {signal.name}", "", " ".join((type(signal).__doc__ or "").split()), ""]
+    lines += [f"asked of the student: {wanted.student}  ", f"asked of the teacher: {wanted.teacher}  "]
+    size = f"{signal.bytes_per_token(k)} bytes per token before compression" + (f" at k = {k}" if k else "")
+    lines += [f"version {signal.version}; kept by `policy.retain.{signal.retention}`; {size}", ""]
+    lines += ["| column | type | meaning |", "|---|---|---|"]
+    prefix = f"{signal.name}_" if signal.schema.prefixed else ""
+    for column in signal.schema.columns:
+        name = column.name if column.name == "sample_id" else prefix + column.name
+        lines.append(_row((f"`{name}`", type_name(column.type), column.doc)))
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"config": reference, "objectives": objectives, "signals": signals}
 
 if __name__ == "__main__":
+    load_plugins(sys.argv[2:])
     print(PAGES[sys.argv[1] if len(sys.argv) > 1 else "config"](), end="")

@@ -86,7 +86,7 @@ def rebuild(
     with ExitStack() as stack:
         builders = {}
         for _, _, name in sorted((a.stage, a.key, name) for name, a in artifacts.items()):
-            builder = stack.enter_context(context.store.building(spec_of(artifacts[name]), waiting))
+            builder = stack.enter_context(context.store.building(spec_of(artifacts[name], work.outputs[name]), waiting))
             if builder.committed is None:
                 builders[name] = builder
             else:
@@ -108,8 +108,6 @@ def require_plugins(work: Work, names: Iterable[str]) -> None:
         refuse_changed(spec.identity.get("plugins") or {}, f"{spec.stage}/{spec.key}")
 
 
-def spec_of(artifact: Artifact) -> ArtifactSpec:
-    """What an artifact was made to."""
-    return ArtifactSpec(
-        stage=artifact.stage, version=artifact.version, identity=artifact.identity, inputs=artifact.inputs
-    )
+def spec_of(artifact: Artifact, output: ArtifactSpec) -> ArtifactSpec:
+    """The spec that an artifact was made to; `output` is that of the stage's output that it serves, with its tables."""
+    return output.model_copy(update={name: getattr(artifact, name) for name in ("version", "identity", "inputs")})

@@ -9,18 +9,21 @@ import platform
 import re
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from storage.disk.files import seal, unseal
 from storage.errors import CorruptArtifact, StoreError
 from storage.identity import Identity, artifact_key, canonical_json
+from storage.schemas import TABLES, Column, TableSchema, declared, type_name, type_of
 
 MANIFEST = "manifest.json"
-MANIFEST_FORMAT = 2  # 1 unless the data was evicted: earlier programs read what is whole, and refuse the rest
+MANIFEST_FORMAT = 3
+"""3 where the manifest declares tables or a retention role, else 2 where the data was evicted, else 1: an earlier program reads
+what it understands, and refuses the rest."""
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _KEY = re.compile(r"[0-9a-f]{16}")
 _LIBRARIES = (
@@ -32,23 +35,73 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Retained = Literal["rollouts", "signals", "trainer_state", "students"]
+"""The fields of `storage.upkeep.retention.Retention`: which rule says how long an artifact's data is kept."""
+
+
+class ColumnRecord(_Record):
+    """A column as a manifest declares it."""
+
+    name: str
+    type: Annotated[str, AfterValidator(lambda name: (type_of(name), name)[1])]
+    doc: str
+    nullable: bool = False
+
+
+class TableRecord(_Record):
+    """A table as a manifest declares it, so that it is read where the plugin that brought it is not installed."""
+
+    doc: str
+    version: int
+    columns: tuple[ColumnRecord, ...]
+
+    @classmethod
+    def of(cls, schema: TableSchema) -> TableRecord:
+        """StoreError for a column type that no table may have."""
+        columns = [
+            ColumnRecord(name=column.name, type=type_name(column.type), doc=column.doc, nullable=column.nullable)
+            for column in schema.columns
+        ]
+        return cls(doc=schema.doc, version=schema.version, columns=tuple(columns))
+
+    def schema_of(self, name: str) -> TableSchema:
+        """The declaration of the table `name`."""
+        columns = (Column(column.name, type_of(column.type), column.doc, column.nullable) for column in self.columns)
+        return TableSchema(name, self.doc, tuple(columns), self.version, prefixed=True)
+
+
 class ArtifactSpec(_Record):
-    """What is to be made: enough to compute its key before anything runs."""
+    """What is to be made: enough to compute its key before anything runs. `tables` and `retention` enter the manifest, not the
+    key; this program's own tables and stages need neither."""
 
     stage: str
     version: int
     identity: dict[str, Any]
     inputs: dict[str, str]
+    tables: dict[str, TableRecord] = {}
+    retention: Retained | None = None
 
     @classmethod
     def of(
-        cls, stage: str, version: int, identity: Identity | Mapping[str, Any], inputs: Mapping[str, str]
+        cls,
+        stage: str,
+        version: int,
+        identity: Identity | Mapping[str, Any],
+        inputs: Mapping[str, str],
+        tables: Iterable[TableSchema] = (),
+        retention: Retained | None = None,
     ) -> ArtifactSpec:
-        """`identity` is kept in its canonical form; `inputs` maps a name to the digest of what it contains."""
+        """`identity` is kept in its canonical form; `inputs` maps a name to the digest of what it contains; `tables` are those
+        not declared in `storage.schemas`. StoreError for another declaration of a table that is declared there."""
         check_name(stage, "stage")
         plain = identity if isinstance(identity, Identity) else dict(identity)
         canonical = json.loads(canonical_json(plain))
-        return cls(stage=stage, version=version, identity=canonical, inputs=dict(inputs))
+        records = {check_name(schema.name, "table"): TableRecord.of(schema) for schema in tables}
+        if taken := sorted(records.keys() & TABLES.keys()):
+            raise StoreError(f"{stage}: the table {taken[0]!r} is one of this program's own; give yours another name")
+        return cls(
+            stage=stage, version=version, identity=canonical, inputs=dict(inputs), tables=records, retention=retention
+        )
 
     @property
     def key(self) -> str:
@@ -133,12 +186,23 @@ class Manifest(_Record):
     """When shards or trees were rebuilt after damage or eviction, with equal content."""
     evicted: str | None = None
     """When `opd gc` removed the data; what it was is still known, and a rebuild must reproduce it."""
+    tables: dict[str, TableRecord] = {}
+    """Declarations of its tables that are not this program's own."""
+    retention: Retained | None = None
+    """Which rule says how long its data is kept, where its stage is not one of this program's own."""
 
     def dump(self) -> bytes:
-        content = self.model_dump(mode="json") | {"format": 1 if self.evicted is None else MANIFEST_FORMAT}
-        if self.evicted is None:
-            del content["evicted"]
-        return seal(content)
+        """Sealed JSON; the fields that came later are left out where they are empty."""
+        content = self.model_dump(mode="json")
+        for name in ("evicted", "tables", "retention"):
+            if not content[name]:
+                del content[name]
+        declares = bool(self.tables or self.retention)
+        return seal(content | {"format": MANIFEST_FORMAT if declares else 1 if self.evicted is None else 2})
+
+    def table_schema(self, table: str) -> TableSchema:
+        """The declaration of one of its tables: its own, or this program's. StoreError where there is neither."""
+        return self.tables[table].schema_of(table) if table in self.tables else declared(table)
 
     @property
     def evictable(self) -> bool:

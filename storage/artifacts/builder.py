@@ -51,7 +51,7 @@ from storage.disk.files import (
 )
 from storage.errors import CorruptArtifact, InputError, StoreError
 from storage.identity import canonical_json
-from storage.schemas import schema_version
+from storage.schemas import TableSchema
 
 
 def unfinished_work(directory: Path, below: str = "") -> list[Path]:
@@ -81,6 +81,11 @@ class Builder(ShardWriter):
         if committed is None:
             failpoint("builder.before_sweep")
             self._sweep(recorded)
+
+    def table_schema(self, table: str) -> TableSchema:
+        """The declaration of a table: that of the spec or of the recorded manifest, else the one in `storage.schemas`."""
+        own = self.spec.tables or (self._recorded.tables if self._recorded is not None else {})
+        return own[table].schema_of(table) if table in own else super().table_schema(table)
 
     @property
     def repairing(self) -> bool:
@@ -241,7 +246,7 @@ class Builder(ShardWriter):
             if record is None:
                 self._distrust(path, "its sidecar is unreadable or belongs to another file")
                 continue
-            if record.schema_version != schema_version(table) and not self._is_recorded(record):
+            if record.schema_version != self.table_schema(table).version and not self._is_recorded(record):
                 self._distrust(path, f"written with schema version {record.schema_version}")
                 continue
             digests[record.shard].add(record.row_digest)
@@ -387,7 +392,8 @@ class Builder(ShardWriter):
             seconds=round(time.monotonic() - self._started, 3),
             provenance={**provenance(), **extra},
         )
-        return Manifest(artifact=artifact, shards=records, trees=trees)
+        tables, retention = self.spec.tables, self.spec.retention
+        return Manifest(artifact=artifact, shards=records, trees=trees, tables=tables, retention=retention)
 
     def _plain(self, what: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
         """As it will be read back from JSON, so that the artifact is the same object before and after."""

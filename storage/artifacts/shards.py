@@ -34,7 +34,7 @@ from storage.disk.files import (
     unseal,
 )
 from storage.errors import CorruptArtifact, StoreError
-from storage.schemas import schema_version, validate_table
+from storage.schemas import TableSchema, declared, validate_table
 
 SIDECAR = ".sidecar.json"
 # Wall time differs in every repetition: recorded and covered by the file's hash, but no part of what a shard contains.
@@ -58,15 +58,21 @@ class ShardWriter:
         """Shards that are no part of the artifact: one worker writes them, another reads them."""
         return IntermediateShards(self.root, self.stage, self.key)
 
-    def write_shard(self, table: str, shard: int, data: pa.Table) -> ShardRecord:
-        """Writes one shard durably. `data` must have the columns that `storage.schemas` declares for `table`.
+    def table_schema(self, table: str) -> TableSchema:
+        """The declaration of a table. StoreError for one that is not declared in `storage.schemas`."""
+        return declared(table)
 
-        Raises StoreError for other columns, an unknown table or an artifact that nobody builds; NotEnoughSpace."""
+    def write_shard(self, table: str, shard: int, data: pa.Table, schema: TableSchema | None = None) -> ShardRecord:
+        """Writes one shard durably. `data` must have the columns that `table` is declared with: in `storage.schemas`, or for a
+        plugin's table by `schema`.
+
+        Raises StoreError for other columns, an unknown table or an artifact that is not being built; NotEnoughSpace."""
         if isinstance(shard, bool) or shard < 0:
             raise StoreError(f"{table}: shard number {shard!r}; shards count from 0")
-        rows = validate_table(table, data).replace_schema_metadata(None)
+        schema = schema or self.table_schema(table)
+        rows = validate_table(table, data, schema).replace_schema_metadata(None)
         if not self.path.is_dir():
-            raise StoreError(f"{self.path}: nobody builds this artifact; shards are written inside `Store.building`")
+            raise StoreError(f"{self.path}: this artifact is not being built; write shards inside `Store.building`")
         name = f"{table}-{shard:05d}-{unique()}.parquet"
         temporary, final = self.path / temporary_name(name), self.path / name
         failpoint("shard.before_write")
@@ -93,7 +99,7 @@ class ShardWriter:
             footer_sha256=footer,
             rows=rows.num_rows,
             row_digest=row_digest(table, rows),
-            schema_version=schema_version(table),
+            schema_version=schema.version,
         )
         replace_atomically(sidecar(final), seal(record.model_dump(mode="json")))
         failpoint("shard.after_sidecar", final)
@@ -107,10 +113,10 @@ class IntermediateShards(ShardWriter):
         super().__init__(root, stage, key)
         self.path = self.path / INTERMEDIATE
 
-    def write_shard(self, table: str, shard: int, data: pa.Table) -> ShardRecord:
+    def write_shard(self, table: str, shard: int, data: pa.Table, schema: TableSchema | None = None) -> ShardRecord:
         if not self.path.is_dir() and self.path.parent.is_dir():
             make_directory(self.path)
-        return super().write_shard(table, shard, data)
+        return super().write_shard(table, shard, data, schema)
 
     def read(self, table: str, shard: int) -> pa.Table | None:
         """The rows of a shard, verified; None where it is missing or damaged."""

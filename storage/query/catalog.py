@@ -19,17 +19,9 @@ import pyarrow as pa
 
 from storage.artifacts.artifact import Artifact
 from storage.errors import CorruptArtifact, Evicted, OpdError
-from storage.query.views import (
-    METRICS,
-    VIEWS,
-    Use,
-    missing_of,
-    used_dataset,
-    uses_of,
-    view_sql,
-    wanted_views,
-)
+from storage.query.views import METRICS, VIEWS, Use, Views, missing_of, used_dataset, uses_of
 from storage.runs import Run, RunState
+from storage.schemas import TABLES, TableSchema
 from storage.store import Store
 
 _BATCH_ROWS = 65_536
@@ -53,7 +45,7 @@ class Catalog:
         self.store, self.run = store, run
 
     def query(self, sql: str, limit_seconds: float = 30, memory: str = "1GB", max_rows: int = 1_000_000) -> pa.Table:
-        """The result of one SELECT over the views in `storage.query.views.VIEWS`.
+        """The result of one SELECT over `views()`.
 
         QueryRefused for anything else, and past `limit_seconds`, `memory` (of the execution) or `max_rows`;
         CorruptArtifact when a shard that the statement reads is damaged, Evicted when `opd gc` removed it. One call of a
@@ -63,10 +55,11 @@ class Catalog:
             raise QueryRefused(f"a statement of {len(sql):,} characters; at most {_MAX_SQL_CHARACTERS:,} are read")
         if limit_seconds <= 0:
             raise QueryRefused(f"limit of {limit_seconds} seconds: must be above 0")
+        views = Views()
         try:
             with duckdb.connect(":memory:") as connection:
                 statement = _one_select(connection, sql)
-                self._create_views(connection, sql)
+                views = self._create_views(connection, sql)
                 _seal(connection, memory)
                 return _run(connection, statement, limit_seconds, max_rows)
         except MemoryError as error:
@@ -75,7 +68,28 @@ class Catalog:
             if damaged := _DAMAGED.search(str(error)):
                 self._find_damage(damaged.group(1))
                 raise CorruptArtifact(f"a shard of {damaged.group(1)} could not be read: {error}") from error
-            raise _refusal(error, memory) from error
+            raise _refusal(error, memory, views) from error
+
+    def views(self) -> Views:
+        """The views of this store: those over this program's own tables, and those that its manifests declare."""
+        return self._views(self.store.list())[0]
+
+    def _views(self, committed: Sequence[Artifact]) -> tuple[Views, set[str]]:
+        """(the views, keys of artifacts that they leave out): of a table that manifests declare differently, the newest
+        version is shown."""
+        held = {a.key: self.store.table_schemas(a) for a in committed if a.rows.keys() - TABLES.keys()}
+        newest: dict[str, TableSchema] = {}
+        for schemas in held.values():  # oldest first
+            for name, schema in schemas.items():
+                if name not in TABLES and (name not in newest or schema.version >= newest[name].version):
+                    newest[name] = schema
+        others = {
+            key
+            for key, schemas in held.items()
+            for name, schema in newest.items()
+            if name in schemas and (schemas[name].version, schemas[name].arrow) != (schema.version, schema.arrow)
+        }
+        return Views(newest), others
 
     def _find_damage(self, table: str) -> None:
         """Reads the table's shards one by one; the store names the bad one and moves it to quarantine."""
@@ -100,16 +114,17 @@ class Catalog:
         )
         return f"evicted are the {table} of {places}{narrow}"
 
-    def _create_views(self, connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+    def _create_views(self, connection: duckdb.DuckDBPyConnection, sql: str) -> Views:
         """All views exist; those that the statement cannot mean have no rows, and nothing is opened for them."""
-        wanted = wanted_views(sql)
-        if not wanted:
-            for name in VIEWS:
-                connection.execute(view_sql(name, rows_wanted=False))
-            return
-        states = [run.state for run in ([self.run] if self.run else Run.list(self.store.root))]
-        tables = {table for name in wanted for table in VIEWS[name].tables}
         committed = self.store.list()
+        views, others = self._views(committed)
+        wanted = views.wanted(sql)
+        if not wanted:
+            for name in views.all:
+                connection.execute(views.sql(name, rows_wanted=False))
+            return views
+        states = [run.state for run in ([self.run] if self.run else Run.list(self.store.root))]
+        tables = {table for name in wanted for table in views.all[name].tables}
         missing = missing_of(states, committed, tables)
         if missing:
             raise CorruptArtifact(
@@ -119,14 +134,16 @@ class Catalog:
         uses = uses_of(states, committed, with_unused=self.run is None)
         for table in sorted(tables):
             open_one = functools.partial(self.store.arrow_dataset, table=table)
-            connection.register(f"{table}@", used_dataset(table, uses, open_one))
+            shown = [use for use in uses if use.artifact.key not in others]
+            connection.register(f"{table}@", used_dataset(views.schemas[table], shown, open_one))
         if "artifacts" in wanted:
             used = {use.artifact.key: use.artifact for use in uses}
             connection.register("artifacts@", _artifacts_table(used.values(), self.store))
         if "rounds" in wanted:
             connection.register("rounds@", _rounds_table(states))
-        for name in VIEWS:
-            connection.execute(view_sql(name, rows_wanted=name in wanted))
+        for name in views.all:
+            connection.execute(views.sql(name, rows_wanted=name in wanted))
+        return views
 
 
 def _one_select(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
@@ -193,13 +210,13 @@ def _run(
         timer.cancel()
 
 
-def _refusal(error: Exception, memory: str) -> OpdError:
-    """What DuckDB or Arrow says, in the words of this program."""
+def _refusal(error: Exception, memory: str, views: Views) -> OpdError:
+    """An error of DuckDB or Arrow as one of this program."""
     text = str(error).strip()
     if "Out of Memory" in text or "bad_alloc" in text:
         return QueryRefused(f"needs more than {memory} of memory; {_NARROW}")
     unknown = "does not exist" in text or "Referenced column" in text
-    hint = f"\nviews: {', '.join(VIEWS)}; `opd query` alone lists their columns" if unknown else ""
+    hint = f"\nviews: {', '.join(views.all)}; `opd query` alone lists their columns" if unknown else ""
     return QueryRefused(text + hint)
 
 

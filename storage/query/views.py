@@ -1,4 +1,5 @@
-"""The views that queries see, made from the columns of `storage.schemas` and from what the runs' states say.
+"""The views that queries see, made from the columns of `storage.schemas`, from the tables that manifests declare, and from the
+runs' states.
 
 Every table becomes one lazy Arrow dataset over the shards of all artifacts that a run used (or that none did). Each
 shard carries its use (run, round, stage, artifact) as a partition: a filter on these prunes files before anything is
@@ -9,20 +10,19 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.dataset as pads
 
 from storage.artifacts.artifact import Artifact
 from storage.runs import RunState
-from storage.schemas import TABLES, Column
+from storage.schemas import TABLES, Column, TableSchema
 
 _STR, _INT, _LONG, _FLOAT, _DOUBLE = pa.string(), pa.int32(), pa.int64(), pa.float32(), pa.float64()
 
 SIGNALS = ("sampled", "teacher_topk", "student_topk", "mask")
-_PREFIXED = ("teacher_topk", "student_topk")
 _TABLES_OF = {
     "prepare": ("prompts", "vocabulary"),
     "rollout": ("rollouts",),
@@ -80,27 +80,24 @@ class Use:
     artifact: Artifact
 
 
-def _columns(table: str, without: Sequence[str] = ()) -> tuple[Column, ...]:
-    return tuple(column for column in TABLES[table].columns if column.name not in without)
+def _columns(schema: TableSchema, without: Sequence[str] = ()) -> tuple[Column, ...]:
+    return tuple(column for column in schema.columns if column.name not in without)
 
 
-def _signal_columns() -> tuple[Column, ...]:
-    """The signals' columns, all nullable; those of the top-K lists carry their signal's name."""
-    return tuple(
-        Column(_signal_name(signal, column.name), column.type, column.doc, nullable=True)
-        for signal in SIGNALS
-        for column in _columns(signal, without=("sample_id",))
-    )
-
-
-def _signal_name(signal: str, column: str) -> str:
-    return f"{signal}_{column}" if signal in _PREFIXED else column
+def _signal_columns(schema: TableSchema) -> dict[str, Column]:
+    """By name in the table: a signal's columns in `supervision`, all nullable."""
+    return {
+        column.name: Column(
+            f"{schema.name}_{column.name}" if schema.prefixed else column.name, column.type, column.doc, True
+        )
+        for column in _columns(schema, without=("sample_id",))
+    }
 
 
 _ALL = (
-    View("prompts", TABLES["prompts"].doc, (_RUN, _ARTIFACT, *_columns("prompts")), ("prompts",)),
-    View("vocabulary", TABLES["vocabulary"].doc, (_RUN, _ARTIFACT, *_columns("vocabulary")), ("vocabulary",)),
-    View("rollouts", TABLES["rollouts"].doc, (_RUN, _ROUND, _ARTIFACT, *_columns("rollouts")), ("rollouts",)),
+    View("prompts", TABLES["prompts"].doc, (_RUN, _ARTIFACT, *TABLES["prompts"].columns), ("prompts",)),
+    View("vocabulary", TABLES["vocabulary"].doc, (_RUN, _ARTIFACT, *TABLES["vocabulary"].columns), ("vocabulary",)),
+    View("rollouts", TABLES["rollouts"].doc, (_RUN, _ROUND, _ARTIFACT, *TABLES["rollouts"].columns), ("rollouts",)),
     View(
         "supervision",
         "All signals of a run's rollouts, joined by sample_id; null where a signal was not asked for.",
@@ -109,7 +106,7 @@ _ALL = (
             _ROUND,
             Column("artifact", _STR, "key of the rollouts that the signals describe"),
             TABLES["rollouts"].columns[0],
-            *_signal_columns(),
+            *(column for signal in SIGNALS for column in _signal_columns(TABLES[signal]).values()),
         ),
         ("rollouts", *SIGNALS),
     ),
@@ -136,13 +133,13 @@ _ALL = (
     View(
         "training_steps",
         TABLES["training_steps"].doc,
-        (_RUN, _ROUND, _STAGE, _ARTIFACT, *_columns("training_steps", without=("round",))),
+        (_RUN, _ROUND, _STAGE, _ARTIFACT, *_columns(TABLES["training_steps"], without=("round",))),
         ("training_steps",),
     ),
     View(
         "evaluations",
         TABLES["evaluations"].doc,
-        (_RUN, _ROUND, _ARTIFACT, *_columns("evaluations")),
+        (_RUN, _ROUND, _ARTIFACT, *TABLES["evaluations"].columns),
         ("evaluations",),
     ),
     View(
@@ -180,6 +177,107 @@ _ALL = (
 VIEWS: dict[str, View] = {view.name: view for view in _ALL}
 
 
+class Views:
+    """The views of a store whose manifests declare `extra` tables beside this program's own.
+
+    Each of them has a view of its own name. One with a `sample_id` is a signal: its columns are in `supervision` too, and those
+    with one number per token (lists, not lists of lists) in `tokens`. A table that has the name of a view is left out."""
+
+    def __init__(self, extra: Mapping[str, TableSchema] | None = None) -> None:
+        self.extra = {name: schema for name, schema in sorted((extra or {}).items()) if name not in VIEWS}
+        self.schemas = TABLES | self.extra
+        self._signals = [name for name, schema in self.extra.items() if "sample_id" in schema.names]
+        self.all = dict(VIEWS)
+        for name, schema in self.extra.items():
+            columns = (_RUN, _ROUND, _ARTIFACT, *_columns(schema, without=("run", "round", "artifact")))
+            self.all[name] = View(name, f"{schema.doc} Version {schema.version}.", columns, (name,))
+        for name in ("supervision", "tokens"):
+            view = self.all[name]
+            added = [c for signal in self._signals for c in self._added(name, signal).values()]
+            self.all[name] = replace(
+                view, columns=(*view.columns, *added), tables=tuple(dict.fromkeys((*view.tables, *self._signals)))
+            )
+
+    def _added(self, view: str, signal: str) -> dict[str, Column]:
+        """By name in the signal's table: its columns in `supervision` or `tokens`."""
+        columns = _signal_columns(self.extra[signal])
+        if view == "supervision":
+            return columns
+        return {
+            name: Column(column.name, column.type.value_type, column.doc.removeprefix("T "), True)
+            for name, column in columns.items()
+            if pa.types.is_list(column.type) and not pa.types.is_list(column.type.value_type)
+        }
+
+    def wanted(self, sql: str) -> set[str]:
+        """Views whose names occur anywhere in a statement: at least those it reads."""
+        text = sql.casefold()
+        return {name for name in self.all if name in text}
+
+    def sql(self, name: str, rows_wanted: bool) -> str:
+        """`CREATE VIEW` over the datasets registered as `<table>@`; or, needing none, the same columns without rows."""
+        columns, view = self.all[name].columns, _identifier(name)
+        if not rows_wanted:
+            return f"CREATE VIEW {view} AS SELECT {_casts(columns, null=True)} WHERE false"
+        if name in ("artifacts", "rounds"):
+            rows = f"SELECT * FROM {_identifier(name + '@')}"
+        elif name == "supervision":
+            rows = self._supervision()
+        elif name == "tokens":
+            rows = self._tokens()
+        else:
+            rows = self._rows(name)
+        return f"CREATE VIEW {view} AS SELECT {_casts(columns)} FROM ({rows})"
+
+    def _rows(self, table: str) -> str:
+        """A table's dataset under the views' names."""
+        names = self.schemas[table].names
+        columns = [_identifier(name) for name in names if name not in ("run", "round", "stage", "artifact")]
+        own_round = 'coalesce(use_round, "round")' if "round" in names else "use_round"
+        use = f'use_run AS run, {own_round} AS "round", use_stage AS stage, use_artifact AS artifact'
+        return f"SELECT {use}, {', '.join(columns)} FROM {_identifier(table + '@')}"
+
+    def _with_signals(self, signals: Sequence[str]) -> str:
+        """The runs' rollouts, each beside its signals of the same round; nulls where a signal is not there.
+
+        Run and round are join keys, so that a filter on them reaches the signals' shards too."""
+        joins = " ".join(
+            f'LEFT JOIN ({self._rows(s)}) AS {_identifier(s)} USING (run, "round", sample_id)' for s in signals
+        )
+        return f"FROM (SELECT * FROM ({self._rows('rollouts')}) WHERE run IS NOT NULL) AS rollouts {joins}"
+
+    def _supervision(self) -> str:
+        columns, signals = ['run, "round", rollouts.artifact, sample_id'], (*SIGNALS, *self._signals)
+        for signal in signals:
+            for name, column in _signal_columns(self.schemas[signal]).items():
+                columns.append(f"{_identifier(signal)}.{_identifier(name)} AS {_identifier(column.name)}")
+        return f"SELECT {', '.join(columns)} {self._with_signals(signals)}"
+
+    def _tokens(self) -> str:
+        """Lists are exploded side by side; the texts come from the vocabulary that the run prepared."""
+        lists = {
+            "token_id": "rollouts.completion_token_ids",
+            "sampling_logprob": "rollouts.sampling_logprobs",
+            "student_logprob": "sampled.student_logprobs",
+            "teacher_logprob": "sampled.teacher_logprobs",
+            "student_entropy": "sampled.student_entropy",
+            "teacher_entropy": "sampled.teacher_entropy",
+            "mask_reasons": "mask.mask_reasons",
+        }
+        for signal in self._signals:
+            for name, column in self._added("tokens", signal).items():
+                lists[column.name] = f"{_identifier(signal)}.{_identifier(name)}"
+        exploded = ", ".join(f"unnest({values}) AS {_identifier(name)}" for name, values in lists.items())
+        position = "generate_subscripts(rollouts.completion_token_ids, 1) - 1 AS position"
+        samples = self._with_signals(("sampled", "mask", *self._signals))
+        return (
+            f'SELECT e.*, v.token FROM (SELECT run, "round", rollouts.artifact, sample_id, {position}, {exploded}'
+            f" {samples})"
+            " AS e LEFT JOIN (SELECT run, id AS token_id, any_value(coalesce(text, token)) AS token"
+            f" FROM ({self._rows('vocabulary')}) WHERE tokenizer = 'student' GROUP BY ALL) AS v USING (run, token_id)"
+        )
+
+
 def uses_of(states: Iterable[RunState], artifacts: Iterable[Artifact], with_unused: bool) -> list[Use]:
     """Who uses which committed artifact, each once per run and round; with `with_unused`, the others last."""
     by_key = {artifact.key: artifact for artifact in artifacts}
@@ -212,9 +310,9 @@ def missing_of(states: Iterable[RunState], artifacts: Iterable[Artifact], tables
     ]
 
 
-def used_dataset(table: str, uses: Sequence[Use], dataset: Callable[[Artifact], pads.Dataset]) -> pads.Dataset:
-    """The shards of all artifacts that hold `table`, lazily; `dataset` gives those of one artifact."""
-    fragments = []
+def used_dataset(schema: TableSchema, uses: Sequence[Use], dataset: Callable[[Artifact], pads.Dataset]) -> pads.Dataset:
+    """The shards of all artifacts that hold a table, lazily; `dataset` gives those of one artifact."""
+    table, fragments = schema.name, []
     opened: dict[str, list[pads.Fragment]] = {}
     for use in uses:
         if table not in use.artifact.rows:
@@ -224,10 +322,10 @@ def used_dataset(table: str, uses: Sequence[Use], dataset: Callable[[Artifact], 
             opened[key] = list(dataset(use.artifact).get_fragments()) if use.artifact.rows[table] else []
         for shard in opened[key]:
             fragments.append(shard.format.make_fragment(shard.path, shard.filesystem, _partition(use)))
-    schema = pa.schema([*_USE, *TABLES[table].arrow])
+    columns = pa.schema([*_USE, *schema.arrow])
     if not fragments:
-        return pads.dataset(schema.empty_table())
-    return pads.FileSystemDataset(fragments, schema, fragments[0].format, fragments[0].filesystem)
+        return pads.dataset(columns.empty_table())
+    return pads.FileSystemDataset(fragments, columns, fragments[0].format, fragments[0].filesystem)
 
 
 def _partition(use: Use) -> pads.Expression:
@@ -237,74 +335,6 @@ def _partition(use: Use) -> pads.Expression:
         for field, value in zip(_USE, values, strict=True)
     ]
     return functools.reduce(operator.and_, terms)
-
-
-def wanted_views(sql: str) -> set[str]:
-    """Views whose names occur anywhere in a statement: at least those it reads."""
-    text = sql.casefold()
-    return {name for name in VIEWS if name in text}
-
-
-def view_sql(name: str, rows_wanted: bool) -> str:
-    """`CREATE VIEW` over the datasets registered as `<table>@`; or, needing none, the same columns without rows."""
-    columns = VIEWS[name].columns
-    if not rows_wanted:
-        return f"CREATE VIEW {name} AS SELECT {_casts(columns, null=True)} WHERE false"
-    if name in ("artifacts", "rounds"):
-        rows = f"SELECT * FROM {_identifier(name + '@')}"
-    elif name == "supervision":
-        rows = _supervision()
-    elif name == "tokens":
-        rows = _tokens()
-    else:
-        rows = _rows(name)
-    return f"CREATE VIEW {name} AS SELECT {_casts(columns)} FROM ({rows})"
-
-
-def _rows(table: str) -> str:
-    """A table's dataset under the views' names."""
-    columns = [_identifier(name) for name in TABLES[table].names if name not in ("run", "round", "stage")]
-    own_round = 'coalesce(use_round, "round")' if "round" in TABLES[table].names else "use_round"
-    use = f'use_run AS run, {own_round} AS "round", use_stage AS stage, use_artifact AS artifact'
-    return f"SELECT {use}, {', '.join(columns)} FROM {_identifier(table + '@')}"
-
-
-def _with_signals(signals: Sequence[str]) -> str:
-    """The runs' rollouts, each beside its signals of the same round; nulls where a signal is not there.
-
-    Run and round are join keys, so that a filter on them reaches the signals' shards too."""
-    joins = " ".join(f'LEFT JOIN ({_rows(s)}) AS {s} USING (run, "round", sample_id)' for s in signals)
-    return f"FROM (SELECT * FROM ({_rows('rollouts')}) WHERE run IS NOT NULL) AS rollouts {joins}"
-
-
-def _supervision() -> str:
-    columns = ['run, "round", rollouts.artifact, sample_id']
-    for signal in SIGNALS:
-        held = _columns(signal, without=("sample_id",))
-        columns += [f"{signal}.{column.name} AS {_signal_name(signal, column.name)}" for column in held]
-    return f"SELECT {', '.join(columns)} {_with_signals(SIGNALS)}"
-
-
-def _tokens() -> str:
-    """Lists are exploded side by side; the texts come from the vocabulary that the run prepared."""
-    lists = {
-        "token_id": "rollouts.completion_token_ids",
-        "sampling_logprob": "rollouts.sampling_logprobs",
-        "student_logprob": "sampled.student_logprobs",
-        "teacher_logprob": "sampled.teacher_logprobs",
-        "student_entropy": "sampled.student_entropy",
-        "teacher_entropy": "sampled.teacher_entropy",
-        "mask_reasons": "mask.mask_reasons",
-    }
-    exploded = ", ".join(f"unnest({values}) AS {name}" for name, values in lists.items())
-    position = "generate_subscripts(rollouts.completion_token_ids, 1) - 1 AS position"
-    samples = _with_signals(("sampled", "mask"))
-    return (
-        f'SELECT e.*, v.token FROM (SELECT run, "round", rollouts.artifact, sample_id, {position}, {exploded}'
-        f" {samples})"
-        " AS e LEFT JOIN (SELECT run, id AS token_id, any_value(coalesce(text, token)) AS token"
-        f" FROM ({_rows('vocabulary')}) WHERE tokenizer = 'student' GROUP BY ALL) AS v USING (run, token_id)"
-    )
 
 
 _DUCKDB_TYPES = {

@@ -16,19 +16,19 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from storage.artifacts.artifact import MANIFEST, Manifest, load_manifest
+from storage.artifacts.artifact import MANIFEST, Manifest, artifact_directory, load_manifest
 from storage.artifacts.shards import SIDECAR
 from storage.disk.files import TEMPORARY, fsync_directory, remove, replace_atomically, utc_now
 from storage.disk.locks import alone, build_lock, holder, locked, use_lock
 from storage.errors import CorruptArtifact, RunBusy, StoreError
 from storage.runs import Run, RunState
 from storage.store import Store
-from storage.upkeep.retention import Name, Retention, droppable, used
+from storage.upkeep.retention import Name, Retention, droppable, role_of_stage, used
 
 TEMPORARY_SECONDS = 3600.0
-"""A temporary file this old belongs to nobody: files are written in one go, and renamed."""
+"""A temporary file this old has no owner: files are written at once, and renamed."""
 HELD = "held.lock"
-"""A temporary folder in which this lock is held is somebody's, however old."""
+"""A temporary folder in which this lock is held is in use, however old it is."""
 KEPT_REPLAY = "replay-"
 """How the names of folders begin that `opd replay --keep` leaves in the store's root."""
 _STAMP = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{12}-")
@@ -37,18 +37,18 @@ _KEY = re.compile(r"[0-9a-f]{16}")
 Kind = Literal["evicted", "unused", "unfinished", "left over", "temporary", "quarantine"]
 MEANING: dict[Kind, str] = {
     "evicted": "data of rounds past a run's policy.retain; the manifest stays",
-    "unused": "artifacts that no run names",
-    "unfinished": "begun by nobody who still wants them",
+    "unused": "committed artifacts that no run refers to",
+    "unfinished": "unfinished artifacts that no run refers to",
     "left over": "files in artifacts that their manifests do not name",
     "temporary": "temporary files of processes that are gone, and what `opd replay --keep` left",
-    "quarantine": "damaged pieces that were set aside long ago",
+    "quarantine": "damaged files that have been in quarantine for long",
 }
 RetentionOf = Callable[[Run], Retention]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that can go. `artifact` is whose locks guard it; None where a name's age alone decides."""
+    """One thing that can be removed. `artifact`: the one whose locks guard it; None where only the age decides."""
 
     kind: Kind
     path: Path
@@ -58,7 +58,7 @@ class Item:
 
 @dataclass
 class Plan:
-    """What would go, and which runs keep everything because somebody works on them."""
+    """What would be removed, and which runs keep everything because a process works on them."""
 
     items: list[Item] = field(default_factory=list)
     busy: dict[str, str] = field(default_factory=dict)
@@ -81,9 +81,10 @@ class Collector:
         self.store, self.root = store, store.root
         self._retention, self._quarantine_days = retention, quarantine_days
         self._states: dict[str, tuple[tuple[int, int, int], RunState, Retention]] = {}
+        self._roles: dict[Name, str | None] = {}
 
     def plan(self) -> Plan:
-        """Looks, and changes nothing."""
+        """What would be removed now; removes nothing."""
         needs = self._needs()
         plan = Plan(busy=needs.busy)
         for directory in sorted((self.root / "artifacts").glob("[!.]*/*")):
@@ -94,7 +95,7 @@ class Collector:
         return plan
 
     def apply(self, plan: Plan, done: Callable[[Item], None] = lambda item: None) -> list[Item]:
-        """Removes what is still not needed and held by nobody; returns these items, `done` hears of each.
+        """Removes the items that are still not needed and not in use, calls `done` with each, and returns them.
 
         RunBusy when another process is collecting in this store."""
 
@@ -112,7 +113,7 @@ class Collector:
     # --- what is needed ----------------------------------------------------------------------------------------------
 
     def _needs(self) -> _Needs:
-        """From every run's state as it is now. A run that somebody works on needs all that it names."""
+        """From every run's present state. A run that a process works on needs everything it refers to."""
         needs = _Needs()
         for run in self._runs():
             state, retain = self._state(run)
@@ -120,10 +121,24 @@ class Collector:
             who = run.holder()
             if who is not None:
                 needs.busy[run.name] = who
-            dropped = droppable(state, retain) if who is None else set()
+            dropped = droppable(state, retain, self._role) if who is None else set()
             needs.named |= named
             needs.whole |= named - dropped
         return needs
+
+    def _role(self, name: Name) -> str | None:
+        """The field of `Retention` that an artifact falls under: by its stage, or for a plugin's signal by its manifest. None,
+        so that it is kept, where that cannot be read."""
+        if name not in self._roles:
+            role = role_of_stage(name)
+            if role is None:
+                try:
+                    manifest = load_manifest(artifact_directory(self.root, *name))
+                except (CorruptArtifact, StoreError):
+                    manifest = None
+                role = manifest.retention if manifest is not None else None
+            self._roles[name] = role
+        return self._roles[name]
 
     def _runs(self) -> list[Run]:
         """Every run, made whole or not: one that cannot be read still needs its artifacts."""
@@ -174,11 +189,11 @@ class Collector:
             return remove(item.path)
         with ExitStack() as held:
             if not held.enter_context(alone(use_lock(self.root, *item.artifact))):
-                return False  # somebody reads it
+                return False  # being read
             try:
                 held.enter_context(locked(build_lock(self.root, *item.artifact), _give_up))
             except _HeldError:
-                return False  # somebody builds it
+                return False  # being built
             now = [found for found in self._of_artifact_now(item) if found.kind == item.kind]
             if not now:
                 return False
@@ -207,7 +222,7 @@ class Collector:
             return [item] if name not in needs.whole and manifest.evictable else []
         return [item] if _loose(item.path, manifest) else []
 
-    # --- what lies around --------------------------------------------------------------------------------------------
+    # --- temporary files and quarantine -------------------------------------------------------------------------------
 
     def _temporary(self) -> Iterator[Item]:
         before = time.time() - TEMPORARY_SECONDS
@@ -267,7 +282,7 @@ def _data(directory: Path, manifest: Manifest) -> list[Path]:
 
 
 def _loose(directory: Path, manifest: Manifest) -> list[Path]:
-    """What the manifest does not name; of an evicted artifact, all that is left of its data too."""
+    """Files that the manifest does not name; of an evicted artifact also any data that is left."""
     kept = {directory / MANIFEST}
     if manifest.evicted is None:
         kept |= set(_data(directory, manifest))

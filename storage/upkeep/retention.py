@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -22,7 +23,8 @@ ROLES = {
     "trainer_state": "trainer_state",
     "student": "students",
 }
-"""Stage of an artifact -> the field of `Retention` that it falls under. All other artifacts are always kept."""
+"""Stage of an artifact -> the field of `Retention` that it falls under. Of another stage the manifest may name one; all other
+artifacts are always kept."""
 
 
 class Retention(RunPolicy):
@@ -62,8 +64,13 @@ def used(state: RunState) -> set[Name]:
     return {name for stage in stages for name in stage.artifacts.items()}
 
 
-def droppable(state: RunState, retain: Retention) -> set[Name]:
-    """Artifacts whose data this run can do without.
+def role_of_stage(name: Name) -> str | None:
+    """The field of `Retention` that an artifact falls under by its stage alone; None for no field."""
+    return ROLES.get(name[0])
+
+
+def droppable(state: RunState, retain: Retention, role: Callable[[Name], str | None] = role_of_stage) -> set[Name]:
+    """Artifacts whose data this run can do without; `role` gives the field of `Retention` that an artifact falls under.
 
     Rounds count back from the last finished one; those past it, and what any kept round uses too, are kept."""
     finished = [round.round for round in state.rounds if round.student_sha256]
@@ -73,7 +80,8 @@ def droppable(state: RunState, retain: Retention) -> set[Name]:
     for round in state.rounds:
         for record in round.stages.values():
             for stage, key in record.artifacts.items():
-                count = getattr(retain, ROLES[stage]) if stage in ROLES else None
+                field = role((stage, key))
+                count = getattr(retain, field) if field is not None else None
                 kept = count is None or round.round == 0 or round.round > last - count
                 kept = kept or record.state not in ("done", "cached")
                 (keep if kept else drop).add((stage, key))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tasks.engines.signals import LOGPROB_MAX
+from tasks.signals.tables import LOGPROB_MAX
 
 _INF = float("inf")
 

@@ -1,10 +1,8 @@
-"""Transformers models kept warm, and their hidden states at the positions that predict completion tokens."""
+"""Transformers models and their hidden states at the positions that predict completion tokens."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,28 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from storage.errors import InputError
-from tasks.engines.hf_folder import SAFE_LOADING
-from tasks.workers.jobs import ModelRef
+from tasks.engines.hf_folder import SAFE_LOADING, changed_logits
+from tasks.engines.teacher import Passage
 
 _PROBE_IDS = 4
 _PROBE_TOLERANCE = {torch.float32: 1e-4}
 """Relative to the largest logit, by dtype: equal products may differ by far less, a scale makes far more."""
 _PROBE_TOLERANCE_LOW_PRECISION = 1e-2
-_LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
-"""Config fields that change logits after the head, with the values at which they do nothing."""
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A prompt and a completion as one model reads them."""
-
-    prompt: list[int]
-    completion: list[int]
-
-    @property
-    def inputs(self) -> list[int]:
-        """All but the last token, which predicts nothing that is scored."""
-        return [*self.prompt, *self.completion[:-1]] if self.completion else self.prompt
 
 
 def plan_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -46,17 +29,6 @@ def plan_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
         else:
             batches.append([index])
     return batches
-
-
-def vocabulary_rows(path: Path) -> int:
-    """Rows of a checkpoint's vocabulary, by its config alone."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: transformers cannot read its config ({error})") from error
-    return int(config.get_text_config().vocab_size)
 
 
 class LoadedModel:
@@ -82,10 +54,8 @@ class LoadedModel:
         text = model.config.get_text_config()
         self.rows = int(text.vocab_size)
         self.positions: int | None = getattr(text, "max_position_embeddings", None)
-        for name, neutral in _LOGIT_CHANGES.items():
-            value = getattr(text, name, None)
-            if value is not None and value != neutral:
-                self._refuse(f"{name}: {value} in its config")
+        if changed := changed_logits(text):
+            self._refuse(f"{changed} in its config")
         self._check_head()
 
     @torch.inference_mode()
@@ -141,32 +111,3 @@ class LoadedModel:
             index.append(torch.arange(first, first + len(passage.completion)))
         hidden_BTD = self._backbone(ids_BT.to(self.device), mask_BT.to(self.device))
         return hidden_BTD.flatten(0, 1).index_select(0, torch.cat(index).to(self.device))
-
-
-class WarmModels:
-    """Models by content: loaded when first asked for, freed when a job no longer names them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._models: dict[tuple[str, str, str], LoadedModel] = {}
-        self.loads = 0
-
-    def get(self, models: dict[str, ModelRef], names: Sequence[str], dtype: str) -> dict[str, LoadedModel]:
-        """Those of a job's models that are named. Loaded models that the job does not describe are freed first."""
-        keys = {name: (model.weights, model.architecture, dtype) for name, model in models.items()}
-        self.free(keep=list(keys.values()))
-        for name in names:
-            if keys[name] not in self._models:
-                self._models[keys[name]] = LoadedModel(Path(models[name].path), dtype, self.device)
-                self.loads += 1
-        return {name: self._models[keys[name]] for name in names}
-
-    def free(self, keep: Sequence[tuple[str, str, str]] = ()) -> None:
-        """Give back the memory of all models but these."""
-        old = [key for key in self._models if key not in keep]
-        for key in old:
-            del self._models[key]
-        if old:
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: its lengths, and what ends its completions."""
+"""What the files of a checkpoint declare: vocabulary, positions, what ends completions, what changes logits. No weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,30 @@ from storage.errors import InputError
 
 SAFE_LOADING: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
 """Arguments of every `from_pretrained` that reads weights: no network, no code of the checkpoint, no pickle."""
+_LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
+"""Config fields that change logits after the output head, with the values at which they do nothing."""
+
+
+def changed_logits(config: Any) -> str | None:
+    """The field of a transformers config, with its value, that makes logits more than head times hidden state; None without
+    one."""
+    for name, neutral in _LOGIT_CHANGES.items():
+        value = getattr(config, name, None)
+        if value is not None and value != neutral:
+            return f"{name}: {value}"
+    return None
+
+
+def vocabulary_rows(path: Path) -> int:
+    """Rows of a checkpoint's vocabulary, from its config alone. Read by transformers, which fills in the architecture's default
+    where the field is missing. InputError when the config cannot be read."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: transformers cannot read its config ({error})") from error
+    return int(config.get_text_config().vocab_size)
 
 
 def check_length(config: dict[str, Any], path: Path, longest: int) -> None:
@@ -47,7 +71,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def longest_sequence(config: dict[str, Any], path: Path) -> int:
-    """Positions of the model. Raises InputError when the config does not say."""
+    """Positions of the model. InputError when the config does not give them."""
     limit = config.get("max_position_embeddings")
     if not isinstance(limit, int) or limit < 1:
         raise InputError(f"{path / 'config.json'}: max_position_embeddings is {limit!r}; a positive integer is needed")

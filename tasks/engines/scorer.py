@@ -1,4 +1,4 @@
-"""The scorer: student and teacher read the same completions, and what they say becomes signals. Uses transformers.
+"""The scorer: student and teacher read the same completions, and their answers become signals.
 
 Jobs: `ScoreJob` (signals of rollouts, one shard of each per item) and `KLJob` (exact KL of an evaluation's completions).
 
@@ -10,9 +10,11 @@ them out of both."""
 from __future__ import annotations
 
 import functools
+import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +22,29 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from storage.errors import ConfigError, InputError
 from storage.schemas import COMPLETION_KL, schema_for
 from storage.store import Store
 from tasks.engines import distributions
-from tasks.engines.forward import LoadedModel, Passage, WarmModels, plan_batches, vocabulary_rows
-from tasks.engines.signals import Values, mask_table, sampled_table, topk_table
+from tasks.engines.forward import plan_batches
+from tasks.engines.teacher import (
+    Host,
+    LocalTeacher,
+    Passage,
+    Teacher,
+    TeacherBackend,
+    Vocabulary,
+    WarmModels,
+    backend_of,
+)
+from tasks.signals import Shard, Values, Wanted, signal_named
 from tasks.workers.jobs import ArtifactRef, KLJob, KLShard, ModelRef, ScoreJob, ScoreResult, ScoreShard, ShardDone
 from tasks.workers.main import Link
 
 Report = Callable[[int], None]
 """Called with the samples of a shard that are scored."""
+LOCAL = LocalTeacher()
 
 
 @dataclass(frozen=True)
@@ -43,28 +55,6 @@ class Sample:
     prompt: list[int]
     completion: list[int]
     teacher_prompt: list[int] | None = None
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The quantities to compute of every completion token."""
-
-    sampled: bool = False
-    teacher_k: int | None = None
-    student_k: int | None = None
-    reverse_kl: bool = False
-    sampling: dict[str, Any] = field(default_factory=dict)
-    """Non-empty (temperature, top_p, top_k): log-probabilities under the sampling distribution are wanted."""
-
-    @property
-    def student(self) -> bool:
-        """Whether the student must be run."""
-        return self.sampled or self.reverse_kl or bool(self.sampling) or self.student_k is not None
-
-    @property
-    def teacher(self) -> bool:
-        """Whether the teacher must be run."""
-        return self.sampled or self.reverse_kl or self.teacher_k is not None or self.student_k is not None
 
 
 class Scorer:
@@ -79,15 +69,14 @@ class Scorer:
         if cuda and not torch.cuda.is_available():
             raise ConfigError("runtime.device: cuda, but this torch finds no GPU; see make setup EXTRA=gpu")
         self.batch_tokens = int(settings.get("batch_tokens", 8192))
-        self.chunk_tokens = int(settings.get("head_chunk_tokens", 1024))
-        self.models = WarmModels(torch.device("cuda" if cuda else "cpu"))
+        self.models = WarmModels(Host("cuda" if cuda else "cpu", int(settings.get("head_chunk_tokens", 1024))))
         self._stores: dict[str, Store] = {}
-        self._vocabularies: dict[str, int] = {}
+        self._vocabularies: dict[tuple[str, str], int] = {}
         self._teacher_prompts: tuple[str, dict[str, list[int]]] = ("", {})
 
     def handle(self, job: ScoreJob | KLJob, link: Link) -> ScoreResult:
         """Score shards until the supervisor has no more. Raises InputError for samples that a model cannot read and for
-        checkpoints that do not load, CorruptArtifact, StoreError."""
+        checkpoints that do not load, ConfigError for what a backend cannot answer, CorruptArtifact, StoreError."""
         done = 0
         while (item := link.next()) is not None:
             progress = functools.partial(_report, link, done)
@@ -107,30 +96,28 @@ class Scorer:
     def _score_shard(self, job: ScoreJob, item: ScoreShard, progress: Report) -> ShardDone:
         store = self._store(job.store)
         rollouts = store.read_shard(store.require(job.rollouts.stage, job.rollouts.key), "rollouts", item.shard)
-        outputs = {output.table: output for output in item.outputs}
-        wanted = Wanted(
-            sampled="sampled" in outputs or ("mask" in outputs and job.flags is None),
-            teacher_k=outputs["teacher_topk"].k if "teacher_topk" in outputs else None,
-            student_k=outputs["student_topk"].k if "student_topk" in outputs else None,
-            sampling=msgspec.structs.asdict(job.sampling) if "sampled" in outputs else {},
-        )
+        signals = {output.table: signal_named(output.table) for output in item.outputs}
+        sampling = msgspec.structs.asdict(job.sampling)
+        wants = [
+            signals[output.table].wanted(output.k, sampling)
+            for output in item.outputs
+            if job.flags is None or output.table != "mask"  # with flags the mask needs no model
+        ]
+        wanted = functools.reduce(operator.or_, wants, Wanted())
         values: Values = {}
-        if wanted.student or wanted.teacher:
-            values = self.score(job, self._samples(store, job.prompts, rollouts), wanted, progress)
-        tables: dict[str, pa.Table] = {}
-        if wanted.sampled:
-            tables["sampled"] = sampled_table(rollouts, values)
-        elif "mask" in outputs and job.flags is not None:
-            tables["sampled"] = store.read_shard(store.require(job.flags.stage, job.flags.key), "sampled", item.shard)
-        for name, output in outputs.items():
-            if name == "mask" and job.mask is not None:
-                tables[name] = mask_table(rollouts, tables["sampled"], msgspec.structs.asdict(job.mask))
-            elif name != "sampled":
-                tables[name] = topk_table(name, rollouts, values, output.encoding)
+        if wanted.models:
+            samples = self._samples(store, job.prompts, rollouts)
+            values = self.score(job, samples, wanted, progress, backend_of(json.loads(bytes(job.backend))))
+        flags = None
+        if job.flags is not None:
+            flags = store.read_shard(store.require(job.flags.stage, job.flags.key), "sampled", item.shard)
+        rules = msgspec.structs.asdict(job.mask) if job.mask is not None else {}
+        for output in item.outputs:
+            signal = signals[output.table]
+            rows = signal.table(Shard(rollouts, values, output.k, output.encoding, rules, flags))
             writer = store.shard_writer(output.target.stage, output.target.key)
-            writer.write_shard(name, item.shard, tables[name])
-        outside = int(sum(array.sum() for array in values.get("outside_nucleus", [])))
-        return ShardDone(item.shard, item.size, outside)
+            writer.write_shard(output.table, item.shard, rows, signal.schema)
+        return ShardDone(item.shard, item.size, int(sum(array.sum() for array in values.get("student_outside", []))))
 
     def _score_kl(self, job: KLJob, item: KLShard, progress: Report) -> ShardDone:
         store = self._store(job.store)
@@ -166,112 +153,92 @@ class Scorer:
 
     # --- scoring -------------------------------------------------------------------------------------------------
 
-    def score(self, job: ScoreJob | KLJob, samples: Sequence[Sample], wanted: Wanted, progress: Report) -> Values:
-        """What is wanted of the samples, in their order. One forward per batch and model."""
-        names = [name for name in ("student", "teacher") if getattr(wanted, name)]
-        described = {"student": job.student, "teacher": job.teacher}
-        models = self.models.get(described, names, job.dtype)
-        rows = [self._rows(model) for model in described.values()]
-        if (k := max(wanted.teacher_k or 0, wanted.student_k or 0)) > min(rows):
+    def score(
+        self,
+        job: ScoreJob | KLJob,
+        samples: Sequence[Sample],
+        wanted: Wanted,
+        progress: Report,
+        backend: TeacherBackend = LOCAL,
+    ) -> Values:
+        """What is wanted of the samples, in their order. Both models read the same batches: how a batch is padded decides the
+        last bits of what is computed."""
+        if lacking := backend.capabilities.lacking(wanted):
+            raise ConfigError(f"supervise.teacher: {backend.kind} cannot give {' and '.join(lacking)}")
+        student_rows, teacher_rows = self._rows(job.student, LOCAL), self._rows(job.teacher, backend)
+        shared = min(student_rows, teacher_rows)
+        if wanted.largest > shared:
             raise InputError(
-                f"objective.support.k: {k} candidates, but student and teacher share a vocabulary of {min(rows)} ids"
+                f"objective.support.k: {wanted.largest} candidates, but student and teacher share a vocabulary of"
+                f" {shared} ids"
             )
-        read = {name: [_passage(name, sample, rows) for sample in samples] for name in names}
+        described = {"student": job.student, "teacher": job.teacher}
+        models = self.models.get(described, wanted.models, job.dtype, backend)
+        vocabularies = {"student": Vocabulary(student_rows, shared), "teacher": Vocabulary(shared, shared)}
+        read = {name: [_passage(name, sample) for sample in samples] for name in models}
         for name, model in models.items():
+            if name == "student":
+                _refuse_foreign(samples, student_rows)
             model.check(read[name], [f"{name}, {sample.name}" for sample in samples])
         values: Values = {}
         done = 0
-        lengths = [max(len(read[name][index].inputs) for name in names) for index in range(len(samples))]
+        lengths = [max(len(passages[index].inputs) for passages in read.values()) for index in range(len(samples))]
         for batch in plan_batches(lengths, self.batch_tokens):
-            hidden = {name: model.hidden([read[name][index] for index in batch]) for name, model in models.items()}
-            edges = np.cumsum([len(samples[index].completion) for index in batch])[:-1]
-            tokens = _tokens([samples[index] for index in batch], rows, self.models.device)
-            for name, found in self._in_chunks(models, hidden, tokens, min(rows), wanted).items():
-                arrays = values.setdefault(name, [np.empty(0)] * len(samples))
-                for index, part in zip(batch, np.split(found, edges), strict=True):
-                    arrays[index] = part
+            passages = {name: [found[index] for index in batch] for name, found in read.items()}
+            for name, arrays in _answers(models, passages, vocabularies, wanted).items():
+                column = values.setdefault(name, [np.empty(0)] * len(samples))
+                for index, array in zip(batch, arrays, strict=True):
+                    column[index] = array
             done += len(batch)
             progress(done)
         return values
 
-    def _rows(self, model: ModelRef) -> int:
-        if model.architecture not in self._vocabularies:
-            self._vocabularies[model.architecture] = vocabulary_rows(Path(model.path))
-        return self._vocabularies[model.architecture]
-
-    @torch.inference_mode()
-    def _in_chunks(
-        self,
-        models: dict[str, LoadedModel],
-        hidden: dict[str, Tensor],
-        tokens: tuple[Tensor, Tensor],
-        rows: int,
-        wanted: Wanted,
-    ) -> dict[str, np.ndarray]:
-        """Per quantity its values for all N tokens of a batch, with logits of `chunk_tokens` tokens at a time."""
-        parts: dict[str, list[np.ndarray]] = {}
-        for start in range(0, len(tokens[0]), self.chunk_tokens):
-            chunk = slice(start, start + self.chunk_tokens)
-            logprobs = {}
-            for name, model in models.items():
-                # in the student's vocabulary: rows past it do not exist for the teacher
-                cut = model.rows if name == "student" else rows
-                logprobs[name] = distributions.log_probabilities(model.head(hidden[name][chunk]), cut)
-            if "teacher" in logprobs:
-                logprobs["teacher"].masked_fill_(tokens[1][chunk, None], float("nan"))
-            for name, value in _quantities(logprobs, tokens[0][chunk], rows, wanted).items():
-                parts.setdefault(name, []).append(value.cpu().numpy())
-        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    def _rows(self, model: ModelRef, backend: TeacherBackend) -> int:
+        key = (model.architecture, backend.model_dump_json())
+        if key not in self._vocabularies:
+            self._vocabularies[key] = backend.rows(Path(model.path))
+        return self._vocabularies[key]
 
 
 def _report(link: Link, before: int, done: int) -> None:
     link.progress(before + done, 0)
 
 
-def _quantities(logprobs: dict[str, Tensor], ids_N: Tensor, rows: int, wanted: Wanted) -> dict[str, Tensor]:
-    """What is wanted of one chunk, named as in `tasks.engines.signals`; `logprobs` are (N, V) by model."""
-    found: dict[str, Tensor] = {}
-    if wanted.sampled:
-        for name, logprobs_NV in logprobs.items():
-            found[f"{name}_logprobs"] = distributions.of_tokens(logprobs_NV, ids_N[:, None])[:, 0]
-            found[f"{name}_entropy"] = distributions.entropy(logprobs_NV)
-    if wanted.sampling:
-        found["behaviour_logprobs"], found["outside_nucleus"] = distributions.sampling_logprobs(
-            logprobs["student"], ids_N, **wanted.sampling
-        )
+def _answers(
+    models: Mapping[str, Teacher],
+    passages: Mapping[str, Sequence[Passage]],
+    vocabularies: Mapping[str, Vocabulary],
+    wanted: Wanted,
+) -> Values:
+    """What is wanted of one batch: first of the student, then of the teacher, who may be asked about the student's lists."""
+    found: Values = {}
+    for name, ask in (("student", wanted.student), ("teacher", wanted.teacher)):
+        if ask:
+            given = {k: found[f"student_top{k}_ids"] for k in ask.on}
+            answers = models[name].score(passages[name], ask, vocabularies[name], given)
+            found |= {f"{name}_{quantity}": arrays for quantity, arrays in answers.items()}
+    for k in wanted.teacher.on:  # a list of which the teacher knows nothing has no usable entries
+        pairs = zip(found[f"student_top{k}_valid"], found[f"teacher_on{k}_logprobs"], strict=True)
+        found[f"student_top{k}_valid"] = [np.where(np.isnan(of).all(axis=1), 0, valid) for valid, of in pairs]
     if wanted.reverse_kl:
-        found["reverse_kl"] = distributions.reverse_kl(logprobs["student"], logprobs["teacher"])
-    if wanted.teacher_k is not None:
-        teacher_NV = logprobs["teacher"]
-        ids_NK, top_NK, valid_N = distributions.top(teacher_NV, wanted.teacher_k, rows)
-        found |= {"teacher_ids": ids_NK, "teacher_top": top_NK, "teacher_valid": valid_N}
-        found["teacher_tail"] = distributions.tail_logmass(teacher_NV, ids_NK)
-    if wanted.student_k is not None:
-        ids_NK, top_NK, valid_N = distributions.top(logprobs["student"], wanted.student_k, rows)
-        valid_N = valid_N.masked_fill(logprobs["teacher"][:, 0].isnan(), 0)
-        found |= {"student_ids": ids_NK, "student_top": top_NK, "student_valid": valid_N}
-        found["teacher_on_student"] = distributions.of_tokens(logprobs["teacher"], ids_NK)
-        found["student_tail"] = distributions.tail_logmass(logprobs["student"], ids_NK)
-        found["teacher_tail_of_student"] = distributions.tail_logmass(logprobs["teacher"], ids_NK)
+        chunks = zip(
+            *(models[name].distributions(passages[name], vocabularies[name]) for name in ("student", "teacher")),
+            strict=True,
+        )
+        with torch.inference_mode():
+            parts = [distributions.reverse_kl(student, teacher).cpu().numpy() for student, teacher in chunks]
+        edges = np.cumsum([len(passage.completion) for passage in passages["student"]])[:-1]
+        found["reverse_kl"] = np.split(np.concatenate(parts), edges)
     return found
 
 
-def _passage(name: str, sample: Sample, rows: Sequence[int]) -> Passage:
-    if name == "student":
-        return Passage(sample.prompt, sample.completion)
-    prompt = sample.prompt if sample.teacher_prompt is None else sample.teacher_prompt
-    # an id that the teacher lacks cannot be read; it stands as 0, and nothing after it counts (see _tokens)
-    return Passage(prompt, [token if token < rows[1] else 0 for token in sample.completion])
+def _passage(name: str, sample: Sample) -> Passage:
+    other = sample.teacher_prompt if name == "teacher" else None
+    return Passage(sample.prompt if other is None else other, sample.completion)
 
 
-def _tokens(samples: Sequence[Sample], rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids_N, unread_N) of the packed completions; unread: the teacher could not read a token before this one."""
-    ids, unread = [], []
+def _refuse_foreign(samples: Sequence[Sample], rows: int) -> None:
+    """InputError for a completion whose student reads an id that it does not have."""
     for sample in samples:
-        completion = np.array(sample.completion, np.int64)
-        foreign = np.cumsum(completion >= rows[1])
-        ids.append(completion)
-        unread.append(foreign - (completion >= rows[1]) > 0)
-    pair = (torch.from_numpy(np.concatenate(arrays)).to(device) for arrays in (ids, unread))
-    ids_N, unread_N = pair
-    return ids_N, unread_N
+        if (largest := max(sample.completion[:-1], default=0)) >= rows:
+            raise InputError(f"student, {sample.name}: token id {largest}, but the student has {rows} rows")

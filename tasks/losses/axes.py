@@ -1,4 +1,4 @@
-"""Axes that several estimators share: the support, what lies outside of it, the denominator. Torch-free."""
+"""Axes that several estimators share: the support, the mass outside of it, the denominator. Imports no torch."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Normalised(Identity):
     @model_validator(mode="after")
     def _length_given(self) -> Normalised:
         if (self.normalisation == "constant") != (self.normalisation_length is not None):
-            raise ValueError("normalisation_length: belongs to normalisation: constant, which cannot do without it")
+            raise ValueError("normalisation_length: required with normalisation: constant, and only allowed there")
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""From a config to the objective that computes it."""
+"""From a config, which loads no torch, to the objective that computes it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tasks.losses.types import ObjectiveOutput, StudentView, TokenBatch
 
 
 class Objective(Protocol):
-    """Per-token values and metrics of a micro-batch; holds no state."""
+    """Per-token values and metrics of a micro-batch; stateless."""
 
     needs: Needs
 
     def __call__(self, batch: TokenBatch, student: StudentView, observed: StudentView | None = None) -> ObjectiveOutput:
-        """`student` answers `needs.student` with gradient; `observed` answers `needs.metrics`, where there is one."""
+        """`student` answers `needs.student`, with gradient; `observed`, if given, answers `needs.metrics`."""
 
 
 def make_objective(config: AnyObjective) -> Objective:

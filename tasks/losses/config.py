@@ -1,15 +1,18 @@
-"""The `objective:` part of a config: one point in the product of axes, with what is refused and why. Torch-free."""
+"""The `objective:` section of a config: one choice on each axis. Combinations that make no sense are refused with the
+reason. Imports no torch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, model_validator
 
-from storage.identity import omit_at
+from storage.identity import by_kind, omit_at
 from tasks.losses.axes import FullSupport, Normalised, SampledToken, StudentCandidates, TopkSupport
+from tasks.losses.credit import CREDITS, Credit
+from tasks.losses.credit.opd_plus import OpdPlus
 from tasks.losses.divergences import DIVERGENCES, Divergence, ReverseKL
 from tasks.losses.needs import Needs, SignalNeed, StudentRequest, SupportKind
 from tasks.losses.token_weights import TOKEN_WEIGHTS, TokenWeight, Unweighted
@@ -30,23 +33,19 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    CreditField = Credit
     DivergenceField = Divergence
     TrustRegionField = TrustRegion
     TokenWeightField = TokenWeight
 else:
-
-    def _one_of(registry):
-        """The registered classes as a pydantic union by `kind`; what is registered later is let in by `late`."""
-        union = Annotated[Union[tuple(registry.classes.values())], Field(discriminator="kind")]  # noqa: UP007
-        return Annotated[SerializeAsAny[union], registry.late()]
-
-    DivergenceField = _one_of(DIVERGENCES)
-    TrustRegionField = _one_of(TRUST_REGIONS)
-    TokenWeightField = _one_of(TOKEN_WEIGHTS)
+    CreditField = CREDITS.annotation(names=True)
+    DivergenceField = DIVERGENCES.annotation()
+    TrustRegionField = TRUST_REGIONS.annotation()
+    TokenWeightField = TOKEN_WEIGHTS.annotation()
 
 
 LARGEST_EXPONENT = 80.0
-"""What may be reached in e^x: float32 ends at e^88.7, and sums and factors (x itself, 1 / alpha) need the rest."""
+"""Largest x of an admitted e^x: float32 overflows at e^88.7, and sums and factors (x itself, 1 / alpha) need a margin."""
 
 
 def _named(divergence: Divergence) -> str:
@@ -54,12 +53,12 @@ def _named(divergence: Divergence) -> str:
 
 
 def _tenths(limit: float) -> float:
-    """A limit rounded to what is still within it."""
+    """A limit, rounded down to tenths."""
     return math.floor(limit * 10) / 10
 
 
 def everything(support: SupportKind, exclude_ids: tuple[int, ...] = ()) -> StudentRequest:
-    """What metrics want to know where there is a support."""
+    """What the metrics of an objective with a support need of the student."""
     return StudentRequest(
         support=support,
         token_logprobs=True,
@@ -72,7 +71,7 @@ def everything(support: SupportKind, exclude_ids: tuple[int, ...] = ()) -> Stude
 
 
 class Weighted(Normalised):
-    """Fields about how tokens count, shared by the objectives of distillation."""
+    """The token weight, a field of all objectives of distillation."""
 
     token_weight: TokenWeightField = Field(
         Unweighted(), description="how much each token counts", json_schema_extra=omit_at({"kind": "none"})
@@ -93,15 +92,16 @@ class DirectConfig(Weighted):
     )
     support_exclude_ids: tuple[int, ...] = Field(
         (),
-        description="ids taken out of both distributions wherever the support lists them (a teacher's <think>); elsewhere"
-        " they lie outside of it as any other id does",
+        description="ids removed from both distributions at tokens whose support lists them (a teacher's <think>); at other"
+        " tokens they are outside the support like any other id",
     )
     logprob_min: float = Field(
         -40.0, lt=0, ge=-80, description="floor of log p and log q per category; no gradient below it"
     )
     tail_logmass_min: float = Field(-30.0, lt=0, ge=-80, description="floor of the bucket's log-mass, of both")
     allow_drop: bool = Field(
-        False, description="accept `drop` where its sum falls without end as student mass leaves the support"
+        False,
+        description="accept `drop` with a divergence whose sum is unbounded below as student mass leaves the support",
     )
 
     @model_validator(mode="after")
@@ -115,11 +115,11 @@ class DirectConfig(Weighted):
         if support.outside == "drop" and self.divergence.w_at_one < 0 and not self.allow_drop:
             raise ValueError(
                 f"support.outside: {self.divergence.kind} with `drop` is no divergence: its sum becomes negative as the"
-                " student moves its mass off the support, which is what training would do; use bucket or renormalize,"
-                " or say allow_drop: true"
+                " student moves its mass off the support, which training would then do; use bucket or renormalize, or set"
+                " allow_drop: true"
             )
         if any(i < 0 for i in self.support_exclude_ids):
-            raise ValueError("support_exclude_ids: ids are not negative")
+            raise ValueError("support_exclude_ids: ids must not be negative")
         floors = {"logprob_min": self.logprob_min}
         if support.outside == "bucket":
             floors["tail_logmass_min"] = self.tail_logmass_min
@@ -133,7 +133,7 @@ class DirectConfig(Weighted):
         return self
 
     def needs(self) -> Needs:
-        """Signals and student quantities that the loss cannot do without, and those that its metrics want."""
+        """The signals and student quantities of the loss and of its metrics."""
         k = self.support.k
         lists: tuple[SignalNeed, ...] = {
             "teacher_topk": (SignalNeed("teacher_topk", k),),
@@ -149,7 +149,7 @@ class DirectConfig(Weighted):
             exclude_ids=self.support_exclude_ids,
         )
         metrics = everything(self.support.kind, self.support_exclude_ids)
-        return Needs((SignalNeed("sampled"), SignalNeed("mask"), *lists), student, metrics)
+        return Needs((SignalNeed("sampled"), SignalNeed("mask"), *lists, *self.token_weight.needs), student, metrics)
 
 
 class PolicyGradientConfig(Weighted):
@@ -160,7 +160,9 @@ class PolicyGradientConfig(Weighted):
     `sum_v sg(w_v) rho_v sg(-A_v)`, takes the place of the sampled token (Rethinking OPD, 2604.13016; TRB, 2605.31159)."""
 
     estimator: Literal["policy_gradient"] = "policy_gradient"
-    equation: ClassVar[str] = "-sg(A(y)) rho, rho = p(y) / sg(p_old(y)), A = w_f(u) - w_f(1) or -f(u), u = q(y) / p(y)"
+    equation: ClassVar[str] = (
+        "a PPO(rho, A) + b w D, A = sg(m A_r + delta), rho = p(y) / sg(p_old(y)); by default -A rho"
+    )
     paper: ClassVar[str] = "2606.01039"
     divergence: DivergenceField = Field(ReverseKL(), description="what is minimised in expectation")
     support: Annotated[SampledToken | StudentCandidates, Field(discriminator="kind")] = Field(
@@ -168,21 +170,23 @@ class PolicyGradientConfig(Weighted):
         description="the tokens that have an advantage: the sampled one, or the rollout-time student's top K",
         json_schema_extra=omit_at({"kind": "sampled"}),
     )
-    advantage: Literal["opd_plus", "stop_gradient"] = Field(
-        "opd_plus",
-        description="`opd_plus`: w_f(u) = -f(u) + u f'(u), unbiased; `stop_gradient`: -f(u), as is usual",
+    advantage: CreditField = Field(
+        OpdPlus(),
+        description="the credit of each token: its name, or {kind: name, ...} where it has fields; `opd objectives` lists"
+        " them",
+        json_schema_extra=by_kind(),
     )
     center: bool = Field(
         True,
-        description="subtract the advantage at u = 1: same gradient in expectation for exact samples of the sampled token,"
-        " without a ratio clip or trust region; less variance",
+        description="subtract delta at u = 1: same gradient in expectation for exact samples of the sampled token, without"
+        " a ratio clip or trust region; less variance",
     )
     advantage_at: Literal["live", "rollout"] = Field(
         "live", description="log u from the live student each step, or frozen at the rollout"
     )
     trust_region: TrustRegionField = Field(
         NoTrustRegion(),
-        description="what is done where the teacher's verdict on a token is unreliable",
+        description="treatment of tokens on which the ratio of teacher to student is unreliable",
         json_schema_extra=omit_at({"kind": "none"}),
     )
     log_ratio_clip: float = Field(6.0, gt=0, le=40, description="log u is clipped to +- this")
@@ -208,22 +212,28 @@ class PolicyGradientConfig(Weighted):
             raise ValueError("dual_clip: bounds a clipped ratio; set ppo_clip as well (0.2 is usual)")
         if self.support.kind != "sampled" and self.trust_region.sampled_only:
             raise ValueError(
-                f"trust_region: {self.trust_region.kind} judges the sampled token, but support.kind is"
+                f"trust_region: {self.trust_region.kind} is defined for the sampled token, but support.kind is"
                 f" {self.support.kind}; use support.kind: sampled, or another trust region"
             )
-        one = self.divergence.w_at_one if self.advantage == "opd_plus" and not self.center else 0.0
-        if isinstance(self.support, StudentCandidates) and self.support.baseline == "none" and one != 0:
+        support = self.support
+        self.advantage.check(
+            self.divergence,
+            listed=isinstance(support, StudentCandidates),
+            baseline=isinstance(support, StudentCandidates) and support.baseline == "list",
+            center=self.center,
+        )
+        if self.advantage.side is not None and self.trust_region.side is not None:
             raise ValueError(
-                f"center: false gives every candidate the advantage {one:g} where student and teacher agree; over a list"
-                " that is not the whole vocabulary this moves mass onto or off it, whatever the teacher says; use center:"
-                " true, or support.baseline: list"
+                f"advantage: {self.advantage.kind} and trust_region {self.trust_region.kind} each have a divergence beside"
+                " the policy gradient; one objective computes one: use another advantage or trust region"
             )
-        reached = self.divergence.advantage_growth * self.log_ratio_clip + self.log_rho_clip
+        growth = self.advantage.growth(self.divergence)
+        reached = growth * self.log_ratio_clip + self.log_rho_clip
         if reached > LARGEST_EXPONENT:
             raise ValueError(
                 f"log_ratio_clip: with {_named(self.divergence)}, log_ratio_clip {self.log_ratio_clip:g} and log_rho_clip"
                 f" {self.log_rho_clip:g} an advantage times its ratio reaches e^{reached:g}, which float32 cannot hold; use"
-                f" {_tenths((LARGEST_EXPONENT - self.log_rho_clip) / self.divergence.advantage_growth):g} or less"
+                f" {_tenths((LARGEST_EXPONENT - self.log_rho_clip) / growth):g} or less"
             )
         return self
 
@@ -236,8 +246,8 @@ class PolicyGradientConfig(Weighted):
 
     @property
     def side(self) -> DirectConfig | None:
-        """The trust region's divergence beside the policy gradient, as a direct objective of its own."""
-        term = self.trust_region.side
+        """The divergence beside the policy gradient, the credit's or the trust region's, as a direct objective."""
+        term = self.advantage.side or self.trust_region.side
         if term is None:
             return None
         return DirectConfig.model_validate(
@@ -250,23 +260,30 @@ class PolicyGradientConfig(Weighted):
         )
 
     def needs(self) -> Needs:
-        """The sampled tokens' log-probabilities under student and teacher, and the live student's; lists where the
-        support or the trust region has them."""
-        signals = (SignalNeed("sampled"), SignalNeed("mask"))
-        uses = {"draws": self.trust_region.draws, "takes_prefixes": self.trust_region.takes_prefixes}
+        """Log-probabilities of the sampled tokens under student and teacher, those of the live student, the lists of the
+        support, the trust region or the credit, and what else the credit reads."""
+        student, metrics = StudentRequest(token_logprobs=True), StudentRequest(token_logprobs=True, entropy=True)
+        lists: tuple[SignalNeed, ...] = ()
         if self.support.kind == "student_topk":
             student = StudentRequest(support="student_topk", log_normaliser=True)
-            listed = (SignalNeed("student_topk", self.support.k),)
-            return Needs((*signals, *listed), student, everything("student_topk"), **uses)
-        if self.side is not None:
-            student = replace(self.side.needs().student, token_logprobs=True, log_normaliser=True)
-            lists = tuple(need for need in self.side.needs().signals if need.k is not None)
-            return Needs((*signals, *lists), student, everything("teacher_topk"), **uses)
+            metrics, lists = everything("student_topk"), (SignalNeed("student_topk", self.support.k),)
+        elif self.side is not None:
+            beside = self.side.needs()
+            student = replace(beside.student, token_logprobs=True, log_normaliser=True)
+            metrics, lists = everything("teacher_topk"), tuple(n for n in beside.signals if n.k is not None)
         return Needs(
-            signals,
-            StudentRequest(token_logprobs=True),
-            StudentRequest(token_logprobs=True, entropy=True),
-            **uses,
+            (
+                SignalNeed("sampled"),
+                SignalNeed("mask"),
+                *lists,
+                *self.token_weight.needs,
+                *self.advantage.needs.signals,
+            ),
+            student,
+            metrics,
+            draws=self.trust_region.draws,
+            takes_prefixes=self.trust_region.takes_prefixes,
+            credit=self.advantage.needs,
         )
 
 
@@ -278,7 +295,7 @@ class SftConfig(Normalised):
     paper: ClassVar[str] = ""
 
     def needs(self) -> Needs:
-        """No signals; the live student's log-probabilities of the text."""
+        """No signals; log-probabilities of the text under the live student."""
         student = StudentRequest(token_logprobs=True)
         return Needs((), student, StudentRequest(token_logprobs=True, entropy=True))
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ALPHA_BOUNDS = (-2.0, 3.0)
 """Outside of these u^alpha overflows float32 at the default clamp of log-probabilities."""
 ALPHA_FROM_A_LIMIT = 1e-3
-"""Nearer to 0 or 1 the order is not told apart from its limit, and in the end 1 / alpha leaves float32."""
+"""Closer to 0 or 1 the order cannot be distinguished from its limit, and 1 / alpha overflows float32."""
 
 
 class Divergence(Kind):
@@ -52,7 +52,7 @@ class Divergence(Kind):
 
     @abstractmethod
     def terms(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """One term per category, of the shape of the inputs. Both inputs finite; the caller sums what is valid."""
+        """One term per category, of the shape of the inputs. Both inputs are finite; the caller sums the valid ones."""
 
     @abstractmethod
     def f(self, log_u: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ register = DIVERGENCES.register
 
 
 def _log_mixture(share: float, log_u: Tensor) -> Tensor:
-    """log(share u + 1 - share), zero at u = 1; from the side on which 1 + x stays above 1/2, so finite for any share."""
+    """log(share u + 1 - share), zero at u = 1; expanded on the side on which 1 + x >= 1/2, so finite for any share."""
     if share <= 0.5:
         return (share * log_u.expm1()).log1p()
     return log_u + ((1 - share) * (-log_u).expm1()).log1p()
@@ -291,14 +291,14 @@ class Alpha(Divergence):
 
 
 def _alpha_f(a: float, log_u: Tensor) -> Tensor:
-    """(u^a - a u - (1-a)) / (a (a-1)) for a < 1/2, where nothing cancels but what must: next to 0 the usual form loses
-    every digit in float32."""
+    """(u^a - a u - (1-a)) / (a (a-1)) for a < 1/2, without avoidable cancellation: the usual form loses every digit in
+    float32 near a = 0."""
     return ((a * log_u).expm1() / a - log_u.expm1()) / (a - 1)
 
 
 @register
 class PearsonChi2(Divergence):
-    """Pearson's chi squared, sum p (u-1)^2: punishes mass that the student lacks. w(u) = u^2 - 1 (2606.01039)."""
+    """Pearson's chi squared, sum p (u-1)^2: penalises missing student mass. w(u) = u^2 - 1 (2606.01039)."""
 
     kind: Literal["pearson_chi2"] = "pearson_chi2"
     equation = "sum p (q/p - 1)^2"
@@ -326,7 +326,7 @@ class PearsonChi2(Divergence):
 
 @register
 class NeymanChi2(Divergence):
-    """Neyman's chi squared, sum q (p/q-1)^2: punishes mass that the teacher lacks. w(u) = 2 - 2/u (2606.01039)."""
+    """Neyman's chi squared, sum q (p/q-1)^2: penalises student mass where the teacher has little. w(u) = 2 - 2/u (2606.01039)."""
 
     kind: Literal["neyman_chi2"] = "neyman_chi2"
     equation = "sum q (p/q - 1)^2"
@@ -366,7 +366,7 @@ class SquaredHellinger(Divergence):
 
 @register
 class TotalVariation(Divergence):
-    """Total variation, 1/2 sum |p - q|: bounded, blind to how small a probability is. w(u) = 1/2 sign(u-1) (2606.01039).
+    """Total variation, 1/2 sum |p - q|: bounded, insensitive to small probabilities. w(u) = 1/2 sign(u-1) (2606.01039).
 
     Its gradient at p = q is taken as zero."""
 

@@ -1,13 +1,12 @@
-"""Head providers: from hidden states and the output head to just what an objective asks of the live student.
+"""Head providers: compute what an objective needs of the live student from hidden states and the output head.
 
 The head is called as a module (`head(hidden)`), so that hooks on it run (ZeRO-3 gathers the weight there, LoRA adds its
-part). Three ways, one result:
+part). `ChunkedHead` has two ways with one result:
 
-- `PlainHead` makes all logits at once: the reference, for small cases.
-- `ChunkedHead` makes them for a chunk of unmasked tokens at a time and again in backward, so that N x V never exists.
-- K rows: where only scores on the support are wanted (`renormalize`), `ChunkedHead` multiplies with these rows of the
-  head's weight alone. That needs the weight itself: a head that is not exactly `nn.Linear`, or whose weight ZeRO-3 has
-  partitioned, gets full logits in chunks instead.
+- It makes the logits of a chunk of unmasked tokens at a time, and again in backward, so that N x V logits never exist.
+- Where only scores on the support are wanted (`renormalize`), it multiplies with these K rows of the head's weight alone.
+  That needs the weight itself: a head that is not exactly `nn.Linear`, or whose weight ZeRO-3 has partitioned, gets full
+  logits in chunks instead.
 
 Logits are taken to float32 (float64 stays) before anything is summed.
 """
@@ -40,14 +39,8 @@ class HeadProvider(Protocol):
     """Answers a request about the live student, with gradient to hidden states and head."""
 
     def __call__(self, hidden_ND: Tensor, head: nn.Module, batch: TokenBatch, request: StudentRequest) -> StudentView:
-        """hidden_ND: the last hidden state at the position that predicts each token."""
-
-
-class PlainHead:
-    """All logits at once."""
-
-    def __call__(self, hidden_ND: Tensor, head: nn.Module, batch: TokenBatch, request: StudentRequest) -> StudentView:
-        return _view(from_logits(head(hidden_ND), batch.token_ids_N, *_support(batch, request), request))
+        """hidden_ND: the last hidden state at the position that predicts each token. Fields that `request` does not ask for
+        are null."""
 
 
 class ChunkedHead:
@@ -66,7 +59,7 @@ class ChunkedHead:
     def __call__(self, hidden_ND: Tensor, head: nn.Module, batch: TokenBatch, request: StudentRequest) -> StudentView:
         kept_M = batch.loss_mask_N.nonzero().squeeze(-1)
         hidden_MD = hidden_ND.index_select(0, kept_M)
-        lists = [None if t is None else t.index_select(0, kept_M) for t in _support(batch, request)]
+        lists = [None if t is None else t.index_select(0, kept_M) for t in support_of(batch, request)]
         ids_MK = lists[0]
         n = hidden_ND.shape[0]
         if ids_MK is not None and not request.whole_vocabulary and self._rows_apply(head, ids_MK.shape[-1]):
@@ -86,7 +79,7 @@ class ChunkedHead:
             for chunk in zip(*inputs, strict=True)
         ]
         whole = (_joined(list(column)) for column in zip(*chunks, strict=True))
-        return _view(tuple(None if value is None else _spread(value, kept_M, n) for value in whole))
+        return view_of(tuple(None if value is None else _spread(value, kept_M, n) for value in whole))
 
     def _rows_apply(self, head: nn.Module, k: int) -> bool:
         if type(head) is not nn.Linear or _partitioned(head) or head._forward_hooks or head._forward_pre_hooks:
@@ -102,7 +95,7 @@ def from_logits(
     teacher_NK: Tensor | None,
     request: StudentRequest,
 ) -> Parts:
-    """What `request` asks for, in the order of FIELDS, null where not asked.
+    """The values that `request` asks for, in the order of FIELDS; null for the others.
 
     listed_NK: which ids of the support count; teacher_NK: which of them are the teacher's own list. The tail is a
     logsumexp over the complement of the support: it neither cancels as 1 - sum does nor makes NaN where nothing lies
@@ -135,8 +128,8 @@ def from_logits(
 
 
 def _without(raw_NV: Tensor, ids_NK: Tensor, listed_NK: Tensor, exclude_ids: tuple[int, ...]) -> Tensor:
-    """-inf at the ids to exclude, in the rows whose support lists them: of others the teacher's value is not known, so
-    there they stay outside in both models."""
+    """-inf at the ids to exclude, in the rows whose support lists them. In other rows the teacher's value is not known, and
+    the ids stay outside the support in both models."""
     gone_E = torch.tensor(sorted(set(exclude_ids)), device=raw_NV.device)
     there_NE = ((ids_NK.unsqueeze(-1) == gone_E) & listed_NK.unsqueeze(-1)).any(1)
     return raw_NV.index_copy(-1, gone_E, raw_NV.index_select(-1, gone_E).masked_fill(there_NE, float("-inf")))
@@ -152,7 +145,7 @@ def _overlap(logits_NV: Tensor, scores_NK: Tensor, teacher_NK: Tensor) -> Tensor
     return ((scores_NK >= threshold) & teacher_NK).sum(-1) / count.clamp(min=1)
 
 
-def _support(batch: TokenBatch, request: StudentRequest) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def support_of(batch: TokenBatch, request: StudentRequest) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Support ids with a real id of the row in place of padding (so that a scatter over them is safe), which are listed,
     and which of these are the teacher's own list (null where that is not known)."""
     if request.support is None:
@@ -249,5 +242,5 @@ def _spread(values_M: Tensor, kept_M: Tensor, n: int) -> Tensor:
     return values_M.new_zeros((n, *values_M.shape[1:])).index_copy(0, kept_M, values_M)
 
 
-def _view(parts: Parts) -> StudentView:
+def view_of(parts: Parts) -> StudentView:
     return StudentView(**dict(zip(FIELDS, parts, strict=True)))

@@ -1,4 +1,4 @@
-"""Per-token metrics, named as columns of `training_steps`; without gradient, and only from what was computed anyway."""
+"""Per-token metrics, named as columns of `training_steps`: without gradient, from values that were computed anyway."""
 
 from __future__ import annotations
 

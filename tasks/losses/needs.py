@@ -1,25 +1,25 @@
-"""What an objective asks for: stored signals, and quantities of the live student. Torch-free."""
+"""What an objective needs: stored signals, values of samples, quantities of the live student. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-SignalName = Literal["sampled", "teacher_topk", "student_topk", "mask"]
 SupportKind = Literal["teacher_topk", "student_topk", "union", "full"]
 
 
 @dataclass(frozen=True)
 class SignalNeed:
-    """One signal of supervision; `k` is the least number of entries per token where the signal is a top-K list."""
+    """One signal of supervision, by the name it is registered under (`tasks.signals`); `k` is the least number of entries per
+    token where the signal is a top-K list."""
 
-    name: SignalName
+    name: str
     k: int | None = None
 
 
 @dataclass(frozen=True)
 class StudentRequest:
-    """What a head provider must compute of the live student; everything not asked for may be left out.
+    """What a head provider must compute of the live student; it may leave out the rest.
 
     `support` gives the ids of which scores are wanted: normalised over the vocabulary when `log_normaliser` is set,
     else raw logits (K rows of the head then suffice). `tail` is the student's log-mass outside the support,
@@ -43,8 +43,25 @@ class StudentRequest:
 
 
 @dataclass(frozen=True)
+class CreditNeeds:
+    """What a credit reads beside log-probabilities and positions; the trainer's data has it only where it is needed."""
+
+    reward: bool = False
+    """the reward of each sample (rollouts.reward)"""
+    groups: bool = False
+    """which samples have the same prompt; with `reward`, the rewards of all of them"""
+    teacher_entropy: bool = False
+    student_entropy: bool = False
+    """of the student that wrote the rollouts"""
+    segment_ends: tuple[int, ...] = ()
+    """token ids that end a segment of a completion, each the last token of its segment; none: no segments"""
+    signals: tuple[SignalNeed, ...] = ()
+    """further signals of supervision, beside `sampled`, `mask` and the lists of the support and of `side`"""
+
+
+@dataclass(frozen=True)
 class Needs:
-    """Signals to be cached, and what the loss wants of the student.
+    """Everything that an objective needs.
 
     `metrics` is a second request, for steps that log: the trainer computes it without gradient beside `student` and
     hands it to the objective as `observed`, so that logging changes no bit of the loss."""
@@ -55,4 +72,5 @@ class Needs:
     draws: bool = False
     """one uniform number per token, from a counter-based generator keyed by (seed, sample id, position)"""
     takes_prefixes: bool = False
-    """tokens that the teacher wrote belong in the batch, told apart: the objective has a term of its own for them"""
+    """keep tokens that the teacher wrote in the batch, marked by `teacher_prefix_N`: the objective has a term for them"""
+    credit: CreditNeeds = CreditNeeds()

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
 from tasks.losses.axes import StudentCandidates
 from tasks.losses.config import DirectConfig, PolicyGradientConfig
+from tasks.losses.credit import CreditContext, CreditTerms
 from tasks.losses.direct import DirectObjective
-from tasks.losses.divergences import Divergence
 from tasks.losses.metrics import difference, sampled_metrics, support_metrics
 from tasks.losses.support import listed_mask
 from tasks.losses.trust_regions import Evidence, TermWeights
 from tasks.losses.types import ObjectiveOutput, StudentView, TokenBatch, lowest, required, working
 from tasks.losses.weighting import weighted
-
-
-@torch.no_grad()
-def advantage(divergence: Divergence, log_u_N: Tensor, *, unbiased: bool, center: bool) -> Tensor:
-    """A(y) from log u = log q(y) - log p(y); OPD+, arXiv 2606.01039.
-
-    unbiased: w_f(u) = -f(u) + u f'(u), the advantage of minimising E f(u) where the student moves u as well; else
-    -f(u). center subtracts its value at u = 1, which changes no expected gradient of exactly sampled tokens without a
-    ratio clip or a trust region."""
-    if unbiased:
-        return divergence.w(log_u_N) - (divergence.w_at_one if center else 0.0)
-    return -divergence.f(log_u_N)  # f(1) = 0 for every divergence: centred as it is
 
 
 def surrogate(
@@ -58,11 +48,22 @@ def surrogate(
     return loss, clipped.to(loss.dtype).detach()
 
 
+@dataclass(frozen=True)
+class _Credited:
+    """The credit of tokens (or candidates), with the advantage that the trust region leaves."""
+
+    advantage: Tensor
+    """A = m A_r + delta, centred, bounded by the trust region"""
+    terms: CreditTerms
+    replaced: Tensor | None
+    """1 where the trust region replaced the advantage; null where it replaces nothing"""
+
+
 class PolicyGradientObjective:
-    """per_token = -sg(A) rho; A = w_f(u), centred (OPD+, 2606.01039), by default A = log u: sampled-token OPD.
+    """per_token = a PPO(rho, m A_r + delta) + b w D, with the factors of the credit (`credit/`); by default -sg(log u) rho.
 
     log u is clipped, and taken from the live student or from the rollout's (`advantage_at`). A trust region may reshape
-    log u, bound A, and weigh the policy gradient against terms of its own (`trust_regions.py`)."""
+    log u, bound the advantage, and weigh the policy gradient against terms of its own (`trust_regions.py`)."""
 
     def __init__(self, config: PolicyGradientConfig) -> None:
         self.config = config
@@ -71,7 +72,7 @@ class PolicyGradientObjective:
 
     def __call__(self, batch: TokenBatch, student: StudentView, observed: StudentView | None = None) -> ObjectiveOutput:
         """Needs the log-probabilities of the sampled token, or of the candidates, under teacher, rollout-time student
-        and live student."""
+        and live student, and what the credit needs."""
         listed = self.config.support.kind == "student_topk"
         loss, divergence, metrics = (self._of_candidates if listed else self._of_sampled)(batch, student)
         view, out = observed or student, batch.loss_mask_N <= 0
@@ -85,43 +86,44 @@ class PolicyGradientObjective:
         )
 
     def _of_sampled(self, batch: TokenBatch, student: StudentView) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(loss, how far apart the models are, metrics), per token."""
+        """(loss, estimate of the divergence, metrics), per token."""
         region, out = self.config.trust_region, batch.loss_mask_N <= 0
         live = required(student.token_logprobs_N, "student.token_logprobs_N").masked_fill(out, 0)
         old = required(batch.student_logprobs_N, "batch.student_logprobs_N").masked_fill(out, 0)
         teacher = required(batch.teacher_logprobs_N, "batch.teacher_logprobs_N").masked_fill(out, 0)
-        at_live, at_rollout = difference(teacher, live.detach()), difference(teacher, old)
+        at_live = difference(teacher, live.detach())
         weights = region.weigh(
             Evidence(
-                log_u_rollout_N=at_rollout,
+                log_u_rollout_N=difference(teacher, old),
                 log_u_live_N=at_live,
                 teacher_entropy_N=_harmless(batch.teacher_entropy_N, out),
                 uniform_N=_harmless(batch.uniform_N, out),
                 teacher_prefix_N=_harmless(batch.teacher_prefix_N, out),
             )
         )
-        log_u = at_live if self.config.advantage_at == "live" else at_rollout
-        a, replaced = self._advantage(log_u, weights)
-        loss, clipped = self._surrogate(a, live, old)
+        credited = self._credited(batch, live, old, teacher, weights)
+        loss, clipped = self._policy_gradient(credited, live, old)
         bounded = at_live.clamp(-self.config.log_ratio_clip, self.config.log_ratio_clip)
         divergence = bounded.expm1() - bounded
         metrics = {"log_ratio_mean": difference(live.detach(), old), "reverse_kl": -bounded}
         if self.config.ppo_clip is not None:
             metrics["clip_fraction"] = clipped
-        if replaced is not None:
-            metrics["outlier_fraction"] = replaced
-        if weights is None:
-            return loss, divergence, metrics
-        metrics["outlier_fraction"] = weights.outside_N
-        loss = weights.trusted_N * loss
-        if weights.outlier_N is not None and self._side is not None:
-            loss = loss + weights.outlier_N * self._side(batch, student).per_token_N
-        if weights.likelihood_N is not None:
-            loss = loss - weights.likelihood_N * live.clamp(min=lowest(live))
+        if credited.replaced is not None:
+            metrics["outlier_fraction"] = credited.replaced
+        if weights is not None:
+            metrics["outlier_fraction"] = weights.outside_N
+            loss = weights.trusted_N * loss
+            if weights.outlier_N is not None and self._side is not None:
+                loss = loss + weights.outlier_N * self._side(batch, student).per_token_N
+            if weights.likelihood_N is not None:
+                loss = loss - weights.likelihood_N * live.clamp(min=lowest(live))
+        b, w = credited.terms.b, credited.terms.w
+        if b is not None and self._side is not None:
+            loss = loss + (b if w is None else b * w) * self._side(batch, student).per_token_N
         return loss, divergence, metrics
 
     def _of_candidates(self, batch: TokenBatch, student: StudentView) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The same of sum_v sg(w_v) (-sg(A_v)) rho_v over the rollout-time student's K likeliest ids v."""
+        """The same for sum_v sg(w_v) (-sg(A_v)) rho_v over the rollout-time student's K likeliest ids v."""
         ids = required(batch.support_ids_NK, "batch.support_ids_NK")
         listed = listed_mask(ids, required(batch.support_valid_N, "batch.support_valid_N"))
         listed &= (batch.loss_mask_N > 0).unsqueeze(-1)
@@ -134,7 +136,6 @@ class PolicyGradientObjective:
             )
         )
         required(student.log_normaliser_N, "student.log_normaliser_N (scores normalised over the vocabulary)")
-        log_u = difference(teacher, live.detach() if self.config.advantage_at == "live" else old)
         support = self.config.support
         assert isinstance(support, StudentCandidates)
         weigher = live.detach() if support.weights_at == "live" else old
@@ -143,30 +144,70 @@ class PolicyGradientObjective:
         def mean(values_NK: Tensor) -> Tensor:
             return (weights * values_NK).sum(-1)
 
-        a, replaced = self._advantage(log_u, None)
+        credited = self._credited(batch, live, old, teacher, None)
         if support.baseline == "list":
-            a = a - mean(a).unsqueeze(-1)
-        loss, clipped = self._surrogate(a, live, old)
+            credited = replace(credited, advantage=credited.advantage - mean(credited.advantage).unsqueeze(-1))
+        loss, clipped = self._policy_gradient(credited, live, old)
         metrics: dict[str, Tensor] = {}
         if self.config.ppo_clip is not None:
             metrics["clip_fraction"] = mean(clipped)
-        if replaced is not None:
-            metrics["outlier_fraction"] = mean(replaced)
+        if credited.replaced is not None:
+            metrics["outlier_fraction"] = mean(credited.replaced)
         return mean(loss), mean(_over(weigher, listed) - _over(teacher, listed)), metrics
 
-    def _advantage(self, log_u: Tensor, weights: TermWeights | None) -> tuple[Tensor, Tensor | None]:
-        """(A, 1 where the trust region replaced it or null where it replaces nothing), elementwise."""
-        config, region = self.config, self.config.trust_region
-        log_u = region.reshape(log_u).clamp(-config.log_ratio_clip, config.log_ratio_clip)
-        whole = advantage(config.divergence, log_u, unbiased=config.advantage == "opd_plus", center=config.center)
-        a = region.bound(whole, weights)
-        return a, None if a is whole or weights is not None else (a != whole).to(a.dtype)
+    @torch.no_grad()
+    def _credited(
+        self, batch: TokenBatch, live: Tensor, old: Tensor, teacher: Tensor, weights: TermWeights | None
+    ) -> _Credited:
+        """The credit of the tokens [N] or candidates [N, K] that these log-probabilities are of."""
+        config, region, credit = self.config, self.config.trust_region, self.config.advantage
+        needs, out = self.needs.credit, batch.loss_mask_N <= 0
 
-    def _surrogate(self, a: Tensor, live: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.config
-        return surrogate(
-            a, live, old, ppo_clip=config.ppo_clip, dual_clip=config.dual_clip, log_rho_clip=config.log_rho_clip
+        def value(name: str, wanted: bool) -> Tensor | None:
+            return _harmless(required(getattr(batch, name), f"batch.{name}"), out) if wanted else None
+
+        log_p_live, log_p_rollout, log_q = (_finite(values) for values in (live, old, teacher))
+        log_u = log_q - (log_p_live if config.advantage_at == "live" else log_p_rollout)
+        context = CreditContext(
+            divergence=config.divergence,
+            log_u=region.reshape(log_u).clamp(-config.log_ratio_clip, config.log_ratio_clip),
+            log_p_live=log_p_live,
+            log_p_rollout=log_p_rollout,
+            log_q=log_q,
+            mask_N=batch.loss_mask_N,
+            sample_N=batch.sample_N,
+            position_N=batch.position_N,
+            segment_N=value("segment_N", bool(needs.segment_ends)),
+            teacher_entropy_N=value("teacher_entropy_N", needs.teacher_entropy),
+            student_entropy_N=value("student_entropy_N", needs.student_entropy),
+            reward_N=value("reward_N", needs.reward),
+            group_N=value("group_N", needs.groups),
+            group_rewards_NG=value("group_rewards_NG", needs.reward and needs.groups),
+            signals={name: values.detach().masked_fill(out, 0) for name, values in (batch.signals or {}).items()},
         )
+        terms = credit(context)
+        whole = terms.advantage(credit.delta_at_one(config.divergence) if config.center else 0.0)
+        if whole.shape != log_u.shape:
+            shapes = f"{list(whole.shape)} for log u of shape {list(log_u.shape)}"
+            raise ValueError(f"advantage {credit.kind}: it gives values of shape {shapes}; they must be the same")
+        if terms.b is not None and credit.side is None:
+            raise ValueError(f"advantage {credit.kind}: it gives b, but names no divergence; override `side`")
+        bounded = region.bound(whole, weights)
+        same = bounded is whole or weights is not None
+        return _Credited(bounded, terms, None if same else (bounded != whole).to(bounded.dtype))
+
+    def _policy_gradient(self, credited: _Credited, live: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+        """(a PPO(rho, A), 1 where a clip holds)."""
+        config = self.config
+        loss, clipped = surrogate(
+            credited.advantage,
+            live,
+            old,
+            ppo_clip=config.ppo_clip,
+            dual_clip=config.dual_clip,
+            log_rho_clip=config.log_rho_clip,
+        )
+        return loss if credited.terms.a is None else credited.terms.a * loss, clipped
 
 
 def _over(logprobs_NK: Tensor, listed_NK: Tensor) -> Tensor:
@@ -176,5 +217,12 @@ def _over(logprobs_NK: Tensor, listed_NK: Tensor) -> Tensor:
     return values.clamp(min=floor).masked_fill(~listed_NK, floor).log_softmax(-1).clamp(min=floor)
 
 
-def _harmless(values_N: Tensor | None, out_N: Tensor) -> Tensor | None:
-    return None if values_N is None else values_N.detach().masked_fill(out_N, 0)
+def _finite(logprobs: Tensor) -> Tensor:
+    values = working(logprobs.detach())
+    return values.clamp(min=lowest(values))
+
+
+def _harmless(values: Tensor | None, out_N: Tensor) -> Tensor | None:
+    if values is None:
+        return None
+    return values.detach().masked_fill(out_N if values.dim() == 1 else out_N.unsqueeze(-1), 0)

@@ -1,10 +1,9 @@
-"""Supports: which ids are compared, and what becomes of the mass outside of them.
+"""Supports: which ids are compared, and how the mass outside of them is treated.
 
 `renormalize` divides both distributions by their own mass on the support (Revisiting OPD, 2603.25562): a softmax
 over the support's scores alone. `bucket` adds one category with the remaining mass of each: by data processing never
 above the full divergence, and equal to it at K = V. `drop` keeps the terms of the support unnormalised (TrOPD's
-outlier term, 2606.01249). Everything is masked before it is computed with: padded entries and masked tokens have
-harmless values.
+outlier term, 2606.01249). Values are masked before they are used: padded entries and masked tokens hold harmless values.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Outside = Literal["renormalize", "bucket", "drop"]
 
 @dataclass(frozen=True)
 class Categories:
-    """Two distributions over the same categories, finite everywhere; only `valid_NC` entries count."""
+    """Two distributions over the same categories, finite everywhere; entries outside `valid_NC` do not count."""
 
     log_p_NC: Tensor
     log_q_NC: Tensor
@@ -46,7 +45,7 @@ def excluded_mask(ids_NK: Tensor, exclude_ids: tuple[int, ...]) -> Tensor:
 
 
 def masked_logsumexp(values_NK: Tensor, mask_NK: Tensor) -> Tensor:
-    """logsumexp over the masked-in entries; a very low finite number, without gradient, where there are none."""
+    """logsumexp over the masked-in entries; a very low finite number, without gradient, if there are none."""
     floor = lowest(values_NK)
     return torch.logsumexp(values_NK.clamp(min=floor).masked_fill(~mask_NK, floor), -1)
 

@@ -1,4 +1,4 @@
-"""How much each token counts beside the others. One registered class each, which is its own configuration.
+"""Weights of tokens in the loss: one registered class each, which is its own configuration.
 
 Weights are detached and multiply the per-token loss; the denominator stays the number of tokens, so that a token's
 weight depends on no other token, and not on how a step is split into micro-batches."""
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from tasks.losses.needs import SignalNeed
 from tasks.losses.registry import Kind, Registry
 
 if TYPE_CHECKING:
@@ -19,12 +21,12 @@ if TYPE_CHECKING:
 
 
 SMALLEST = 1e-12
-"""Divergence below which nothing is told apart: under what float32 can resolve."""
+"""Floor of the divergence: smaller values are below the resolution of float32."""
 
 
 @dataclass(frozen=True)
 class Weighable:
-    """What a token's weight may depend on; detached, finite, harmless where masked."""
+    """What a token's weight may depend on: detached, finite, harmless where masked."""
 
     position_N: Tensor
     """index of the token in its completion, floating"""
@@ -33,10 +35,15 @@ class Weighable:
     u - 1 - log u of the reverse KL (non-negative, unbiased under exact sampling)"""
     teacher_entropy_N: Tensor | None
     """nats"""
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+    """numbers of the signals that the weight wants: `<signal>_<column>`"""
 
 
 class TokenWeight(Kind):
     """A non-negative weight per token."""
+
+    needs: ClassVar[tuple[SignalNeed, ...]] = ()
+    """Signals that the weight depends on, beside those of the objective: numbers per token, so without k."""
 
     @abstractmethod
     def __call__(self, tokens: Weighable) -> Tensor | None:
@@ -61,7 +68,7 @@ class Unweighted(TokenWeight):
 
 @register
 class TeacherEntropyWeight(TokenWeight):
-    """Tokens count by how unsure the teacher is: less where it hesitates (slope < 0), or more (slope > 0)."""
+    """Weights by the teacher's entropy: lower where it is uncertain (slope < 0), or higher (slope > 0)."""
 
     kind: Literal["teacher_entropy"] = "teacher_entropy"
     slope: float = Field(-1.0, ge=-20, le=20, description="change of the log-weight per nat of entropy")
@@ -78,7 +85,7 @@ class TeacherEntropyWeight(TokenWeight):
 
 @register
 class PositionWeight(TokenWeight):
-    """Tokens count less the later they come: far prefixes are the student's own, where the teacher knows less."""
+    """Weights that halve every `half_life` tokens: the longer the student's own prefix, the less reliable the teacher."""
 
     kind: Literal["position"] = "position"
     half_life: float = Field(256.0, gt=0, description="tokens after which a weight has halved")
@@ -93,7 +100,7 @@ class PositionWeight(TokenWeight):
 
 @register
 class DivergenceWeight(TokenWeight):
-    """Tokens count by how far apart student and teacher are there: more (power > 0) or less (power < 0)."""
+    """Weights by the divergence at the token: higher where it is large (power > 0), or lower (power < 0)."""
 
     kind: Literal["divergence"] = "divergence"
     scale: float = Field(1.0, gt=0, description="divergence, in nats, at which the weight is 1")

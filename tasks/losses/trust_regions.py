@@ -1,4 +1,4 @@
-"""Trust regions of the policy gradient: what is done where the teacher's word on a sampled token is unreliable.
+"""Trust regions of the policy gradient: treatment of tokens on which the ratio of teacher to student is unreliable.
 
 One registered class each, which is its own configuration (torch-free: the methods use the tensors they are given). A
 region acts in up to three places and overrides what it needs:
@@ -59,7 +59,7 @@ class SideTerm:
 
 
 class TrustRegion(Kind):
-    """How far the teacher's verdict on a token is trusted."""
+    """How a token counts, given the ratio of teacher to student."""
 
     sampled_only: ClassVar[bool] = True
     """whether it makes sense for the sampled token alone, not for a list of candidates"""
@@ -98,7 +98,7 @@ register = TRUST_REGIONS.register
 
 @register
 class NoTrustRegion(TrustRegion):
-    """Every token counts as it is."""
+    """No trust region: every token has its policy gradient."""
 
     kind: Literal["none"] = "none"
     equation = "-A rho"
@@ -108,7 +108,7 @@ class NoTrustRegion(TrustRegion):
 
 @register
 class TrOPD(TrustRegion):
-    """Trust a token as far as the teacher would accept it, and treat the others by themselves; TrOPD, 2606.01249.
+    """Trust a token with the probability that the teacher accepts it, and treat the others apart; TrOPD, 2606.01249.
 
     P_trust = min(u, 1), u = q(y) / p(y), of the rollout-time student or of the live one (`gate_at`). Trusted tokens get
     the policy gradient. Outliers get, by `outliers`: `forward_kl`, the unnormalised forward KL over the teacher's top k;
@@ -116,16 +116,18 @@ class TrOPD(TrustRegion):
     -prefix_beta log p(y) and nothing else.
 
     `gate: bernoulli` draws M once per token, from a counter-based generator keyed by (seed, sample id, position);
-    `gate: expected` (ours) weighs by P_trust and 1 - P_trust: the same in expectation without the draw's variance. For y
+    `gate: expected` (ours) weights by P_trust and 1 - P_trust: the same in expectation without the draw's variance. For y
     drawn from p, E[M] = 1 - TV(p, q). Where the student has no mass on the teacher's list forward KL diverges (the
     paper says that the term vanishes): `logprob_min` bounds it."""
 
     kind: Literal["tropd"] = "tropd"
     gate: Literal["bernoulli", "expected"] = Field(
-        "bernoulli", description="draw who is trusted, or weigh by the probability of it"
+        "bernoulli", description="draw whether a token is trusted, or weight it by the probability"
     )
-    gate_at: Literal["rollout", "live"] = Field("rollout", description="whose log-probabilities make P_trust")
-    outliers: Literal["forward_kl", "mask", "clip"] = Field("forward_kl", description="what untrusted tokens get")
+    gate_at: Literal["rollout", "live"] = Field(
+        "rollout", description="which student's log-probabilities define P_trust"
+    )
+    outliers: Literal["forward_kl", "mask", "clip"] = Field("forward_kl", description="the loss of untrusted tokens")
     k: int = Field(64, ge=1, description="teacher's candidates for the forward KL of outliers")
     clip_at: float = Field(-1.0, lt=0, description="least advantage of an untrusted token, for `outliers: clip`")
     prefix_beta: float = Field(0.001, ge=0, description="weight of -log p(y) on tokens that the teacher wrote")
@@ -207,7 +209,7 @@ class ProximalTeacher(TrustRegion):
 
 @register
 class AdvantageFloor(TrustRegion):
-    """No token's advantage counts below a floor; REOPOLD, 2603.11137.
+    """Advantages have a floor; REOPOLD, 2603.11137.
 
     Copies of the paper disagree on how the floor follows from lambda (log(l / (1-l)) or log(l) / (1-l)), so the floor
     itself is the field; the default is the former at lambda = 0.3. `below: mask` is its first phase, `clip` its second;
@@ -233,15 +235,14 @@ class AdvantageFloor(TrustRegion):
 
 @register
 class EntropyGate(TrustRegion):
-    """Where the teacher itself is unsure, forward KL over its top k joins the policy gradient; EOPD, 2603.07079.
+    """Adds forward KL over the teacher's top k where the teacher's entropy is high; EOPD, 2603.07079.
 
-    Added, not exchanged: reverse KL stays on these tokens too. The sum over the k candidates is unnormalised, unless
-    `outside` says otherwise."""
+    These tokens keep their policy gradient. By default the sum over the k candidates is unnormalised (`outside: drop`)."""
 
     kind: Literal["entropy_gate"] = "entropy_gate"
-    threshold: float = Field(0.8, ge=0, description="teacher entropy in nats from which on the gate is open")
+    threshold: float = Field(0.8, ge=0, description="teacher entropy, in nats, from which the term is added")
     k: int = Field(16, ge=1, description="teacher's candidates for the forward KL")
-    weight: float = Field(1.0, gt=0, description="of the forward KL where the gate is open")
+    weight: float = Field(1.0, gt=0, description="weight of the forward KL")
     outside: Literal["renormalize", "bucket", "drop"] = Field("drop", description="what lies outside the k candidates")
     logprob_min: float = Field(-40.0, lt=0, ge=-80, description="floor of log p and log q in the forward KL")
     equation = "-A rho + 1[H(q) >= threshold] weight sum_{v in top-k} q log(q/p)"

@@ -1,7 +1,8 @@
-"""What goes into an objective and what comes out. Shapes: see `tasks.losses`."""
+"""Inputs and outputs of an objective. Shapes: see `tasks.losses`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -33,6 +34,14 @@ class TokenBatch:
     """counter-based draws in [0, 1)"""
     teacher_prefix_N: Tensor | None = None
     """1 where the teacher wrote the token"""
+    reward_N: Tensor | None = None
+    """reward of the token's sample"""
+    group_N: Tensor | None = None
+    """index of the sample's prompt in the round"""
+    group_rewards_NG: Tensor | None = None
+    """rewards of all samples of that prompt in the round, padded with NaN on the right"""
+    segment_N: Tensor | None = None
+    """index of the token's segment in its completion"""
     support_ids_NK: Tensor | None = None
     support_valid_N: Tensor | None = None
     """number of valid entries, at the front of each row"""
@@ -43,20 +52,25 @@ class TokenBatch:
     """rollout-time student on the support"""
     teacher_tail_logmass_N: Tensor | None = None
     """log of the teacher's mass outside the support"""
+    signals: Mapping[str, Tensor] | None = None
+    """further numbers per token (N), of signals that plugins bring: `<signal>_<column>`"""
 
     def __post_init__(self) -> None:
         n = self.token_ids_N.shape[0]
-        k = None if self.support_ids_NK is None else self.support_ids_NK.shape[-1]
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            wanted = (n, k) if entry.name.endswith("_NK") else (n,)
+        widths = {
+            axis: None if first is None else first.shape[-1]
+            for axis, first in (("K", self.support_ids_NK), ("G", self.group_rewards_NG))
+        }
+        tensors = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "signals"}
+        for name, value in {**tensors, **(self.signals or {})}.items():
+            wanted = (n, *(widths[axis] for axis in name.rpartition("_N")[2] if name in tensors))
             if value is not None and tuple(value.shape) != wanted:
-                raise ValueError(f"TokenBatch.{entry.name}: shape {tuple(value.shape)}, expected {wanted}")
+                raise ValueError(f"TokenBatch.{name}: shape {tuple(value.shape)}, expected {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentView:
-    """What a head provider computed of the live student; null where it was not asked for."""
+    """What a head provider computed of the live student; null if it was not requested."""
 
     token_logprobs_N: Tensor | None = None
     support_logprobs_NK: Tensor | None = None
@@ -82,7 +96,9 @@ class ObjectiveOutput:
 def required(value: Tensor | None, what: str) -> Tensor:
     """`value`, or ValueError naming what is missing."""
     if value is None:
-        raise ValueError(f"the objective needs {what}, which is missing; its `needs` say what to compute and cache")
+        raise ValueError(
+            f"the objective needs {what}, which is missing; its `needs` must declare it, and the caller provide it"
+        )
     return value
 
 

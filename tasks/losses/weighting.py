@@ -1,4 +1,4 @@
-"""Applies token weights: detached, from what is harmless where masked."""
+"""Applies token weights, detached; masked tokens get harmless inputs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ def weighted(loss_N: Tensor, weight: TokenWeight, batch: TokenBatch, divergence_
             position_N=batch.position_N.to(working(loss_N).dtype),
             divergence_N=working(divergence_N.detach()).masked_fill(out, 0),
             teacher_entropy_N=None if entropy is None else working(entropy.detach()).masked_fill(out, 0),
+            signals={
+                name: working(value.detach()).masked_fill(out, 0) for name, value in (batch.signals or {}).items()
+            },
         )
     )
     return loss_N if found is None else loss_N * found.detach()

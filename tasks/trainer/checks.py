@@ -12,7 +12,7 @@ from typing import NoReturn
 import numpy as np
 
 from storage.errors import InputError
-from tasks.engines.signals import ENTROPY_MIN, LOGPROB_MAX, usable_entropies, usable_logprobs
+from tasks.signals.tables import ENTROPY_MIN, LOGPROB_MAX, usable_entropies, usable_logprobs
 
 FLOAT16_STEP = 2.0**-11
 """Relative error of a number rounded to float16."""
@@ -64,10 +64,16 @@ def check_token_ids(tokens: Tokens, column: str, ids: np.ndarray, rows: int | No
 
 
 def check_floats(tokens: Tokens, column: str, values: np.ndarray) -> None:
-    """Raises InputError for a log-probability or an entropy (by the column's name) that is not usable.
+    """Raises InputError for a number that is not usable: a log-probability or an entropy by the column's name, any other
+    column's where it is not finite.
 
     A sampled token's log-probability must be finite: what was sampled had a probability."""
     entropy = column.endswith("entropy")
+    if not entropy and not column.endswith("logprobs"):
+        bad = ~np.isfinite(values) & tokens.counted
+        if bad.any():
+            _refuse_first(tokens, column, bad, values, "a number is finite")
+        return
     bad = ~(usable_entropies if entropy else usable_logprobs)(values) & tokens.counted
     if bad.any():
         least, most = (

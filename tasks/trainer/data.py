@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import numpy as np
@@ -13,25 +13,20 @@ import torch
 from storage.errors import ConfigError, InputError
 from storage.identity import derive_seed
 from storage.schemas import MaskReason
-from tasks.losses.needs import Needs
+from tasks.losses.needs import CreditNeeds, Needs
 from tasks.losses.types import TokenBatch
+from tasks.signals import signal_named
 from tasks.trainer import checks
 from tasks.trainer.topk_lists import Support, TopK, UnionTopK, check_width, harmless
 
-_TOPK = {  # log-probabilities and their tails by model; the lists are sorted by the first
-    "teacher_topk": {"teacher": ("logprobs", "tail_logmass")},
-    "student_topk": {
-        "student": ("student_logprobs", "student_tail_logmass"),
-        "teacher": ("teacher_logprobs", "teacher_tail_logmass"),
-    },
-}
 _SOURCES = {
     "teacher_topk": ("teacher_topk",),
     "full": ("teacher_topk",),
     "student_topk": ("student_topk",),
     "union": ("teacher_topk", "student_topk"),
 }
-_SAMPLED = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy", "behaviour_logprobs")
+"""By support: the signals that hold its lists."""
+_OF_BATCH = {entry.name.removesuffix("_N") for entry in fields(TokenBatch)}
 
 
 @dataclass(frozen=True)
@@ -66,6 +61,12 @@ class Samples:
     support: Support | None = None
     invalid: int = 0
     """Completion tokens left out because a value of theirs is not usable."""
+    rewards: np.ndarray | None = None
+    """Per sample."""
+    groups: np.ndarray | None = None
+    """Per sample: the number of its prompt, in the order in which the round's rollouts name them first."""
+    segments: np.ndarray | None = None
+    """Per flat completion token: the index of its segment in its completion."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -80,6 +81,18 @@ class Samples:
         """Masked-in tokens per sample."""
         edges = np.concatenate([[0], np.cumsum(self.keep)])
         return edges[self.completions.offsets[1:]] - edges[self.completions.offsets[:-1]]
+
+    @cached_property
+    def group_rewards(self) -> np.ndarray:
+        """float32 [samples, G]: rewards of all samples of each sample's prompt, padded with NaN on the right. Needs `rewards`
+        and `groups`."""
+        assert self.rewards is not None and self.groups is not None
+        order = np.argsort(self.groups, kind="stable")
+        sizes = np.bincount(self.groups)
+        place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        by_group = np.full((len(sizes), int(sizes.max(initial=0))), np.nan, np.float32)
+        by_group[self.groups[order], place] = self.rewards[order]
+        return by_group[self.groups]
 
 
 @dataclass(frozen=True)
@@ -122,10 +135,13 @@ def from_rollouts(
         return _aligned(_ragged(table[column], dtype), completions, ids, f"{where}.{column}")
 
     floats = {"sampling_logprobs": aligned(rollouts, "rollouts", "sampling_logprobs", np.float32)}
-    if "sampled" in ordered:
-        for name in _SAMPLED:
-            if ordered["sampled"][name].null_count == 0:
-                floats[name] = aligned(ordered["sampled"], "sampled", name, np.float32)
+    columns = {"sampling_logprobs": "rollouts.sampling_logprobs"}
+    for signal, table in ordered.items():
+        kind = signal_named(signal)
+        for column in kind.floats:
+            if table[column].null_count == 0:
+                name = f"{signal}_{column}" if kind.schema.prefixed else column
+                floats[name], columns[name] = aligned(table, signal, column, np.float32), f"{signal}.{column}"
     keep, invalid = np.ones(len(completions.values), bool), np.zeros(len(completions.values), bool)
     if "mask" in ordered:
         masked = MaskReason(0)
@@ -141,20 +157,54 @@ def from_rollouts(
         tokens = checks.Tokens(ids, completions.offsets, keep & ~invalid)
         stored = [_lists(name, ordered[name], completions, tokens) for name in _SOURCES[needs.student.support]]
         for lists in stored:
-            invalid |= lists.counts == 0  # how the scorer says that it had no usable numbers
+            invalid |= lists.counts == 0  # the scorer had no usable numbers for the token
     keep &= ~invalid
     tokens = checks.Tokens(ids, completions.offsets, keep)
     checks.check_token_ids(tokens, "rollouts.completion_token_ids", completions.values, rows)
     for name, values in floats.items():
-        where = "rollouts" if name == "sampling_logprobs" else "sampled"
-        checks.check_floats(tokens, f"{where}.{name}", values)
+        checks.check_floats(tokens, columns[name], values)
     if needs.draws:
         floats["uniform"] = _uniform(seed, ids, completions)
     if needs.takes_prefixes:
         floats["teacher_prefix"] = _leading(rollouts["prefix_length"], completions)
     prompts = _ragged(rollouts["prompt_token_ids"], np.int64)
     samples = Samples(ids, prompts, completions, keep, floats, None, int(invalid.sum()))
-    return _checked(replace(samples, support=_support(stored, tokens, needs, rows)), "rollouts.prompt_token_ids", rows)
+    samples = replace(
+        samples, support=_support(stored, tokens, needs, rows), **_of_credit(rollouts, samples, needs.credit)
+    )
+    return _checked(samples, "rollouts.prompt_token_ids", rows)
+
+
+def _of_credit(rollouts: pa.Table, samples: Samples, needs: CreditNeeds) -> dict[str, np.ndarray]:
+    """The fields of `Samples` that a credit needs. Raises InputError for a reward that is null or not finite, and for
+    entropies that were not stored."""
+    found: dict[str, np.ndarray] = {}
+    for name in ("teacher_entropy", "student_entropy"):
+        if getattr(needs, name) and name not in samples.floats:
+            raise InputError(
+                f"sampled.{name}: the objective's advantage needs it, but it is null; have it scored again"
+            )
+    if needs.reward:
+        rewards = rollouts["reward"].to_numpy().astype(np.float64)  # null becomes NaN
+        if bad := np.flatnonzero(~np.isfinite(rewards)).tolist():
+            raise InputError(
+                f"rollouts.reward: sample {samples.ids[bad[0]]!r} has the reward {rollouts['reward'][bad[0]]}, and the"
+                f" objective's advantage needs a finite one of each sample ({len(bad)} of {len(rewards)} have none). The stage"
+                " `judge`, which gives rewards, is not built yet; use an advantage that needs no reward"
+                " (`opd objectives` lists them)"
+            )
+        found["rewards"] = rewards.astype(np.float32)
+    if needs.groups:
+        numbers: dict[str, int] = {}
+        prompts = rollouts["prompt_id"].to_pylist()
+        found["groups"] = np.array([numbers.setdefault(prompt, len(numbers)) for prompt in prompts], np.int64)
+    if needs.segment_ends:
+        completions = samples.completions
+        before = np.concatenate(
+            [[0], np.cumsum(np.isin(completions.values, needs.segment_ends))]
+        )  # ends before a token
+        found["segments"] = before[:-1] - np.repeat(before[completions.offsets[:-1]], completions.lengths)
+    return found
 
 
 def _support(stored: list[checks.Lists], tokens: checks.Tokens, needs: Needs, rows: int | None) -> Support | None:
@@ -162,7 +212,7 @@ def _support(stored: list[checks.Lists], tokens: checks.Tokens, needs: Needs, ro
     widths = {need.name: need.k for need in needs.signals}
     tops = []
     for lists in stored:
-        columns = _TOPK[lists.name]
+        columns = signal_named(lists.name).lists
         checks.check_lists(tokens, lists, rows)
         k = check_width(lists.name, lists.counts, widths.get(lists.name))
         if needs.student.support == "full":
@@ -286,7 +336,7 @@ def _lists(name: str, table: pa.Table, completions: Ragged, tokens: checks.Token
 
     valid = _aligned(_ragged(table["valid"], np.int64), completions, ids, f"{name}.valid")
     checks.check_counts(tokens, name, valid, np.diff(edges))
-    columns = _TOPK[name].values()
+    columns = signal_named(name).lists.values()
     return checks.Lists(
         name=name,
         starts=edges[:-1],
@@ -369,7 +419,18 @@ def forward_batch(
     def tensor(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
-    signals = {f"{name}_N": tensor(_at(name, values, index, counts)) for name, values in samples.floats.items()}
+    found_N = {name: tensor(_at(name, values, index, counts)) for name, values in samples.floats.items()}
+    signals = {f"{name}_N": value for name, value in found_N.items() if name in _OF_BATCH}
+    others = {name: value for name, value in found_N.items() if name not in _OF_BATCH}
+    row_N = np.asarray(rows)[place_N]
+    if samples.rewards is not None:
+        signals["reward_N"] = tensor(samples.rewards[row_N])
+    if samples.groups is not None:
+        signals["group_N"] = tensor(samples.groups[row_N])
+        if samples.rewards is not None:
+            signals["group_rewards_NG"] = tensor(samples.group_rewards[row_N])
+    if samples.segments is not None:
+        signals["segment_N"] = tensor(samples.segments[index])
     if samples.support is not None:
         found = samples.support.rows(index)
         found = found if counts else harmless(found)
@@ -388,6 +449,7 @@ def forward_batch(
         loss_mask_N=torch.full((len(index),), float(counts), device=device),
         sample_N=tensor(place_N),
         position_N=tensor(position),
+        signals=others or None,
         **signals,
     )
     weight = weights[place_N].astype(np.float32) * float(counts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,17 +10,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from storage.errors import ConfigError, InputError
-from tasks.engines.hf_folder import SAFE_LOADING
+from tasks.engines.hf_folder import SAFE_LOADING, changed_logits
 from tasks.losses.build import Objective
-from tasks.losses.needs import StudentRequest
+from tasks.losses.head import HeadProvider
 from tasks.losses.types import StudentView, TokenBatch
 from tasks.trainer.config import LoraSettings
 from tasks.trainer.data import Forward
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-
-HeadProvider = Callable[[torch.Tensor, nn.Module, TokenBatch, StudentRequest], StudentView]
 
 
 def load_model(path: Path, dtype: str) -> PreTrainedModel:
@@ -34,11 +30,10 @@ def load_model(path: Path, dtype: str) -> PreTrainedModel:
         )
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a causal language model that transformers can load ({error})") from error
-    for name in _CHANGED_LOGITS:
-        if getattr(model.config, name, None) not in (None, 1, 1.0):
-            raise ConfigError(
-                f"{path}: config.{name} changes the logits after the output head; such models are not supported"
-            )
+    if changed := changed_logits(model.config):
+        raise ConfigError(
+            f"{path}: {changed} in its config changes the logits after the output head; such models are not supported"
+        )
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise ConfigError(
             f"{path}: the output head is no linear layer, but {type(model.get_output_embeddings()).__name__}"

@@ -20,7 +20,7 @@ from storage.errors import InputError
 from storage.identity import derive_seed
 from storage.schemas import MaskReason, schema_for
 from storage.store import Store
-from tasks.engines.forward import vocabulary_rows
+from tasks.engines.hf_folder import vocabulary_rows
 from tasks.losses.build import make_objective
 from tasks.losses.config import ObjectiveConfig
 from tasks.losses.head import ChunkedHead

@@ -161,7 +161,8 @@ class ScoreShard(Schema):
 class ScoreJob(Schema):
     """Score rollouts under student and teacher (role scorer). Every item writes one shard of each of its outputs.
 
-    `flags`: a committed `sampled` that says which values are invalid, where only `mask` is wanted; then no model is read."""
+    `backend`: the JSON of the teacher's backend (tasks/engines/teacher.py). `flags`: a committed `sampled` that says which
+    values are invalid, where only `mask` is wanted; then no model is read."""
 
     store: str
     rollouts: ArtifactRef
@@ -170,6 +171,7 @@ class ScoreJob(Schema):
     teacher: ModelRef
     dtype: str
     sampling: ScoringDistribution
+    backend: msgspec.Raw
     mask: MaskRules | None = None
     flags: ArtifactRef | None = None
 

@@ -32,7 +32,7 @@ from tasks.workers.runtime import RuntimeConfig
 Values = dict[str, list[np.ndarray]]
 K = scripted_run.EXPERIMENT["objective"]["support"]["k"]
 SAMPLED = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy")
-TOP = ("teacher_top", "teacher_tail")
+TOP = (f"teacher_top{K}_logprobs", f"teacher_top{K}_tail")
 FOREIGN = (-1, scripted_run.ROWS, 2**31 - 1)
 MASKED = {
     "NaN": SAMPLED + TOP,
@@ -42,12 +42,14 @@ MASKED = {
 }
 """Fault -> quantities; the token is left out and counted."""
 REFUSED = {
-    "unsorted lists": ("teacher_top",),
-    "ids out of range in lists": ("teacher_ids",),
-    "an id twice in a list": ("teacher_ids",),
-    "lists shorter than counted": ("teacher_valid",),
-    "mass > 1 + tolerance": ("teacher_tail",),
-    "fewer or more values than tokens": SAMPLED + TOP + ("sampling_logprobs", "teacher_ids", "teacher_valid"),
+    "unsorted lists": TOP[:1],
+    "ids out of range in lists": (f"teacher_top{K}_ids",),
+    "an id twice in a list": (f"teacher_top{K}_ids",),
+    "lists shorter than counted": (f"teacher_top{K}_valid",),
+    "mass > 1 + tolerance": TOP[1:],
+    "fewer or more values than tokens": SAMPLED
+    + TOP
+    + ("sampling_logprobs", f"teacher_top{K}_ids", f"teacher_top{K}_valid"),
     "token ids out of range": ("completion_token_ids",),
 }
 
@@ -135,7 +137,7 @@ class Pool(in_process.InProcess):
             def top(self, models: dict, rollouts: Any, k: int) -> Values:
                 values = super().top(models, rollouts, k)
                 # equal shares would hide a wrong order
-                values["teacher_top"] = [array - np.float32(0.1) * np.arange(k) for array in values["teacher_top"]]
+                values[TOP[0]] = [array - np.float32(0.1) * np.arange(k) for array in values[TOP[0]]]
                 return spoil(rollouts["sample_id"].to_pylist(), values)
 
         class Trainer(engines.Trainer):

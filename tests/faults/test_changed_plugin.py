@@ -25,7 +25,7 @@ register_role("scorer", f"{__name__}:Scorer")
 class Scorer(scripted_engines.Scorer):
     def top(self, models, rollouts, k):
         tail = [np.full(n, -30.0, np.float32) for _, n in self.samples(rollouts)]
-        return super().top(models, rollouts, k) | {"teacher_tail": tail}
+        return super().top(models, rollouts, k) | {f"teacher_top{k}_tail": tail}
 """
 EDITED = SCORER.replace("-30.0", "-29.0")
 SIGNALS = {"sampled", "mask", "teacher_topk"}

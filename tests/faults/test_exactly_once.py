@@ -74,12 +74,12 @@ def test_shards_that_are_there_twice_count_once(
         draw = random.Random(f"twice {name}")
         doubled = 0
 
-        def twice(self: ShardWriter, table: str, shard: int, data: object) -> object:
+        def twice(self: ShardWriter, table: str, shard: int, data: object, schema: object = None) -> object:
             nonlocal doubled
-            record = real(self, table, shard, data)  # type: ignore[arg-type]
+            record = real(self, table, shard, data, schema)  # type: ignore[arg-type]
             if table in TABLES.values() and draw.random() < 0.7:
                 doubled += 1
-                again = real(self, table, shard, data)  # type: ignore[arg-type]
+                again = real(self, table, shard, data, schema)  # type: ignore[arg-type]
                 match draw.choice(["whole", "no sidecar", "torn", "torn first"]):
                     case "no sidecar":
                         (self.path / f"{again.file}{SIDECAR}").unlink()

@@ -22,7 +22,8 @@ from storage.errors import ConfigError, CorruptArtifact, InputError, OpdError
 from storage.runs import Run, _checksum
 from storage.schemas import schema_for
 from storage.store import ArtifactSpec, Store
-from tasks.engines.forward import LoadedModel, vocabulary_rows
+from tasks.engines.forward import LoadedModel
+from tasks.engines.hf_folder import vocabulary_rows
 from tasks.engines.weight_proof import reference_logprobs
 from tasks.inputs.models import CheckpointModel, model_work
 from tasks.inputs.sources import FileSource, read_rows

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from msgspec.structs import asdict
 from small_models import Bench
 from tokenizers import Tokenizer
 from two_tokenizers import STUDENT_ROWS, TEACHER_ROWS, conversation, model, rendered, text
@@ -22,11 +21,10 @@ from two_tokenizers import STUDENT_ROWS, TEACHER_ROWS, conversation, model, rend
 from storage.errors import InputError
 from storage.schemas import MaskReason, schema_for
 from storage.store import Artifact, Store
-from tasks.engines.signals import mask_table
 from tasks.inputs.models import CheckpointModel, model_work
 from tasks.losses.needs import Needs, SignalNeed, StudentRequest
 from tasks.prepare import PrepareConfig, prepare_work
-from tasks.supervise import SpecialTokens, mask_rules
+from tasks.signals.mask import SpecialTokens, mask_rules, mask_table
 from tasks.trainer.data import forward_batch, from_rollouts, loss_denominators
 
 pytestmark = pytest.mark.promise(8, "conversations through two tokenizers; a tokenizer changed in mid-run")
@@ -187,7 +185,7 @@ def test_reasons_and_loss_masks_are_the_oracles(world):
     rollouts, sampled = tables(made, prompt_ids)
     seen: set[str] = set()
     for marks in MARKS:
-        mask = mask_table(rollouts, sampled, asdict(mask_rules(world.bench.store, prompts, marks)))
+        mask = mask_table(rollouts, sampled, mask_rules(world.bench.store, prompts, marks))
         expected = [world.oracle.reasons(m, marks) for m in made.values()]
         for name, got, want in zip(made, mask["mask_reasons"].to_pylist(), expected, strict=True):
             assert [{r.name.lower() for r in MaskReason if bits & r} for bits in got] == want, name

@@ -18,6 +18,7 @@ from flows.run.runner import fork_experiment, open_run, plan, resume_experiment,
 from storage.errors import ConfigError, IdentityMismatch
 from storage.store import Store
 from tasks import plugins
+from tasks.losses.credit import CREDITS
 from tasks.losses.divergences import DIVERGENCES
 from tasks.losses.token_weights import TOKEN_WEIGHTS
 from tasks.losses.trust_regions import TRUST_REGIONS
@@ -33,6 +34,17 @@ KIND = """
     class Mine({base}):
         kind: Literal["mine"] = "mine"
     """
+CREDIT = """
+    from typing import Literal
+    from tasks.losses.credit import Credit, CreditContext, CreditTerms, register
+
+    @register
+    class Mine(Credit):
+        kind: Literal["mine"] = "mine"
+
+        def __call__(self, context: CreditContext) -> CreditTerms:
+            return CreditTerms(delta=context.log_u)
+    """
 ROLE = """
     from tasks.workers.jobs import register_role
 
@@ -40,6 +52,7 @@ ROLE = """
     """
 BRINGS = {role: ROLE.format(role=role) for role in ("sampler", "scorer", "trainer")} | {
     "divergence": KIND.format(module="divergences", base="ReverseKL"),
+    "credit": CREDIT,
     "trust_region": KIND.format(module="trust_regions", base="NoTrustRegion"),
     "token_weight": KIND.format(module="token_weights", base="Unweighted"),
     "verifier": "def right(text, answer): return True",
@@ -47,6 +60,7 @@ BRINGS = {role: ROLE.format(role=role) for role in ("sampler", "scorer", "traine
 }
 USES = {
     "divergence": {"objective": {"divergence": {"kind": "mine"}}},
+    "credit": merge(POLICY_GRADIENT, {"objective": {"advantage": "mine"}}),
     "trust_region": merge(POLICY_GRADIENT, {"objective": {"trust_region": {"kind": "mine"}}}),
     "token_weight": {"objective": {"token_weight": {"kind": "mine"}}},
     "verifier": {"evaluate": {"verifier": {"kind": "function", "target": "MODULE:right"}}},
@@ -57,7 +71,7 @@ USES = {
 @pytest.fixture(autouse=True)
 def _registries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test's plugins register is forgotten after it, and they are imported as by a new process."""
-    for registry in (DIVERGENCES, TRUST_REGIONS, TOKEN_WEIGHTS):
+    for registry in (DIVERGENCES, CREDITS, TRUST_REGIONS, TOKEN_WEIGHTS):
         monkeypatch.setattr(registry, "classes", dict(registry.classes))
     monkeypatch.setattr(jobs, "ROLES", dict(jobs.ROLES))
     monkeypatch.setattr(plugins, "_registered", list(plugins._registered))

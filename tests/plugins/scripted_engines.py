@@ -22,7 +22,7 @@ from storage.artifacts.digests import table_digest, weights_digest
 from storage.disk.failpoints import failpoint
 from storage.schemas import schema_for
 from storage.store import Store
-from tasks.engines.signals import mask_table, sampled_table, topk_table
+from tasks.signals import Shard, signal_named
 from tasks.trainer.batching import plan_steps
 from tasks.workers.jobs import KLJob, SampleResult, ScoreResult, ShardDone, TrainResult, register_role
 
@@ -123,19 +123,19 @@ class Scorer(Engine):
 
     def score(self, store: Store, job, item, models: dict) -> None:
         rollouts = store.read_shard(store.require(job.rollouts.stage, job.rollouts.key), "rollouts", item.shard)
-        outputs = {output.table: output for output in item.outputs}
-        tables: dict[str, pa.Table] = {}
+        flags, values = None, {}
         if job.flags is None:
-            tables["sampled"] = sampled_table(rollouts, self.sampled(models, rollouts))
+            values = self.sampled(models, rollouts)
         else:
-            tables["sampled"] = store.read_shard(store.require(job.flags.stage, job.flags.key), "sampled", item.shard)
-        for name, output in outputs.items():
-            if name == "mask":
-                tables[name] = mask_table(rollouts, tables["sampled"], msgspec.structs.asdict(job.mask))
-            elif name != "sampled":
-                tables[name] = topk_table(name, rollouts, self.top(models, rollouts, output.k), output.encoding)
+            flags = store.read_shard(store.require(job.flags.stage, job.flags.key), "sampled", item.shard)
+        rules = msgspec.structs.asdict(job.mask) if job.mask is not None else {}
+        for output in item.outputs:
+            signal = signal_named(output.table)
+            for k in signal.wanted(output.k, msgspec.structs.asdict(job.sampling)).teacher.top:
+                values |= self.top(models, rollouts, k)
+            table = signal.table(Shard(rollouts, values, output.k, output.encoding, rules, flags))
             writer = store.shard_writer(output.target.stage, output.target.key)
-            writer.write_shard(name, item.shard, tables[name])
+            writer.write_shard(output.table, item.shard, table, signal.schema)
 
     @staticmethod
     def samples(rollouts: pa.Table) -> list[tuple[list[int], int]]:
@@ -153,10 +153,10 @@ class Scorer(Engine):
         samples = self.samples(rollouts)
         first = [draw(models, "top", ids).integers(0, 256 - k, n) for ids, n in samples]
         return {
-            "teacher_ids": [starts[:, None] + np.arange(k) for starts in first],
-            "teacher_top": [np.full((n, k), -np.log(k), np.float32) for _, n in samples],
-            "teacher_valid": [np.full(n, k) for _, n in samples],
-            "teacher_tail": [np.full(n, -30.0, np.float32) for _, n in samples],
+            f"teacher_top{k}_ids": [starts[:, None] + np.arange(k) for starts in first],
+            f"teacher_top{k}_logprobs": [np.full((n, k), -np.log(k), np.float32) for _, n in samples],
+            f"teacher_top{k}_valid": [np.full(n, k) for _, n in samples],
+            f"teacher_top{k}_tail": [np.full(n, -30.0, np.float32) for _, n in samples],
         }
 
 

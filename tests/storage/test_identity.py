@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
-from storage.identity import Identity, RunPolicy, Runtime, artifact_key, canonical_json, derive_seed, omit_at
+from storage.identity import Identity, RunPolicy, Runtime, artifact_key, by_kind, canonical_json, derive_seed, omit_at
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -139,3 +139,19 @@ def test_unstable_seed_parts_are_refused() -> None:
     for part in (1.0, True, None):
         with pytest.raises(TypeError, match="derive_seed"):
             derive_seed(part)  # type: ignore[arg-type]
+
+
+def test_a_field_that_was_a_string_keeps_its_canonical_json() -> None:
+    """Only where nothing but `kind` would be written; what a later field adds at its value of old is not written."""
+
+    class Plain(Identity):
+        kind: str = "plain"
+        later: int = Field(0, json_schema_extra=omit_at(0))
+
+    class Holder(Identity):
+        was_a_string: Plain = Field(Plain(), json_schema_extra=by_kind())
+        always_a_model: Plain = Plain()
+
+    assert canonical_json(Holder()) == '{"always_a_model":{"kind":"plain"},"was_a_string":"plain"}'
+    changed = Holder(was_a_string=Plain(later=1))
+    assert canonical_json(changed) == '{"always_a_model":{"kind":"plain"},"was_a_string":{"kind":"plain","later":1}}'

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from storage.errors import StoreError
 from storage.query.views import duckdb_type
-from storage.schemas import TABLES, MaskReason, schema_for, schema_version, validate_table
+from storage.schemas import TABLES, MaskReason, declared, schema_for, type_name, type_of, validate_table
 
 MASK = pa.table({"sample_id": ["a", "b"], "mask_reasons": pa.array([[0, 1], []], pa.list_(pa.int32()))})
 
@@ -28,9 +28,10 @@ def test_every_column_has_a_meaning_and_a_type_that_sql_reads(table):
     for column in TABLES[table].columns:
         assert column.doc, f"{table}.{column.name}"
         assert duckdb_type(column.type)
+        assert type_of(type_name(column.type)) == column.type
 
 
-@pytest.mark.parametrize("function", [schema_for, schema_version])
+@pytest.mark.parametrize("function", [schema_for, declared])
 def test_an_undeclared_table_is_refused_with_the_declared_ones(function):
     with pytest.raises(StoreError, match=r"'rolouts' is not declared; there are .*rollouts"):
         function("rolouts")

@@ -19,7 +19,7 @@ from storage.store import Artifact, Store
 
 PARTS = (
     "model", "weights", "architecture", "tokenizer", "generation", "prompts", "vocabulary", "audit", "prompts:train",
-    "prompts:eval", "prompts:warmup", "rollouts", "sampled", "mask", "teacher_topk", "student_topk", "state",
+    "prompts:eval", "prompts:warmup", "rollouts", "sampled", "mask", "teacher_topk", "student_topk", "teacher_margin", "state",
 )  # fmt: skip
 
 
@@ -52,6 +52,7 @@ PLUGGED: dict[str, set[str]] = {
     "scorer": SIGNALS | {"evaluate"},
     "trainer": {"train", "warmup"},
     "divergence": {"train"},
+    "credit": {"train"},
     "trust_region": {"train"},
     "token_weight": {"train"},
     "verifier": {"evaluate"},

@@ -16,14 +16,15 @@ from scoring import InProcess, ScoringBench, model_folder, plain_logits
 from storage.errors import ConfigError, CorruptArtifact, InputError
 from storage.schemas import MaskReason, schema_for
 from storage.store import Artifact, Store
-from tasks.engines.signals import mask_table, topk_table
 from tasks.inputs.tokenizers import build_byte_tokenizer
 from tasks.losses.config import DirectConfig, TopkSupport
 from tasks.losses.needs import SignalNeed
 from tasks.rollout_config import RolloutConfig
-from tasks.supervise import SpecialTokens, SuperviseConfig, mask_rules, supervise_work
+from tasks.signals import SIGNALS, Shard
+from tasks.signals.mask import SpecialTokens, mask_rules, mask_table
+from tasks.supervise import SuperviseConfig, supervise_work
 from tasks.trainer.data import from_rollouts
-from tasks.workers.jobs import MaskRules, ScoreJob, ScoreShard
+from tasks.workers.jobs import ScoreJob, ScoreShard
 
 ROLLOUT = RolloutConfig(temperature=0.8, top_p=0.9)
 SHARDS = [4, 3]
@@ -238,10 +239,11 @@ def test_compact_lists_are_rounded_and_smaller(shared):
     assert (narrow == narrow.astype(np.float16)).all() and (narrow != wide).any()
     sizes = [sum(r.bytes for r in shared.store.shards(artifact, "teacher_topk")) for artifact in (exact, compact)]
     assert sizes[1] < 0.85 * sizes[0]
-    values = {"teacher_ids": [np.array([[7, 8]])], "teacher_top": [np.array([[-1e6, -np.inf]])]}
-    values |= {"teacher_valid": [np.array([2])], "teacher_tail": [np.array([-1e6])]}
+    values = {"teacher_top2_ids": [np.array([[7, 8]])], "teacher_top2_logprobs": [np.array([[-1e6, -np.inf]])]}
+    values |= {"teacher_top2_valid": [np.array([2])], "teacher_top2_tail": [np.array([-1e6])]}
     row = pa.table({"sample_id": ["s"], "completion_token_ids": [[0]]})
-    assert topk_table("teacher_topk", row, values, "compact")["logprobs"].to_pylist() == [[[-65504.0, -math.inf]]]
+    made = SIGNALS["teacher_topk"].table(Shard(row, values, 2, "compact"))
+    assert made["logprobs"].to_pylist() == [[[-65504.0, -math.inf]]]
 
 
 @pytest.mark.parametrize("encoding", ["exact", "compact"])
@@ -259,16 +261,16 @@ def test_lists_with_unusable_numbers_are_stored_empty():
     top = np.full((7, 3), [-1.0, -2.0, -math.inf])
     top[0, 0], top[1, 1], top[2, 0] = math.nan, math.inf, 0.01
     tail = np.array([-3.0, -3.0, -3.0, math.nan, math.inf, 0.01, -3.0])
-    values = {"teacher_ids": [np.tile([7, 8, 9], (7, 1))], "teacher_top": [top], "teacher_tail": [tail]}
-    values["teacher_valid"] = [np.full(7, 3)]
+    values = {"teacher_top3_ids": [np.tile([7, 8, 9], (7, 1))], "teacher_top3_logprobs": [top]}
+    values |= {"teacher_top3_tail": [tail], "teacher_top3_valid": [np.full(7, 3)]}
     rollouts = pa.table({"sample_id": ["s"], "completion_token_ids": [[0] * 7]})
-    (row,) = topk_table("teacher_topk", rollouts, values, "exact").to_pylist()
+    (row,) = SIGNALS["teacher_topk"].table(Shard(rollouts, values, 3)).to_pylist()
     assert row["valid"] == [0] * 6 + [3] and [len(ids) for ids in row["ids"]] == row["valid"]
     assert row["logprobs"][6] == [-1.0, -2.0, -math.inf] and row["tail_logmass"][6] == -3.0
     assert np.isnan(row["tail_logmass"][:6]).all()
     top[0], top[0, 1] = -1.0, math.nan  # past the usable entries nothing matters
-    values["teacher_valid"][0][0] = 1
-    assert topk_table("teacher_topk", rollouts, values, "exact")["valid"].to_pylist()[0][0] == 1
+    values["teacher_top3_valid"][0][0] = 1
+    assert SIGNALS["teacher_topk"].table(Shard(rollouts, values, 3))["valid"].to_pylist()[0][0] == 1
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------
@@ -357,10 +359,10 @@ def test_rules_come_from_the_audit_and_the_vocabularies(tmp_path):
     policy = {"on_mismatch": "mask", "on_template_mismatch": "student"}
     prompts = bench.prompts(bench.model(student), bench.model(teacher), tmp_path / "data", tokenizers=policy)
     rules = mask_rules(bench.store, prompts, SpecialTokens())
-    assert rules == MaskRules(unmapped=[end], teacher_rows=264, special=[end], occurrence="all")
+    assert rules == {"unmapped": [end], "teacher_rows": 264, "special": [end], "occurrence": "all"}
     every = mask_rules(bench.store, prompts, SpecialTokens(mark="all", occurrence="first"))
-    assert every.special == [256, 257, 258, 259, 260] and every.occurrence == "first"
+    assert every["special"] == [256, 257, 258, 259, 260] and every["occurrence"] == "first"
     named = mask_rules(bench.store, prompts, SpecialTokens(tokens=("<", "a", " ")))
-    assert named.special == sorted({end, ord("<"), ord("a"), ord(" ")})
+    assert named["special"] == sorted({end, ord("<"), ord("a"), ord(" ")})
     with pytest.raises(InputError, match="no token '<|usr|>'.*did you mean '<|user|>'".replace("|", r"\|")):
         mask_rules(bench.store, prompts, SpecialTokens(tokens=("<|usr|>",)))

@@ -35,7 +35,8 @@ SAMPLING = {"temperature": 0.8, "top_p": 0.7, "top_k": 0, "max_completion_length
 def make_model(folder: Path, seed: int, tied: bool, heads: int = 4, hidden: int = 64, positions: int = 128) -> Path:
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=3 * hidden // 2, num_hidden_layers=2, num_attention_heads=heads,
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=3 * hidden // 2, num_hidden_layers=2,
+        num_attention_heads=heads,
         num_key_value_heads=heads // 2 if heads % 2 == 0 else heads, head_dim=32, max_position_embeddings=positions,
         tie_word_embeddings=tied, eos_token_id=EOS,
         initializer_range=0.3,

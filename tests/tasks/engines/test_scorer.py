@@ -15,10 +15,21 @@ from scoring import SAMPLING, VOCABULARY, described, model_folder, nucleus_logpr
 from storage.errors import InputError
 from tasks.engines import distributions
 from tasks.engines.forward import plan_batches
-from tasks.engines.scorer import Sample, Scorer, Wanted
+from tasks.engines.scorer import Sample, Scorer
+from tasks.signals import Ask, Wanted
 from tasks.workers.jobs import ArtifactRef, KLJob
 
-ALL = Wanted(sampled=True, teacher_k=5, student_k=4, reverse_kl=True, sampling=SAMPLING)
+BOTH = Ask(logprobs=True, entropy=True)
+SAMPLED = Wanted(BOTH, BOTH)
+
+
+def lists(teacher: int, student: int | None = None) -> Wanted:
+    """The teacher's list of so many, and the student's with the teacher's log-probabilities."""
+    of_student = frozenset([student] if student else [])
+    return Wanted(Ask(top=of_student), Ask(top=frozenset([teacher]), on=of_student))
+
+
+ALL = SAMPLED | lists(5, 4) | Wanted(Ask(sampling=SAMPLING), reverse_kl=True)
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +92,17 @@ def test_every_signal_is_that_of_a_plain_computation(models, samples, teacher):
         close(values["teacher_entropy"][i], -(q_TV.exp() * q_TV).sum(-1))
         close(values["reverse_kl"][i], (p_TV.exp() * (p_TV - q_TV)).sum(-1))
         top = q_TV.topk(5)
-        assert values["teacher_ids"][i].tolist() == top.indices.tolist()
-        close(values["teacher_top"][i], top.values)
-        close(values["teacher_tail"][i], (1 - top.values.exp().sum(-1)).log(), atol=2e-4)
+        assert values["teacher_top5_ids"][i].tolist() == top.indices.tolist()
+        close(values["teacher_top5_logprobs"][i], top.values)
+        close(values["teacher_top5_tail"][i], (1 - top.values.exp().sum(-1)).log(), atol=2e-4)
         top = p_TV.topk(4)
-        assert values["student_ids"][i].tolist() == top.indices.tolist()
-        close(values["student_top"][i], top.values)
-        close(values["teacher_on_student"][i], q_TV.gather(1, top.indices))
-        close(values["student_tail"][i], (1 - top.values.exp().sum(-1)).log(), atol=2e-4)
+        assert values["student_top4_ids"][i].tolist() == top.indices.tolist()
+        close(values["student_top4_logprobs"][i], top.values)
+        close(values["teacher_on4_logprobs"][i], q_TV.gather(1, top.indices))
+        close(values["student_top4_tail"][i], (1 - top.values.exp().sum(-1)).log(), atol=2e-4)
         rest = 1 - q_TV.gather(1, top.indices).exp().sum(-1)
-        close(values["teacher_tail_of_student"][i], rest.log(), atol=2e-4)
-        assert (values["teacher_valid"][i] == 5).all() and (values["student_valid"][i] == 4).all()
+        close(values["teacher_on4_tail"][i], rest.log(), atol=2e-4)
+        assert (values["teacher_top5_valid"][i] == 5).all() and (values["student_top4_valid"][i] == 4).all()
 
 
 def test_chunks_and_batches_change_nothing_but_rounding(models, samples):
@@ -106,11 +117,11 @@ def test_chunks_and_batches_change_nothing_but_rounding(models, samples):
 
 
 def test_a_smaller_list_is_a_slice_of_a_larger_one(models, samples):
-    large = score(models, samples, Wanted(teacher_k=9))
-    small = score(models, samples, Wanted(teacher_k=5))
+    large = score(models, samples, lists(9))
+    small = score(models, samples, lists(5))
     for i in range(len(samples)):
-        np.testing.assert_array_equal(small["teacher_ids"][i], large["teacher_ids"][i][:, :5])
-        np.testing.assert_array_equal(small["teacher_top"][i], large["teacher_top"][i][:, :5])
+        np.testing.assert_array_equal(small["teacher_top5_ids"][i], large["teacher_top9_ids"][i][:, :5])
+        np.testing.assert_array_equal(small["teacher_top5_logprobs"][i], large["teacher_top9_logprobs"][i][:, :5])
 
 
 def test_a_teacher_that_is_the_student_has_no_divergence(models, samples):
@@ -122,12 +133,12 @@ def test_a_teacher_that_is_the_student_has_no_divergence(models, samples):
 
 
 def test_the_whole_vocabulary_leaves_no_tail(models, samples):
-    values = score(models, samples[:2], Wanted(teacher_k=VOCABULARY, student_k=VOCABULARY))
-    for name in ("teacher_tail", "student_tail", "teacher_tail_of_student"):
+    values = score(models, samples[:2], lists(VOCABULARY, VOCABULARY))
+    for name in (f"teacher_top{VOCABULARY}_tail", f"student_top{VOCABULARY}_tail", f"teacher_on{VOCABULARY}_tail"):
         assert all(np.isneginf(array).all() for array in values[name])
-    np.testing.assert_allclose(np.exp(values["teacher_top"][1]).sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(values[f"teacher_top{VOCABULARY}_logprobs"][1]).sum(-1), 1, rtol=1e-5)
     with pytest.raises(InputError, match="265 candidates"):
-        score(models, samples, Wanted(teacher_k=VOCABULARY + 1))
+        score(models, samples, lists(VOCABULARY + 1))
 
 
 def test_a_student_with_more_rows_than_its_teacher(models):
@@ -139,10 +150,14 @@ def test_a_student_with_more_rows_than_its_teacher(models):
     close(values["student_logprobs"][0], logits_TV.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0])
     assert values["teacher_logprobs"][0][1] == -np.inf
     # what follows a token that the teacher cannot read has no teacher values, the rest has
-    for name in ("teacher_logprobs", "teacher_entropy", "reverse_kl", "teacher_tail"):
+    for name in ("teacher_logprobs", "teacher_entropy", "reverse_kl", "teacher_top5_tail"):
         assert np.isnan(values[name][0]).tolist()[2] and not np.isnan(values[name][0][:2]).any(), name
-    assert values["teacher_valid"][0].tolist() == [5, 5, 0] and values["student_valid"][0].tolist() == [4, 4, 0]
-    assert max(array.max() for array in values["student_ids"]) < VOCABULARY
+    assert values["teacher_top5_valid"][0].tolist() == [5, 5, 0] and values["student_top4_valid"][0].tolist() == [
+        4,
+        4,
+        0,
+    ]
+    assert max(array.max() for array in values["student_top4_ids"]) < VOCABULARY
     p_TV = plain_logits(models["wider"], [1, 2], [5, 6])[:, :VOCABULARY].log_softmax(-1)
     q_TV = plain_logits(models["teacher"], [1, 2], [5, 6]).log_softmax(-1)
     close(values["reverse_kl"][1], (p_TV.exp() * (p_TV - q_TV)).sum(-1))
@@ -169,14 +184,14 @@ def test_sampling_logprobs_are_those_of_the_truncated_distribution(seed, tempera
 
 
 def test_behaviour_logprobs_of_the_model(models, samples):
-    values = score(models, samples, Wanted(sampling=SAMPLING))
+    values = score(models, samples, Wanted(Ask(sampling=SAMPLING)))
     inside = 0
     for i, sample in enumerate(samples):
         logits_TV = plain_logits(models["student"], sample.prompt, sample.completion)
         naive_T = nucleus_logprobs(logits_TV, **SAMPLING).gather(1, torch.tensor(sample.completion)[:, None])[:, 0]
         here_T = naive_T.isfinite()
-        assert (values["outside_nucleus"][i] == ~here_T.numpy()).all()
-        close(values["behaviour_logprobs"][i][here_T.numpy()], naive_T[here_T])
+        assert (values["student_outside"][i] == ~here_T.numpy()).all()
+        close(values["student_behaviour_logprobs"][i][here_T.numpy()], naive_T[here_T])
         inside += int(here_T.sum())
     assert 0 < inside < sum(len(s.completion) for s in samples)
 
@@ -225,19 +240,19 @@ def test_batches_hold_everything_once_and_keep_the_budget(lengths, budget):
 
 def test_models_stay_warm_until_a_job_names_others(models, samples):
     scorer = Scorer({"threads": 1})
-    wanted = Wanted(sampled=True)
+    wanted = SAMPLED
     for teacher, loads in (("teacher", 2), ("teacher", 2), ("student", 2), ("teacher", 3)):
         scorer.score(job(models, teacher=teacher), samples[:1], wanted, lambda *_: None)
         assert scorer.models.loads == loads
-    scorer.score(job(models), samples[:1], Wanted(teacher_k=2), lambda *_: None)
+    scorer.score(job(models), samples[:1], lists(2), lambda *_: None)
     assert scorer.models.loads == 3
     scorer.close()
-    scorer.score(job(models), samples[:1], Wanted(teacher_k=2), lambda *_: None)
+    scorer.score(job(models), samples[:1], lists(2), lambda *_: None)
     assert scorer.models.loads == 4  # the student is not needed for it
 
 
 def test_half_precision_is_scored_in_float32(models, samples):
-    exact, rough = (score(models, samples, Wanted(sampled=True), dtype=dtype) for dtype in ("float32", "bfloat16"))
+    exact, rough = (score(models, samples, SAMPLED, dtype=dtype) for dtype in ("float32", "bfloat16"))
     gap = np.abs(np.concatenate(exact["student_logprobs"]) - np.concatenate(rough["student_logprobs"]))
     assert rough["student_logprobs"][0].dtype == np.float32 and gap.max() > 1e-4 and np.median(gap) < 0.1
 
@@ -248,6 +263,7 @@ def test_half_precision_is_scored_in_float32(models, samples):
         (Sample("long", [1] * 5, [2] * 6), "short", "teacher, long: 10 tokens"),
         (Sample("empty", [], [2]), "teacher", "empty: a prompt without tokens"),
         (Sample("alien", [1, 900], [2]), "teacher", "alien: token id 900"),
+        (Sample("foreign", [1], [900, 2]), "teacher", "student, foreign: token id 900"),
     ],
 )
 def test_samples_that_a_model_cannot_read_are_refused(models, sample, teacher, message):

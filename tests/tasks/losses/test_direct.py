@@ -11,13 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from plain_head import PlainHead
 from torch import Tensor, nn
 
 from storage.schemas import schema_for
 from tasks.losses.build import make_objective
 from tasks.losses.config import DirectConfig
 from tasks.losses.divergences import REGISTRY, ReverseKL
-from tasks.losses.head import ChunkedHead, PlainHead
+from tasks.losses.head import ChunkedHead
 from tasks.losses.types import ObjectiveOutput, TokenBatch
 
 every = pytest.mark.parametrize("kind", REGISTRY)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_head import PlainHead
 from torch import Tensor, nn
 
-from tasks.losses.head import ChunkedHead, PlainHead
+from tasks.losses.head import ChunkedHead
 from tasks.losses.needs import StudentRequest
 from tasks.losses.types import StudentView, TokenBatch
 

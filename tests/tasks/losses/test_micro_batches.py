@@ -16,14 +16,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_head import PlainHead
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from storage.schemas import MaskReason, schema_for
 from tasks.losses.build import make_objective
 from tasks.losses.config import ObjectiveConfig
+from tasks.losses.credit import CREDITS
 from tasks.losses.divergences import REGISTRY
-from tasks.losses.head import ChunkedHead, PlainHead
+from tasks.losses.head import ChunkedHead
+from tasks.losses.registry import Registry
 from tasks.losses.token_weights import TOKEN_WEIGHTS
 from tasks.losses.trust_regions import TRUST_REGIONS
 from tasks.trainer.data import Samples, forward_batch, from_rollouts, loss_denominators
@@ -54,19 +57,27 @@ OBJECTIVES |= {
 }
 
 
-def region(kind: str, **fields: Any) -> dict[str, Any]:
-    """A trust region, with lists as short as those that are stored."""
-    return {"kind": kind} | ({"k": K} if "k" in TRUST_REGIONS.classes[kind].model_fields else {}) | fields
+def chosen(registry: Registry, kind: str, **fields: Any) -> dict[str, Any]:
+    """A trust region or a credit, with lists as short as those that are stored."""
+    return {"kind": kind} | ({"k": K} if "k" in registry.classes[kind].model_fields else {}) | fields
 
 
 OBJECTIVES |= {
     f"{kind}-{support}": {
         "estimator": "policy_gradient",
-        "trust_region": region(kind),
+        "trust_region": chosen(TRUST_REGIONS, kind),
         "support": {"kind": support} | ({"k": K} if support == "student_topk" else {}),
     }
     for kind, cls in TRUST_REGIONS.classes.items()
     for support in ("sampled", *([] if cls.sampled_only else ["student_topk"]))
+}
+OBJECTIVES |= {
+    f"credit-{kind}": {
+        "estimator": "policy_gradient",
+        "advantage": chosen(CREDITS, kind),
+        "divergence": {"kind": "jsd"},
+    }
+    for kind in CREDITS.classes
 }
 OBJECTIVES |= {
     f"{estimator}-weighted-{kind}": {"estimator": estimator, "token_weight": {"kind": kind}, **lists}
@@ -76,7 +87,7 @@ OBJECTIVES |= {
 OBJECTIVES |= {
     "tropd-expected": {
         "estimator": "policy_gradient",
-        "trust_region": region("tropd", gate="expected", gate_at="live"),
+        "trust_region": chosen(TRUST_REGIONS, "tropd", gate="expected", gate_at="live"),
     },
     "sequence": {"estimator": "direct", "support": {"kind": "student_topk", "k": K}, "normalisation": "sequence"},
     "constant": {"estimator": "policy_gradient", "normalisation": "constant", "normalisation_length": 9},
@@ -102,7 +113,13 @@ def stored(spoilt: bool) -> tuple[pa.Table, dict[str, pa.Table]]:
 
         rows["rollouts"].append(
             name
-            | {"prompt_id": f"p{index}", "sample_index": 0, "behaviour": "student", "seed": 0}
+            | {
+                "prompt_id": f"p{index // 2}",
+                "reward": index % 3 / 2,
+                "sample_index": 0,
+                "behaviour": "student",
+                "seed": 0,
+            }
             | {"prefix_length": 2 if index == 2 else 0}
             | {"finish_reason": "stop", "completion_text": "", "sampling_logprobs": [-1.0] * length}
             | {"prompt_token_ids": [1 + index] * (1 + index % 3), "completion_token_ids": tokens.tolist()}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from plain_head import PlainHead
 from torch import Tensor, nn
 
 from tasks.losses.build import make_objective
 from tasks.losses.config import PolicyGradientConfig
 from tasks.losses.divergences import REGISTRY, Divergence
-from tasks.losses.head import PlainHead
 from tasks.losses.policy_gradient import surrogate
 from tasks.losses.types import ObjectiveOutput, TokenBatch
 

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from credit_context import context_of
 from places import DATA
+from plain_head import PlainHead
 from torch import Tensor, nn
 
 from tasks.losses.build import make_objective
 from tasks.losses.config import DirectConfig, PolicyGradientConfig, TopkSupport
 from tasks.losses.divergences import REGISTRY
-from tasks.losses.head import ChunkedHead, PlainHead
-from tasks.losses.policy_gradient import advantage
+from tasks.losses.head import ChunkedHead
 from tasks.losses.types import TokenBatch
 
 PATH = Path(os.environ.get("OPD_REFERENCE", DATA / "objectives.json"))
@@ -125,12 +126,8 @@ def test_sampled_policy_gradient(case: dict[str, Any], dtype: torch.dtype) -> No
     student = logits(dtype)
     batch = batch_for(student)
     assert batch.teacher_logprobs_N is not None and batch.student_logprobs_N is not None
-    values = advantage(
-        config.divergence,
-        batch.teacher_logprobs_N - batch.student_logprobs_N,
-        unbiased=config.advantage == "opd_plus",
-        center=config.center,
-    )
+    terms = config.advantage(context_of(config.divergence, batch.teacher_logprobs_N - batch.student_logprobs_N))
+    values = terms.advantage(config.advantage.delta_at_one(config.divergence) if config.center else 0.0)
     torch.testing.assert_close(values, torch.tensor(spec["advantage_values"], dtype=dtype), **TOLERANCE[dtype])
     objective = make_objective(config)
     view = PlainHead()(student, nn.Identity(), batch, objective.needs.student)

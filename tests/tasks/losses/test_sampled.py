@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from plain_head import PlainHead
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tasks.losses.build import make_objective
 from tasks.losses.config import PolicyGradientConfig, SftConfig
 from tasks.losses.divergences import REGISTRY
-from tasks.losses.head import ChunkedHead, PlainHead
-from tasks.losses.policy_gradient import advantage, surrogate
+from tasks.losses.head import ChunkedHead
+from tasks.losses.policy_gradient import surrogate
 from tasks.losses.types import ObjectiveOutput, TokenBatch
 
 N, V = 4, 6
@@ -65,9 +66,6 @@ def test_advantage_and_rollout_are_held_constant(kind: str, kept: str, at: str) 
 
 
 def test_each_part_stops_gradients_by_itself() -> None:
-    log_u = torch.zeros(N, requires_grad=True)
-    for unbiased in (True, False):
-        assert not advantage(REGISTRY["jsd"](), log_u, unbiased=unbiased, center=True).requires_grad
     live, old, a = (torch.full((N,), -1.0, requires_grad=True) for _ in range(3))
     loss, held = surrogate(a, live, old, ppo_clip=0.2, dual_clip=3.0, log_rho_clip=20.0)
     grads = torch.autograd.grad(loss.sum(), (live, old, a), allow_unused=True)

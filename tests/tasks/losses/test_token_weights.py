@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from plain_head import PlainHead
 from torch import Tensor, nn
 
 from tasks.losses.build import make_objective
 from tasks.losses.config import DirectConfig, PolicyGradientConfig
-from tasks.losses.head import PlainHead
 from tasks.losses.token_weights import TOKEN_WEIGHTS, Weighable
 from tasks.losses.types import TokenBatch
 

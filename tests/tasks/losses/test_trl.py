@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from places import DATA
+from plain_head import PlainHead
 from torch import Tensor, nn
 
 from tasks.losses.build import make_objective
 from tasks.losses.config import DirectConfig
-from tasks.losses.head import ChunkedHead, PlainHead
+from tasks.losses.head import ChunkedHead
 from tasks.losses.types import TokenBatch
 
 MADE: dict[str, Any] = json.loads((DATA / "trl_jsd.json").read_text())

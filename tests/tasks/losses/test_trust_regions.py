@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from plain_head import PlainHead
 from torch import Tensor, nn
 
 from tasks.losses.build import make_objective
 from tasks.losses.config import PolicyGradientConfig
 from tasks.losses.divergences import REGISTRY
-from tasks.losses.head import ChunkedHead, PlainHead
+from tasks.losses.head import ChunkedHead
 from tasks.losses.trust_regions import TRUST_REGIONS
 from tasks.losses.types import ObjectiveOutput, TokenBatch
 

@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from plain_head import PlainHead
 from torch import Tensor, nn
 
 from tasks.losses.build import make_objective
 from tasks.losses.config import DirectConfig
 from tasks.losses.divergences import REGISTRY
-from tasks.losses.head import ChunkedHead, PlainHead
+from tasks.losses.head import ChunkedHead
 from tasks.losses.types import TokenBatch
 from tasks.trainer.topk_lists import Rectangle, TopK, UnionTopK, harmless
 

@@ -26,7 +26,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
     def launch(processes: int) -> Worker:
         log = tmp_path_factory.getbasetemp() / f"trainer-{processes}-{len(started)}.log"
-        started.append(launch_trainer(processes, log))
+        started.append(launch_trainer(processes, log, ["extra_credits"]))
         return started[-1]
 
     yield launch

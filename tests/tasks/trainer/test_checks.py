@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from storage.errors import InputError
 from storage.schemas import MaskReason, schema_for
-from tasks.engines.signals import topk_table
 from tasks.losses.config import DirectConfig, FullSupport, TopkSupport
+from tasks.signals import SIGNALS, Shard
 from tasks.trainer.checks import Lists, Tokens, check_lists, mass_limit
 from tasks.trainer.data import Samples, from_prompts, from_rollouts
 
@@ -215,9 +215,10 @@ def lists_of(logprobs: np.ndarray, k: int, encoding: str) -> tuple[Tokens, Lists
     valid = np.isfinite(top).sum(axis=1)
     with np.errstate(divide="ignore"):
         tail = np.log(np.exp(rest).sum(axis=1))
-    values = {"teacher_ids": [ids], "teacher_top": [top], "teacher_valid": [valid], "teacher_tail": [tail]}
+    quantities = {"ids": ids, "logprobs": top, "valid": valid, "tail": tail}
+    values = {f"teacher_top{k}_{name}": [array] for name, array in quantities.items()}
     rollouts = pa.table({"sample_id": ["s"], "completion_token_ids": [[0] * len(logprobs)]})
-    row = topk_table("teacher_topk", rollouts, values, encoding).to_pylist()[0]
+    (row,) = SIGNALS["teacher_topk"].table(Shard(rollouts, values, k, encoding)).to_pylist()
     flat = {name: np.concatenate([np.array(cell) for cell in row[name]]) for name in ("ids", "logprobs")}
     counts = np.array(row["valid"])
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])

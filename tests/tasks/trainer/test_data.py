@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 
 from storage.errors import ConfigError, InputError
 from storage.schemas import MaskReason, schema_for
-from tasks.losses.config import DirectConfig, SftConfig, TopkSupport
+from tasks.losses.config import DirectConfig, PolicyGradientConfig, SftConfig, TopkSupport
+from tasks.losses.needs import CreditNeeds, Needs
 from tasks.trainer.config import OptimizerSettings
 from tasks.trainer.data import forward_batch, from_rollouts, loss_denominators
 from tasks.trainer.engine import deepspeed_config
@@ -186,6 +188,61 @@ def test_more_candidates_than_stored_are_refused() -> None:
     rollouts, signals = tables()
     with pytest.raises(InputError, match=r"K=8.*4 entries"):
         from_rollouts(rollouts, signals, needs(k=8), SPECIAL)
+
+
+def credited(**fields: object) -> Needs:
+    return replace(PolicyGradientConfig().needs(), credit=CreditNeeds(**fields))
+
+
+def judged(lengths: list[int], prompts: list[str], rewards: list[float | None]) -> tuple[pa.Table, dict[str, pa.Table]]:
+    rollouts, signals = tables(lengths)
+    return replaced(replaced(rollouts, "prompt_id", prompts), "reward", rewards), signals
+
+
+def test_a_credit_gets_rewards_groups_and_segments_and_nothing_unasked() -> None:
+    """A group's rewards are those of the round, also of samples that are in no micro-batch of this one."""
+    rollouts, signals = judged([3, 1, 2], ["b", "a", "b"], [1.0, 0.5, -2.0])
+    samples = from_rollouts(rollouts, signals, credited(reward=True, groups=True, segment_ends=(0, 20)), SPECIAL)
+    rows = (2, 1, 0)
+    weights = loss_denominators(samples, rows, "token", None)
+    tokens = forward_batch(samples, rows, weights, (2, 0), False, CPU).tokens
+    assert tokens.token_ids_N.tolist() == [0, 1, 2, 20, 21]
+    assert tokens.reward_N.tolist() == [1.0] * 3 + [-2.0] * 2
+    assert tokens.group_N.tolist() == [0] * 5 and samples.groups.tolist() == [0, 1, 0]
+    assert tokens.group_rewards_NG.tolist() == [[1.0, -2.0]] * 5
+    assert tokens.segment_N.tolist() == [0, 1, 1, 0, 1], "an end belongs to its segment"
+    alone = forward_batch(samples, rows, weights, (1,), True, CPU).tokens  # a filler
+    assert alone.reward_N.tolist() == [0.5] and alone.loss_mask_N.tolist() == [0.0]
+    assert alone.group_rewards_NG[0, 0] == 0.5 and alone.group_rewards_NG[0, 1].isnan()
+    plain = from_rollouts(rollouts, signals, credited(), SPECIAL)
+    none = forward_batch(plain, rows, weights, (2, 0), False, CPU).tokens
+    assert (none.reward_N, none.group_N, none.group_rewards_NG, none.segment_N) == (None,) * 4
+
+
+@pytest.mark.parametrize(
+    ("rewards", "found"),
+    [
+        ([1.0, None, None], "sample 'p1/1/0' has the reward None.*2 of 3.*`judge`"),
+        ([1.0, 0.0, float("nan")], "sample 'p2/1/0' has the reward nan"),
+        ([float("inf"), 0.0, 1.0], "sample 'p0/1/0' has the reward inf"),
+    ],
+)
+def test_a_reward_that_is_missing_or_not_finite_is_refused_where_it_is_needed(
+    rewards: list[float | None], found: str
+) -> None:
+    rollouts, signals = judged([3, 1, 2], ["a", "a", "b"], rewards)
+    assert len(from_rollouts(rollouts, signals, credited(groups=True), SPECIAL)) == 3
+    with pytest.raises(InputError, match=found):
+        from_rollouts(rollouts, signals, credited(reward=True), SPECIAL)
+
+
+@pytest.mark.parametrize("name", ["teacher_entropy", "student_entropy"])
+def test_entropies_that_were_not_stored_are_refused_where_a_credit_needs_them(name: str) -> None:
+    rollouts, signals = tables()
+    signals["sampled"] = replaced(signals["sampled"], name, [None] * 3)
+    assert len(from_rollouts(rollouts, signals, credited(), SPECIAL)) == 3
+    with pytest.raises(InputError, match=f"sampled.{name}"):
+        from_rollouts(rollouts, signals, credited(**{name: True}), SPECIAL)
 
 
 def test_deepspeed_file_decides_zero_and_nothing_else(tmp_path: Path) -> None:

@@ -1,15 +1,24 @@
-"""Every trust region and the student's candidates through the real trainer: the same on one rank and on two."""
+"""Trust regions, the student's candidates and a plugin's credit through the real trainer: one rank or two make no difference."""
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from places import CHECKOUT
 from trainer_world import K, Made, World, logprobs_of, make, tiny_model
 
+from storage.errors import InputError
+from storage.schemas import schema_for
+from storage.store import Artifact, ArtifactSpec
 from tasks.losses.config import PolicyGradientConfig
+from tasks.losses.credit import CREDITS
 from tasks.losses.trust_regions import TRUST_REGIONS
 from tasks.train import train_work
 from tasks.trainer.config import TrainConfig
@@ -79,3 +88,74 @@ def test_tropd_is_its_formula(world: World, trainers: dict[int, Worker]) -> None
     for name, parameter in student.named_parameters():
         if name in gradient:
             torch.testing.assert_close(gradient[name] * 10, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.fixture
+def extra_credits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The credits of the plugin that the trainers have loaded, forgotten afterwards."""
+    monkeypatch.setattr(CREDITS, "classes", dict(CREDITS.classes))
+    monkeypatch.syspath_prepend(str(CHECKOUT / "tests" / "plugins"))
+    importlib.import_module("extra_credits")
+    yield
+    del sys.modules["extra_credits"]
+
+
+def judged(world: World) -> tuple[Artifact, list[dict[str, Any]]]:
+    """The world's rollouts as three samples of each of four prompts, with rewards."""
+    rewards = np.random.Generator(np.random.PCG64(7)).random(len(world.samples)).round(3).tolist()
+    rows = [row | {"prompt_id": f"p{i % 4}", "reward": rewards[i]} for i, row in enumerate(world.samples)]
+    with world.store.building(ArtifactSpec.of("rollout", 1, {"judged": True}, {})) as builder:
+        builder.write_shard("rollouts", 0, pa.Table.from_pylist(rows, schema_for("rollouts")))
+        return builder.commit(content={}, tables={"rollouts": 1}), rows
+
+
+def test_a_credit_of_a_plugin_is_its_formula(world: World, trainers: dict[int, Worker], extra_credits: None) -> None:
+    """Every factor of a PPO(rho, m A_r + delta) + b w D by hand, from stored tables and the model alone; on one rank, and on
+    two with micro-batches that tear groups apart."""
+    rollouts, rows = judged(world)
+    end = rows[0]["completion_token_ids"][1]
+    objective = PolicyGradientConfig.model_validate(
+        {"ppo_clip": 0.2, "advantage": {"kind": "grouped", "k": K, "end": end}}
+    )
+    work = train_work(CONFIG, objective, world.student, None, rollouts, world.signals, 0, 1)
+    one = make(work, world.store, trainers[1], "grouped one")
+    two = make(work, world.store, trainers[2], "grouped two", micro_batch_tokens=24)
+    tables = {
+        name: {row["sample_id"]: row for row in world.store.read_table(world.signals[name], name).to_pylist()}
+        for name in ("sampled", "teacher_topk", "mask")
+    }
+    student, total, count, trusted = tiny_model(1), torch.zeros(()), 0, 0
+    for row in rows:
+        signal, lists, mask = (tables[name][row["sample_id"]] for name in ("sampled", "teacher_topk", "mask"))
+        completion = row["completion_token_ids"]
+        log_p = logprobs_of.__wrapped__(student, row["prompt_token_ids"], completion)
+        live = log_p.gather(1, torch.tensor(completion)[:, None])[:, 0]
+        log_u = torch.tensor(signal["teacher_logprobs"]) - live.detach()
+        reward = row["reward"] - np.mean([other["reward"] for other in rows if other["prompt_id"] == row["prompt_id"]])
+        segment = torch.tensor([completion[:t].count(end) for t in range(len(completion))])
+        advantage = 0.5**segment * reward + log_u.clamp(-6, 6) / 10
+        a = torch.tensor(signal["teacher_entropy"]) < 5.12
+        ids, log_q = torch.tensor(lists["ids"]), torch.tensor(lists["logprobs"])
+        forward_kl = (log_q.exp() * (log_q - log_p.gather(1, ids))).sum(1)
+        weight = (-torch.tensor(signal["student_entropy"]) / 5).exp()
+        loss = -(a * advantage) * (live - live.detach()).exp() + (reward < 0) * weight * forward_kl
+        keep = torch.tensor(mask["mask_reasons"]) == 0
+        total = total + loss[keep].sum()
+        count, trusted = count + int(keep.sum()), trusted + int(a[keep].sum())
+    assert 0 < trusted < count
+    (total / count).backward()
+    for made in (one, two):
+        assert made.losses[0] == pytest.approx(float(total.detach() / count), abs=1e-5)
+        gradient = made.tensors("exp_avg")
+        for name, parameter in student.named_parameters():
+            if name in gradient:
+                torch.testing.assert_close(gradient[name] * 10, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_a_job_whose_rewards_are_null_is_refused_before_it_trains(
+    world: World, trainers: dict[int, Worker], extra_credits: None
+) -> None:
+    objective = PolicyGradientConfig.model_validate({"advantage": {"kind": "grouped", "k": K}})
+    work = train_work(CONFIG, objective, world.student, None, world.rollouts, world.signals, 0, 1)
+    with pytest.raises(InputError, match=r"rollouts\.reward: sample 'p0/1/0' has the reward None"):
+        make(work, world.store, trainers[1], "no rewards")

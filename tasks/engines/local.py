@@ -1,0 +1,111 @@
+"""The local backend: a transformers model in this process answers about completions, a chunk of tokens at a time."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tasks.engines import distributions
+from tasks.engines.forward import LoadedModel
+from tasks.engines.teacher import Host, Passage, Vocabulary
+from tasks.signals import Ask, Values
+
+
+class LocalModel:
+    """A `Teacher` over a checkpoint. InputError for a checkpoint that does not load (see `LoadedModel`)."""
+
+    def __init__(self, folder: Path, dtype: str, host: Host) -> None:
+        self._device, self._chunk_tokens = torch.device(host.device), host.chunk_tokens
+        self._model: LoadedModel | None = LoadedModel(folder, dtype, self._device)
+
+    @property
+    def model(self) -> LoadedModel:
+        assert self._model is not None, "closed"
+        return self._model
+
+    def check(self, passages: Sequence[Passage], names: Sequence[str]) -> None:
+        """See `Teacher`; in `LoadedModel.check` what is refused."""
+        self.model.check([self._readable(passage) for passage in passages], names)
+
+    def score(
+        self,
+        passages: Sequence[Passage],
+        ask: Ask,
+        vocabulary: Vocabulary,
+        given: Mapping[int, Sequence[np.ndarray]],
+    ) -> Values:
+        """See `Teacher`. One forward of the passages; logits of `chunk_tokens` tokens exist at a time."""
+        ids_N = _tensor([passage.completion for passage in passages], self._device)
+        given_NK = {k: _tensor(given[k], self._device) for k in ask.on}
+        parts: dict[str, list[np.ndarray]] = {}
+        start = 0
+        with torch.inference_mode():
+            for logprobs_NV in self.distributions(passages, vocabulary):
+                chunk = slice(start, start := start + len(logprobs_NV))
+                some = {k: ids_NK[chunk] for k, ids_NK in given_NK.items()}
+                for name, value in _quantities(logprobs_NV, ids_N[chunk], ask, vocabulary.shared, some).items():
+                    parts.setdefault(name, []).append(value.cpu().numpy())
+        edges = np.cumsum([len(passage.completion) for passage in passages])[:-1]
+        return {name: np.split(np.concatenate(arrays), edges) for name, arrays in parts.items()}
+
+    @torch.inference_mode()
+    def distributions(self, passages: Sequence[Passage], vocabulary: Vocabulary) -> Iterator[Tensor]:
+        """See `Teacher`."""
+        hidden_ND = self.model.hidden([self._readable(passage) for passage in passages])
+        unread_N = self._unread(passages)
+        for start in range(0, len(hidden_ND), self._chunk_tokens):
+            chunk = slice(start, start + self._chunk_tokens)
+            logprobs_NV = distributions.log_probabilities(self.model.head(hidden_ND[chunk]), vocabulary.rows)
+            yield logprobs_NV.masked_fill_(unread_N[chunk, None], float("nan"))
+
+    def close(self) -> None:
+        """Free the model."""
+        self._model = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _readable(self, passage: Passage) -> Passage:
+        """An id that the model lacks cannot be read; it stands as 0, and nothing after it counts (see `_unread`)."""
+        rows = self.model.rows
+        return Passage(passage.prompt, [token if token < rows else 0 for token in passage.completion])
+
+    def _unread(self, passages: Sequence[Passage]) -> Tensor:
+        """bool, per token: the model could not read a token before it."""
+        found = []
+        for passage in passages:
+            foreign = np.array(passage.completion, np.int64) >= self.model.rows
+            found.append(np.cumsum(foreign) - foreign > 0)
+        return torch.from_numpy(np.concatenate(found)).to(self._device)
+
+
+def _tensor(arrays: Sequence[Sequence[int] | np.ndarray], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.array(array, np.int64) for array in arrays])).to(device)
+
+
+def _quantities(
+    logprobs_NV: Tensor, ids_N: Tensor, ask: Ask, shared: int, given_NK: Mapping[int, Tensor]
+) -> dict[str, Tensor]:
+    """What is asked of one chunk."""
+    found: dict[str, Tensor] = {}
+    if ask.logprobs:
+        found["logprobs"] = distributions.of_tokens(logprobs_NV, ids_N[:, None])[:, 0]
+    if ask.entropy:
+        found["entropy"] = distributions.entropy(logprobs_NV)
+    if ask.sampling:
+        found["behaviour_logprobs"], found["outside"] = distributions.sampling_logprobs(
+            logprobs_NV, ids_N, **ask.sampling
+        )
+    for k in sorted(ask.top):
+        ids_NK, top_NK, valid_N = distributions.top(logprobs_NV, k, shared)
+        found |= {f"top{k}_ids": ids_NK, f"top{k}_logprobs": top_NK, f"top{k}_valid": valid_N}
+        found[f"top{k}_tail"] = distributions.tail_logmass(logprobs_NV, ids_NK)
+    for k, ids_NK in given_NK.items():
+        found[f"on{k}_logprobs"] = distributions.of_tokens(logprobs_NV, ids_NK)
+        found[f"on{k}_tail"] = distributions.tail_logmass(logprobs_NV, ids_NK)
+    return found

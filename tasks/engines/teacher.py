@@ -1,0 +1,189 @@
+"""How the scorer asks a model about tokens: one call, `Teacher.score`, for teacher and student.
+
+A backend is a registered class, which is its own config (`supervise.teacher`). It opens models and declares what these can
+answer: an objective that needs more is refused when the config loads. Torch-free; a backend imports its engine in `open`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+import numpy as np
+
+from storage.errors import ConfigError
+from tasks.losses.registry import Kind, Registry
+from tasks.signals import Ask, Values, Wanted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tasks.workers.jobs import ModelRef
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A prompt and a completion as one model reads them."""
+
+    prompt: list[int]
+    completion: list[int]
+
+    @property
+    def inputs(self) -> list[int]:
+        """All but the last token, which predicts nothing that is scored."""
+        return [*self.prompt, *self.completion[:-1]] if self.completion else self.prompt
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Ids of a distribution: it is normalised over the first `rows`; top lists hold only ids below `shared`, which student and
+    teacher both have."""
+
+    rows: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can answer about a completion token, beside the log-probability of the token itself, which every one can."""
+
+    entropy: Literal["exact", "list"] = "exact"
+    """list: of its own candidates with the rest as one category, at most the exact one"""
+    top: int | None = None
+    """candidates of its longest list; None: as many as there are ids"""
+    given_ids: bool = True
+    """log-probabilities of ids that the caller chooses, and the mass of all others"""
+    full_distribution: bool = True
+    """`Teacher.distributions`: what an exact KL is computed from"""
+
+    def lacking(self, wanted: Wanted) -> list[str]:
+        """What of `wanted` the backend cannot answer about the teacher."""
+        ask, found = wanted.teacher, []
+        if self.top is not None and max(ask.top, default=0) > self.top:
+            found.append(f"its {max(ask.top)} likeliest tokens (at most {self.top})")
+        if ask.on and not self.given_ids:
+            found.append("log-probabilities of the student's candidates")
+        if wanted.reverse_kl and not self.full_distribution:
+            found.append("its whole distribution")
+        return found
+
+
+class Teacher(Protocol):
+    """An opened model. The student is asked through the same calls."""
+
+    def check(self, passages: Sequence[Passage], names: Sequence[str]) -> None:
+        """InputError, naming the passage, for one that the model cannot read. A completion may hold ids that it lacks."""
+
+    def score(
+        self,
+        passages: Sequence[Passage],
+        ask: Ask,
+        vocabulary: Vocabulary,
+        given: Mapping[int, Sequence[np.ndarray]],
+    ) -> Values:
+        """What is asked of every completion token, per passage, under the names of `tasks.signals.wanted` without the model's:
+        `logprobs`, `entropy`, `top<k>_ids`, `on<k>_tail`, ... . `given`: for every k of `ask.on` the ids (T, K) of each passage.
+
+        A value that the model cannot give is NaN, and a list without usable entries has `valid` 0. That holds for every token
+        after one whose id the model lacks; such a token itself has the log-probability -inf."""
+
+    def distributions(self, passages: Sequence[Passage], vocabulary: Vocabulary) -> Iterator[Tensor]:
+        """Log-probabilities (N, rows) of the completions' tokens in turn, a chunk of tokens at a time; equal chunks for every
+        model of one scorer. Only for backends with `full_distribution`."""
+
+    def close(self) -> None:
+        """Give its memory back."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a scorer offers the models that it opens."""
+
+    device: str
+    chunk_tokens: int
+    """completion tokens whose logits may exist at once"""
+
+
+class TeacherBackend(Kind):
+    """How a teacher is asked. Part of the keys of what is scored with it, unless it is `local`."""
+
+    capabilities: ClassVar[Capabilities]
+
+    @abstractmethod
+    def rows(self, folder: Path) -> int:
+        """Ids of the vocabulary of the model at `folder`. InputError when it cannot be read."""
+
+    @abstractmethod
+    def open(self, folder: Path, dtype: str, host: Host) -> Teacher:
+        """The model at `folder`, ready to be asked."""
+
+
+TEACHERS: Registry[TeacherBackend] = Registry("teacher backend")
+register = TEACHERS.register
+
+
+@register
+class LocalTeacher(TeacherBackend):
+    """transformers loads the checkpoint in the scorer's own process: every quantity, exact."""
+
+    kind: Literal["local"] = "local"
+    capabilities = Capabilities()
+
+    def rows(self, folder: Path) -> int:
+        from tasks.engines.hf_folder import vocabulary_rows
+
+        return vocabulary_rows(folder)
+
+    def open(self, folder: Path, dtype: str, host: Host) -> Teacher:
+        from tasks.engines.local import LocalModel
+
+        return LocalModel(folder, dtype, host)
+
+
+if TYPE_CHECKING:
+    TeacherField = TeacherBackend
+else:
+    TeacherField = TEACHERS.annotation()
+"""The type of a config's field that chooses a backend; a plugin may have registered it later."""
+
+
+def backend_of(config: Mapping[str, object]) -> TeacherBackend:
+    """The backend that a job names. ConfigError for a kind that is not registered."""
+    kind = str(config.get("kind"))
+    if kind not in TEACHERS.classes:
+        raise ConfigError(
+            f"supervise.teacher.kind: {kind!r} is not registered; there are {', '.join(TEACHERS.classes)}"
+        )
+    return TEACHERS.classes[kind].model_validate(config)
+
+
+class WarmModels:
+    """Opened models by content and backend: opened when first asked for, closed when a job no longer names them."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self._models: dict[tuple[str, ...], Teacher] = {}
+        self.loads = 0
+
+    def get(
+        self, models: Mapping[str, ModelRef], names: Sequence[str], dtype: str, teacher: TeacherBackend
+    ) -> dict[str, Teacher]:
+        """Those of a job's models that are named. Opened models that the job does not describe are closed first."""
+        backends = {name: teacher if name == "teacher" else LocalTeacher() for name in models}
+        keys = {
+            name: (model.weights, model.architecture, dtype, backends[name].model_dump_json())
+            for name, model in models.items()
+        }
+        self.free(keep=list(keys.values()))
+        for name in names:
+            if keys[name] not in self._models:
+                self._models[keys[name]] = backends[name].open(Path(models[name].path), dtype, self.host)
+                self.loads += 1
+        return {name: self._models[keys[name]] for name in names}
+
+    def free(self, keep: Sequence[tuple[str, ...]] = ()) -> None:
+        """Close all models but these."""
+        for key in [key for key in self._models if key not in keep]:
+            self._models.pop(key).close()

@@ -1,0 +1,195 @@
+"""What a signal of supervision is, and the registry of signals."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import pyarrow as pa
+
+from storage.artifacts.artifact import Retained, check_name
+from storage.artifacts.shards import read_parquet
+from storage.errors import ConfigError
+from storage.schemas import TABLES, TableSchema
+from storage.store import Artifact, ArtifactSpec, Store
+from tasks.plugins import used_plugins
+from tasks.signals.wanted import Values, Wanted
+
+SPLIT = "train"
+"""The split of the prompts that rollouts answer."""
+_NOT_SIGNALS = {"model", "prepare", "warmup", "rollout", "train", "student", "trainer_state", "evaluate"}
+_BYTES = {pa.int16(): 2, pa.int32(): 4, pa.float32(): 4, pa.int64(): 8, pa.float64(): 8}
+
+
+class Settings(Protocol):
+    """The part of the config of `supervise` that signals depend on."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def encoding(self) -> str: ...
+    @property
+    def special_tokens(self) -> Any: ...
+    @property
+    def teacher(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the signals of one round are made from."""
+
+    settings: Settings
+    rollouts: Artifact
+    student: Artifact
+    teacher: Artifact
+    prompts: Artifact
+    sampling: dict[str, Any]
+    """temperature, top_p, top_k of the rollouts"""
+    plugins: Mapping[str, str]
+    """the run's plugins, name -> digest of the source"""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of rollouts with the values that the models gave: what a signal's rows are made from."""
+
+    rollouts: pa.Table
+    values: Values
+    k: int | None = None
+    encoding: str = "exact"
+    rules: Mapping[str, Any] = field(default_factory=dict)
+    """of the mask, see `tasks.signals.mask`"""
+    flags: pa.Table | None = None
+    """rows of a committed `sampled`, which show invalid values where the models were not run"""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A signal's finished shards before they are committed, beside those of the rollouts."""
+
+    files: list[Path]
+    store: Store
+    rollouts: Artifact
+
+    def read(self, column: str) -> pa.ChunkedArray:
+        """A column over all shards."""
+        return pa.concat_tables([read_parquet(path, [column]) for path in self.files])[column]
+
+    def beside_rollouts(self, column: str, of_rollouts: str) -> list[tuple[pa.ChunkedArray, pa.ChunkedArray]]:
+        """Shard by shard a column of the signal and one of its rollouts."""
+        return [
+            (
+                read_parquet(path, [column])[column],
+                self.store.read_shard(self.rollouts, "rollouts", shard)[of_rollouts],
+            )
+            for shard, path in enumerate(self.files)
+        ]
+
+
+class Signal:
+    """One signal: a table beside the rollouts, row for row and token for token, made by running student and teacher over them.
+
+    A subclass gives its name and table, what it asks of the models, and how their answers become rows. Instances hold no
+    state."""
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    """Enters the key: rises when the meaning of the signal changes."""
+    schema: ClassVar[TableSchema]
+    """Its table, of the same name. The first column is `sample_id`; all others are lists with one entry per token."""
+    listed: ClassVar[bool] = False
+    """Whether it is a list of k candidates per token, of which a smaller k is a slice."""
+    prompt_parts: ClassVar[tuple[str, ...]] = ()
+    """Named contents of the prepared prompts that it depends on, beside the prompts of the split."""
+    retention: ClassVar[Retained] = "signals"
+    floats: ClassVar[tuple[str, ...]] = ()
+    """Columns of one number per token that objectives read: `TokenBatch` has them as fields where the table is not prefixed,
+    else in `signals` under `<signal>_<column>`."""
+    lists: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    """Where the table is a support: by model the columns of log-probabilities and of tails; lists are sorted by the first."""
+
+    def wanted(self, k: int | None, sampling: Mapping[str, Any]) -> Wanted:
+        """What must be asked of the models. `sampling`: temperature, top_p, top_k of the rollouts."""
+        raise NotImplementedError
+
+    def table(self, shard: Shard) -> pa.Table:
+        """The rows of one shard, in the order of its rollouts. InputError by sample for values that do not fit these."""
+        raise NotImplementedError
+
+    def identity(self, inputs: Inputs, k: int | None) -> dict[str, Any]:
+        """What enters the key beside the models, the rollouts, the prompts, dtype and plugins."""
+        return {"k": k, "encoding": inputs.settings.encoding} if self.listed else {}
+
+    def meta(self, written: Written) -> dict[str, Any]:
+        """What the artifact records of itself: counts, and `metrics` for the run's state. Of all shards."""
+        return {}
+
+    def spec(self, inputs: Inputs, k: int | None) -> ArtifactSpec:
+        """The artifact. Its key holds what the signal depends on and nothing else: the weights of a model only if it is asked
+        anything, its architecture always, because candidates and distributions end with the smaller vocabulary.
+
+        Raises ConfigError for a list without k, and for a k where there is no list."""
+        if problem := self.problem(k):
+            raise ConfigError(problem)
+        models = self.wanted(k, inputs.sampling).models
+        contents = {"rollouts": inputs.rollouts.content["rollouts"]}
+        contents["prompts"] = inputs.prompts.content[f"prompts:{SPLIT}"]
+        contents |= {part: inputs.prompts.content[part] for part in self.prompt_parts}
+        for who, model in (("student", inputs.student), ("teacher", inputs.teacher)):
+            parts = ("weights", "architecture") if who in models else ("architecture",)
+            contents |= {f"{who}:{part}": model.content[part] for part in parts}
+        identity = {"dtype": inputs.settings.dtype, **self.identity(inputs, k)}
+        backend = inputs.settings.teacher if "teacher" in models else None
+        if backend is not None and backend.kind != "local":
+            identity["teacher"] = backend
+        if used := used_plugins(inputs.plugins, "scorer", config=backend, classes=(type(self),)):
+            identity["plugins"] = used
+        tables = () if self.schema is TABLES.get(self.name) else (self.schema,)
+        retention = self.retention if tables else None
+        return ArtifactSpec.of(self.name, self.version, identity, contents, tables, retention)
+
+    def problem(self, k: int | None) -> str | None:
+        """What is wrong with asking for it with this k."""
+        if (k is None) == self.listed:
+            return f"objective: the signal {self.name!r} {'needs' if self.listed else 'takes no'} k"
+        return None
+
+    def bytes_per_token(self, k: int | None) -> int:
+        """Of its table, before compression."""
+        return sum(
+            _BYTES[inner.value_type] * (k or 1) if pa.types.is_list(inner) else _BYTES[inner]
+            for inner in (column.type.value_type for column in self.schema.columns if column.name != "sample_id")
+        )
+
+
+SIGNALS: dict[str, Signal] = {}
+
+
+def register(cls: type[Signal]) -> type[Signal]:
+    """Make a signal known under its name. ValueError when the name is taken or is no name, or its table does not fit it."""
+    name, schema = cls.name, cls.schema
+    check_name(name, "signal")
+    if name in SIGNALS or name in _NOT_SIGNALS or (name in TABLES and schema is not TABLES[name]):
+        raise ValueError(f"{cls.__name__}: the name {name!r} is taken; give the signal another one")
+    if schema.name != name or schema.names[:1] != ("sample_id",):
+        raise ValueError(f"{cls.__name__}: its table must be called {name!r} and begin with the column sample_id")
+    if name not in TABLES and not schema.prefixed:
+        raise ValueError(
+            f"{cls.__name__}: set prefixed=True in its table, whose columns are joined to those of other signals"
+        )
+    if missing := sorted({*cls.floats, *(c for pair in cls.lists.values() for c in pair)} - set(schema.names)):
+        raise ValueError(f"{cls.__name__}: no column {missing[0]!r} in its table; it has {', '.join(schema.names)}")
+    SIGNALS[name] = cls()
+    return cls
+
+
+def signal_named(name: str) -> Signal:
+    """ConfigError for a signal that is not registered, with the nearest name."""
+    if name not in SIGNALS:
+        near = difflib.get_close_matches(name, SIGNALS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"objective: no signal named {name!r}; there are {', '.join(SIGNALS)}{hint}")
+    return SIGNALS[name]

@@ -1,0 +1,42 @@
+"""`teacher_topk`: the teacher's k likeliest tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from storage.schemas import TABLES
+from tasks.signals.signal import Shard, Signal, Written, register
+from tasks.signals.topk import topk_table
+from tasks.signals.wanted import Ask, Wanted
+
+
+@register
+class TeacherTopk(Signal):
+    """The teacher's k likeliest tokens at every position, and the mass of all others. Needs no run of the student."""
+
+    name = "teacher_topk"
+    schema = TABLES[name]
+    listed = True
+    lists = {"teacher": ("logprobs", "tail_logmass")}  # noqa: RUF012
+
+    def wanted(self, k: int | None, sampling: Mapping[str, Any]) -> Wanted:
+        return Wanted(teacher=Ask(top=frozenset([k or 0])))
+
+    def table(self, shard: Shard) -> pa.Table:
+        quantities = {
+            "ids": f"teacher_top{shard.k}_ids",
+            "logprobs": f"teacher_top{shard.k}_logprobs",
+            "valid": f"teacher_top{shard.k}_valid",
+            "tail_logmass": f"teacher_top{shard.k}_tail",
+        }
+        return topk_table(self.schema, quantities, shard)
+
+    def meta(self, written: Written) -> dict[str, Any]:
+        """`teacher_mass`: the mean probability of a list, over the tokens that have one."""
+        tail = pc.list_flatten(written.read("tail_logmass"))
+        mass = pc.subtract(1.0, pc.exp(tail.filter(pc.invert(pc.is_nan(tail))).cast(pa.float64())))
+        return {"metrics": {"teacher_mass": pc.mean(mass).as_py()}}

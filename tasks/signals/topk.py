@@ -1,0 +1,78 @@
+"""What the two signals of top-K lists share: rows from candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from storage.errors import InputError
+from storage.schemas import TableSchema
+from tasks.signals.signal import Shard
+from tasks.signals.tables import LOGPROB_MAX, check_lengths, lists, nested, rows_of
+from tasks.signals.wanted import Values
+
+_FLOAT16_MIN = float(np.finfo(np.float16).min)
+
+
+def topk_table(schema: TableSchema, quantities: Mapping[str, str], shard: Shard) -> pa.Table:
+    """Rows of a top-K signal; `quantities` fill its columns. Only usable entries are stored. `compact` rounds log-probabilities
+    to float16 (11 significant bits); the column's type stays, and compression drops the rest.
+
+    A token with an unusable number (NaN, +inf, above LOGPROB_MAX) among its entries or tails gets an empty list and NaN
+    tails; training leaves the token out. Raises InputError by sample for a list that is not as long as its
+    completion, or counts more entries than it has."""
+    values = {column: shard.values[quantity] for column, quantity in quantities.items()}
+    check_lengths(shard.rollouts, {f"{schema.name}.{column}": arrays for column, arrays in values.items()})
+    _check_counts(schema.name, shard.rollouts, values)
+    values = _without_broken_lists(values)
+    columns: dict[str, Any] = {}
+    for column, arrays in values.items():
+        if column == "valid":
+            columns[column] = lists(arrays, pa.int16())
+            continue
+        if column != "ids" and shard.encoding == "compact":
+            arrays = [_rounded(array) for array in arrays]
+        kind = pa.int32() if column == "ids" else pa.float32()
+        tail = column.endswith("tail_logmass")
+        columns[column] = lists(arrays, kind) if tail else nested(arrays, values["valid"], kind)
+    return rows_of(schema, shard.rollouts, columns)
+
+
+def _check_counts(table: str, rollouts: pa.Table, values: Values) -> None:
+    pairs = zip(values["valid"], values["ids"], strict=True)
+    for sample, (counts, ids) in zip(rollouts["sample_id"].to_pylist(), pairs, strict=True):
+        bad = np.flatnonzero((counts < 0) | (counts > ids.shape[1]))
+        if len(bad):
+            raise InputError(
+                f"{table}.valid: sample {sample!r}, token {bad[0]}: found {counts[bad[0]]} for a list of"
+                f" {ids.shape[1]} entries"
+            )
+
+
+def _without_broken_lists(values: Values) -> Values:
+    """`values` with no entries and NaN tails where a token that has entries has an unusable number."""
+    tails = [column for column in values if column.endswith("tail_logmass")]
+    entries = [column for column in values if column.endswith("logprobs")]
+    changed = {column: list(values[column]) for column in ("valid", *tails)}
+    for row, valid in enumerate(values["valid"]):
+        broken = np.zeros(len(valid), bool)
+        for column in entries:
+            found = values[column][row]
+            broken |= (~(found <= LOGPROB_MAX) & (np.arange(found.shape[1]) < valid[:, None])).any(axis=1)
+        for column in tails:
+            broken |= ~(values[column][row] <= LOGPROB_MAX)
+        broken &= valid > 0
+        if broken.any():
+            changed["valid"][row] = np.where(broken, 0, valid)
+            for column in tails:
+                changed[column][row] = np.where(broken, np.nan, values[column][row])
+    return values | changed
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """To float16 and back; what is finite stays finite."""
+    finite = np.isfinite(values)
+    return np.where(finite, np.maximum(values, _FLOAT16_MIN), values).astype(np.float16).astype(np.float32)

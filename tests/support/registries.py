@@ -1,0 +1,34 @@
+"""What a test's plugins register is forgotten after it, and they are imported as by a new process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from places import PLUGINS
+
+from tasks import plugins
+from tasks.engines.teacher import TEACHERS
+from tasks.losses.token_weights import TOKEN_WEIGHTS
+from tasks.signals import SIGNALS
+
+
+@contextmanager
+def plugin_path() -> Iterator[None]:
+    """`tests/plugins` can be imported, and what its modules register is forgotten at the end."""
+    signals, modules = dict(SIGNALS), set(sys.modules)
+    with pytest.MonkeyPatch.context() as patch:
+        for registry in (TEACHERS, TOKEN_WEIGHTS):
+            patch.setattr(registry, "classes", dict(registry.classes))
+        patch.setattr(plugins, "ROLES", dict(plugins.ROLES))
+        patch.setattr(plugins, "_registered", list(plugins._registered))
+        patch.setattr(plugins, "_loaded", dict(plugins._loaded))
+        patch.syspath_prepend(PLUGINS)
+        yield
+    SIGNALS.clear()
+    SIGNALS.update(signals)
+    for name in set(sys.modules) - modules:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(PLUGINS)):
+            del sys.modules[name]

@@ -66,15 +66,32 @@ class RoundState(_State):
     metrics: dict[str, float | None] = {}
     stages: dict[str, StageState] = {}
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether its last stage is finished."""
+        return "evaluate" in self.stages and self.stages["evaluate"].state in ("done", "cached")
+
 
 class RunState(_State):
     """What `opd status` shows."""
 
     name: str
     status: Literal["new", "running", "stopped", "failed", "finished"] = "new"
+    """`stopped`: interrupted, or at the end of a round before the last one of the config."""
     rounds: list[RoundState] = []
     updated: str = ""
     forked_from: str | None = None
+
+    @property
+    def rounds_done(self) -> int:
+        """The last round whose student is known and evaluated; 0 if there is none after round 0."""
+        done = [r.round for r in self.rounds if r.student_sha256 and r.evaluated]
+        return max(done, default=0)
+
+    @property
+    def last_trained(self) -> RoundState | None:
+        """The last round whose student is known, evaluated or not."""
+        return max((r for r in self.rounds if r.student_sha256), key=lambda r: r.round, default=None)
 
 
 class Run:

@@ -1,4 +1,4 @@
-"""`opd objectives`: what can be minimised, with equations, papers, fields and defaults."""
+"""`opd objectives`: recipes and choices with equations, papers, fields and defaults."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def objectives(
     name: Annotated[str | None, typer.Argument(help="a recipe, or a choice on an axis", show_default=False)] = None,
     json_: Json = False,
 ) -> None:
-    """List every recipe and every choice of an objective; with a name, show its equation, paper, code and fields.
+    """List all recipes and all choices of an objective; with a name, show its equation, paper, code and fields.
 
     Exit codes: 0 shown, 2 no such name."""
     entries = catalogue()
@@ -35,7 +35,7 @@ def objectives(
         names = sorted({entry.name for entry in entries})
         near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "opd objectives lists them"
-        raise ConfigError(f"objectives: nothing is called {name!r}; {hint}")
+        raise ConfigError(f"objectives: no recipe or choice named {name!r}; {hint}")
     if json_:
         typer.echo(json.dumps([asdict(entry) for entry in chosen], indent=2))
     elif name is None:
@@ -48,7 +48,7 @@ def objectives(
 def _list(out: Console, entries: list[Entry]) -> None:
     for axis in axes(entries):
         table = Table(title=f"[bold]{axis}[/]", title_justify="left", box=None, header_style="dim", pad_edge=False)
-        for column in ("name", "what it is", "paper", "defaults"):
+        for column in ("name", "description", "paper", "defaults"):
             table.add_column(column)
         for entry in entries:
             if entry.axis == axis:
@@ -59,7 +59,7 @@ def _list(out: Console, entries: list[Entry]) -> None:
                 table.add_row(entry.label, escape(entry.summary) + mark, ", ".join(entry.papers), escape(shown))
         out.print(table)
         out.print()
-    out.print("A recipe runs as it is: opd run configs/recipes/NAME.yaml. Equations and fields: opd objectives NAME")
+    out.print("Run a recipe: opd run configs/recipes/NAME.yaml. Equations and fields: opd objectives NAME")
 
 
 def _show(out: Console, entry: Entry) -> None:

@@ -17,7 +17,7 @@ from flows.distill import distill
 from flows.experiment import Experiment, with_plugins
 from flows.run.executor import Planner
 from flows.run.lineage import Origin, Rebuild, rebuild
-from flows.run.runner import logger, rounds_done, stored_experiment
+from flows.run.runner import logger, stored_experiment
 from flows.run.stopping import terminating
 from storage.artifacts.numerics import NUMERICS, several
 from storage.artifacts.verify import Verified, move_damaged, verify_artifact
@@ -70,7 +70,7 @@ def replay_round(
     unknown = sorted(set(stages) - set(STAGES))
     if unknown or not stages:
         raise InputError(f"--stages {','.join(stages)!r}: choose of {', '.join(STAGES)}")
-    if round > (last := rounds_done(run.state)):
+    if round > (last := run.state.rounds_done):
         raise InputError(f"run {run.name!r}: round {round} is not finished; the last finished one is {last}")
     experiment = with_plugins(stored_experiment(run), run.name)
     experiment.runtime.tell_libraries()

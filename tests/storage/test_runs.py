@@ -101,7 +101,7 @@ def test_logs_stay_in_the_run(tmp_path: Path, stage: str) -> None:
 
 
 def test_an_unknown_run_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there are: none"):
+    with pytest.raises(InputError, match="runs: none"):
         Run.open(tmp_path, "demo")
     Run.create(tmp_path, "demonstration", EXPERIMENT, IDENTITY)
     with pytest.raises(InputError, match="did you mean 'demonstration'"):
@@ -136,7 +136,7 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
         _ = run.state
     (run.directory / "experiment.yaml").write_text("a: [")
     with pytest.raises(
-        CorruptArtifact, match=r"experiment\.yaml: its last line is no checksum.*opd run CONFIG --name demo"
+        CorruptArtifact, match=r"experiment\.yaml: its last line is not a checksum.*opd run CONFIG --name demo"
     ):
         _ = run.experiment
     (run.directory / "identity.json").write_text("{")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import asdict
 from typing import Annotated
@@ -14,7 +13,7 @@ from rich.table import Table
 
 from flows.cli.options import Json, console, example
 from flows.reference.catalogue import Entry, axes, catalogue
-from storage.errors import ConfigError
+from storage.errors import ConfigError, did_you_mean
 
 
 def register(app: typer.Typer) -> None:
@@ -33,8 +32,7 @@ def objectives(
     chosen = entries if name is None else [entry for entry in entries if entry.name == name]
     if not chosen:
         names = sorted({entry.name for entry in entries})
-        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "opd objectives lists them"
+        hint = did_you_mean(str(name), names, "opd objectives lists them")
         raise ConfigError(f"objectives: no recipe or choice named {name!r}; {hint}")
     if json_:
         typer.echo(json.dumps([asdict(entry) for entry in chosen], indent=2))

@@ -1,4 +1,4 @@
-"""Configs: what is refused, in which words, and what belongs to identity."""
+"""Configs: what is refused, with which message, and what belongs to identity."""
 
 from __future__ import annotations
 

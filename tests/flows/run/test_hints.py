@@ -1,4 +1,4 @@
-"""What an error says after its cause: what was kept, and the one command that goes on."""
+"""The hint after an error: committed results are kept, and the command that continues."""
 
 from __future__ import annotations
 

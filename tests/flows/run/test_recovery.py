@@ -1,4 +1,4 @@
-"""A run whose own files are damaged: what is refused, what is made again, and that no collection comes between."""
+"""A run whose own files are damaged: what is refused, what is rebuilt, and that nothing is collected meanwhile."""
 
 from __future__ import annotations
 

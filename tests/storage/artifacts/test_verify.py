@@ -1,4 +1,4 @@
-"""Verification of a run: everything is hashed, what is damaged is set aside, and only that is rebuilt."""
+"""Verification of a run: everything is hashed, damage is quarantined, and only that is rebuilt."""
 
 from __future__ import annotations
 

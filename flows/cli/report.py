@@ -17,7 +17,7 @@ from storage.errors import CorruptArtifact, InputError, StoreError
 from storage.runs import RoundState, Run, RunState, StageState
 from storage.store import Store
 
-_FIGURES = (
+_METRICS = (
     ("accuracy", "accuracy_greedy", "{:.1%}"),
     ("sampled", "accuracy_sampled", "{:.1%}"),
     ("reverse KL", "reverse_kl", "{:.4f}"),
@@ -160,7 +160,7 @@ def _heading(state: RunState, root: Path, holder: str | None) -> Text:
 
 
 def _rounds(state: RunState, gone: dict[tuple[int, str], list[str]]) -> Table:
-    shown = [f for f in _FIGURES if any(r.metrics.get(f[1]) is not None for r in state.rounds)]
+    shown = [f for f in _METRICS if any(r.metrics.get(f[1]) is not None for r in state.rounds)]
     table = Table("round")
     for heading, _, _ in shown:
         table.add_column(heading, justify="right")

@@ -1,4 +1,4 @@
-# make demo: install, then distil a small model on this machine.  make test: the test suite.  make help: the rest.
+# make demo: install, then distil a small model on this machine.  make test: the test suite.  make help: all targets.
 PYTHON ?= python3.11
 EXTRA ?= cpu
 VENV := .venv
@@ -10,13 +10,13 @@ export DO_NOT_TRACK := 1
 
 .PHONY: help setup demo study test test-full faults lint clean
 
-help:  ## what there is
+help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
-setup: $(VENV)/.installed-$(EXTRA)  ## make the environment (EXTRA=gpu for a machine with NVIDIA GPUs)
+setup: $(VENV)/.installed-$(EXTRA)  ## create the environment in .venv (EXTRA=gpu for a machine with NVIDIA GPUs)
 
-# Pinned and complete lists are installed without the resolver; torch's CPU build comes from where pip is set up to look,
-# and from PyTorch's own index where that has none.
+# The pinned lists are complete and are installed without the resolver. torch's CPU build comes from the configured package
+# index, or from PyTorch's own index if that has none.
 $(VENV)/.installed-cpu: requirements/cpu.txt requirements/dev.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed; set PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,24 +35,24 @@ $(VENV)/.installed-gpu: requirements/dev.txt pyproject.toml
 	@$(PIP) install --no-deps -r requirements/dev.txt
 	@touch $@
 
-demo: setup  ## a real distillation on this machine's CPU, about 8 minutes
+demo: setup  ## distil a small model on this machine's CPU; 3 to 4 minutes on two idle cores
 	@$(BIN)/opd run configs/quickstart.yaml --name demo
 
-study: setup  ## compare the methods over seeds (configs/study.yaml); run again, it goes on where it was
+study: setup  ## compare the methods over seeds (configs/study.yaml); can be stopped and continued
 	@$(BIN)/opd study configs/study.yaml
 
-test: setup  ## the test suite
+test: setup  ## the test suite, without the long tests
 	@$(BIN)/python -m pytest
 
-test-full: setup  ## the long tests too
+test-full: setup  ## the test suite with the long tests
 	@$(BIN)/python -m pytest -m "not faults"
 
-faults: setup  ## the fault tests in full, hours; stopped and started again it goes on (docs/reliability.md)
+faults: setup  ## all fault tests in full (docs/reliability.md); takes hours, can be stopped and continued
 	@$(BIN)/python -m pytest -m "faults or promise"; code=$$?; \
 	  $(BIN)/python tests/support/fault_table.py docs/reliability.md; exit $$code
 
-lint: setup  ## style, types and who imports whom
+lint: setup  ## style, types and import contracts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
-clean:  ## remove the environment (never the store)
+clean:  ## remove the environment; keeps the store
 	rm -rf $(VENV) build *.egg-info

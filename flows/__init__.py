@@ -1,1 +1,1 @@
-"""The order of things: experiment, main path, schedules, reports and the command line."""
+"""The main path, the config model, runs, studies, schedules and the command line."""

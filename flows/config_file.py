@@ -1,9 +1,9 @@
-"""YAML in, validated model out: bases, `--set` overrides, and errors that name the field and the nearest good one."""
+"""Reads configs: YAML, bases, `--set` overrides, validation, and errors that name the field and the nearest valid one."""
 
 from __future__ import annotations
 
-import difflib
 import functools
+import re
 import types
 import typing
 from pathlib import Path
@@ -14,21 +14,30 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from storage.disk.redact import secrets_in
-from storage.errors import ConfigError
+from storage.errors import ConfigError, did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
 
 DISCRIMINATORS = ("kind", "estimator")
-"""Keys that choose a variant: when an override changes one, the base's fields of the other variant do not linger."""
+"""Keys that choose a variant: an override that changes one replaces the whole mapping of the base."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads `1e-4` as a number, as YAML 1.2 does. YAML 1.1 wants a dot and a signed exponent (`1.0e-4`)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The file's mapping, laid over its `base:` (a path relative to the file), if it names one."""
+    """The file's mapping, merged over its `base:` (a path relative to the file), if it has one."""
     return functools.reduce(merge, read_layers(path))
 
 
 def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
-    """The mappings of a file and of those it stands on by `base:`, the outermost base first."""
+    """The mappings of a file and of its chain of `base:` files, the outermost base first."""
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"{path}: `base` leads back to this file; remove the cycle")
@@ -38,9 +47,9 @@ def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a file holds. ConfigError if there is none."""
+    """The mapping in a YAML file. ConfigError if there is none."""
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -51,7 +60,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, mapping by mapping; a changed discriminator replaces its mapping whole."""
+    """`over` merged over `base`, mapping by mapping; a changed discriminator replaces the whole mapping."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
@@ -72,14 +81,9 @@ def parse_override(text: str) -> dict[str, Any]:
     if not equals or not all(keys):
         raise ConfigError(f"--set {text!r}: expected FIELD.FIELD=VALUE, for example --set train.lr=1e-4")
     try:
-        parsed: Any = yaml.safe_load(value)
+        parsed: Any = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {text!r}: the value is not readable as YAML: {error}") from None
-    if isinstance(parsed, str):
-        try:  # YAML 1.1 reads 1e-4 as a string
-            parsed = float(parsed)
-        except ValueError:
-            pass
     for key in reversed(keys):
         parsed = {key: parsed}
     return parsed  # type: ignore[no-any-return]
@@ -89,35 +93,21 @@ def validate(model: type[Model], data: dict[str, Any], where: str) -> Model:
     """The validated model, or ConfigError listing every bad field with what was found and what is allowed."""
     refuse_secrets(data, where)
     try:
-        return model.model_validate(_numbers(data))
+        return model.model_validate(data)
     except ValidationError as error:
         lines = [_explain(model, dict(e)) for e in error.errors(include_url=False)]
         raise ConfigError(f"{where}: {len(lines)} problem(s) in the config\n  " + "\n  ".join(lines)) from None
 
 
 def refuse_secrets(data: dict[str, Any], where: str) -> None:
-    """Configs are kept with every run, so one that holds a secret is refused (ConfigError), without repeating it."""
+    """ConfigError, without repeating it, for a config that contains a secret: configs are stored with every run."""
     if found := [f"{field}: {what}" for field, what in secrets_in(data)]:
         raise ConfigError(
             f"{where}: {len(found)} secret(s) in the config, which would be stored with every run\n  "
             + "\n  ".join(found)
-            + "\n  take it out and leave it to the environment: HF_TOKEN (or `hf auth login`) for the Hub,"
+            + "\n  remove it and use the environment instead: HF_TOKEN (or `hf auth login`) for the Hub,"
             " PREFECT_API_KEY for Prefect, a variable that your plugin reads for anything else"
         )
-
-
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads `1e-4` as a string; a config that says `lr: 1e-4` means the number."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
@@ -128,17 +118,16 @@ def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
     found = error.get("input")
     if unknown:
         known = _fields_at(model, location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
+        hint = did_you_mean(str(location[-1]), known, f"known here: {', '.join(sorted(known))}")
         return f"{field}: unknown field; {hint}"
     if error["type"] == "missing":
         return f"{field}: required, but missing"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "union_tag_invalid":
         allowed = [tag.strip(" '") for tag in str(error["ctx"]["expected_tags"]).split(",")]
-        near = difflib.get_close_matches(str(error["ctx"]["tag"]), allowed, n=1, cutoff=0.5)
         message = f"{error['ctx']['tag']!r} is not one of {', '.join(allowed)}"
-        message += f"; did you mean {near[0]!r}?" if near else ""
+        if hint := did_you_mean(str(error["ctx"]["tag"]), allowed):
+            message += f"; {hint}"
         return f"{field}.{str(error['ctx']['discriminator']).strip(chr(39))}: {message}"
     shown = repr(found)
     if isinstance(found, dict | BaseModel) or len(shown) > 60:
@@ -147,7 +136,7 @@ def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The models that an annotation admits: itself, or the members of a union."""
+    """The models that an annotation allows: itself, or the members of a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if isinstance(annotation, typing.TypeAliasType if hasattr(typing, "TypeAliasType") else ()):
@@ -158,7 +147,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _step(candidates: list[type[BaseModel]], part: str | int) -> list[type[BaseModel]] | None:
-    """The models one level down; null when `part` is no field of any (a union's tag, or an index)."""
+    """The models one level down; None if `part` is not a field of any (but a union's tag, or an index)."""
     for candidate in candidates:
         info: FieldInfo | None = candidate.model_fields.get(str(part))
         if info is not None:
@@ -182,7 +171,7 @@ def _walk(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[list
     candidates, tags = [model], []
     named = False
     for part in location:
-        if named:  # a name that the user chose, in a mapping of models
+        if named:  # a key chosen by the user, in a mapping of models
             named = False
             continue
         below = _step(candidates, part)

@@ -1,52 +1,54 @@
-"""Errors that users see. Each says which file or field, what was found, and what to do; each has an exit code."""
+"""Errors that users see: which file or field, what was found, what to do. Each class has an exit code."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 
 class OpdError(Exception):
-    """Base of every error that is the user's or the machine's, not a bug: printed without a traceback."""
+    """Base of all errors that are not bugs; printed without a traceback."""
 
     exit_code: ClassVar[int] = 1
 
 
 class ConfigError(OpdError):
-    """A configuration that cannot be run: unknown key, value out of range, combination that makes no sense."""
+    """An invalid config: unknown field, value out of range, invalid combination."""
 
     exit_code: ClassVar[int] = 2
 
 
 class InputError(OpdError):
-    """A file, folder or name given by the user is missing, malformed or has changed."""
+    """A file, folder or name from the user is missing, malformed or has changed."""
 
     exit_code: ClassVar[int] = 2
 
 
 class IdentityMismatch(OpdError):
-    """A name is taken by something with another identity."""
+    """A name belongs to something with another identity."""
 
     exit_code: ClassVar[int] = 2
 
 
 class StoreError(OpdError):
-    """The store was used wrongly, or its root cannot hold a store."""
+    """Wrong use of the store, or a root that cannot hold a store."""
 
 
 class CorruptArtifact(OpdError):
-    """Bytes in the store are not the ones that were written, or a rebuild did not reproduce them."""
+    """Bytes in the store differ from those that were written, or a rebuild did not reproduce them."""
 
 
 class Evicted(OpdError):
-    """The data was removed by `opd gc`, on purpose; it must be made again before it can be read."""
+    """The data was removed by `opd gc`; it must be rebuilt before it can be read."""
 
 
 class NotEnoughSpace(OpdError):
-    """The disk under the store is full, or too small for what is planned."""
+    """The disk of the store is full, or too small for the planned work."""
 
 
 class RunBusy(OpdError):
-    """Another process holds the run. `holder` says which: pid, host, command, since when."""
+    """Another process holds the run. `holder` describes it: pid, host, command, start time."""
 
     exit_code: ClassVar[int] = 75
 
@@ -56,3 +58,9 @@ class RunBusy(OpdError):
 
     def __reduce__(self) -> tuple[type[RunBusy], tuple[str, str]]:
         return type(self), (str(self), self.holder)
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """`did you mean 'NEAREST'?` for the known name closest to `name`, or `otherwise` if none is close."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else otherwise

@@ -1,7 +1,7 @@
-"""What makes two results the same: typed configs, canonical JSON, artifact keys and seeds.
+"""Identity of results: typed configs, canonical JSON, artifact keys and seeds.
 
-A config consists of three parts, told apart by type: `Identity` changes the result and is hashed, `Runtime` says where
-and how and is only recorded, `RunPolicy` says how long and what to keep. `canonical_json` takes `Identity` only."""
+A config has three parts, distinguished by type. `Identity` changes the result and is hashed. `Runtime` sets where and how
+it runs and is only recorded. `RunPolicy` sets how long to run and what to keep. `canonical_json` accepts `Identity` only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Identity(BaseModel):
 
 
 class Runtime(BaseModel):
-    """A config that says where and how (devices, memory, paths, processes). Recorded, never hashed."""
+    """A config of where and how to run (devices, memory, paths, processes). Recorded, never hashed."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -42,7 +42,7 @@ class RunPolicy(BaseModel):
 def omit_at(value: object) -> dict[str, Any]:
     """For `Field(json_schema_extra=omit_at(v))`: at value `v` the field is left out of the canonical JSON.
 
-    A field that is added after a release names its value of old here, so that old keys stay what they are."""
+    A field added after a release declares the value that old versions implied, so that old keys stay the same."""
     return {_OMIT_AT: _canonical(value, "omit_at")}
 
 
@@ -100,13 +100,13 @@ def _canonical(value: object, where: str) -> Any:
     if isinstance(value, (list, tuple)):
         return [_canonical(item, f"{where}[{index}]") for index, item in enumerate(value)]
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    raise TypeError(f"canonical_json: {where} is a {kind}, which has no identity")
+    raise TypeError(f"canonical_json: {where} is a {kind}, which has no canonical JSON")
 
 
 def _canonical_model(model: BaseModel, where: str) -> dict[str, Any]:
     if not isinstance(model, Identity):
         raise TypeError(
-            f"canonical_json: {where} is a {type(model).__qualname__}, which is no Identity: runtime and run policy are"
+            f"canonical_json: {where} is a {type(model).__qualname__}, not an Identity: runtime and run policy are"
             " never hashed"
         )
     result = {}

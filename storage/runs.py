@@ -1,12 +1,11 @@
-"""Run directories: which experiment a name stands for, which keys each round used, and who is working on it.
+"""Run directories: a run's experiment, the keys that each round used, and the process that holds the run.
 
-`<root>/runs/<name>/` holds `experiment.yaml` (resolved), `identity.json`, `state.json`, `logs/<stage>.log`, `run.lock`.
-The first three carry a checksum that covers the run's name too: what the disk changed, and what is another run's, is
-refused. The data lies in the artifact store; a run only says which artifacts are its own."""
+`<root>/runs/<name>/` has `experiment.yaml` (resolved), `identity.json`, `state.json`, `logs/<stage>.log`, `run.lock`.
+The first three carry a checksum that also covers the run's name, so that damaged files and files of another run are
+refused. The data is in the artifact store; a run only records which artifacts it uses."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -31,14 +30,14 @@ from storage.disk.files import (
     unseal,
     utc_now,
 )
-from storage.errors import CorruptArtifact, IdentityMismatch, InputError, RunBusy
+from storage.errors import CorruptArtifact, IdentityMismatch, InputError, RunBusy, did_you_mean
 from storage.identity import canonical_json
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _STAGE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _LARGEST_DIFFERENCE = 12
 _EXPERIMENT, _IDENTITY, _STATE = RECORDS = ("experiment.yaml", "identity.json", "state.json")
-"""The files that make a folder a run's. One that is missing is damage."""
+"""A folder with any of these is a run; a missing one is damage."""
 _MARK = b"# sha256 of the run's name and of what stands above: "
 
 
@@ -66,19 +65,36 @@ class RoundState(_State):
     metrics: dict[str, float | None] = {}
     stages: dict[str, StageState] = {}
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether its last stage is finished."""
+        return "evaluate" in self.stages and self.stages["evaluate"].state in ("done", "cached")
+
 
 class RunState(_State):
-    """What `opd status` shows."""
+    """State of a run, as `opd status` shows it."""
 
     name: str
     status: Literal["new", "running", "stopped", "failed", "finished"] = "new"
+    """`stopped`: interrupted, or at the end of a round before the last one of the config."""
     rounds: list[RoundState] = []
     updated: str = ""
     forked_from: str | None = None
 
+    @property
+    def rounds_done(self) -> int:
+        """The last round whose student is known and evaluated; 0 if there is none after round 0."""
+        done = [r.round for r in self.rounds if r.student_sha256 and r.evaluated]
+        return max(done, default=0)
+
+    @property
+    def last_trained(self) -> RoundState | None:
+        """The last round whose student is known, evaluated or not."""
+        return max((r for r in self.rounds if r.student_sha256), key=lambda r: r.round, default=None)
+
 
 class Run:
-    """One named run. Made by `Run.create` or `Run.open`, which check the name."""
+    """One named run. Use `Run.create` or `Run.open`, which check the name."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -86,10 +102,10 @@ class Run:
 
     @classmethod
     def create(cls, root: Path | str, name: str, experiment: dict[str, Any], identity: dict[str, Any]) -> Run:
-        """A new run, or the existing one of this name if it has the same identity (its files are left alone).
+        """A new run, or the existing one of this name with the same identity (its files are left alone).
 
-        `experiment` is the resolved config as plain YAML values, `identity` the part that fixes results.
-        Raises IdentityMismatch with the difference for a name that is taken by another identity."""
+        `experiment`: the resolved config as plain YAML values. `identity`: the part that determines results.
+        Raises IdentityMismatch, listing the differences, if the existing run has another identity."""
         directory = _directory(root, name)
         plain = json.loads(canonical_json(identity))
         if not directory.exists() and _make(directory, name, experiment, plain):
@@ -97,25 +113,24 @@ class Run:
         run = cls.open(root, name)
         if run.identity != plain:
             raise IdentityMismatch(
-                f"run {name!r} exists with another identity; choose another --name, or fork it. It differs in:\n"
+                f"run {name!r} exists with another identity; choose another --name, or fork it. Differences:\n"
                 + "\n".join(_difference(run.identity, plain))
             )
         return run
 
     @classmethod
     def open(cls, root: Path | str, name: str) -> Run:
-        """The run of that name. InputError if there is none, with the nearest name."""
+        """The run of that name. InputError, with the nearest name, if there is none."""
         directory = _directory(root, name)
         if not _is_run(directory):
             names = [run.name for run in cls.list(root)]
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names[:20]) or 'none'}"
+            hint = did_you_mean(name, names, f"runs: {', '.join(names[:20]) or 'none'}")
             raise InputError(f"no run {name!r} under {directory.parent}; {hint}")
         return cls(directory)
 
     @classmethod
     def list(cls, root: Path | str) -> list[Run]:
-        """Every run under the root, by name. What is no run's directory is passed over."""
+        """All runs under the root, sorted by name. Other folders are skipped."""
         folder = Path(root).absolute() / "runs"
         if not folder.is_dir():
             return []
@@ -127,7 +142,7 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Makes this process the only one to work on the run. RunBusy at once, naming the holder, if another does."""
+        """Holds the run's lock. RunBusy at once, naming the holder, if another process has it."""
 
         def busy(holder: str) -> NoReturn:
             raise RunBusy(f"run {self.name!r} is held by {holder}; wait for it, or `opd stop {self.name}`", holder)
@@ -136,17 +151,17 @@ class Run:
             yield
 
     def holder(self) -> str | None:
-        """Who works on the run now, as text; None if nobody does."""
+        """Description of the process that holds the run; None if there is none."""
         holder = self.holder_info()
         return None if holder is None else str(holder)
 
     def holder_info(self) -> locks.Holder | None:
-        """Who works on the run now: pid, host, command, since."""
+        """The process that holds the run: pid, host, command, start time; None if there is none."""
         return locks.holder(self.directory / "run.lock")
 
     @property
     def experiment(self) -> dict[str, Any]:
-        """The resolved config, as it was last saved. CorruptArtifact when it is not what was written."""
+        """The resolved config as last saved. CorruptArtifact if the file is damaged."""
         path = self.directory / _EXPERIMENT
         try:
             data = path.read_bytes()
@@ -154,63 +169,62 @@ class Run:
             body = data.removesuffix(last)
             if not last.startswith(_MARK):
                 raise ValueError(
-                    "its last line is no checksum: it was cut off, edited or written by an earlier version"
+                    "its last line is not a checksum: it was truncated, edited or written by an earlier version"
                 )
             if last != _checksum(self.name, body):
-                raise ValueError("its checksum does not fit: it is damaged, edited or another run's")
+                raise ValueError("its checksum does not match: it is damaged, edited or another run's")
             return dict(yaml.safe_load(body))
         except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
             raise CorruptArtifact(
-                f"{path}: {error}. To write it anew: `opd run CONFIG --name {self.name}` with the config that the run was made"
-                " with, or with this file itself once you have looked it through. What fixes results is compared with"
-                f" {_IDENTITY}, and nothing is made again. To change runtime or policy on purpose: `opd resume {self.name}"
-                " --set`; anything else: `opd fork`"
+                f"{path}: {error}. Restore it with `opd run CONFIG --name {self.name}` and the original config (or this file,"
+                f" after checking it); it is compared with {_IDENTITY}, and no stage reruns. To change runtime or policy:"
+                f" `opd resume {self.name} --set`; other fields: `opd fork`"
             ) from error
 
     def save_experiment(self, experiment: dict[str, Any]) -> None:
-        """Replaces the resolved config: runtime and run policy may change between calls. Hold the lock."""
+        """Replaces the resolved config (runtime and policy may change between calls). Call with the lock held."""
         replace_atomically(self.directory / _EXPERIMENT, _experiment(self.name, experiment))
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the name stands for. CorruptArtifact when it is not what was written."""
-        return dict(self._unsealed(_IDENTITY, "writes it again from the experiment")["identity"])
+        """The part of the config that determines results. CorruptArtifact if the file is damaged."""
+        return dict(self._unsealed(_IDENTITY, "rebuilds it from the experiment")["identity"])
 
     def save_identity(self, identity: dict[str, Any]) -> None:
-        """Writes a lost identity again. Hold the lock."""
+        """Writes the identity. Call with the lock held."""
         replace_atomically(self.directory / _IDENTITY, _identity(self.name, json.loads(canonical_json(identity))))
 
     @property
     def state(self) -> RunState:
-        """The state as it was last saved. CorruptArtifact when it is not what was written."""
-        again = "sets it aside and makes it again from what the store has"
+        """The state as last saved. CorruptArtifact if the file is damaged."""
+        repair = "moves it to quarantine and rebuilds it from the store"
         try:
-            return RunState.model_validate(self._unsealed(_STATE, again))
+            return RunState.model_validate(self._unsealed(_STATE, repair))
         except ValidationError as error:
-            raise CorruptArtifact(f"{self.directory / _STATE}: {error}; `opd resume {self.name}` {again}") from error
+            raise CorruptArtifact(f"{self.directory / _STATE}: {error}; `opd resume {self.name}` {repair}") from error
 
     def save(self, state: RunState) -> None:
-        """Replaces the state atomically and stamps `updated`. Hold the lock."""
+        """Replaces the state atomically and sets `updated`. Call with the lock held."""
         state.updated = utc_now()
         failpoint("run.before_save", self.directory / _STATE)
         replace_atomically(self.directory / _STATE, _state(state))
         failpoint("run.after_save")
 
-    def _unsealed(self, file: str, again: str) -> dict[str, Any]:
-        path, found = self.directory / file, "missing"
+    def _unsealed(self, file: str, repair: str) -> dict[str, Any]:
+        path, problem = self.directory / file, "missing"
         try:
             content = unseal(path)
             if content.get("name") == self.name:
                 return content
-            found = f"it is that of the run {content.get('name')!r}"
+            problem = f"it belongs to the run {content.get('name')!r}"
         except CorruptArtifact as error:
-            found = str(error).removeprefix(f"{path}: ")
+            problem = str(error).removeprefix(f"{path}: ")
         except FileNotFoundError:
             pass
-        raise CorruptArtifact(f"{path}: {found}. `opd resume {self.name}` {again}; no artifact is affected")
+        raise CorruptArtifact(f"{path}: {problem}. `opd resume {self.name}` {repair}; no artifact is affected")
 
     def log_path(self, stage: str) -> Path:
-        """Where a stage logs; the folder exists. InputError for a name that is no stage's."""
+        """The log file of a stage; its folder exists. InputError for an invalid stage name."""
         if not _STAGE_NAME.fullmatch(stage):
             raise InputError(f"stage {stage!r}: must match {_STAGE_NAME.pattern}")
         folder = self.directory / "logs"
@@ -219,7 +233,7 @@ class Run:
 
 
 def find_use(root: Path | str, stage: str, key: str) -> tuple[str, int] | None:
-    """A run and a round of it that used an artifact; None if no run did."""
+    """A run and a round that used an artifact; None if there is none."""
     for run in Run.list(root):
         try:
             rounds = run.state.rounds
@@ -238,12 +252,12 @@ def _directory(root: Path | str, name: str) -> Path:
         )
     directory = Path(root).absolute() / "runs" / name
     if directory.is_symlink():
-        raise InputError(f"{directory}: a symbolic link; run directories must lie in the store themselves")
+        raise InputError(f"{directory}: a symbolic link; run directories must be inside the store")
     return directory
 
 
 def _make(directory: Path, name: str, experiment: dict[str, Any], identity: dict[str, Any]) -> bool:
-    """Publishes a whole run directory, or returns False if another process was faster."""
+    """Publishes a complete run directory, or returns False if another process did so first."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.parent / temporary_name()
     with explain_full_disk(directory):
@@ -274,7 +288,7 @@ def _experiment(name: str, experiment: dict[str, Any]) -> bytes:
 
 
 def _checksum(name: str, body: bytes) -> bytes:
-    """The last line of an experiment's file: it speaks for the run's name and for every byte above it."""
+    """The last line of an experiment's file: a checksum over the run's name and all bytes above."""
     return _MARK + hashlib.sha256(name.encode() + b"\n" + body).hexdigest().encode() + b"\n"
 
 
@@ -283,7 +297,7 @@ def _identity(name: str, identity: dict[str, Any]) -> bytes:
 
 
 def _state(state: RunState) -> bytes:
-    return seal(json.loads(state.model_dump_json()))  # a figure that is no number is null there
+    return seal(json.loads(state.model_dump_json()))  # NaN and infinities become null
 
 
 def _difference(old: Any, new: Any) -> list[str]:
@@ -306,13 +320,13 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:
 
 
 def settled(state: RunState, holder: str | None) -> RunState:
-    """The state as it is: what was left `running` by a process that is gone is not running."""
+    """The state, with `running` replaced where the process that wrote it is gone: the run is stopped, its stage pending."""
     if holder is not None or state.status != "running":
         return state
-    found = state.model_copy(deep=True)
-    found.status = "stopped"
-    for round in found.rounds:
+    settled = state.model_copy(deep=True)
+    settled.status = "stopped"
+    for round in settled.rounds:
         for stage in round.stages.values():
             if stage.state == "running":
                 stage.state, stage.error = "pending", "interrupted"
-    return found
+    return settled

@@ -1,7 +1,7 @@
-"""The artifact store: the only way to what stages have made.
+"""The artifact store: the interface to all results of stages.
 
-Layout under the root: `artifacts/<stage>/<key>/` (without `manifest.json` unfinished, with it immutable), `runs/`,
-`quarantine/`, `locks/`, `memo/` (remembered file hashes). Readers go by manifest, never by listing."""
+Layout under the root: `artifacts/<stage>/<key>/` (unfinished without `manifest.json`, immutable with it), `runs/`,
+`quarantine/`, `locks/`, `memo/` (remembered file hashes). Readers use manifests, never directory listings."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ __all__ = ["Artifact", "ArtifactSpec", "Builder", "ShardRecord", "ShardWriter", 
 
 Shards = list[ShardRecord]
 Problems = list[str]
-_AGAIN = "run again: only what is damaged is rebuilt"
+_AGAIN = "run again; only the damaged part is rebuilt"
 
 
 class Store:
-    """A store at a local directory, which is made if need be.
+    """A store in a local directory, which is created if missing.
 
-    Raises StoreError where the file system has no working flock or hard links."""
+    Raises StoreError if the file system has no working flock or hard links."""
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root).expanduser().absolute()
@@ -59,18 +59,18 @@ class Store:
             for name in ("artifacts", "runs", "quarantine", "locks", "memo"):
                 make_directory(self.root / name)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise StoreError(f"{self.root}: cannot hold a store ({error.strerror}: {error.filename})") from error
+            raise StoreError(f"{self.root}: cannot create a store here ({error.strerror}: {error.filename})") from error
         probe(self.root)
         self._memo = self.memo = self.root / "memo"
 
     # --- planning ----------------------------------------------------------------------------------------------------
 
     def get(self, stage: str, key: str) -> Artifact | None:
-        """The artifact if it is committed and its files are there with their recorded stat stamps, else None.
+        """The artifact if it is committed and its files have their recorded size and time, else None.
 
-        An evicted one counts: its content is known, and only who reads it needs it whole (`evicted` tells). A file with
-        another time stamp (a copied store) is hashed before it is believed. Moves nothing. Trees outside the store are
-        not looked at: `materialize` does that."""
+        An evicted artifact is returned too: its content is known, and only readers need its data (see `evicted`). A file with
+        another time stamp (a copied store) is hashed. Nothing is moved. Trees outside the store are not checked here;
+        `materialize` checks them."""
         try:
             manifest = load_manifest(artifact_directory(self.root, stage, key))
         except CorruptArtifact:
@@ -87,16 +87,16 @@ class Store:
         return artifact
 
     def evicted(self, artifact: Artifact) -> str | None:
-        """When its data was removed by `opd gc`; None if it is there. CorruptArtifact when it is not committed."""
+        """Time at which `opd gc` removed its data; None if the data is there. CorruptArtifact if it is not committed."""
         return self._manifest(artifact).evicted
 
     def list(self, stage: str | None = None) -> list[Artifact]:
-        """Every committed and undamaged artifact, evicted ones too, oldest first."""
+        """All committed and undamaged artifacts, evicted ones included, oldest first."""
         found = []
         for path in (self.root / "artifacts").glob(f"{stage or '*'}/*/{MANIFEST}"):
             try:
                 artifact = self.get(path.parent.parent.name, path.parent.name)
-            except StoreError:  # a folder that is no artifact's
+            except StoreError:  # not an artifact's folder
                 continue
             if artifact is not None:
                 found.append(artifact)
@@ -107,25 +107,25 @@ class Store:
         require_space(self.root, bytes_needed, purpose)
 
     def remove_leftovers(self, mine: bool = False) -> None:
-        """Removes what killed processes of this machine left (with `mine` also what this one did, when it was interrupted):
-        temporary files, and beside a manifest what only an unfinished artifact needs. What another process is building now
-        is left alone."""
+        """Removes what killed processes of this machine left: temporary files, and files of committed artifacts that only an
+        unfinished artifact needs. With `mine` also this process's own, after an interruption. Artifacts that another process
+        is building are left alone."""
         remove_leftovers(self.root, mine=mine)
         for directory in sorted({path.parent for path in unfinished_work(self.root / "artifacts", "[!.]*/*/")}):
             if not (directory / MANIFEST).exists():
                 continue
             stage, key = directory.parent.name, directory.name
-            # a folder that is no artifact's is refused
+            # OpdError: not an artifact's folder
             with suppress(OpdError), alone(build_lock(self.root, stage, key)) as ours:
                 artifact = self.get(stage, key) if ours else None
                 if artifact is None or self.evicted(artifact) is not None:
-                    continue  # it is made again, now or later, and goes on from there
+                    continue  # a later rebuild continues from these files
                 for path in unfinished_work(directory):
                     remove(path)
 
     @contextmanager
     def using(self, artifacts: Iterable[Artifact]) -> Iterator[None]:
-        """`opd gc` leaves these artifacts alone meanwhile. Who then finds one whole can count on it."""
+        """In the block `opd gc` does not touch these artifacts: an artifact found whole in it stays whole."""
         with ExitStack() as stack:
             for stage, key in sorted({(artifact.stage, artifact.key) for artifact in artifacts}):
                 stack.enter_context(shared(use_lock(self.root, stage, key)))
@@ -135,11 +135,11 @@ class Store:
 
     @contextmanager
     def building(self, spec: ArtifactSpec, waiting: Callable[[str], None] | None = None) -> Iterator[Builder]:
-        """Holds the artifact's lock and yields its builder. While another process builds it, `waiting` is called once
+        """Holds the artifact's lock and yields its builder. If another process is building it, `waiting` is called once
         with that process's description; afterwards `builder.committed` is its result.
 
-        Whoever builds several artifacts at once enters them in sorted (stage, key) order, or two runs may wait for
-        each other. An exception leaves the artifact unfinished: its finished shards count next time."""
+        To build several artifacts at once, enter them in sorted (stage, key) order, otherwise two runs may wait for each
+        other. An exception leaves the artifact unfinished; its finished shards are used next time."""
         directory = artifact_directory(self.root, spec.stage, spec.key)
         with locked(build_lock(self.root, spec.stage, spec.key), waiting or (lambda holder: None)):
             builder = self._builder(spec, directory)
@@ -157,7 +157,7 @@ class Store:
             with explain_full_disk(directory):
                 directory.mkdir(parents=True, exist_ok=True)
                 fsync_directory(directory.parent)
-                fsync_directory(directory.parent.parent)  # a stage's first artifact, whoever made the folder
+                fsync_directory(directory.parent.parent)  # for a stage's first artifact
             try:
                 recorded = load_manifest(directory)
             except CorruptArtifact as error:
@@ -165,7 +165,7 @@ class Store:
         return Builder(self.root, spec, committed, recorded)
 
     def shard_writer(self, stage: str, key: str) -> ShardWriter:
-        """For worker processes, under the lock that their parent holds."""
+        """A shard writer for worker processes. The parent process must hold the artifact's lock."""
         return ShardWriter(self.root, stage, key)
 
     # --- tables ------------------------------------------------------------------------------------------------------
@@ -199,13 +199,13 @@ class Store:
         """One shard, verified like `read_table`."""
         records = self.shards(artifact, table)
         if not 0 <= shard < len(records):
-            raise StoreError(f"{_name(artifact)}: {table} has {len(records)} shards, there is no shard {shard}")
+            raise StoreError(f"{artifact}: {table} has {len(records)} shards, there is no shard {shard}")
         self.require_data(artifact)
         return self._read(artifact, records[shard], None)
 
     def arrow_dataset(self, artifact: Artifact, table: str) -> pads.Dataset:
-        """A lazy dataset for queries: the footers are verified now, page checksums as it is scanned. Scanning what was
-        evicted raises FileNotFoundError; what a filter leaves out is not missed."""
+        """A lazy dataset for queries. Footers are verified now, page checksums during the scan. Scanning evicted shards raises
+        FileNotFoundError; shards that a filter excludes are not opened."""
         directory = self._directory(artifact)
         manifest = self._manifest(artifact)
         records, schema = self._shards(manifest, table), manifest.table_schema(table).arrow
@@ -230,12 +230,12 @@ class Store:
     # --- trees -------------------------------------------------------------------------------------------------------
 
     def materialize(self, artifact: Artifact, name: str = "model") -> Path:
-        """A local directory with the tree's files, every hash verified anew (of a user's own folder remembered by path, inode,
-        size and mtime, which cannot tell a bit that the disk flipped).
+        """A local directory with the tree's files. Every hash is verified again; hashes of a user's own folder are remembered by
+        path, inode, size and mtime, which cannot detect a bit flipped by the disk.
 
-        A bad file of the store moves to quarantine (CorruptArtifact); a changed file of a user's own folder is
-        InputError; a file that does not belong to the tree moves to quarantine, for engines read what lies there. Evicted
-        where `opd gc` removed the tree."""
+        Raises CorruptArtifact for a damaged file of the store, after moving it to quarantine; InputError for a changed or
+        added file in a user's own folder; Evicted if `opd gc` removed the tree. Added files in the store's tree move to
+        quarantine, because engines would read them."""
         self.require_data(artifact)
         tree = self._tree(self._manifest(artifact), name)
         directory = tree_directory(self._directory(artifact), tree)
@@ -246,30 +246,30 @@ class Store:
                 continue
             if tree.external:
                 raise InputError(
-                    f"{directory / record.path}: {problem}. The folder has changed since {_name(artifact)}"
-                    " recorded it: put the old files back, or point the config at a folder of its own for the new ones"
+                    f"{directory / record.path}: {problem}. The folder has changed since {artifact} recorded it: restore the old"
+                    " files, or put the new ones into another folder and name that in the config"
                 )
             self._bad_file(artifact, directory / record.path, problem)
         for path in added_files(directory, tree):
             if tree.external:
-                raise InputError(f"{path}: was not there when {_name(artifact)} recorded this folder; move it away")
-            quarantine(self.root, path, f"does not belong to the tree {name!r} of {_name(artifact)}")
+                raise InputError(f"{path}: was not there when {artifact} recorded this folder; move it away")
+            quarantine(self.root, path, f"does not belong to the tree {name!r} of {artifact}")
         return directory
 
     # --- damage ------------------------------------------------------------------------------------------------------
 
     def quarantine(self, path: Path, reason: str) -> Path | None:
-        """Moves a file or directory of the store to `quarantine/`, the reason beside it. None if it was gone."""
+        """Moves a file or directory of the store to `quarantine/`, with the reason beside it. None if it no longer exists."""
         return quarantine(self.root, path, reason)
 
     def verify(self, artifact: Artifact, move: bool = True) -> Problems:
-        """Hashes everything, trusting no memo, and returns the problems found. Bad files move to quarantine unless
-        `move` is False; a later run then rebuilds just these."""
-        found = Verified()
-        verify_artifact(self.root, artifact.stage, artifact.key, found)
+        """Hashes everything without remembered hashes, and returns the problems. Damaged files move to quarantine unless `move`
+        is False; a later run rebuilds only these."""
+        verified = Verified()
+        verify_artifact(self.root, artifact.stage, artifact.key, verified)
         if move:
-            move_damaged(self.root, found.problems)
-        return [str(problem) for problem in found.problems]
+            move_damaged(self.root, verified.problems)
+        return [str(problem) for problem in verified.problems]
 
     def _damage(self, manifest: Manifest) -> str | None:
         """The first damage that stat stamps show, or None."""
@@ -312,32 +312,28 @@ class Store:
     def _manifest(self, artifact: Artifact) -> Manifest:
         manifest = load_manifest(self._directory(artifact))
         if manifest is None:
-            raise CorruptArtifact(f"{_name(artifact)}: not committed in {self.root}, or in quarantine; {_AGAIN}")
+            raise CorruptArtifact(f"{artifact}: not committed in {self.root}, or in quarantine; {_AGAIN}")
         if manifest.artifact.content != artifact.content:
-            raise CorruptArtifact(f"{_name(artifact)}: was rebuilt with other content since it was planned; run again")
+            raise CorruptArtifact(f"{artifact}: was rebuilt with other content after planning; run again")
         return manifest
 
     def require_data(self, artifact: Artifact) -> None:
-        """Raises Evicted, with the command that makes it again, where `opd gc` removed the data."""
+        """Raises Evicted, with the command that rebuilds it, if `opd gc` removed the data."""
         when = self.evicted(artifact)
         if when is None:
             return
         use = find_use(self.root, artifact.stage, artifact.key)
-        again = f"opd restore {use[0]} --round {use[1]}" if use else "run again what made it"
-        raise Evicted(f"{_name(artifact)}: its data was evicted at {when} (opd gc). To make it again: {again}")
+        command = f"opd restore {use[0]} --round {use[1]}" if use else "run the stage that made it"
+        raise Evicted(f"{artifact}: its data was evicted at {when} (opd gc). To rebuild it: {command}")
 
     def _shards(self, manifest: Manifest, table: str) -> Shards:
         if table not in manifest.artifact.rows:
             has = ", ".join(sorted(manifest.artifact.rows)) or "none"
-            raise StoreError(f"{_name(manifest.artifact)}: has no table {table!r}; its tables: {has}")
+            raise StoreError(f"{manifest.artifact}: has no table {table!r}; its tables: {has}")
         return sorted((s for s in manifest.shards if s.table == table), key=lambda record: record.shard)
 
     def _tree(self, manifest: Manifest, name: str) -> TreeRecord:
         if name not in manifest.trees:
             has = ", ".join(sorted(manifest.trees)) or "none"
-            raise StoreError(f"{_name(manifest.artifact)}: has no tree {name!r}; its trees: {has}")
+            raise StoreError(f"{manifest.artifact}: has no tree {name!r}; its trees: {has}")
         return manifest.trees[name]
-
-
-def _name(artifact: Artifact) -> str:
-    return f"{artifact.stage}/{artifact.key}"

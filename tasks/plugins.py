@@ -1,8 +1,8 @@
 """The user's own code: engines, objectives, verifiers, named in a config as `plugins: [module]`.
 
-A plugin is a Python module or package that registers what it brings when it is imported; it must be on the import path.
-Its source (the module's file, or every .py file of the package) enters the keys of the stages that use what it registered,
-and of no others. What it imports from elsewhere is not looked at: make it a package."""
+A plugin is a Python module or package on the import path that registers its classes on import. Its source (the module's
+file, or every .py file of the package) enters the keys of the stages that use what it registered, and no others. Its
+imports from elsewhere are not tracked; use a package if it has several files."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def note_role(role: str, module: str) -> None:
 
 
 def load_plugins(modules: Iterable[str], search: str | None = None) -> dict[str, str]:
-    """Import the modules, `search` (a folder) first on the path, and return the digest of each one's source: what it was
-    when this process imported it, whatever has become of the file since. ConfigError when there is no such module."""
+    """Imports the modules, with the folder `search` first on the path, and returns the digest of each source as this process
+    imported it, even if the file has changed since. ConfigError for a missing module."""
     if search and search not in sys.path:
         sys.path.insert(0, search)
     found = {}
     for name in modules:
         if name not in _loaded:
-            digest = source_digest(name)  # first: an edit in between is then noticed by the next process
+            digest = source_digest(name)  # before the import: the next process then detects an edit in between
             _loading.append(name)
             try:
                 importlib.import_module(name)
@@ -56,12 +56,12 @@ def load_plugins(modules: Iterable[str], search: str | None = None) -> dict[str,
 
 
 def loaded_digests(modules: Iterable[str]) -> dict[str, str]:
-    """The digests of those that this process has imported."""
+    """The digests of the modules that this process has imported."""
     return {name: _loaded[name] for name in modules if name in _loaded}
 
 
 def source_digest(name: str) -> str:
-    """SHA-256 over the names and contents of a plugin's files. ConfigError when it has none."""
+    """SHA-256 over the names and contents of a plugin's files. ConfigError for a missing module."""
     origin = source_place(name)
     files = sorted(origin.rglob("*.py")) if origin.is_dir() else [origin]
     digest = hashlib.sha256()
@@ -72,7 +72,7 @@ def source_digest(name: str) -> str:
 
 
 def source_place(name: str) -> Path:
-    """Where a plugin lies: a module's file, a package's folder. ConfigError when there is no such module."""
+    """A module's file, or a package's folder. ConfigError for a missing module."""
     try:
         spec = importlib.util.find_spec(name) if _NAME.fullmatch(name) else None
     except ModuleNotFoundError as error:
@@ -106,14 +106,14 @@ def used_plugins(
 
 
 def refuse_changed(recorded: Mapping[str, str], what: str) -> None:
-    """InputError, naming the file, when a plugin that this process has imported is not the recorded one."""
+    """InputError, naming the file, if a plugin imported by this process differs from the recorded one."""
     for name, digest in recorded.items():
         if _loaded.get(name, digest) != digest:
-            raise InputError(f"{changed(name)}, and {what} needs it as it was; put the old file back")
+            raise InputError(f"{changed(name)}, but {what} needs the old version; restore the old file")
 
 
 def changed(name: str) -> str:
-    """That a plugin is not what it was, and where it lies."""
+    """The message that a plugin has changed, with its path."""
     return f"the plugin {name!r} ({source_place(name)}) has changed"
 
 
@@ -122,7 +122,7 @@ def _within(module: str, plugin: str) -> bool:
 
 
 def _modules(value: Any) -> Iterator[tuple[str, bool]]:
-    """Modules of others that a config uses: (name, is it a class that somebody has registered?)."""
+    """Modules from outside the project that a config uses: (name, whether it is a registered class)."""
     if isinstance(value, BaseModel):
         module = type(value).__module__
         if module.partition(".")[0] not in _OURS:

@@ -76,24 +76,24 @@ class PrepareConfig(Identity):
         return self
 
     def sources(self) -> dict[str, FileSource | AdditionSource]:
-        """The splits that are configured, in order of precedence."""
+        """The configured splits, in order of precedence."""
         return {split: source for split in SPLITS if (source := getattr(self, split)) is not None}
 
 
 def prepare_work(
     config: PrepareConfig, student_model: Artifact, teacher_model: Artifact | None, *, memo: Path | None = None
 ) -> Work:
-    """The work that makes the `prepare` artifact: tables `prompts` and `vocabulary`.
+    """Work with the output `prepare`: tables `prompts` and `vocabulary`.
 
     Content: `prompts:train` and so on (digest of the rows of each configured split) and `audit`. Meta: prompts
-    and `filtered` (by reason) per split, `warnings`, `longest_prompt` in tokens, `audit`. `memo` is a folder that
-    remembers hashes of unchanged files. Raises InputError for a source that cannot be read, here or when built."""
+    and `filtered` (by reason) per split, `warnings`, `longest_prompt` in tokens, `audit`. `memo`: folder that
+    remembers hashes of unchanged files. Raises InputError for an unreadable source, here or when built."""
     identity = json.loads(canonical_json(config))
     contents = {split: source_identity(source, memo) for split, source in config.sources().items()}
     inputs = {"tokenizer": _tokenizer_content(student_model)}
     if teacher_model is not None:
         inputs["teacher_tokenizer"] = _tokenizer_content(teacher_model)
-        # Padding rows and stop ids are part of the audit, and these are in the configs.
+        # The audit contains padding rows and stop ids, which come from the configs.
         inputs["architectures"] = canonical_json([_architecture(student_model), _architecture(teacher_model)])
     spec = ArtifactSpec.of("prepare", VERSION, {**identity, **contents}, inputs)
 
@@ -113,7 +113,7 @@ def prepare_work(
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` found."""
+    """Result of `prepare`."""
 
     prompts: pa.Table
     vocabulary: pa.Table
@@ -150,11 +150,11 @@ def prepare(config: PrepareConfig, student: Path, teacher: Path | None, context:
             if done % _BATCH == 0 or done == len(rows):
                 context.progress(done, len(rows), "prompts")
         filtered[split] = dict(sorted(left_out.items()))
-        said = ", ".join(f"{count} {reason}" for reason, count in filtered[split].items())
-        context.log(f"{split}: {kept} prompts" + (f"; left out: {said}" if said else ""))
+        reasons = ", ".join(f"{count} {reason}" for reason, count in filtered[split].items())
+        context.log(f"{split}: {kept} prompts" + (f"; left out: {reasons}" if reasons else ""))
         if kept == 0:
             raise InputError(
-                f"{split}: no prompt is left of {len(rows)} ({said}); see prompts.max_prompt_length and the source"
+                f"{split}: none of {len(rows)} prompts is left ({reasons}); see prompts.max_prompt_length and the source"
             )
     for warning in warnings:
         context.log(f"warning: {warning}")
@@ -172,7 +172,7 @@ def prepare(config: PrepareConfig, student: Path, teacher: Path | None, context:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A row as the models see it."""
+    """A row, rendered and tokenised."""
 
     text: str
     token_ids: list[int]
@@ -181,14 +181,14 @@ class _Prompt:
 
 
 class _Renderer:
-    """Rows to texts to tokens."""
+    """Renders rows to texts and tokenises them."""
 
     def __init__(self, config: PrepareConfig, student: Any, teacher: Any | None, audit: TokenizerAudit | None) -> None:
         self.config = config
         self.student = student
         self.teacher = teacher
         self._teacher_renders = audit is not None and audit.teacher_renders
-        # Otherwise the teacher's tokens of a text are the student's.
+        # Otherwise both tokenizers give the same tokens.
         self._teacher_tokenises = audit is not None and (self._teacher_renders or audit.verdict == "masked")
         if config.append_eos and student.eos_token_id is None:
             raise InputError("append_eos: the student's tokenizer has no end of sequence; set append_eos: false")
@@ -208,7 +208,7 @@ class _Renderer:
                 yield row, _Prompt(texts[index], token_ids[index], teacher_ids[index], target)
 
     def too_long(self, prompt: _Prompt) -> str | None:
-        """The reason to leave a prompt out for its length, or None."""
+        """The reason to leave out a prompt that is too long, or None."""
         if len(prompt.token_ids) > self.config.max_prompt_length:
             return "overlong"
         limit = self.config.max_teacher_prompt_length
@@ -222,7 +222,7 @@ class _Renderer:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if tokenizer.chat_template is None:
             raise InputError(
-                f"{row.where}: the tokenizer has no chat template; set prompts.chat_template: false and give plain prompts"
+                f"{row.where}: the tokenizer has no chat template; set prompts.chat_template: false and use plain prompts"
             )
         try:
             return str(
@@ -233,11 +233,11 @@ class _Renderer:
                     **self.config.chat_template_kwargs,
                 )
             )
-        except Exception as error:  # templates raise jinja2's errors, and any other out of their expressions
-            raise InputError(f"{row.where}: the chat template refuses it ({type(error).__name__}: {error})") from error
+        except Exception as error:  # jinja2's errors, and any other from a template's expressions
+            raise InputError(f"{row.where}: the chat template rejects it ({type(error).__name__}: {error})") from error
 
     def _tokens(self, tokenizer: Any, texts: list[str], rows: list[Row]) -> list[list[int]]:
-        """Templates write BOS themselves; plain texts get what the tokenizer adds."""
+        """Token ids. Rendered templates contain BOS already; plain texts get the special tokens that the tokenizer adds."""
         plain = [isinstance(row.prompt, str) and not self.config.chat_template for row in rows]
         result: list[list[int]] = [[] for _ in texts]
         for special in (False, True):
@@ -249,7 +249,7 @@ class _Renderer:
         return result
 
     def _teacher_tokens(self, rows: list[Row], texts: list[str], student: list[list[int]]) -> list[list[int] | None]:
-        """The teacher's tokens where they differ from the student's, None elsewhere."""
+        """The teacher's tokens where they differ from the student's, else None."""
         wanted = [i for i, row in enumerate(rows) if self._teacher_tokenises or row.teacher_prompt is not None]
         result: list[list[int] | None] = [None] * len(rows)
         if self.teacher is None or not wanted:
@@ -269,16 +269,16 @@ class _Renderer:
 
 
 class _Taken:
-    """Prompts seen so far, in all splits."""
+    """Prompts taken so far, in all splits."""
 
     def __init__(self) -> None:
         self._split: dict[str, str] = {}  # rendered text -> split
-        self._place: dict[str, str] = {}  # prompt id -> where it was found
+        self._place: dict[str, str] = {}  # prompt id -> its place in the source
 
     def reason(self, split: str, row: Row, prompt: _Prompt) -> str | None:
-        """Why this prompt must not be taken, or None."""
-        said = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
-        if not said.strip() or not prompt.token_ids:
+        """The reason to leave this prompt out, or None."""
+        last = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
+        if not last.strip() or not prompt.token_ids:
             return "empty"
         earlier = self._split.get(prompt.text)
         if earlier is not None:
@@ -286,16 +286,16 @@ class _Taken:
         return None
 
     def add(self, split: str, row: Row, prompt: _Prompt) -> dict[str, Any]:
-        """Takes it and returns its row of the table."""
+        """Adds a prompt; returns its row of the table."""
         if split == "warmup" and not row.completion:
             raise InputError(f"{row.where}: a warmup row needs a completion to learn")
         name = (
             hashlib.sha256(prompt.text.encode("utf-8", "surrogatepass")).hexdigest()[:16] if row.id is None else row.id
         )
         if name == "":
-            raise InputError(f"{row.where}: its id is empty; leave the id out to get one made")
+            raise InputError(f"{row.where}: its id is empty; remove the id to get a generated one")
         if name in self._place:
-            raise InputError(f"{row.where}: id {name!r} belongs to another prompt as well ({self._place[name]})")
+            raise InputError(f"{row.where}: id {name!r} is also the id of another prompt ({self._place[name]})")
         self._split[prompt.text], self._place[name] = split, row.where
         return {
             "prompt_id": name,
@@ -333,7 +333,7 @@ def _commit(builder: Builder, prepared: Prepared) -> None:
 
 
 def _write(builder: Builder, name: str, table: pa.Table) -> int:
-    """Write the shards that are missing; returns how many shards the table has."""
+    """Writes the missing shards; returns the number of shards of the table."""
     count = -(-table.num_rows // SHARD_ROWS)
     for shard in builder.missing(name, count):
         builder.write_shard(name, shard, table.slice(shard * SHARD_ROWS, SHARD_ROWS))
@@ -346,7 +346,7 @@ def _lengths(lists: pa.ChunkedArray) -> Iterable[int]:
 
 def _tokenizer_content(model: Artifact) -> str:
     if "tokenizer" not in model.content:
-        raise InputError(f"{model.stage}/{model.key}: this model has no tokenizer; save one beside its weights")
+        raise InputError(f"{model}: this model has no tokenizer; save one beside its weights")
     return model.content["tokenizer"]
 
 

@@ -1,4 +1,4 @@
-"""Fixtures for tests of several rooms."""
+"""Fixtures that tests of several folders share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How errors reach the user: what is theirs or the machine's as one block on stderr, what is a bug with its traceback.
+"""How errors reach the user: an `OpdError` as one block on stderr, any other exception (a bug) with its traceback.
 
 Exit codes: 0 done, 1 failed, 2 bad config, input or usage, 75 held by another process, 130 stopped by a signal."""
 
@@ -17,8 +17,8 @@ STOPPED = 130
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Ends the process with the error's exit code. What is no `OpdError` passes through, traceback and all. From now on
-    stderr shows no secrets."""
+    """Ends the process with the exit code of an `OpdError`; other exceptions pass through. Redacts secrets on stderr from now
+    on."""
     redact_output("stderr")
     try:
         with terminating():
@@ -32,6 +32,6 @@ def exit_codes() -> Iterator[None]:
 
 
 def block(error: OpdError) -> str:
-    """The message, its further lines indented under the first."""
+    """The message, with all lines but the first indented."""
     first, *rest = (str(error).strip() or type(error).__name__).splitlines()
     return "\n".join([f"error: {first}", *(f"  {line}".rstrip() for line in rest)])

@@ -1,4 +1,4 @@
-"""`opd export`: a round's student as a checkpoint folder of one's own."""
+"""`opd export`: a copy of a round's student as a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ def register(app: typer.Typer) -> None:
 
 def export(
     name: RunName,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that is new or empty", show_default=False)],
-    round: Annotated[int | None, typer.Option("--round", min=0, help="which round (default: the last)")] = None,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a new or empty folder", show_default=False)],
+    round: Annotated[int | None, typer.Option("--round", min=0, help="round (default: the last)")] = None,
     json_: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Copy a round's student to DIR: a Hugging Face checkpoint (safetensors, tokenizer, configs).
 
-    The hash of every file and of the weights is verified; the latter is printed. DIR appears whole or not at all.
+    The hash of every file and of the weights is verified; the hash of the weights is printed. DIR appears complete or not at
+    all.
+
     Exit codes: 0 done, 1 the store is damaged or the disk full, 2 no such run or round, or DIR is not empty."""
     from flows.cli.report import student_of, tree_of
     from storage.store import Store
@@ -45,7 +47,7 @@ def export(
     artifact = student_of(store, chosen)
     if artifact is None:
         raise CorruptArtifact(
-            f"the student of {name!r} round {chosen.round} is damaged or gone; make it again with:"
+            f"the student of {name!r} round {chosen.round} is damaged or missing; rebuild it with:"
             f" {opd_command(root, 'resume', name)}"
         )
     _refuse_unless_free(directory)
@@ -58,10 +60,8 @@ def export(
 
 
 def _round(run: Run, number: int | None) -> RoundState:
-    from flows.cli.report import last_round
-
     state = run.state
-    last = last_round(state)
+    last = state.last_trained
     if last is None:
         raise InputError(f"run {run.name!r} has no finished round yet; see: opd status {run.name}")
     if number is None:
@@ -69,19 +69,19 @@ def _round(run: Run, number: int | None) -> RoundState:
     finished = {r.round: r for r in state.rounds if r.student_sha256}
     if number not in finished:
         there = ", ".join(str(n) for n in sorted(finished))
-        raise InputError(f"run {run.name!r} has no finished round {number}; finished are {there}")
+        raise InputError(f"run {run.name!r} has no finished round {number}; finished rounds: {there}")
     return finished[number]
 
 
 def _refuse_unless_free(directory: Path) -> None:
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
-        raise InputError(f"{directory}: exists and is no folder; choose another DIR")
+        raise InputError(f"{directory}: exists and is not a folder; choose another DIR")
     if directory.is_dir() and any(directory.iterdir()):
-        raise InputError(f"{directory}: is not empty; choose another DIR, nothing is overwritten")
+        raise InputError(f"{directory}: not empty; choose another DIR, nothing is overwritten")
 
 
 def _copy(source: Path, tree: TreeRecord, directory: Path, expected: str) -> str:
-    """Copies the recorded files beside DIR, verifies the copies, and renames. Returns the weights' sha256."""
+    """Copies the recorded files to a folder beside DIR, verifies the copies, renames it. Returns the weights' sha256."""
     from storage.artifacts.digests import file_sha256, weights_digest
     from storage.artifacts.trees import fsync_tree
 
@@ -96,7 +96,7 @@ def _copy(source: Path, tree: TreeRecord, directory: Path, expected: str) -> str
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / file.path, copy)
                 if file_sha256(copy) != file.sha256:
-                    raise CorruptArtifact(f"{source / file.path}: changed while it was copied; export again")
+                    raise CorruptArtifact(f"{source / file.path}: changed during the copy; export again")
         sha = weights_digest(temporary)
         if sha != expected:
             raise CorruptArtifact(f"{source}: weights {sha[:16]}, the run recorded {expected[:16]}; run `opd resume`")
@@ -109,9 +109,7 @@ def _copy(source: Path, tree: TreeRecord, directory: Path, expected: str) -> str
 
 def _publish(temporary: Path, target: Path) -> None:
     try:
-        os.replace(temporary, target)  # takes the place of an empty folder, and of no other
+        os.replace(temporary, target)  # replaces an empty folder only
     except OSError as error:
-        raise InputError(
-            f"{target}: cannot be put there ({error.strerror}); choose a DIR that does not exist"
-        ) from error
+        raise InputError(f"{target}: cannot be created ({error.strerror}); choose a DIR that does not exist") from error
     fsync_directory(target.parent)

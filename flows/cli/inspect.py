@@ -1,4 +1,4 @@
-"""`opd status`, `ls`, `logs`, `query`: the commands that only look. They load no engine and write nothing."""
+"""`opd status`, `ls`, `logs`, `query`: read-only commands. They load no engine."""
 
 from __future__ import annotations
 
@@ -31,13 +31,15 @@ def register(app: typer.Typer) -> None:
 
 
 def status(
-    name: Annotated[str | None, typer.Argument(help="a run's name (default: the one that changed last)")] = None,
+    name: Annotated[str | None, typer.Argument(help="a run's name (default: the run that changed last)")] = None,
     json_: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Show a run: the metrics of each round, what failed, where the student is, what to do next.
+    """Show a run: metrics per round, failures, the student's folder, and commands to continue.
 
-    With --json: name, status, and per round metrics, student_sha256, and per stage key, state, seconds, rows, error, evicted.
+    With --json: name, status, and for each round metrics, student_sha256, and for each stage key, state, seconds, rows, error,
+    evicted.
+
     Exit codes: 0 shown (whatever the run's status), 2 no such run."""
     from flows.cli.report import print_report, status_json
     from storage.runs import settled
@@ -52,10 +54,10 @@ def status(
 
 
 def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
-    """List the runs of a store, the one that changed last at the end.
+    """List the runs of a store, the most recently changed last.
 
-    Exit codes: 0, also when there is none."""
-    from flows.cli.report import evicted, last_round
+    Exit codes: 0, also when there is no run."""
+    from flows.cli.report import evicted, status_text
     from storage.runs import settled
 
     states = sorted((settled(run.state, run.holder()) for run in Run.list(root)), key=lambda state: state.updated)
@@ -69,12 +71,12 @@ def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
         return
     table = Table("run", "status", "round", "accuracy", "reverse KL", "evicted", "changed")
     for state in states:
-        last = last_round(state)
+        last = state.last_trained
         metrics = last.metrics if last else {}
         accuracy, kl = metrics.get("accuracy_greedy"), metrics.get("reverse_kl")
         table.add_row(
             state.name,
-            state.status,
+            status_text(state, root),
             str(last.round) if last else "",
             f"{accuracy:.1%}" if accuracy is not None else "",
             f"{kl:.4f}" if kl is not None else "",
@@ -86,21 +88,19 @@ def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
 
 def logs(
     name: RunName,
-    stage: Annotated[str | None, typer.Option("--stage", help="only logs whose name begins so")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the run ends")] = False,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="last lines of each log; 0: all of them")] = 200,
+    stage: Annotated[str | None, typer.Option("--stage", help="only logs whose name begins with this")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="print new lines until the run ends")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="last lines of each log; 0: all")] = 200,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Show what a run's stages and workers wrote.
+    """Show the logs of a run's stages and workers.
 
     Exit codes: 0 shown, 2 no such run or log, 130 Ctrl-C."""
     run = Run.open(root, name)
     names = sorted(path.stem for path in _log_files(run, None))
     shown = _log_files(run, stage)
     if not shown and not follow:
-        wanted = (
-            f"no log begins with {stage!r}; there are: {', '.join(names) or 'none yet'}" if stage else "no logs yet"
-        )
+        wanted = f"no log begins with {stage!r}; logs: {', '.join(names) or 'none yet'}" if stage else "no logs yet"
         raise InputError(f"run {name!r}: {wanted}")
     ends = {path: _show_tail(path, lines, heading=len(shown) > 1) for path in shown}
     if follow:
@@ -109,20 +109,21 @@ def logs(
 
 def query(
     name_or_sql: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="a run; without it, all runs", show_default=False)
+        str | None, typer.Argument(metavar="NAME", help="a run (default: all runs)", show_default=False)
     ] = None,
     sql: Annotated[str | None, typer.Argument(metavar="SQL", help="one SELECT", show_default=False)] = None,
     json_: Json = False,
     csv: Annotated[bool, typer.Option("--csv", help="print the result as CSV")] = False,
-    limit_seconds: Annotated[float, typer.Option("--limit-seconds", min=0.001, help="end it after so long")] = 30.0,
+    limit_seconds: Annotated[float, typer.Option("--limit-seconds", min=0.001, help="time limit")] = 30.0,
     memory: Annotated[str, typer.Option("--memory", help="DuckDB's memory limit")] = "1GB",
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Ask the committed artifacts in SQL (DuckDB). Without SQL: the views and their columns.
+    """Query the committed artifacts in SQL (DuckDB). Without SQL: list the views and their columns.
 
-    Nothing can be written, and no other file read. --json is an array of objects, NaN and infinities as strings. Rows
-    that `opd gc` evicted are never left out silently: a query that needs them ends and says which.
-    Exit codes: 0 done, 1 damaged or evicted data, 2 refused, wrong SQL, no such run, or past a limit."""
+    A query cannot write or read other files. --json prints an array of objects, with NaN and infinities as strings. A query
+    that needs rows evicted by `opd gc` fails and names them.
+
+    Exit codes: 0 done, 1 damaged or evicted data, 2 refused, wrong SQL, no such run, or limit exceeded."""
     from flows.cli import tables
     from storage.query.catalog import Catalog
     from storage.query.limits import process_limits
@@ -151,15 +152,13 @@ def _latest(root: Path) -> Run:
     runs = Run.list(root)
     if not runs:
         raise InputError(
-            f"no runs in {root}; start one with `opd run CONFIG`, or name the store with --root or OPD_ROOT"
+            f"no runs in {root}; start one with `opd run CONFIG`, or set the store's folder with --root or OPD_ROOT"
         )
     return max(runs, key=lambda run: run.state.updated)
 
 
 def _line(state: RunState) -> dict[str, Any]:
-    from flows.cli.report import last_round
-
-    last = last_round(state)
+    last = state.last_trained
     return {
         "name": state.name,
         "status": state.status,
@@ -171,9 +170,9 @@ def _line(state: RunState) -> dict[str, Any]:
 
 
 def _log_files(run: Run, stage: str | None) -> list[Path]:
-    """The run's logs, those that were written last at the end."""
-    found = [path for path in (run.directory / "logs").glob("*.log") if path.stem.startswith(stage or "")]
-    return sorted(found, key=lambda path: (path.stat().st_mtime, path.name))
+    """The run's logs, the most recently written last."""
+    logs = [path for path in (run.directory / "logs").glob("*.log") if path.stem.startswith(stage or "")]
+    return sorted(logs, key=lambda path: (path.stat().st_mtime, path.name))
 
 
 def _show_tail(path: Path, lines: int, heading: bool) -> int:
@@ -187,12 +186,12 @@ def _show_tail(path: Path, lines: int, heading: bool) -> int:
 
 
 def _follow(run: Run, stage: str | None, ends: dict[Path, int]) -> None:
-    """Prints what is added to the logs, new ones included, until nobody works on the run."""
+    """Prints new lines of the logs, and new logs, until no process works on the run."""
     import time
 
     current = next(reversed(ends), None)
     while True:
-        held = run.holder() is not None  # asked before reading, so that the last lines are read too
+        held = run.holder() is not None  # before reading, so that the last lines are read too
         for path in _log_files(run, stage):
             with path.open("rb") as file:
                 file.seek(min(ends.get(path, 0), path.stat().st_size))

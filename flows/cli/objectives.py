@@ -1,8 +1,7 @@
-"""`opd objectives`: what can be minimised, with equations, papers, fields and defaults."""
+"""`opd objectives`: recipes and choices with equations, papers, fields and defaults."""
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import asdict
 from typing import Annotated
@@ -14,7 +13,7 @@ from rich.table import Table
 
 from flows.cli.options import Json, console, example
 from flows.reference.catalogue import Entry, axes, catalogue
-from storage.errors import ConfigError
+from storage.errors import ConfigError, did_you_mean
 from tasks.plugins import load_plugins
 
 
@@ -30,7 +29,7 @@ def objectives(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """List every recipe and every choice of an objective; with a name, show its equation, paper, code and fields.
+    """List all recipes and all choices of an objective; with a name, show its equation, paper, code and fields.
 
     Exit codes: 0 shown, 2 no such name or plugin."""
     load_plugins(plugin or ())
@@ -38,9 +37,8 @@ def objectives(
     chosen = entries if name is None else [entry for entry in entries if entry.name == name]
     if not chosen:
         names = sorted({entry.name for entry in entries})
-        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "opd objectives lists them"
-        raise ConfigError(f"objectives: nothing is called {name!r}; {hint}")
+        hint = did_you_mean(str(name), names, "opd objectives lists them")
+        raise ConfigError(f"objectives: no recipe or choice named {name!r}; {hint}")
     if json_:
         typer.echo(json.dumps([asdict(entry) for entry in chosen], indent=2))
     elif name is None:
@@ -53,7 +51,7 @@ def objectives(
 def _list(out: Console, entries: list[Entry]) -> None:
     for axis in axes(entries):
         table = Table(title=f"[bold]{axis}[/]", title_justify="left", box=None, header_style="dim", pad_edge=False)
-        for column in ("name", "what it is", "paper", "defaults"):
+        for column in ("name", "description", "paper", "defaults"):
             table.add_column(column)
         for entry in entries:
             if entry.axis == axis:
@@ -64,7 +62,7 @@ def _list(out: Console, entries: list[Entry]) -> None:
                 table.add_row(entry.label, escape(entry.summary) + mark, ", ".join(entry.papers), escape(shown))
         out.print(table)
         out.print()
-    out.print("A recipe runs as it is: opd run configs/recipes/NAME.yaml. Equations and fields: opd objectives NAME")
+    out.print("Run a recipe: opd run configs/recipes/NAME.yaml. Equations and fields: opd objectives NAME")
 
 
 def _show(out: Console, entry: Entry) -> None:

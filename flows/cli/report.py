@@ -1,4 +1,4 @@
-"""What a run came to: the metrics of each round, where the student is, what to try next."""
+"""The report of a run: metrics per round, failures, the student's folder, commands to continue."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from flows.cli.options import console
 from flows.run.hints import opd_command
 from storage.artifacts.artifact import Artifact, TreeRecord, artifact_directory, load_manifest
 from storage.artifacts.trees import tree_directory
-from storage.errors import CorruptArtifact, StoreError
-from storage.runs import RoundState, RunState, StageState
+from storage.errors import CorruptArtifact, InputError, StoreError
+from storage.runs import RoundState, Run, RunState, StageState
 from storage.store import Store
 
-_FIGURES = (
+_METRICS = (
     ("accuracy", "accuracy_greedy", "{:.1%}"),
     ("sampled", "accuracy_sampled", "{:.1%}"),
     ("reverse KL", "reverse_kl", "{:.4f}"),
@@ -30,12 +30,12 @@ _FIGURES = (
 _LEGEND = "round 0 is the student before distillation; reverse KL is to the teacher, on fresh rollouts"
 _COLOURS = {"new": "dim", "running": "cyan", "stopped": "yellow", "failed": "red", "finished": "green"}
 _STUDENT_STAGES = (("train", "student"), ("warmup", "student"), ("model", "model"))
-"""(stage of a round, artifact) that can hold its student, best first."""
+"""(stage of a round, artifact) that can hold its student, in order of preference."""
 
 
 def status_json(state: RunState, root: Path) -> dict[str, Any]:
-    """What `opd status --json` and `opd run --json` print: name, status, rounds with metrics, student digest and stages,
-    of every stage also its evicted artifacts."""
+    """The JSON of `opd status` and `opd run`: name, status, rounds with metrics, student digest and stages; for each stage
+    also its evicted artifacts."""
     status = state.model_dump(mode="json")
     gone = evicted(state, root)
     for round in status["rounds"]:
@@ -45,7 +45,7 @@ def status_json(state: RunState, root: Path) -> dict[str, Any]:
 
 
 def evicted(state: RunState, root: Path) -> dict[tuple[int, str], list[str]]:
-    """(round, stage's label) -> artifacts of it whose data `opd gc` removed. Damaged manifests do not count."""
+    """(round, stage label) -> its artifacts whose data `opd gc` removed. Damaged manifests are ignored."""
     found: dict[tuple[int, str], list[str]] = {}
     for round in state.rounds:
         for label, record in round.stages.items():
@@ -63,12 +63,12 @@ def print_report(state: RunState, root: Path, holder: str | None = None, out: Co
     """The report on standard output."""
     out = out or console()
     for part in report(state, root, holder):
-        out.print(part, soft_wrap=isinstance(part, Text))  # paths and commands stay on one line, to be copied
+        out.print(part, soft_wrap=isinstance(part, Text))  # paths and commands stay on one line, for copying
 
 
 def report(state: RunState, root: Path, holder: str | None = None) -> list[Table | Text]:
-    """The table of rounds, then troubles, the student's folder and commands worth trying."""
-    parts: list[Table | Text] = [_heading(state, holder)]
+    """The table of rounds, then failures, the student's folder and useful commands."""
+    parts: list[Table | Text] = [_heading(state, root, holder)]
     if state.rounds:
         gone = evicted(state, root)
         parts.append(_rounds(state, gone))
@@ -76,22 +76,32 @@ def report(state: RunState, root: Path, holder: str | None = None) -> list[Table
         if gone:
             first = min(round for round, _ in gone)
             again = opd_command(root, "restore", state.name, "--round", str(first))
-            parts.append(Text(f"evicted: removed by opd gc, made again when it is read, or by: {again}", style="dim"))
+            parts.append(
+                Text(f"evicted: removed by opd gc; rebuilt when a stage reads it, or by: {again}", style="dim")
+            )
     parts += [_trouble(round.round, label, stage) for round, label, stage in _failed(state)]
-    last = last_round(state)
+    last = state.last_trained
     if last is not None:
         parts.append(_student(state, root, last))
     parts.append(Text("next:", style="bold"))
     return parts + [Text(f"  {command}") for command in next_commands(state, root)]
 
 
-def last_round(state: RunState) -> RoundState | None:
-    """The latest round that ended with a student."""
-    return max((r for r in state.rounds if r.student_sha256), key=lambda r: r.round, default=None)
+def status_text(state: RunState, root: Path) -> str:
+    """The status as `status` and `ls` print it. A run that was asked for fewer rounds than policy.rounds is stored as
+    `stopped`; it is shown as `paused at round 1 of 5`."""
+    last = state.rounds[-1] if state.rounds else None
+    if state.status != "stopped" or last is None or last.student_sha256 is None or last.round != state.rounds_done:
+        return state.status
+    try:
+        goal = (Run.open(root, state.name).experiment.get("policy") or {}).get("rounds")
+    except (InputError, CorruptArtifact):
+        goal = None
+    return f"paused at round {last.round}" + (f" of {goal}" if goal is not None else "")
 
 
 def student_of(store: Store, round: RoundState) -> Artifact | None:
-    """The committed artifact that holds a round's student: its weights are the recorded ones. None if it is gone."""
+    """The committed artifact that holds a round's student, recognised by its weights. None if there is none."""
     for label, kind in _STUDENT_STAGES:
         stage = round.stages.get(label)
         key = stage.artifacts.get(kind) if stage is not None else None
@@ -102,7 +112,7 @@ def student_of(store: Store, round: RoundState) -> Artifact | None:
 
 
 def tree_of(store: Store, artifact: Artifact, name: str = "model") -> tuple[Path, TreeRecord]:
-    """Where a tree of an artifact lies, and its files as they were recorded. Nothing is verified."""
+    """The folder of an artifact's tree, and its recorded files. Nothing is verified."""
     directory = artifact_directory(store.root, artifact.stage, artifact.key)
     manifest = load_manifest(directory)
     if manifest is None or name not in manifest.trees:
@@ -111,23 +121,23 @@ def tree_of(store: Store, artifact: Artifact, name: str = "model") -> tuple[Path
 
 
 def next_commands(state: RunState, root: Path) -> list[str]:
-    """Three commands worth trying from here."""
-    name, last = state.name, last_round(state)
+    """Up to three useful commands."""
+    name, last = state.name, state.last_trained
     failed = [label for _, label, _ in _failed(state)]
     if state.status == "running":
         watch = [("logs", name, "--follow"), ("status", name), ("stop", name)]
         return [opd_command(root, *words) for words in watch]
-    found: list[tuple[str, ...]] = []
+    commands: list[tuple[str, ...]] = []
     if state.status != "finished":
-        found.append(("resume", name))
+        commands.append(("resume", name))
     if failed:
-        found.append(("logs", name))
+        commands.append(("logs", name))
     if last is None:
-        found += [("status", name, "--json"), ("ls",)]
+        commands += [("status", name, "--json"), ("ls",)]
     else:
-        found += [("export", name, f"{name}-student"), ("query", name, _question(last.round))]
-        found.append(("fork", f"{name}@{max(last.round - 1, 0)}", "--name", f"{name}-2", "--set", "train.lr=1e-4"))
-    return [opd_command(root, *words) for words in found[:3]]
+        commands += [("export", name, f"{name}-student"), ("query", name, _question(last.round))]
+        commands.append(("fork", f"{name}@{max(last.round - 1, 0)}", "--name", f"{name}-2", "--set", "train.lr=1e-4"))
+    return [opd_command(root, *words) for words in commands[:3]]
 
 
 def _question(round: int) -> str:
@@ -139,9 +149,9 @@ def _question(round: int) -> str:
     )
 
 
-def _heading(state: RunState, holder: str | None) -> Text:
+def _heading(state: RunState, root: Path, holder: str | None) -> Text:
     line = Text(state.name, style="bold")
-    line.append(f"  {state.status}", style=_COLOURS[state.status])
+    line.append(f"  {status_text(state, root)}", style=_COLOURS[state.status])
     if state.forked_from:
         line.append(f"  forked from {state.forked_from}", style="dim")
     if holder:
@@ -150,7 +160,7 @@ def _heading(state: RunState, holder: str | None) -> Text:
 
 
 def _rounds(state: RunState, gone: dict[tuple[int, str], list[str]]) -> Table:
-    shown = [f for f in _FIGURES if any(r.metrics.get(f[1]) is not None for r in state.rounds)]
+    shown = [f for f in _METRICS if any(r.metrics.get(f[1]) is not None for r in state.rounds)]
     table = Table("round")
     for heading, _, _ in shown:
         table.add_column(heading, justify="right")
@@ -192,9 +202,9 @@ def _student(state: RunState, root: Path, round: RoundState) -> Text:
     artifact = student_of(store, round)
     line = Text(f"student of round {round.round}: ")
     if artifact is None:
-        return line.append(f"no longer in the store; `opd resume {state.name}` makes it again", style="yellow")
+        return line.append(f"no longer in the store; `opd resume {state.name}` rebuilds it", style="yellow")
     if store.evicted(artifact) is not None:
         again = opd_command(root, "restore", state.name, "--round", str(round.round))
-        return line.append(f"evicted; make it again with: {again}", style="yellow")
+        return line.append(f"evicted; rebuild it with: {again}", style="yellow")
     line.append(str(tree_of(store, artifact)[0]), style="bold")
     return line.append(f"  (sha256 {(round.student_sha256 or '')[:16]})", style="dim")

@@ -1,4 +1,4 @@
-"""`opd run`, `resume`, `stop`, `fork`, `check`: the commands that make things."""
+"""`opd run`, `resume`, `stop`, `fork`, `check`: the commands that start, continue and stop runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows.cli.options import Json, Root, console, example
+from flows.cli.options import Json, Root, RunName, Set, console, example
 from flows.run.hints import DEFAULT_ROOT, opd_command, with_resume_hint
 from storage.errors import ConfigError, InputError, OpdError
 from storage.runs import Run
@@ -25,10 +25,9 @@ if TYPE_CHECKING:
     from flows.experiment import Experiment
     from flows.run.executor import PlanLine, Reporter
 
-Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="override a field, e.g. train.lr=1e-4")]
-Rounds = Annotated[int | None, typer.Option("--rounds", min=0, help="rounds to reach instead of policy.rounds")]
+Rounds = Annotated[int | None, typer.Option("--rounds", min=0, help="stop after this round instead of policy.rounds")]
 Name = Annotated[str | None, typer.Option("--name", help="the run's name (default: the config's file name)")]
-NoPrefect = Annotated[bool, typer.Option("--no-prefect", help="call the stages without Prefect")]
+NoPrefect = Annotated[bool, typer.Option("--no-prefect", help="run the stages without Prefect")]
 
 out = console()
 err = Console(stderr=True, highlight=False)
@@ -55,10 +54,11 @@ def run(
     json_: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Run an experiment, or bring the run of that name to where its config says.
+    """Run an experiment; if the run exists, continue it up to policy.rounds.
 
-    What is in the store already is not made again. Exit codes: 0 done, 1 failed, 2 bad config or input,
-    75 the run is held by another process, 130 stopped."""
+    Stages whose results are in the store are not run again.
+
+    Exit codes: 0 done, 1 failed, 2 bad config or input, 75 the run is held by another process, 130 interrupted."""
     from flows.experiment import load_experiment
 
     experiment = load_experiment(config, set_)
@@ -69,23 +69,23 @@ def run(
 
 
 def resume(
-    name: Annotated[str, typer.Argument(help="a run's name", show_default=False)],
+    name: RunName,
     set_: Set = [],  # noqa: B006
     rounds: Rounds = None,
     no_prefect: NoPrefect = False,
     json_: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Go on with a run where it stands; only runtime.* and policy.* can be set.
+    """Continue a run where it stopped. Only fields of `runtime` and `policy` can be set.
 
-    Exit codes as `opd run`."""
+    Exit codes: as for `opd run`."""
     from flows.run.runner import resume_experiment
 
     _go(resume_experiment(name, root, set_), name, root, rounds, no_prefect, json_)
 
 
 def fork(
-    point: Annotated[str, typer.Argument(metavar="NAME@ROUND", help="where to start from", show_default=False)],
+    point: Annotated[str, typer.Argument(metavar="NAME@ROUND", help="run and round to start from", show_default=False)],
     name: Annotated[str, typer.Option("--name", help="the new run's name")],
     set_: Set = [],  # noqa: B006
     rounds: Rounds = None,
@@ -93,9 +93,12 @@ def fork(
     json_: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Start a new run from a round of another: the same student and optimizer state, another loss, say.
+    """Start a new run from a round of another run, with other fields (another loss, for example).
 
-    Rounds up to ROUND are shared through the store and not made again. Exit codes as `opd run`."""
+    It starts from that round's student and optimizer state. Rounds up to ROUND are shared through the store and not run
+    again.
+
+    Exit codes: as for `opd run`."""
     from flows.run.runner import fork_experiment
 
     parent, at, number = point.rpartition("@")
@@ -105,13 +108,13 @@ def fork(
 
 
 def stop(
-    name: Annotated[str, typer.Argument(help="a run's name", show_default=False)],
-    wait: Annotated[float, typer.Option("--wait", min=0, help="seconds to wait until it has stopped")] = 30.0,
+    name: RunName,
+    wait: Annotated[float, typer.Option("--wait", min=0, help="seconds to wait for its end")] = 30.0,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Stop a run that is under way, with everything it started; it can be resumed.
+    """Stop a running run and all its processes. It can be resumed.
 
-    Exit codes: 0 it is stopped (or was not running), 1 it did not stop in time, 2 no such run."""
+    Exit codes: 0 stopped, or was not running; 1 did not stop in time; 2 no such run."""
     held = Run.open(root, name)
     holder = held.holder_info()
     if holder is None:
@@ -124,11 +127,11 @@ def stop(
     while held.holder() is not None:
         if time.monotonic() > deadline:
             raise OpdError(
-                f"run {name!r}: {holder} did not stop within {wait:.0f} s. To end it at once: kill -9 {holder.pid}; its"
-                " workers end with it, what is committed stays"
+                f"run {name!r}: {holder} did not stop within {wait:.0f} s. To end it at once: kill -9 {holder.pid} (its"
+                " workers end too; committed results are kept)"
             )
         time.sleep(0.1)
-    out.print(f"run {name!r} is stopped; go on with: {opd_command(root, 'resume', name)}", soft_wrap=True)
+    out.print(f"run {name!r} is stopped; continue with: {opd_command(root, 'resume', name)}", soft_wrap=True)
 
 
 def check(
@@ -136,9 +139,9 @@ def check(
     set_: Set = [],  # noqa: B006
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Check a config, its files and both tokenizers; print the audit and the size of a round. Starts no engine.
+    """Check a config, its files and both tokenizers; print the comparison and the size of a round. Starts no engine.
 
-    Exit codes: 0 fine, 2 a problem."""
+    Exit codes: 0 no problem, 2 a problem."""
     from flows.experiment import load_experiment
     from flows.run.check import check_experiment
 
@@ -162,9 +165,9 @@ def _plan_table(name: str, lines: list[PlanLine]) -> Table:
     colours = {"cached": "green", "restore": "yellow", "run": "yellow", "pending": "dim"}
     meaning = {
         "cached": "in the store",
-        "restore": "evicted, would be made again",
+        "restore": "evicted, would be rebuilt",
         "run": "would run",
-        "pending": "waits for what would run",
+        "pending": "waits for an earlier stage",
     }
     table = Table("round", "stage", "", "key", title=f"plan of {name}", title_justify="left")
     for line in lines:
@@ -177,7 +180,7 @@ def _plan_table(name: str, lines: list[PlanLine]) -> Table:
 
 
 def _go(experiment: Experiment, name: str, root: Path, rounds: int | None, no_prefect: bool, as_json: bool) -> None:
-    """Run in the foreground, show what happens, and say at the end what came out and what to do next."""
+    """Run in the foreground with progress; print the report at the end."""
     from flows.cli.report import print_report, status_json
     from flows.run.progress import LineReporter, SilentReporter, TerminalReporter
     from flows.run.runner import run_experiment
@@ -192,8 +195,8 @@ def _go(experiment: Experiment, name: str, root: Path, rounds: int | None, no_pr
             )
         except KeyboardInterrupt:
             stack.close()
-            err.print("\nstopped: everything it had started is ended, what was committed stays.")
-            err.print(f"go on with: {opd_command(root, 'resume', name)}", soft_wrap=True)
+            err.print("\nstopped: all processes of the run have ended; committed results are kept.")
+            err.print(f"continue with: {opd_command(root, 'resume', name)}", soft_wrap=True)
             raise typer.Exit(130) from None
         except OpdError as error:
             stack.close()
@@ -204,7 +207,7 @@ def _go(experiment: Experiment, name: str, root: Path, rounds: int | None, no_pr
         return
     print_report(state, root)
     if built == 0:
-        out.print(f"nothing to do: every stage of {name!r} up to here is in the store")
+        out.print(f"nothing to do: every stage of {name!r} up to this round is in the store")
 
 
 def _with_built(status: dict[str, Any], built: int) -> dict[str, Any]:

@@ -40,6 +40,7 @@ def schedule(
 
     Stays in the foreground. With --every the first tick comes at once. A tick that comes while one is busy is skipped, one
     that fails is tried again by the next. Uses PREFECT_API_URL, else starts a Prefect server on the store's own database.
+
     Exit codes: 0 all rounds are done, 2 bad config or input, 75 scheduled already, 130 stopped (Ctrl-C; all it had
     started is ended, `opd schedule` again goes on), 1 anything else."""
     from flows.experiment import load_experiment
@@ -67,7 +68,9 @@ def ui(
 ) -> None:
     """Serve Prefect's web interface on this store's history until Ctrl-C; runs that start meanwhile appear in it.
 
-    Loopback only. Exit codes: 0 ended, 1 the server could not be started."""
+    Loopback only.
+
+    Exit codes: 0 ended, 1 the server could not be started."""
     from flows.prefect_.server import EmbeddedServer, ServerUnavailable
 
     if url := os.environ.get("PREFECT_API_URL"):

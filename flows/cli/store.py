@@ -1,4 +1,4 @@
-"""`opd verify`, `gc`, `restore`, `replay`: the commands that keep a store whole, small and believable."""
+"""`opd verify`, `gc`, `restore`, `replay`: verification, collection, rebuilding and replay of a store."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ def verify(
     json_: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Hash everything that a run depends on: files, rows, manifests, models. No memo is trusted.
+    """Hash everything that a run depends on: files, rows, manifests, models. Remembered hashes are not used.
 
-    What is damaged moves to quarantine with its reason, and `opd resume` makes just that again.
-    Exit codes: 0 all is as it was written, 1 something is not, 2 no such run."""
+    Damaged files move to quarantine with the reason, and `opd resume` rebuilds only these.
+
+    Exit codes: 0 everything is unchanged, 1 damage, 2 no such run."""
     from storage.artifacts.verify import Verified, move_damaged, verify_run, verify_store
     from storage.store import Store
 
@@ -53,11 +54,11 @@ def verify(
     store = Store(existing_root(root))
     found, started = Verified(), time.monotonic()
     with err.status("verifying") as status:
-        tell = lambda artifact: status.update(f"verifying {artifact}")  # noqa: E731
+        show = lambda artifact: status.update(f"verifying {artifact}")  # noqa: E731
         if name is not None:
-            verify_run(store.root, Run.open(root, name), found, tell)
+            verify_run(store.root, Run.open(root, name), found, show)
         else:
-            verify_store(store.root, found, tell)
+            verify_store(store.root, found, show)
     moved = move_damaged(store.root, found.problems)
     seconds = time.monotonic() - started
     if json_:
@@ -71,7 +72,7 @@ def verify(
             soft_wrap=True,
         )
         if not found.problems:
-            out.print("all is as it was written")
+            out.print("no damage found")
     if found.problems:
         raise OpdError(_damage(found, moved, root, name))
 
@@ -79,21 +80,22 @@ def verify(
 def gc(
     keep: Annotated[
         list[str],
-        typer.Option("--keep", metavar="WHAT=ROUNDS", help="last rounds to keep, instead of each run's policy.retain"),
+        typer.Option("--keep", metavar="WHAT=ROUNDS", help="last rounds to keep, overriding each run's policy.retain"),
     ] = [],  # noqa: B006  typer copies it
     quarantine_days: Annotated[
-        float, typer.Option("--quarantine-days", min=0, help="damaged pieces set aside longer ago go too")
+        float,
+        typer.Option("--quarantine-days", min=0, help="also remove damaged files quarantined longer ago than this"),
     ] = 30.0,
-    apply: Annotated[bool, typer.Option("--apply", "--yes", help="remove; without it the plan is only shown")] = False,
+    apply: Annotated[bool, typer.Option("--apply", "--yes", help="remove; without it only the plan is shown")] = False,
     json_: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Show, or with --apply remove, what no run needs. What is in use stays: by a run under way, a builder, a reader.
+    """List what no run needs; with --apply, remove it. Whatever a running run, a builder or a reader uses is kept.
 
-    WHAT is rollouts, signals, trainer_state or students (policy.retain of a run has the same fields; all for every
-    round is kept). An evicted artifact keeps its manifest: it counts as done and is made again when it must be read.
-    Exit codes: 0 done, 1 a run cannot be read (nothing is removed), 2 bad arguments, 75 another collection is under
-    way."""
+    WHAT is rollouts, signals, trainer_state or students, the fields of a run's policy.retain; ROUNDS is a number or all. An
+    evicted artifact keeps its manifest, counts as done, and is rebuilt when a stage must read it.
+
+    Exit codes: 0 done, 1 a run cannot be read (nothing is removed), 2 bad arguments, 75 another collection is running."""
     from storage.store import Store
     from storage.upkeep.gc import Collector, run_retention
 
@@ -113,31 +115,32 @@ def gc(
     if apply:
         left = len(plan.items) - len(removed)
         out.print(
-            f"removed {_size(sum(item.bytes for item in removed))}"
-            + (f"; {left} left, taken into use meanwhile" if left else "")
+            f"removed {_size(sum(item.bytes for item in removed))}" + (f"; {left} kept, in use by now" if left else "")
         )
     elif plan.items:
         words = [word for text in keep for word in ("--keep", text)]
         words += ["--quarantine-days", f"{quarantine_days:g}"] if quarantine_days != 30 else []
-        out.print(f"nothing was removed; to do it: {opd_command(root, 'gc', *words, '--apply')}", soft_wrap=True)
+        out.print(f"nothing was removed; to remove: {opd_command(root, 'gc', *words, '--apply')}", soft_wrap=True)
 
 
 def restore(
     name: RunName,
-    round: Annotated[int, typer.Option("--round", min=0, help="which round", show_default=False)],
+    round: Annotated[int, typer.Option("--round", min=0, help="round to rebuild", show_default=False)],
     json_: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Make again what `opd gc` evicted of a round, and what that is made from. It must come out as it was recorded.
+    """Rebuild what `opd gc` evicted from a round, and its evicted inputs.
 
-    Exit codes: 0 it is there, 1 failed or not reproduced, 2 no such run or round, or the training's settings have
-    changed since, 75 the run is held by another process, 130 stopped."""
+    The result must match the recorded digests.
+
+    Exit codes: 0 done, 1 failed or not reproduced, 2 no such run or round, or the training's settings have changed since,
+    75 the run is held by another process, 130 interrupted."""
     from flows.cli.report import evicted
     from flows.run.progress import LineReporter, SilentReporter, TerminalReporter
-    from flows.run.runner import rounds_done, run_experiment, stored_experiment
+    from flows.run.runner import run_experiment, stored_experiment
 
     run = Run.open(root, name)
-    if round > (last := rounds_done(run.state)):
+    if round > (last := run.state.rounds_done):
         raise InputError(f"run {name!r}: round {round} is not finished; the last finished one is {last}")
     with ExitStack() as stack:
         reporter: Reporter = SilentReporter() if json_ else LineReporter()
@@ -151,48 +154,50 @@ def restore(
     if json_:
         print(json.dumps({"run": name, "round": round, "stages_built": built, "evicted": left}, indent=2))
     else:
-        out.print(f"round {round} of {name!r} is whole; {built} stage(s) were made again")
+        out.print(f"round {round} of {name!r} is complete; {built} stage(s) were rebuilt")
 
 
 def replay(
     name: RunName,
-    round: Annotated[int, typer.Option("--round", min=1, help="which round", show_default=False)],
-    stages: Annotated[str, typer.Option("--stages", help="of rollout,supervise,train,evaluate")] = "train",
+    round: Annotated[int, typer.Option("--round", min=1, help="round to replay", show_default=False)],
+    stages: Annotated[str, typer.Option("--stages", help="any of rollout,supervise,train,evaluate")] = "train",
     set_: Annotated[
-        list[str], typer.Option("--set", metavar="runtime.X=Y", help="another runtime than the recorded numerics")
+        list[str],
+        typer.Option("--set", metavar="runtime.X=Y", help="runtime fields that differ from the recorded ones"),
     ] = [],  # noqa: B006
-    keep: Annotated[bool, typer.Option("--keep", help="leave the scratch store, and say where it is")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="keep the scratch store and print its folder")] = False,
     json_: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Make a round's training again from its stored rollouts, signals, student and state, and compare bit for bit.
+    """Rerun a round's training from its stored inputs and compare bit for bit.
 
-    It runs in a scratch store, with the threads, ranks, DeepSpeed settings and micro-batches that were recorded. The
-    store must still have what the stage reads: for train the round's rollouts and signals and the round before's
-    student and trainer_state. Compared are all files, and every column but wall seconds.
-    What was begun with some settings and finished with others cannot be replayed; which shards have which is said.
-    Exit codes: 0 identical, 1 it differs, or cannot be replayed (or something needed is evicted or damaged), 2 no such
-    run or round."""
+    It runs in a scratch store with the recorded threads, ranks, DeepSpeed settings and micro-batches. The store must still
+    have the stage's inputs: for train, the round's rollouts and signals, and the previous round's student and
+    trainer_state. All files and all columns except wall seconds are compared.
+
+    A stage whose shards were made with different settings cannot be replayed; the message lists them.
+
+    Exit codes: 0 identical, 1 different, not replayable, or an input is evicted or damaged, 2 no such run or round."""
     from flows.run.replay import replay_round
 
-    tell = (lambda line: None) if json_ else (lambda line: err.print(line, soft_wrap=True))
+    show = (lambda line: None) if json_ else (lambda line: err.print(line, soft_wrap=True))
     chosen = tuple(part.strip() for part in stages.split(",") if part.strip())
-    results = replay_round(Run.open(root, name), existing_root(root), round, chosen, set_, keep, tell)
+    results = replay_round(Run.open(root, name), existing_root(root), round, chosen, set_, keep, show)
     if json_:
         print(json.dumps([result.as_json() for result in results], indent=2))
     else:
         table = Table("stage", "artifact", "", "seconds")
         for result in results:
-            says = "[green]identical[/]" if not result.differences else "[red]differs[/]"
-            says = "[yellow]cannot be replayed[/]" if result.unrepeatable else says
-            table.add_row(result.stage, result.artifact, says, f"{result.seconds:.1f}")
+            verdict = "[green]identical[/]" if not result.differences else "[red]differs[/]"
+            verdict = "[yellow]cannot be replayed[/]" if result.unrepeatable else verdict
+            table.add_row(result.stage, result.artifact, verdict, f"{result.seconds:.1f}")
         out.print(table)
     problems = [f"{result.artifact}: {line}" for result in results for line in result.differences]
     if problems:
         problems.insert(0, f"round {round} of {name!r} was not reproduced:")
     if mixed := [f"{result.artifact}: {result.unrepeatable}" for result in results if result.unrepeatable]:
         problems += [
-            f"round {round} of {name!r} cannot be replayed, since not all was made with the same settings:",
+            f"round {round} of {name!r} cannot be replayed; its shards were made with different settings:",
             *mixed,
         ]
     if problems:
@@ -210,22 +215,22 @@ def _verified_json(found: Verified, moved: int, seconds: float) -> dict[str, Any
 
 
 def _damage(found: Verified, moved: int, root: Path, name: str | None) -> str:
-    """What is wrong, what was done about it, and the one command that goes on."""
+    """The problems, what was quarantined, and the command that repairs."""
     from storage.runs import find_use
 
     lines = [f"{len(found.problems)} problem(s)", *(f"{p.artifact}: {p}" for p in found.problems)]
     if moved:
         lines.append(f"{moved} damaged piece(s) moved to {root / 'quarantine'}, each with its reason")
     if any(not p.ours and not p.artifact.startswith("run ") for p in found.problems):
-        lines.append("files of your own folders were not touched: put the old ones back")
+        lines.append("files in your own folders were not touched: restore the old ones")
     uses = {find_use(root, *p.artifact.split("/")) for p in found.problems if "/" in p.artifact}
     runs = [name] if name is not None else sorted({use[0] for use in uses if use})
     if any("/" in p.artifact for p in found.problems):
         commands = " and ".join(opd_command(root, "resume", run) for run in runs)
         lines.append(
-            f"to make only these again: {commands}"
+            f"to rebuild only these: {commands}"
             if runs
-            else f"no run uses them; to remove what is left: {opd_command(root, 'gc', '--apply')}"
+            else f"no run uses them; to remove the rest: {opd_command(root, 'gc', '--apply')}"
         )
     return "\n".join(lines)
 
@@ -252,9 +257,9 @@ def _print_plan(plan: Plan, root: Path) -> None:
         for kind, meaning in MEANING.items():
             if items := [item for item in plan.items if item.kind == kind]:
                 out.print(f"{kind}: {len(items):,}, {_size(plan.bytes(kind))} ({meaning})", soft_wrap=True)
-        out.print(f"together {_size(plan.bytes())}")
+        out.print(f"total {_size(plan.bytes())}")
     for name, who in plan.busy.items():
-        out.print(f"run {name!r} is under way and keeps everything it uses ({who})", soft_wrap=True)
+        out.print(f"run {name!r} is running; everything it uses is kept ({who})", soft_wrap=True)
 
 
 def _size(count: int) -> str:

@@ -1,4 +1,4 @@
-"""`opd study`: methods compared over seeds, with learning rates from a sweep."""
+"""`opd study`: compare methods over seeds, with learning rates from a sweep."""
 
 from __future__ import annotations
 
@@ -33,18 +33,20 @@ def register(app: typer.Typer) -> None:
 def study(
     config: Annotated[Path, typer.Argument(metavar="STUDY", help="a study's YAML", show_default=False)],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="list its runs and what is in the store; start nothing")
+        bool, typer.Option("--dry-run", help="list the runs and their stages in the store; start nothing")
     ] = False,
     folder: Annotated[
-        Path | None, typer.Option("--out", help="folder of its files (default: studies/NAME in the store)")
+        Path | None, typer.Option("--out", help="folder for the results (default: studies/NAME in the store)")
     ] = None,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Compare methods over seeds: tables, CSV, Parquet and a plot. Run it again to go on where it stopped.
+    """Compare methods over seeds: tables, CSV, Parquet and a plot. Repeat the command to continue.
 
-    A sweep of equal budget finds each group's learning rate first. A run that fails is in the report, and tried again
-    by the next call. Exit codes: 0 done, 1 a run of a method failed, 2 bad study or config, 75 a run is held by another
-    process, 130 stopped."""
+    A sweep of equal budget first finds each group's learning rate. The report lists failed runs; the next call tries them
+    again.
+
+    Exit codes: 0 done, 1 a run of a method failed, 2 bad study or config, 75 a run is held by another process,
+    130 interrupted."""
     from flows.study.files import default_folder, write_files
     from flows.study.results import grids, read_rows
     from flows.study.run import run_study
@@ -67,8 +69,8 @@ def study(
         built = run_study(plan, root, reporter=StudyReporter(err), say=say, changed=write)
     except KeyboardInterrupt:
         write()
-        err.print(f"\nstopped; what there is so far is in {folder}", soft_wrap=True)
-        err.print(f"go on with: {opd_command(root, *words)}", soft_wrap=True)
+        err.print(f"\nstopped; results so far are in {folder}", soft_wrap=True)
+        err.print(f"continue with: {opd_command(root, *words)}", soft_wrap=True)
         raise typer.Exit(130) from None
     rows = read_rows(plan, root, norms)
     written = write_files(plan, rows, folder)
@@ -81,12 +83,12 @@ def study(
     missing = [run.name for run in plan.method_runs() if run.name not in finished]
     if missing:
         raise OpdError(
-            f"{len(missing)} of the methods' runs did not finish: {', '.join(missing)}; why is in the report"
+            f"{len(missing)} runs of the methods did not finish: {', '.join(missing)}; the report has the reasons"
         )
 
 
 class StudyReporter(LineReporter):
-    """A line per round that was made, and signs of life in between."""
+    """A line per round that was run, and progress lines in between."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)

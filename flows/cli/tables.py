@@ -1,4 +1,4 @@
-"""Query results on a terminal, as JSON and as CSV; and the list of what can be queried."""
+"""Query results on a terminal, as JSON and as CSV; and the list of views."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def print_views(console: Console, views: Views) -> None:
 
 
 def print_table(table: pa.Table, console: Console) -> None:
-    """The first rows as a table; what is left out is said."""
+    """The first rows as a table, and the number of rows left out."""
     shown = Table()
     for name in table.column_names:
         shown.add_column(Text(name))
@@ -41,13 +41,13 @@ def print_table(table: pa.Table, console: Console) -> None:
 
 
 def write_json(table: pa.Table, file: TextIO) -> None:
-    """An array of objects. NaN and infinities, which JSON lacks, become the strings NaN, Infinity, -Infinity."""
+    """An array of objects. NaN and infinities become the strings NaN, Infinity, -Infinity (JSON has no such numbers)."""
     json.dump([_plain(row) for row in rows(table)], file, indent=1, allow_nan=False, default=_other)
     file.write("\n")
 
 
 def write_csv(table: pa.Table, file: TextIO) -> None:
-    """A header and a line per row. Null is an empty field; lists and structs are JSON."""
+    """A header and one line per row. Null is an empty field; lists and structs are JSON."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(table.column_names)
     for row in rows(table):

@@ -1,7 +1,7 @@
 """The catalogue behind `opd objectives` and docs/objectives.md: recipes, and the choices on each axis of an objective.
 
-Everything comes from where it is defined: classes give equation, paper, fields and defaults, recipe files their header
-comment and what they set. Nothing is said twice."""
+Everything comes from its definition: equation, paper, fields and defaults from classes, header comment and fields from
+recipe files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SUPPORTS = {
         "student_topk": "sum_{v in S} -sg(w(v) A(v)) rho(v), S = the k ids with the largest p_old, w = p_old or p over S",
     },
 }
-"""By estimator: what they have a common name for has fields of its own in each."""
+"""The estimators; a name that several share has its own fields in each."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing with a name: a recipe, or a choice on an axis."""
+    """A recipe, or a choice on an axis."""
 
     name: str
     axis: str
@@ -69,17 +69,17 @@ class Entry:
     """path of the file from the checkout, and the name in it"""
     fields: tuple[Field, ...]
     about: str
-    """everything that its definition says about it"""
+    """full description from its definition"""
     uses: tuple[str, ...] = ()
-    """axes and labels of the entries that a recipe is made of"""
+    """axes and labels of a recipe's entries"""
     file: str = ""
     """a recipe's file, from the checkout"""
     estimator: str = ""
-    """the only one that it is a choice of, where the axis has others for others"""
+    """the only estimator that has this choice, if the axis has different choices per estimator"""
 
     @property
     def label(self) -> str:
-        """The name, with what tells it from others of that name."""
+        """The name, qualified if other entries have the same name."""
         return f"{self.name} ({self.estimator})" if self.estimator else self.name
 
     @property
@@ -88,7 +88,7 @@ class Entry:
 
 
 def catalogue() -> list[Entry]:
-    """Every entry: recipes first, then the axes in the order in which a config names them."""
+    """All entries: recipes first, then the axes in the order of a config."""
     estimators = [_of_class(c.model_fields["estimator"].default, "estimator", c) for c in _ESTIMATORS]
     found = [_recipe(path) for path in sorted(RECIPES.glob("*.yaml"))] + estimators
     found += [_of_class(kind, "divergence", c) for kind, c in DIVERGENCES.classes.items()]
@@ -100,7 +100,7 @@ def catalogue() -> list[Entry]:
 
 
 def axes(entries: list[Entry]) -> list[str]:
-    """The axes of a catalogue, in its order."""
+    """The axes of a catalogue, in order."""
     return list(dict.fromkeys(entry.axis for entry in entries))
 
 
@@ -174,7 +174,7 @@ def _recipe(path: Path) -> Entry:
 
 
 def _parts(objective: Any) -> list[tuple[str, str, str]]:
-    """(axis, name, equation) of what an objective is made of; what does nothing is left out."""
+    """(axis, name, equation) of an objective's parts, without parts that have no effect."""
     parts = [("estimator", objective.estimator, objective.equation)]
     divergence = objective.divergence
     if objective.estimator == "direct":
@@ -213,7 +213,7 @@ def _values(objective: BaseModel) -> tuple[Field, ...]:
 
 
 def _ordered(cls: type[BaseModel]) -> list[tuple[str, Any]]:
-    """A class's own fields before those that it shares with others; without those that only name the class."""
+    """A class's own fields, then those it shares with others; without fields that only name the class."""
     fields = [item for item in cls.model_fields.items() if item[0] not in ("kind", "estimator")]
     return sorted(fields, key=lambda item: item[0] not in cls.__annotations__)
 

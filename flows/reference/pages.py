@@ -1,4 +1,4 @@
-"""The reference pages, written from the schema and the catalogue: names, types, defaults and meanings have one source.
+"""The reference pages, generated from the schema and the catalogue.
 
 python -m flows.reference.pages config > docs/config.md
 python -m flows.reference.pages objectives > docs/objectives.md
@@ -22,14 +22,14 @@ from tasks.signals import SIGNALS, Signal
 
 INTRO = """# Config reference
 
-Written from the schema by `python -m flows.reference.pages config > docs/config.md`; a test holds it true. Everything above
-`runtime` is identity: it decides what is computed and enters the keys. `runtime` says where and how, `policy` how long: both
-may change between two calls of a run. `base: other.yaml` lays a config over another one; `--set a.b=c` overrides a field.
+Generated from the schema by `python -m flows.reference.pages config > docs/config.md`; a test compares the two. Everything above
+`runtime` is identity: it determines results and enters the keys. `runtime` sets where and how to run, `policy` how long; both
+may change between two calls of a run. `base: other.yaml` merges a config over another one; `--set a.b=c` overrides a field.
 """
 
 STUDY = """# A study's file
 
-What `opd study` reads; see configs/study.yaml.
+The input of `opd study`; see configs/study.yaml.
 """
 
 
@@ -88,19 +88,19 @@ def _range(info: dict[str, Any]) -> str:
 
 OBJECTIVES = """# Objectives
 
-Written from the code and the recipes by `python -m flows.reference.pages objectives > docs/objectives.md`; a test holds it true.
-From a method's name to its equation to its code: click the name, then the file. The same on a terminal: `opd objectives`.
+Generated from the code and the recipes by `python -m flows.reference.pages objectives > docs/objectives.md`; a test compares the
+two. Each name links to its equation, and each equation to its code. `opd objectives` prints the same on a terminal.
 
 `p` is the live student, `p_old` the student that wrote the rollouts, `q` the teacher, `y` the sampled token, `u = q/p`, `S` the
 support, `rho = p(y) / p_old(y)`, `M` a gate. `A = m A_r + delta` is an advantage (constant in the gradient): `A_r` from rewards,
-`delta` from student and teacher. Temperature 1, natural logarithms. The loss is the sum over the masked-in tokens of an
+`delta` from student and teacher. Temperature 1, natural logarithms. The loss is the sum over the unmasked tokens of an
 optimizer step divided by their number (`normalisation: token`).
 
-A method is one choice on each axis. What is [experimental] is known to us from summaries of its paper only, or our own
-and untried at scale.
+A method is one choice on each axis. Entries marked [experimental] are implemented from summaries of their paper only, or are our
+own and untried at scale.
 
-Not here yet: TRB's blended rollouts (2605.31159; its loss is `rethinking-opd`) and TrOPD's teacher-written prefixes need
-rollouts of their own; TrOPD's term for prefix tokens is there. Off-policy training on given text is
+Not implemented: TRB's blended rollouts (2605.31159; its loss is `rethinking-opd`) and TrOPD's teacher-written prefixes, which
+need other rollouts; TrOPD's term for prefix tokens is implemented. Off-policy training on given text is
 [sft](#estimator-sft), used by warm-ups.
 """
 
@@ -113,7 +113,7 @@ def objectives() -> str:
     for axis in axes(entries):
         chosen = [entry for entry in entries if entry.axis == axis]
         title = "Methods" if axis == "recipe" else f"{axis[0].upper()}{axis[1:]}"
-        lines = [f"## {title}", "", "| name | what it is | paper |", "|---|---|---|"]
+        lines = [f"## {title}", "", "| name | description | paper |", "|---|---|---|"]
         lines += [_row((f"[{e.label}](#{e.anchor})", e.summary + _mark(e), _papers(e))) for e in chosen]
         parts.append("\n".join(lines) + "\n")
         parts += [_entry(entry, places) for entry in chosen]

@@ -1,4 +1,4 @@
-"""`opd check`: everything that can be known of an experiment before an engine starts."""
+"""`opd check`: all checks of an experiment that need no engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tasks.workers.pool import WorkerPool
 
 
 def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
-    """Read both models' configs and tokenizers and all prompts in a scratch store; yield lines for people.
+    """Read both models' configs and tokenizers and all prompts into a scratch store; yield report lines.
 
     Raises ConfigError or InputError for the first problem."""
     experiment.runtime.tell_libraries()

@@ -1,4 +1,4 @@
-"""Executors walk the main path: one plans it, one makes it. Both see the same calls in the same order."""
+"""Executors of the main path: `Planner` resolves keys, `Maker` builds. Both get the same calls in the same order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tasks.workers.metrics import Metrics, StageProgress
 
 
 class Pending:
-    """Stands for what is not made yet; everything taken from it is pending too."""
+    """Placeholder for an output that is not built yet; its items are pending too."""
 
     def __getitem__(self, name: str) -> Pending:
         return self
@@ -30,7 +30,7 @@ Result = Any
 
 class RoundScope(Protocol):
     def ends_with(self, student: Result) -> None:
-        """Note the student that the round ends with."""
+        """Record the student at the end of the round."""
 
 
 class Executor(Protocol):
@@ -44,7 +44,7 @@ class Executor(Protocol):
 
 
 def resolved(work: Work, store: Store) -> dict[str, Artifact]:
-    """The outputs of a stage that are committed already."""
+    """The committed outputs of a stage."""
     found = {}
     for name, spec in work.outputs.items():
         artifact = store.get(spec.stage, work.shared.get(name, spec.key)) or store.get(spec.stage, spec.key)
@@ -54,23 +54,23 @@ def resolved(work: Work, store: Store) -> dict[str, Artifact]:
 
 
 def rows_of(made: Mapping[str, Artifact]) -> int:
-    """Rows of all that a stage made."""
+    """Total rows of a stage's outputs."""
     return sum(sum(artifact.rows.values()) for artifact in made.values())
 
 
 def metrics_of(made: Mapping[str, Artifact]) -> Metrics:
-    """The metrics that a stage recorded in what it made."""
+    """The metrics that a stage recorded in its outputs."""
     return {name: value for artifact in made.values() for name, value in (artifact.meta.get("metrics") or {}).items()}
 
 
 def round_metrics(label: str, made: Mapping[str, Artifact]) -> dict[str, float | None]:
-    """The same under their names in a round: plain for the evaluation, after the stage's name for all others."""
+    """The same metrics by their names in a round: plain for the evaluation, prefixed with the label for other stages."""
     return {name if label == "evaluate" else f"{label}_{name}": value for name, value in metrics_of(made).items()}
 
 
 def refuse_other_model(label: str, work: Work, recorded: StageState | None, store: Store) -> None:
-    """A run keeps the models that it began with. InputError, naming the file, when what a model is read from (weights,
-    tokenizer) is not what the run's state recorded; the folder's place may change."""
+    """InputError, naming the file, if a model's source (weights, tokenizer) differs from what the run's state recorded. The
+    folder may move."""
     if work.stage != "model" or recorded is None or "model" not in recorded.artifacts:
         return
     before, spec = store.get("model", recorded.artifacts["model"]), work.outputs["model"]
@@ -78,28 +78,28 @@ def refuse_other_model(label: str, work: Work, recorded: StageState | None, stor
         return
     then, now = ({k: v for k, v in inputs.items() if k != "place"} for inputs in (before.inputs, spec.inputs))
     if then != now:
-        store.materialize(before)  # a folder of the user's that has changed: the error names the file
+        store.materialize(before)  # for a changed folder of the user's this error names the file
         raise InputError(
-            f"{label}: its {' and '.join(sorted(now))} are not those that this run began with (model/{before.key} then,"
-            f" model/{spec.key} now); put the old ones back, or begin a new run under another --name"
+            f"{label}: its {' and '.join(sorted(now))} differ from those this run began with (model/{before.key} then,"
+            f" model/{spec.key} now); restore the old ones, or start a new run under another --name"
         )
 
 
 @dataclass
 class PlanLine:
-    """One stage of a plan. `state`: cached (in the store), restore (evicted, and read by what would run), run (would
-    run), pending (waits for a stage that would)."""
+    """One stage of a plan. `state`: cached (in the store), restore (evicted, but a stage that would run reads it), run (would
+    run), pending (depends on a stage that would run)."""
 
     round: int
     stage: str
     state: str
     keys: dict[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
-    """outputs (signals, say) that are not in the store"""
+    """outputs that are not in the store (signals, for example)"""
 
 
 class Planner:
-    """Resolves keys as far as contents are known: up to the first stage that must run."""
+    """Resolves keys up to the first stage that must run; later inputs are unknown."""
 
     def __init__(self, store: Store) -> None:
         self.store, self.lines, self._round = store, list[PlanLine](), 0
@@ -133,7 +133,7 @@ class Planner:
         yield self
 
     def ends_with(self, student: Result) -> None:
-        """A plan does not care."""
+        """Nothing to record in a plan."""
 
 
 def _is_pending(value: Any) -> bool:
@@ -143,17 +143,17 @@ def _is_pending(value: Any) -> bool:
 
 
 class Reporter(Protocol):
-    """Who watches: a terminal, a log, a test."""
+    """Receives a run's events: a terminal, a log, a test."""
 
     def stage(self, round: int, label: str, state: StageState, metrics: Metrics | None = None) -> None:
-        """A stage begins or ends; `metrics` are of what it made."""
+        """A stage starts or ends; `metrics` are those of its outputs."""
 
     def progress(
         self, round: int, label: str, done: int, total: int, unit: str, metrics: Metrics | None = None
     ) -> None: ...
 
     def note(self, round: int, label: str, text: str) -> None:
-        """Something worth knowing about a stage: what was kept of an earlier attempt, a warning."""
+        """A message about a stage, for example what was kept of an earlier attempt, or a warning."""
 
     def waiting(self, label: str, holder: str) -> None: ...
 
@@ -165,12 +165,12 @@ RunTask = Callable[[str, Callable[[], Result], Callable[[Result], bool]], Result
 
 
 def directly(name: str, function: Callable[[], Result], cached: Callable[[Result], bool]) -> Result:
-    """Without Prefect: call it."""
+    """Calls the function, without Prefect."""
     return function()
 
 
 class Maker:
-    """Makes what is missing, records every stage in the run's state, and forgets nothing that is committed."""
+    """Builds what is missing and records every stage in the run's state."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class Maker:
         run_task: RunTask = directly,
         restore: int | None = None,
     ) -> None:
-        """`restore`: a round whose evicted artifacts are made again, read or not."""
+        """`restore`: a round whose evicted artifacts are rebuilt, whether they are read or not."""
         self.store, self.run, self.state = store, run, state
         self.context, self.reporter, self.run_task = context, reporter, run_task
         self.built = 0
@@ -212,7 +212,7 @@ class Maker:
 
     def _make(self, label: str, work: Work, inputs: tuple[Any, ...]) -> dict[str, Artifact]:
         with ExitStack() as held:
-            # what is found stays until the run's state names it
+            # `opd gc` must not remove them before the run's state names them
             held.enter_context(self.store.using(resolved(work, self.store).values()))
             made = self._resolve(label, work, inputs)
         self.lineage.note(self._round.round, label, work, inputs, made)
@@ -258,9 +258,9 @@ class Maker:
 
     @contextmanager
     def _whole(self, inputs: Iterable[Artifact]) -> Iterator[None]:
-        """The data of the inputs is there, made again where it was evicted, and stays."""
+        """In the block the data of the inputs is there; evicted data is rebuilt first."""
         inputs = list(inputs)
-        with self.store.using(inputs):  # first, so that a collection cannot come between
+        with self.store.using(inputs):  # before rebuilding, so that no collection comes between
             self._restore(self.lineage.to_restore(inputs))
             yield
 
@@ -276,7 +276,7 @@ class Maker:
                 number, label, started = item.origin.round, item.origin.label, time.monotonic()
                 context = self._context(number, label)
                 names = ", ".join(f"{a.stage}/{a.key}" for a in item.lost.values())
-                context.log(f"{label} · round {number}: {names} was evicted and is made again")
+                context.log(f"{label} · round {number}: {names} was evicted and is rebuilt")
                 self.reporter.stage(number, label, StageState(state="running"))
                 waiting = lambda holder, label=label: self.reporter.waiting(label, holder)  # noqa: E731
                 made = rebuild(item.origin.work, item.lost, context, waiting)
@@ -290,7 +290,7 @@ class Maker:
             builders: dict[str, Builder] = {}
             made: dict[str, Artifact] = {}
             missing = sorted((spec.stage, spec.key, name) for name, spec in work.outputs.items() if name not in found)
-            for _, _, name in missing:  # locks are taken in one order by everyone
+            for _, _, name in missing:  # one order of locks for all processes
                 waiting = lambda holder: self.reporter.waiting(label, holder)  # noqa: E731
                 builder = stack.enter_context(self.store.building(work.outputs[name], waiting))
                 if builder.committed is not None:
@@ -311,7 +311,7 @@ class Maker:
     def _finish(
         self, label: str, state: StageState, found: dict[str, Artifact], shown: str | None = None
     ) -> dict[str, Artifact]:
-        """Record the stage's end. `shown` is the state to report where the record keeps that of an earlier call."""
+        """Records the end of a stage. `shown`: the state to report, if the record keeps the state of an earlier call."""
         state.key = next(iter(state.artifacts.values()), None)
         state.rows = rows_of(found)
         self._round.metrics |= round_metrics(label, found)

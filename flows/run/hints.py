@@ -1,4 +1,4 @@
-"""Commands that messages suggest to the user."""
+"""Commands that messages suggest."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from storage.errors import IdentityMismatch, OpdError, RunBusy
 from storage.runs import Run
 
 DEFAULT_ROOT = Path("opd-store")
-"""The store's folder where none is given."""
+"""The default folder of the store."""
 
 
 def with_resume_hint(error: OpdError, name: str, root: Path) -> str:
-    """The message, and after it what was kept of the run and the one command that goes on.
+    """The error's message, followed by the command that continues the run.
 
-    Nothing is added where nothing was begun, where another process is at it, and where the name is another run's."""
+    Nothing is added where no run exists yet, another process holds it, or the name belongs to another run."""
     begun = any(run.name == name for run in Run.list(root))
     if not begun or isinstance(error, RunBusy | IdentityMismatch):
         return str(error)
-    return f"{error}\nwhat was committed stays; once the cause is gone: {opd_command(root, 'resume', name)}"
+    return f"{error}\ncommitted results are kept; after fixing the cause: {opd_command(root, 'resume', name)}"
 
 
 def opd_command(root: Path, *words: str) -> str:
-    """A command line to paste: `opd` by its path where the shell would not find this one, with --root where the default
-    would not find the store."""
+    """A command line to paste: with the path of `opd` where the shell would not find it, with --root where the store is not the
+    default one."""
     given = () if root.absolute() == DEFAULT_ROOT.absolute() else ("--root", str(root))
     return shlex.join((_program(), *words, *given))
 

@@ -1,4 +1,4 @@
-"""Where artifacts come from: which stage of the main path made each, so that what was evicted can be made again."""
+"""Which stage of the main path made each artifact, so that evicted artifacts can be rebuilt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tasks.stage import Context, Work
 
 @dataclass(frozen=True)
 class Origin:
-    """One stage as it was called, with what it made."""
+    """One call of a stage: its work, inputs and outputs."""
 
     round: int
     label: str
@@ -25,7 +25,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Rebuild:
-    """Outputs of one stage that must be made again, because their data was evicted."""
+    """Evicted outputs of one stage that must be rebuilt."""
 
     origin: Origin
     lost: dict[str, Artifact]
@@ -37,7 +37,7 @@ class Rebuild:
 
 @dataclass
 class Lineage:
-    """All stages of a walk so far, in order. An input always comes from a stage before."""
+    """All stages called so far, in order. An input always comes from an earlier stage."""
 
     store: Store
     _all: list[Origin] = field(default_factory=list)
@@ -46,30 +46,29 @@ class Lineage:
         self._all.append(Origin(round, label, work, tuple(artifacts_in(inputs)), made))
 
     def find(self, round: int, label: str) -> Origin | None:
-        """The stage of that name in a round."""
+        """The stage with this label in a round, or None."""
         return next((origin for origin in self._all if (origin.round, origin.label) == (round, label)), None)
 
     def to_restore(self, wanted: Iterable[Artifact]) -> list[Rebuild]:
-        """Stages to repeat, in order, so that the data of all of `wanted` is there."""
+        """The stages to repeat, in order, so that no artifact of `wanted` is evicted any more."""
         needed = self._evicted(wanted)
-        found = []
+        rebuilds = []
         for origin in reversed(self._all):
             if needed & {(a.stage, a.key) for a in origin.made.values()}:
-                gone = self._evicted(
-                    origin.made.values()
-                )  # one training gives both student and state: none is made twice
+                # all evicted outputs at once: one training gives both student and state
+                gone = self._evicted(origin.made.values())
                 lost = {name: a for name, a in origin.made.items() if (a.stage, a.key) in gone}
-                found.append(Rebuild(origin, lost))
+                rebuilds.append(Rebuild(origin, lost))
                 needed -= {(a.stage, a.key) for a in lost.values()}
                 needed |= self._evicted(origin.inputs)
-        return found[::-1]
+        return rebuilds[::-1]
 
     def _evicted(self, artifacts: Iterable[Artifact]) -> set[tuple[str, str]]:
         return {(a.stage, a.key) for a in artifacts if self.store.evicted(a) is not None}
 
 
 def artifacts_in(values: Iterable[Any]) -> Iterator[Artifact]:
-    """The artifacts among a stage's arguments, also in mappings."""
+    """The artifacts among a stage's arguments, including those in mappings."""
     for value in values:
         if isinstance(value, Artifact):
             yield value
@@ -80,8 +79,9 @@ def artifacts_in(values: Iterable[Any]) -> Iterator[Artifact]:
 def rebuild(
     work: Work, artifacts: Mapping[str, Artifact], context: Context, waiting: Any = None
 ) -> dict[str, Artifact]:
-    """Makes these outputs of a stage in the context's store, unless they are there whole. The spec is the artifact's
-    own, for another than the one asked for may have served (a larger top-K). Returns them as they came out."""
+    """Builds these outputs of a stage in the context's store, unless they are committed there. Returns the artifacts.
+
+    The spec comes from the artifact, because another one than requested may have served (a larger top-K)."""
     made: dict[str, Artifact] = {}
     with ExitStack() as stack:
         builders = {}
@@ -102,7 +102,7 @@ def rebuild(
 
 
 def require_plugins(work: Work, names: Iterable[str]) -> None:
-    """InputError when a plugin that these outputs are to be made with is another one by now: of a fork's parent, say."""
+    """InputError when a plugin that these outputs depend on has changed (for example one of a fork's parent)."""
     for name in names:
         spec = work.outputs[name]
         refuse_changed(spec.identity.get("plugins") or {}, f"{spec.stage}/{spec.key}")

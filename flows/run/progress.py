@@ -1,4 +1,4 @@
-"""Who watches a run: a live line in a terminal, plain lines in a log, or nobody."""
+"""Reporters of a run's progress: a live line in a terminal, plain lines in a log, or none."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from storage.runs import RoundState, StageState
 from tasks.workers.metrics import Metrics, short_words, summary, words
 
 LINE_INTERVAL = 15.0
-"""Seconds between two progress lines of one stage where there is no terminal."""
+"""Seconds between two progress lines of one stage without a terminal."""
 
 
 class SilentReporter:
-    """Nobody watches."""
+    """Reports nothing."""
 
     def stage(self, round: int, label: str, state: StageState, metrics: Metrics | None = None) -> None: ...
 
@@ -50,7 +50,7 @@ class LineReporter(SilentReporter):
         self.console = console or Console(stderr=True, highlight=False)
         self._last = 0.0
         self._first: tuple[float, int] | None = None
-        """Time and count of the stage's first report: an engine's start is not its rate."""
+        """Time and count of the stage's first report: the rate leaves out the engine's start."""
 
     def _begin(self) -> None:
         self._last, self._first = time.monotonic(), None
@@ -85,7 +85,7 @@ class LineReporter(SilentReporter):
         self._line(round, label, escape(text))
 
     def waiting(self, label: str, holder: str) -> None:
-        self.console.print(f"{label}: another process is making this; waiting for {holder}")
+        self.console.print(f"{label}: another process is building this; waiting for {holder}")
 
     def round_done(self, state: RoundState) -> None:
         self.console.print(f"[bold]{round_line(state)}[/]")
@@ -103,7 +103,7 @@ class RateColumn(ProgressColumn):
 
 
 class MetricsColumn(ProgressColumn):
-    """The latest metrics, as many as the line has room for beside the other columns."""
+    """The latest metrics, as many as fit beside the other columns."""
 
     def __init__(self, console: Console, others: Sequence[ProgressColumn]) -> None:
         super().__init__(Column(no_wrap=True))
@@ -115,8 +115,8 @@ class MetricsColumn(ProgressColumn):
 
 
 class TerminalReporter(LineReporter):
-    """A live bar for the stage under way (done/total, rate, time left, a step's metrics) under the lines of those that
-    ended."""
+    """A live bar for the running stage (done/total, rate, time left, metrics of the last step) below the lines of finished
+    stages."""
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__(console)

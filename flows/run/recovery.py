@@ -1,4 +1,4 @@
-"""A run whose own files are damaged goes on: what they said follows from the experiment and from what the store has."""
+"""Repairs a run's damaged files: its identity and state are rebuilt from the experiment and the store."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from tasks.stage import Work
 
 
 def stands_for(run: Run, experiment: Experiment) -> bool:
-    """Whether a run is of this experiment, by both of its records (as this version reads them, whatever fields the version
-    that wrote them did not have), or by the one that is whole. CorruptArtifact when neither is, IdentityMismatch when only
-    a plugin is another."""
-    found, problems = list[dict[str, Any]](), list[str]()
+    """True if every readable record of the run describes this experiment; fields missing from old records get today's defaults.
+
+    Raises CorruptArtifact when no record is readable, IdentityMismatch when only a plugin differs."""
+    records, problems = list[dict[str, Any]](), list[str]()
     for record in ("experiment", "identity"):
         try:
-            found.append(getattr(run, record))
+            records.append(getattr(run, record))
         except CorruptArtifact as error:
             problems.append(str(error))
-    if not found:
+    if not records:
         raise CorruptArtifact(
             "\n".join(problems)
-            + f"\nnothing says any more what {run.name!r} is: give another --name (finished stages are"
-            f" found in the store and not made again), and remove {run.directory}"
+            + f"\nno readable record of {run.name!r} is left: use another --name (finished stages are found in the store and"
+            f" not run again), and remove {run.directory}"
         )
-    for data in found:
+    for data in records:
         held = experiment_of(data, f"run {run.name}")
         if held.identity() != experiment.identity():
             if held.plugins == experiment.plugins:
@@ -42,26 +42,27 @@ def stands_for(run: Run, experiment: Experiment) -> bool:
 
 
 def mend(run: Run, experiment: Experiment, store: Store) -> tuple[RunState, list[str]]:
-    """Writes the experiment as it is now, sets the run's damaged files aside and makes them again; returns the state and what
-    there is to say. The run stands for the experiment, its lock is held."""
-    said: list[str] = []
+    """Saves the current experiment, and quarantines and rebuilds the run's damaged files.
+
+    Returns the state and messages for the user. Call with the run's lock held, after `stands_for`."""
+    messages: list[str] = []
     damage = _damage(run)
     state = rebuilt_state(run.name, experiment, store) if "state.json" in damage else run.state
-    for file, problem in damage.items():  # until the new one is there it counts as damaged: nothing is collected
+    for file, problem in damage.items():  # a missing file counts as damage: nothing is collected until it is rebuilt
         store.quarantine(run.directory / file, problem)
-        said.append(f"{problem.partition('. ')[0]}; set aside and made again")
+        messages.append(f"{problem.partition('. ')[0]}; moved to quarantine and rebuilt")
     run.save_experiment(experiment.model_dump(mode="json"))
     if "identity.json" in damage:
         run.save_identity(experiment.identity())
     if "state.json" in damage:
-        rounds = max((r.round for r in state.rounds if r.student_sha256), default=None)
-        said.append(f"the store has {'no round' if rounds is None else f'rounds 0 to {rounds}'} of this run")
+        last = state.last_trained
+        messages.append(f"the store has {'no round' if last is None else f'rounds 0 to {last.round}'} of this run")
         run.save(state)
-    return state, said
+    return state, messages
 
 
 def _damage(run: Run) -> dict[str, str]:
-    """File of the run -> what is wrong with it."""
+    """File of the run -> its damage."""
     found = {}
     for file in RECORDS:
         try:
@@ -72,19 +73,19 @@ def _damage(run: Run) -> dict[str, str]:
 
 
 def rebuilt_state(name: str, experiment: Experiment, store: Store) -> RunState:
-    """What a run of this experiment has in the store: every stage up to the first that must be made, and that one, so that
-    what is finished of it is kept. Starts nothing."""
+    """The state of a run of this experiment, from the store: every stage up to and including the first that must run, so that
+    its finished shards are kept. Starts nothing."""
     rounds = experiment.policy.rounds
     while True:
         recorder = _Recorder(store)
         distill(experiment, recorder, rounds)
         if any(line.state in ("run", "pending") for line in recorder.lines):
             return RunState(name=name, status="stopped", rounds=recorder.rounds)
-        rounds = 2 * rounds + 1  # it had gone further than its config says now
+        rounds = 2 * rounds + 1  # everything is there: it may have run more rounds than its config asks for now
 
 
 class _Recorder(Planner):
-    """A plan, written down as a run's state."""
+    """A planner that records what it resolves as a run's state."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store)
@@ -99,14 +100,14 @@ class _Recorder(Planner):
             return works[-1]
 
         made = super().__call__(label, noted, *inputs)
-        for work in works:  # none for a stage that waits for what is not made yet: it has no key
+        for work in works:  # empty for a pending stage, which has no key yet
             keys = {name: work.shared.get(name, spec.key) for name, spec in work.outputs.items()}
             stage = StageState(key=next(iter(keys.values())), artifacts=keys)
             if isinstance(made, dict):
                 stage.state, stage.seconds, stage.rows = "cached", 0.0, rows_of(made)
                 self._now.metrics |= round_metrics(label, made)
             elif not any(artifact_directory(self.store.root, *name).is_dir() for name in keys.items()):
-                continue  # nobody has begun it
+                continue  # not started
             self._now.stages[label] = stage
         return made
 

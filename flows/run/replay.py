@@ -1,4 +1,4 @@
-"""Replay: a round's stages made again from what the store recorded, in a scratch store, and compared bit for bit."""
+"""Replay: repeats a round's stages from their recorded inputs in a scratch store, and compares bit for bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flows.distill import distill
 from flows.experiment import Experiment, with_plugins
 from flows.run.executor import Planner
 from flows.run.lineage import Origin, Rebuild, rebuild
-from flows.run.runner import logger, rounds_done, stored_experiment
+from flows.run.runner import logger, stored_experiment
 from flows.run.stopping import terminating
 from storage.artifacts.numerics import NUMERICS, several
 from storage.artifacts.verify import Verified, move_damaged, verify_artifact
@@ -39,18 +39,18 @@ STAGES = ("rollout", "supervise", "train", "evaluate")
 
 @dataclass(frozen=True)
 class Replayed:
-    """One artifact made again; without differences it is the recorded one, bit for bit."""
+    """Result for one artifact; without differences it equals the recorded one, bit for bit."""
 
     stage: str
     artifact: str
     differences: tuple[str, ...]
     seconds: float
     unrepeatable: str | None = None
-    """Why it was not made again: shards of it were made at different numerics (an interrupted stage that went on with
-    another runtime), and which"""
+    """Why it was not repeated: its shards were made at different numerics (a stage continued with another runtime); lists
+    them"""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; `identical` is null for what was not made again."""
+        """Plain values; `identical` is null if the artifact was not repeated."""
         return asdict(self) | {"identical": None if self.unrepeatable else not self.differences}
 
 
@@ -63,14 +63,14 @@ def replay_round(
     keep: bool,
     tell: Callable[[str], None],
 ) -> list[Replayed]:
-    """Each stage is made from its recorded inputs, at the recorded numerics unless `overrides` (runtime.*) say otherwise.
+    """Repeats each stage from its recorded inputs, at the recorded numerics changed by `overrides` (runtime.*).
 
-    Raises InputError for a round that is not finished or an unknown stage, Evicted and CorruptArtifact when an input is
-    not there as it was written."""
+    Raises InputError for an unfinished round or an unknown stage, Evicted or CorruptArtifact if an input is missing or
+    damaged."""
     unknown = sorted(set(stages) - set(STAGES))
     if unknown or not stages:
         raise InputError(f"--stages {','.join(stages)!r}: choose of {', '.join(STAGES)}")
-    if round > (last := rounds_done(run.state)):
+    if round > (last := run.state.rounds_done):
         raise InputError(f"run {run.name!r}: round {round} is not finished; the last finished one is {last}")
     experiment = with_plugins(stored_experiment(run), run.name)
     experiment.runtime.tell_libraries()
@@ -84,7 +84,7 @@ def replay_round(
 
 
 def _recall(run: Run, store: Store, experiment: Experiment, round: int, stages: list[str]) -> list[Origin]:
-    """The stages as the main path called them, everything being in the store."""
+    """The stages as the main path calls them; their inputs must be in the store."""
     planner = Planner(store)
     distill(experiment, planner, round)
     states = next(r.stages for r in run.state.rounds if r.round == round)
@@ -94,8 +94,8 @@ def _recall(run: Run, store: Store, experiment: Experiment, round: int, stages: 
         keys = {name: artifact.key for name, artifact in origin.made.items()} if origin else {}
         if origin is None or keys != states[stage].artifacts:
             raise CorruptArtifact(
-                f"run {run.name!r} round {round}: {stage} or what it is made from is damaged, or this version of the"
-                f" program gives it another key; `opd verify {run.name}` tells, `opd resume {run.name}` makes it again"
+                f"run {run.name!r} round {round}: {stage} or one of its inputs is damaged, or this version of the program"
+                f" gives it another key; check with `opd verify {run.name}`, rebuild with `opd resume {run.name}`"
             )
         _require_inputs(run, origin, planner.lineage.to_restore(origin.inputs))
         found.append(origin)
@@ -103,7 +103,7 @@ def _recall(run: Run, store: Store, experiment: Experiment, round: int, stages: 
 
 
 def _require_inputs(run: Run, origin: Origin, lost: list[Rebuild]) -> None:
-    """Evicted where an input's data was collected, with the commands that make it again."""
+    """Raises Evicted, with the commands that rebuild it, if an input's data was removed."""
     inputs = {(artifact.stage, artifact.key) for artifact in origin.inputs}
     direct = [
         (again.origin.round, a.stage) for again in lost for a in again.lost.values() if (a.stage, a.key) in inputs
@@ -112,16 +112,16 @@ def _require_inputs(run: Run, origin: Origin, lost: list[Rebuild]) -> None:
         names = ", ".join(f"{stage} of round {number}" for number, stage in direct)
         commands = [f"opd restore {run.name} --round {number}" for number in sorted({number for number, _ in direct})]
         raise Evicted(
-            f"to replay {origin.label} of round {origin.round} the store must have {names}, which `opd gc` removed.\n"
-            f"make it again with: {' && '.join(commands)}\n"
-            "to keep replaying possible: policy.retain of rollouts and signals must keep the round, of trainer_state and"
-            " students the one before"
+            f"a replay of {origin.label} of round {origin.round} needs {names}, which `opd gc` removed.\n"
+            f"rebuild with: {' && '.join(commands)}\n"
+            "to keep replays possible, policy.retain must keep rollouts and signals of the round, and trainer_state and"
+            " students of the round before"
         )
 
 
 @contextmanager
 def _scratch(store: Store, keep: bool, tell: Callable[[str], None]) -> Iterator[Path]:
-    """A folder beside the artifacts, so that inputs are linked and not copied. A collection leaves it while it is held."""
+    """A folder beside the artifacts, so that inputs can be hard links. `opd gc` skips it while its lock is held."""
     folder = store.root / temporary_name("replay")
     folder.mkdir()
     try:
@@ -129,7 +129,8 @@ def _scratch(store: Store, keep: bool, tell: Callable[[str], None]) -> Iterator[
             yield folder
     finally:
         if keep:
-            kept = store.root / f"{KEPT_REPLAY}{unique()}"  # of no process: the next run's start leaves it alone
+            # a name without a process id: the next run does not remove it
+            kept = store.root / f"{KEPT_REPLAY}{unique()}"
             os.rename(folder, kept)
             tell(f"the scratch stores are in {kept} (`opd gc --apply` removes them, after an hour at the earliest)")
         else:
@@ -148,12 +149,12 @@ def _replay(
     scratch = Store(folder / "store")
     with store.using(origin.inputs):
         for artifact in origin.inputs:
-            found = Verified()
-            verify_artifact(store.root, artifact.stage, artifact.key, found)
-            if found.problems:
-                move_damaged(store.root, found.problems)
+            verified = Verified()
+            verify_artifact(store.root, artifact.stage, artifact.key, verified)
+            if verified.problems:
+                move_damaged(store.root, verified.problems)
                 raise CorruptArtifact(
-                    "\n".join(map(str, found.problems)) + f"\nto make only this again: opd resume {run.name}"
+                    "\n".join(map(str, verified.problems)) + f"\nto rebuild only this: opd resume {run.name}"
                 )
             lend(store, artifact, scratch)
     results, sets = [], dict[str, dict[str, Artifact]]()
@@ -163,7 +164,7 @@ def _replay(
             results.append(Replayed(origin.label, f"{artifact.stage}/{artifact.key}", (), 0.0, why))
         else:
             sets.setdefault(canonical_json(artifact.provenance.get(NUMERICS) or {}), {})[name] = artifact
-    for number, (recorded, artifacts) in enumerate(sets.items()):  # signals may have come at different times
+    for number, (recorded, artifacts) in enumerate(sets.items()):  # signals may have been made at different numerics
         place = folder / str(number)
         place.mkdir()
         runtime = _runtime(json.loads(recorded), experiment.runtime, overrides, place)
@@ -211,7 +212,7 @@ def _runtime(recorded: dict[str, Any], runtime: RuntimeConfig, overrides: list[s
     data: dict[str, Any] = {"runtime": runtime.with_numerics(recorded, folder).model_dump(mode="json")}
     for text in overrides:
         if text.split(".")[0] != "runtime":
-            raise ConfigError(f"--set {text}: a replay is of the recorded experiment; only runtime.* can be set")
+            raise ConfigError(f"--set {text}: a replay repeats the recorded experiment; only runtime.* can be set")
         data = merge(data, parse_override(text))
     return validate(RuntimeConfig, data["runtime"], "--set")
 

@@ -1,4 +1,4 @@
-"""A run from start to finish: its name and lock, its workers, Prefect around it, and what happens when it is stopped."""
+"""One run from start to finish: name and lock, workers, Prefect, and the state after an error or interruption."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tasks.workers.pool import WorkerPool
 
 
 def plan(experiment: Experiment, root: str | Path, rounds: int | None = None) -> list[PlanLine]:
-    """What is in the store, what would run, and what waits for that; starts nothing."""
+    """The stages that are in the store, would run, or are pending. Starts nothing."""
     planner = Planner(Store(root))
     experiment = with_plugins(experiment)
     distill(experiment, planner, experiment.policy.rounds if rounds is None else rounds)
@@ -36,8 +36,10 @@ def plan(experiment: Experiment, root: str | Path, rounds: int | None = None) ->
 
 
 def open_run(experiment: Experiment, name: str, root: str | Path) -> Run:
-    """The run of that name, made if new; IdentityMismatch when the name holds another experiment, or its plugins changed. One
-    of its two records of that may be damaged, not both (CorruptArtifact)."""
+    """The run of that name, created if new.
+
+    Raises IdentityMismatch when the name belongs to another experiment or a plugin changed, CorruptArtifact when both of the
+    run's records of the experiment are damaged."""
     existing = next((run for run in Run.list(root) if run.name == name), None)
     if existing is not None and stands_for(existing, experiment):
         return existing
@@ -56,12 +58,12 @@ def run_experiment(
     workers: WorkerPool | None = None,
     restore: int | None = None,
 ) -> tuple[RunState, int]:
-    """Bring a run to `rounds` rounds (default: the config's), or `further` ones past where it stands.
+    """Run until `rounds` rounds are done (default: policy.rounds), or `further` more than are done now.
 
-    `workers` are the caller's, who shares them among several runs and ends them; without any the run has its own.
-    `restore`: a round whose evicted artifacts are made again. Returns the state and how many stages had to be built.
-    Raises RunBusy when another process holds the name, IdentityMismatch when the name holds another experiment, and
-    whatever a stage raises."""
+    `workers`: a pool that the caller shares among runs and ends; without one the run starts and ends its own.
+    `restore`: a round whose evicted artifacts are rebuilt. Returns the state and the number of stages built.
+    Raises RunBusy when another process holds the name, IdentityMismatch when the name belongs to another experiment, and
+    any error of a stage."""
     experiment.runtime.tell_libraries()
     experiment = with_plugins(experiment, name)
     store = Store(root)
@@ -69,14 +71,14 @@ def run_experiment(
     reporter = reporter or SilentReporter()
     with run.lock(), terminating(), without_leftovers(store):
         log = logger(run.log_path("run"))
-        state, said = mend(run, experiment, store)
-        for line in said:
+        state, messages = mend(run, experiment, store)
+        for line in messages:
             log(line)
             reporter.note(0, "run", line)
         state.forked_from = f"{experiment.fork.run}@{experiment.fork.round}" if experiment.fork else None
         goal = experiment.policy.rounds if rounds is None else rounds
         if further is not None:
-            goal = min(goal, rounds_done(state) + further)
+            goal = min(goal, state.rounds_done + further)
         refuse_full_disk(store, experiment)
         state.status = "running"
         run.save(state)
@@ -99,18 +101,18 @@ def run_experiment(
                     distill(experiment, maker, goal)
         except BaseException as error:
             state.status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-            with suppress(OpdError, OSError):  # on a full disk, say: the first error is what there is to say
+            with suppress(OpdError, OSError):  # the first error is the one to report, also on a full disk
                 run.save(state)
             raise
-        state.status = "finished" if rounds_done(state) >= experiment.policy.rounds else "stopped"
+        state.status = "finished" if state.rounds_done >= experiment.policy.rounds else "stopped"
         run.save(state)
         return state, maker.built
 
 
 @contextmanager
 def without_leftovers(store: Store) -> Iterator[None]:
-    """No temporary files of dead processes in the store, before and, should something break, after; nor of this one, when
-    it is interrupted."""
+    """Removes temporary files of dead processes from the store, before the block and after an error in it; after an
+    interruption also those of this process."""
     store.remove_leftovers()
     try:
         yield
@@ -121,19 +123,19 @@ def without_leftovers(store: Store) -> Iterator[None]:
 
 
 def workers_for(experiment: Experiment, logs: Path, lent: WorkerPool | None) -> AbstractContextManager[WorkerPool]:
-    """A run's own workers, which end with it; or those lent to it, which stay warm for the next run."""
+    """A pool of the run's own, which ends with it, or the `lent` one, which stays warm for the next run."""
     if lent is None:
         return WorkerPool(experiment.runtime, logs, experiment.plugins)
     return lent.serving(experiment.runtime, logs, experiment.plugins)
 
 
 def run_rounds(config_path: str, name: str, root: str, rounds: int, overrides: list[str]) -> RunState:
-    """The next `rounds` rounds of a run: what a schedule's tick calls."""
+    """Runs the next `rounds` rounds of a run. Called by a schedule's tick."""
     return run_experiment(load_experiment(config_path, overrides), name=name, root=root, further=rounds)[0]
 
 
 def logger(path: Path) -> Callable[[str], None]:
-    """Appends lines with their time to the run's own log, without secrets."""
+    """A function that appends lines to a log, with the time and with secrets removed."""
 
     def log(line: str) -> None:
         with explain_full_disk(path), path.open("a") as file:
@@ -142,19 +144,13 @@ def logger(path: Path) -> Callable[[str], None]:
     return log
 
 
-def rounds_done(state: RunState) -> int:
-    """Distillation rounds whose last stage is committed."""
-    done = [r.round for r in state.rounds if r.student_sha256 and r.stages.get("evaluate") is not None]
-    return max(done, default=0)
-
-
 def stored_experiment(run: Run) -> Experiment:
-    """The experiment that a run holds, as this version reads it."""
+    """A run's stored experiment, as this version reads it."""
     return experiment_of(run.experiment, f"run {run.name}")
 
 
 def resume_experiment(name: str, root: str | Path, overrides: list[str]) -> Experiment:
-    """The experiment that a run holds, with overrides of `runtime` and `policy` alone."""
+    """A run's stored experiment with `overrides` of `runtime` and `policy`. ConfigError for other fields."""
     from flows.config_file import merge, parse_override
 
     run = Run.open(root, name)
@@ -162,22 +158,22 @@ def resume_experiment(name: str, root: str | Path, overrides: list[str]) -> Expe
     for text in overrides:
         if text.split(".")[0] not in ("runtime", "policy"):
             raise ConfigError(
-                f"--set {text}: a run's identity is fixed, only runtime.* and policy.* can change; to try something"
-                f" else from here: opd fork {name}@ROUND --name NEW --set {text}"
+                f"--set {text}: only runtime.* and policy.* of a run can change, its identity is fixed; to try something"
+                f" else from this point: opd fork {name}@ROUND --name NEW --set {text}"
             )
         data = merge(data, parse_override(text))
     return experiment_of(data, f"run {name}")
 
 
 def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str]) -> Experiment:
-    """The experiment of a run that shares rounds up to `round` with the run `name` and differs after it."""
+    """The experiment of a run that shares rounds up to `round` with the run `name`. ConfigError for a round that is not done."""
     from flows.config_file import merge, parse_override
 
     run = Run.open(root, name)
-    done = rounds_done(run.state)
+    done = run.state.rounds_done
     if round > done:
         raise ConfigError(f"run {name!r} has finished {done} round(s); it cannot be forked at round {round}")
-    # its own rounds are made with the plugins of now, the shared ones keep theirs
+    # its own rounds use the current plugins, the shared rounds keep theirs
     data: dict[str, Any] = run.experiment | {"plugin_sources": {}}
     for text in overrides:
         data = merge(data, parse_override(text))
@@ -186,8 +182,8 @@ def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str
 
 
 def refuse_full_disk(store: Store, experiment: Experiment) -> None:
-    """Refuse to start when one round would not fit: its rollouts and signals, and where the student's size is known
-    already its training."""
+    """Raises NotEnoughSpace when one round would not fit on the disk: its rollouts and signals, and its training where the
+    student's size is known already."""
     needed, source = bytes_per_round(experiment), experiment.student.source
     if isinstance(source, CheckpointModel):
         states = 1 if experiment.runtime.trainer.checkpoint_minutes is None else KEPT + 2

@@ -1,4 +1,4 @@
-"""Being told to stop: Ctrl-C, SIGTERM and a closed terminal all end a command in order, once."""
+"""Signals: Ctrl-C, SIGTERM and a closed terminal each end a command in order, once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 PATIENCE = 10.0
-"""Seconds in which a further signal changes nothing: what ends already would only leave something behind."""
+"""Ignore repeated signals for this many seconds, so that shutdown can clean up."""
 
 _asked = -PATIENCE
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """The handler: KeyboardInterrupt, unless one is under way."""
+    """Signal handler: raises KeyboardInterrupt, unless a shutdown is in progress."""
     global _asked
     now = time.monotonic()
     if now - _asked >= PATIENCE:
@@ -25,9 +25,10 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def terminating() -> Iterator[None]:
-    """In the block SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt: children are stopped, the state says so, what is
-    committed stays. SIGINT and SIGHUP stay as they are where someone else handles or ignores them (nohup, a background
-    job). Without effect outside the main thread: whoever runs us handles signals."""
+    """In the block SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, so that children are stopped and the state is saved.
+
+    SIGINT and SIGHUP are left alone where another handler is set or they are ignored (nohup, a background job). Has no effect
+    outside the main thread, where the embedding program handles signals."""
     mine = {signal.SIGTERM: None, signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
     before = {number: signal.getsignal(number) for number in mine}
     try:

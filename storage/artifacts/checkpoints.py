@@ -1,9 +1,9 @@
-"""Checkpoints of unfinished work: folders of files that count only when they are whole.
+"""Checkpoints of unfinished work: folders of files that are used only if they are whole.
 
-One process, or several together, write into a folder with a temporary name; each makes its files durable. Then one of them
-adds a sealed record that names every file with its hash, and gives the folder its name. Nothing says which is the latest:
-the newest that is whole is looked for, by full hashes, so there is no pointer that could be torn, and nothing of a file is
-read before its hash is known to be the recorded one. Damaged ones go to quarantine."""
+One or several processes write into a folder with a temporary name; each makes its files durable. Then one of them adds a
+sealed record with the hash of every file, and gives the folder its final name. There is no pointer to the latest
+checkpoint that could be torn: the newest whole one is found by full hashes, and no file is read before its hash is
+verified. Damaged checkpoints move to quarantine."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from storage.disk.files import (
 from storage.errors import CorruptArtifact
 
 CHECKPOINT = "checkpoint-"
-"""How the names of checkpoints begin, in the folder of the artifact that is being made."""
+"""Prefix of checkpoint names in the folder of the unfinished artifact."""
 RECORD = "checkpoint.json"
 KEPT = 2
-"""The newest are kept: the last one, and the one before it, should the disk damage that."""
+"""Number of checkpoints kept: the last one, and the one before in case the disk damages the last."""
 _NAME = re.compile(CHECKPOINT + r"(?P<step>\d{8})-[0-9a-f]{12}")
 
 
@@ -52,7 +52,7 @@ class _Record(BaseModel):
 
     format: int = 1
     artifact: str
-    """Key of the artifact that is being made: a checkpoint belongs to no other."""
+    """Key of the unfinished artifact that the checkpoint belongs to."""
     settings: dict[str, Any]
     step: int
     created: str
@@ -62,7 +62,7 @@ class _Record(BaseModel):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that is whole. `content` is what its writer gave to `commit`."""
+    """A whole checkpoint. `content` is what its writer passed to `commit`."""
 
     step: int
     created: str
@@ -71,13 +71,13 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """Those of one artifact that were made at equal `settings` (numerics, say). Others stay, and are not used."""
+    """The checkpoints of one artifact made at equal `settings` (its numerics). Others are kept, but not used."""
 
     def __init__(self, root: Path, folder: Path, settings: Mapping[str, Any]) -> None:
         self.root, self.folder, self.settings = root, folder, dict(settings)
 
     def begin(self) -> Path:
-        """An empty folder for the files of the next one."""
+        """An empty folder for the files of the next checkpoint."""
         path = self.folder / temporary_name("checkpoint")
         with explain_full_disk(path):
             path.mkdir()
@@ -85,7 +85,7 @@ class Checkpoints:
         return path
 
     def commit(self, temporary: Path, step: int, files: Iterable[FileRecord], content: Mapping[str, Any]) -> None:
-        """Makes it count, when all its files are there (`write_file`), and removes those that are older than `KEPT`."""
+        """Publishes a checkpoint whose files were all written with `write_file`, and removes all but the newest `KEPT`."""
         record = _Record(
             artifact=self.folder.name,
             settings=self.settings,
@@ -106,40 +106,42 @@ class Checkpoints:
             remove(old)
 
     def discard(self) -> None:
-        """Removes them: what they lead to is not wanted."""
+        """Removes all checkpoints at these settings."""
         for path in self._mine():
             remove(path)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest that is whole, and what there is to say about the others. Damaged ones go to quarantine; where none is
-        left, those that went there before are told of too: who moved them may have been killed before it could."""
+        """The newest whole checkpoint, or None, and messages about the others.
+
+        Damaged ones move to quarantine. If none is left, the messages also list those quarantined before: the process that
+        moved them may have been killed before it could report them."""
         remove_leftovers(self.folder, places=("",))
-        said, others = list[str](), list[_Record]()
+        messages, others = list[str](), list[_Record]()
         for step, path in self._found():
             try:
                 record = self._record(path, step)
                 if record.settings == self.settings:
-                    return self._whole(path, record), said
+                    return self._whole(path, record), messages
                 others.append(record)
             except CorruptArtifact as error:
                 quarantine(self.root, path, f"a damaged checkpoint: {error}")
-                said.append(f"the checkpoint of step {step} is damaged and in quarantine: {error}")
-        if not said and (before := self._quarantined()):
-            said.append(f"damaged checkpoints of it are in quarantine from before: {', '.join(before)}")
-        return None, said + [self._unused(record) for record in others[:1]]
+                messages.append(f"the checkpoint of step {step} is damaged and in quarantine: {error}")
+        if not messages and (before := self._quarantined()):
+            messages.append(f"damaged checkpoints of it are in quarantine from before: {', '.join(before)}")
+        return None, messages + [self._unused(record) for record in others[:1]]
 
     def _quarantined(self) -> list[str]:
-        """Names in quarantine of this artifact's checkpoints."""
-        found = (self.root / "quarantine").glob(f"*-{self.folder.parent.name}-{self.folder.name}-{CHECKPOINT}*")
-        return sorted(path.name for path in found if path.is_dir())
+        """Names of this artifact's checkpoints in quarantine."""
+        paths = (self.root / "quarantine").glob(f"*-{self.folder.parent.name}-{self.folder.name}-{CHECKPOINT}*")
+        return sorted(path.name for path in paths if path.is_dir())
 
     def _found(self) -> list[tuple[int, Path]]:
-        """All, newest first."""
+        """All checkpoints, newest first."""
         named = [(_NAME.fullmatch(path.name), path) for path in self.folder.iterdir()]
         return sorted(((int(match["step"]), path) for match, path in named if match), reverse=True)
 
     def _mine(self) -> list[Path]:
-        """Those at equal settings, newest first."""
+        """Checkpoints at equal settings, newest first."""
         found = []
         for step, path in self._found():
             with suppress(CorruptArtifact):
@@ -148,7 +150,7 @@ class Checkpoints:
         return found
 
     def _whole(self, path: Path, record: _Record) -> Checkpoint:
-        """CorruptArtifact when a file is not exactly what was written."""
+        """The checkpoint, verified. CorruptArtifact if a file differs from the record."""
         for file in record.files:
             problem = damaged(path / file.path, file, None)
             if problem is not None:
@@ -156,17 +158,17 @@ class Checkpoints:
         return Checkpoint(record.step, record.created, tuple(path / file.path for file in record.files), record.content)
 
     def _record(self, path: Path, step: int) -> _Record:
-        """CorruptArtifact when it is unreadable, or the record of another checkpoint."""
+        """The record. CorruptArtifact if it is unreadable or belongs to another checkpoint."""
         try:
             record = _Record.model_validate(unseal(path / RECORD))
         except (OSError, ValidationError) as error:
             raise CorruptArtifact(f"{path / RECORD}: not a checkpoint's record ({error})") from error
         if (record.artifact, record.step) != (self.folder.name, step):
-            raise CorruptArtifact(f"{path / RECORD}: it is the record of another checkpoint")
+            raise CorruptArtifact(f"{path / RECORD}: the record of another checkpoint")
         return record
 
     def _unused(self, record: _Record) -> str:
-        """Why one at other settings is not used."""
+        """The message about a checkpoint at other settings."""
         changed = [
             f"{name} {record.settings.get(name)!r}, now {self.settings.get(name)!r}"
             for name in sorted(record.settings.keys() | self.settings.keys())
@@ -174,12 +176,12 @@ class Checkpoints:
         ]
         return (
             f"the checkpoint of step {record.step} was made with other settings ({'; '.join(changed)}) and is not used;"
-            " with the old settings the run goes on from it"
+            " with the old settings the run continues from it"
         )
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> FileRecord:
-    """Writes one file of a checkpoint and makes it durable. NotEnoughSpace when the disk is full."""
+    """Writes one file of a checkpoint and makes it durable. NotEnoughSpace if the disk is full."""
     failpoint("checkpoint.before_write")
     with explain_full_disk(path):
         write(path)

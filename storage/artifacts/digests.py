@@ -1,4 +1,4 @@
-"""Digests of what things contain: files, safetensors weights, tokenizers, and the rows of tables."""
+"""Content digests: files, safetensors weights, tokenizers, rows of tables."""
 
 from __future__ import annotations
 
@@ -40,24 +40,18 @@ class _Hash(Protocol):
 
 
 def file_sha256(path: Path | str, memo: Path | None = None) -> str:
-    """sha256 of a file's bytes. With `memo` (a directory) it is remembered by (path, inode, size, mtime)."""
+    """sha256 of a file. With `memo` (a directory) it is remembered by (path, inode, size, mtime)."""
     path = Path(path)
     return _remembered(memo, "file", [path], lambda: _hash_file(path))
 
 
 def weights_digest(directory: Path | str, memo: Path | None = None) -> str:
-    """Digest of a checkpoint's tensors: names, dtypes, shapes and bytes; how they are split into files plays no part.
+    """Digest of a checkpoint's tensors: names, dtypes, shapes and bytes, independent of how they are split into files.
 
-    Reads `*.safetensors` of the directory, or those of its index file where there is one.
-    Raises InputError without any, CorruptArtifact for a malformed file."""
+    Reads the files of the index, if there is one, else all `*.safetensors`.
+    Raises InputError if there is no file, CorruptArtifact for a malformed file."""
     files = _safetensors_files(Path(directory))
     return _remembered(memo, "weights", files, lambda: _weights(files))
-
-
-def tensor_digests(directory: Path | str) -> dict[str, str]:
-    """name -> sha256 of the tensor's raw little-endian, row-major bytes, sorted by name."""
-    tensors = _tensors(_safetensors_files(Path(directory)))
-    return {name: _hash_tensor(*place) for name, (_, place) in tensors.items()}
 
 
 def tensors_of(path: Path) -> dict[str, tuple[str, bytes]]:
@@ -67,17 +61,17 @@ def tensors_of(path: Path) -> dict[str, tuple[str, bytes]]:
 
 
 def tokenizer_digest(directory: Path | str, memo: Path | None = None) -> str:
-    """Digest of the files that define a tokenizer and its chat template. Raises InputError if there are none."""
+    """Digest of the files that define a tokenizer and its chat template. InputError if there are none."""
     directory = Path(directory)
     files = [directory / name for name in _TOKENIZER_FILES if (directory / name).is_file()]
     files += sorted(directory.glob("*.tiktoken")) + sorted(directory.glob("additional_chat_templates/*.jinja"))
     if not files:
-        raise InputError(f"{directory}: no tokenizer in it (looked for {', '.join(_TOKENIZER_FILES[:3])}, ...)")
+        raise InputError(f"{directory}: no tokenizer files (looked for {', '.join(_TOKENIZER_FILES[:3])}, ...)")
     return files_digest({path.relative_to(directory).as_posix(): file_sha256(path, memo) for path in files})
 
 
 def architecture_digest(directory: Path | str, name: str = "config.json") -> str:
-    """Digest of a checkpoint's `config.json` (or `generation_config.json`), without what changes no result (library
+    """Digest of a checkpoint's `config.json` (or `generation_config.json`), without fields that change no result (library
     version, own name, dtype)."""
     path = Path(directory) / name
     try:
@@ -97,7 +91,7 @@ def files_digest(files: dict[str, str]) -> str:
 
 def table_digest(table: pa.Table) -> str:
     """Digest of a table's rows in order: independent of chunking, slicing, column order and schema metadata, and of
-    32 or 64 bit offsets. All NaNs are one; what lies under a null plays no part. Raises TypeError for exotic types."""
+    32 or 64 bit offsets. All NaNs are equal; the bytes under a null are ignored. TypeError for unsupported types."""
     digest = hashlib.sha256()
     digest.update(f"rows:{table.num_rows}".encode())
     for name in sorted(table.column_names):
@@ -136,7 +130,7 @@ def _remembered(memo: Path | None, kind: str, files: Sequence[Path], compute: An
             return known
     digest = str(compute())
     if all(time.time() - stat.st_mtime > _RACY_SECONDS for _, stat in stats):
-        with suppress(OSError):  # a memo is a convenience: a full or read-only disk must not stop the reader
+        with suppress(OSError):  # the memo is optional: a full or read-only disk must not stop the reader
             memo.mkdir(parents=True, exist_ok=True)
             temporary = memo / temporary_name()
             temporary.write_text(digest, "ascii")
@@ -157,11 +151,11 @@ def _safetensors_files(directory: Path) -> list[Path]:
         files = [directory / str(name) for name in names]
         missing = [path.name for path in files if not path.is_file()]
         if missing:
-            raise InputError(f"{index}: names files that are not there: {', '.join(missing)}")
+            raise InputError(f"{index}: names missing files: {', '.join(missing)}")
         return files
     files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise InputError(f"{directory}: no *.safetensors in it; convert the checkpoint to safetensors first")
+        raise InputError(f"{directory}: no *.safetensors; convert the checkpoint to safetensors first")
     return files
 
 
@@ -221,7 +215,7 @@ def _hash_tensor(path: Path, start: int, length: int) -> str:
         while length > 0:
             block = file.read(min(length, _BLOCK))
             if not block:
-                raise CorruptArtifact(f"{path}: shorter than its header says")
+                raise CorruptArtifact(f"{path}: shorter than its header states")
             digest.update(block)
             length -= len(block)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Trees: directories of files (model checkpoints, trainer states), in the store or at a place of the user's."""
+"""Trees: directories of files (model checkpoints, trainer states), in the store or in a folder of the user's."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from storage.disk.files import fsync_directory, fsync_file, unreadable
 from storage.errors import InputError, StoreError
 
 READ_BY_ENGINES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
-"""Endings of files that change what a checkpoint is when they are added to its folder."""
+"""Suffixes of files that engines read from a checkpoint's folder."""
 
 
 def own_files(directory: Path) -> list[Path]:
-    """Files of a tree that the store keeps. StoreError for links and devices: their bytes would not be ours."""
+    """Files of a tree in the store. StoreError for links and special files, whose bytes are outside the store."""
     found = []
     if directory.is_symlink():
-        raise StoreError(f"{directory}: a link; a tree is a folder of the store. Remove it and run again")
+        raise StoreError(f"{directory}: a link; a tree must be a folder in the store. Remove the link and run again")
     for folder, names, files in os.walk(directory):
         names.sort()
         for name in [*names, *sorted(files)]:
@@ -31,13 +31,13 @@ def own_files(directory: Path) -> list[Path]:
                 found.append(path)
             elif not stat_module.S_ISDIR(mode):
                 raise StoreError(
-                    f"{path}: a link or special file; a tree holds plain files only. Remove it and run again"
+                    f"{path}: a link or special file; a tree has plain files only. Remove it and run again"
                 )
     return found
 
 
 def external_files(directory: Path) -> list[Path]:
-    """Files of a user's folder; hidden ones left out, links to files followed (the Hub's cache consists of them)."""
+    """Files of a user's folder, without hidden ones; links to files are followed (the Hub's cache consists of them)."""
     found = []
     for folder, names, files in os.walk(directory):
         names[:] = sorted(name for name in names if not name.startswith("."))
@@ -70,10 +70,10 @@ def fsync_tree(directory: Path, files: list[Path]) -> None:
 
 
 def content_digests(name: str, directory: Path, files: tuple[FileRecord, ...], memo: Path | None) -> dict[str, str]:
-    """Content digests of a tree: `<name>` (its files), and what it holds of `weights`, `tokenizer`, `architecture` and
-    `generation` (config.json and generation_config.json).
+    """Content digests of a tree: `<name>` (its files) and, where present, `weights`, `tokenizer`, `architecture` (config.json)
+    and `generation` (generation_config.json).
 
-    The last four bear these plain names for the tree "model", and `<name>:weights` and so on for any other."""
+    The last four have plain names for the tree "model", and the prefix `<name>:` for any other tree."""
     prefix = "" if name == "model" else f"{name}:"
     result = {name: files_digest({record.path: record.sha256 for record in files})}
     if any("/" not in record.path and record.path.endswith(".safetensors") for record in files):
@@ -84,12 +84,12 @@ def content_digests(name: str, directory: Path, files: tuple[FileRecord, ...], m
     try:
         result[f"{prefix}tokenizer"] = tokenizer_digest(directory, memo)
     except InputError:
-        pass  # not every tree holds one
+        pass  # not every tree has a tokenizer
     return result
 
 
 def damaged(path: Path, record: FileRecord, memo: Path | None) -> str | None:
-    """What is wrong with a file by its full hash (remembered in `memo`), or None."""
+    """The damage of a file by its full hash (remembered in `memo`), or None."""
     try:
         stat = path.stat()
         if stat.st_size != record.bytes:
@@ -104,7 +104,7 @@ def damaged(path: Path, record: FileRecord, memo: Path | None) -> str | None:
 
 
 def damaged_by_stat(path: Path, size: int, mtime_ns: int, sha256: str, memo: Path | None) -> str | None:
-    """Like `damaged`, but a file whose stat stamp is the recorded one is believed; a copied store is hashed once."""
+    """Like `damaged`, but a file with the recorded size and mtime is not hashed; a copied store is hashed once."""
     try:
         stat = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -122,7 +122,7 @@ def tree_directory(artifact_directory: Path, tree: TreeRecord) -> Path:
 
 
 def added_files(directory: Path, tree: TreeRecord) -> list[Path]:
-    """Files in a tree's folder that it does not have; of a user's folder those alone that engines may read.
+    """Files in a tree's folder that its record does not list; in a user's folder only those that engines read.
 
     StoreError for a link or special file in a tree of the store."""
     known = {directory / record.path for record in tree.files}

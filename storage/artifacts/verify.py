@@ -1,15 +1,22 @@
-"""Verification that trusts no memo: every byte that a run depends on is hashed again.
+"""Verification without remembered hashes: every byte that a run depends on is hashed again.
 
-Bad files move to quarantine, each with its reason, so that the next run rebuilds just these."""
+Damaged files move to quarantine with the reason, and the next run rebuilds only these."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from storage.artifacts.artifact import MANIFEST, FileRecord, Manifest, ShardRecord, artifact_directory, load_manifest
+from storage.artifacts.artifact import (
+    KEY,
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    ShardRecord,
+    artifact_directory,
+    load_manifest,
+)
 from storage.artifacts.digests import combine_digests
 from storage.artifacts.shards import read_parquet, row_digest
 from storage.artifacts.trees import added_files, content_digests, damaged, tree_directory
@@ -18,14 +25,13 @@ from storage.errors import CorruptArtifact, StoreError
 from storage.identity import artifact_key
 from storage.runs import Run
 
-_KEY = re.compile(r"[0-9a-f]{16}")
 Name = tuple[str, str]
 """Stage and key of an artifact."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One damaged piece. `ours`: it lies in the store and may be moved; a file of the user's own folder may not."""
+    """One damaged piece. `ours`: it is in the store and may be moved; a file in a user's own folder may not."""
 
     path: Path
     reason: str
@@ -38,7 +44,7 @@ class Problem:
 
 @dataclass
 class Verified:
-    """What was looked at. `evicted` artifacts have no data to hash: only their manifests were verified."""
+    """Counts and problems of a verification. Of `evicted` artifacts only the manifests were verified."""
 
     artifacts: int = 0
     evicted: int = 0
@@ -48,7 +54,7 @@ class Verified:
 
 
 def verify_artifact(root: Path, stage: str, key: str, into: Verified) -> Manifest | None:
-    """Hashes an artifact's manifest, shards (bytes and rows) and trees; returns the manifest if it can be read."""
+    """Hashes an artifact's manifest, shards (bytes and rows) and trees; returns the manifest if it is readable."""
     directory = artifact_directory(root, stage, key)
     manifest = _manifest(directory, into)
     while manifest is not None:
@@ -59,7 +65,7 @@ def verify_artifact(root: Path, stage: str, key: str, into: Verified) -> Manifes
         again = load_manifest(directory) if problems else manifest
         if again == manifest:
             break
-        manifest = again  # repaired, or collected, while it was read
+        manifest = again  # repaired or collected during verification
     if manifest is not None:
         into.files, into.bytes = into.files + count.files, into.bytes + count.bytes
         into.problems += problems
@@ -69,9 +75,9 @@ def verify_artifact(root: Path, stage: str, key: str, into: Verified) -> Manifes
 
 
 def verify_run(root: Path, run: Run, into: Verified, progress: Callable[[str], None]) -> None:
-    """Verifies the run's own files, all artifacts that its rounds used, and those that these were made from.
+    """Verifies the run's own files, all artifacts that its rounds used, and the artifacts these were made from.
 
-    `progress` is called with each artifact's name before it is read."""
+    `progress` is called with each artifact's name before it is verified."""
     own = _run_files(run, into)
     waiting = sorted(own)
     seen: set[Name] = set()
@@ -98,14 +104,14 @@ def verify_store(root: Path, into: Verified, progress: Callable[[str], None]) ->
 
 
 def move_damaged(root: Path, problems: Iterable[Problem]) -> int:
-    """Moves what is damaged and lies in the store to quarantine; returns how many pieces were moved."""
+    """Moves damaged pieces in the store to quarantine; returns how many were moved."""
     return sum(problem.ours and quarantine(root, problem.path, problem.reason) is not None for problem in problems)
 
 
 def all_artifacts(root: Path) -> set[Name]:
-    """(stage, key) of everything that has a manifest."""
+    """(stage, key) of every artifact with a manifest."""
     paths = (root / "artifacts").glob(f"[!.]*/*/{MANIFEST}")
-    return {(p.parent.parent.name, p.parent.name) for p in paths if _KEY.fullmatch(p.parent.name)}
+    return {(p.parent.parent.name, p.parent.name) for p in paths if KEY.fullmatch(p.parent.name)}
 
 
 @dataclass
@@ -125,7 +131,7 @@ def _manifest(directory: Path, into: Verified) -> Manifest | None:
         into.problems.append(Problem(directory / MANIFEST, str(error).removeprefix(f"{directory / MANIFEST}: "), name))
         return None
     if manifest is None:
-        into.problems.append(Problem(directory / MANIFEST, "missing, though a run used this artifact", name))
+        into.problems.append(Problem(directory / MANIFEST, "missing, but a run used this artifact", name))
         return None
     into.files, into.bytes = into.files + 1, into.bytes + (directory / MANIFEST).stat().st_size
     return manifest
@@ -139,7 +145,7 @@ def _shards(directory: Path, manifest: Manifest, count: _Count) -> list[Problem]
         problem = damaged(path, file, None) or _wrong_rows(path, record)
         count.add(record.bytes)
         if problem is not None:
-            found.append(Problem(path, problem, _name(manifest)))
+            found.append(Problem(path, problem, str(manifest.artifact)))
     return found
 
 
@@ -149,7 +155,7 @@ def _wrong_rows(path: Path, record: ShardRecord) -> str | None:
     except (CorruptArtifact, FileNotFoundError) as error:
         return str(error)
     if (rows.num_rows, row_digest(record.table, rows)) != (record.rows, record.row_digest):
-        return "its rows are not the recorded ones"
+        return "its rows differ from the recorded ones"
     return None
 
 
@@ -162,18 +168,19 @@ def _trees(directory: Path, manifest: Manifest, count: _Count) -> list[Problem]:
             count.add(record.bytes)
             problem = damaged(base / record.path, record, None)
             if problem is not None:
-                bad.append(Problem(base / record.path, problem, _name(manifest), ours))
+                bad.append(Problem(base / record.path, problem, str(manifest.artifact), ours))
         try:
             added = added_files(base, tree)
-        except StoreError as error:  # a link: what it leads to is not ours
-            found.append(Problem(base, str(error), _name(manifest)))
+        except StoreError as error:  # a link to files outside the store
+            found.append(Problem(base, str(error), str(manifest.artifact)))
             continue
-        bad += [Problem(path, f"does not belong to the tree {name!r}", _name(manifest), ours) for path in added]
+        bad += [Problem(path, f"does not belong to the tree {name!r}", str(manifest.artifact), ours) for path in added]
         if not bad:
             digests = content_digests(name, base, tree.files, None)
             wrong = [part for part, digest in digests.items() if manifest.artifact.content.get(part) != digest]
             bad = [
-                Problem(directory / MANIFEST, f"content {part!r} is not the tree's", _name(manifest)) for part in wrong
+                Problem(directory / MANIFEST, f"content {part!r} does not match the tree", str(manifest.artifact))
+                for part in wrong
             ]
         found += bad
     return found
@@ -185,14 +192,14 @@ def _manifest_itself(directory: Path, manifest: Manifest) -> list[Problem]:
     for table in artifact.rows:
         records = sorted((s for s in manifest.shards if s.table == table), key=lambda record: record.shard)
         if combine_digests([(r.rows, r.row_digest) for r in records]) != artifact.content.get(table):
-            found.append(Problem(path, f"content {table!r} is not that of its shards", _name(manifest)))
+            found.append(Problem(path, f"content {table!r} does not match its shards", str(manifest.artifact)))
     if artifact_key(artifact.stage, artifact.version, artifact.identity, artifact.inputs) != artifact.key:
-        found.append(Problem(path, "its key is not that of its identity and inputs", _name(manifest)))
+        found.append(Problem(path, "its key does not match its identity and inputs", str(manifest.artifact)))
     return found
 
 
 def _run_files(run: Run, into: Verified) -> set[Name]:
-    """Reads the run's files; returns the artifacts that its finished stages made or found."""
+    """Reads the run's files; returns the artifacts of its finished stages."""
     for part in ("experiment", "identity"):
         try:
             getattr(run, part)
@@ -210,7 +217,7 @@ def _run_files(run: Run, into: Verified) -> set[Name]:
 
 
 def _makers(root: Path, manifests: Iterable[Manifest], seen: set[Name]) -> set[Name]:
-    """Artifacts that hold an input of one of these which none of these holds."""
+    """Artifacts that contain an input of `manifests` which `manifests` do not contain."""
     manifests = list(manifests)
     held = {digest for manifest in manifests for digest in manifest.artifact.content.values()}
     wanted = {digest for manifest in manifests for digest in manifest.artifact.inputs.values()} - held
@@ -226,7 +233,7 @@ def _makers(root: Path, manifests: Iterable[Manifest], seen: set[Name]) -> set[N
 
 
 def _students(run: Run, manifests: dict[Name, Manifest], into: Verified) -> None:
-    """Every round must end with a student that one of its artifacts holds."""
+    """Every round's student must be in one of the run's artifacts."""
     held = {manifest.artifact.content.get("weights") for manifest in manifests.values()}
     if any(problem.artifact == f"run {run.name}" for problem in into.problems):
         return
@@ -234,9 +241,5 @@ def _students(run: Run, manifests: dict[Name, Manifest], into: Verified) -> None
     for round in run.state.rounds:
         names = {f"{stage}/{key}" for record in round.stages.values() for stage, key in record.artifacts.items()}
         if round.student_sha256 and round.student_sha256 not in held and not names & damaged_ones:
-            reason = f"round {round.round} names a student {round.student_sha256[:16]} that none of its artifacts holds"
+            reason = f"round {round.round} names a student {round.student_sha256[:16]} that is in none of its artifacts"
             into.problems.append(Problem(run.directory / "state.json", reason, f"run {run.name}", ours=False))
-
-
-def _name(manifest: Manifest) -> str:
-    return f"{manifest.artifact.stage}/{manifest.artifact.key}"

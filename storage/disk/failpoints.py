@@ -18,7 +18,6 @@ them all, so that a worker that is started again does not die again. A name that
 from __future__ import annotations
 
 import builtins
-import difflib
 import errno
 import fcntl
 import os
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import storage.errors
-from storage.errors import ConfigError
+from storage.errors import ConfigError, did_you_mean
 
 NAMES: dict[str, str] = {
     "shard.before_write": "a shard's rows are checked, nothing is written",
@@ -137,8 +136,7 @@ def parse(spec: str) -> dict[str, list[_Armed]]:
 def known(name: str) -> str:
     """The name, if there is such a failpoint; else ConfigError with the nearest."""
     if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(NAMES)}"
+        hint = did_you_mean(name, NAMES, f"names: {', '.join(NAMES)}")
         raise ConfigError(f"{SPEC}: no failpoint {name!r}; {hint}")
     return name
 

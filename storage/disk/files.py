@@ -1,4 +1,4 @@
-"""Durable small-file primitives under the store: atomic writes, directory fsync, sealed JSON, quarantine."""
+"""File primitives of the store: atomic writes, directory fsync, sealed JSON, quarantine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from storage.identity import canonical_json
 
 TEMPORARY = ".tmp-"
 STORE_PLACES = ("", "artifacts/*/*/", "runs/", "runs/*/", "quarantine/", "memo/")
-"""Where a store has temporary files, as prefixes of glob patterns."""
+"""Folders of a store with temporary files, as prefixes of glob patterns."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _BROKEN = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)
 _OWNER = re.compile(re.escape(TEMPORARY) + r"(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)\.(?P<started>\d+)-")
@@ -35,14 +35,14 @@ def unique() -> str:
 
 
 def temporary_name(suffix: str = "") -> str:
-    """A name for a file or directory under way. It says whose: `remove_leftovers` takes those of dead processes."""
+    """A name for a temporary file or directory. It identifies this process, so that `remove_leftovers` can remove it later."""
     owner = f"{_machine()}-{os.getpid()}.{_started(os.getpid()) or 0}"
     return f"{TEMPORARY}{owner}-{unique()}" + (f"-{suffix}" if suffix else "")
 
 
 @functools.cache
 def _machine() -> str:
-    """Where process ids mean the same: 8 hex digits of host, machine id and pid namespace."""
+    """Identifies a set of comparable process ids: 8 hex digits of host, machine id and pid namespace."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts.append(Path("/etc/machine-id").read_text())
@@ -54,8 +54,8 @@ def _machine() -> str:
 def remove_leftovers(root: Path, places: Sequence[str] = STORE_PLACES, mine: bool = False) -> list[Path]:
     """Removes the temporary files of killed processes from folders under `root`; returns what it removed.
 
-    What another host left stays until `opd gc`. Nothing of a living process (but for this one's, with `mine`: an
-    interruption can come before a writer is ready for it), and nothing that has its final name, is touched."""
+    Files of other hosts are left to `opd gc`. Files of living processes and files with a final name are never touched; `mine`
+    also removes this process's own, because an interruption can come before a writer handles it."""
     removed = []
     for place in places:
         for path in root.glob(f"{place}{TEMPORARY}*"):
@@ -74,7 +74,7 @@ def remove_leftovers(root: Path, places: Sequence[str] = STORE_PLACES, mine: boo
 
 
 def _alive(pid: int, started: int) -> bool:
-    """Whether that process lives; another one may have its id by now. Where no start is known, the id decides."""
+    """Whether the process that started then is alive: another may have its id by now. An unknown start (0) matches any."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -85,7 +85,7 @@ def _alive(pid: int, started: int) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None where the kernel does not say."""
+    """Start time of a process in clock ticks since boot; None if unknown."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
@@ -105,7 +105,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Makes a directory and what is missing above it, each durable before anything is put into it."""
+    """Makes a directory and its missing parents, each durable before anything is created in it."""
     missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
@@ -122,7 +122,7 @@ def fsync_file(path: Path) -> None:
 
 @contextmanager
 def explain_full_disk(path: Path) -> Iterator[None]:
-    """Turns "no space left" and "quota exceeded", in any library's wording, into `NotEnoughSpace`."""
+    """Converts "no space left" and "quota exceeded", from any library, to `NotEnoughSpace`."""
     try:
         yield
     except OpdError:
@@ -140,7 +140,7 @@ def explain_full_disk(path: Path) -> Iterator[None]:
 
 
 def require_space(path: Path, bytes_needed: int, purpose: str = "") -> None:
-    """Raises NotEnoughSpace unless the file system of `path` has that many bytes for us."""
+    """Raises NotEnoughSpace unless the file system of `path` has that many bytes free."""
     free = shutil.disk_usage(path).free
     if free < bytes_needed:
         for_what = f" for {purpose}" if purpose else ""
@@ -155,7 +155,7 @@ def _gib(size: int) -> str:
 
 
 def write_durably(directory: Path, data: bytes) -> Path:
-    """A fsynced temporary file in `directory`, which the caller renames or links to its name."""
+    """Writes a fsynced temporary file in `directory`; the caller renames or links it to its final name."""
     path = directory / temporary_name()
     with explain_full_disk(path):
         try:
@@ -171,7 +171,7 @@ def write_durably(directory: Path, data: bytes) -> Path:
 
 
 def replace_atomically(path: Path, data: bytes) -> None:
-    """Readers see the old bytes or the new ones, also after a crash."""
+    """Replaces a file atomically: readers see the old or the new bytes, also after a crash."""
     temporary = write_durably(path.parent, data)
     with explain_full_disk(path):
         try:
@@ -185,7 +185,7 @@ def replace_atomically(path: Path, data: bytes) -> None:
 
 
 def publish_exclusively(path: Path, data: bytes) -> bool:
-    """Publishes a whole file under a name that must be free, or returns False. Exactly one of many racers wins."""
+    """Publishes a complete file under a free name, or returns False if the name is taken. One of several racers wins."""
     temporary = write_durably(path.parent, data)
     with explain_full_disk(path):
         try:
@@ -202,7 +202,7 @@ def publish_exclusively(path: Path, data: bytes) -> bool:
 
 
 def remove(path: Path) -> bool:
-    """Removes a file, or a folder: out of its place in one rename, so that no half of it is ever met."""
+    """Removes a file or a folder. A folder is first renamed, so that no reader sees half of it. False if it is missing."""
     if path.is_dir() and not path.is_symlink():
         going = path
         if not path.name.startswith(TEMPORARY):
@@ -222,20 +222,20 @@ def remove(path: Path) -> bool:
 
 
 def seal(content: dict[str, Any]) -> bytes:
-    """JSON that carries the sha256 of its own content, so that a flipped bit in it is noticed. Keeps the order of keys."""
+    """JSON with the sha256 of its own content, so that damage is detected. Keeps the order of keys."""
     checksum = hashlib.sha256(canonical_json(content).encode("ascii")).hexdigest()
     return json.dumps({**content, "checksum": checksum}, indent=1, allow_nan=False).encode()
 
 
 def unreadable(error: OSError) -> str:
-    """The damage that an error of reading stands for, when the disk gave no bytes. Any other error is raised again."""
+    """A description of the damage if a read failed on the disk (EIO and similar). Raises any other error again."""
     if error.errno not in _BROKEN:
         raise error
     return f"unreadable ({error.strerror}): the disk may be failing, see the kernel's log"
 
 
 def unseal(path: Path) -> dict[str, Any]:
-    """Content of a sealed JSON file. FileNotFoundError if missing, CorruptArtifact if it is not what was written."""
+    """Content of a sealed JSON file. FileNotFoundError if missing, CorruptArtifact if damaged."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -245,7 +245,7 @@ def unseal(path: Path) -> dict[str, Any]:
         checksum = content.pop("checksum")
         good = checksum == hashlib.sha256(canonical_json(content).encode("ascii")).hexdigest()
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise CorruptArtifact(f"{path}: not a record of this store ({error})") from error
+        raise CorruptArtifact(f"{path}: not a sealed record ({error})") from error
     if not good:
         raise CorruptArtifact(f"{path}: its checksum does not match its content")
     return dict(content)
@@ -254,12 +254,12 @@ def unseal(path: Path) -> dict[str, Any]:
 def quarantine(root: Path, path: Path, reason: str) -> Path | None:
     """Moves a file or directory of the store to `<root>/quarantine`, with the reason beside it as JSON.
 
-    The reason is written first: nothing ever lies there without one. Returns where it lies now, or None if it was already
-    gone (another reader was faster)."""
+    The reason is written first, so that nothing is there without one. Returns the new path, or None if `path` no longer exists
+    (another reader was faster)."""
     try:
         inside = path.parent.resolve().relative_to(root.resolve()) / path.name
     except ValueError:
-        raise StoreError(f"{path} is outside the store {root}: it is not ours to quarantine") from None
+        raise StoreError(f"{path} is outside the store {root}, so it cannot be quarantined") from None
     folder = root / "quarantine"
     folder.mkdir(exist_ok=True)
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")

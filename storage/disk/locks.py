@@ -1,4 +1,4 @@
-"""flock locks with a readable holder. The kernel drops them when the holder dies, however it dies."""
+"""flock locks that record their holder. The kernel releases them when the holder dies."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from storage.disk.redact import redact
 from storage.errors import StoreError
 
 _POLL_SECONDS = 0.1
-_ATTEMPTS = 5  # a probe holds the lock for microseconds: taking it is tried again before anyone is called busy
+_ATTEMPTS = 5  # a probe holds the lock for microseconds: retry before reporting a holder
 _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 _held: dict[int, tuple[str, int]] = {}  # descriptor -> (path, thread)
 
 
 def build_lock(root: Path, stage: str, key: str) -> Path:
-    """Held by whoever builds the artifact."""
+    """Held by the builder of the artifact."""
     return root / "locks" / f"{stage}-{key}.lock"
 
 
 def use_lock(root: Path, stage: str, key: str) -> Path:
-    """Shared by whoever depends on the artifact's data being there; `opd gc` needs it alone."""
+    """Shared by readers that need the artifact's data; `opd gc` takes it exclusively."""
     return root / "locks" / f"{stage}-{key}.use"
 
 
 class Holder(BaseModel):
-    """Who holds a lock."""
+    """The process that holds a lock."""
 
     pid: int
     host: str
@@ -85,12 +85,12 @@ def _read_holder(path: Path) -> Holder | None:
 
 
 def describe(path: Path) -> str:
-    """The holder as a user reads it; "another process" while it has not yet written its name."""
+    """The holder as text; "another process" until it has written its record."""
     return str(_read_holder(path) or "another process")
 
 
 def holder(path: Path) -> Holder | None:
-    """Who holds the lock now; None if nobody does. A name left by a killed holder does not count."""
+    """The process that holds the lock now, or None. The record of a killed holder is ignored."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -105,11 +105,11 @@ def holder(path: Path) -> Holder | None:
 
 @contextmanager
 def locked(path: Path, on_busy: Callable[[str], None]) -> Iterator[None]:
-    """Holds the exclusive lock `path`. While another holds it, `on_busy` is called once with the holder's description:
-    it raises to give up at once, or returns to wait."""
+    """Holds the exclusive lock `path`. If another process holds it, `on_busy` is called once with the holder's description; it
+    raises to give up, or returns to wait."""
     thread = threading.get_ident()
     if any(held == (str(path), thread) for held in _held.values()):
-        raise StoreError(f"{path}: this thread holds this lock already and would wait for itself")
+        raise StoreError(f"{path}: this thread already holds this lock and would wait for itself")
     path.parent.mkdir(parents=True, exist_ok=True)
     owner = os.getpid()
     failpoint("lock.before")
@@ -118,14 +118,14 @@ def locked(path: Path, on_busy: Callable[[str], None]) -> Iterator[None]:
         _wait(descriptor, path, on_busy)
         _held[descriptor] = (str(path), thread)
         failpoint("lock.held", path)
-        with suppress(OSError):  # a full disk takes the name, not the lock
+        with suppress(OSError):  # on a full disk the record is lost, not the lock
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, _myself().model_dump_json().encode(), 0)
         failpoint("lock.named", path)
         yield
         failpoint("lock.before_release", path)
     finally:
-        if os.getpid() == owner:  # a forked child has closed its copy already
+        if os.getpid() == owner:  # a forked child has already closed its copy
             if _held.pop(descriptor, None):
                 with suppress(OSError):
                     os.ftruncate(descriptor, 0)
@@ -134,7 +134,7 @@ def locked(path: Path, on_busy: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def shared(path: Path) -> Iterator[None]:
-    """Holds the lock `path` together with other sharers; waits while someone has it for himself."""
+    """Holds the lock `path` shared; blocks while another process holds it exclusively."""
     with _opened(path) as descriptor:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield
@@ -142,7 +142,7 @@ def shared(path: Path) -> Iterator[None]:
 
 @contextmanager
 def alone(path: Path) -> Iterator[bool]:
-    """Holds the lock `path` and yields True, or yields False at once when anyone shares or holds it."""
+    """Holds the lock `path` exclusively and yields True, or yields False at once if another process holds or shares it."""
     with _opened(path) as descriptor:
         yield _try(descriptor, fcntl.LOCK_EX)
 
@@ -156,26 +156,26 @@ def _opened(path: Path) -> Iterator[int]:
     try:
         yield descriptor
     finally:
-        if os.getpid() == owner:  # a forked child has closed its copy already
+        if os.getpid() == owner:  # a forked child has already closed its copy
             _held.pop(descriptor, None)
             os.close(descriptor)
 
 
 def _wait(descriptor: int, path: Path, on_busy: Callable[[str], None]) -> None:
-    attempts, told = 0, False
+    attempts, reported = 0, False
     while not _try(descriptor, fcntl.LOCK_EX):
-        if _try(descriptor, fcntl.LOCK_SH):  # nobody holds it: someone was only looking who does
+        if _try(descriptor, fcntl.LOCK_SH):  # not held: another process was only probing for the holder
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         else:
             attempts += 1
-        if attempts >= _ATTEMPTS and not told:
-            told = True
+        if attempts >= _ATTEMPTS and not reported:
+            reported = True
             on_busy(describe(path))
-        time.sleep(_POLL_SECONDS if told else 0.02)
+        time.sleep(_POLL_SECONDS if reported else 0.02)
 
 
 def probe(directory: Path) -> None:
-    """Raises StoreError unless flock excludes and hard links work in `directory` (some network mounts lack them)."""
+    """Raises StoreError unless flock and hard links work in `directory` (some network mounts lack them)."""
     name = directory / temporary_name("probe")
     link = name.with_name(name.name + "-link")
     try:

@@ -1,9 +1,9 @@
-"""Secrets: what a config must not hold, and what is cut out of every line that is shown or kept.
+"""Secrets: refused in configs, and removed from every line that is shown or stored.
 
-A secret here is: user and password in a URL, a query parameter of a telling name, a token of a known shape (Hugging
-Face, OpenAI, GitHub, AWS, Prefect), what follows a telling name ("api_key: ..."), and the value of an environment
-variable of a telling name (HF_TOKEN, PREFECT_API_KEY, ..._SECRET). A best effort against accidents: what nobody could
-recognise, like a password that stands alone, stays."""
+A secret here is: user and password in a URL, a query parameter with a name like `token`, a token in a known format
+(Hugging Face, OpenAI, GitHub, AWS, Prefect), the value after a name like `api_key:`, and the value of an environment
+variable with such a name (HF_TOKEN, PREFECT_API_KEY, ..._SECRET). This prevents accidents only: a password without such
+context is not recognised."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 HIDDEN = "***"
 _SHORTEST = 8
-"""Values of environment variables that are shorter are no secrets (true, 1, debug)."""
+"""Shorter values of environment variables are not treated as secrets (true, 1, debug)."""
 _ENVIRONMENT = re.compile(
     r"(^|_)(TOKEN|KEY|APIKEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|AUTH_STRING|PAT)($|_)", re.IGNORECASE
 )
@@ -26,7 +26,7 @@ _NAMES = (
     r"|(?:hf|hub|auth|access|refresh|bearer|id|api)[_-]token)"
 )
 _PATTERNS = {
-    # Slashes are folded where a URL was taken for a path. A password may hold an @: the last one before the host counts.
+    # A URL treated as a path has one slash. A password may contain an @: the last one before the host counts.
     "user and password in a URL": re.compile(r"(?P<keep>\b[a-z][a-z0-9+.-]*:/{1,2})[^\s/?#'\"<>]+(?=@[^\s/@]+)", re.I),
     "a token in a URL": re.compile(
         r"(?P<keep>[?&;][\w.-]*(?:token|key|secret|passw(?:or)?d|signature|credential|auth|sig)[\w.-]*=)[^\s&#;'\"<>]+",
@@ -43,12 +43,12 @@ _PATTERNS = {
         re.I,
     ),
 }
-"""What is wrong -> the text to hide; what the group `keep` matches stays."""
+"""Kind of secret -> the text to hide, except what the group `keep` matches."""
 
 
 def redact(text: str) -> str:
     """The text with its secrets replaced by ***."""
-    for value in _from_environment(tuple(sorted(_telling_values()))):
+    for value in _from_environment(tuple(sorted(_secret_values()))):
         text = text.replace(value, HIDDEN)
     for pattern in _PATTERNS.values():
         text = pattern.sub(lambda found: found["keep"] + HIDDEN, text)
@@ -56,7 +56,7 @@ def redact(text: str) -> str:
 
 
 def secret_in(text: str) -> str | None:
-    """What kind of secret the text holds, in words that do not repeat it; None for none."""
+    """The kind of secret in the text, without repeating it; None if there is none."""
     for name, value in sorted(os.environ.items()):
         if _is_secret(name, value) and value in text:
             return f"the value of the environment variable {name}"
@@ -64,7 +64,7 @@ def secret_in(text: str) -> str | None:
 
 
 def secrets_in(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """(field, kind of secret) of every string in nested mappings and lists that holds one, keys included."""
+    """(field, kind of secret) of every string with a secret in nested mappings and lists, keys included."""
     if isinstance(value, dict):
         for key, item in value.items():
             if (what := secret_in(str(key))) is not None:
@@ -79,7 +79,7 @@ def secrets_in(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
 
 
 class RedactedStream:
-    """A text stream that hides secrets in what is written to it, and is the stream below in all else."""
+    """A text stream that redacts what is written to it; everything else is passed to the stream below."""
 
     def __init__(self, below: TextIO) -> None:
         self._below = below
@@ -104,24 +104,24 @@ class RedactedFormatter(logging.Formatter):
 
 
 def redact_output(*names: str) -> None:
-    """From now on nothing that this process's Python code writes to these streams ("stdout", "stderr") shows a secret."""
+    """Redacts what this process's Python code writes to these streams ("stdout", "stderr") from now on."""
     for name in names:
         stream = getattr(sys, name)
         if not isinstance(stream, RedactedStream):
             setattr(sys, name, RedactedStream(stream))
 
 
-def _telling_values() -> set[str]:
+def _secret_values() -> set[str]:
     return {value for name, value in os.environ.items() if _is_secret(name, value)}
 
 
 def _is_secret(name: str, value: str) -> bool:
-    """Paths are no secrets, though they lead to some (SSH_KEY_PATH)."""
+    """Paths are not secrets, although they may lead to some (SSH_KEY_PATH)."""
     return len(value) >= _SHORTEST and not value.startswith("/") and _ENVIRONMENT.search(name) is not None
 
 
 @functools.lru_cache(maxsize=4)
 def _from_environment(values: tuple[str, ...]) -> tuple[str, ...]:
-    """Longest first: one value may be part of another. In the spellings of JSON and of Python too."""
+    """The values, and their spellings in JSON and Python, longest first: one may be part of another."""
     spelled = {form for value in values for form in (value, value.encode("unicode_escape").decode(), repr(value)[1:-1])}
     return tuple(sorted(spelled, key=lambda value: (-len(value), value)))

@@ -1,7 +1,7 @@
-"""Questions about committed artifacts, in SQL. DuckDB reads through lazy Arrow datasets that verify page checksums.
+"""SQL over committed artifacts. DuckDB reads through lazy Arrow datasets that verify page checksums.
 
-DuckDB's read-only mode still reads and writes files, so the connection is sealed instead: no access outside, no
-replacement scans of Python variables, configuration locked; one SELECT, within memory and time limits.
+DuckDB's read-only mode can still read and write files, so the connection is restricted instead: no external access, no
+replacement scans of Python variables, locked configuration; one SELECT, within memory and time limits.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DAMAGED = re.compile(r"stream registered as '(\w+)@' failed")
 
 
 class QueryRefused(OpdError):
-    """A statement that is not one SELECT, that DuckDB does not understand, or that passed a limit."""
+    """A statement that is not one SELECT, that DuckDB rejects, or that exceeds a limit."""
 
     exit_code: ClassVar[int] = 2
 
@@ -47,9 +47,9 @@ class Catalog:
     def query(self, sql: str, limit_seconds: float = 30, memory: str = "1GB", max_rows: int = 1_000_000) -> pa.Table:
         """The result of one SELECT over `views()`.
 
-        QueryRefused for anything else, and past `limit_seconds`, `memory` (of the execution) or `max_rows`;
-        CorruptArtifact when a shard that the statement reads is damaged, Evicted when `opd gc` removed it. One call of a
-        function on a huge constant is past the limits: `storage.query.limits` ends the process there.
+        Raises QueryRefused for other statements, and beyond `limit_seconds`, `memory` (of the execution) or `max_rows`;
+        CorruptArtifact if a shard that the statement reads is damaged, Evicted if `opd gc` removed it. A function call on a
+        huge constant can exceed the limits: `storage.query.limits` then ends the process.
         """
         if len(sql) > _MAX_SQL_CHARACTERS:
             raise QueryRefused(f"a statement of {len(sql):,} characters; at most {_MAX_SQL_CHARACTERS:,} are read")
@@ -103,7 +103,7 @@ class Catalog:
                     raise Evicted(f"{error}\n{self._evicted(table, uses)}") from error
 
     def _evicted(self, table: str, uses: Sequence[Use]) -> str:
-        """Which rounds of a table are gone, and how to ask without them."""
+        """The message about evicted rounds of a table, and how to query without them."""
         gone = sorted({(u.run, u.round) for u in uses if table in u.artifact.rows and self.store.evicted(u.artifact)})
         last = {name: max(round for other, round in gone if other == name) for name, _ in gone if name}
         places = ", ".join(f"{name}@{round}" for name, round in gone if name) or "of no run"
@@ -178,7 +178,7 @@ def _seal(connection: duckdb.DuckDBPyConnection, memory: str) -> None:
 def _run(
     connection: duckdb.DuckDBPyConnection, statement: duckdb.Statement, limit_seconds: float, max_rows: int
 ) -> pa.Table:
-    """Execute and fetch, ended by a timer; the sizes are watched while fetching."""
+    """Execute and fetch, with a time limit; the size of the result is checked while fetching."""
     late = threading.Event()
 
     def interrupt() -> None:
@@ -221,7 +221,7 @@ def _refusal(error: Exception, memory: str, views: Views) -> OpdError:
 
 
 def _distinct_names(table: pa.Table) -> pa.Table:
-    """Columns of equal name get a number, so that no format loses one."""
+    """Numbers columns of equal name, so that no output format loses one."""
     seen: dict[str, int] = {}
     names = []
     for name in table.column_names:

@@ -1,8 +1,8 @@
-"""The end of a query that DuckDB itself does not end: for processes that exist for one query, like `opd query`.
+"""Process limits for a query that DuckDB does not end itself; for processes with one query, like `opd query`.
 
-DuckDB looks at its interrupt and its memory limit between chunks of rows. One call of a function on a huge constant
-(`md5(repeat('x', 1000000000))`) is past both: it took half a minute and 2 GB at limits of 2 seconds and 200 MB. So the
-process gets a limit of its own memory from the kernel, and a thread that ends it when the interrupt did nothing."""
+DuckDB checks its interrupt and its memory limit between chunks of rows. One function call on a huge constant
+(`md5(repeat('x', 1000000000))`) evades both: it took half a minute and 2 GB at limits of 2 seconds and 200 MB. The process
+therefore gets a memory limit from the kernel, and a thread that ends it when the interrupt has no effect."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 GRACE_SECONDS = 2.0
-"""Past the limit: time that DuckDB has to notice its interrupt."""
+"""Time after the limit for DuckDB to react to its interrupt."""
 SLACK_BYTES = 1 << 30
-"""Memory beside DuckDB's: the interpreter, threads' stacks, the result."""
+"""Memory besides DuckDB's: the interpreter, thread stacks, the result."""
 _UNITS = {"b": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 @contextmanager
 def process_limits(limit_seconds: float, memory: str) -> Iterator[None]:
-    """Inside, this process ends with exit code 2 and a line on stderr `GRACE_SECONDS` after the limit, and cannot take
-    more than `memory` (as DuckDB writes it: 1GB, 512MiB) and `SLACK_BYTES` on top of what it has: MemoryError then."""
+    """In the block this process ends, with exit code 2 and a line on stderr, `GRACE_SECONDS` after the limit. It can allocate
+    at most `memory` (in DuckDB's spelling: 1GB, 512MiB) plus `SLACK_BYTES` more than it has now; MemoryError beyond."""
     before = resource.getrlimit(resource.RLIMIT_DATA)
     size = memory_bytes(memory)
     ended = threading.Event()
 
     def watch() -> None:
         if not ended.wait(limit_seconds + GRACE_SECONDS):
-            line = f"error: ended after {limit_seconds:g} seconds, in a call that cannot be interrupted; ask for less\n"
+            line = f"error: ended after {limit_seconds:g} seconds, in a call that cannot be interrupted; make the query smaller\n"
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())
             os._exit(2)
 
@@ -47,7 +47,7 @@ def process_limits(limit_seconds: float, memory: str) -> Iterator[None]:
 
 
 def memory_bytes(memory: str) -> int | None:
-    """The bytes that a memory limit in DuckDB's spelling means; None for what is none (DuckDB refuses it)."""
+    """The bytes of a memory limit in DuckDB's spelling; None if it is malformed (DuckDB refuses it)."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", memory, re.IGNORECASE)
     if found is None:
         return None
@@ -55,7 +55,7 @@ def memory_bytes(memory: str) -> int | None:
 
 
 def _data_bytes() -> int:
-    """Private writable memory that this process has mapped, which is what RLIMIT_DATA counts."""
+    """Private writable memory mapped by this process, as RLIMIT_DATA counts it."""
     try:
         with open("/proc/self/status") as status:
             for line in status:

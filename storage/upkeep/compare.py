@@ -1,4 +1,4 @@
-"""What exactly differs between two artifacts that should be equal: which rows, which files, which tensors."""
+"""Differences between two artifacts that should be equal: rows, files, tensors."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _NUMBERS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 
 def differences(recorded: Artifact, store: Store, made: Artifact, scratch: Store) -> list[str]:
-    """Lines for people, the digests first; none when the contents are equal. Without the recorded data (evicted) there
-    is no more to tell than which digests differ."""
+    """Report lines, the digests first; empty if the contents are equal. If the recorded data is evicted, only the digests are
+    compared."""
     parts = sorted(
         part
         for part in recorded.content.keys() | made.content.keys()
@@ -34,7 +34,7 @@ def differences(recorded: Artifact, store: Store, made: Artifact, scratch: Store
         for part in parts
     ]
     if store.evicted(recorded) is not None:
-        return [*lines, "the recorded data is evicted: no more than the digests can be compared"]
+        return [*lines, "the recorded data is evicted, so only the digests were compared"]
     for table in sorted(recorded.rows.keys() & made.rows.keys() & set(parts)):
         lines += _tables(table, store.read_table(recorded, table), scratch.read_table(made, table))
     before, after = _trees(store, recorded), _trees(scratch, made)
@@ -66,7 +66,7 @@ def _trees(store: Store, artifact: Artifact) -> dict[str, tuple[Path, TreeRecord
     directory = artifact_directory(store.root, artifact.stage, artifact.key)
     manifest = load_manifest(directory)
     if manifest is None:
-        raise CorruptArtifact(f"{directory}: vanished while it was compared; run again")
+        raise CorruptArtifact(f"{directory}: removed during the comparison; run again")
     return {name: (tree_directory(directory, tree), tree) for name, tree in manifest.trees.items()}
 
 

@@ -1,8 +1,8 @@
 """Collection: removes what no run needs, and never what is in use.
 
-First a plan, which changes nothing; then each of its items is looked at again under the locks that builders and readers
-take, and removed. Whatever the moment of a crash, the store is valid: an eviction is marked, durably, before the first
-file goes; anything else leaves its place in one rename, under a temporary name that the next collection removes."""
+First a plan, which changes nothing. Then each item is checked again under the locks of builders and readers, and removed.
+The store is valid after a crash at any moment: an eviction is marked, durably, before the first file is removed; anything
+else is renamed in one step to a temporary name, which the next collection removes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from storage.artifacts.artifact import MANIFEST, Manifest, artifact_directory, load_manifest
+from storage.artifacts.artifact import KEY, MANIFEST, Manifest, artifact_directory, load_manifest
 from storage.artifacts.shards import SIDECAR
 from storage.disk.files import TEMPORARY, fsync_directory, remove, replace_atomically, utc_now
 from storage.disk.locks import alone, build_lock, holder, locked, use_lock
@@ -26,29 +26,28 @@ from storage.store import Store
 from storage.upkeep.retention import Name, Retention, droppable, role_of_stage, used
 
 TEMPORARY_SECONDS = 3600.0
-"""A temporary file this old has no owner: files are written at once, and renamed."""
+"""Age at which a temporary file is unused: files are written at once and renamed."""
 HELD = "held.lock"
-"""A temporary folder in which this lock is held is in use, however old it is."""
+"""A temporary folder in which this lock is held is in use, whatever its age."""
 KEPT_REPLAY = "replay-"
-"""How the names of folders begin that `opd replay --keep` leaves in the store's root."""
+"""Prefix of the folders that `opd replay --keep` leaves in the store's root."""
 _STAMP = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{12}-")
-_KEY = re.compile(r"[0-9a-f]{16}")
 
 Kind = Literal["evicted", "unused", "unfinished", "left over", "temporary", "quarantine"]
 MEANING: dict[Kind, str] = {
     "evicted": "data of rounds past a run's policy.retain; the manifest stays",
-    "unused": "committed artifacts that no run refers to",
+    "unused": "artifacts that no run refers to",
     "unfinished": "unfinished artifacts that no run refers to",
-    "left over": "files in artifacts that their manifests do not name",
-    "temporary": "temporary files of processes that are gone, and what `opd replay --keep` left",
-    "quarantine": "damaged files that have been in quarantine for long",
+    "left over": "files in artifacts that their manifests do not list",
+    "temporary": "temporary files of dead processes, and folders of `opd replay --keep`",
+    "quarantine": "damaged pieces quarantined long ago",
 }
 RetentionOf = Callable[[Run], Retention]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that can be removed. `artifact`: the one whose locks guard it; None where only the age decides."""
+    """One removable thing. `artifact`: the artifact whose locks protect it; None if only its age counts."""
 
     kind: Kind
     path: Path
@@ -58,7 +57,7 @@ class Item:
 
 @dataclass
 class Plan:
-    """What would be removed, and which runs keep everything because a process works on them."""
+    """The removable items, and the running runs (name -> holder), which keep everything."""
 
     items: list[Item] = field(default_factory=list)
     busy: dict[str, str] = field(default_factory=dict)
@@ -73,9 +72,9 @@ def run_retention(run: Run) -> Retention:
 
 
 class Collector:
-    """Plans and removes. `quarantine_days`: damaged pieces older than this go too.
+    """Plans and removes. `quarantine_days`: damaged pieces older than this are removed too.
 
-    Raises CorruptArtifact when a run's files cannot be read: what that run needs is then unknown."""
+    Raises CorruptArtifact if a run's files cannot be read, because its needs are then unknown."""
 
     def __init__(self, store: Store, retention: RetentionOf = run_retention, quarantine_days: float = 30.0) -> None:
         self.store, self.root = store, store.root
@@ -84,23 +83,23 @@ class Collector:
         self._roles: dict[Name, str | None] = {}
 
     def plan(self) -> Plan:
-        """What would be removed now; removes nothing."""
+        """The plan. Changes nothing."""
         needs = self._needs()
         plan = Plan(busy=needs.busy)
         for directory in sorted((self.root / "artifacts").glob("[!.]*/*")):
-            if _KEY.fullmatch(directory.name) and directory.is_dir() and not directory.is_symlink():
+            if KEY.fullmatch(directory.name) and directory.is_dir() and not directory.is_symlink():
                 plan.items += self._of_artifact(directory, needs)
         plan.items += self._temporary()
         plan.items += self._old_quarantine()
         return plan
 
     def apply(self, plan: Plan, done: Callable[[Item], None] = lambda item: None) -> list[Item]:
-        """Removes the items that are still not needed and not in use, calls `done` with each, and returns them.
+        """Removes the items that are still unused; returns them. `done` is called after each.
 
-        RunBusy when another process is collecting in this store."""
+        RunBusy if another process is collecting in this store."""
 
         def busy(who: str) -> None:
-            raise RunBusy(f"{self.root}: is being collected by {who}; wait for it", who)
+            raise RunBusy(f"{self.root}: another collection is running, by {who}; wait for it", who)
 
         removed = []
         with locked(self.root / "locks" / "gc.lock", busy):
@@ -113,7 +112,7 @@ class Collector:
     # --- what is needed ----------------------------------------------------------------------------------------------
 
     def _needs(self) -> _Needs:
-        """From every run's present state. A run that a process works on needs everything it refers to."""
+        """The needs of all runs by their current states. A running run needs everything it names."""
         needs = _Needs()
         for run in self._runs():
             state, retain = self._state(run)
@@ -141,13 +140,13 @@ class Collector:
         return self._roles[name]
 
     def _runs(self) -> list[Run]:
-        """Every run, made whole or not: one that cannot be read still needs its artifacts."""
+        """All runs, damaged ones included: an unreadable run still needs its artifacts."""
         runs = Run.list(self.root)
         known = {run.name for run in runs}
         for path in sorted((self.root / "runs").iterdir()):
             if path.name not in known and not path.name.startswith(TEMPORARY):
                 raise CorruptArtifact(
-                    f"{path}: no run's folder, so what it needs is unknown and nothing is collected;"
+                    f"{path}: not a run's folder, so its needs are unknown and nothing is collected;"
                     " to delete the run, remove the folder"
                 )
         return runs
@@ -156,7 +155,7 @@ class Collector:
         try:
             stat = (run.directory / "state.json").stat()
         except FileNotFoundError:
-            return run.state, self._retention(run)  # the error says what to do
+            return run.state, self._retention(run)  # raises the error that names the repair
         stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if run.name not in self._states or self._states[run.name][0] != stamp:
             self._states[run.name] = (stamp, run.state, self._retention(run))
@@ -177,7 +176,7 @@ class Collector:
                 yield Item("unused" if manifest else "unfinished", directory, _size(directory), name)
             return
         if manifest is None:
-            return  # a run will go on with it
+            return  # a run will continue it
         if name not in needs.whole and manifest.evictable:
             yield Item("evicted", directory, sum(_size(path) for path in _data(directory, manifest)), name)
         loose = _loose(directory, manifest)
@@ -194,7 +193,7 @@ class Collector:
                 held.enter_context(locked(build_lock(self.root, *item.artifact), _give_up))
             except _HeldError:
                 return False  # being built
-            now = [found for found in self._of_artifact_now(item) if found.kind == item.kind]
+            now = [other for other in self._of_artifact_now(item) if other.kind == item.kind]
             if not now:
                 return False
             if item.kind == "evicted":
@@ -208,7 +207,7 @@ class Collector:
         return True
 
     def _of_artifact_now(self, item: Item) -> list[Item]:
-        """As in `plan`, by the runs' states of this moment; the build lock is ours now."""
+        """As in `plan`, by the runs' current states. Call with the build lock held."""
         if not item.path.is_dir():
             return []
         needs = self._needs()
@@ -222,7 +221,7 @@ class Collector:
             return [item] if name not in needs.whole and manifest.evictable else []
         return [item] if _loose(item.path, manifest) else []
 
-    # --- temporary files and quarantine -------------------------------------------------------------------------------
+    # --- temporary files and quarantine ------------------------------------------------------------------------------
 
     def _temporary(self) -> Iterator[Item]:
         before = time.time() - TEMPORARY_SECONDS
@@ -230,9 +229,9 @@ class Collector:
         for pattern in (*(f"{place}{TEMPORARY}*" for place in places), f"{KEPT_REPLAY}*"):
             for path in sorted(self.root.glob(pattern)):
                 parent = path.parent
-                artifact = (parent.parent.name, parent.name) if _KEY.fullmatch(parent.name) else None
+                artifact = (parent.parent.name, parent.name) if KEY.fullmatch(parent.name) else None
                 if artifact is not None and ((parent / MANIFEST).exists() or holder(build_lock(self.root, *artifact))):
-                    continue  # left over in a committed artifact, or written now
+                    continue  # counted as left over, or being written
                 if _newest(path) < before and not (path.is_dir() and holder(path / HELD)):
                     yield Item("temporary", path, _size(path))
 
@@ -246,7 +245,7 @@ class Collector:
 
 @dataclass
 class _Needs:
-    """`named`: by any run. `whole`: those of them whose data is needed. `busy`: run -> who works on it."""
+    """`named`: artifacts that any run names. `whole`: those whose data is needed. `busy`: run -> its holder."""
 
     named: set[Name] = field(default_factory=set)
     whole: set[Name] = field(default_factory=set)
@@ -262,7 +261,7 @@ def _give_up(who: str) -> None:
 
 
 def evict(directory: Path) -> None:
-    """Marks a committed artifact evicted, durably, then deletes its data. Hold its locks."""
+    """Marks a committed artifact evicted, durably, then deletes its data. Call with its locks held."""
     manifest = load_manifest(directory)
     if manifest is None:
         raise StoreError(f"{directory}: nothing committed to evict")
@@ -275,14 +274,14 @@ def evict(directory: Path) -> None:
 
 
 def _data(directory: Path, manifest: Manifest) -> list[Path]:
-    """Shards, sidecars and trees of the store."""
+    """Existing shards, sidecars and trees of an artifact in the store."""
     paths = [directory / f"{record.file}{end}" for record in manifest.shards for end in ("", SIDECAR)]
     paths += [directory / tree.directory for tree in manifest.trees.values() if not tree.external]
     return [path for path in paths if path.exists()]
 
 
 def _loose(directory: Path, manifest: Manifest) -> list[Path]:
-    """Files that the manifest does not name; of an evicted artifact also any data that is left."""
+    """Files that the manifest does not list; for an evicted artifact also remaining data."""
     kept = {directory / MANIFEST}
     if manifest.evicted is None:
         kept |= set(_data(directory, manifest))
@@ -301,12 +300,12 @@ def _files(path: Path) -> Iterator[os.stat_result]:
 def _size(path: Path) -> int:
     try:
         return sum(stat.st_size for stat in _files(path))
-    except FileNotFoundError:  # it goes while we look
+    except FileNotFoundError:  # removed meanwhile
         return 0
 
 
 def _newest(path: Path) -> float:
-    """When it, or anything in it, was last written. Now, if it vanishes while we look."""
+    """Time of the last write to it or anything in it; now, if it was removed meanwhile."""
     try:
         return max((stat.st_mtime for stat in _files(path)), default=path.lstat().st_mtime)
     except FileNotFoundError:

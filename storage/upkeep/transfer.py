@@ -1,4 +1,4 @@
-"""Lending artifacts to another store on this machine: by hard link where the file system allows it, else by copy."""
+"""Shares artifacts with another store on this machine: by hard link where possible, else by copy."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from storage.store import Store
 
 
 def lend(source: Store, artifact: Artifact, target: Store) -> None:
-    """Makes a committed artifact part of `target` too. Files are shared until either store removes its name of them;
-    trees outside the source stay where they are.
+    """Adds a committed artifact to `target` too. Files are shared by hard link; trees outside the source stay in place.
 
-    Raises Evicted without data, CorruptArtifact when a file is missing. Verify first: damage would be shared."""
+    Raises Evicted if the data was removed, CorruptArtifact if a file is missing. Verify first: damage would be shared."""
     source.require_data(artifact)
     here = artifact_directory(source.root, artifact.stage, artifact.key)
     there = artifact_directory(target.root, artifact.stage, artifact.key)
     manifest = load_manifest(here)
     if manifest is None:
-        raise CorruptArtifact(f"{here}: vanished while it was read; run again")
+        raise CorruptArtifact(f"{here}: removed during the transfer; run again")
     names = [record.file for record in manifest.shards]
     for tree in manifest.trees.values():
         if not tree.external:
@@ -40,6 +39,6 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except FileNotFoundError as error:
-        raise CorruptArtifact(f"{source}: missing; run again: only what is damaged is rebuilt") from error
+        raise CorruptArtifact(f"{source}: missing; run again, only the damaged part is rebuilt") from error
     except OSError:  # another file system, or one without hard links
         shutil.copy2(source, target)

@@ -1,10 +1,10 @@
-"""A task that needs no download: additions with a digit-by-digit scratchpad.
+"""Generated additions with a digit-by-digit scratchpad; needs no download.
 
     prompt       4821+1357=
     completion   1+7+0=08 2+5+0=07 8+3+0=11 4+1+1=06#06178
 
-From the last digit to the first: both digits, the carry, their sum in two digits; after `#` the result. All prompts
-have one length and so have all completions, and a small transformer learns it in a few hundred steps."""
+From the last digit to the first: both digits, the carry, their sum in two digits; after `#` the result. All prompts have
+equal length, and so do all completions. A small transformer learns the task in a few hundred steps."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class AdditionSource(Identity):
 
     kind: Literal["addition"] = "addition"
     digits: int = Field(4, ge=1, le=12, description="digits of both numbers; no leading zeros")
-    count: int = Field(ge=1, description="different prompts to write")
-    seed: int = Field(0, ge=0, description="another seed, other prompts (splits never share one all the same)")
+    count: int = Field(ge=1, description="number of different prompts")
+    seed: int = Field(0, ge=0, description="seed of the prompts; splits never share a prompt, whatever their seeds")
 
     @model_validator(mode="after")
     def _enough_pairs(self) -> AdditionSource:

@@ -1,4 +1,4 @@
-"""Where models come from: a checkpoint folder, the Hub at a pinned revision, or an architecture with fresh weights.
+"""Model sources: a checkpoint folder, the Hub at a pinned revision, or an architecture with new weights.
 
 All three become a `model` artifact with the tree `model`: safetensors, configs, tokenizer files and chat template."""
 
@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from storage.artifacts.digests import file_sha256, files_digest, tokenizer_digest, weights_digest
 from storage.artifacts.trees import external_files
-from storage.errors import ConfigError, InputError
+from storage.errors import ConfigError, InputError, did_you_mean
 from storage.identity import Identity, derive_seed
 from storage.store import ArtifactSpec, Builder
 from tasks.inputs.tokenizers import BYTE_IDS, build_byte_tokenizer, load_tokenizer
@@ -24,7 +24,7 @@ from tasks.stage import Context, Work
 
 VERSION = 1
 ROW_MULTIPLE = 8
-"""Vocabulary rows of a new model are a multiple of this; the rows past the tokenizer's ids are padding."""
+"""Vocabulary rows of a new model are a multiple of this; rows past the tokenizer's ids are padding."""
 _MOVING_REVISIONS = ("main", "master", "head")
 _HUB_FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab*",
@@ -33,45 +33,47 @@ _HUB_FILES = (
 
 
 class CheckpointModel(Identity):
-    """A folder of the user's with safetensors, config.json and tokenizer. It is read where it is."""
+    """A folder of the user's with safetensors, config.json and tokenizer. It is read in place."""
 
     kind: Literal["checkpoint"] = "checkpoint"
-    path: Path = Field(description="checkpoint folder; its content, not its path, enters what is made from it")
+    path: Path = Field(
+        description="checkpoint folder; its content, not its path, enters the keys of stages that read it"
+    )
 
 
 class HubModel(Identity):
-    """A model of the Hugging Face Hub (or of its local cache), at a revision that does not move."""
+    """A model of the Hugging Face Hub (or its local cache) at a fixed revision."""
 
     kind: Literal["hub"] = "hub"
     repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name")
-    revision: str = Field(description="commit (40 hex digits) or tag; branches move and are refused")
+    revision: str = Field(description="commit (40 hex digits) or tag; branches are refused, because they move")
 
     @field_validator("revision")
     @classmethod
     def _pinned(cls, value: str) -> str:
         if not re.fullmatch(r"[\w][\w./-]*", value) or value.removeprefix("refs/heads/").lower() in _MOVING_REVISIONS:
-            raise ValueError(f"{value!r} names no fixed revision; give a commit of 40 hex digits or a tag")
+            raise ValueError(f"{value!r} is not a fixed revision; use a commit of 40 hex digits or a tag")
         return value
 
 
 class ByteTokenizer(Identity):
-    """The byte-level tokenizer of this project: 256 bytes and five special tokens."""
+    """The project's byte-level tokenizer: 256 bytes and five special tokens."""
 
     kind: Literal["byte"] = "byte"
 
 
 class FolderTokenizer(Identity):
-    """The tokenizer of a folder (tokenizer.json and so on); a bare path means this."""
+    """The tokenizer of a folder (tokenizer.json and so on). A plain path in the config means this."""
 
     kind: Literal["folder"] = "folder"
     path: Path
 
 
 class ArchitectureModel(Identity):
-    """A transformers architecture with random weights, to be trained from nothing by a warm-up."""
+    """A transformers architecture with random weights, to be trained from scratch by a warm-up."""
 
     kind: Literal["architecture"] = "architecture"
-    config: dict[str, Any] = Field(description="fields of the transformers config, model_type among them (qwen3)")
+    config: dict[str, Any] = Field(description="fields of the transformers config, including model_type (qwen3)")
     tokenizer: Annotated[ByteTokenizer | FolderTokenizer, Field(discriminator="kind")] = ByteTokenizer()
     init_seed: int | None = Field(None, ge=0, description="seed of the weights; null derives it from the run's seed")
 
@@ -94,10 +96,10 @@ ModelSource = Annotated[CheckpointModel | HubModel | ArchitectureModel, Field(di
 
 
 def model_work(source: CheckpointModel | HubModel | ArchitectureModel, seed: int, *, memo: Path | None = None) -> Work:
-    """The work that makes a `model` artifact of a source. `seed` is the run's, used by new weights only.
+    """Work with the output `model`. `seed` is the run's and used for new weights only.
 
-    `memo` is a folder that remembers hashes of unchanged files. A checkpoint's folder is checked and hashed here, at
-    planning: InputError for what is missing (weights in safetensors, config.json, tokenizer)."""
+    `memo`: folder that remembers hashes of unchanged files. A checkpoint's folder is checked and hashed here, at planning:
+    InputError if weights in safetensors, config.json or the tokenizer are missing."""
     if isinstance(source, CheckpointModel):
         return _checkpoint(source, memo)
     if isinstance(source, HubModel):
@@ -115,15 +117,15 @@ def _work(spec: ArtifactSpec, build: Callable[[Builder, Context], None]) -> Work
 
 
 def declared_sizes(source: CheckpointModel | HubModel | ArchitectureModel) -> tuple[int | None, int | None]:
-    """(vocabulary rows, positions) as far as they are known before anything is loaded: from the architecture's fields or
-    the checkpoint's config.json; null where they are not."""
+    """(vocabulary rows, positions) from the architecture's fields or the checkpoint's config.json; None where unknown before
+    loading."""
     if isinstance(source, HubModel):
         return None, None
     if isinstance(source, CheckpointModel):
         try:
             config = json.loads((source.path / "config.json").read_bytes())
         except (OSError, ValueError):
-            return None, None  # what is wrong with the folder, `model_work` says
+            return None, None  # `model_work` reports what is wrong with the folder
         config = config.get("text_config") or config
     else:
         config = dict(source.config)
@@ -137,15 +139,15 @@ def declared_sizes(source: CheckpointModel | HubModel | ArchitectureModel) -> tu
 
 
 def check_checkpoint(directory: Path) -> None:
-    """Raises InputError unless the folder holds config.json, safetensors and a tokenizer that loads."""
+    """Raises InputError unless the folder has config.json, safetensors and a loadable tokenizer."""
     if not directory.is_dir():
         raise InputError(f"{directory}: no such checkpoint folder (relative paths start from the working directory)")
     if not (directory / "config.json").is_file():
         adapter = (directory / "adapter_config.json").is_file()
         raise InputError(
-            f"{directory}: a LoRA adapter without its base model; merge it into the base and save that"
+            f"{directory}: a LoRA adapter without its base model; merge it into the base and save the result"
             if adapter
-            else f"{directory}: no config.json; a checkpoint is a folder written by save_pretrained"
+            else f"{directory}: no config.json; expected a folder written by save_pretrained"
         )
     if (directory / "adapter_config.json").is_file():  # transformers would load it too, and its base from elsewhere
         raise InputError(f"{directory}: a LoRA adapter beside the model; merge it into the weights, or move it away")
@@ -157,7 +159,7 @@ def check_checkpoint(directory: Path) -> None:
 
 
 def _check_architecture(path: Path) -> None:
-    """Raises InputError unless transformers itself has the architecture: code that comes with a checkpoint is never run."""
+    """Raises InputError unless transformers implements the architecture: code of a checkpoint is never run."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
@@ -167,9 +169,7 @@ def _check_architecture(path: Path) -> None:
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from error
     if config.get("transformers_weights") is not None:
-        raise InputError(
-            f"{path}: transformers_weights names other weights than those that are hashed; remove the field"
-        )
+        raise InputError(f"{path}: transformers_weights names other weights than the hashed ones; remove the field")
     if (path.parent / "model.safetensors").is_file() and (path.parent / "model.safetensors.index.json").is_file():
         raise InputError(f"{path.parent}: model.safetensors and an index of other files; keep one of them")
     model_type = config.get("model_type")
@@ -177,25 +177,25 @@ def _check_architecture(path: Path) -> None:
         return
     if "auto_map" in config:
         raise InputError(
-            f"{path}: model_type {model_type!r} is code that comes with the checkpoint (auto_map), and such code is never"
-            " run (there is no trust_remote_code); take a checkpoint whose architecture transformers has"
+            f"{path}: model_type {model_type!r} needs code of the checkpoint (auto_map), which is never run (there is no"
+            " trust_remote_code); use a checkpoint whose architecture transformers implements"
         )
-    raise InputError(f"{path}: transformers knows no model_type {model_type!r}")
+    raise InputError(f"{path}: transformers has no model_type {model_type!r}")
 
 
 def _checkpoint(source: CheckpointModel, memo: Path | None) -> Work:
     directory = source.path.resolve()
     check_checkpoint(directory)
-    weights_digest(directory, memo)  # refuses a folder without weights, or with a torn file
+    weights_digest(directory, memo)  # refuses a folder without weights or with a truncated file
     files = {path.relative_to(directory).as_posix(): file_sha256(path, memo) for path in external_files(directory)}
-    # The artifact stands for this folder with this content, so its place belongs to the key. What is made from the
-    # model depends on the content alone.
+    # The artifact records this folder with this content, so the path enters its key. Stages that read the model depend on
+    # the content alone.
     place = hashlib.sha256(os.fsencode(directory)).hexdigest()
     digest = files_digest(files)
     spec = ArtifactSpec.of("model", VERSION, {"kind": "checkpoint"}, {"files": digest, "place": place})
 
     def build(builder: Builder, context: Context) -> None:
-        context.log(f"model: {directory} stays where it is; its files are hashed")
+        context.log(f"model: {directory} is read in place; its files are hashed")
         builder.external("model", directory)
         meta = {"source": "checkpoint", "parameters": parameter_count(directory)}
         builder.commit(meta=meta, expected={"model": digest})
@@ -216,7 +216,7 @@ def _build_hub(source: HubModel, builder: Builder, context: Context) -> None:
         folder = Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=list(_HUB_FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
         raise InputError(
-            f"{source.repo} at {source.revision}: could not be fetched ({error}); check name, revision, network and"
+            f"{source.repo} at {source.revision}: download failed ({error}); check name, revision, network and"
             " access (hf auth login), or download it and use kind: checkpoint"
         ) from error
     check_checkpoint(folder)
@@ -256,7 +256,7 @@ def _architecture(source: ArchitectureModel, seed: int, memo: Path | None) -> Wo
 def initialise(source: ArchitectureModel, init_seed: int, directory: Path) -> int:
     """Write a float32 checkpoint with random weights and its tokenizer into `directory`; returns the parameter count.
 
-    Raises ConfigError for an unknown model_type or field, or values that make no model."""
+    Raises ConfigError for an unknown model_type or field, or invalid values."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
@@ -271,7 +271,7 @@ def initialise(source: ArchitectureModel, init_seed: int, directory: Path) -> in
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         except (ValueError, TypeError, RuntimeError, ZeroDivisionError, KeyError) as error:
             raise ConfigError(
-                f"config: {source.config} makes no {source.config['model_type']} model ({error})"
+                f"config: {source.config} is not a valid {source.config['model_type']} model ({error})"
             ) from error
     model.generation_config = GenerationConfig(
         eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id
@@ -283,23 +283,21 @@ def initialise(source: ArchitectureModel, init_seed: int, directory: Path) -> in
 
 def transformers_config(fields: dict[str, Any], tokenizer: Any) -> Any:
     """The transformers config of an architecture. Vocabulary rows and eos, bos, pad ids come from the tokenizer where
-    `fields` does not say. Raises ConfigError."""
-    import difflib
-
+    `fields` does not set them. Raises ConfigError."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     given = dict(fields)
     model_type = given.pop("model_type")
     if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=1)
-        raise ConfigError(f"config.model_type: transformers knows no {model_type!r}" + _nearest(near))
+        hint = did_you_mean(model_type, CONFIG_MAPPING.keys(), "see the list in transformers")
+        raise ConfigError(f"config.model_type: transformers has no {model_type!r}; {hint}")
     kind = CONFIG_MAPPING[model_type]
     known = set(kind().to_dict()) | set(kind.attribute_map) | {"rope_theta", "rope_scaling"}
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            raise ConfigError(f"config.{name}: no field of a {model_type} config" + _nearest(near))
+            hint = did_you_mean(name, sorted(known), "remove it")
+            raise ConfigError(f"config.{name}: not a field of a {model_type} config; {hint}")
     tokens = max(tokenizer.get_vocab().values()) + 1
     given.setdefault("vocab_size", -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE)
     if isinstance(given["vocab_size"], int) and given["vocab_size"] < tokens:
@@ -312,12 +310,8 @@ def transformers_config(fields: dict[str, Any], tokenizer: Any) -> Any:
         raise ConfigError(f"config: not a valid {model_type} config ({error})") from error
 
 
-def _nearest(names: list[str]) -> str:
-    return f"; did you mean {names[0]!r}?" if names else ""
-
-
 def parameter_count(directory: Path) -> int:
-    """Number of weights in a checkpoint's safetensors, from their headers."""
+    """Number of parameters in a checkpoint's safetensors, from their headers."""
     from safetensors import safe_open
 
     total = 0

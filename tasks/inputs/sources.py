@@ -1,4 +1,4 @@
-"""Where prompts come from: files of the user's, or a generator. Reads rows; judges their shape, not their content."""
+"""Prompt sources: files of the user's, or a generator. Reads rows and checks their form, not their content."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ _SHOWN = 80
 class FileSource(Identity):
     """Rows of a JSONL or Parquet file, of a folder of these, or of a folder written by `datasets.save_to_disk`.
 
-    Columns that are read: prompt (text) or messages (list of {role, content}, or JSON of it); where wanted answer, id,
-    completion, teacher_prompt (text or messages), teacher_id. Null and missing mean the same."""
+    Columns: prompt (text) or messages (list of {role, content}, or its JSON); optionally answer, id, completion,
+    teacher_prompt (text or messages), teacher_id. Null and missing mean the same."""
 
     kind: Literal["file"] = "file"
     path: Path = Field(description="file or folder; its content, not its path, enters the identity")
-    columns: dict[str, str] = Field({}, description="our name -> the file's name, where they differ (prompt: question)")
+    columns: dict[str, str] = Field(
+        {}, description="our name -> name in the file, where they differ (prompt: question)"
+    )
     limit: int | None = Field(None, ge=1, description="read the first rows only")
 
     @field_validator("columns")
@@ -37,7 +39,7 @@ class FileSource(Identity):
     def _known_columns(cls, value: dict[str, str]) -> dict[str, str]:
         for column in value:
             if column not in COLUMNS:
-                raise ValueError(f"columns: {column!r} is no column of prompts; there are {', '.join(COLUMNS)}")
+                raise ValueError(f"columns: {column!r} is not a column of prompts; columns: {', '.join(COLUMNS)}")
         return value
 
 
@@ -46,10 +48,10 @@ PromptSource = Annotated[FileSource | AdditionSource, Field(discriminator="kind"
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt as found. `prompt` and `teacher_prompt` are text or a list of messages."""
+    """One prompt as read. `prompt` and `teacher_prompt` are text or a list of messages."""
 
     where: str
-    """`file:line` or `file, row n`, for messages to the user."""
+    """`file:line` or `file, row n`, for error messages."""
     prompt: str | list[dict[str, Any]]
     answer: str | None = None
     id: str | None = None
@@ -59,31 +61,31 @@ class Row:
 
 
 def source_identity(source: FileSource | AdditionSource, memo: Path | None = None) -> dict[str, Any]:
-    """What the source contributes to keys: a generator's fields; for files their content instead of their path.
+    """The source's part of a key: a generator's fields; for files their content instead of their path.
 
-    Raises InputError where nothing readable is at the path."""
+    Raises InputError if there is nothing readable at the path."""
     if isinstance(source, AdditionSource):
         return dict(json.loads(canonical_json(source)))
     files = data_files(source.path)
     base = source.path if source.path.is_dir() else source.path.parent
     listing = {file.relative_to(base).as_posix(): file_sha256(file, memo) for file in files}
-    # The name of a single file plays no part; within a folder names give the order.
+    # The name of a single file is left out; in a folder the names determine the order.
     content = list(listing.values()) if source.path.is_file() else listing
     digest = hashlib.sha256(canonical_json(content).encode("ascii")).hexdigest()
     return {"kind": "file", "content": digest, "columns": source.columns, "limit": source.limit}
 
 
 def data_files(path: Path) -> list[Path]:
-    """The files to read, in order. InputError where there are none or they are of an unknown type."""
+    """The files to read, in order. InputError if there are none or their type is unknown."""
     if not path.exists():
         raise InputError(f"{path}: no such prompt file or folder (relative paths start from the working directory)")
     if path.is_file():
         if path.suffix not in _JSONL + _PARQUET:
-            raise InputError(f"{path}: prompts come as .jsonl or .parquet (or a dataset folder), found {path.suffix!r}")
+            raise InputError(f"{path}: expected .jsonl or .parquet (or a dataset folder), found {path.suffix!r}")
         return [path]
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(child.name for child in path.iterdir() if child.is_dir()))
-        raise InputError(f"{path}: holds several splits ({splits}); name one of these folders")
+        raise InputError(f"{path}: has several splits ({splits}); use the folder of one of them")
     patterns = ("*.arrow",) if _saved_dataset(path) else ("*.parquet", "*.jsonl", "*.ndjson")
     files = sorted({file for pattern in patterns for file in path.rglob(pattern) if file.is_file()})
     if not files:
@@ -92,9 +94,9 @@ def data_files(path: Path) -> list[Path]:
 
 
 def read_rows(source: FileSource | AdditionSource) -> tuple[list[Row], list[str]]:
-    """All rows of a source, and warnings (columns that nothing reads).
+    """All rows of a source, and warnings about unused columns.
 
-    Raises InputError naming file and line for what is malformed."""
+    Raises InputError, naming file and line, for malformed rows."""
     if isinstance(source, AdditionSource):
         named = ((f"addition {index}", values) for index, values in enumerate(additions(source)))
         return [_row(where, values) for where, values in named], []
@@ -107,7 +109,7 @@ def read_rows(source: FileSource | AdditionSource) -> tuple[list[Row], list[str]
         seen.update(values)
         rows.append(_row(where, {column: values.get(theirs) for column, theirs in ours.items()}, tuple(values)))
     if not rows:
-        raise InputError(f"{source.path}: no rows in it")
+        raise InputError(f"{source.path}: no rows")
     for column, theirs in source.columns.items():
         if theirs not in seen:
             raise InputError(
@@ -171,7 +173,7 @@ def _row(where: str, values: Mapping[str, Any], found: tuple[str, ...] = ()) -> 
     if prompt is None and messages is None:
         raise InputError(f"{where}: neither a prompt nor messages; found {', '.join(found) or 'nothing'}")
     if prompt is not None and not isinstance(prompt, str):
-        raise InputError(f"{where}: prompt must be text, found {_show(prompt)}; a conversation belongs into messages")
+        raise InputError(f"{where}: prompt must be text, found {_show(prompt)}; put a conversation into messages")
     teacher = values.get("teacher_prompt")
     return Row(
         where=where,
@@ -203,7 +205,7 @@ def _messages(where: str, column: str, value: Any) -> list[dict[str, Any]]:
             raise InputError(f"{where}: {column}[{index}] must have a role and a text content, found {_show(message)}")
         result.append({name: item for name, item in message.items() if item is not None})
     if result[-1]["role"] == "assistant":
-        raise InputError(f"{where}: {column} ends with an assistant's turn; a prompt ends before it (see completion)")
+        raise InputError(f"{where}: {column} ends with an assistant's turn; put that turn into completion")
     return result
 
 

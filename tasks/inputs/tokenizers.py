@@ -1,4 +1,6 @@
-"""Tokenizers: a byte-level one for models that start from nothing, and the audit of a student's against a teacher's."""
+"""Tokenizers: a byte-level one for new models, and the comparison (audit) of a student's with a teacher's.
+
+The audit's problems and notes are part of the content digest `audit`, which enters keys: do not reword them."""
 
 from __future__ import annotations
 
@@ -16,13 +18,13 @@ from storage.identity import Identity
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 BYTE_SPECIALS = (PAD, END, SYSTEM, USER, ASSISTANT)
 BYTE_IDS = 256 + len(BYTE_SPECIALS)
-"""Ids of the byte-level tokenizer."""
+"""Number of ids of the byte-level tokenizer."""
 BYTE_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 MASKED_SHARE_LIMIT = 0.05
-"""Above this share of differing ids two vocabularies are different ones, and masking would hide it."""
+"""Above this share of differing ids the vocabularies count as different, and masking is refused."""
 _PROBES = (
     "The quick brown fox doesn't jump over 12 lazy dogs.\n\n  Indented,\ttabbed  and spaced ",
     "def add(a, b):\n    return a+b  # 4821+1357=6178, 3.14e-10, 1/2",
@@ -33,14 +35,14 @@ _SHOWN = 8
 
 
 class TokenizerPolicy(Identity):
-    """What to do where the student's and the teacher's tokenizers differ."""
+    """What to do if the student's and the teacher's tokenizers differ."""
 
     on_mismatch: Literal["refuse", "mask"] = Field(
-        "refuse", description="ids that mean different tokens, or another end of sequence: refuse, or mask such tokens"
+        "refuse", description="ids with different tokens, or different ends of sequence: refuse, or mask such tokens"
     )
     on_template_mismatch: Literal["refuse", "student", "teacher"] = Field(
         "refuse",
-        description="other chat template or automatic BOS/EOS: refuse, or say whose rendering of a prompt the teacher reads",
+        description="different chat template or automatic BOS/EOS: refuse, or whose rendering of a prompt the teacher reads",
     )
 
 
@@ -49,7 +51,7 @@ class _Record(BaseModel):
 
 
 class NamedToken(_Record):
-    """An id and the token it stands for."""
+    """An id and its token."""
 
     id: int
     token: str
@@ -59,7 +61,7 @@ class TokenizerFacts(_Record):
     """One model's side of the comparison."""
 
     tokens: int
-    """Ids that stand for a token: the highest id, plus one."""
+    """Number of ids: the highest id with a token, plus one."""
     rows: int
     """Rows of the model's embedding; those past `tokens` are padding."""
     eos: NamedToken | None
@@ -74,7 +76,7 @@ class TokenizerFacts(_Record):
 
 
 class Mismatch(_Record):
-    """An id that stands for different tokens; null where one tokenizer has none at that id."""
+    """An id with different tokens; null if a tokenizer has none at that id."""
 
     id: int
     student: str | None
@@ -82,28 +84,28 @@ class Mismatch(_Record):
 
 
 class TokenizerAudit(_Record):
-    """What was compared and what follows. `str()` of it is for people."""
+    """Result of the comparison. `str()` gives a report."""
 
     student: TokenizerFacts
     teacher: TokenizerFacts
     policy: TokenizerPolicy
     mismatches: int
     mismatched: tuple[Mismatch, ...]
-    """The first of them."""
+    """The first mismatches."""
     verdict: Literal["identical", "compatible", "masked", "refused"]
     problems: tuple[str, ...]
-    """Why it is refused, each with the way out."""
+    """Reasons for refusal, each with what to do."""
     notes: tuple[str, ...]
-    """Differences that are harmless, or that the policy settles."""
+    """Harmless differences, and those that the policy resolves."""
     masked_ids: tuple[int, ...]
     """Completion tokens with these ids get the mask reason UNMAPPED; empty unless the verdict is `masked`."""
     teacher_renders: bool
-    """Prompts reach the teacher by its own template (policy `teacher`), not by the student's."""
+    """Whether the teacher reads prompts in its own template (policy `teacher`) instead of the student's."""
 
     def require(self) -> None:
-        """Raises InputError when the verdict is `refused`."""
+        """Raises InputError if the verdict is `refused`."""
         if self.verdict == "refused":
-            raise InputError("student and teacher tokenizers do not fit: " + "; ".join(self.problems))
+            raise InputError("student and teacher tokenizers do not match: " + "; ".join(self.problems))
 
     def __str__(self) -> str:
         lines = [f"tokenizers: {self.verdict}"]
@@ -145,9 +147,9 @@ def build_byte_tokenizer() -> Any:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The transformers tokenizer of a checkpoint folder. Runs no code of the checkpoint, asks no network.
+    """The transformers tokenizer of a checkpoint folder. Runs no code of the checkpoint and uses no network.
 
-    Raises InputError where there is none or it does not load."""
+    Raises InputError if there is none or it does not load."""
     from transformers import AutoTokenizer
 
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
@@ -160,14 +162,14 @@ def load_tokenizer(directory: Path) -> Any:
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
         if "trust_remote_code" in str(error):
             raise InputError(
-                f"{directory / 'tokenizer_config.json'}: auto_map names code that comes with the checkpoint, and such code"
-                " is never run (there is no trust_remote_code); save the tokenizer as tokenizer.json"
+                f"{directory / 'tokenizer_config.json'}: auto_map names code of the checkpoint, which is never run"
+                " (there is no trust_remote_code); save the tokenizer as tokenizer.json"
             ) from error
         raise InputError(f"{directory}: its tokenizer does not load ({error})") from error
 
 
 def vocabulary_rows(name: str, tokenizer: Any) -> dict[str, list[Any]]:
-    """Columns of the table `vocabulary`: every id with its token, its text (null where it is not valid alone)."""
+    """Columns of the table `vocabulary`: every id with its token and text (null if it is not valid text alone)."""
     tokens = dict(sorted((index, token) for token, index in tokenizer.get_vocab().items()))
     special = special_ids(tokenizer)
     texts = tokenizer.batch_decode([[index] for index in tokens], clean_up_tokenization_spaces=False)
@@ -181,7 +183,7 @@ def vocabulary_rows(name: str, tokenizer: Any) -> dict[str, list[Any]]:
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """Ids of special tokens: the named ones (eos, pad, ...) and all added tokens that are marked special."""
+    """Ids of special tokens: the named ones (eos, pad, ...) and all added tokens marked special."""
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
 
@@ -189,9 +191,9 @@ def special_ids(tokenizer: Any) -> set[int]:
 def audit_tokenizers(
     student_dir: Path | str, teacher_dir: Path | str, policy: TokenizerPolicy | None = None
 ) -> TokenizerAudit:
-    """Compare two checkpoints' tokenizers: ids, end of sequence, special tokens, template, padded rows, splitting.
+    """Compares two checkpoints' tokenizers: ids, end of sequence, special tokens, template, padded rows, splitting.
 
-    Raises InputError where a tokenizer or config.json is missing; a bad fit is not raised but is the verdict."""
+    Raises InputError if a tokenizer or config.json is missing. A mismatch raises nothing; the verdict states it."""
     policy = policy or TokenizerPolicy()
     folders = Path(student_dir), Path(teacher_dir)
     student, teacher = (load_tokenizer(folder) for folder in folders)
@@ -228,7 +230,7 @@ def audit_tokenizers(
 def _judge_ids(
     policy: TokenizerPolicy, student: TokenizerFacts, teacher: TokenizerFacts, mismatched: list[Mismatch]
 ) -> tuple[list[str], list[str], set[int]]:
-    """(problems, notes, ids to mask) from the id -> token maps and the ends of sequence."""
+    """(problems, notes, ids to mask) from the differing ids and the ends of sequence."""
     found, masked = [], {item.id for item in mismatched}
     if mismatched:
         found.append(f"{len(mismatched)} ids stand for different tokens")

@@ -1,4 +1,4 @@
-"""Verifiers: whether a completion gives the right answer. Exact match, mathematics, or a function of the user's."""
+"""Verifiers decide whether a completion is correct: exact match, mathematics, or a function of the user's."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from storage.errors import ConfigError, InputError, OpdError
 from storage.identity import Identity
 
 _START_SECONDS = 120.0
-"""Time that the judge process has for its imports."""
+"""Time limit for the start of the math-verify process."""
 
 
 class ExactMatch(Identity):
-    """The completion, or what a pattern finds in it, equals the answer."""
+    """Correct if the completion, or what a pattern extracts from it, equals the answer."""
 
     kind: Literal["exact_match"] = "exact_match"
-    extract: str | None = Field(None, description="regular expression; its last match counts, of it the first group")
-    strip: bool = Field(True, description="ignore white space around both")
+    extract: str | None = Field(None, description="regular expression; the first group of its last match is compared")
+    strip: bool = Field(True, description="ignore surrounding white space of both")
 
     @field_validator("extract")
     @classmethod
@@ -41,12 +41,12 @@ class ExactMatch(Identity):
             try:
                 re.compile(value)
             except re.error as error:
-                raise ValueError(f"extract: {value!r} is no regular expression ({error})") from error
+                raise ValueError(f"extract: {value!r} is not a regular expression ({error})") from error
         return value
 
 
 class MathVerify(Identity):
-    """The last expression of the completion equals the answer as mathematics (math-verify): 1/2 is 0.5."""
+    """Correct if the completion's last expression equals the answer mathematically (math-verify): 1/2 equals 0.5."""
 
     kind: Literal["math_verify"] = "math_verify"
     timeout: float = Field(10, gt=0, le=600, description="seconds per completion; slower ones count as wrong")
@@ -54,12 +54,12 @@ class MathVerify(Identity):
     @field_validator("timeout")
     @classmethod
     def _one_spelling(cls, value: float) -> float:
-        """10 and 10.0 are one key: a stored config is read back as 10.0, the default was hashed as 10."""
+        """10 and 10.0 give one key: a stored config is read back as 10.0, the default was hashed as 10."""
         return int(value) if value.is_integer() else value
 
 
 class FunctionVerifier(Identity):
-    """`module:function` of the user's (see plugins): called with completion text and answer (text or None)."""
+    """A function `module:function` of the user's (see plugins), called with completion text and answer (text or None)."""
 
     kind: Literal["function"] = "function"
     target: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="module:function")
@@ -69,21 +69,23 @@ VerifierConfig = Annotated[ExactMatch | MathVerify | FunctionVerifier, Field(dis
 
 
 def verify(config: ExactMatch | MathVerify | FunctionVerifier, completion_text: str, answer: str | None) -> bool:
-    """Whether the completion is right. Callable from any thread.
+    """Whether the completion is correct. Callable from any thread.
 
-    Raises InputError for a missing answer (a user's function may do without), ConfigError for a function that cannot
-    be found, OpdError for one that fails or does not return a bool."""
+    Raises InputError for a missing answer (a user's function may accept None), ConfigError for a function that is not
+    found, OpdError for a function that fails or does not return a bool."""
     if isinstance(config, FunctionVerifier):
         return _call(config, completion_text, answer)
     if answer is None:
-        raise InputError(f"verifier {config.kind}: a prompt has no answer; give an answer column or another verifier")
+        raise InputError(
+            f"verifier {config.kind}: a prompt has no answer; add an answer column or use another verifier"
+        )
     if isinstance(config, MathVerify):
         return _judge().ask(completion_text, answer, config.timeout)
     return _exact(config, completion_text, answer)
 
 
 def verifier_digest(config: ExactMatch | MathVerify | FunctionVerifier) -> str | None:
-    """sha256 of the source file of a user's function, which belongs into keys; null for the others."""
+    """sha256 of the source file of a user's function, which enters keys; None for other verifiers."""
     if not isinstance(config, FunctionVerifier):
         return None
     path = inspect.getsourcefile(_function(config.target))
@@ -131,12 +133,12 @@ def _call(config: FunctionVerifier, completion_text: str, answer: str | None) ->
 
 
 # --- mathematics, in a process of its own ----------------------------------------------------------------------------
-# math-verify stops itself by SIGALRM, which works in a main thread only and cannot interrupt one long C call. So it runs
-# in a child whose main thread is free for it, and which is killed when even that does not help.
+# math-verify limits its time by SIGALRM, which works in the main thread only and cannot interrupt a long C call. It
+# therefore runs in the main thread of a child process, which is killed if the alarm has no effect.
 
 
 class _Judge:
-    """The child process, started at the first question and again after it had to be killed."""
+    """The child process, started at the first question and again after a kill."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -175,7 +177,7 @@ class _Judge:
         return self._process
 
     def _exchange(self, process: subprocess.Popen[bytes], question: bytes, seconds: float) -> dict[str, Any] | None:
-        """The reply (one JSON line) to a question; None when the child died or took too long."""
+        """The reply (one JSON line) to a question; None if the child died or took too long."""
         assert process.stdin is not None and process.stdout is not None
         deadline, line = time.monotonic() + seconds, b""
         try:
@@ -213,7 +215,7 @@ def _judge() -> _Judge:
 
 
 def _serve() -> None:
-    """The child: answers questions until its input closes, as it does when the parent dies."""
+    """The child: answers questions until its input closes, also when the parent dies."""
     import logging
 
     from math_verify import parse
@@ -221,7 +223,7 @@ def _serve() -> None:
 
     logging.disable(logging.CRITICAL)
     replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # nothing that a library prints may end up among the replies
+    os.dup2(2, 1)  # library output must not mix with the replies
     replies.write(b"{}\n")
     replies.flush()
     for line in sys.stdin.buffer:
@@ -231,14 +233,14 @@ def _serve() -> None:
             gold = _parse_gold(parse, question["answer"], seconds)
             found = parse(question["completion"], parsing_timeout=seconds)
             correct = bool(gold and found) and equal(gold, found, timeout_seconds=seconds)
-        except Exception:  # sympy raises anything; what cannot be compared is not shown to be right
+        except Exception:  # sympy raises various errors; an incomparable answer counts as wrong
             correct = False
         replies.write(json.dumps({"correct": bool(correct)}).encode() + b"\n")
         replies.flush()
 
 
 def _parse_gold(parse: Callable[..., list[Any]], answer: str, seconds: int) -> list[Any]:
-    """The answer as mathematics: as LaTeX where it has no delimiters of its own, or else as it stands."""
+    """The parsed answer: as LaTeX if it has no delimiters, else unchanged."""
     bare = not any(mark in answer for mark in ("$", r"\(", r"\[", r"\boxed"))
     return (parse(f"${answer}$", parsing_timeout=seconds) if bare else []) or parse(answer, parsing_timeout=seconds)
 

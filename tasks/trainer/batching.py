@@ -1,7 +1,7 @@
-"""Which samples make which optimizer step, and how a step is split over ranks and micro-batches.
+"""The samples of each optimizer step, and the split of a step over ranks and micro-batches.
 
-Everything here is a pure function: the samples of a step depend on (seed, round, step) alone, the split only on their
-lengths, the world size and the token budget. Every rank computes the whole plan and takes its part."""
+All functions are pure: the samples of a step depend on (seed, round, step) alone, the split on their lengths, the world
+size and the token budget. Every rank computes the whole plan and takes its part."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Micro:
-    """One forward and backward of one rank. A filler counts for nothing: it keeps the ranks in step."""
+    """One forward and backward of one rank. A filler has weight 0; it gives all ranks equally many micro-batches."""
 
     places: tuple[int, ...]
     """Samples, as numbers within the step (0 is the step's first)."""
@@ -34,8 +34,8 @@ class Micro:
 def plan_steps(seed: int, round: int, rows: int, samples_per_step: int, total_samples: int) -> list[Step]:
     """Steps of `samples_per_step` samples over seeded permutations of `rows` rows, epoch after epoch.
 
-    The epochs follow each other without a gap: a step may hold the end of one and the beginning of the next. The last
-    step holds the rest when `total_samples` is no multiple of `samples_per_step`."""
+    A step may contain the end of one epoch and the start of the next. The last step has the rest if `total_samples` is not a
+    multiple of `samples_per_step`."""
     if rows < 1 or samples_per_step < 1 or total_samples < 1:
         raise ValueError(
             f"plan_steps: rows {rows}, samples_per_step {samples_per_step} and total {total_samples} must be >= 1"
@@ -56,10 +56,9 @@ def plan_steps(seed: int, round: int, rows: int, samples_per_step: int, total_sa
 def split_step(lengths: Sequence[int], world: int, budget: int) -> list[list[Micro]]:
     """Micro-batches of a step for each rank: `world` lists of equal length.
 
-    `lengths` are the tokens of a forward pass per sample of the step. A micro-batch pads its samples to the longest of
-    them and holds at most `budget` tokens so, or a single sample that alone is longer. Samples go to the ranks by
-    length, back and forth, so that the ranks have about the same work. Ranks with fewer micro-batches than the others
-    get fillers of the step's shortest sample."""
+    `lengths` are the forward tokens of each sample. A micro-batch pads its samples to the longest one and has at most `budget`
+    tokens, padding included, or a single longer sample. Samples are dealt to the ranks by length, back and forth, which
+    balances their work. Ranks with fewer micro-batches get fillers of the step's shortest sample."""
     if world < 1 or budget < 1 or not len(lengths):
         raise ValueError(f"split_step: world {world}, budget {budget} and samples {len(lengths)} must be >= 1")
     by_length = sorted(range(len(lengths)), key=lambda place: -lengths[place])  # stable: ties keep the step's order
@@ -74,7 +73,7 @@ def split_step(lengths: Sequence[int], world: int, budget: int) -> list[list[Mic
 
 
 def _by_budget(places: list[int], lengths: Sequence[int], budget: int) -> list[Micro]:
-    """Greedy, longest first: `places` come sorted by falling length."""
+    """Greedy, longest first: `places` are sorted by decreasing length."""
     micros: list[Micro] = []
     current: list[int] = []
     for place in places:

@@ -1,7 +1,7 @@
-"""Values that must not reach a gradient: found when a round's training data is assembled, and refused by name.
+"""Checks for values that must not reach a gradient, when a round's training data is assembled.
 
-Only tokens that count are looked at: what the mask takes out of the loss may hold anything. Token ids count always, for
-they are read as inputs too. Everything is numpy over flat columns, lists a chunk at a time."""
+Only tokens in the loss are checked; masked tokens may have any value. Token ids are always checked, because they are also
+inputs. All checks are numpy over flat columns, lists in chunks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tasks.signals.tables import ENTROPY_MIN, LOGPROB_MAX, usable_entropies, usa
 FLOAT16_STEP = 2.0**-11
 """Relative error of a number rounded to float16."""
 _CHUNK_ENTRIES = 1 << 18
-"""Entries of lists that are looked at together: small enough for a processor's cache."""
+"""List entries per chunk: small enough for a processor's cache."""
 _SAMPLE_ENTRIES = 4096
-"""Entries by which the encoding of a list is told."""
-_CURE = "have it scored again, or mark the token in mask.mask_reasons (16: invalid_value)"
+"""Entries used to detect the encoding of a list."""
+_CURE = "score it again, or mark the token in mask.mask_reasons (16: invalid_value)"
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Flat tokens of a round's completions (or prompts): sample i has those from `offsets[i]` to `offsets[i + 1]`."""
+    """Flat tokens of a round's completions (or prompts): sample i has the tokens `offsets[i]` to `offsets[i + 1]`."""
 
     ids: list[str]
     offsets: np.ndarray
@@ -33,7 +33,7 @@ class Tokens:
     """bool, per flat token: whether it is in the loss."""
 
     def refuse(self, column: str, index: int, found: str, rule: str, more: int = 0) -> NoReturn:
-        """Raises InputError about the flat token `index`; `more` tokens are as bad."""
+        """Raises InputError about the flat token `index`; `more` other tokens have the same problem."""
         sample = int(np.searchsorted(self.offsets, index, side="right")) - 1
         others = f" (and {more} more such tokens)" if more else ""
         raise InputError(
@@ -43,7 +43,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Lists:
-    """A stored top-K signal as flat columns: token n has the entries `starts[n]` on, `counts[n]` of them usable."""
+    """A stored top-K signal as flat columns: token n has `counts[n]` usable entries from `starts[n]`."""
 
     name: str
     starts: np.ndarray
@@ -59,7 +59,7 @@ def check_token_ids(tokens: Tokens, column: str, ids: np.ndarray, rows: int | No
     """Raises InputError for an id below 0, or not below the student's `rows` where these are known."""
     if len(ids) and (ids.min() < 0 or (rows is not None and ids.max() >= rows)):
         bad = np.flatnonzero(_outside(ids, rows))
-        rule = f"ids are {_range(rows)}; write it again with the student's own tokenizer"
+        rule = f"ids are {_range(rows)}; tokenise it again with the student's own tokenizer"
         tokens.refuse(column, int(bad[0]), f"found {ids[bad[0]]}", rule, len(bad) - 1)
 
 
@@ -67,7 +67,7 @@ def check_floats(tokens: Tokens, column: str, values: np.ndarray) -> None:
     """Raises InputError for a number that is not usable: a log-probability or an entropy by the column's name, any other
     column's where it is not finite.
 
-    A sampled token's log-probability must be finite: what was sampled had a probability."""
+    The log-probability of a sampled token must be finite, because it had a positive probability."""
     entropy = column.endswith("entropy")
     if not entropy and not column.endswith("logprobs"):
         bad = ~np.isfinite(values) & tokens.counted
@@ -85,13 +85,13 @@ def check_floats(tokens: Tokens, column: str, values: np.ndarray) -> None:
 
 
 def check_lists(tokens: Tokens, lists: Lists, rows: int | None) -> None:
-    """Raises InputError for a list with a bad entry, by the first rule that it breaks: ids in the vocabulary, none twice;
-    log-probabilities no NaN and not above 0 (-inf is one: no probability); likeliest first by the model whose list it
-    is; together with the tail no more than probability 1."""
+    """Raises InputError for a list with a bad entry, naming the first rule it breaks: ids in the vocabulary and unique;
+    log-probabilities not NaN and not above 0 (-inf, probability 0, is allowed); sorted, likeliest first by the list's own
+    model; total probability with the tail at most 1."""
     for column, values in lists.tails.items():
         bad = ~(values <= LOGPROB_MAX) & tokens.counted
         if bad.any():
-            rule = f"a log-probability is no NaN and at most 0 (up to {LOGPROB_MAX:g} is rounding)"
+            rule = f"a log-probability is not NaN and at most 0 (up to {LOGPROB_MAX:g} is rounding)"
             _refuse_first(tokens, f"{lists.name}.{column}", bad, values, rule)
     stray = len(lists.ids) and (lists.ids.min() < 0 or (rows is not None and lists.ids.max() >= rows))
     ranked = next(iter(lists.logprobs))
@@ -102,11 +102,11 @@ def check_lists(tokens: Tokens, lists: Lists, rows: int | None) -> None:
             _refuse_entry(tokens, f"{lists.name}.ids", chunk, outside, ids, f"ids are {_range(rows)}")
         ordered = np.sort(ids, axis=1)
         if (twice := ordered[:, 1:] == ordered[:, :-1]).any():
-            _refuse_entry(tokens, f"{lists.name}.ids", chunk, twice, ordered[:, 1:], "an id stands in a list once")
+            _refuse_entry(tokens, f"{lists.name}.ids", chunk, twice, ordered[:, 1:], "ids in a list are unique")
         for (column, flat), tail in zip(lists.logprobs.items(), lists.tails.values(), strict=True):
             name, values = f"{lists.name}.{column}", chunk.of(flat, -np.inf)
             if not (fine := values <= LOGPROB_MAX).all():
-                rule = f"a log-probability is no NaN and at most 0 (up to {LOGPROB_MAX:g} is rounding)"
+                rule = f"a log-probability is not NaN and at most 0 (up to {LOGPROB_MAX:g} is rounding)"
                 _refuse_entry(tokens, name, chunk, ~fine, values, rule)
             if column == ranked and not (falls := values[:, 1:] <= values[:, :-1]).all():
                 _refuse_entry(tokens, name, chunk, ~falls, values[:, 1:], "a list is sorted, likeliest first", 1)
@@ -123,7 +123,7 @@ def check_lists(tokens: Tokens, lists: Lists, rows: int | None) -> None:
 
 
 def check_counts(tokens: Tokens, name: str, valid: np.ndarray, stored: np.ndarray) -> None:
-    """Raises InputError where `valid` counts more entries than a list has, or fewer than none."""
+    """Raises InputError if `valid` is above the number of a list's entries, or negative."""
     bad = np.flatnonzero(((valid > stored) | (valid < 0)) & tokens.counted)
     if len(bad):
         found = f"found {valid[bad[0]]} for a list of {stored[bad[0]]} entries"
@@ -132,8 +132,8 @@ def check_counts(tokens: Tokens, name: str, valid: np.ndarray, stored: np.ndarra
 
 
 def check_full(tokens: Tokens, k: int, lists: Lists, rows: int | None) -> None:
-    """Raises InputError when `full` support is not: k is below the student's rows, and something lies outside of the
-    lists. (With a teacher of fewer rows than the student there is nothing outside of its own.)"""
+    """Raises InputError if `full` support is not full: k is below the student's rows, and the lists leave something out. (A
+    teacher with fewer rows than the student has nothing outside its own rows.)"""
     if rows is None or k >= rows:
         return
     tail = next(iter(lists.tails.values()))
@@ -141,16 +141,16 @@ def check_full(tokens: Tokens, k: int, lists: Lists, rows: int | None) -> None:
     if outside.any():
         raise InputError(
             f"objective.support.k: full support means every id of the vocabulary, but k is {k} and the student has"
-            f" {rows} rows; set k: {rows}, or take kind: teacher_topk with outside: bucket"
+            f" {rows} rows; set k: {rows}, or use kind: teacher_topk with outside: bucket"
         )
 
 
 def mass_limit(values: np.ndarray, k: int) -> float:
-    """The most that a list of k log-probabilities and its tail may add up to.
+    """The largest allowed sum of a list of k log-probabilities and its tail.
 
-    Exact (float32): exp(LOGPROB_MAX), for the sum's log is a log-probability too. Compact (float16): rounding moves each
-    log p by at most e = 2^-11 of itself, so the sum by at most a factor `max sum p^(1-e) = n^e`, at n = k + 1 equal
-    shares. No column tells the encoding: numbers that float16 holds exactly do."""
+    Exact (float32): exp(LOGPROB_MAX), because the log of the sum is a log-probability too. Compact (float16): rounding
+    changes each log p by at most e = 2^-11 of itself, so the sum by at most a factor `max sum p^(1-e) = n^e`, at n = k + 1
+    equal shares. The encoding is not stored; it is compact if float16 represents all values exactly."""
     shares = (k + 1) ** FLOAT16_STEP if _rounded(values) else 1.0
     return float(np.exp(LOGPROB_MAX) * shares)
 
@@ -164,17 +164,17 @@ def _rounded(values: np.ndarray) -> bool:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Lists of some consecutive tokens, side by side as a rectangle (n, K)."""
+    """Lists of consecutive tokens as an array (n, K)."""
 
     tokens: slice
     starts: np.ndarray
     here: np.ndarray
-    """bool (n, K): which entries there are."""
+    """bool (n, K): which entries exist."""
     whole: bool
-    """Every entry is there, and they follow each other: columns need no copy."""
+    """Every entry exists and they are contiguous: columns need no copy."""
 
     def of(self, flat: np.ndarray, fill: float | None) -> np.ndarray:
-        """A flat column's part; padded with `fill`, or (for ids) with a negative number of its own per place."""
+        """The chunk of a flat column, padded with `fill`, or (for ids) with a different negative number per place."""
         n, k = self.here.shape
         if self.whole:
             return flat[self.starts[0] : self.starts[0] + n * k].reshape(n, k)
@@ -198,13 +198,13 @@ def _chunks(lists: Lists) -> Iterator[_Chunk]:
 def _refuse_entry(
     tokens: Tokens, column: str, chunk: _Chunk, bad: np.ndarray, values: np.ndarray, rule: str, first: int = 0
 ) -> None:
-    """Refuses the first bad entry of a token that counts, if there is any; `first` is the place of the first column."""
+    """Refuses the first bad entry of a token in the loss, if there is one; `first` is the place of the first column."""
     bad = bad & tokens.counted[chunk.tokens, None]
     rows = np.flatnonzero(bad.any(axis=1))
     if len(rows):
         entry = int(np.flatnonzero(bad[rows[0]])[0])
         value = values[rows[0], entry]
-        # ids are sorted to find doubles: their places say nothing
+        # ids were sorted to find duplicates, so their places are meaningless
         found = f"found {value}" if column.endswith(".ids") else f"found {value:g} at entry {entry + first}"
         tokens.refuse(column, chunk.tokens.start + int(rows[0]), found, f"{rule}; {_CURE}", len(rows) - 1)
 

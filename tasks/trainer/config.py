@@ -1,4 +1,4 @@
-"""What decides how weights are updated: the identity settings that `train` and `warmup` share. Imports no engine."""
+"""Settings of weight updates that `train` and `warmup` share (identity). Imports no engine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ class LrSchedule(Identity):
                     "schedule: horizon_steps and final_ratio have no effect with kind: constant; remove them"
                 )
         elif self.horizon_steps is None:
-            raise ValueError(f"schedule.horizon_steps: kind {self.kind} needs the step at which the lr has come down")
+            raise ValueError(
+                f"schedule.horizon_steps: kind {self.kind} needs the step at which the lr reaches final_ratio"
+            )
         elif self.horizon_steps <= self.warmup_steps:
             raise ValueError(
                 f"schedule.horizon_steps: {self.horizon_steps} must be above warmup_steps ({self.warmup_steps})"
@@ -50,7 +52,7 @@ class LrSchedule(Identity):
 
 
 class NoCorrection(Identity):
-    """Sampler and trainer are taken to agree."""
+    """No correction: sampler and trainer are assumed to agree."""
 
     kind: Literal["none"] = "none"
 
@@ -58,8 +60,8 @@ class NoCorrection(Identity):
 class TruncatedCorrection(Identity):
     """Each token's loss is weighted by min(cap, exp(behaviour_logprob - sampling_logprob)), detached.
 
-    The numerator is the transformers student under the sampling distribution, the denominator what the sampling engine
-    reported: it corrects the mismatch of two implementations, not staleness."""
+    The numerator comes from the transformers student under the sampling distribution, the denominator from the sampling
+    engine: this corrects the mismatch of two implementations, not staleness."""
 
     kind: Literal["truncated"] = "truncated"
     cap: float = Field(2.0, gt=0, description="largest weight of a token")
@@ -69,10 +71,10 @@ ImportanceCorrection = Annotated[NoCorrection | TruncatedCorrection, Field(discr
 
 
 class LoraSettings(Identity):
-    """Low-rank adapters (PEFT) are trained instead of the weights; the exported student has them merged."""
+    """Trains low-rank adapters (PEFT) instead of the weights; the exported student has them merged."""
 
     r: int = Field(16, ge=1, description="rank")
-    alpha: float = Field(32.0, gt=0, description="scale: adapters count alpha / r")
+    alpha: float = Field(32.0, gt=0, description="scale: adapters are multiplied by alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
     target_modules: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -85,20 +87,20 @@ class LoraSettings(Identity):
         refused = {"lm_head", "embed_tokens", "embed_out"} & set(self.target_modules)
         if refused:
             raise ValueError(
-                f"lora.target_modules: {sorted(refused)[0]!r} is applied in chunks by the losses and takes no adapter"
+                f"lora.target_modules: {sorted(refused)[0]!r} is applied in chunks by the losses and cannot have an adapter"
             )
         return self
 
 
 class OptimizerSettings(Identity):
-    """AdamW and everything that decides one update."""
+    """AdamW and everything else that determines an update."""
 
-    lr: float = Field(ge=0, description="learning rate; 0 is a control that trains nothing")
+    lr: float = Field(ge=0, description="learning rate; 0 trains nothing (a control)")
     schedule: LrSchedule = LrSchedule()
     weight_decay: float = Field(0.0, ge=0, description="decoupled, on matrices only (no norms, no biases)")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay of the two moments")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="global norm to clip to; null never clips")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="global norm to clip to; null: no clipping")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the weights in forward and backward, and of the export; the master is always float32"
     )

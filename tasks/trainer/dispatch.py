@@ -1,4 +1,4 @@
-"""The coordinating half of the trainer's stages, in the flow's process: a job out, artifacts in. No engine."""
+"""The part of `train` and `warmup` that runs in the flow's process: sends the job and commits the artifacts. No engine."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _TREES = {"student": "model", "trainer_state": "state"}
 def run_and_commit(
     job: TrainJob | WarmupJob, specs: Mapping[str, ArtifactSpec], builders: Mapping[str, Builder], context: Context
 ) -> None:
-    """Runs the job on the trainer and commits what `builders` hold: trees `student` and `trainer_state`, and the table
-    training_steps of whatever else there is. Training is one whole: it is done again when any of them is missing, and what
-    is known of the others by then it must have come to.
+    """Runs the job on the trainer and commits the outputs in `builders`: the trees `student` and `trainer_state`, and the table
+    training_steps of any other. Training is atomic: if any output is missing it reruns, and must reproduce the outputs that
+    exist.
 
-    Raises ConfigError, before it trains, when the others were made at other numerics; CorruptArtifact, before it commits
-    anything, when their student has other weights than those just trained."""
+    Raises ConfigError, before training, if the others were made at other numerics; CorruptArtifact, before committing
+    anything, if the new student's weights differ from theirs."""
     folders = {
         name: str(builder.directory(tree)) if builder.needs_tree(tree) else None
         for name, tree in _TREES.items()
@@ -39,9 +39,9 @@ def run_and_commit(
     steps = None
     for name, builder in builders.items():
         if name not in _TREES:
-            builder.forget("training_steps")  # of a training that came to other weights, perhaps
+            builder.forget("training_steps")  # it may be from a training with other weights
             steps = ArtifactRef(builder.stage, builder.key) if builder.missing("training_steps", 1) else None
-    # a student that is there already is exported too, to be compared
+    # an existing student is exported again, for comparison
     exported = folders.get("student") or str(next(iter(builders.values())).scratch())
     outputs = TrainOutputs(student=exported, trainer_state=folders.get("trainer_state"), steps=steps)
     context.log(f"{job.stage}: {job.model}")
@@ -49,7 +49,7 @@ def run_and_commit(
     if earlier is not None:
         _require_same_numerics(job, earlier, list(builders), context)
     _require_space(job, "trainer_state" in builders, context)
-    order = sorted(builders, key=lambda name: name != "student")  # the others name the student that they belong to
+    order = sorted(builders, key=lambda name: name != "student")  # the other outputs record its weights
     numerics = context.runtime.numerics("trainer")
     last = builders[order[-1]].checkpoints(numerics)  # committed last, so that its checkpoints last as long as needed
     checkpoints = CheckpointPlace(str(last.folder), msgspec.Raw(canonical_json(dict(last.settings)).encode()))
@@ -81,12 +81,12 @@ def run_and_commit(
 
 
 def _weights(artifact: Artifact) -> str | None:
-    """Digest of the weights that a training came to, by any of what it made."""
+    """Digest of the trained weights, from any output of the training."""
     return artifact.content.get("weights") or artifact.meta.get("student_weights")
 
 
 def _earlier(specs: Mapping[str, ArtifactSpec], builders: Mapping[str, Builder], context: Context) -> Artifact | None:
-    """What is known of this training from before, the student first: an output that is committed, or that was."""
+    """An output of the same training that is or was committed (the student first), or None."""
     for name, spec in specs.items():
         builder = builders.get(name)
         artifact = builder.recorded if builder is not None else context.store.get(spec.stage, spec.key)
@@ -98,8 +98,8 @@ def _earlier(specs: Mapping[str, ArtifactSpec], builders: Mapping[str, Builder],
 def _require_same_numerics(job: TrainJob | WarmupJob, earlier: Artifact, missing: list[str], context: Context) -> None:
     if differ := context.runtime.training_differs(earlier.provenance.get("numerics") or {}):
         raise ConfigError(
-            f"{job.stage}: {' and '.join(sorted(missing))} must be made (again), at the settings at which"
-            f" {earlier.stage}/{earlier.key} was made: {'; '.join(differ)}. Set them back, for this at least: opd resume NAME"
+            f"{job.stage}: {' and '.join(sorted(missing))} is missing and must be made with the settings of"
+            f" {earlier.stage}/{earlier.key}: {'; '.join(differ)}. Use the old settings for this: opd resume NAME"
             f" --set FIELD=VALUE. {_beside(job)}"
         )
 
@@ -110,34 +110,34 @@ def _require_same_weights(
     before = str(_weights(earlier))
     if weights == before:
         return
-    checkpoints.discard()  # with what is put back, the next training must not go on from them
+    checkpoints.discard()  # the next training must not continue from them
     then, now = ({**origin, **origin.get("libraries", {})} for origin in (earlier.provenance, provenance()))
     names = sorted((then.keys() | now.keys()) - {"libraries", "numerics"})
     differ = [f"{name} {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
-    changed = f"Changed since: {'; '.join(differ)}" if differ else "Nothing that is recorded has changed since"
+    changed = f"Changed since: {'; '.join(differ)}" if differ else "No recorded setting has changed since"
     raise CorruptArtifact(
-        f"{job.stage}: {' and '.join(sorted(missing))} had to be made (again), and training came to the weights"
-        f" {weights[:12]}, where {earlier.stage}/{earlier.key} has {before[:12]}: it would belong to another student, and is"
-        f" not kept. {changed}. With the old ones back: opd resume NAME. {_beside(job)}"
+        f"{job.stage}: {' and '.join(sorted(missing))} was missing, and retraining gave weights {weights[:12]}, but"
+        f" {earlier.stage}/{earlier.key} was trained with {before[:12]}; the new result was discarded. {changed}. With the old"
+        f" versions: opd resume NAME. {_beside(job)}"
     )
 
 
 def _beside(job: TrainJob | WarmupJob) -> str:
-    """How to go on without them and without losing what is committed."""
+    """The command that continues without them and keeps everything committed."""
     new = f"--name NEW --set seed={job.seed + 1}"
     command = f"opd fork NAME@{job.round - 1} {new}" if job.round else f"opd run CONFIG {new}"
-    return f"Where that is impossible, make the round anew in another run: {command}"
+    return f"If that is impossible, repeat the round in another run: {command}"
 
 
 def training_bytes(parameters: int, settings: OptimizerSettings, states: int) -> int:
-    """Upper estimate of what a job writes, in bytes: the student in its dtype, and `states` times float32 weights and two
-    moments of all `parameters`, where not adapters alone are trained."""
+    """Upper estimate of a job's output in bytes: the student in its dtype, and `states` times float32 weights and two moments
+    of all `parameters` (not with adapters)."""
     student = parameters * (2 if settings.dtype == "bfloat16" else 4)
     return student if settings.lora is not None else student + states * 12 * parameters
 
 
 def _require_space(job: TrainJob | WarmupJob, state: bool, context: Context) -> None:
-    """Refuses to start what the disk has no room for: NotEnoughSpace."""
+    """Raises NotEnoughSpace if the job's output does not fit on the disk."""
     config: type[OptimizerSettings] = TrainConfig if isinstance(job, TrainJob) else WarmupConfig
     settings = config.model_validate_json(bytes(job.config))
     states = state + (KEPT + 1 if context.runtime.trainer.checkpoint_minutes is not None else 0)

@@ -1,7 +1,7 @@
-"""DeepSpeed: starting it, its configuration, and one optimizer step over an explicit number of micro-batches.
+"""DeepSpeed: start, configuration, and one optimizer step over a given number of micro-batches.
 
-The loss is normalised over the global batch before it gets here. DeepSpeed averages gradients over ranks, so the loss
-is scaled by the world size; its own scaling by accumulation steps is off, and boundaries are set by hand."""
+The loss is already normalised over the global batch. DeepSpeed averages gradients over ranks, so the loss is multiplied by
+the world size; DeepSpeed's scaling by accumulation steps is off, and accumulation boundaries are set explicitly."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def start() -> torch.device:
 
 
 def deepspeed_config(path: str | None, settings: OptimizerSettings, parameters: int) -> dict[str, Any]:
-    """The complete DeepSpeed configuration: the user's file (ZeRO stage, offload, buckets) and what is ours.
+    """The complete DeepSpeed configuration: the user's file (ZeRO stage, offload, buckets) and the project's settings.
 
-    bfloat16 at ZeRO stage 0 runs as stage 1: only from there on DeepSpeed accumulates its gradients in float32.
-    Raises ConfigError for a file that cannot be read and for keys that the experiment's own config decides."""
+    bfloat16 at ZeRO stage 0 runs as stage 1, the first stage at which DeepSpeed accumulates gradients in float32.
+    Raises ConfigError for an unreadable file and for keys that the experiment's config sets."""
     config: dict[str, Any] = {}
     if path is not None:
         try:
@@ -80,7 +80,7 @@ def deepspeed_config(path: str | None, settings: OptimizerSettings, parameters: 
             raise ConfigError(f"runtime.trainer.deepspeed: {path} is not a readable JSON file ({error})") from error
     for key, instead in _OURS.items():
         if key in config:
-            raise ConfigError(f"{path}: {key!r} is decided by {instead}; remove it from the DeepSpeed file")
+            raise ConfigError(f"{path}: {key!r} is set by {instead}; remove it from the DeepSpeed file")
     zero = config.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 0)
     if stage not in (0, 1, 2, 3):
@@ -141,22 +141,22 @@ class Engine:
             model=module, optimizer=self.adamw, config=config, dist_init_required=False
         )
         if self.stage == 3:
-            head = module.loss_head.head  # used by the loss head, owned by the model: gathered around the loss head too
+            head = module.loss_head.head  # owned by the model and also used by the loss head, so gathered there too
             for parameter in head.parameters(recurse=False):
                 deepspeed.zero.register_external_parameter(module.loss_head, parameter)
         self.engine.train()
 
     def accumulate(self, batch: Forward, observe: bool, last: bool) -> float:
         """Forward and backward of one micro-batch; its share of the global loss. `last` completes the step's gradient.
-        Collective: every rank does the same number."""
+        Collective: every rank calls it equally often."""
         self.engine.set_gradient_accumulation_boundary(last)
         loss = self.engine(batch, observe)
         self.engine.backward(loss * self.world, scale_wrt_gas=False)
         return float(loss.detach())
 
     def step(self, lr: float) -> float | None:
-        """Clip, update, clear the gradients. The global gradient norm before clipping; None when it is not finite, and
-        then no weight has changed. Collective."""
+        """Clips, updates and clears the gradients. Returns the global gradient norm before clipping, or None if it is not
+        finite; then no weight has changed. Collective."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
         if self.stage == 0:
@@ -180,10 +180,10 @@ class Engine:
         return norm
 
     def make_moments(self, step: int) -> None:
-        """Gives AdamW zero moments and a step count now, so that they can be set and read before its first step.
+        """Creates AdamW's moments (zero) and step count, so that they can be set and read before the first step.
 
-        For a fresh start too: DeepSpeed links the moments to the parameters when the first parameter group has made its
-        step, and those of a second group stay unlinked for ever."""
+        Also needed for a new training: DeepSpeed links moments to parameters after the first parameter group's step, and
+        those of a second group would never be linked."""
         for flat in self._flat_masters():
             on = flat.device if self.device.type == "cuda" else "cpu"
             moments = {name: torch.zeros_like(flat, memory_format=torch.preserve_format) for name in MOMENTS}
@@ -193,15 +193,15 @@ class Engine:
             link()
 
     def _flat_masters(self) -> list[torch.Tensor]:
-        """The tensors that AdamW keeps moments of on this rank: parameters themselves, or flat float32 partitions."""
+        """The tensors with AdamW moments on this rank: the parameters, or flat float32 partitions."""
         if self.stage == 0:
             return list(self.parameters.values())
         optimizer = self.engine.optimizer
         for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
             if hasattr(optimizer, name):
                 return list(getattr(optimizer, name))
-        raise RuntimeError(f"DeepSpeed's {type(optimizer).__name__} keeps its float32 weights in an unknown place")
+        raise RuntimeError(f"DeepSpeed's {type(optimizer).__name__} has no known attribute with its float32 weights")
 
     def close(self) -> None:
-        """Remove DeepSpeed's hooks and free its buffers; the next job builds a new engine."""
+        """Removes DeepSpeed's hooks and frees its buffers. The next job builds a new engine."""
         self.engine.destroy()

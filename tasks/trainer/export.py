@@ -1,4 +1,4 @@
-"""The student as everyone else sees it: Hugging Face weights, tokenizer and generation config in one folder."""
+"""Export of the student: Hugging Face weights, tokenizer and generation config in one folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tasks.trainer.config import LoraSettings
 from tasks.trainer.model import add_adapters, load_model
 
 _COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", "")
-"""Endings of what goes along: tokenizer, template, generation config, licence. No pickle, no code."""
+"""Suffixes of files that are copied: tokenizer, template, generation config, licence. No pickle, no code."""
 
 
 def export_student(
@@ -27,9 +27,9 @@ def export_student(
     """Writes the trained model into the empty folder `target`.
 
     `base` is the checkpoint that training started from (architecture; with LoRA also the frozen weights), `companions`
-    the student whose tokenizer, chat template and generation config go along. `masters` are (name, float32 tensor);
+    the student whose tokenizer, chat template and generation config are copied. `masters` are (name, float32 tensor);
     they are rounded to `dtype` once, after adapters have been merged in float32.
-    Raises InputError when the student has no tokenizer."""
+    Raises InputError if the student has no tokenizer."""
     model = load_model(base, dtype)
     if lora is not None:
         add_adapters(model, lora)
@@ -40,10 +40,10 @@ def export_student(
         if lora is not None:
             model = _merged(model)
     model.config.use_cache = True
-    if hasattr(model.config, "auto_map"):  # names code that does not go along
+    if hasattr(model.config, "auto_map"):  # names code that is not exported
         del model.config.auto_map
     model.save_pretrained(target, safe_serialization=True)
-    copied = [file for file in sorted(companions.iterdir()) if _goes_along(file)]
+    copied = [file for file in sorted(companions.iterdir()) if _is_copied(file)]
     if not any(file.name.startswith("tokenizer") for file in copied):
         raise InputError(f"{companions}: the checkpoint has no tokenizer files")
     for file in copied:
@@ -53,13 +53,13 @@ def export_student(
         shutil.copyfile(file, target / file.parent.name / file.name)
 
 
-def _goes_along(file: Path) -> bool:
+def _is_copied(file: Path) -> bool:
     ours = file.name == "config.json" or file.name.endswith(".index.json")
     return file.is_file() and file.suffix in _COMPANIONS and not ours
 
 
 def _merged(model: torch.nn.Module) -> torch.nn.Module:
-    """Adds every adapter to the weight below it, in float32, and takes the adapter layers out again."""
+    """Merges every adapter into its weight, in float32, and removes the adapter layers."""
     from peft.tuners.lora import LoraLayer
 
     for name, layer in list(model.named_modules()):

@@ -1,9 +1,9 @@
-"""How the trainer is started: DeepSpeed's per-node launcher, one process per rank. Imports no engine.
+"""Starts the trainer with DeepSpeed's per-node launcher, one process per rank. Imports no engine.
 
 The launcher puts RANK, WORLD_SIZE, LOCAL_RANK and the visible devices into each rank's environment; the ranks stay in
-the launcher's process group, so killing the group ends everything. When a rank fails the launcher terminates the
+the launcher's process group, so killing the group ends all of them. If a rank fails the launcher terminates the
 others; on SIGTERM or SIGINT it terminates all. Ranks find each other through a file beside the supervisor's socket (see
-`engine.start`), so concurrent runs share no port and nothing listens beyond the loopback device."""
+`engine.start`), so concurrent runs share no port, and nothing listens outside the loopback device."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def launch_command(
     """The command line and the additional environment that start a trainer of `processes` ranks.
 
     `device` is "cpu" or "cuda". `devices` are the GPU ids of the ranks; None takes the first that CUDA_VISIBLE_DEVICES
-    of this process names, or 0, 1, ... Raises ValueError when fewer GPUs are named than there are processes."""
+    of this process names, or 0, 1, ... Raises ValueError if fewer GPUs are named than processes."""
     visible: list[int | str]
     if device == "cpu":
-        visible = list(range(processes))  # the launcher counts ranks by this list, on CPU too
+        visible = list(range(processes))  # the launcher takes the number of ranks from this list, also on CPU
     elif devices is not None:
         visible = list(devices)
     else:
@@ -59,7 +59,7 @@ def launch_command(
 
 
 def free_port() -> int:
-    """A TCP port on the loopback device that was free a moment ago."""
+    """A TCP port on the loopback device that is free now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""The optimizer steps of one job: every rank runs this with the same arguments and takes its part of every step."""
+"""The optimizer steps of one job. Every rank runs this with the same arguments and takes its part of every step."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from tasks.trainer.model import TokenStats, TrainModule
 from tasks.workers.metrics import Progress, latest, words
 
 METRICS = tuple(column.name for column in TABLES["training_steps"].columns if column.nullable)
-"""Columns that are token means or percentiles, null where nothing computed them."""
+"""Columns with token means or percentiles; null where they were not computed."""
 _PERCENTILES = (("log_ratio_p05", 5), ("log_ratio_p50", 50), ("log_ratio_p95", 95))
 _NAMED = 8
-"""Sample ids that an error lists at most."""
+"""Maximum number of sample ids in an error."""
 _RUNNING = 0.1
-"""Share of the newest step in the running mean of the loss."""
+"""Weight of the newest step in the running mean of the loss."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job's loop is to do."""
+    """The parameters of a job's loop."""
 
     steps: list[Step]
     first_step: int
@@ -60,13 +60,13 @@ def run_steps(
     done: list[dict[str, Any]],
     keep: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
-    """Does the steps and returns their rows of `training_steps` (the same on every rank).
+    """Runs the steps and returns their rows of `training_steps` (the same on every rank).
 
-    `done` are the rows of the steps that were done before an interruption; `keep` gets all rows after every step but the
-    last, and may save them with the engine's state.
-    Ends early after the step whose mean KL from the rollout-time student passed `max_drift`, or at which the running
-    mean of the loss fell below `stop_loss`. Raises OpdError naming samples, on every rank, before any weight changes,
-    when a loss or a gradient is not finite."""
+    `done`: rows of the steps before an interruption. `keep` is called with all rows after every step but the last, and may
+    save them with the engine's state.
+    Ends early after a step whose mean KL from the rollout-time student exceeds `max_drift`, or at which the running mean of
+    the loss falls below `stop_loss`. Raises OpdError, naming samples, on every rank and before any weight changes, if a loss
+    or a gradient is not finite."""
     table = list(done)
     running: float | None = None
     for row in done:
@@ -142,8 +142,8 @@ class Tally:
         self._log_ratios: list[np.ndarray] = []
 
     def add(self, loss: float, stats: TokenStats | None) -> None:
-        """One micro-batch. A token whose mask is 0 counts for nothing."""
-        assert stats is not None, "the loss head keeps what its forward saw"
+        """Adds one micro-batch. Masked tokens are ignored."""
+        assert stats is not None, "the loss head stores the statistics of its forward"
         self.loss += loss
         kept = stats.mask_N > 0
         bad = kept & ~stats.per_token_N.isfinite()
@@ -158,7 +158,7 @@ class Tally:
             self._log_ratios.append(stats.log_ratio_N[kept].cpu().numpy())
 
     def reduce(self) -> None:
-        """Sums over the ranks, the same on each. Collective."""
+        """Sums over all ranks; every rank gets the result. Collective."""
         sums = torch.cat([self._sums.flatten(), torch.tensor([self.loss], dtype=torch.float64)]).to(self.device)
         dist.all_reduce(sums)
         self.loss = float(sums[-1])
@@ -169,15 +169,15 @@ class Tally:
         self._log_ratios = [values for _, arrays in everywhere for values in arrays]
 
     def means(self) -> dict[str, float | None]:
-        """Every metric column: mean over the step's masked-in tokens, or null."""
-        found: dict[str, float | None] = {
+        """Every metric column: mean over the step's unmasked tokens, or None."""
+        means: dict[str, float | None] = {
             name: float(total / count) if count > 0 else None
             for name, (total, count) in zip(METRICS, self._sums.tolist(), strict=True)
         }
         ratios = np.concatenate(self._log_ratios) if self._log_ratios else np.empty(0)
         if len(ratios):
-            found |= {name: float(np.percentile(ratios, percent)) for name, percent in _PERCENTILES}
-        return {name: value if value is not None and math.isfinite(value) else None for name, value in found.items()}
+            means |= {name: float(np.percentile(ratios, percent)) for name, percent in _PERCENTILES}
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in means.items()}
 
 
 def _names(samples: Samples, step: Step, places: list[int]) -> str:
@@ -188,7 +188,7 @@ def _names(samples: Samples, step: Step, places: list[int]) -> str:
 
 @contextmanager
 def pinned(threads: int) -> Iterator[None]:
-    """CPU threads of torch for the length of a job: the order of floating-point sums depends on them."""
+    """Sets torch's CPU threads for a job, because the order of floating-point sums depends on them."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

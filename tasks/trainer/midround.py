@@ -1,8 +1,8 @@
-"""Checkpoints inside a round: what all ranks save together every few minutes, and go on from after a kill.
+"""Checkpoints within a round: all ranks save together every few minutes, and continue from the last one after a kill.
 
-They hold what the state between rounds holds (float32 master weights and moments in safetensors, no pickle), each rank a
-share of the parameters in a file of its own, and the rows of the steps done. DeepSpeed's own format is not used: it unpickles
-what it loads, and `latest` says which checkpoint is meant before all ranks have written it."""
+Content: as in the state between rounds, float32 master weights and moments in safetensors (no pickle), one file with a share
+of the parameters per rank, and the rows of the steps done. DeepSpeed's format is not used: it unpickles files, and its
+`latest` can name a checkpoint before all ranks have written it."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a job goes on."""
+    """The checkpoint that a job continues from."""
 
     files: tuple[Path, ...]
     state: TrainerState
     rows: Rows
-    """Of `training_steps`, of the steps done."""
+    """Rows of `training_steps` for the steps done."""
 
 
 class Keeper:
-    """One job's checkpoints, the same calls on every rank."""
+    """The checkpoints of one job. Every rank makes the same calls."""
 
     def __init__(self, job: TrainJob | WarmupJob, minutes: float | None) -> None:
         place = job.checkpoints
@@ -49,27 +49,27 @@ class Keeper:
         self._saved = time.monotonic()
 
     def find(self, total: int, progress: Progress) -> Resumed | None:
-        """The newest checkpoint that is whole, by rank 0's look, which tells `progress` what there is to say about it;
-        `total`: steps of the whole job. Collective."""
-        told: list[Resumed | None] = [None]
+        """The newest whole checkpoint, found by rank 0, which reports its messages to `progress`. `total`: steps of the job.
+        Collective."""
+        shared: list[Resumed | None] = [None]
         if dist.get_rank() == 0 and self._kept is not None:
             found, problems = self._kept.newest()
             resumed = _resumed(found) if found is not None else None
             done = len(resumed.rows) if resumed is not None else 0
             notes = [f"warning: {problem}" for problem in problems]
             if found is not None:
-                notes.append(f"going on after step {done} of {total} (saved {found.created})")
+                notes.append(f"continuing after step {done} of {total} (saved {found.created})")
             elif problems:
-                notes.append(f"warning: no checkpoint can be used: all {total} steps are done from the first on")
+                notes.append(f"warning: no checkpoint can be used: training restarts at the first of {total} steps")
             for note in notes:
                 print(note, flush=True)
-                progress(done, total, note=note)  # before any step: this process may not live to give a result
-            told = [resumed]
-        dist.broadcast_object_list(told, src=0)
-        return told[0]
+                progress(done, total, note=note)  # before any step, because this process may die before its result
+            shared = [resumed]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0]
 
     def step_done(self, engine: Engine, settings: dict[str, Any], rows: Rows) -> None:
-        """Saves, when rank 0's clock says that it is time. `settings`: round and lora of the state. Collective."""
+        """Saves if the interval has passed on rank 0's clock. `settings`: round and lora of the state. Collective."""
         if self._seconds is None:
             return
         due = torch.tensor([int(time.monotonic() - self._saved >= self._seconds)], device=engine.device)

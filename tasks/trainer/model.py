@@ -1,4 +1,4 @@
-"""The model and its objective as one module, so that DeepSpeed's hooks see every use of every parameter."""
+"""The model and its objective in one module, so that DeepSpeed's hooks see every use of every parameter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def load_model(path: Path, dtype: str) -> PreTrainedModel:
     """The checkpoint at `path` on the CPU in `dtype`, in training mode.
 
-    Raises InputError when it cannot be loaded, ConfigError for models whose logits are more than head(hidden)."""
+    Raises InputError if it cannot be loaded, ConfigError for models whose logits are not head(hidden)."""
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             path, dtype=DTYPES[dtype], attn_implementation="sdpa", **SAFE_LOADING
@@ -36,16 +36,16 @@ def load_model(path: Path, dtype: str) -> PreTrainedModel:
         )
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise ConfigError(
-            f"{path}: the output head is no linear layer, but {type(model.get_output_embeddings()).__name__}"
+            f"{path}: the output head is not a linear layer, but {type(model.get_output_embeddings()).__name__}"
         )
     model.config.use_cache = False
     return model.train()
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraSettings) -> None:
-    """Puts LoRA layers into `model` in place; only they stay trainable. Draws from torch's global generator.
+    """Adds LoRA layers to `model` in place; only they stay trainable. Uses torch's global generator.
 
-    Raises ConfigError when no layer has one of the wanted names."""
+    Raises ConfigError if no layer has one of the names."""
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
@@ -64,13 +64,13 @@ def add_adapters(model: PreTrainedModel, lora: LoraSettings) -> None:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name; tied ones once."""
+    """The trained parameters by name; tied ones once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @dataclass(frozen=True)
 class TokenStats:
-    """What a forward says about its tokens besides the loss; all detached, all of length N."""
+    """Statistics of a forward's tokens; detached, each of length N."""
 
     per_token_N: torch.Tensor
     mask_N: torch.Tensor
@@ -85,7 +85,7 @@ class LossHead(nn.Module):
 
     def __init__(self, head: nn.Module, objective: Objective, provider: HeadProvider, cap: float | None) -> None:
         super().__init__()
-        self._head = [head]  # in a list: it belongs to the model and must not be registered a second time
+        self._head = [head]  # in a list, so that the model's layer is not registered twice
         self.objective, self.provider, self.cap = objective, provider, cap
         self.stats: TokenStats | None = None
 
@@ -96,7 +96,7 @@ class LossHead(nn.Module):
     def forward(self, hidden_ND: torch.Tensor, batch: Forward, observe: bool) -> torch.Tensor:
         """Scalar: sum over tokens of weight x importance weight x per-token loss (float32).
 
-        With `observe`, what only metrics need is computed too, without gradient; it changes no bit of the loss."""
+        With `observe`, values for metrics only are computed too, without gradient; the loss stays bit-identical."""
         tokens, needs = batch.tokens, self.objective.needs
         view, observed = self.provider(hidden_ND, self.head, tokens, needs.student), None
         if observe:
@@ -125,7 +125,7 @@ def _log_ratio(tokens: TokenBatch, view: StudentView) -> torch.Tensor | None:
 
 
 class TrainModule(nn.Module):
-    """What DeepSpeed trains: backbone, hidden states at the completion's positions, output head, objective."""
+    """The module that DeepSpeed trains: backbone, hidden states at the completion's positions, output head, objective."""
 
     def __init__(
         self, model: PreTrainedModel, objective: Objective, provider: HeadProvider, cap: float | None = None

@@ -1,4 +1,4 @@
-"""The trainer's state between rounds, free of topology: float32 master weights and AdamW's moments, in full.
+"""The trainer's state between rounds, independent of ranks and ZeRO stage: float32 master weights and AdamW's moments.
 
 It loads into any ZeRO stage and any number of ranks, bit for bit. Layout of the tree: `master.safetensors`,
 `exp_avg.safetensors`, `exp_avg_sq.safetensors` (tensors `<kind>/<parameter name>`), `trainer.json`, and with LoRA
@@ -41,12 +41,12 @@ class TrainerState(BaseModel):
     """Optimizer steps done so far."""
     round: int
     lr: float
-    """Of the last step."""
+    """Learning rate of the last step."""
     lora: dict[str, Any] | None
 
 
 def read(directory: Path, lora: dict[str, Any] | None) -> TrainerState:
-    """The state's description. CorruptArtifact when unreadable, InputError when it belongs to other adapters."""
+    """The state's `trainer.json`. CorruptArtifact if unreadable, InputError if it belongs to other adapters."""
     try:
         state = TrainerState.model_validate_json((directory / "trainer.json").read_bytes())
     except (OSError, ValidationError) as error:
@@ -60,9 +60,9 @@ def read(directory: Path, lora: dict[str, Any] | None) -> TrainerState:
 
 
 class Tensors:
-    """The tensors of some safetensors files by name, read when they are asked for; how they are spread plays no part.
+    """The tensors of several safetensors files by name, read on access.
 
-    CorruptArtifact when a file cannot be read, or its tensors are not those of the parameters."""
+    CorruptArtifact if a file cannot be read, or if the tensors do not match the parameters."""
 
     def __init__(self, files: Sequence[Path], parameters: dict[str, nn.Parameter]) -> None:
         self._of: dict[str, Any] = {}
@@ -83,7 +83,7 @@ class Tensors:
 
 
 def files(directory: Path) -> list[Path]:
-    """Those with the tensors of a trainer state."""
+    """The safetensors files of a trainer state."""
     return [directory / f"{kind}.safetensors" for kind in _KINDS]
 
 
@@ -103,7 +103,7 @@ def load(tensors: Tensors, engine: Engine, step: int) -> None:
 
 
 def save(directory: Path, engine: Engine, state: TrainerState, base: Path | None) -> None:
-    """Writes the tree; rank 0 writes, all ranks take part. `base` is the folder of the frozen weights, with LoRA."""
+    """Writes the tree. Collective; rank 0 writes. `base` is the folder of the frozen weights, with LoRA."""
     for kind in _KINDS:
         tensors = {f"{kind}/{name}": tensor for name, tensor in full_tensors(engine, kind)}
         if dist.get_rank() == 0:
@@ -111,7 +111,7 @@ def save(directory: Path, engine: Engine, state: TrainerState, base: Path | None
         del tensors
     if dist.get_rank() == 0:
         if base is not None:
-            (directory / "base").mkdir(exist_ok=True)  # of a try before that died
+            (directory / "base").mkdir(exist_ok=True)  # an earlier attempt may have made it
             for file in sorted(base.iterdir()):
                 if file.name == "config.json" or ".safetensors" in file.name:
                     shutil.copyfile(file, directory / "base" / file.name)
@@ -120,7 +120,7 @@ def save(directory: Path, engine: Engine, state: TrainerState, base: Path | None
 
 def share(engine: Engine) -> dict[str, torch.Tensor]:
     """This rank's share of the state, `<kind>/<name>` -> float32 tensor on the CPU: every `world`-th parameter, in full.
-    Collective; the shares of all ranks together are what `load` wants."""
+    Collective; the shares of all ranks together are what `load` reads."""
     world, rank = dist.get_world_size(), dist.get_rank()
     return {
         f"{kind}/{name}": tensor

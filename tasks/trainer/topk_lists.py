@@ -1,4 +1,4 @@
-"""Top-K lists as they are stored, and as the rectangles that objectives take."""
+"""Top-K lists, from their stored form to the padded arrays that objectives use."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import numpy as np
 from storage.errors import InputError
 
 _FLOOR = 1e-30
-"""Least mass that a union leaves outside, so that its log stays finite."""
+"""Least mass outside a union, so that its log stays finite."""
 _ROUNDING = 2.0**-19
-"""Share of a mass by which float32 log-probabilities can misstate it: what a subtraction leaves below this is nothing."""
+"""Relative error of a mass from float32 log-probabilities: a difference below this counts as 0."""
 
 
 @dataclass(frozen=True)
 class Rectangle:
-    """The support of N tokens, padded with id 0 and -inf; `valid_N` entries of each row count."""
+    """The support of N tokens, padded with id 0 and -inf; the first `valid_N` entries of each row are valid."""
 
     ids_NK: np.ndarray
     valid_N: np.ndarray
     teacher_NK: np.ndarray
     student_NK: np.ndarray | None
-    """Rollout-time student, where every entry has it."""
+    """Log-probabilities of the rollout-time student; None unless every entry has one."""
     teacher_tail_N: np.ndarray
     teacher_valid_N: np.ndarray | None = None
-    """Of a union: how many valid entries, at the front, are the teacher's own list."""
+    """For a union: number of valid entries, at the front, from the teacher's own list."""
 
 
 class Support(Protocol):
-    """Where the support of a token comes from."""
+    """Source of the support of tokens."""
 
     def rows(self, index: np.ndarray) -> Rectangle:
         """The support of the flat completion tokens `index`."""
@@ -38,9 +38,9 @@ class Support(Protocol):
 
 @dataclass(frozen=True)
 class TopK:
-    """A stored signal: flat token n has the entries `starts[n]` on, `counts[n]` many, likeliest first.
+    """A stored signal: flat token n has `counts[n]` entries from `starts[n]`, likeliest first.
 
-    `k` entries are used; a smaller k than stored is a slice, and what is cut off joins the tail."""
+    `k` entries are used; if more are stored, the rest is added to the tail."""
 
     k: int
     starts: np.ndarray
@@ -106,8 +106,8 @@ class UnionTopK:
 
 
 def harmless(rectangle: Rectangle) -> Rectangle:
-    """The same shape with finite, consistent values: for a token that counts for nothing. One entry is valid, for a
-    union may be wider than the vocabulary."""
+    """The same shape with finite, consistent values, for masked tokens. One entry is valid, because a union may be wider than
+    the vocabulary."""
     n, k = rectangle.ids_NK.shape
     inside = np.full((n, k), np.log(1 - np.exp(-1.0)), np.float32)
     one = np.ones(n, np.int64)
@@ -122,8 +122,8 @@ def harmless(rectangle: Rectangle) -> Rectangle:
 
 
 def check_width(name: str, counts: np.ndarray, k: int | None) -> int:
-    """The K to use of the signal `name`. InputError when the lists are narrower than the objective asks for."""
+    """The K to use of the signal `name`. InputError if the lists are narrower than the objective needs."""
     widest = int(counts.max(initial=1))
     if k is not None and k > widest:
-        raise InputError(f"{name}: the objective asks for K={k}, but the stored lists hold {widest} entries at most")
+        raise InputError(f"{name}: the objective needs K={k}, but the stored lists have at most {widest} entries")
     return k or widest

@@ -1,7 +1,7 @@
 """The trainer: serves `train` and `warmup` jobs, on every rank at once.
 
-A job leaves nothing behind that the next could notice: seeds, weights and the engine are made anew for each, so the
-same job gives the same bits in a warm worker and in a fresh one."""
+A job does not affect the next one: seeds, weights and engine are created for each job, so a job gives the same bits in a
+warm worker and in a fresh one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _OBJECTIVE: TypeAdapter[Any] = TypeAdapter(ObjectiveConfig)
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What a job comes down to, whichever op it was."""
+    """The data and settings of a job, for either op."""
 
     settings: OptimizerSettings
     objective: Any
@@ -68,7 +68,7 @@ class Trainer:
             return self._train(job, self.settings, link.progress)
 
     def close(self) -> None:
-        """Leaves the group of ranks."""
+        """Leaves the process group of the ranks."""
         if dist.is_initialized():
             dist.destroy_process_group()
 

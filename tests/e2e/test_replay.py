@@ -54,7 +54,7 @@ def test_what_a_replay_needs_and_no_longer_has_is_named(finished, tmp_path):
     opd("gc", "--keep", "rollouts=2", "--keep", "trainer_state=1", "--apply", root=root)
     code, _, err = replay(root, "--round", 3)  # its own rollouts are there, the state of round 2 is not
     assert code == 1
-    assert "the store must have trainer_state of round 2" in err and "opd restore base --round 2" in err
+    assert "needs trainer_state of round 2" in err and "opd restore base --round 2" in err
     code, _, err = replay(root, "--round", 1)
     assert code == 1 and "rollout of round 1" in err and "opd restore base --round 1" in err
     assert replay(root, "--round", 9)[0] == 2

@@ -117,6 +117,6 @@ def test_a_new_name_or_a_fork_makes_what_depends_on_the_edited_plugin(run: Plugi
         path.unlink()
     assert run.call("verify", "forked")[0] == 1
     code, output = run.call("resume", "forked", "--no-prefect")
-    assert code == 2 and f"({run.plugin}) has changed, and teacher_topk/" in output, output
+    assert code == 2 and f"({run.plugin}) has changed, but teacher_topk/" in output, output
     run.plugin.write_text(SCORER)
     assert run.call("resume", NAME, "--no-prefect")[0] == 0, run.output

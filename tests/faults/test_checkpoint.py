@@ -122,7 +122,7 @@ def told(made: Made) -> dict[str, Any]:
 
 def resumed_after(made: Made) -> int:
     """The step that the log names, 0 where it names none."""
-    return next((int(found[1]) for line in made.said if (found := re.search(r"going on after step (\d+)", line))), 0)
+    return next((int(found[1]) for line in made.said if (found := re.search(r"continuing after step (\d+)", line))), 0)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_other_numerics_begin_anew_and_say_so(bench: Bench, monkeypatch: pytest.
     made = bench.train("float32", bench.warm[1], "other")
     assert resumed_after(made) == 0
     assert any("step 4 was made with other settings" in line and "threads 2, now 7" in line for line in made.said)
-    assert any("all 12 steps are done from the first on" in line for line in made.said)
+    assert any("training restarts at the first of 12 steps" in line for line in made.said)
     assert not newest.exists()
     bench.check(made, "float32", 1)
 
@@ -210,7 +210,7 @@ def test_a_damaged_checkpoint_is_never_used(bench: Bench, damage: Callable[[Path
     assert len(warnings) == (3 if both else 1)
     assert "the checkpoint of step 6 is damaged and in quarantine" in warnings[0]
     if both:
-        assert "no checkpoint can be used: all 12 steps are done from the first on" in warnings[-1]
+        assert "no checkpoint can be used: training restarts at the first of 12 steps" in warnings[-1]
     reasons = [path.read_text() for path in (Store(bench.world.store.root).root / "quarantine").glob("*.reason.json")]
     assert any(newer.name in reason and "a damaged checkpoint" in reason for reason in reasons)
     bench.check(made, "float32", 1)
@@ -218,7 +218,7 @@ def test_a_damaged_checkpoint_is_never_used(bench: Bench, damage: Callable[[Path
 
 def test_a_round_that_begins_anew_says_so_until_it_has_a_checkpoint(bench: Bench) -> None:
     """The attempt that finds all checkpoints damaged is killed before it has saved one; the next finds none at all."""
-    tag, anew = "damaged and killed", "no checkpoint can be used: all 12 steps are done from the first on"
+    tag, anew = "damaged and killed", "no checkpoint can be used: training restarts at the first of 12 steps"
     with pytest.raises(OpdError, match="a failpoint"):
         bench.train("float32", bench.warm[1], tag, failpoints="train.after_step=raise:OpdError@7")
     for path in (damaged := bench.checkpoints()):

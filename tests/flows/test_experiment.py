@@ -1,4 +1,4 @@
-"""Configs: what is refused, in which words, and what belongs to identity."""
+"""Configs: what is refused, with which message, and what belongs to identity."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import yaml
 from places import CHECKOUT, TINY
 
+from flows.config_file import parse_override, read_config
 from flows.experiment import Experiment, load_experiment
 from flows.reference.pages import PAGES
 from storage.errors import ConfigError
@@ -71,8 +72,14 @@ def test_a_malformed_override_shows_the_form(text):
         load_experiment(TINY, [text])
 
 
-def test_numbers_in_scientific_notation_are_numbers():
-    assert load_experiment(TINY, ["train.lr=1e-5"]).train.lr == 1e-5
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-5", 1e-5), ("-1E5", -1e5), (".5e3", 500.0), ("2.e-3", 2e-3), ("'1e-5'", "1e-5"), ("3e4f", "3e4f")],
+)
+def test_numbers_in_scientific_notation_are_numbers(text, value, tmp_path):
+    (tmp_path / "config.yaml").write_text(f"a: [{text}]")
+    assert read_config(tmp_path / "config.yaml") == {"a": [value]}
+    assert parse_override(f"a={text}") == {"a": value}
 
 
 def test_a_changed_variant_does_not_inherit_the_old_ones_fields():

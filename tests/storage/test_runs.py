@@ -34,6 +34,21 @@ def test_a_run_is_found_again_as_it_was_saved(tmp_path: Path) -> None:
     assert [found.name for found in Run.list(tmp_path)] == ["demo"]
 
 
+def test_a_round_is_done_when_its_student_is_known_and_evaluated() -> None:
+    def round(number: int, evaluation: StageState | None, student: str | None = "ab") -> RoundState:
+        return RoundState(
+            round=number, student_sha256=student, stages={} if evaluation is None else {"evaluate": evaluation}
+        )
+
+    done = StageState(state="done")
+    assert RunState(name="demo").rounds_done == 0 and RunState(name="demo").last_trained is None
+    for last in (round(2, None), round(2, StageState(state="pending")), round(2, StageState(state="failed"))):
+        state = RunState(name="demo", rounds=[round(0, done), round(1, StageState(state="cached")), last])
+        assert state.rounds_done == 1 and state.last_trained is last
+    state.rounds[2] = round(2, done, student=None)
+    assert state.rounds_done == 1 and state.last_trained is state.rounds[1]
+
+
 def test_creating_the_same_run_again_touches_nothing(tmp_path: Path) -> None:
     run = Run.create(tmp_path, "demo", EXPERIMENT, IDENTITY)
     run.save(RunState(name="demo", status="stopped"))
@@ -86,7 +101,7 @@ def test_logs_stay_in_the_run(tmp_path: Path, stage: str) -> None:
 
 
 def test_an_unknown_run_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there are: none"):
+    with pytest.raises(InputError, match="runs: none"):
         Run.open(tmp_path, "demo")
     Run.create(tmp_path, "demonstration", EXPERIMENT, IDENTITY)
     with pytest.raises(InputError, match="did you mean 'demonstration'"):
@@ -121,7 +136,7 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
         _ = run.state
     (run.directory / "experiment.yaml").write_text("a: [")
     with pytest.raises(
-        CorruptArtifact, match=r"experiment\.yaml: its last line is no checksum.*opd run CONFIG --name demo"
+        CorruptArtifact, match=r"experiment\.yaml: its last line is not a checksum.*opd run CONFIG --name demo"
     ):
         _ = run.experiment
     (run.directory / "identity.json").write_text("{")

@@ -173,7 +173,7 @@ def test_wall_time_is_no_part_of_what_steps_contain(store: Store) -> None:
 
 def test_a_root_that_cannot_hold_a_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="cannot hold a store"):
+    with pytest.raises(StoreError, match="cannot create a store"):
         Store(tmp_path / "file")
 
 

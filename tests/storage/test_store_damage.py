@@ -57,7 +57,7 @@ def test_only_the_damaged_shard_is_rebuilt(store: Store, damage: str) -> None:
     if damage == "flip":
         flip(path, 100)
         assert store.get("mask", SPEC.key) == artifact  # planning believes the stat stamp; the consumer does not
-        with pytest.raises(CorruptArtifact, match="only what is damaged is rebuilt"):
+        with pytest.raises(CorruptArtifact, match="only the damaged part is rebuilt"):
             fresh(store).read_shard(artifact, "mask", 1)
     elif damage == "truncate":
         path.write_bytes(path.read_bytes()[:-5])
@@ -201,7 +201,7 @@ def test_a_shard_that_the_disk_does_not_give_is_damage(store: Store, failing: An
     path = shard_path(store, artifact, 1)
     failing(path, number)
     with pytest.raises(
-        CorruptArtifact, match=rf"{path.name}: unreadable .*the disk may be failing.*only what is damaged"
+        CorruptArtifact, match=rf"{path.name}: unreadable .*the disk may be failing.*only the damaged part"
     ):
         fresh(store).read_table(artifact, "mask")
     assert not path.exists() and "unreadable" in quarantined(store)[0]

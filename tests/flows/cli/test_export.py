@@ -83,7 +83,7 @@ def test_nothing_is_overwritten(what, export, tmp_path):
 
 def test_an_unknown_round_is_answered_with_the_finished_ones(export, tmp_path):
     code, _, err = export("demo", tmp_path / "student", "--round", 7)
-    assert code == 2 and "finished are 0, 1, 2" in err
+    assert code == 2 and "finished rounds: 0, 1, 2" in err
 
 
 def test_a_damaged_student_is_not_exported(export, example_store, tmp_path):

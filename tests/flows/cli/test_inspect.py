@@ -1,8 +1,9 @@
-"""The commands that only look: what they print, which codes they exit with, and what they never load."""
+"""The read-only commands: output, exit codes, and modules that they never load."""
 
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import io
 import json
 import os
@@ -169,6 +170,36 @@ def test_a_run_whose_process_was_killed_is_not_shown_as_running(opd, example_sto
     assert (after["status"], after["rounds"][3]["stages"]["rollout"]["state"]) == ("stopped", "pending")
     text = opd("status", "demo", root=example_store).out
     assert "opd resume demo" in text and "student of round 2" in text
+
+
+def test_a_run_that_reached_the_requested_round_is_shown_as_paused(opd, example_store):
+    run = Run.open(example_store, "other")
+    with run.lock():
+        state = run.state
+        state.status = "stopped"
+        run.save(state)
+        run.save_experiment({"policy": {"rounds": 5}})
+    assert "other  paused at round 1 of 5" in opd("status", "other", root=example_store).out
+    assert "paused at round 1 of 5" in opd("ls", root=example_store).out
+    assert json.loads(opd("status", "other", "--json", root=example_store).out)["status"] == "stopped"
+    (run.directory / "experiment.yaml").write_text("damaged")
+    assert "other  paused at round 1\n" in opd("status", "other", root=example_store).out
+    with run.lock():
+        state.rounds.append(RoundState(round=2, stages={"rollout": StageState(state="failed", error="stopped")}))
+        run.save(state)
+    assert "other  stopped\n" in opd("status", "other", root=example_store).out
+
+
+def test_the_version_is_that_of_the_distribution(opd):
+    assert opd("--version", root=None) == (0, f"opdflow {importlib.metadata.version('opdflow')}\n", "")
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_states_the_exit_codes_in_a_paragraph_of_their_own(command, opd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = [line.strip() for line in opd(command, "--help", root=None).out.splitlines()]
+    (first,) = [number for number, line in enumerate(lines) if line.startswith("Exit codes:")]
+    assert lines[first - 1] == ""
 
 
 def test_a_failed_stage_is_shown_with_its_error_and_where_to_look(opd, example_store):

@@ -46,7 +46,9 @@ def a_file(root: Path, run: str, round: int, label: str, stage: str) -> Path:
 def test_verify_says_what_it_read(opd):
     result = opd("verify", "demo")
     assert (result.code, result.err) == (0, "")
-    assert "verified run 'demo': 16 artifacts" in result.out and "files" in result.out and "all is as" in result.out
+    assert (
+        "verified run 'demo': 16 artifacts" in result.out and "files" in result.out and "no damage found" in result.out
+    )
     data = json.loads(opd("verify", "--all", "--json").out)
     assert data["artifacts"] == 17 and data["bytes"] > 0 and data["problems"] == []
 

@@ -34,8 +34,8 @@ def test_a_good_config_is_described(tmp_path):
         (None, r"prompts\.jsonl: no such prompt file"),
         (['{"prompt": "1+1="}', '{"prompt": '], r"prompts\.jsonl:2: not JSON"),
         (['{"question": "1+1="}'], r"prompts\.jsonl:1.*prompt"),
-        (['{"prompt": ""}'], "no prompt is left of 1"),
-        ([json.dumps({"prompt": "9" * 100})], "no prompt is left of 1"),
+        (['{"prompt": ""}'], "none of 1 prompts is left"),
+        ([json.dumps({"prompt": "9" * 100})], "none of 1 prompts is left"),
     ],
 )
 def test_a_bad_prompt_file_is_named_with_its_line(tmp_path, lines, says):

@@ -1,4 +1,4 @@
-"""What an error says after its cause: what was kept, and the one command that goes on."""
+"""The hint after an error: committed results are kept, and the command that continues."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flows.run.hints import with_resume_hint
 from storage.errors import ConfigError, CorruptArtifact, IdentityMismatch, InputError, OpdError, RunBusy
 from storage.runs import Run
 
-KEPT = "what was committed stays; once the cause is gone: "
+KEPT = "committed results are kept; after fixing the cause: "
 
 
 @pytest.mark.parametrize("kind", [InputError, ConfigError, CorruptArtifact, OpdError])

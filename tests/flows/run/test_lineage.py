@@ -1,4 +1,4 @@
-"""What was evicted counts as done, and is made again when a stage must read it: the real maker, stages of plain rows."""
+"""Evicted artifacts count as done and are rebuilt when a stage must read them: the real maker, stages of plain rows."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_a_training_that_cannot_be_repeated_is_made_beside(root: Path, monkeypat
     with monkeypatch.context() as changed:
         changed.setattr(sys.modules["scripted_engines"], "table_digest", lambda table: "of a new release")
         for _ in range(2):
-            with pytest.raises(CorruptArtifact, match="another student") as refused:
+            with pytest.raises(CorruptArtifact, match="retraining gave weights") as refused:
                 go_on(root)
         assert everything(root) == {name: content for name, content in before.items() if name != lost}
         [found] = re.findall(r"opd fork NAME@(\d) --name NEW --set (seed=\d+)$", str(refused.value))

@@ -1,4 +1,4 @@
-"""A run whose own files are damaged: what is refused, what is made again, and that no collection comes between."""
+"""A run whose own files are damaged: what is refused, what is rebuilt, and that nothing is collected meanwhile."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_lost_identity_is_written_again_and_two_lost_ones_are_refused(root: Pa
     assert len(said) == 1 and "identity.json" in said[0]
     (run.directory / "identity.json").unlink()
     (run.directory / "experiment.yaml").unlink()
-    with pytest.raises(CorruptArtifact, match="give another --name"):
+    with pytest.raises(CorruptArtifact, match="use another --name"):
         in_process.run(root)
 
 
@@ -133,7 +133,7 @@ def test_a_lost_state_is_made_again_as_it_was(root: Path) -> None:
     assert Trial(root.parent, root.parent).result() == result
     assert "state.json" in said[0] and "rounds 0 to 2" in said[1]
     assert Collector(Store(root)).plan().items == []
-    assert "state.json" in notes(root) and "set aside" in run.log_path("run").read_text()
+    assert "state.json" in notes(root) and "moved to quarantine" in run.log_path("run").read_text()
 
 
 def test_a_made_up_state_knows_what_is_begun_and_what_lies_past_the_config(root: Path) -> None:

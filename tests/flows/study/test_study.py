@@ -66,12 +66,12 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("methods/opd/set", {"runtime.threads": 2}, r"methods\.opd\.set\.runtime"),
         ("methods/forward/set", {"train.lr": 1}, r"methods\.forward\.set\.train\.lr: the sweep of group 'direct'"),
         ("methods/opd/config", "recipes/none.yaml", r"recipes/none\.yaml: no such config file"),
-        ("methods/not a name", {}, r"no run can be named 'study-small-not a name-s0'"),
-        ("set", {"policy": {"rounds": 3}}, r"set\.policy: a study says seeds and rounds itself"),
-        ("seeds", [1, 1], r"seeds: one stands there twice"),
+        ("methods/not a name", {}, r"'study-small-not a name-s0' is not a valid run name"),
+        ("set", {"policy": {"rounds": 3}}, r"set\.policy: a study sets seeds and rounds itself"),
+        ("seeds", [1, 1], r"seeds: a value is repeated"),
         ("sweep", None, r"methods\.bucket\.group: 'direct' is not in sweep\.groups; there are: none"),
         ("sweep/groups/direct/method", "opd", r"groups\.direct\.method: 'opd' must belong to the group"),
-        ("sweep/groups/direct/lrs", [1e-4, 1e-4], r"groups\.direct\.lrs: one stands there twice"),
+        ("sweep/groups/direct/lrs", [1e-4, 1e-4], r"groups\.direct\.lrs: a value is repeated"),
         ("sweep/groups/other", {"method": "opd", "lrs": [1e-4]}, r"direct 3, other 1; give each equally many"),
     ],
 )
@@ -234,6 +234,6 @@ def test_what_every_further_run_would_meet_stops_the_study(tmp_path, monkeypatch
 def test_a_study_that_changed_asks_for_another_name(tmp_path, monkeypatch):
     fake(monkeypatch)
     run_study(loaded(tmp_path, small()), tmp_path)
-    with pytest.raises(IdentityMismatch, match=r"train\.samples_per_step[\s\S]*give it another `name`"):
+    with pytest.raises(IdentityMismatch, match=r"train\.samples_per_step[\s\S]*give the study another `name`"):
         run_study(loaded(tmp_path, changed("set", {"train.samples_per_step": 8})), tmp_path)
     assert len(Run.list(tmp_path)) == 9

@@ -65,7 +65,7 @@ def test_other_settings_stay_and_are_named(folder: Path) -> None:
     assert found is None
     assert said == [
         "the checkpoint of step 9 was made with other settings (threads 2, now 8) and is not used;"
-        " with the old settings the run goes on from it"
+        " with the old settings the run continues from it"
     ]
 
 
@@ -75,7 +75,7 @@ def test_one_of_another_artifact_is_not_ours(folder: Path, tmp_path: Path) -> No
     with Store(tmp_path / "store").building(ArtifactSpec.of("mask", 1, {"a": 2}, {})) as builder:
         ours.rename(builder.path / ours.name)
         found, said = kept(builder.path).newest()
-    assert found is None and "it is the record of another checkpoint" in said[0]
+    assert found is None and "the record of another checkpoint" in said[0]
     assert list(builder.path.iterdir()) == []
 
 

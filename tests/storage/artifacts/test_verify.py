@@ -1,4 +1,4 @@
-"""Verification of a run: everything is hashed, what is damaged is set aside, and only that is rebuilt."""
+"""Verification of a run: everything is hashed, damage is quarantined, and only that is rebuilt."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_everything_and_what_it_was_made_from_is_read_once(store: Store, run: Ru
     sizes = [path.stat().st_size for path in files if path.is_file() and "sidecar" not in path.name]
     assert (found.files, found.bytes) == (len(sizes), sum(sizes))
     shutil.rmtree(store.root / "artifacts" / "mask" / mask_of(store, run).key)
-    assert [problem.reason for problem in verified(store, run).problems] == ["missing, though a run used this artifact"]
+    assert [problem.reason for problem in verified(store, run).problems] == ["missing, but a run used this artifact"]
 
 
 def test_no_memo_is_trusted(store: Store, run: Run) -> None:

@@ -28,7 +28,7 @@ def disarmed() -> Iterator[None]:
 
 def test_every_declared_failpoint_is_in_the_code_once_and_no_other() -> None:
     found: Counter[str] = Counter()
-    for path in [p for room in ("storage", "tasks", "flows") for p in (CHECKOUT / room).rglob("*.py")]:
+    for path in [p for folder in ("storage", "tasks", "flows") for p in (CHECKOUT / folder).rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "failpoint":
                 assert isinstance(node.args[0], ast.Constant), f"{path}:{node.lineno}: a failpoint's name is a literal"

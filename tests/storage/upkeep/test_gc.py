@@ -1,4 +1,4 @@
-"""Collection: what goes, what never does, and what a kill in the middle leaves."""
+"""Collection: what is removed, what never is, and what a kill during it leaves."""
 
 from __future__ import annotations
 

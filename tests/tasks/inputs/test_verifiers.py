@@ -135,7 +135,7 @@ def test_missing_answer_is_an_error_not_a_wrong_answer(config):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"kind": "exact_match", "extract": "(open"}, "no regular expression"),
+        ({"kind": "exact_match", "extract": "(open"}, "not a regular expression"),
         ({"kind": "function", "target": "module.function"}, "target"),
         ({"kind": "math_verify", "timeout": 0}, "timeout"),
         ({"kind": "exact_match", "regex": "x"}, "regex"),

@@ -72,7 +72,7 @@ def test_a_bad_value_is_refused_by_sample_column_and_token(path: str, value: Any
     message, column = str(caught.value), path.partition("[")[0]
     assert message.startswith(f"{column}: sample 'p2/1/0', token 1: ") and says in message
     if "token_ids" not in path:
-        assert "scored again" in message
+        assert "score it again" in message
 
 
 @pytest.mark.parametrize("path", [*TAILS, "student_topk.teacher_logprobs[1]"])
@@ -136,7 +136,7 @@ def test_an_id_that_a_list_holds_twice_is_refused() -> None:
     made = rows()
     ids = made["student_topk"][2]["ids"][1]
     ids[3] = ids[1]
-    with pytest.raises(InputError, match=rf"student_topk.ids: sample 'p2/1/0', token 1: found {ids[1]}; .*once"):
+    with pytest.raises(InputError, match=rf"student_topk.ids: sample 'p2/1/0', token 1: found {ids[1]}; .*unique"):
         load(made)
 
 

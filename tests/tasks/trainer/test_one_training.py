@@ -81,7 +81,7 @@ def test_what_is_made_again_belongs_to_what_is_there(
     before = make(work, store, trainers[1], None)
     lose(store, before)
     known = set((store.root / "quarantine").iterdir())
-    with pytest.raises(CorruptArtifact, match="another student") as refused:
+    with pytest.raises(CorruptArtifact, match="retraining gave weights") as refused:
         make(work, store, trainers[1], None, checkpoint_minutes=0, **OTHER)
     assert LOSSES[lose] in str(refused.value) and "opd fork NAME@0 --name NEW --set seed=" in str(refused.value)
     for name, artifact in before.artifacts.items():

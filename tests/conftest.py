@@ -16,8 +16,11 @@ from storage.runs import RoundState, Run, StageState
 from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
 
-pytest_plugins = ["fault_recorder"]
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores Ctrl-C, and children inherit that
+pytest_plugins = ["fault_trials", "pytester"]
+# A background shell ignores SIGINT, nohup SIGHUP, and children inherit that; a handler of our own they do not inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 WORDS = ["<end>", "one", "two", "three", "\ufffd"]
 """Texts of the token ids in `example_store`; the last is no valid text alone."""

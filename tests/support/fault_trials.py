@@ -24,6 +24,7 @@ MARKS = "faults or promise"
 MATTERS = ("storage", "tasks", "flows", "tests", "configs", "requirements", "pyproject.toml")
 """What a result depends on. A change elsewhere, or to what git ignores, does not make it another commit's."""
 FULL_SECONDS = 12 * 3600
+_RECORD = pytest.StashKey["Record | None"]()
 
 
 def both_forms(short: int, full: int) -> pytest.MarkDecorator:
@@ -150,7 +151,7 @@ class Plugin:
                     f"{item.nodeid}: needs either the fixture `trials` or @pytest.mark.promise(row, fault)"
                 )
             if mark is not None:
-                self._promises[item.nodeid] = mark.args  # type: ignore[assignment]
+                self._promises[item.nodeid] = mark.args
         if self.record:
             passed = self.record.ended()
             done = [item for item in items if item.nodeid in passed]
@@ -189,13 +190,15 @@ class Plugin:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Plugin(config), "fault-trials")
+    plugin = Plugin(config)
+    config.stash[_RECORD] = plugin.record
+    config.pluginmanager.register(plugin, "fault-trials")
 
 
 @pytest.fixture
 def trials(request: pytest.FixtureRequest) -> Trials:
     """Makes and, in the full form, records the trials of this test."""
-    return Trials(request.config.pluginmanager.get_plugin("fault-trials").record, request.node.nodeid)
+    return Trials(request.config.stash[_RECORD], request.node.nodeid)
 
 
 def _when(seconds: float) -> dict[str, Any]:

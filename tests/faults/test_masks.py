@@ -26,7 +26,7 @@ from tasks.inputs.models import CheckpointModel, model_work
 from tasks.losses.needs import Needs, SignalNeed, StudentRequest
 from tasks.prepare import PrepareConfig, prepare_work
 from tasks.supervise import SpecialTokens, mask_rules
-from tasks.trainer.data import forward_batch, from_rollouts, token_weights
+from tasks.trainer.data import forward_batch, from_rollouts, loss_denominators
 
 pytestmark = pytest.mark.promise(8, "conversations through two tokenizers; a tokenizer changed in mid-run")
 
@@ -211,7 +211,7 @@ def check_batches(
     assert samples.keep.tolist() == [keep for tokens in trained for keep in tokens]
     for start in range(0, len(samples), 64):
         rows = list(range(start, min(start + 64, len(samples))))
-        weights = token_weights(samples, rows, "token", None)
+        weights = loss_denominators(samples, rows, "token", None)
         batch = forward_batch(samples, rows, weights, list(range(len(rows))), False, torch.device("cpu"))
         inputs, length = batch.input_ids_BT.numpy(), batch.input_ids_BT.shape[1]
         got = set()

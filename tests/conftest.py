@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors.numpy import save_file
 from storage.runs import RoundState, Run, StageState
 from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
+from tasks.workers.pool import Worker
 
 pytest_plugins = ["fault_trials", "pytester"]
 # A background shell ignores SIGINT, nohup SIGHUP, and children inherit that; a handler of our own they do not inherit.
@@ -185,3 +188,15 @@ def example_store(example_store_once: Path, tmp_path: Path) -> Path:
     root = tmp_path / "store"
     shutil.copytree(example_store_once, root)
     return root
+
+
+@pytest.fixture(scope="session")
+def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Worker]]:
+    """Real trainers of one and of two ranks, launched once as the supervisor does, and kept warm for all tests."""
+    from trainer_world import launch_trainer  # imports torch
+
+    folder = tmp_path_factory.mktemp("trainers")
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda ranks: launch_trainer(ranks, folder / f"{ranks}.log", ["stoppable_trainer"]), (1, 2))
+        yield {1: one, 2: two}
+        list(pool.map(Worker.close, (one, two)))

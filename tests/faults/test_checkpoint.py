@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,14 +125,9 @@ def resumed_after(made: Made) -> int:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(tmp_path_factory: pytest.TempPathFactory, trainers: dict[int, Worker]) -> Bench:
     folder = tmp_path_factory.mktemp("checkpoints")
-    with ExitStack() as stack:
-        warm = {}
-        for ranks in (1, 2):
-            warm[ranks] = launch_trainer(ranks, folder / f"warm-{ranks}.log", ["stoppable_trainer"])
-            stack.callback(warm[ranks].close)
-        yield Bench(make_world(folder / "store"), folder, warm, {})
+    return Bench(make_world(folder / "store"), folder, trainers, {})
 
 
 @pytest.mark.parametrize("setup", SETUPS)

@@ -71,7 +71,9 @@ def collect() -> list[str]:
     """The ids of all tests of the full form."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", MARKS]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
-    assert done.returncode == 0, f"pytest cannot collect the tests of the full form:\n{done.stdout}{done.stderr}"
+    assert done.returncode == 0, (
+        f"pytest cannot collect the tests of the full form:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    )
     return done.stdout.partition("\n\n")[0].splitlines()
 
 

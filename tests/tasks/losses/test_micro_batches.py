@@ -26,7 +26,7 @@ from tasks.losses.divergences import REGISTRY
 from tasks.losses.head import ChunkedHead, PlainHead
 from tasks.losses.token_weights import TOKEN_WEIGHTS
 from tasks.losses.trust_regions import TRUST_REGIONS
-from tasks.trainer.data import Samples, forward_batch, from_rollouts, token_weights
+from tasks.trainer.data import Samples, forward_batch, from_rollouts, loss_denominators
 from tasks.trainer.model import LossHead
 
 V, D, K = 13, 6, 4
@@ -154,7 +154,7 @@ def step(name: str, samples: Samples, rows: Sequence[int], parts: Parts, provide
     config = objective_config.validate_python(OBJECTIVES[name])
     model = Backwards()
     loss_head = LossHead(model.head, make_objective(config), provider, None)
-    weights = token_weights(samples, rows, config.normalisation, config.normalisation_length)
+    weights = loss_denominators(samples, rows, config.normalisation, config.normalisation_length)
     total = torch.zeros(())
     for places, filler in parts:
         batch = forward_batch(samples, rows, weights, places, filler, CPU)
@@ -195,7 +195,7 @@ def test_cutting_a_step_and_padding_change_nothing(name: str, data: st.DataObjec
 def test_the_loss_of_a_step_is_the_mean_over_its_tokens_that_count(name: str) -> None:
     config, samples, rows = objective_config.validate_python(OBJECTIVES[name]), samples_for(name), range(len(LENGTHS))
     model = Backwards()
-    batch = forward_batch(samples, rows, token_weights(samples, rows, "token", None), rows, False, CPU)
+    batch = forward_batch(samples, rows, loss_denominators(samples, rows, "token", None), rows, False, CPU)
     hidden_ND = model.hidden(batch.input_ids_BT).reshape(-1, D)[batch.hidden_index_N]
     objective = make_objective(config)
     per_token = objective(batch.tokens, PlainHead()(hidden_ND, model.head, batch.tokens, objective.needs.student))

@@ -153,6 +153,7 @@ def test_what_passes_while_the_code_changes_does_not_count(project: Project) -> 
 def test_the_page_counts_trials_and_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fault_table, "ROWS", (2, 12))
     record, tests = Record(tmp_path / "abc.jsonl"), ["t.py::a[1]", "t.py::a[2]", "t.py::b[full]", "u.py::b[full]"]
+    assert fault_table.report(record, tests) == "Not run yet on commit abc."
     for row, fault, trial, seconds, test in (
         (12, "fault", None, 30.0, tests[0]),
         (12, "fault", None, 60.0, tests[1]),
@@ -172,7 +173,7 @@ def test_the_page_counts_trials_and_names_what_is_missing(tmp_path: Path, monkey
     record.add(row=2, fault="other", trial="2", ok=False, seconds=1.0, test=tests[3], day="2026-01-03")
     text = fault_table.report(record, [*tests, "t.py::new"])
     assert text.startswith("**Incomplete**: so far 5 trials on commit abc, 2026-01-02 to 2026-01-03; 1 failures.")
-    assert "- `t.py::new`\n- row 5: no trial\n" in text and "| 5 |  | 0 | **missing** |" in text
+    assert "- `t.py::new`: 1 of its tests\n- row 5: no trial\n" in text and "| 5 |  | 0 | **missing** |" in text
     assert "| 2 | other | 3 | **1 failed** |" in text
     page = tmp_path / "page.md"
     page.write_text(f"before\n{fault_table.BEGIN}\nold\n{fault_table.END}\nafter\n")

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,14 @@ def table(lines: list[dict[str, Any]]) -> str:
 def report(record: Record, tests: list[str]) -> str:
     """What the page says: how many trials, on which commit, when; which of `tests` have not passed; the table."""
     lines = [line for line in record.lines() if line["row"] is not None]
+    if not lines:
+        return f"Not run yet on commit {record.path.stem}."
     trials, failures = len({(x["test"], x["fault"], x["trial"]) for x in lines}), sum(not x["ok"] for x in lines)
-    days = " to ".join(sorted({min(x["day"] for x in lines), max(x["day"] for x in lines)})) if lines else "no day"
+    days = " to ".join(sorted({min(x["day"] for x in lines), max(x["day"] for x in lines)}))
     said = f"{trials} trials on commit {record.path.stem}, {days}; {failures} failures."
     passed = record.ended()
-    left = [f"`{test}`" for test in tests if test not in passed]
+    missing = Counter(test.partition("[")[0] for test in tests if test not in passed)
+    left = [f"`{function}`: {count} of its tests" for function, count in missing.items()]
     left += [f"row {row}: no trial" for row in ROWS if row not in {line["row"] for line in lines}]
     if left:
         said = f"**Incomplete**: so far {said} Not passed:\n\n" + "\n".join(f"- {name}" for name in left)

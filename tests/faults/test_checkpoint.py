@@ -56,6 +56,8 @@ def recipe_objective(path: Path) -> AnyObjective:
 
 
 RECIPES = {path.stem: recipe_objective(path) for path in sorted((CHECKOUT / "configs" / "recipes").glob("*.yaml"))}
+SHORT = ("tropd", "revisiting-opd")
+"""Recipes in `make test`: one that draws, one that compares with the rollouts' policy."""
 SAVING = {
     0: ("begun", "before_write", "after_write", "after_sync", "before_record", "before_rename", "after_rename", "before_sweep"),
     1: ("before_write", "after_write", "after_sync"),
@@ -130,7 +132,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory, trainers: dict[int, Worker])
     return Bench(make_world(folder / "store"), folder, trainers, {})
 
 
-@pytest.mark.parametrize("setup", [*SETUPS, *RECIPES])
+@pytest.mark.parametrize(
+    "setup",
+    [*SETUPS, *(pytest.param(name, marks=() if name in SHORT else pytest.mark.slow) for name in RECIPES)],
+)
 def test_a_round_that_stops_goes_on_bit_for_bit(bench: Bench, setup: str) -> None:
     """A warm trainer, stopped by an error after some step, twice."""
     tag = f"stopped {setup}"

@@ -56,8 +56,8 @@ def recipe_objective(path: Path) -> AnyObjective:
 
 
 RECIPES = {path.stem: recipe_objective(path) for path in sorted((CHECKOUT / "configs" / "recipes").glob("*.yaml"))}
-SHORT = ("tropd", "revisiting-opd")
-"""Recipes in `make test`: one that draws, one that compares with the rollouts' policy."""
+SHORT = ("tropd", "reopold")
+"""Recipes in `make test`: one that draws per token, one that weighs by the ratio to the policy of the rollouts."""
 SAVING = {
     0: ("begun", "before_write", "after_write", "after_sync", "before_record", "before_rename", "after_rename", "before_sweep"),
     1: ("before_write", "after_write", "after_sync"),

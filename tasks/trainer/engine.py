@@ -70,7 +70,7 @@ def start() -> torch.device:
 
 
 def _import_muon() -> None:
-    """DeepSpeed imports this optimizer to compare types. Its decorators would load torch's compiler, 3 s at every start."""
+    """DeepSpeed imports this optimizer to compare types. Its decorators would load torch's compiler, 2 s at every start."""
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:

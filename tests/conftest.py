@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,13 @@ from safetensors.numpy import save_file
 from storage.runs import RoundState, Run, StageState
 from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
+from tasks.workers.pool import Worker
 
-pytest_plugins = ["fault_recorder"]
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores Ctrl-C, and children inherit that
+pytest_plugins = ["fault_trials", "pytester"]
+# A background shell ignores SIGINT, nohup SIGHUP, and children inherit that; a handler of our own they do not inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 WORDS = ["<end>", "one", "two", "three", "\ufffd"]
 """Texts of the token ids in `example_store`; the last is no valid text alone."""
@@ -182,3 +188,15 @@ def example_store(example_store_once: Path, tmp_path: Path) -> Path:
     root = tmp_path / "store"
     shutil.copytree(example_store_once, root)
     return root
+
+
+@pytest.fixture(scope="session")
+def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Worker]]:
+    """Real trainers of one and of two ranks, launched once as the supervisor does, and kept warm for all tests."""
+    from trainer_world import launch_trainer  # imports torch
+
+    folder = tmp_path_factory.mktemp("trainers")
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda ranks: launch_trainer(ranks, folder / f"{ranks}.log", ["extra_credits"]), (1, 2))
+        yield {1: one, 2: two}
+        list(pool.map(Worker.close, (one, two)))

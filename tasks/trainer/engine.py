@@ -5,6 +5,7 @@ the world size; DeepSpeed's scaling by accumulation steps is off, and accumulati
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -51,6 +52,7 @@ def start() -> torch.device:
     set_log_level_from_string("warning")
     transformers.utils.logging.disable_progress_bar()
     if not dist.is_initialized():
+        _import_muon()
         # compiled with g++ at the first start and used by inference alone
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         meeting = Path(os.environ["OPD_WORKER_SOCKET"]).parent / "ranks"
@@ -65,6 +67,18 @@ def start() -> torch.device:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     return device
+
+
+def _import_muon() -> None:
+    """DeepSpeed imports this optimizer to compare types. Its decorators would load torch's compiler, 2 s at every start."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        os.environ.pop("TORCHDYNAMO_DISABLE")
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 def deepspeed_config(path: str | None, settings: OptimizerSettings, parameters: int) -> dict[str, Any]:

@@ -41,29 +41,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     return FinishedRun(root, "base", status)
 
 
-def copy_round_0(finished: FinishedRun, root: Path) -> Path:
-    """A new store that holds what round 0 made and nothing else."""
-    keys = {
-        (stage, key)
-        for label in ("model", "model_teacher", "prepare", "warmup", "warmup_teacher", "evaluate")
-        for stage, key in finished.stage(0, label)["artifacts"].items()
-    }
-    for stage, key in keys:
-        shutil.copytree(finished.root / "artifacts" / stage / key, root / "artifacts" / stage / key)
-    return root
+@pytest.fixture(scope="session")
+def copy_round_0(finished: FinishedRun) -> Callable[[Path], Path]:
+    """Makes a new store that holds what round 0 made and nothing else, so that a run in it need not warm up again."""
+
+    def copy(root: Path) -> Path:
+        labels = ("model", "model_teacher", "prepare", "warmup", "warmup_teacher", "evaluate")
+        for stage, key in {pair for label in labels for pair in finished.stage(0, label)["artifacts"].items()}:
+            shutil.copytree(finished.root / "artifacts" / stage / key, root / "artifacts" / stage / key)
+        return root
+
+    return copy
 
 
 @pytest.fixture
-def prepared_root(finished: FinishedRun, tmp_path: Path) -> Callable[[], Path]:
-    """New stores with round 0, so that interruptions need not warm up again."""
-
-    def make(name: str = "store") -> Path:
-        return copy_round_0(finished, tmp_path / name)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def prepared_root_once(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One such store for all tests of a file."""
-    return copy_round_0(finished, tmp_path_factory.mktemp("prepared") / "store")
+def prepared_root(copy_round_0: Callable[[Path], Path], tmp_path: Path) -> Callable[[], Path]:
+    """Makes such a store in the test's own folder."""
+    return lambda name="store": copy_round_0(tmp_path / name)

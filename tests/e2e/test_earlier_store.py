@@ -79,7 +79,7 @@ def test_a_fork_shares_its_rounds(root):
     assert [states[2, stage] for stage in ("rollout", "supervise", "train")] == ["cached", "cached", "run"]
 
 
-@pytest.mark.parametrize("run", ["base", "gradient"])
+@pytest.mark.parametrize("run", ["gradient", pytest.param("base", marks=pytest.mark.slow)])
 def test_its_training_replays_bit_for_bit(root, run):
     results = json.loads(opd(root, "replay", run, "--round", 1, "--json").stdout)
     assert len(results) == 3 and all(result["identical"] for result in results)

@@ -47,6 +47,7 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 
 @pytest.mark.promise(10, "Ctrl-C, opd stop, SIGKILL, one after the other; real engines")
+@pytest.mark.slow
 def test_a_run_that_is_stopped_held_and_killed_ends_with_the_undisturbed_student(finished, prepared_root):
     """One story, because every start of the engines costs half a minute."""
     root = prepared_root()

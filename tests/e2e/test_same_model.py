@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 import pyarrow.compute as pc
+import pytest
 from opd_cli import opd
 from places import TINY
 
 from storage.store import Store
 
 
+@pytest.mark.slow
 def test_a_student_that_is_its_own_teacher_has_no_divergence_anywhere(finished, tmp_path):
     model = tmp_path / "model"
     finished.opd("export", "base", model)

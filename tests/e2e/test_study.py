@@ -1,4 +1,5 @@
-"""A study with real engines: a sweep chooses the learning rate, runs share what is equal, repeating it costs nothing."""
+"""A study by `opd study`: a sweep chooses the learning rate, runs share what is equal, repeating it costs nothing. With scripted
+engines in `make test`, with the real ones in `make test-full`."""
 
 from __future__ import annotations
 
@@ -6,32 +7,41 @@ import json
 
 import pyarrow.parquet
 import pytest
+import scripted_run
 import yaml
 from opd_cli import opd
-from places import CHECKOUT, TINY
+from places import CONFIGS, PLUGINS, TINY
 
 from flows.experiment import load_experiment
 
-STUDY = {
-    "name": "small",
-    "base": str(TINY),
-    "seeds": [0],
-    "rounds": 1,
-    "methods": {
-        "bucket": {"group": "direct"},
-        "sampled": {"config": str(CHECKOUT / "configs" / "recipes" / "opd.yaml")},
-    },
-    "sweep": {"seeds": [0], "rounds": 1, "groups": {"direct": {"method": "bucket", "lrs": [1e-5, 1e-3]}}},
-}
+RECIPE = CONFIGS / "recipes" / "opd.yaml"
 RUNS = ("study-small-sweep-direct-1e-05-s0", "study-small-sweep-direct-0.001-s0", "study-small-bucket-s0")
 
 
+@pytest.fixture(scope="module", params=["scripted", pytest.param("real", marks=pytest.mark.slow)])
+def base(request, tmp_path_factory):
+    """A store with models and prompts, the study's base, and its steps per round."""
+    folder = tmp_path_factory.mktemp("study")
+    if request.param == "real":
+        yield request.getfixturevalue("copy_round_0")(folder / "store"), TINY, 4
+        return
+    config = folder / "base.yaml"
+    rollout = scripted_run.EXPERIMENT["rollout"] | {"top_p": 0.9}  # the recipe's is 1
+    config.write_text(yaml.safe_dump(scripted_run.EXPERIMENT | {"rollout": rollout}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(PLUGINS))
+        yield scripted_run.prepare_root(folder / "store"), config, 2
+
+
 @pytest.fixture(scope="module")
-def studied(prepared_root_once, tmp_path_factory):
+def studied(base, tmp_path_factory):
     """The study's first call, and its second."""
-    root = prepared_root_once
-    study = tmp_path_factory.mktemp("study") / "small.yaml"
-    study.write_text(yaml.safe_dump(STUDY))
+    root, config, _ = base
+    study = root.parent / "small.yaml"
+    methods = {"bucket": {"group": "direct"}, "sampled": {"config": str(RECIPE)}}
+    sweep = {"seeds": [0], "rounds": 1, "groups": {"direct": {"method": "bucket", "lrs": [1e-5, 1e-3]}}}
+    text = {"name": "small", "base": str(config), "seeds": [0], "rounds": 1, "methods": methods, "sweep": sweep}
+    study.write_text(yaml.safe_dump(text))
     return root, study, opd("study", study, root=root), opd("study", study, root=root)
 
 
@@ -39,16 +49,16 @@ def states(root) -> dict[str, dict]:
     return {path.parent.name: json.loads(path.read_text()) for path in (root / "runs").glob("*/state.json")}
 
 
-def test_the_sweep_chooses_the_rate_that_ends_nearest_to_the_teacher(studied):
+def test_the_sweep_chooses_the_rate_that_ends_nearest_to_the_teacher(base, studied):
     root, *_ = studied
     rows = pyarrow.parquet.read_table(root / "studies" / "small" / "results.parquet").to_pylist()
     final = {row["run"]: row for row in rows if row["round"] == 1}
     best = min(RUNS[:2], key=lambda name: final[name]["reverse_kl"])
     chosen = final["study-small-bucket-s0"]
     assert chosen["lr"] == final[best]["lr"] and chosen["reverse_kl"] == final[best]["reverse_kl"]
-    recipe = load_experiment(CHECKOUT / "configs" / "recipes" / "opd.yaml")
+    recipe = load_experiment(RECIPE)
     assert final["study-small-sampled-s0"]["lr"] == recipe.train.lr, "its recipe's, over the study's base"
-    assert all(row["grad_norm_max"] > 0 and row["steps"] == 4 for row in final.values())
+    assert all(row["grad_norm_max"] > 0 and row["steps"] == base[2] for row in final.values())
 
 
 def test_what_is_equal_is_made_once(studied):

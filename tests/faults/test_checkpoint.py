@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_trials import Trials, both_forms
+from fault_trials import FULL_SECONDS, Trials, both_forms
 from pydantic import TypeAdapter
 from trainer_world import K, Made, World, launch_trainer, make, make_world
 
@@ -57,6 +56,8 @@ def recipe_objective(path: Path) -> AnyObjective:
 
 
 RECIPES = {path.stem: recipe_objective(path) for path in sorted((CHECKOUT / "configs" / "recipes").glob("*.yaml"))}
+SHORT = ("tropd", "reopold")
+"""Recipes in `make test`: one that draws per token, one that weighs by the ratio to the policy of the rollouts."""
 SAVING = {
     0: ("begun", "before_write", "after_write", "after_sync", "before_record", "before_rename", "after_rename", "before_sweep"),
     1: ("before_write", "after_write", "after_sync"),
@@ -126,17 +127,15 @@ def resumed_after(made: Made) -> int:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(tmp_path_factory: pytest.TempPathFactory, trainers: dict[int, Worker]) -> Bench:
     folder = tmp_path_factory.mktemp("checkpoints")
-    with ExitStack() as stack:
-        warm = {}
-        for ranks in (1, 2):
-            warm[ranks] = launch_trainer(ranks, folder / f"warm-{ranks}.log")
-            stack.callback(warm[ranks].close)
-        yield Bench(make_world(folder / "store"), folder, warm, {})
+    return Bench(make_world(folder / "store"), folder, trainers, {})
 
 
-@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize(
+    "setup",
+    [*SETUPS, *(pytest.param(name, marks=() if name in SHORT else pytest.mark.slow) for name in RECIPES)],
+)
 def test_a_round_that_stops_goes_on_bit_for_bit(bench: Bench, setup: str) -> None:
     """A warm trainer, stopped by an error after some step, twice."""
     tag = f"stopped {setup}"
@@ -216,14 +215,20 @@ def test_a_damaged_checkpoint_is_never_used(bench: Bench, damage: Callable[[Path
     bench.check(made, "float32", 1)
 
 
-def test_a_round_that_begins_anew_says_so_until_it_has_a_checkpoint(bench: Bench) -> None:
-    """The attempt that finds all checkpoints damaged is killed before it has saved one; the next finds none at all."""
-    tag, anew = "damaged and killed", "no checkpoint can be used: training restarts at the first of 12 steps"
+@pytest.mark.parametrize("end", ["error", pytest.param("kill", marks=pytest.mark.slow)])
+def test_a_round_that_begins_anew_says_so_until_it_has_a_checkpoint(bench: Bench, end: str) -> None:
+    """The attempt that finds all checkpoints damaged ends before it has saved one; the next finds none at all."""
+    tag, anew = f"damaged, then {end}", "no checkpoint can be used: training restarts at the first of 12 steps"
     with pytest.raises(OpdError, match="a failpoint"):
         bench.train("float32", bench.warm[1], tag, failpoints="train.after_step=raise:OpdError@7")
     for path in (damaged := bench.checkpoints()):
         torn_tensors(path)
-    first = bench.killed("float32", 1, tag, "train.after_step=kill@1")
+    if end == "kill":
+        first = bench.killed("float32", 1, tag, "train.after_step=kill@1")
+    else:
+        first = []
+        with pytest.raises(OpdError, match="a failpoint"):
+            bench.train("float32", bench.warm[1], tag, said=first, failpoints="train.after_step=raise:OpdError@1")
     assert sum("is damaged and in quarantine" in line for line in first) == 2 and any(anew in line for line in first)
     assert bench.checkpoints() == []
     made = bench.train("float32", bench.warm[1], tag)
@@ -255,8 +260,9 @@ def test_a_rank_killed_while_it_saves(bench: Bench, trials: Trials, count: int) 
     trials(4, "a rank of two killed while a checkpoint is saved", names[:count], attempt)
 
 
-@both_forms(short=1, full=20)
-def test_killed_after_a_random_step(bench: Bench, trials: Trials, count: int) -> None:
+@pytest.mark.faults
+@pytest.mark.timeout(FULL_SECONDS)
+def test_killed_after_a_random_step(bench: Bench, trials: Trials) -> None:
     def attempt(name: str) -> None:
         draw = random.Random(f"step {name}")
         setup, ranks, step = draw.choice(list(SETUPS)), draw.choice((1, 2)), draw.randint(1, STEPS)
@@ -265,11 +271,12 @@ def test_killed_after_a_random_step(bench: Bench, trials: Trials, count: int) ->
         assert resumed_after(made) in (step - 1, step)  # the other rank may not have heard of it yet
         bench.check(made, setup, ranks)
 
-    trials(5, "SIGKILL after a random step, one and two ranks", map(str, range(count)), attempt)
+    trials(5, "SIGKILL after a random step, one and two ranks", map(str, range(20)), attempt)
 
 
-@both_forms(short=1, full=len(RECIPES))
-def test_every_recipe_goes_on_bit_for_bit(bench: Bench, trials: Trials, count: int) -> None:
+@pytest.mark.faults
+@pytest.mark.timeout(FULL_SECONDS)
+def test_every_recipe_goes_on_bit_for_bit(bench: Bench, trials: Trials) -> None:
     """Draws of trust regions, ratios to the rollouts' policy and metrics of every objective depend on no step before."""
 
     def attempt(name: str) -> None:
@@ -280,5 +287,4 @@ def test_every_recipe_goes_on_bit_for_bit(bench: Bench, trials: Trials, count: i
         assert resumed_after(made) in (step - 1, step)
         bench.check(made, name, 2)
 
-    names = random.Random("recipes").sample(sorted(RECIPES), count)
-    trials(5, "SIGKILL after a random step, every recipe, two ranks", names, attempt)
+    trials(5, "SIGKILL after a random step, every recipe, two ranks", RECIPES, attempt)

@@ -163,7 +163,7 @@ def warm(root: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@both_forms(short=20, full=200)
+@both_forms(short=6, full=200)
 def test_damage_is_noticed_before_use(world: World, trials: Trials, tmp_path: Path, damage: str, count: int) -> None:
     def attempt(name: str) -> None:
         draw = random.Random(f"{damage} {name}")
@@ -200,7 +200,7 @@ def test_damage_is_noticed_before_use(world: World, trials: Trials, tmp_path: Pa
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@both_forms(short=6, full=60)
+@both_forms(short=3, full=60)
 def test_damage_to_a_runs_own_files_is_noticed(
     world: World, trials: Trials, tmp_path: Path, damage: str, count: int
 ) -> None:

@@ -27,11 +27,16 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(start: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    folder = tmp_path_factory.mktemp("expected")
-    shutil.copytree(start, folder / "store")
-    in_process.run(folder / "store")
-    return Trial(folder, folder / "none").result()
+def finished(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("finished") / "store"
+    shutil.copytree(start, root)
+    in_process.run(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(finished: Path) -> dict:
+    return Trial(finished.parent, finished.parent / "none").result()
 
 
 def keys(root: Path, table: str) -> dict[int, Counter[str]]:
@@ -63,7 +68,7 @@ def count_keys(root: Path, used: list) -> None:
             assert counts == Counter(sample for at, sample in planned if at == number), table
 
 
-@both_forms(short=4, full=100)
+@both_forms(short=2, full=100)
 def test_shards_that_are_there_twice_count_once(
     start: Path, expected: dict, trials: Trials, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,7 +111,7 @@ def tear(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 
 
-@both_forms(short=4, full=100)
+@both_forms(short=2, full=100)
 def test_shards_that_are_served_twice_count_once(
     start: Path, expected: dict, trials: Trials, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,12 +158,11 @@ def put_in_its_place(root: Path, table: str, number: int, rows: list[int]) -> No
     "rows", [[0, *range(8)], [0, 0, *range(2, 8)], [*range(7)]], ids=["twice", "instead", "missing"]
 )
 def test_a_key_that_is_not_there_once_would_be_seen(
-    start: Path, expected: dict, tmp_path: Path, table: str, rows: list[int]
+    finished: Path, expected: dict, tmp_path: Path, table: str, rows: list[int]
 ) -> None:
     """All digests are right, and the count fails."""
     root = tmp_path / "store"
-    shutil.copytree(start, root)
-    in_process.run(root)
+    shutil.copytree(finished, root)
     check(root, expected)
     for number in range(1, ROUNDS + 1):
         put_in_its_place(root, table, number, [*range(8)])
@@ -168,12 +172,9 @@ def test_a_key_that_is_not_there_once_would_be_seen(
         count_keys(root, expected["used"])
 
 
-def test_a_sample_that_is_trained_on_twice_would_be_seen(start: Path, expected: dict, tmp_path: Path) -> None:
-    root = tmp_path / "store"
-    shutil.copytree(start, root)
-    in_process.run(root)
-    count_keys(root, expected["used"])
+def test_a_sample_that_is_trained_on_twice_would_be_seen(finished: Path, expected: dict) -> None:
+    count_keys(finished, expected["used"])
     (number, batch), *rest = expected["used"]
     for used in ([(number, [*batch, batch[0]]), *rest], [*expected["used"], (number, batch)]):
         with pytest.raises(AssertionError, match=r"^trained on\n"):
-            count_keys(root, used)
+            count_keys(finished, used)

@@ -89,7 +89,7 @@ def check_after_resume(trial: Trial, expected: dict) -> None:
     trial.remove()
 
 
-@both_forms(short=3, full=200)
+@both_forms(short=2, full=200)
 def test_killed_at_a_random_moment(plain: Undisturbed, trials: Trials, tmp_path: Path, count: int) -> None:
     def attempt(name: str) -> None:
         trial = plain.trial(tmp_path / name)
@@ -101,7 +101,7 @@ def test_killed_at_a_random_moment(plain: Undisturbed, trials: Trials, tmp_path:
     trials(1, "SIGKILL of the tree at a random moment, scripted engines", map(str, range(count)), attempt, parallel=2)
 
 
-@both_forms(short=3, full=5 * len(NAMES))
+@both_forms(short=2, full=5 * len(NAMES))
 def test_killed_at_every_failpoint(
     plain: Undisturbed, damaged: Undisturbed, trials: Trials, tmp_path: Path, count: int
 ) -> None:
@@ -138,13 +138,14 @@ def commits_of_trainings(order: list[str]) -> list[int]:
     return found
 
 
-@both_forms(short=3, full=12)
+@both_forms(short=1, full=12)
 def test_killed_when_a_training_is_committed_and_its_checkpoints_are_still_there(
     plain: Undisturbed, trials: Trials, tmp_path: Path, count: int
 ) -> None:
     numbers = commits_of_trainings(plain.order)
     assert len(numbers) == ROUNDS * OUTPUTS
     names = [f"{point} {number}" for point in ("manifest.after_link", "manifest.after_sync") for number in numbers]
+    names.insert(0, names.pop(OUTPUTS - 1))  # the state, which has the checkpoints beside it, is committed last
     beside: list[Path] = []
 
     def attempt(name: str) -> None:

@@ -50,7 +50,9 @@ class Resumed(ReportedRun):
 
 
 @pytest.mark.promise(13, "a stage begun and finished at different numerics: recorded, and told apart")
-@pytest.mark.parametrize("stage", KILLED)
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=() if stage == "supervise" else pytest.mark.slow) for stage in KILLED]
+)
 def test_shards_of_two_runtimes(template: Path, tmp_path: Path, stage: str) -> None:
     shard, mixed = KILLED[stage]
     run = Resumed.of(template, tmp_path / "run", rounds=1)

@@ -101,7 +101,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@both_forms(short=3, full=50)
+@both_forms(short=1, full=50)
 def test_of_racers_on_a_run_one_wins(finished: Path, trials: Trials, tmp_path: Path, count: int) -> None:
     def attempt(name: str) -> None:
         folder = tmp_path / name
@@ -128,7 +128,7 @@ def test_of_racers_on_a_run_one_wins(finished: Path, trials: Trials, tmp_path: P
     trials(6, "8 racers on a run: one wins, 7 exit 75 within 2 s naming it", map(str, range(count)), attempt)
 
 
-@both_forms(short=2, full=20)
+@both_forms(short=1, full=20)
 def test_a_killed_holder_holds_no_run(finished: Path, trials: Trials, tmp_path: Path, count: int) -> None:
     def attempt(name: str) -> None:
         folder = tmp_path / name
@@ -173,7 +173,7 @@ def build(root: Path, folder: Path) -> None:
     (folder / "said").write_text(json.dumps(said))
 
 
-@both_forms(short=3, full=50)
+@both_forms(short=1, full=50)
 def test_of_racers_on_an_artifact_one_builds(trials: Trials, tmp_path: Path, count: int) -> None:
     def attempt(name: str) -> None:
         folder = tmp_path / name
@@ -194,7 +194,7 @@ def test_of_racers_on_an_artifact_one_builds(trials: Trials, tmp_path: Path, cou
     trials(6, "8 racers on an artifact: one builds, the others reuse", map(str, range(count)), attempt)
 
 
-@both_forms(short=2, full=20)
+@both_forms(short=1, full=20)
 def test_a_killed_builder_is_followed_by_one_that_waits(trials: Trials, tmp_path: Path, count: int) -> None:
     def attempt(name: str) -> None:
         folder = tmp_path / name

@@ -93,8 +93,7 @@ class SecretRun(Trial):
 
     def holds_none(self, canaries: list[str]) -> None:
         assert self.orphans() == []
-        for canary in canaries:
-            assert places(canary, self.folder) == [] and places(canary, self.temporary) == []
+        assert places(canaries, self.folder) == [] and places(canaries, self.temporary) == []
 
 
 def leak(run: SecretRun, how: str, kinds: list[str], name: str, prefect: bool) -> None:
@@ -125,8 +124,8 @@ def test_the_search_finds_what_is_packed(tmp_path: Path) -> None:
     for shift in range(3):
         (tmp_path / f"d{shift}").write_bytes(base64.b64encode(b"x" * shift + secret.encode() + b"tail"))
     names = {"a.parquet", "b.db", "c.json", "d0", "d1", "d2"}
-    assert names <= set(places(secret, tmp_path))
-    assert places(KINDS["quoted"].canary("another"), tmp_path) == []
+    assert names <= set(places([secret], tmp_path))
+    assert places([KINDS["quoted"].canary("another")], tmp_path) == []
 
 
 @both_forms(short=1, full=len(LEAKS) * len(KINDS))

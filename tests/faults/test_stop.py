@@ -56,7 +56,7 @@ def test_no_family_outlives_its_run(undisturbed: Undisturbed, trials: Trials, tm
     trials(10, fault, SHORT if count == len(SHORT) else names, attempt, parallel=2)
 
 
-@both_forms(short=2, full=100)
+@both_forms(short=1, full=100)
 def test_stopped_at_a_random_moment(undisturbed: Undisturbed, trials: Trials, tmp_path: Path, count: int) -> None:
     """Also while it starts, commits and ends: it either stops, and says so, or has finished."""
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 
-from overriding_jobs import TrainWith, WarmupWith
+import spoilt_gradient
+from overriding_jobs import SpoiltGradient, SpoiltGradients, TrainWith, WarmupWith
 
 from storage.disk import failpoints
 from tasks.trainer.trainer import Trainer
@@ -14,7 +15,9 @@ from tasks.workers.main import Link
 
 
 class Overriding(Trainer):
-    def handle(self, job: TrainWith | WarmupWith, link: Link) -> TrainResult:
+    def handle(self, job: TrainWith | WarmupWith | SpoiltGradient, link: Link) -> TrainResult | SpoiltGradients:
+        if isinstance(job, SpoiltGradient):
+            return SpoiltGradients(spoilt_gradient.steps(self.device))
         if failpoints.SPEC not in os.environ:  # those of a trainer that was launched to die stay armed
             failpoints.arm({failpoints.SPEC: job.failpoints})
         own = self.settings

@@ -20,6 +20,7 @@ _PRELOAD = [
     "flows.run.runner",
     "flows.distill",
     "storage.query.catalog",
+    "transformers.models.auto.tokenization_auto",
 ]
 _PDEATHSIG = 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tasks.workers.jobs import TrainJob, WarmupJob, register_schema
+from tasks.workers.jobs import Schema, TrainJob, WarmupJob, register_schema
 
 
 @register_schema
@@ -17,6 +17,16 @@ class TrainWith(TrainJob, kw_only=True):
 class WarmupWith(WarmupJob, kw_only=True):
     overrides: dict[str, Any]
     failpoints: str
+
+
+@register_schema
+class SpoiltGradient(Schema):
+    """A job: what the trainer's engines do with a gradient that is not finite."""
+
+
+@register_schema
+class SpoiltGradients(Schema):
+    kinds: list[dict[str, Any]]
 
 
 def overriding(job: TrainJob | WarmupJob, failpoints: str = "", **overrides: Any) -> TrainWith | WarmupWith:

@@ -6,7 +6,7 @@ import base64
 import json
 import sqlite3
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -35,9 +35,9 @@ def contents(path: Path) -> Iterator[bytes]:
             yield "\n".join(connection.iterdump()).encode(errors="surrogateescape")
 
 
-def places(secret: str, folder: Path) -> list[str]:
-    """Names of the files in which the secret stands, or whose name holds it."""
-    forms, found = spellings(secret), []
+def places(secrets: Iterable[str], folder: Path) -> list[str]:
+    """Names of the files in which one of the secrets stands, or whose name holds it."""
+    forms, found = set[bytes]().union(*map(spellings, secrets)), []
     for path in sorted(folder.rglob("*")):
         held = [str(path).encode()] + (list(contents(path)) if path.is_file() and not path.is_symlink() else [])
         if any(form in data for form in forms for data in held):

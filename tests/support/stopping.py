@@ -26,7 +26,6 @@ PATIENCE = 120.0
 def _opd(arguments: list[str], environment: dict[str, str]) -> None:
     """What the console script `opd` does."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and what it starts inherits that
     os.environ.update(environment)
     find_engines()
     failpoints.arm()

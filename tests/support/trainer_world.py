@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,7 +170,7 @@ def make_world(root: Path) -> World:
     )
 
 
-def launch_trainer(processes: int, log: Path, **environment: str) -> Worker:
+def launch_trainer(processes: int, log: Path, plugins: Sequence[str] = (), **environment: str) -> Worker:
     """A trainer of that many ranks, launched as the supervisor does. It takes settings and failpoints per job."""
     settings = {
         "device": "cpu",
@@ -179,7 +180,7 @@ def launch_trainer(processes: int, log: Path, **environment: str) -> Worker:
         "deepspeed": None,
         "activation_checkpointing": False,
         "checkpoint_minutes": None,
-        "plugins": ["trainer_with_overrides"],
+        "plugins": ["trainer_with_overrides", *plugins],
         "plugin_path": str(CHECKOUT / "tests" / "plugins"),
     }
     argv, more = launch_command(processes, "cpu", free_port())

@@ -372,15 +372,16 @@ def test_shards_are_written_as_they_fill_and_the_engine_stays_full(sampler, chec
         assert row["completion_text"] == tokenizer.decode(row["completion_token_ids"], skip_special_tokens=True)
 
 
-def test_a_lost_shard_comes_out_bit_for_bit_in_its_batch_and_not_alone(tmp_path):
-    """1,000 tokens, three heads, two threads: what is decoded together decides the last bits of log-probabilities."""
+@pytest.mark.parametrize("tokens", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_lost_shard_comes_out_bit_for_bit_in_its_batch_and_not_alone(tmp_path, tokens):
+    """Three heads, two threads: what is decoded together decides the last bits of log-probabilities."""
     path = make_model(tmp_path / "model", 5, False, heads=3, hidden=96, positions=1024)
     sampler = Sampler({"device": "cpu", "threads": 2, "kv_cache_gib": 0.5, "max_num_seqs": 8})
-    how = {"max_completion_length": 1000, "top_p": 1.0, "stop_token_ids": [263]}
+    how = {"max_completion_length": tokens, "top_p": 1.0, "stop_token_ids": [263]}
     prompts = [prompt(i, 5 + i) for i in range(10)]
     try:
         whole, queues = rollouts(sampler, path, tmp_path / "whole", prompts, [1] * 10, **how)
-        assert max(len(row["completion_token_ids"]) for row in whole[2]) > 500 and len(queues) == 1
+        assert max(len(row["completion_token_ids"]) for row in whole[2]) > tokens // 2 and len(queues) == 1
         (tmp_path / "again").mkdir()
         (tmp_path / "again" / "batch").write_text(json.dumps(queues))
         again, _ = rollouts(sampler, path, tmp_path / "again", prompts, [1] * 10, write=[2], **how)

@@ -21,7 +21,7 @@ from tasks.inputs.verifiers import ExactMatch, FunctionVerifier, VerifierConfig,
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.rollout_config import StopTokenIds
 from tasks.sharded import ShardedStage
-from tasks.stage import Context, Work, model_inputs
+from tasks.stage import Context, Prompts, Student, Teacher, Work, model_inputs
 from tasks.workers.jobs import ArtifactRef, KLJob, KLShard, ModelRef, Request, SampleJob, SampleShard, Sampling
 
 VERSION = 1
@@ -123,9 +123,9 @@ class Shard:
 
 def evaluate_work(
     config: EvaluateConfig,
-    student: Artifact,
-    teacher: Artifact,
-    prompts: Artifact,
+    student: Student,
+    teacher: Teacher,
+    prompts: Prompts,
     seed: int,
     plugins: Mapping[str, str] = NO_PLUGINS,
 ) -> Work:

@@ -16,7 +16,7 @@ from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.rollout_config import RolloutConfig
 from tasks.sharded import ShardedStage, distinct
-from tasks.stage import Context, Work, model_inputs
+from tasks.stage import Context, Prompts, Student, Work, model_inputs
 from tasks.workers.jobs import ArtifactRef, ModelRef, Request, SampleJob, SampleShard, Sampling
 
 VERSION = 1
@@ -34,8 +34,8 @@ class _RolloutIdentity(Identity):
 
 def rollout_work(
     config: RolloutConfig,
-    student: Artifact,
-    prompts: Artifact,
+    student: Student,
+    prompts: Prompts,
     seed: int,
     round: int,
     plugins: Mapping[str, str] = NO_PLUGINS,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NewType
 
 from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.workers.metrics import StageProgress
@@ -47,6 +47,15 @@ class Work:
     build: Callable[[dict[str, Builder], Context], None]
     shared: dict[str, str] = field(default_factory=dict)
     """Outputs that another artifact can serve: output name -> key of the artifact (a larger top-K, say)."""
+
+
+Student = NewType("Student", Artifact)
+"""The model that is trained, as it is now."""
+Teacher = NewType("Teacher", Artifact)
+Prompts = NewType("Prompts", Artifact)
+"""The artifact of `prepare`."""
+Rollouts = NewType("Rollouts", Artifact)
+TrainerState = NewType("TrainerState", Artifact)
 
 
 MODEL_CONTENT = ("weights", "architecture", "tokenizer", "generation")

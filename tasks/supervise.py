@@ -17,7 +17,7 @@ from tasks.plugins import NO_PLUGINS
 from tasks.sharded import ShardedStage
 from tasks.signals import Inputs, Written, signal_named
 from tasks.signals.mask import SpecialTokens, mask_rules
-from tasks.stage import Context, Work
+from tasks.stage import Context, Prompts, Rollouts, Student, Teacher, Work
 from tasks.workers.jobs import (
     ArtifactRef,
     MaskRules,
@@ -58,10 +58,10 @@ class Sampling(Protocol):
 
 def supervise_work(
     config: SuperviseConfig,
-    rollouts: Artifact,
-    student: Artifact,
-    teacher: Artifact,
-    prompts: Artifact,
+    rollouts: Rollouts,
+    student: Student,
+    teacher: Teacher,
+    prompts: Prompts,
     needs: Sequence[SignalNeed],
     sampling: Sampling,
     store: Store | None = None,

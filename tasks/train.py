@@ -10,7 +10,7 @@ from storage.store import Artifact, ArtifactSpec, Builder
 from tasks.losses.config import AnyObjective
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.signals import signal_named
-from tasks.stage import Context, Work, model_inputs
+from tasks.stage import Context, Rollouts, Student, TrainerState, Work, model_inputs
 from tasks.trainer.config import TrainConfig
 from tasks.trainer.dispatch import run_and_commit
 from tasks.workers.jobs import ArtifactRef, TrainJob, TrainOutputs, config_json
@@ -23,9 +23,9 @@ VERSION = 1
 def train_work(
     config: TrainConfig,
     objective: AnyObjective,
-    student: Artifact,
-    state: Artifact | None,
-    rollouts: Artifact,
+    student: Student,
+    state: TrainerState | None,
+    rollouts: Rollouts,
     signals: Mapping[str, Artifact],
     seed: int,
     round: int,

@@ -9,7 +9,7 @@ from storage.errors import InputError
 from storage.store import Artifact, ArtifactSpec, Builder
 from tasks.losses.config import SftConfig
 from tasks.plugins import NO_PLUGINS, used_plugins
-from tasks.stage import Context, Work, model_inputs
+from tasks.stage import Context, Prompts, Work, model_inputs
 from tasks.trainer.config import WarmupConfig
 from tasks.trainer.dispatch import run_and_commit
 from tasks.workers.jobs import ArtifactRef, TrainOutputs, WarmupJob, config_json
@@ -22,7 +22,7 @@ VERSION = 1
 def warmup_work(
     config: WarmupConfig,
     model: Artifact,
-    prompts: Artifact,
+    prompts: Prompts,
     seed: int,
     plugins: Mapping[str, str] = NO_PLUGINS,
 ) -> Work:

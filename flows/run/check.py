@@ -55,7 +55,7 @@ def maker_model(experiment: Experiment, maker: Maker, side: str) -> Artifact:
     from tasks.inputs.models import model_work
 
     source = getattr(experiment, side).source
-    result: Artifact = maker(f"model_{side}", model_work, source, experiment.seed)["model"]
+    result: Artifact = maker(f"model_{side}", model_work, source, seed=experiment.seed)["model"]
     return result
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, cast
 
 from flows.run.lineage import Lineage, Origin, Rebuild, artifacts_in, rebuild, require_plugins
 from storage.disk.redact import redact
@@ -24,20 +24,21 @@ class Pending:
         return self
 
 
-Result = Any
-"""An `Artifact`, a mapping of them by output name, or `Pending`."""
+Made = Mapping[str, Artifact]
+"""Outputs of a stage by name. A plan puts `Pending` in their place."""
+P = ParamSpec("P")
 
 
 class RoundScope(Protocol):
-    def ends_with(self, student: Result) -> None:
+    def ends_with(self, student: Artifact) -> None:
         """Record the student at the end of the round."""
 
 
 class Executor(Protocol):
     store: Store
 
-    def __call__(self, label: str, make: Callable[..., Work], *inputs: Any) -> Result:
-        """The outputs of the stage that `make(*inputs)` describes."""
+    def __call__(self, label: str, make: Callable[P, Work], *args: P.args, **inputs: P.kwargs) -> Made:
+        """The outputs of the stage that `make(*args, **inputs)` describes: its config first, all else by keyword."""
 
     def round(self, number: int) -> Any:
         """A context that yields a `RoundScope`."""
@@ -105,20 +106,21 @@ class Planner:
         self.store, self.lines, self._round = store, list[PlanLine](), 0
         self.lineage = Lineage(store)
 
-    def __call__(self, label: str, make: Callable[..., Work], *inputs: Any) -> Result:
-        if any(_is_pending(value) for value in inputs):
+    def __call__(self, label: str, make: Callable[P, Work], *args: P.args, **inputs: P.kwargs) -> Made:
+        given = (*args, *inputs.values())
+        if any(_is_pending(value) for value in given):
             self.lines.append(PlanLine(self._round, label, "pending"))
-            return Pending()
-        work = make(*inputs)
+            return cast(Made, Pending())
+        work = make(*args, **inputs)
         found = resolved(work, self.store)
         keys = {name: spec.key for name, spec in work.outputs.items()}
         missing = tuple(name for name in work.outputs if name not in found)
         state = "run" if missing else "cached"
         self.lines.append(PlanLine(self._round, label, state, keys, missing))
         if missing:
-            self._mark(self.lineage.to_restore(artifacts_in(inputs)))
-            return Pending()
-        self.lineage.note(self._round, label, work, inputs, found)
+            self._mark(self.lineage.to_restore(artifacts_in(given)))
+            return cast(Made, Pending())
+        self.lineage.note(self._round, label, work, given, found)
         return found
 
     def _mark(self, again: list[Rebuild]) -> None:
@@ -132,7 +134,7 @@ class Planner:
         self._round = number
         yield self
 
-    def ends_with(self, student: Result) -> None:
+    def ends_with(self, student: Artifact) -> None:
         """Nothing to record in a plan."""
 
 
@@ -160,11 +162,11 @@ class Reporter(Protocol):
     def round_done(self, state: RoundState) -> None: ...
 
 
-RunTask = Callable[[str, Callable[[], Result], Callable[[Result], bool]], Result]
+RunTask = Callable[[str, Callable[[], Made], Callable[[Made], bool]], Made]
 """Runs a stage's function as a task: (name, function, was it cached?) -> the function's result."""
 
 
-def directly(name: str, function: Callable[[], Result], cached: Callable[[Result], bool]) -> Result:
+def directly(name: str, function: Callable[[], Made], cached: Callable[[Made], bool]) -> Made:
     """Calls the function, without Prefect."""
     return function()
 
@@ -201,14 +203,16 @@ class Maker:
         self.run.save(self.state)
         self.reporter.round_done(self._round)
 
-    def ends_with(self, student: Result) -> None:
+    def ends_with(self, student: Artifact) -> None:
         self._round.student_sha256 = student.content["weights"]
 
-    def __call__(self, label: str, make: Callable[..., Work], *inputs: Any) -> Result:
-        work = make(*inputs)
+    def __call__(self, label: str, make: Callable[P, Work], *args: P.args, **inputs: P.kwargs) -> Made:
+        work = make(*args, **inputs)
         name = f"{label} · round {self._round.round}"
         before = self.built
-        return self.run_task(name, lambda: self._make(label, work, inputs), lambda _: self.built == before)
+        return self.run_task(
+            name, lambda: self._make(label, work, (*args, *inputs.values())), lambda _: self.built == before
+        )
 
     def _make(self, label: str, work: Work, inputs: tuple[Any, ...]) -> dict[str, Artifact]:
         with ExitStack() as held:

@@ -8,7 +8,7 @@ from typing import Any
 
 from flows.distill import distill
 from flows.experiment import Experiment, experiment_of, refuse_other_plugins
-from flows.run.executor import Planner, Result, round_metrics, rows_of
+from flows.run.executor import Made, P, Planner, round_metrics, rows_of
 from storage.artifacts.artifact import artifact_directory
 from storage.errors import CorruptArtifact
 from storage.runs import RECORDS, RoundState, Run, RunState, StageState
@@ -92,14 +92,14 @@ class _Recorder(Planner):
         self.rounds: list[RoundState] = []
         self._now = RoundState(round=0)
 
-    def __call__(self, label: str, make: Callable[..., Work], *inputs: Any) -> Result:
+    def __call__(self, label: str, make: Callable[P, Work], *args: P.args, **inputs: P.kwargs) -> Made:
         works: list[Work] = []
 
-        def noted(*values: Any) -> Work:
-            works.append(make(*values))
+        def noted(*args: P.args, **inputs: P.kwargs) -> Work:
+            works.append(make(*args, **inputs))
             return works[-1]
 
-        made = super().__call__(label, noted, *inputs)
+        made = super().__call__(label, noted, *args, **inputs)
         for work in works:  # empty for a pending stage, which has no key yet
             keys = {name: work.shared.get(name, spec.key) for name, spec in work.outputs.items()}
             stage = StageState(key=next(iter(keys.values())), artifacts=keys)
@@ -119,6 +119,6 @@ class _Recorder(Planner):
             if self._now.stages:
                 self.rounds.append(self._now)
 
-    def ends_with(self, student: Result) -> None:
+    def ends_with(self, student: Artifact) -> None:
         if isinstance(student, Artifact):
             self._now.student_sha256 = student.content["weights"]

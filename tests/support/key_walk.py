@@ -68,9 +68,9 @@ class Keys:
     def __init__(self, store: Store) -> None:
         self.store, self.found, self._round = store, dict[str, str](), 0
 
-    def __call__(self, label: str, make: Any, *inputs: Any) -> dict[str, Artifact]:
+    def __call__(self, label: str, make: Any, *args: Any, **inputs: Any) -> dict[str, Artifact]:
         made = {}
-        for name, spec in make(*inputs).outputs.items():
+        for name, spec in make(*args, **inputs).outputs.items():
             place = f"{self._round}/{label}/{name}"
             self.found[place] = spec.key
             content = {part: hashlib.sha256(f"{place}:{part}".encode()).hexdigest() for part in PARTS}

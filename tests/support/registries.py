@@ -11,8 +11,10 @@ from places import PLUGINS
 
 from tasks import plugins
 from tasks.engines.teacher import TEACHERS
+from tasks.losses.credit import CREDITS
 from tasks.losses.token_weights import TOKEN_WEIGHTS
 from tasks.signals import SIGNALS
+from tasks.workers import jobs
 
 
 @contextmanager
@@ -20,9 +22,9 @@ def plugin_path() -> Iterator[None]:
     """`tests/plugins` can be imported, and what its modules register is forgotten at the end."""
     signals, modules = dict(SIGNALS), set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
-        for registry in (TEACHERS, TOKEN_WEIGHTS):
+        for registry in (CREDITS, TEACHERS, TOKEN_WEIGHTS):
             patch.setattr(registry, "classes", dict(registry.classes))
-        patch.setattr(plugins, "ROLES", dict(plugins.ROLES))
+        patch.setattr(jobs, "ROLES", dict(jobs.ROLES))
         patch.setattr(plugins, "_registered", list(plugins._registered))
         patch.setattr(plugins, "_loaded", dict(plugins._loaded))
         patch.syspath_prepend(PLUGINS)

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -373,8 +374,8 @@ def test_shards_are_written_as_they_fill_and_the_engine_stays_full(sampler, chec
 
 
 @pytest.mark.parametrize("tokens", [200, pytest.param(1000, marks=pytest.mark.slow)])
-def test_a_lost_shard_comes_out_bit_for_bit_in_its_batch_and_not_alone(tmp_path, tokens):
-    """Three heads, two threads: what is decoded together decides the last bits of log-probabilities."""
+def test_a_lost_shard_comes_out_bit_for_bit_in_its_batch(tmp_path, tokens):
+    """Three heads, two threads: what is decoded together can decide the last bits of log-probabilities, never the tokens."""
     path = make_model(tmp_path / "model", 5, False, heads=3, hidden=96, positions=1024)
     sampler = Sampler({"device": "cpu", "threads": 2, "kv_cache_gib": 0.5, "max_num_seqs": 8})
     how = {"max_completion_length": tokens, "top_p": 1.0, "stop_token_ids": [263]}
@@ -390,7 +391,9 @@ def test_a_lost_shard_comes_out_bit_for_bit_in_its_batch_and_not_alone(tmp_path,
         (tmp_path / "alone" / "batch").write_text(json.dumps([[[2, 0]]]))
         alone, _ = rollouts(sampler, path, tmp_path / "alone", prompts, [1] * 10, write=[2], **how)
         assert [r["completion_token_ids"] for r in alone[2]] == [r["completion_token_ids"] for r in whole[2]]
-        assert [r["sampling_logprobs"] for r in alone[2]] != [r["sampling_logprobs"] for r in whole[2]]
+        pairs = zip(alone[2], whole[2], strict=True)
+        gaps = [np.abs(np.subtract(a["sampling_logprobs"], b["sampling_logprobs"])).max() for a, b in pairs]
+        assert max(gaps) < 1e-4
     finally:
         sampler.close()
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from storage.errors import ConfigError, InputError
 
 NO_PLUGINS: Mapping[str, str] = MappingProxyType({})
-_OURS = ("tasks", "storage", "flows")
+_OURS = ("tasks", "storage", "flows", "opdflow")
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 _loaded: dict[str, str] = {}

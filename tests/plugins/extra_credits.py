@@ -7,10 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from tasks.losses.credit import Credit, CreditContext, CreditTerms, register
+from opdflow.plugin import Credit, CreditContext, CreditNeeds, CreditTerms, SideTerm, register
 from tasks.losses.divergences import ForwardKL
-from tasks.losses.needs import CreditNeeds
-from tasks.losses.trust_regions import SideTerm
 
 
 @register

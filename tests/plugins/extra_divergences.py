@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from tasks.losses.divergences import Divergence, register
+from opdflow.plugin import Divergence, register
 
 
 @register

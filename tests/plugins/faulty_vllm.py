@@ -9,8 +9,8 @@ import signal
 import time
 from pathlib import Path
 
+from opdflow.plugin import register_role
 from tasks.engines.sampler import Sampler
-from tasks.workers.jobs import register_role
 
 register_role("sampler", f"{__name__}:Faulty")
 

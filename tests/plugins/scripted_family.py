@@ -12,7 +12,7 @@ from pathlib import Path
 
 import scripted_engines
 
-from tasks.workers.jobs import register_role
+from opdflow.plugin import register_role
 
 for role in ("sampler", "scorer", "trainer"):
     register_role(role, f"{__name__}:{role.capitalize()}")

@@ -11,8 +11,8 @@ import warnings
 import scripted_engines
 
 import tasks.trainer.launch
+from opdflow.plugin import register_role
 from storage.errors import InputError
-from tasks.workers.jobs import register_role
 
 for role in ("sampler", "scorer", "trainer"):
     register_role(role, f"{__name__}:{role.capitalize()}")

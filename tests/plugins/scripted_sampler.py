@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from opdflow.plugin import register_role
 from tasks.engines.sampler import Sampler
-from tasks.workers.jobs import register_role
 
 register_role("sampler", f"{__name__}:Scripted")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from scripted_jobs import ScriptedAnswer, ScriptedDone, ScriptedJob
 
+from opdflow.plugin import register_role
 from storage.errors import InputError
-from tasks.workers.jobs import register_role
 
 register_role("scorer", f"{__name__}:Scripted")
 

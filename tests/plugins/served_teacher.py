@@ -9,9 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from opdflow.plugin import Ask, Capabilities, Host, Passage, Teacher, TeacherBackend, Values, Vocabulary, register
 from tasks.engines.local import LocalModel
-from tasks.engines.teacher import Capabilities, Host, Passage, Teacher, TeacherBackend, Vocabulary, register
-from tasks.signals import Ask, Values
 
 TOP = 8
 asked: list[tuple[int, Ask]] = []

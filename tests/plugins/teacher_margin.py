@@ -10,11 +10,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch import Tensor
 
-from storage.schemas import Column, TableSchema
-from tasks.losses.needs import SignalNeed
-from tasks.losses.token_weights import TokenWeight, Weighable
-from tasks.losses.token_weights import register as register_weight
-from tasks.signals import Ask, Shard, Signal, Wanted, Written, register
+from opdflow.plugin import (
+    Ask,
+    Column,
+    Shard,
+    Signal,
+    SignalNeed,
+    TableSchema,
+    TokenWeight,
+    Wanted,
+    Weighable,
+    Written,
+    register,
+)
 from tasks.signals.tables import check_lengths, lists, rows_of
 
 
@@ -46,7 +54,7 @@ class TeacherMargin(Signal):
         return {"metrics": {"teacher_margin": pc.mean(pc.list_flatten(written.read("margins"))).as_py()}}
 
 
-@register_weight
+@register
 class MarginWeight(TokenWeight):
     """Tokens count by how sure the teacher is of its choice."""
 

@@ -16,7 +16,7 @@ from storage.runs import RoundState, Run, StageState
 from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
 
-pytest_plugins = ["fault_recorder"]
+pytest_plugins = ["fault_recorder", "shared_prefect"]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores Ctrl-C, and children inherit that
 
 WORDS = ["<end>", "one", "two", "three", "\ufffd"]

@@ -160,11 +160,11 @@ class Reporter(Protocol):
     def round_done(self, state: RoundState) -> None: ...
 
 
-RunTask = Callable[[str, Callable[[], Result], Callable[[Result], bool]], Result]
-"""Runs a stage's function as a task: (name, function, was it cached?) -> the function's result."""
+RunTask = Callable[[str, int, Callable[[], Result], Callable[[Result], bool]], Result]
+"""Runs a stage's function as a task: (label, round, function, was it cached?) -> the function's result."""
 
 
-def directly(name: str, function: Callable[[], Result], cached: Callable[[Result], bool]) -> Result:
+def directly(label: str, round: int, function: Callable[[], Result], cached: Callable[[Result], bool]) -> Result:
     """Without Prefect: call it."""
     return function()
 
@@ -206,9 +206,8 @@ class Maker:
 
     def __call__(self, label: str, make: Callable[..., Work], *inputs: Any) -> Result:
         work = make(*inputs)
-        name = f"{label} · round {self._round.round}"
-        before = self.built
-        return self.run_task(name, lambda: self._make(label, work, inputs), lambda _: self.built == before)
+        before, number = self.built, self._round.round
+        return self.run_task(label, number, lambda: self._make(label, work, inputs), lambda _: self.built == before)
 
     def _make(self, label: str, work: Work, inputs: tuple[Any, ...]) -> dict[str, Artifact]:
         with ExitStack() as held:

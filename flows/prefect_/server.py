@@ -68,6 +68,8 @@ class StoreServer:
     home: Path
     api_url: str
     inode: int | None
+    process: subprocess.Popen[bytes] | None = None
+    """Of this process's child, if it is one."""
     patience: float = STOP_SECONDS
     """Seconds that the server gets to end by itself."""
 
@@ -92,26 +94,33 @@ def store_server(
     """The root's server, started if there is none. The last client stops it and waits for its end, so that no process is
     left when a command returns. Raises ServerUnavailable."""
     home = home_of(root)
-    with ExitStack() as stack:
-        client = stack.enter_context(ExitStack())
+    with ExitStack() as client:
         try:
             client.enter_context(locks.shared(home / "clients.lock"))  # waits while an old server ends
-            server = StoreServer(home, _found_or_started(home, port, note), _inode(home))
+            url, process = _found_or_started(home, port, note)
         except OSError as error:
             raise ServerUnavailable(f"Prefect's folder {home} cannot be used: {error}") from error
-        stack.callback(lambda: (client.close(), _stop_if_unused(home, server.patience)))
-        yield server
+        server = StoreServer(home, url, _inode(home), process)
+        try:
+            yield server
+        finally:
+            client.close()
+            _stop_if_unused(home, server.patience)
+            if process is not None and not server.alive():
+                process.wait()
 
 
-def _found_or_started(home: Path, port: int | None, note: Callable[[str], None]) -> str:
-    """URL of the server's API, once it answers. Of two processes that are started at once, the one that does not get
-    `server.lock` ends."""
+def _found_or_started(
+    home: Path, port: int | None, note: Callable[[str], None]
+) -> tuple[str, subprocess.Popen[bytes] | None]:
+    """URL of the server's API, once it answers, and the process if it was started here. Of two processes that are started at
+    once, the one that does not get `server.lock` ends."""
     process, log, deadline = None, home / "server.log", time.monotonic() + START_SECONDS
     try:
         while time.monotonic() < deadline:
             if locks.holder(home / "server.lock") is not None:
                 if healthy(url := _url(home)):
-                    return url
+                    return url, process
             elif process is None:
                 process = _start(home, port, note)
             elif process.poll() is not None:

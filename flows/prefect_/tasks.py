@@ -129,21 +129,24 @@ def _end_in_time(session: Session) -> Iterator[None]:
     from prefect.client.orchestration import get_client
     from prefect.exceptions import Abort
     from prefect.runtime import flow_run
-    from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    limits: dict[Any, int] = {}
+    retries, seconds = 1, 8
 
     def write() -> None:
         if session.server is not None:
             session.server.check_database()
-        with temporary_settings(limits), get_client(sync_client=True) as client:
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: retries}),
+            get_client(sync_client=True, httpx_settings={"timeout": seconds}) as client,
+        ):
             client.update_flow_run(flow_run.id, name=flow_run.name)
 
     try:
         yield
     except BaseException as error:
         if not isinstance(error, Exception):
-            limits = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: 3}
+            retries, seconds = 0, 3
         raise
     finally:
         session.attempt(write)

@@ -68,8 +68,6 @@ class StoreServer:
     home: Path
     api_url: str
     inode: int | None
-    process: subprocess.Popen[bytes] | None = None
-    """Of this process's child, if it is one."""
     patience: float = STOP_SECONDS
     """Seconds that the server gets to end by itself."""
 
@@ -100,7 +98,7 @@ def store_server(
             url, process = _found_or_started(home, port, note)
         except OSError as error:
             raise ServerUnavailable(f"Prefect's folder {home} cannot be used: {error}") from error
-        server = StoreServer(home, url, _inode(home), process)
+        server = StoreServer(home, url, _inode(home))
         try:
             yield server
         finally:

@@ -44,6 +44,8 @@ class InPrefect(LineReporter):
             self._bar, self._began = None, time.monotonic()
         else:
             self._worker_lines()
+            if self._bar is not None and state.state == "done":
+                self.session.attempt(lambda: self._move_bar(label, 100.0))
         super().stage(round, label, state, metrics)
 
     def progress(

@@ -177,11 +177,14 @@ def test_a_long_stage_has_a_progress_bar(session, shared_server, tmp_path, monke
         reporter.stage(3, "rollout", StageState(state="running"))
         for done in (1, 2):
             reporter.progress(3, "rollout", done, 4, "samples")
+        if name == "done":
+            reporter.stage(3, "rollout", StageState(state="done", seconds=1.0, rows=4))
 
-    flow(session, "bar", lambda: stage(session, "rollout", work))
-    (run,) = flow_runs(shared_server, "bar")
-    (bar,) = artifacts_of(shared_server, run).values()
-    assert (bar["type"], bar["key"], float(bar["data"])) == ("progress", "bar-rollout-round-3", 50.0)
+    for name, percent in (("bar", 50.0), ("done", 100.0)):
+        flow(session, name, lambda: stage(session, "rollout", work))
+        (run,) = flow_runs(shared_server, name)
+        (bar,) = artifacts_of(shared_server, run).values()
+        assert (bar["type"], bar["key"], float(bar["data"])) == ("progress", "bar-rollout-round-3", percent)
 
 
 # Outcomes

@@ -19,7 +19,7 @@ from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
 from tasks.workers.pool import Worker
 
-pytest_plugins = ["fault_trials", "pytester"]
+pytest_plugins = ["fault_trials", "pytester", "shared_prefect"]
 # A background shell ignores SIGINT, nohup SIGHUP, and children inherit that; a handler of our own they do not inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:

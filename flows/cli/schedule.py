@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
+import re
+import time
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
+from zoneinfo import available_timezones
 
 import typer
 from rich.console import Console
@@ -14,6 +17,10 @@ from rich.console import Console
 from flows.cli.options import Root, example
 from flows.run.hints import DEFAULT_ROOT
 from storage.disk.redact import redact
+from storage.errors import ConfigError
+
+if TYPE_CHECKING:
+    from prefect.schedules import Schedule
 
 Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="override a field, e.g. train.lr=1e-4")]
 
@@ -44,20 +51,12 @@ def schedule(
     Exit codes: 0 all rounds are done, 2 bad config or input, 75 scheduled already, 130 stopped (Ctrl-C; all it had
     started is ended, `opd schedule` again goes on), 1 anything else."""
     from flows.experiment import load_experiment
-    from flows.prefect_.schedule import Schedule, parse_every, serve
+    from flows.prefect_.schedule import serve
 
-    plan = Schedule(
-        config_path=str(config.absolute()),
-        name=name,
-        root=str(root.absolute()),
-        every=None if every is None else parse_every(every),
-        cron=cron,
-        timezone=timezone,
-        rounds=rounds,
-        overrides=list(set_),
-    )
+    when = times(every, cron, timezone)
     load_experiment(config, set_)  # what is wrong with the config is said now, not at 2 in the morning
-    code = serve(plan, lambda line: out.print(line, markup=False, soft_wrap=True))
+    say = lambda line: out.print(line, markup=False, soft_wrap=True)  # noqa: E731
+    code = serve(name, str(config.absolute()), root.absolute(), when, rounds, list(set_), say)
     if code:
         raise typer.Exit(code)
 
@@ -71,24 +70,47 @@ def ui(
     Loopback only.
 
     Exit codes: 0 ended, 1 the server could not be started."""
-    from flows.prefect_.server import EmbeddedServer, ServerUnavailable
+    from flows.prefect_.server import ServerUnavailable, store_server
+    from flows.run.stopping import terminating
 
     if url := os.environ.get("PREFECT_API_URL"):
         out.print(f"PREFECT_API_URL is set, runs report to {redact(url)}: open that server's own address")
         return
-    server = EmbeddedServer(root, lambda line: out.print(line, markup=False))
-    ended = threading.Event()
-    old = signal.signal(signal.SIGTERM, lambda number, frame: ended.set())
+    with suppress(KeyboardInterrupt), terminating():
+        with store_server(root, lambda line: out.print(line, markup=False), port) as server:
+            if port is not None and not server.ui_url.endswith(f":{port}"):
+                out.print(f"this store's server runs at another port already (--port {port} has no effect)")
+            out.print(f"{server.ui_url}  (Ctrl-C ends it)", soft_wrap=True)
+            while server.alive():
+                time.sleep(1.0)
+        raise ServerUnavailable(f"the Prefect server ended; its log: {server.home / 'server.log'}")
+
+
+def times(every: str | None, cron: str | None, timezone: str | None) -> Schedule:
+    """Prefect's schedule of --every or --cron; ConfigError, naming the option, where it is not one."""
+    from prefect.schedules import Cron, Interval
+    from tzlocal import get_localzone_name
+
+    if (every is None) == (cron is None):
+        raise ConfigError("give exactly one of --every (as 6h, 30m, 45s) and --cron (as '0 2 * * *')")
+    if every is not None:
+        interval = parse_every(every)
+        return Interval(interval, anchor_date=datetime.now(UTC) + interval)
+    zone = timezone or get_localzone_name()
+    if zone not in available_timezones():
+        raise ConfigError(f"--timezone {zone!r}: there is no such time zone; write it as Europe/Berlin or UTC")
     try:
-        server.ensure(port)
-        if port is not None and server.port != port:
-            out.print(f"this store's server runs on port {server.port} already")
-        out.print(f"{server.ui_url}  (Ctrl-C ends it)", soft_wrap=True)
-        while not ended.wait(1.0):
-            if not server.alive():
-                raise ServerUnavailable(f"the Prefect server ended; its log: {server.log_path}")
-    except KeyboardInterrupt:
-        pass
-    finally:
-        server.release()
-        signal.signal(signal.SIGTERM, old)
+        return Cron(str(cron), timezone=zone)
+    except ValueError as error:
+        raise ConfigError(f"--cron {cron!r} is refused: {error}") from error
+
+
+def parse_every(text: str) -> timedelta:
+    """`6h`, `30m`, `45s`, `1d`, `1h30m` as a timedelta between one second and a year; ConfigError otherwise."""
+    if not re.fullmatch(r"(\d+(\.\d+)?[smhd])+", text.strip()):
+        raise ConfigError(f"--every {text!r} is not a duration; write 6h, 30m, 45s, 1d or 1h30m")
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    seconds = sum(float(number) * units[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)([smhd])", text))
+    if not 1 <= seconds <= 366 * 86400:
+        raise ConfigError(f"--every {text!r}: must be between 1s and 366d")
+    return timedelta(seconds=seconds)

@@ -1,18 +1,13 @@
-"""The embedded Prefect server of a store: one per root, shared by every `opd` command that runs there.
+"""The Prefect server of a store: `prefect server start` on loopback, one per root, shared by every `opd` command there.
 
-A real `prefect server start` on a loopback port; its database, home and log lie in `<root>/prefect/`. Nothing of a run is
-kept there alone: deleting the folder loses history in the UI and nothing else.
+Its database, home and log lie in `<root>/prefect/`. Deleting that folder loses history in the UI and nothing of a run.
 
-Lifetime without leases, so that a SIGKILL anywhere leaves nothing behind:
-- a client (a run, a schedule, `opd ui`) holds `clients.lock` shared for as long as it needs the server;
-- the server holds `server.lock` while it lives (so there is one), and ends itself once nobody holds `clients.lock`;
-- `start.lock` serialises starting: the second client finds the first one's server and uses it.
-"""
+Two locks bound its life, so that a SIGKILL anywhere leaves nothing behind: a client (a run, a schedule, `opd ui`) shares
+`clients.lock` while it needs the server; the server holds `server.lock` while it lives, and ends itself once nobody shares
+`clients.lock`."""
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import signal
 import socket
@@ -21,20 +16,19 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from storage.disk import locks
 from storage.errors import OpdError
 
-START_TIMEOUT_SECONDS = 180.0  # the first start runs all migrations: 17 s were measured on 2 idle cores, 5 s later on
-STOP_TIMEOUT_SECONDS = 15.0
+START_SECONDS = 180.0  # the first start runs all migrations: 17 s were measured on 2 idle cores, 5 s later on
+STOP_SECONDS = 15.0
 LOCKED_SECONDS = 10.0
 """How long another program may hold the database before the server's start is given up."""
-WATCH_SECONDS = 1.0
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -47,268 +41,158 @@ def home_of(root: Path) -> Path:
     return Path(root).resolve() / "prefect"
 
 
-def server_environment(home: Path) -> dict[str, str | None]:
-    """Settings of the embedded server and its clients; None means: not set.
+def environment(home: Path | None, **more: str) -> dict[str, str]:
+    """The environment of a store's server and clients: what the user has set for another Prefect does not reach them.
 
-    The database lies under `home`, telemetry is off, proxies are not used for loopback, and what the user has set for
-    another Prefect (a profile, a key, a database) does not reach this one."""
-    no_proxy = [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1", "localhost"]
-    foreign = [name for name in os.environ if name.startswith("PREFECT_") and not name.startswith("PREFECT__")]
-    return {
-        **dict.fromkeys(foreign),
-        "PREFECT_HOME": str(home),
-        "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
-        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / 'prefect.db'}",
-        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
-        # with the defaults (5, 60 s), every call to a server that died takes a minute, and to one that hangs six
-        "PREFECT_CLIENT_MAX_RETRIES": "1",
-        "PREFECT_API_REQUEST_TIMEOUT": "10",
-        **quiet_environment(),
-        "NO_PROXY": ",".join(filter(None, no_proxy)),
-        "no_proxy": ",".join(filter(None, no_proxy)),
-    }
-
-
-def quiet_environment() -> dict[str, str]:
-    """Telemetry off (Prefect has two paths) and no Prefect log lines in the terminal; logs still reach the Prefect API."""
-    return {
+    Without `home` it is the user's own, for PREFECT_API_URL. Telemetry is off (Prefect has two paths), Prefect prints no log
+    lines, and a call that fails is given up soon: its own defaults let one to a server that hangs take six minutes."""
+    kept = {name: value for name, value in os.environ.items() if home is None or not name.startswith("PREFECT_")}
+    limits = {"PREFECT_CLIENT_MAX_RETRIES": "1", "PREFECT_API_REQUEST_TIMEOUT": "8"}
+    quiet = {
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+        "PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
-        "PREFECT_CLI_PROMPT": "false",
     }
+    if home is not None:
+        direct = ",".join(filter(None, [kept.get("NO_PROXY") or kept.get("no_proxy"), "127.0.0.1", "localhost"]))
+        more |= {"PREFECT_HOME": str(home), "NO_PROXY": direct, "no_proxy": direct}
+    return limits | kept | quiet | more
 
 
-def healthy(api_url: str, timeout: float = 5.0) -> bool:
-    """Whether `<api_url>/health` answers 200; proxies are not used."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(f"{api_url.rstrip('/')}/health", timeout=timeout) as answer:
-            return answer.status == 200
-    except (OSError, urllib.error.URLError, ValueError):
-        return False
+@dataclass
+class StoreServer:
+    """A server that answers, for as long as `store_server` holds it."""
 
-
-class EmbeddedServer:
-    """One client's hold on the root's server: `ensure()` takes it, starting the server if need be, `release()` ends it.
-
-    The last client to release stops the server and waits for its end, so no process is left when a command returns.
-    """
-
-    def __init__(self, root: Path, log: Callable[[str], None] = lambda line: None) -> None:
-        self.home = home_of(root)
-        self.log = log
-        self.api_url: str | None = None
-        self._clients_fd: int | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._database: tuple[int, int] | None = None
+    home: Path
+    api_url: str
+    inode: int | None
+    patience: float = STOP_SECONDS
+    """Seconds that the server gets to end by itself."""
 
     @property
-    def ui_url(self) -> str | None:
-        """Address for a browser, once `ensure()` returned."""
-        return None if self.api_url is None else self.api_url.removesuffix("/api")
-
-    @property
-    def port(self) -> int | None:
-        """The server's port, once `ensure()` returned."""
-        return None if self.api_url is None else urllib.parse.urlsplit(self.api_url).port
-
-    @property
-    def log_path(self) -> Path:
-        """The server's own output, one file per start."""
-        return self.home / "server.log"
-
-    def ensure(self, port: int | None = None) -> str:
-        """API URL of a server that answers. Raises ServerUnavailable (the hold is given back then)."""
-        try:
-            self.home.mkdir(parents=True, exist_ok=True)
-            with _locked(
-                self.home / "start.lock", fcntl.LOCK_EX, START_TIMEOUT_SECONDS, "another start of the Prefect server"
-            ):
-                self._clients_fd = _lock(
-                    self.home / "clients.lock", fcntl.LOCK_SH, STOP_TIMEOUT_SECONDS, "the old Prefect server to end"
-                )
-                self.api_url = self._find() or self._start(port)
-                self._database = self._identity()
-        except ServerUnavailable:
-            self.release()
-            raise
-        except OSError as error:
-            self.release()
-            raise ServerUnavailable(f"Prefect's folder {self.home} cannot be used: {error}") from error
-        except BaseException:
-            self.release()
-            raise
-        return self.api_url
+    def ui_url(self) -> str:
+        return self.api_url.removesuffix("/api")
 
     def alive(self) -> bool:
-        """Whether the server process still lives (its lock is held)."""
-        return _held(self.home / "server.lock")
+        return locks.holder(self.home / "server.lock") is not None
 
     def check_database(self) -> None:
-        """ServerUnavailable when the database is not the file any more that it was: SQLite goes on writing to one that was
+        """ServerUnavailable when the database is no longer the file that it was: SQLite goes on writing to one that was
         removed, and all is lost when the server ends."""
-        if self._database is None or self._identity() != self._database:
+        if self.inode is None or _inode(self.home) != self.inode:
             raise ServerUnavailable(f"its database {self.home / 'prefect.db'} was removed or replaced")
-
-    def _identity(self) -> tuple[int, int] | None:
-        try:
-            found = (self.home / "prefect.db").stat()
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino
-
-    def release(self, patience: float = STOP_TIMEOUT_SECONDS) -> None:
-        """Give the hold back; stop the server if nobody else holds it, by force after `patience` seconds. Safe to call twice."""
-        fd, self._clients_fd, self.api_url = self._clients_fd, None, None
-        if fd is None:
-            return
-        try:
-            with suppress(BlockingIOError):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while another client holds the server
-                self._stop(patience)
-        finally:
-            os.close(fd)
-            if self._process is not None:
-                self._process.poll()
-
-    def _find(self) -> str | None:
-        """URL of the root's living server, waiting for it to answer; None if there is none."""
-        if not self.alive():
-            return None
-        record, deadline = None, time.monotonic() + START_TIMEOUT_SECONDS
-        while time.monotonic() < deadline:
-            record = _read_record(self.home)
-            if record and healthy(str(record["api_url"])):
-                return str(record["api_url"])
-            if not self.alive():
-                return None
-            time.sleep(0.2)
-        pid = (record or {}).get("pid", "?")
-        raise ServerUnavailable(f"the Prefect server (pid {pid}) lives but does not answer; its log: {self.log_path}")
-
-    def _start(self, port: int | None) -> str:
-        first = not (self.home / "prefect.db").exists()
-        if not first:
-            _check_writable(self.home / "prefect.db")
-        self.log(
-            "starting the Prefect server" + (" (its first start in this store takes about 20 seconds)" if first else "")
-        )
-        for attempt in range(3):  # another process may take the free port first
-            chosen = port or _free_port()
-            url = f"http://127.0.0.1:{chosen}/api"
-            try:
-                self._launch(chosen, url)
-                return url
-            except ServerUnavailable as error:
-                if port or attempt == 2 or "in use" not in str(error):
-                    raise
-        raise AssertionError("unreachable")
-
-    def _launch(self, port: int, url: str) -> None:
-        settings = server_environment(self.home) | {
-            "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "0",  # the server's console is its log file
-            "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
-            "PREFECT_UI_API_URL": url,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
-        }
-        environment = {name: value for name, value in (os.environ | settings).items() if value is not None}
-        with self.log_path.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "flows.prefect_.server", str(self.home), str(port)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # Ctrl-C in the terminal reaches the run first; the server ends after it
-            )
-        self._process = process
-        deadline = time.monotonic() + START_TIMEOUT_SECONDS
-        try:
-            while not healthy(url):
-                if process.poll() is not None:
-                    raise ServerUnavailable(
-                        f"the Prefect server ended with code {process.returncode} while starting; its log:"
-                        f" {self.log_path}\n{_tail(self.log_path)}"
-                    )
-                if time.monotonic() > deadline:
-                    raise ServerUnavailable(
-                        f"the Prefect server did not answer within {START_TIMEOUT_SECONDS:.0f} s; its log: {self.log_path}"
-                    )
-                time.sleep(0.1)
-        except BaseException:
-            _end(process)
-            raise
-
-    def _stop(self, patience: float) -> None:
-        """End the server; called with `clients.lock` held exclusively, so nobody needs it and nobody can join."""
-        record = _read_record(self.home)
-        if record is None or not self.alive():
-            return
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                os.kill(int(record["pid"]), number)
-            deadline = time.monotonic() + patience
-            while self.alive() and time.monotonic() < deadline:
-                time.sleep(0.05)
-            if not self.alive():
-                break
-        if self._process is not None:
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=5)
-
-
-# Locks
-
-
-def _lock(path: Path, kind: int, timeout: float, what: str) -> int:
-    """File descriptor holding `kind` on `path`; waits up to `timeout` seconds, then raises ServerUnavailable."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    deadline = time.monotonic() + timeout
-    try:
-        while True:
-            try:
-                fcntl.flock(fd, kind | fcntl.LOCK_NB)
-                return fd
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ServerUnavailable(f"waited {timeout:.0f} s for {what} ({path})") from None
-                time.sleep(0.05)
-    except BaseException:
-        os.close(fd)
-        raise
 
 
 @contextmanager
-def _locked(path: Path, kind: int, timeout: float, what: str) -> Iterator[None]:
-    fd = _lock(path, kind, timeout, what)
-    try:
-        yield
-    finally:
-        os.close(fd)
+def store_server(
+    root: Path, note: Callable[[str], None] = lambda line: None, port: int | None = None
+) -> Iterator[StoreServer]:
+    """The root's server, started if there is none. The last client stops it and waits for its end, so that no process is
+    left when a command returns. Raises ServerUnavailable."""
+    home = home_of(root)
+    with ExitStack() as client:
+        try:
+            client.enter_context(locks.shared(home / "clients.lock"))  # waits while an old server ends
+            url, process = _found_or_started(home, port, note)
+        except OSError as error:
+            raise ServerUnavailable(f"Prefect's folder {home} cannot be used: {error}") from error
+        server = StoreServer(home, url, _inode(home))
+        try:
+            yield server
+        finally:
+            client.close()
+            _stop_if_unused(home, server.patience)
+            if process is not None and not server.alive():
+                process.wait()
 
 
-def _held(path: Path) -> bool:
-    """Whether some process holds `path` exclusively. The probe asks for a shared lock, so probes do not disturb one another."""
+def _found_or_started(
+    home: Path, port: int | None, note: Callable[[str], None]
+) -> tuple[str, subprocess.Popen[bytes] | None]:
+    """URL of the server's API, once it answers, and the process if it was started here. Of two processes that are started at
+    once, the one that does not get `server.lock` ends."""
+    process, log, deadline = None, home / "server.log", time.monotonic() + START_SECONDS
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except FileNotFoundError:
+        while time.monotonic() < deadline:
+            if locks.holder(home / "server.lock") is not None:
+                if healthy(url := _url(home)):
+                    return url, process
+            elif process is None:
+                process = _start(home, port, note)
+            elif process.poll() is not None:
+                last = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
+                raise ServerUnavailable(
+                    f"the Prefect server ended with code {process.returncode} while starting; its log: {log}\n{last}"
+                )
+            time.sleep(0.1)
+        raise ServerUnavailable(f"the Prefect server did not answer within {START_SECONDS:.0f} s; its log: {log}")
+    except BaseException:
+        if process is not None:
+            process.kill()
+            process.wait()
+        raise
+
+
+def _start(home: Path, port: int | None, note: Callable[[str], None]) -> subprocess.Popen[bytes]:
+    first = not (home / "prefect.db").exists()
+    if not first:
+        _check_writable(home / "prefect.db")
+    note("starting the Prefect server" + (" (its first start in this store takes about 20 seconds)" if first else ""))
+    own = environment(
+        home,
+        # relative to the working directory: as a URL, a root's path would need its `?`, `#` and `%` quoted
+        PREFECT_SERVER_DATABASE_CONNECTION_URL="sqlite+aiosqlite:///prefect.db",
+        PREFECT_SERVER_API_HOST="127.0.0.1",
+        PREFECT_SERVER_API_PORT=str(port or _free_port()),
+        PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="0",  # the server's console is its log file
+        PREFECT_SERVER_LOGGING_LEVEL="WARNING",
+        PYTHONPATH=os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
+    )
+    command = [sys.executable, "-P", "-m", "flows.prefect_.server", str(home)]
+    with (home / "server.log").open(
+        "wb"
+    ) as output:  # a session of its own: Ctrl-C reaches the run, the server ends after it
+        files = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, env=own, cwd=home, start_new_session=True, **files)
+
+
+def _stop_if_unused(home: Path, patience: float) -> None:
+    """End the server unless another client holds it, by force after `patience` seconds."""
+    with locks.alone(home / "clients.lock") as unused:
+        for number in (signal.SIGTERM, signal.SIGKILL) if unused else ():
+            holder, deadline = locks.holder(home / "server.lock"), time.monotonic() + patience
+            if holder is None or not holder.pid:
+                return
+            with suppress(ProcessLookupError):
+                os.kill(holder.pid, number)
+            while locks.holder(home / "server.lock") is not None and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+
+def healthy(api_url: str) -> bool:
+    """Whether `<api_url>/health` answers 200; proxies are not used."""
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            f"{api_url}/health", timeout=5
+        ) as answer:
+            return answer.status == 200
+    except (OSError, ValueError):
         return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
 
 
-def _read_record(home: Path) -> dict[str, object] | None:
-    try:
-        return json.loads((home / "server.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return None
+def _url(home: Path) -> str:
+    """What the living server has written; something that does not answer before it did."""
+    with suppress(FileNotFoundError):
+        return (home / "server.url").read_text()
+    return ""
+
+
+def _inode(home: Path) -> int | None:
+    with suppress(OSError):
+        return (home / "prefect.db").stat().st_ino
+    return None
 
 
 def _check_writable(database: Path) -> None:
@@ -322,60 +206,39 @@ def _check_writable(database: Path) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+    with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _tail(path: Path, lines: int = 12) -> str:
-    try:
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
-    except OSError as error:
-        return f"(unreadable: {error})"
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(timeout=STOP_TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 # The server's own process
 
 
-def _watch_clients(home: Path) -> None:
-    """End this process once no client is left. The exclusive lock is kept until the end: a newcomer waits for it, and
-    starts a fresh server."""
-    fd = os.open(home / "clients.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    while True:
-        time.sleep(WATCH_SECONDS)
-        with suppress(BlockingIOError):
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(STOP_TIMEOUT_SECONDS)
-            os._exit(1)
+def main(home: Path) -> None:
+    """`python -m flows.prefect_.server HOME`: `prefect server start`, bound to the locks. `store_server` starts it."""
 
+    def busy(holder: str) -> None:
+        raise SystemExit(f"another Prefect server runs in {home}: {holder}")
 
-def main(arguments: list[str]) -> None:
-    """`python -m flows.prefect_.server HOME PORT`: `prefect server start`, bound to the locks. EmbeddedServer starts it."""
-    home, port = Path(arguments[0]), int(arguments[1])
-    lock = _lock(home / "server.lock", fcntl.LOCK_EX, 5.0, "the old Prefect server to end")
-    temporary = home / f"server.json.{os.getpid()}"
-    temporary.write_text(json.dumps({"api_url": f"http://127.0.0.1:{port}/api", "pid": os.getpid()}))
-    os.replace(temporary, home / "server.json")
-    threading.Thread(target=_watch_clients, args=(home,), daemon=True).start()
-    sys.argv = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    try:
+    with locks.locked(home / "server.lock", busy):
+        (home / "server.url").write_text(f"http://127.0.0.1:{os.environ['PREFECT_SERVER_API_PORT']}/api")
+        threading.Thread(target=_end_without_clients, args=(home,), daemon=True).start()
+        sys.argv = ["prefect", "server", "start"]
         from prefect.cli import app
 
         app()
-    finally:
-        os.close(lock)
+
+
+def _end_without_clients(home: Path) -> None:
+    """Keeps `clients.lock` until the end: a newcomer waits for it, and starts a fresh server."""
+    while True:
+        time.sleep(1.0)
+        with locks.alone(home / "clients.lock") as unused:
+            if unused:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(STOP_SECONDS)
+                os._exit(1)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(Path(sys.argv[1]))

@@ -1,195 +1,157 @@
-"""Prefect around a run: order, states and history to look at. Never the source of truth, never a reason for losing work.
+"""A run as Prefect shows it: a flow with the experiment as its parameters, a task per stage, log lines, artifacts.
 
-What holds here, whatever Prefect does: a stage's function is called once per try, in the calling thread; its result and its
-exceptions (KeyboardInterrupt included) come out unchanged; when the server cannot be started, is locked, loses its database
-or dies, a warning says so and the work goes on without it, and ends without waiting for it.
-"""
+Prefect is never the source of truth, never a reason for losing work. Whatever it does, a stage's function is called once, in
+the calling thread; its result and its exceptions (KeyboardInterrupt included) come out unchanged; when the server cannot be
+started, is locked, loses its database or dies, a warning is printed and the run goes on, and ends without waiting for it."""
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
-from flows.prefect_.session import Session, current_session, first_line, innermost_session, to_stderr
+from flows.distill import distill
+from flows.experiment import Experiment
+from flows.prefect_.session import Session, prefect_session
+from flows.prefect_.shown import InPrefect, show_summary
+from flows.run.executor import Maker
+from flows.run.stopping import terminating
 from storage.disk.redact import redact
 
 T = TypeVar("T")
 
-PATIENCE_SECONDS = 8.0
-"""How long Prefect may take to note something, twice, before the run goes on without it."""
-HURRY_SECONDS = 3.0
-"""The same, once, where the run is being stopped."""
+
+def distill_in_prefect(experiment: Experiment, maker: Maker, rounds: int) -> None:
+    """The main path as a Prefect flow; without a usable Prefect, the main path."""
+    with prefect_session(maker.store.root) as session:
+        if session.active:
+            maker.run_task = partial(run_stage, session)
+            maker.reporter = InPrefect(session, maker.run, maker.reporter)
+
+        def run() -> None:
+            student = distill(experiment, maker, rounds)
+            show_summary(session, maker.state, maker.store.root, student, experiment.policy.rounds)
+
+        run_as_flow(session, experiment, maker.run.name, rounds, run)
 
 
-# Flows and tasks
+def run_as_flow(session: Session, experiment: Experiment, run: str, rounds: int, function: Callable[[], T]) -> T:
+    """Call `function` as a flow run, named and tagged after the run, its method and its divergence."""
+
+    def record(body: Callable[[], Any]) -> None:
+        from prefect import flow, tags
+
+        @flow(name="distill", flow_run_name=lambda: run, persist_result=False, validate_parameters=False)
+        def main_path(experiment: dict[str, Any], run: str, rounds: int) -> Any:
+            with _end_in_time(session), terminating():  # Prefect has put a SIGTERM handler of its own in
+                return body()
+
+        objective = experiment.objective
+        method = [objective.estimator, *([objective.divergence.kind] if hasattr(objective, "divergence") else [])]
+        with tags(run, *method):
+            main_path(experiment.model_dump(mode="json"), run, rounds)
+
+    return _through(session, record, function, lambda _: None)
 
 
-def run_as_flow(name: str, function: Callable[[], T], *, run_name: str | None = None, description: str = "") -> T:
-    """Call `function` as a Prefect flow run (directly, without a session). Its result and exceptions come out unchanged."""
+def run_stage(session: Session, label: str, round: int, function: Callable[[], T], cached: Callable[[T], bool]) -> T:
+    """Call a stage's function as a task of the flow around it; its state is named `Cached` when `cached(result)`. It has no
+    Prefect cache, no persisted result and no retries: the store is both, and the workers are tried again by their pool."""
 
-    def call(session: Session, body: Callable[[], Any]) -> None:
-        from prefect import Flow
-
-        if not session.takes(lambda client: client.create_flow_from_name(name), PATIENCE_SECONDS):
-            return
-        Flow(
-            fn=_with_signal_handler(_ending(session, body)),
-            name=name,
-            flow_run_name=run_name,
-            description=description or None,
-            persist_result=False,
-            validate_parameters=False,
-            log_prints=False,
-        )()
-
-    return _guarded(call, function, lambda _: None)
-
-
-def run_stage_task(
-    name: str,
-    function: Callable[[], T],
-    cached: Callable[[T], bool] = lambda _: False,
-    *,
-    retries: int = 0,
-    retry_delay_seconds: float = 5.0,
-    description: str = "",
-) -> T:
-    """Call a stage's function as a Prefect task of the flow around it; its state is named `Cached` when `cached(result)`.
-
-    `name` reads "rollout · round 3": the part before " · " names the task, the whole names this run of it. Tried again
-    up to `retries` times when a worker process died (`is_transient`), with and without Prefect. The task has no Prefect
-    cache and no persisted result: the store is both."""
-    attempts = _Attempts(function, retries, retry_delay_seconds)
-
-    def call(session: Session, body: Callable[[], Any]) -> None:
-        from prefect import Task
+    def record(body: Callable[[], Any]) -> None:
+        from prefect import task
         from prefect.cache_policies import NO_CACHE
 
-        Task(
-            fn=body,
-            name=name.split(" · ")[0],
-            task_run_name=_literal(name),
-            description=description or None,
+        @task(
+            name=label,
+            task_run_name=lambda: f"{label} · round {round}",
+            tags=[f"round {round}"],
             cache_policy=NO_CACHE,
             persist_result=False,
-            log_prints=False,
-        )()
+        )
+        def stage() -> Any:
+            return body()
+
+        stage()
 
     def state(result: T) -> Any:
         from prefect.states import Completed
 
-        if cached(result):
-            return Completed(name="Cached", message="already in the store")
-        return Completed(message=f"tries: {attempts.made}" if attempts.made > 1 else None)
+        return Completed(name="Cached", message="already in the store") if cached(result) else Completed()
 
-    return _guarded(call, attempts, state)
+    return _through(session, record, function, state)
 
 
-class _Attempts:
-    """Tries again after transient worker failures. Not Prefect's retries, so that `--no-prefect` behaves the same."""
-
-    def __init__(self, function: Callable[[], Any], retries: int, delay_seconds: float) -> None:
-        self.function, self.retries, self.delay_seconds, self.made = function, retries, delay_seconds, 0
-
-    def __call__(self) -> Any:
-        while True:
-            self.made += 1
-            try:
-                return self.function()
-            except Exception as error:
-                if self.made > self.retries or not is_transient(error):
-                    raise
-                session = innermost_session()
-                warn = session.warn if session else to_stderr
-                warn(f"try {self.made} of {self.retries + 1} failed ({first_line(error)}); trying again")
-                time.sleep(self.delay_seconds)
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether trying again may help: a worker process died without an answer."""
-    from tasks.workers.pool import WorkerDied
-
-    return isinstance(error, WorkerDied)
-
-
-class _Outcome:
-    """What the function really did, kept beside Prefect."""
-
-    called = done = False
-    value: Any = None
-    error: BaseException | None = None
-
-
-def _guarded(
-    call: Callable[[Session, Callable[[], Any]], None], function: Callable[[], T], state: Callable[[T], Any]
+def _through(
+    session: Session, record: Callable[[Callable[[], Any]], None], work: Callable[[], T], state: Callable[[T], Any]
 ) -> T:
-    """Run `function` through Prefect's `call`; take the outcome from the function itself, so Prefect cannot change or lose it."""
-    session = current_session()
-    if session is None:
-        return function()
-    outcome = _Outcome()
+    """Do the work inside Prefect's `record`; take the outcome from the work itself, for Prefect may fail before it, around
+    it and after it."""
+    if not session.active:
+        return work()
+    done: list[T] = []
+    raised: list[BaseException] = []
 
     def body() -> Any:
-        outcome.called = True
         try:
-            outcome.value = function()
+            done.append(work())
         except BaseException as error:
-            outcome.error = error
-            told = _without_secrets(error)
-            if told is error:
+            raised.append(error)
+            shown = _without_secrets(error)
+            if shown is error:
                 raise
-            raise told from None
-        outcome.done = True
-        return state(outcome.value)
+            raise shown from None
+        return state(done[0])
 
     try:
-        call(session, body)
+        record(body)
     except Exception as error:
-        if outcome.error is None:
+        if not raised:
             session.give_up(error)
     except BaseException as error:
-        if outcome.error is None and session.active:
-            if _is_abort(error):
-                raise KeyboardInterrupt("cancelled in Prefect") from error
+        from prefect.exceptions import PrefectSignal
+
+        if not raised and not isinstance(error, PrefectSignal):
             raise
-    if outcome.error is not None:
-        raise outcome.error
-    if not outcome.called:  # Prefect failed before it came to the work
-        return function()
-    return outcome.value
+        if not raised and session.active:
+            raise KeyboardInterrupt("cancelled in Prefect") from error
+    if raised:
+        raise raised[0]
+    return done[0] if done else work()
 
 
-def _ending(session: Session, body: Callable[[], Any]) -> Callable[[], Any]:
-    """The body of a flow, which leaves Prefect without another call when Prefect does not take the run's end."""
+@contextmanager
+def _end_in_time(session: Session) -> Iterator[None]:
+    """Leave the flow by Prefect's Abort, which calls nothing, where one small write for its run does not get through (within
+    3 seconds when the run is being stopped): Prefect would try for minutes to record its end."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import Abort
+    from prefect.runtime import flow_run
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    def takes_the_end(patience: float, retries: int) -> bool:
-        from prefect.context import FlowRunContext
+    retries, seconds = 1, 8
 
-        context = FlowRunContext.get()
-        run = context.flow_run if context is not None else None
-        if run is None or not session.active:
-            return session.active
-        return session.takes(lambda client: client.update_flow_run(run.id, name=run.name), patience, retries)
+    def write() -> None:
+        if session.server is not None:
+            session.server.check_database()
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: retries}),
+            get_client(sync_client=True, httpx_settings={"timeout": seconds}) as client,
+        ):
+            client.update_flow_run(flow_run.id, name=flow_run.name)
 
-    def call() -> Any:
-        from prefect.exceptions import Abort
-
-        try:
-            result = body()
-        except BaseException as error:
-            patience = (PATIENCE_SECONDS, 1) if isinstance(error, Exception) else (HURRY_SECONDS, 0)
-            if not takes_the_end(*patience):
-                raise Abort from None
-            raise
-        if not takes_the_end(PATIENCE_SECONDS, 1):
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            retries, seconds = 0, 3
+        raise
+    finally:
+        session.attempt(write)
+        if not session.active:
             raise Abort
-        return result
-
-    return call
 
 
 def _without_secrets(error: BaseException) -> BaseException:
@@ -198,49 +160,3 @@ def _without_secrets(error: BaseException) -> BaseException:
     if not isinstance(error, Exception) or redact(text) == text:
         return error
     return RuntimeError(f"{type(error).__name__}: {redact(str(error))}")
-
-
-def _is_abort(error: BaseException) -> bool:
-    from prefect.exceptions import PrefectSignal
-
-    return isinstance(error, PrefectSignal)
-
-
-def _with_signal_handler(body: Callable[[], Any]) -> Callable[[], Any]:
-    """Prefect replaces the SIGTERM handler around a flow; a handler that the run installed stays in force inside."""
-    handler = signal.getsignal(signal.SIGTERM)
-    main = threading.current_thread() is threading.main_thread()
-    if not main or not callable(handler):
-        return body
-
-    def with_handler() -> Any:
-        prefects = signal.signal(signal.SIGTERM, handler)
-        try:
-            return body()
-        finally:
-            signal.signal(signal.SIGTERM, prefects)
-
-    return with_handler
-
-
-# What is nice to see
-
-
-def show_table(key: str, rows: Sequence[dict[str, Any]], description: str = "") -> None:
-    """Put a table (a row per round) beside the flow run in Prefect's UI; best effort, inside `run_as_flow` only.
-
-    `key`: lower-case letters, digits and dashes, as Prefect demands."""
-    session = current_session()
-    if session is None or not rows:
-        return
-    try:
-        from prefect.artifacts import create_table_artifact
-
-        create_table_artifact(table=list(rows), key=key, description=description or None)
-    except Exception as error:
-        session.give_up(error)
-
-
-def _literal(name: str) -> str:
-    """Prefect formats run names as templates: braces stay braces."""
-    return name.replace("{", "{{").replace("}", "}}")

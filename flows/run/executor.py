@@ -162,11 +162,11 @@ class Reporter(Protocol):
     def round_done(self, state: RoundState) -> None: ...
 
 
-RunTask = Callable[[str, Callable[[], Made], Callable[[Made], bool]], Made]
-"""Runs a stage's function as a task: (name, function, was it cached?) -> the function's result."""
+RunTask = Callable[[str, int, Callable[[], Made], Callable[[Made], bool]], Made]
+"""Runs a stage's function as a task: (label, round, function, was it cached?) -> the function's result."""
 
 
-def directly(name: str, function: Callable[[], Made], cached: Callable[[Made], bool]) -> Made:
+def directly(label: str, round: int, function: Callable[[], Made], cached: Callable[[Made], bool]) -> Made:
     """Calls the function, without Prefect."""
     return function()
 
@@ -207,12 +207,9 @@ class Maker:
         self._round.student_sha256 = student.content["weights"]
 
     def __call__(self, label: str, make: Callable[P, Work], *args: P.args, **inputs: P.kwargs) -> Made:
-        work = make(*args, **inputs)
-        name = f"{label} · round {self._round.round}"
-        before = self.built
-        return self.run_task(
-            name, lambda: self._make(label, work, (*args, *inputs.values())), lambda _: self.built == before
-        )
+        work, given = make(*args, **inputs), (*args, *inputs.values())
+        before, number = self.built, self._round.round
+        return self.run_task(label, number, lambda: self._make(label, work, given), lambda _: self.built == before)
 
     def _make(self, label: str, work: Work, inputs: tuple[Any, ...]) -> dict[str, Artifact]:
         with ExitStack() as held:

@@ -91,12 +91,9 @@ def run_experiment(
 
                 maker = Maker(store, run, state, context, reporter, restore=restore)
                 if prefect:
-                    from flows.prefect_.session import prefect_session
-                    from flows.prefect_.tasks import run_as_flow, run_stage_task
+                    from flows.prefect_.tasks import distill_in_prefect
 
-                    stack.enter_context(prefect_session(Path(root)))
-                    maker.run_task = run_stage_task
-                    run_as_flow("distill", lambda: distill(experiment, maker, goal), run_name=name)
+                    distill_in_prefect(experiment, maker, goal)
                 else:
                     distill(experiment, maker, goal)
         except BaseException as error:

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 from cancelling import cancel_a_tick
 from fault_trials import Trials
 
-from flows.prefect_.session import prefect_session
+from flows.prefect_.server import StoreServer
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
 def test_a_tick_cancelled_in_prefect_leaves_nothing_behind(
-    trials: Trials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trials: Trials, tmp_path: Path, shared_server: StoreServer, no_prefect_of_the_users: None
 ) -> None:
-    for name in [name for name in os.environ if name.startswith("PREFECT_")]:
-        monkeypatch.delenv(name)
     students = set()
 
     def attempt(name: str) -> None:
-        run = cancel_a_tick(tmp_path / name.replace(" ", "-"), str(session.api_url), name.split()[0])
+        run = cancel_a_tick(tmp_path / name.replace(" ", "-"), shared_server.api_url, name.split()[0])
         students.add(tuple(run.resumed()["students"].items()))
         run.remove()
 
-    with prefect_session(tmp_path / "server") as session:
-        assert session.active
-        names = [f"{role} {number}" for number in range(4) for role in ("sampler", "scorer", "trainer")]
-        trials(10, "a scheduled run cancelled by Prefect's API, with grandchildren", names, attempt)
+    names = [f"{role} {number}" for number in range(4) for role in ("sampler", "scorer", "trainer")]
+    trials(10, "a scheduled run cancelled by Prefect's API, with grandchildren", names, attempt)
     assert len(students) <= 1

@@ -20,9 +20,7 @@ import small_disk
 from fault_trials import Trials, both_forms
 from full_disk import FREED, SERVER, START, fill, measure
 from places import PLUGINS
-from prefect_faults import ReportedRun
 from scripted_run import NAME, ROUNDS, Trial, experiment
-from stopping import PATIENCE
 
 from flows.run.runner import bytes_per_round, refuse_full_disk
 from storage.errors import NotEnoughSpace
@@ -118,21 +116,9 @@ WITH_PREFECT = [
 ]
 
 
-@pytest.fixture(scope="module")
-def prefects_folder(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prefect's database as it is after a run: beginning one takes long."""
-    run = ReportedRun.of(template, tmp_path_factory.mktemp("reported") / "run")
-    run.write(None)
-    process = run.begin(prefect=True)
-    process.join(PATIENCE)
-    assert run.ended(process) == 0 and run.warnings() == [], run.output
-    run.temporary.rmdir()
-    return run.home
-
-
 @both_forms(short=1, full=len(WITH_PREFECT) + 1)
 def test_prefects_database_is_on_the_disk_that_fills_up(
-    undisturbed: Undisturbed, trials: Trials, tmp_path: Path, count: int, prefects_folder: Path
+    undisturbed: Undisturbed, trials: Trials, tmp_path: Path, count: int, migrated: Path
 ) -> None:
     """As every run without `--no-prefect` has it: the store's own server, with its database beside the artifacts."""
 
@@ -142,7 +128,7 @@ def test_prefects_database_is_on_the_disk_that_fills_up(
             assert "running without Prefect" in said, said
         else:
             where = moment(name, undisturbed.growth)
-            stopped_and_resumed(undisturbed, tmp_path / name, where, prefect=True, home=prefects_folder)
+            stopped_and_resumed(undisturbed, tmp_path / name, where, prefect=True, home=migrated)
 
     def without_mount(name: str) -> None:
         full_at(undisturbed, tmp_path / name, f"Prefect {name}")

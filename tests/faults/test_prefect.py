@@ -3,12 +3,10 @@ Prefect's record is incomplete, and leaves nothing behind; the next run reports 
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
 from collections import Counter
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,9 @@ SPOILT = ("spoilt", "no-folder", "no-database", "newer")
 
 
 class Undisturbed:
-    def __init__(self, template: Path, folder: Path) -> None:
-        self.template, self.folder = template, folder
+    def __init__(self, template: Path, folder: Path, reported: Path) -> None:
+        """`reported`: Prefect's folder with a database in use."""
+        self.template, self.reported = template, reported
         run = self.run(folder / "plain")
         assert run.begin_and_end() == 0, run.output
         self.result, hits = run.result(), Counter(run.hits())
@@ -42,14 +41,6 @@ class Undisturbed:
         if reported:
             shutil.copytree(self.reported, run.home)
         return run
-
-    @cached_property
-    def reported(self) -> Path:
-        """Prefect's folder after a run."""
-        run = self.run(self.folder / "reported")
-        ends(run, run.begin(prefect=True), self.result)
-        assert run.warnings() == []
-        return run.home
 
     def moment(self, name: str) -> str:
         return random.Random(f"prefect {name}").choice(self.moments)
@@ -87,14 +78,11 @@ def reports_again(run: ReportedRun, expected: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    return Undisturbed(template, tmp_path_factory.mktemp("undisturbed"))
+def undisturbed(template: Path, tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Undisturbed:
+    return Undisturbed(template, tmp_path_factory.mktemp("undisturbed"), migrated)
 
 
-@pytest.fixture(autouse=True)
-def no_prefect_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("PREFECT_")]:
-        monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("no_prefect_of_the_users")
 
 
 @both_forms(short=1, full=10)
@@ -106,7 +94,7 @@ def test_a_fault_in_mid_round_loses_nothing(
 
     def attempt(name: str) -> None:
         fault = name.split()[0]
-        run = undisturbed.run(tmp_path / name.replace(" ", "-"), reported=full)
+        run = undisturbed.run(tmp_path / name.replace(" ", "-"), reported=True)
         process = run.begin_until(undisturbed.moment(name))
         with MID_RUN[fault](run):
             run.go_on()

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
-import time
-import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from opd_cli import OPD
 from places import CHECKOUT, PLUGINS
 from scripted_run import MARK, NAME, prepare_root
+from shared_prefect import ask, eventually
 from stopping import LIMIT, PATIENCE, StoppedRun
 
 from storage.runs import Run
-
-
-def ask(api_url: str, path: str, body: dict[str, Any]) -> Any:
-    """A POST to Prefect's API."""
-    data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(f"{api_url}/{path}", data, headers), timeout=30) as answer:
-        return json.loads(answer.read())
-
-
-def eventually(what: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.1)
-    return found
 
 
 def cancel_a_tick(folder: Path, api_url: str, role: str) -> StoppedRun:

@@ -13,7 +13,7 @@ import psutil
 import small_disk
 from scripted_run import NAME, Trial, experiment, find_engines
 
-from flows.prefect_ import session as prefect_session
+from flows.prefect_ import tasks as prefect_tasks
 from flows.run.executor import Maker
 from flows.run.runner import run_experiment
 from storage.errors import NotEnoughSpace
@@ -39,7 +39,7 @@ class Stages:
     ) -> Iterator[None]:
         """The disk has `share` of the `growth` pages that the stage `full` needs left when the stage begins; with `late`
         as soon as its estimate was found to fit."""
-        make, session, require = Maker._make, prefect_session.prefect_session, Store.require_space
+        make, session, require = Maker._make, prefect_tasks.prefect_session, Store.require_space
         before = small_disk.used(self.disk)
 
         def shrink(stage: str) -> None:
@@ -73,13 +73,13 @@ class Stages:
             return session(root)
 
         Maker._make, Store.require_space = making, requiring  # type: ignore[method-assign]
-        prefect_session.prefect_session = serving
+        prefect_tasks.prefect_session = serving
         shrink(START)
         try:
             yield
         finally:
             Maker._make, Store.require_space = make, require  # type: ignore[method-assign]
-            prefect_session.prefect_session = session
+            prefect_tasks.prefect_session = session
             if full is None:
                 enter("end")
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 from stopping import PATIENCE, StoppedRun
 
-from flows.prefect_.server import EmbeddedServer, home_of
-from storage.disk import failpoints
+from flows.prefect_.server import home_of, store_server
+from storage.disk import failpoints, locks
 
 
 class ReportedRun(StoppedRun):
@@ -132,12 +131,16 @@ class Elsewhere:
     """A Prefect server that is not the store's: PREFECT_API_URL."""
 
     def __init__(self, folder: Path) -> None:
-        self.server = EmbeddedServer(folder)
-        self.url = self.server.ensure()
-        self.pid = int(json.loads((self.server.home / "server.json").read_text())["pid"])
+        self._held = ExitStack()
+        self.server = self._held.enter_context(store_server(folder))
+        self.server.patience = 1.0
+        self.url = self.server.api_url
+        holder = locks.holder(self.server.home / "server.lock")
+        assert holder is not None
+        self.pid = holder.pid
 
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
     def end(self) -> None:
-        self.server.release(patience=1.0)
+        self._held.close()

@@ -59,9 +59,9 @@ def damaged(config_path: str, name: str, root: str, rounds: int, overrides: list
 
 
 @pytest.mark.parametrize("begun", [True, False])
-def test_a_ticks_last_word(tmp_path: Path, begun: bool, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    monkeypatch.setattr("flows.run.runner.damaged", damaged, raising=False)
-    tick("begun" if begun else "", "nightly", str(tmp_path), 1, [], run_rounds="flows.run.runner:damaged")
-    line = capsys.readouterr().out
-    assert line.startswith("nightly: tick failed: the tokenizer has changed") and "the schedule ends here" in line
-    assert (f"{KEPT}" in line and "opd resume nightly --root" in line) == begun
+def test_a_ticks_last_word(tmp_path: Path, begun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.run.runner.run_rounds", damaged)
+    state = tick("begun" if begun else "", "nightly", str(tmp_path), 1, [])
+    assert state.name == "Refused" and "the schedule ends here" in state.message
+    assert state.message.startswith("tick failed: the tokenizer has changed")
+    assert (f"{KEPT}" in state.message and "opd resume nightly --root" in state.message) == begun

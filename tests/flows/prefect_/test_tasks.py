@@ -1,0 +1,266 @@
+"""A run as Prefect shows it, read back from a real server; and outcomes that are the functions' own, whatever Prefect does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scripted_run
+from places import CHECKOUT
+from scripted_run import NAME
+from shared_prefect import ask, eventually
+from stopping import PATIENCE, StoppedRun
+
+from flows.experiment import Experiment
+from flows.prefect_.server import StoreServer
+from flows.prefect_.session import Session, prefect_session
+from flows.prefect_.tasks import run_as_flow, run_stage
+from flows.run.hints import opd_command
+from storage.errors import RunBusy
+from storage.runs import Run
+
+E = scripted_run.experiment()
+
+
+class Odd(Exception):
+    """Cannot be rebuilt from its args, so nothing that copies exceptions gets it right."""
+
+    def __init__(self, first, second):
+        super().__init__("one text")
+        self.second = second
+
+
+@pytest.fixture(scope="module")
+def session(shared_server: StoreServer):
+    """A session on the shared server, by way of its root."""
+    saved = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("PREFECT_")}
+    os.environ["PREFECT_PROFILE"] = "one-that-does-not-exist"  # a user's own setting must not reach the store's server
+    lines: list[str] = []
+    with prefect_session(shared_server.home.parent, warn=lines.append) as open_session:
+        assert open_session.active and lines == []
+        assert open_session.server.api_url == shared_server.api_url
+        yield open_session
+    assert shared_server.alive()
+    assert os.environ.pop("PREFECT_PROFILE") == "one-that-does-not-exist"
+    assert "PREFECT_API_URL" not in os.environ
+    os.environ.update(saved)
+
+
+def flow(session: Session, name: str, function):
+    return run_as_flow(session, E, name, 1, function)
+
+
+def stage(session: Session, label: str, function, cached=lambda _: False):
+    return run_stage(session, label, 1, function, cached)
+
+
+def flow_runs(server: StoreServer, name: str) -> list[dict[str, Any]]:
+    return ask(server.api_url, "flow_runs/filter", {"flow_runs": {"name": {"any_": [name]}}, "sort": "START_TIME_ASC"})
+
+
+# What a run looks like there
+
+
+@pytest.fixture(scope="module")
+def reported(shared_server: StoreServer, tmp_path_factory: pytest.TempPathFactory) -> StoppedRun:
+    """A run of one round with workers, and the same once more, by the command line; both report to the shared server."""
+    folder = tmp_path_factory.mktemp("reported")
+    run = StoppedRun.of(scripted_run.prepare_root(folder / "template" / "store"), folder / "run", rounds=1)
+    run.write(None)
+    text = (run.folder / "config.yaml").read_text()
+    (run.folder / "config.yaml").write_text(text.replace("scripted_family", "scripted_leaks"))
+    for _ in range(2):
+        leak = {"OPD_TEST_LEAK_HOW": "prints", "OPD_TEST_LEAK": "a line of the trainer's [worker]"}
+        process = run.begin(prefect=True, PREFECT_API_URL=shared_server.api_url, **leak)
+        process.join(PATIENCE)
+        assert run.ended(process) == 0 and run.leftovers() == [], run.output
+        assert "warning" not in run.output
+    return run
+
+
+def tasks_of(server: StoreServer, flow_run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Task runs by name, once all have arrived in their last state."""
+
+    def ended() -> dict[str, dict[str, Any]] | None:
+        found = ask(server.api_url, "task_runs/filter", {"flow_runs": {"id": {"any_": [flow_run["id"]]}}})
+        complete = len(found) == 8 and all(run["state_type"] == "COMPLETED" for run in found)
+        return {run["name"]: run for run in found} if complete else None
+
+    return eventually(ended)
+
+
+def artifacts_of(server: StoreServer, flow_run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    found = ask(server.api_url, "artifacts/filter", {"flow_runs": {"id": {"any_": [flow_run["id"]]}}})
+    return {artifact["key"]: artifact for artifact in found}
+
+
+def messages(server: StoreServer, task_run: dict[str, Any]) -> list[str]:
+    body = {"logs": {"task_run_id": {"any_": [task_run["id"]]}}, "limit": 200, "sort": "TIMESTAMP_ASC"}
+    return [line["message"] for line in ask(server.api_url, "logs/filter", body)]
+
+
+def test_a_flow_run_has_the_experiment_as_its_parameters_and_its_method_as_tags(reported, shared_server) -> None:
+    first, second = flow_runs(shared_server, NAME)
+    for run in (first, second):
+        assert run["state_type"] == "COMPLETED"
+        assert set(run["tags"]) == {NAME, "direct", "reverse_kl"}
+        assert (run["parameters"]["run"], run["parameters"]["rounds"]) == (NAME, 1)
+    stored = Run.open(reported.root, NAME).experiment
+    assert Experiment.model_validate(first["parameters"]["experiment"]) == Experiment.model_validate(stored)
+
+
+def test_tasks_are_the_stages_of_the_rounds_and_a_cached_one_says_so(reported, shared_server) -> None:
+    first, second = (tasks_of(shared_server, run) for run in flow_runs(shared_server, NAME))
+    round_0 = ("model", "model_teacher", "prepare", "evaluate")
+    round_1 = ("rollout", "supervise", "train", "evaluate")
+    names = {f"{label} · round 0" for label in round_0} | {f"{label} · round 1" for label in round_1}
+    assert first.keys() == second.keys() == names
+    assert set(first["train · round 1"]["tags"]) == {NAME, "direct", "reverse_kl", "round 1"}
+    made = {name for name, run in first.items() if run["state_name"] == "Completed"}
+    assert made == {"evaluate · round 0", *(f"{label} · round 1" for label in round_1)}
+    assert {run["state_name"] for name, run in first.items() if name not in made} == {"Cached"}
+    assert {run["state_name"] for run in second.values()} == {"Cached"}
+
+
+def test_a_round_is_a_table_and_the_end_a_summary(reported, shared_server) -> None:
+    first, second = (artifacts_of(shared_server, run) for run in flow_runs(shared_server, NAME))
+    assert first.keys() == second.keys() == {f"{NAME}-round-0", f"{NAME}-round-1", f"{NAME}-summary"}
+    state = Run.open(reported.root, NAME).state
+    one = state.rounds[1]
+    table = first[f"{NAME}-round-1"]
+    assert table["type"] == "table" and "accuracy" in table["description"]
+
+    rows = {row["stage"]: row for row in json.loads(table["data"])}
+    assert list(rows) == list(one.stages)
+    for label, row in rows.items():
+        assert (row["state"], row["rows"]) == ("done", one.stages[label].rows)
+        assert row["seconds"] == pytest.approx(one.stages[label].seconds, abs=0.06)
+        assert all(f"{name}/{key}" in row["artifacts"] for name, key in one.stages[label].artifacts.items())
+    assert f"reverse_kl {one.metrics['reverse_kl']:.5g}" in rows["evaluate"]["metrics"]
+    assert f"tokens {one.metrics['rollout_tokens']:.5g}" in rows["rollout"]["metrics"]
+    summary = first[f"{NAME}-summary"]
+    assert summary["type"] == "markdown" and summary["data"].startswith(f"# {NAME}: round 1 of 1")
+    assert f"| 1 | {one.metrics['accuracy_greedy']:.4g} | {one.metrics['reverse_kl']:.4g} |" in summary["data"]
+    student = f"{reported.root}/artifacts/student/{one.stages['train'].artifacts['student']}"
+    assert student in summary["data"] and Path(student).is_dir()
+    assert opd_command(reported.root, "export", NAME, f"{NAME}-student") in summary["data"]
+
+
+def test_what_a_stage_and_its_worker_say_is_in_the_tasks_log(reported, shared_server) -> None:
+    first, second = (tasks_of(shared_server, run) for run in flow_runs(shared_server, NAME))
+    lines = messages(shared_server, first["train · round 1"])
+    assert "trainer: a line of the trainer's [worker]" in lines
+    assert "round 1 train: started" in lines
+    assert any(line.startswith("round 1 train: done in") for line in lines)
+    assert not any("line of the trainer" in line for line in messages(shared_server, first["rollout · round 1"]))
+    assert any("already in the store" in line for line in messages(shared_server, second["train · round 1"]))
+    assert not any("line of the trainer" in line for line in messages(shared_server, second["train · round 1"]))
+
+
+def test_a_long_stage_has_a_progress_bar(session, shared_server, tmp_path, monkeypatch) -> None:
+    from flows.prefect_ import shown
+    from flows.run.progress import SilentReporter
+    from storage.runs import StageState
+
+    for name in ("LONG_SECONDS", "BETWEEN_SECONDS"):
+        monkeypatch.setattr(shown, name, 0.0)
+    reporter = shown.InPrefect(session, Run.create(tmp_path, "bar", {}, {}), SilentReporter())
+
+    def work() -> None:
+        reporter.stage(3, "rollout", StageState(state="running"))
+        for done in (1, 2):
+            reporter.progress(3, "rollout", done, 4, "samples")
+        if name == "done":
+            reporter.stage(3, "rollout", StageState(state="done", seconds=1.0, rows=4))
+
+    for name, percent in (("bar", 50.0), ("done", 100.0)):
+        flow(session, name, lambda: stage(session, "rollout", work))
+        (run,) = flow_runs(shared_server, name)
+        (bar,) = artifacts_of(shared_server, run).values()
+        assert (bar["type"], bar["key"], float(bar["data"])) == ("progress", "bar-rollout-round-3", percent)
+
+
+# Outcomes
+
+
+def test_importing_costs_no_prefect() -> None:
+    script = "import sys, flows.prefect_.tasks, flows.prefect_.schedule; assert 'prefect' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, check=True)
+
+
+def test_without_prefect_functions_are_called(tmp_path: Path) -> None:
+    inactive, error, thing = Session(active=False), ValueError("x"), object()
+
+    def fail() -> None:
+        raise error
+
+    assert flow(inactive, "f", lambda: stage(inactive, "t", lambda: thing)) is thing
+    with pytest.raises(ValueError) as caught:
+        flow(inactive, "f", lambda: stage(inactive, "t", fail))
+    assert caught.value is error
+
+
+def test_results_come_out_as_themselves(session, shared_server) -> None:
+    thing = object()
+    assert flow(session, "a {name}", lambda: stage(session, "rollout", lambda: thing)) is thing
+    assert session.active
+    (run,) = flow_runs(shared_server, "a {name}")
+    assert run["state_type"] == "COMPLETED"
+
+
+@pytest.mark.parametrize("error", [Odd(1, 2), KeyboardInterrupt(), RunBusy("held", "pid 1"), SystemExit(3)])
+def test_exceptions_come_out_as_themselves(session, shared_server, error) -> None:
+    def fail() -> None:
+        raise error
+
+    name = f"fails with {type(error).__name__}"
+    with pytest.raises(type(error)) as caught:
+        flow(session, name, lambda: stage(session, "train", fail))
+    assert caught.value is error
+    assert session.active  # the function's failure is not Prefect's
+    (run,) = flow_runs(shared_server, name)
+    assert run["state_type"] == ("FAILED" if isinstance(error, Exception) else "CRASHED")
+
+
+def test_sigterm_is_an_interrupt_inside_a_flow(session) -> None:
+    def body() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        flow(session, "distill", lambda: stage(session, "train", body))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("when", ["create_flow_run", "set_flow_run_state"])
+def test_a_prefect_that_fails_before_or_after_the_work_changes_nothing(session, monkeypatch, when) -> None:
+    import httpx
+    from prefect.client.orchestration import SyncPrefectClient
+
+    calls, real = [], getattr(SyncPrefectClient, when)
+
+    def broken(self, *args, **kwargs):
+        if when == "create_flow_run" or calls:
+            raise httpx.ConnectError("the server is gone")
+        return real(self, *args, **kwargs)
+
+    lines = []
+    monkeypatch.setattr(SyncPrefectClient, when, broken)
+    monkeypatch.setattr(session, "warn", lines.append)
+    try:
+        assert flow(session, "distill", lambda: calls.append(1) or "made") == "made"
+        assert calls == [1]
+        assert not session.active
+        assert stage(session, "t", lambda: 2) == 2
+    finally:
+        session.active = True
+    (line,) = lines
+    assert "nothing of the run is lost" in line

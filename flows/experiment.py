@@ -123,6 +123,11 @@ def cross_problems(e: Experiment) -> list[str]:
         )
         if value != plain
     ]
+    if not e.rollout.behaviour.exact and e.objective.requires_untruncated_sampling:
+        problems.append(
+            f"rollout.behaviour: with {e.rollout.behaviour.kind!r} the student does not draw every token, but this objective's"
+            " sampled estimator needs exact samples of the student; use behaviour: student, or a direct objective"
+        )
     if truncated and e.objective.requires_untruncated_sampling:
         problems.append(
             f"objective: a sampled estimator needs exact samples of the student, but {' and '.join(truncated)}; set"

@@ -7,7 +7,8 @@ generated pages, queries, collection and replays.
     @register
     class Mine(Divergence): ...
 
-`register` takes a class of any open axis: a divergence, trust region, token weight, credit, signal or teacher backend.
+`register` takes a class of any open axis: a behaviour, divergence, trust region, token weight,
+credit, signal or teacher backend.
 `register_role` lets a class of the plugin's serve the jobs of a worker role, `register_schema` adds jobs of its own."""
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from storage.schemas import Column, TableSchema
+from tasks import behaviours as _behaviours
+from tasks.behaviours import Behaviour, Completion, Draw, Drawn, Start
 from tasks.engines import teacher as _teacher
 from tasks.engines.teacher import Capabilities, Host, Passage, Teacher, TeacherBackend, Vocabulary
 from tasks.losses import credit as _credit
@@ -32,13 +35,15 @@ from tasks.signals import register as _register_signal
 from tasks.workers.jobs import Schema, register_role, register_schema
 
 __all__ = [
-    "Ask", "Capabilities", "Column", "Credit", "CreditContext", "CreditNeeds", "CreditTerms", "Divergence", "Host", "Passage",
-    "Schema", "Shard", "SideTerm", "Signal", "SignalNeed", "TableSchema", "Teacher", "TeacherBackend", "TokenWeight",
-    "TrustRegion", "Values", "Vocabulary", "Wanted", "Weighable", "Written", "register", "register_role", "register_schema",
+    "Ask", "Behaviour", "Capabilities", "Column", "Completion", "Credit", "CreditContext", "CreditNeeds", "CreditTerms",
+    "Divergence", "Draw", "Drawn", "Host", "Passage", "Schema", "Shard", "SideTerm", "Signal", "SignalNeed", "Start",
+    "TableSchema", "Teacher", "TeacherBackend", "TokenWeight", "TrustRegion", "Values", "Vocabulary", "Wanted", "Weighable",
+    "Written", "register", "register_role", "register_schema",
 ]  # fmt: skip
 
 C = TypeVar("C", bound=type)
 _AXES: tuple[tuple[type, Callable[[Any], Any]], ...] = (
+    (Behaviour, _behaviours.register),
     (Divergence, _divergences.register),
     (TrustRegion, _trust_regions.register),
     (TokenWeight, _token_weights.register),

@@ -17,7 +17,7 @@ from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.rollout_config import RolloutConfig
 from tasks.sharded import ShardedStage, distinct
 from tasks.stage import Context, Prompts, Student, Work, model_inputs
-from tasks.workers.jobs import ArtifactRef, ModelRef, Request, SampleJob, SampleShard, Sampling
+from tasks.workers.jobs import ArtifactRef, ModelRef, Request, SampleJob, SampleShard, Sampling, config_json
 
 VERSION = 1
 STAGE = "rollout"
@@ -48,7 +48,7 @@ def rollout_work(
     # what a completion depends on: a checkpoint's generation config decides where "eos" ends it
     inputs = model_inputs(student, "student:")
     inputs["prompts"] = prompts.content[f"prompts:{SPLIT}"]
-    used = used_plugins(plugins, "sampler")
+    used = used_plugins(plugins, "sampler", config=config)
     identity = _RolloutIdentity(config=config, seed=seed, round=round, plugins=used)
     spec = ArtifactSpec.of(STAGE, VERSION, identity, inputs)
 
@@ -110,6 +110,7 @@ def _build(
             dtype=config.dtype,
             longest=max(lengths[r.prompt_id] for shard in plan for r in shard) + config.max_completion_length,
             log_table=TABLE,
+            behaviour=config_json(config.behaviour),
         )
         shards = {number: SampleShard(number, sampling, requests) for number, requests in enumerate(plan)}
         results = stage.sample(TABLE, job, shards, stage.missing)

@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from storage.identity import Identity
+from storage.identity import Identity, omit_at
+from tasks.behaviours import BehaviourField
+from tasks.behaviours.student import StudentWrites
 
 
 def _sorted_ids(value: str | tuple[int, ...]) -> str | tuple[int, ...]:
@@ -40,6 +42,12 @@ class RolloutConfig(Identity):
     shard_prompts: int = Field(64, ge=1, description="prompts per shard: the unit of redo and of data parallelism")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="the engine's weights and arithmetic"
+    )
+
+    behaviour: BehaviourField = Field(
+        StudentWrites(),
+        description="who writes the tokens; a name or {kind: ..., its fields}",
+        json_schema_extra=omit_at({"kind": "student"}),
     )
 
     def sampling(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from flows.experiment import load_experiment
+from tasks.behaviours import BEHAVIOURS
 from tasks.losses.axes import FullSupport, SampledToken, StudentCandidates, TopkSupport
 from tasks.losses.config import DirectConfig, PolicyGradientConfig, SftConfig
 from tasks.losses.credit import CREDITS
@@ -96,7 +97,8 @@ def catalogue() -> list[Entry]:
     found += [_outside(kind, equation) for kind, equation in OUTSIDE.items()]
     found += [_of_class(kind, "credit", c) for kind, c in CREDITS.classes.items()]
     found += [_of_class(kind, "trust region", c) for kind, c in TRUST_REGIONS.classes.items()]
-    return found + [_of_class(kind, "token weight", c) for kind, c in TOKEN_WEIGHTS.classes.items()]
+    found += [_of_class(kind, "token weight", c) for kind, c in TOKEN_WEIGHTS.classes.items()]
+    return found + [_of_class(kind, "behaviour", c) for kind, c in BEHAVIOURS.classes.items()]
 
 
 def axes(entries: list[Entry]) -> list[str]:

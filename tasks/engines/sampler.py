@@ -11,12 +11,13 @@ of the distribution sampled from (temperature, top-p and top-k applied; at tempe
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import math
 import os
 import traceback
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,11 @@ from storage.errors import ConfigError, InputError, OpdError
 from storage.identity import derive_seed
 from storage.schemas import schema_for
 from storage.store import Store
+from tasks.behaviours import Behaviour, Completion, Draw, Drawn, Start, behaviour_of
 from tasks.engines.hf_folder import check_length, longest_sequence, read_config, stop_token_ids
 from tasks.engines.weight_proof import judge_probes, judge_weights
 from tasks.inputs.tokenizers import load_tokenizer
-from tasks.workers.jobs import Request, SampleJob, SampleResult, SampleShard, Sampling, ShardDone
+from tasks.workers.jobs import SampleJob, SampleResult, SampleShard, Sampling, ShardDone
 from tasks.workers.main import Link
 
 BATCHED_TOKENS = 16384
@@ -51,14 +53,7 @@ class SamplingFailed(OpdError):
     """The engine gave no usable completion for some samples, however often it was asked."""
 
 
-@dataclass(frozen=True)
-class Completion:
-    """One completion. `logprobs` has one value per token id, under the distribution that was sampled from."""
-
-    token_ids: list[int]
-    text: str
-    finish_reason: str
-    logprobs: list[float]
+Writer = Generator[Draw, Drawn, Completion]
 
 
 @dataclass
@@ -66,6 +61,8 @@ class OpenShard:
     """A shard whose requests are in the engine: what came of them, by position."""
 
     item: SampleShard
+    writers: dict[int, Writer] = field(default_factory=dict)
+    """Completions under way: the behaviour's generator of each."""
     completions: dict[int, Completion] = field(default_factory=dict)
     problems: dict[int, str] = field(default_factory=dict)
 
@@ -91,8 +88,8 @@ class OpenShard:
             f" {', '.join(shown)}{more}"
         )
 
-    def rows(self, prompts: dict[str, list[int]]) -> pa.Table:
-        """Rows of the table `rollouts`."""
+    def rows(self, prompts: dict[str, list[int]], behaviour: Behaviour, text: Callable[[list[int]], str]) -> pa.Table:
+        """Rows of the table `rollouts`. `text` decodes token ids."""
         return pa.Table.from_pylist(
             [
                 {
@@ -102,11 +99,11 @@ class OpenShard:
                     "prompt_token_ids": prompts[request.prompt_id],
                     "completion_token_ids": self.completions[position].token_ids,
                     "sampling_logprobs": self.completions[position].logprobs,
-                    "behaviour": "student",
-                    "prefix_length": 0,
+                    "behaviour": behaviour.label,
+                    "prefix_length": self.completions[position].prefix_length,
                     "finish_reason": self.completions[position].finish_reason,
                     "seed": request.seed,
-                    "completion_text": self.completions[position].text,
+                    "completion_text": text(self.completions[position].token_ids),
                     "reward": None,
                 }
                 for position, request in enumerate(self.item.requests)
@@ -175,6 +172,7 @@ class Sampler:
         writer = store.shard_writer(job.target.stage, job.target.key)
         target = writer.intermediate() if job.intermediate else writer
         prompts = _prompt_tokens(store, job)
+        behaviour = behaviour_of(json.loads(bytes(job.behaviour)))
         wanted = set(job.write) if job.write is not None else None
         intake = Intake(link, int(self.settings.get("max_num_seqs", 256)), job.batch)
         tries: Counter[int] = Counter()
@@ -182,7 +180,7 @@ class Sampler:
         while not intake.empty:
             self._prepare(job)
             log = BatchLog(writer.path, job.log_table) if job.batch is None else None
-            batch = self._batch(job, intake, prompts, log, link, done)
+            batch = self._batch(job, intake, prompts, behaviour, log, link, done)
             for shard in batch:
                 number = shard.item.shard
                 if shard.problems:
@@ -193,7 +191,7 @@ class Sampler:
                 elif wanted is None or number in wanted:
                     if log is not None:
                         log.writing(number)
-                    target.write_shard("rollouts", number, shard.rows(prompts))
+                    target.write_shard("rollouts", number, shard.rows(prompts, behaviour, self._text))
                     done += shard.item.size
                     link.done(ShardDone(number, shard.item.size))
                 if wanted is not None:
@@ -230,7 +228,14 @@ class Sampler:
         return found
 
     def _batch(
-        self, job: SampleJob, intake: Intake, prompts: dict[str, list[int]], log: BatchLog | None, link: Link, done: int
+        self,
+        job: SampleJob,
+        intake: Intake,
+        prompts: dict[str, list[int]],
+        behaviour: Behaviour,
+        log: BatchLog | None,
+        link: Link,
+        done: int,
     ) -> Generator[OpenShard, None, None]:
         """Samples until the engine is empty and there are no more shards. Yields each shard when it is complete; one with
         `problems` holds a completion that cannot be used, or was in an engine that failed. `done`: samples written before."""
@@ -245,16 +250,22 @@ class Sampler:
                     if log is not None:
                         log.add(item.shard, step)
                     shard = unfinished[item.shard] = OpenShard(item)
-                    waiting |= self._enqueue(shard, prompts, self._stop_ids(job, item.sampling))
+                    asks = self._begin(shard, prompts, behaviour)
+                    waiting |= self._enqueue(shard, asks, self._stop_ids(job, item.sampling))
                 if not waiting:
                     return
                 answers = self._step(waiting)
                 for shard, position, output in answers:
-                    if (problem := _problem(output, self._vocabulary)) is None:
-                        shard.completions[position] = self._completion(output)
-                        done += 1
-                    else:
+                    if (problem := _problem(output, self._vocabulary)) is not None:
                         shard.problems[position] = problem
+                        continue
+                    try:
+                        ask = shard.writers[position].send(_drawn(output))
+                        stop_ids = self._stop_ids(job, shard.item.sampling)
+                        waiting |= self._enqueue(shard, {position: ask}, stop_ids)
+                    except StopIteration as end:
+                        shard.completions[position] = end.value
+                        done += 1
                 step += 1
                 link.progress(done, 0)
                 for number in [number for number, shard in unfinished.items() if shard.complete]:
@@ -272,17 +283,24 @@ class Sampler:
                 shard.fail(f"the engine failed: {type(error).__name__}: {error}")
                 yield shard
 
+    def _begin(self, shard: OpenShard, prompts: dict[str, list[int]], behaviour: Behaviour) -> dict[int, Draw]:
+        """Start the completions of a shard: what the engine is to continue first, by position."""
+        limit = shard.item.sampling.max_completion_length
+        for position, request in enumerate(shard.item.requests):
+            prompt = prompts[request.prompt_id]
+            if not prompt:
+                raise InputError(f"sampler: prompt {request.prompt_id!r} has no tokens; prepare filters these")
+            shard.writers[position] = behaviour.write(Start(tuple(prompt), limit, request.seed))
+        return {position: next(writer) for position, writer in shard.writers.items()}
+
     def _enqueue(
-        self, shard: OpenShard, prompts: dict[str, list[int]], stop_ids: list[int]
+        self, shard: OpenShard, asks: dict[int, Draw], stop_ids: list[int]
     ) -> dict[str, tuple[OpenShard, int]]:
-        """Give the engine a shard's requests. Engine's name of each -> (the shard, its position)."""
-        item = shard.item
-        texts = [prompts[request.prompt_id] for request in item.requests]
-        if not all(texts):
-            raise InputError(f"sampler: shard {item.shard} has a prompt without tokens; prepare filters these")
-        params = [self._params(item.sampling, request.seed, stop_ids) for request in item.requests]
-        names = self.llm.enqueue([{"prompt_token_ids": ids} for ids in texts], params, use_tqdm=False)
-        return {str(name): (shard, position) for position, name in enumerate(names)}
+        """Give the engine requests of a shard. Engine's name of each -> (the shard, its position)."""
+        params = [self._params(shard.item.sampling, ask.seed, ask.max_tokens, stop_ids) for ask in asks.values()]
+        texts = [{"prompt_token_ids": list(ask.tokens)} for ask in asks.values()]
+        names = self.llm.enqueue(texts, params, use_tqdm=False)
+        return {str(name): (shard, position) for name, position in zip(names, asks, strict=True)}
 
     def _step(self, waiting: dict[str, tuple[OpenShard, int]]) -> list[tuple[OpenShard, int, Any]]:
         """One step of the engine: (shard, position, output) of every request that it finished, removed from `waiting`. Of an
@@ -297,7 +315,7 @@ class Sampler:
         finished = [output for output in engine.step() if output.finished]
         return [(*waiting.pop(names[o.request_id.split("-")[0]]), o.outputs[0]) for o in finished]
 
-    def _params(self, sampling: Sampling, seed: int, stop_ids: Sequence[int]) -> Any:
+    def _params(self, sampling: Sampling, seed: int, max_tokens: int, stop_ids: Sequence[int]) -> Any:
         from vllm import SamplingParams
 
         greedy = sampling.temperature == 0
@@ -307,7 +325,7 @@ class Sampler:
             top_p=1.0 if greedy else sampling.top_p,
             top_k=0 if greedy else sampling.top_k,
             seed=None if greedy else seed,
-            max_tokens=sampling.max_completion_length,
+            max_tokens=max_tokens,
             stop_token_ids=list(stop_ids),
             ignore_eos=True,  # the stop ids are explicit; the engine adds none of its own
             logprobs=0,  # of the sampled token alone
@@ -322,10 +340,9 @@ class Sampler:
         except Exception:  # it is of no use any more, whatever it says
             traceback.print_exc()
 
-    def _completion(self, output: Any) -> Completion:
-        token_ids = [int(token) for token in output.token_ids]
-        text = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Completion(token_ids, text, output.finish_reason, _logprobs(output))
+    def _text(self, token_ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
 
     # --- weights -------------------------------------------------------------------------------------------------
 
@@ -369,10 +386,9 @@ class Sampler:
     def _probe(self, path: Path, dtype: str) -> dict[str, Any]:
         vocabulary = int(read_config(path)["vocab_size"])
         prompts = [[derive_seed("probe", i, j) % vocabulary for j in range(_PROBE_PROMPT)] for i in range(_PROBES)]
-        sampling = Sampling(1.0, 1.0, 0, _PROBE_TOKENS, [])
-        requests = [Request(f"probe {i}", str(i), 0, derive_seed("probe", i)) for i in range(_PROBES)]
-        texts = {str(i): prompt for i, prompt in enumerate(prompts)}
-        waiting = self._enqueue(OpenShard(SampleShard(0, sampling, requests)), texts, [])
+        shard = OpenShard(SampleShard(0, Sampling(1.0, 1.0, 0, _PROBE_TOKENS, []), []))
+        asks = {i: Draw(tuple(prompts[i]), _PROBE_TOKENS, derive_seed("probe", i)) for i in range(_PROBES)}
+        waiting = self._enqueue(shard, asks, [])
         outputs: list[Any] = [None] * _PROBES
         while waiting:
             for _, position, output in self._step(waiting):
@@ -440,6 +456,10 @@ def _prompt_tokens(store: Store, job: SampleJob) -> dict[str, list[int]]:
 
 
 # --- outputs ---------------------------------------------------------------------------------------------------------
+
+
+def _drawn(output: Any) -> Drawn:
+    return Drawn([int(token) for token in output.token_ids], _logprobs(output), output.finish_reason)
 
 
 def _logprobs(output: Any) -> list[float]:

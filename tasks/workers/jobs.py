@@ -96,7 +96,8 @@ class SampleJob(Schema):
     """Sample completions of prompts (role sampler). Every shard becomes one of the table `rollouts` in the unfinished artifact
     `target`; with `intermediate` in its folder of intermediate shards, which no manifest names.
 
-    `longest` is the length in tokens of the longest prompt with its completion, over all shards of the stage. `batch`
+    `behaviour` is the JSON of who writes the tokens (tasks/behaviours). `longest` is the length in tokens of the longest prompt
+    with its completion, over all shards of the stage. `batch`
     repeats a recorded batch: item i is added at the engine's step `batch[i]`, and only the shards `write` are written."""
 
     store: str
@@ -109,6 +110,7 @@ class SampleJob(Schema):
     log_table: str
     """The table whose batches are recorded: the one that the stage commits."""
     intermediate: bool = False
+    behaviour: msgspec.Raw = msgspec.Raw(b'{"kind":"student"}')
     batch: list[int] | None = None
     write: list[int] | None = None
 

@@ -36,15 +36,15 @@ class Scripted(Sampler):
         self._stopped_by = [7]
         return [7]
 
-    def _params(self, sampling, seed, stop_ids):
-        return SimpleNamespace(seed=seed, limit=sampling.max_completion_length)
+    def _params(self, sampling, seed, max_tokens, stop_ids):
+        return SimpleNamespace(seed=seed, limit=max_tokens)
 
-    def _enqueue(self, shard, prompts, stop_ids):
+    def _begin(self, shard, prompts, behaviour):
         deadly = self.llm.store / "die-before-shard"
         if deadly.exists() and int(deadly.read_text()) == shard.item.shard:
             os.kill(os.getpid(), signal.SIGKILL)
         self.llm.note("shards-done", str(shard.item.shard))
-        return super()._enqueue(shard, prompts, stop_ids)
+        return super()._begin(shard, prompts, behaviour)
 
 
 class Engine:

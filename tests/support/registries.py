@@ -10,6 +10,7 @@ import pytest
 from places import PLUGINS
 
 from tasks import plugins
+from tasks.behaviours import BEHAVIOURS
 from tasks.engines.teacher import TEACHERS
 from tasks.losses.credit import CREDITS
 from tasks.losses.token_weights import TOKEN_WEIGHTS
@@ -22,7 +23,7 @@ def plugin_path() -> Iterator[None]:
     """`tests/plugins` can be imported, and what its modules register is forgotten at the end."""
     signals, modules = dict(SIGNALS), set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
-        for registry in (CREDITS, TEACHERS, TOKEN_WEIGHTS):
+        for registry in (BEHAVIOURS, CREDITS, TEACHERS, TOKEN_WEIGHTS):
             patch.setattr(registry, "classes", dict(registry.classes))
         patch.setattr(jobs, "ROLES", dict(jobs.ROLES))
         patch.setattr(plugins, "_registered", list(plugins._registered))

@@ -20,6 +20,9 @@ def _sorted_ids(value: str | tuple[int, ...]) -> str | tuple[int, ...]:
 StopTokenIds = Annotated[Literal["eos"] | tuple[int, ...], AfterValidator(_sorted_ids)]
 """The ids that end a completion: explicit, or those of the student's tokenizer and generation config."""
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""Of the weights and arithmetic of an engine or a scorer."""
+
 
 class RolloutConfig(Identity):
     """How the student is sampled. Log-probabilities are recorded under the distribution really sampled from."""
@@ -38,9 +41,7 @@ class RolloutConfig(Identity):
         128, ge=1, description="prompts of a round, from a seeded permutation, epoch after epoch"
     )
     shard_prompts: int = Field(64, ge=1, description="prompts per shard: the unit of redo and of data parallelism")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="the engine's weights and arithmetic"
-    )
+    dtype: Dtype = Field("float32", description="the engine's weights and arithmetic")
 
     def sampling(self) -> dict[str, Any]:
         """What the sampler needs of it (see `tasks/engines/sampler.py`), as JSON."""

@@ -81,12 +81,13 @@ def parse_override(text: str) -> dict[str, Any]:
     if not equals or not all(keys):
         raise ConfigError(f"--set {text!r}: expected FIELD.FIELD=VALUE, for example --set train.lr=1e-4")
     try:
-        parsed: Any = yaml.load(value, _Loader)
+        parsed = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {text!r}: the value is not readable as YAML: {error}") from None
-    for key in reversed(keys):
-        parsed = {key: parsed}
-    return parsed  # type: ignore[no-any-return]
+    found: dict[str, Any] = {keys[-1]: parsed}
+    for key in reversed(keys[:-1]):
+        found = {key: found}
+    return found
 
 
 def validate(model: type[Model], data: dict[str, Any], where: str) -> Model:

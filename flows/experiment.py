@@ -17,7 +17,7 @@ from tasks.inputs.models import ModelSource, declared_sizes
 from tasks.losses.config import FullSupport, ObjectiveConfig
 from tasks.plugins import changed, load_plugins
 from tasks.prepare import PrepareConfig
-from tasks.rollout import RolloutConfig
+from tasks.rollout_config import RolloutConfig
 from tasks.supervise import SuperviseConfig, signal_problems
 from tasks.train import TrainConfig
 from tasks.warmup import WarmupConfig

@@ -19,7 +19,7 @@ from storage.schemas import COMPLETION_KL, schema_for
 from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.inputs.verifiers import ExactMatch, FunctionVerifier, VerifierConfig, verifier_digest, verify
 from tasks.plugins import NO_PLUGINS, used_plugins
-from tasks.rollout_config import StopTokenIds
+from tasks.rollout_config import Dtype, StopTokenIds
 from tasks.sharded import ShardedStage
 from tasks.stage import Context, Prompts, Student, Teacher, Work, model_inputs
 from tasks.workers.jobs import ArtifactRef, KLJob, KLShard, ModelRef, Request, SampleJob, SampleShard, Sampling
@@ -53,7 +53,7 @@ class EvaluateConfig(Identity):
     verifier: VerifierConfig | None = Field(
         ExactMatch(), description="judges greedy and sampled completions; null: no accuracy"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the engine and of the scorer")
+    dtype: Dtype = Field("float32", description="of the engine and of the scorer")
     shard_prompts: int = Field(64, ge=1, description="prompts per shard: the unit of redo and of data parallelism")
 
     @model_validator(mode="after")

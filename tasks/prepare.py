@@ -314,7 +314,7 @@ class _Taken:
 def _commit(builder: Builder, prepared: Prepared) -> None:
     shards = {name: _write(builder, name, getattr(prepared, name)) for name in ("prompts", "vocabulary")}
     prompts, audit = prepared.prompts, prepared.audit
-    found = {split: prompts.filter(pc.equal(prompts["split"], split)) for split in SPLITS}
+    found: dict[str, pa.Table] = {split: prompts.filter(pc.equal(prompts["split"], split)) for split in SPLITS}
     audited = None if audit is None else audit.model_dump(mode="json")
     builder.commit(
         content={

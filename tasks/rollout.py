@@ -72,7 +72,7 @@ def prompts_for_round(prompt_ids: Sequence[str], seed: int, round: int, prompts_
     chosen: list[str] = []
     while len(chosen) < prompts_per_round:
         epoch, offset = divmod(start + len(chosen), len(ids))
-        order = sorted(ids, key=lambda name, epoch=epoch: (derive_seed(seed, "prompts", epoch, name), name))
+        order = [name for _, name in sorted((derive_seed(seed, "prompts", epoch, name), name) for name in ids)]
         chosen += order[offset : offset + prompts_per_round - len(chosen)]
     return chosen
 

@@ -22,6 +22,9 @@ def _sorted_ids(value: str | tuple[int, ...]) -> str | tuple[int, ...]:
 StopTokenIds = Annotated[Literal["eos"] | tuple[int, ...], AfterValidator(_sorted_ids)]
 """The ids that end a completion: explicit, or those of the student's tokenizer and generation config."""
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""Of the weights and arithmetic of an engine or a scorer."""
+
 
 class RolloutConfig(Identity):
     """How the student is sampled. Log-probabilities are recorded under the distribution really sampled from."""
@@ -40,9 +43,7 @@ class RolloutConfig(Identity):
         128, ge=1, description="prompts of a round, from a seeded permutation, epoch after epoch"
     )
     shard_prompts: int = Field(64, ge=1, description="prompts per shard: the unit of redo and of data parallelism")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="the engine's weights and arithmetic"
-    )
+    dtype: Dtype = Field("float32", description="the engine's weights and arithmetic")
 
     behaviour: BehaviourField = Field(
         StudentWrites(),

@@ -14,6 +14,7 @@ from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.engines.teacher import LocalTeacher, TeacherField
 from tasks.losses.needs import SignalNeed
 from tasks.plugins import NO_PLUGINS
+from tasks.rollout_config import Dtype
 from tasks.sharded import ShardedStage
 from tasks.signals import Inputs, Written, signal_named
 from tasks.signals.mask import SpecialTokens, mask_rules
@@ -25,6 +26,7 @@ from tasks.workers.jobs import (
     ScoreJob,
     ScoreShard,
     ScoringDistribution,
+    ShardDone,
     SignalOutput,
     config_json,
 )
@@ -33,7 +35,7 @@ from tasks.workers.jobs import (
 class SuperviseConfig(Identity):
     """How rollouts are scored. The objective, not this config, decides which signals are made."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+    dtype: Dtype = Field(
         "float32", description="both models' weights and arithmetic; probabilities are always computed in float32"
     )
     encoding: Literal["exact", "compact"] = Field(
@@ -136,7 +138,7 @@ def _build(builders: dict[str, Builder], ctx: Context, inputs: Inputs) -> None:
         name: SignalOutput(name, ArtifactRef(name, builder.key), k[name], inputs.settings.encoding)
         for name, builder in sorted(builders.items())
     }
-    results = []
+    results: list[ShardDone] = []
     if stage.missing:
         items = [
             ScoreShard(shard, sizes[shard], [out for name, out in outputs.items() if shard in stage.absent[name]])

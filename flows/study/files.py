@@ -70,7 +70,7 @@ def curves(plan: StudyPlan, rows: Sequence[Row]) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    colours = matplotlib.color_sequences["tab10"]
     with matplotlib.rc_context({"svg.hashsalt": plan.study.name, "font.size": 11}):
         figure = Figure(figsize=(11, 4.8), layout="constrained")
         kl, accuracy = figure.subplots(1, 2)

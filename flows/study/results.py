@@ -57,7 +57,7 @@ class Grid:
     title: str
     note: str
     header: tuple[str, ...]
-    lines: list[tuple[str, ...]]
+    lines: Sequence[tuple[str, ...]]
 
 
 def read_rows(plan: StudyPlan, root: str | Path, norms: Norms | None = None) -> list[Row]:
@@ -160,8 +160,10 @@ def best_lr(finals: dict[float, dict[int, float | None]], by: str = "reverse_kl"
 def best_lrs(plan: StudyPlan, rows: Sequence[Row]) -> dict[str, float]:
     """Group -> learning rate, for groups with all candidates tried and at least one not failed."""
     sweep = plan.study.sweep
+    if sweep is None:
+        return {}
     chosen = {}
-    for name, group in sweep.groups.items() if sweep else ():
+    for name, group in sweep.groups.items():
         finals = finals_of(rows, name, sweep)
         if all(set(finals.get(lr, ())) == set(sweep.seeds) for lr in group.lrs):
             lr = best_lr(finals, group.by)

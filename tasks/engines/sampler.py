@@ -35,6 +35,7 @@ from tasks.behaviours import Behaviour, Completion, Draw, Drawn, Start, behaviou
 from tasks.engines.hf_folder import check_length, longest_sequence, read_config, stop_token_ids
 from tasks.engines.weight_proof import judge_probes, judge_weights
 from tasks.inputs.tokenizers import load_tokenizer
+from tasks.rollout_config import Dtype
 from tasks.workers.jobs import SampleJob, SampleResult, SampleShard, Sampling, ShardDone
 from tasks.workers.main import Link
 
@@ -346,7 +347,7 @@ class Sampler:
 
     # --- weights -------------------------------------------------------------------------------------------------
 
-    def _load(self, path: Path, weights: str, dtype: str, length: int) -> None:
+    def _load(self, path: Path, weights: str, dtype: Dtype, length: int) -> None:
         """Bring the engine to the checkpoint: reload in place, or build (anew) where that cannot be right; prove it."""
         architecture = {
             k: v for k, v in read_config(path).items() if k not in ("_name_or_path", "transformers_version")
@@ -401,7 +402,7 @@ class Sampler:
         self.llm.reset_prefix_cache()
         return result
 
-    def _build(self, path: Path, dtype: str, length: int) -> None:
+    def _build(self, path: Path, dtype: Dtype, length: int) -> None:
         from vllm import LLM
         from vllm.platforms import current_platform
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
@@ -20,6 +20,10 @@ from torch import nn
 
 from storage.errors import InputError, OpdError
 from tasks.engines.hf_folder import SAFE_LOADING
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 TOLERANCE = {"float32": 1e-4}
 """Largest difference of a probe's log-probability, in nats, that is no sign of other weights, by engine dtype."""
@@ -41,7 +45,7 @@ class EngineWeights:
 
         Returns counts and names: compared (parameters), elements, differing (names with the largest difference),
         unproven (parameters of a kind whose layout is not known here), unread (tensors that no parameter came from)."""
-        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]  # the worker's, which extends this class
         with torch.inference_mode():
             return compare_weights(model, Path(path))
 
@@ -146,12 +150,13 @@ def _pairs(
 def read_back(module: nn.Module, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """The matrix (out, in) that a linear layer multiplies with, exactly: products with rows of the identity have one
     non-zero term each."""
+    method = cast("LinearBase", module).quant_method
     rows = []
     for start in range(0, columns, _ROWS):
         stop = min(start + _ROWS, columns)
         unit = torch.zeros(stop - start, columns, dtype=dtype)
         unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
-        rows.append(module.quant_method.apply(module, unit, None))  # type: ignore[operator, union-attr]
+        rows.append(method.apply(module, unit, None))
     return torch.cat(rows).T
 
 
@@ -165,19 +170,16 @@ def _share(module: nn.Module, parameter: str, parts: list[torch.Tensor]) -> torc
     world = getattr(module, "tp_size", 1)
     rank = getattr(module, "tp_rank", 0)
     if hasattr(module, "shard_indices"):
-        where = module.shard_indices
+        where = cast("VocabParallelEmbedding", module).shard_indices
         return parts[0][where.org_vocab_start_index : where.org_vocab_end_index]
     if world == 1:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
     kind = {base.__name__ for base in type(module).__mro__}
     if "QKVParallelLinear" in kind:
-        replica = rank // module.num_kv_head_replicas
-        value = getattr(module, "v_head_size", module.head_size)
-        sizes = [
-            module.num_heads * module.head_size,
-            module.num_kv_heads * module.head_size,
-            module.num_kv_heads * value,
-        ]
+        heads = cast("QKVParallelLinear", module)
+        replica = rank // heads.num_kv_head_replicas
+        value: int = getattr(heads, "v_head_size", heads.head_size)
+        sizes = [heads.num_heads * heads.head_size, heads.num_kv_heads * heads.head_size, heads.num_kv_heads * value]
         blocks = [(rank, sizes[0]), (replica, sizes[1]), (replica, sizes[2])]
         return torch.cat([part.narrow(0, at * size, size) for part, (at, size) in zip(parts, blocks, strict=True)])
     if "ColumnParallelLinear" in kind:  # the merged ones too: each part is cut by itself

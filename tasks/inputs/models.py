@@ -262,8 +262,8 @@ def initialise(source: ArchitectureModel, init_seed: int, directory: Path) -> in
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    folder = isinstance(source.tokenizer, FolderTokenizer)
-    tokenizer = load_tokenizer(source.tokenizer.path) if folder else build_byte_tokenizer()
+    named = source.tokenizer
+    tokenizer = load_tokenizer(named.path) if isinstance(named, FolderTokenizer) else build_byte_tokenizer()
     config = transformers_config(source.config, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(init_seed)

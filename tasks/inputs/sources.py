@@ -177,7 +177,7 @@ def _row(where: str, values: Mapping[str, Any], found: tuple[str, ...] = ()) -> 
     teacher = values.get("teacher_prompt")
     return Row(
         where=where,
-        prompt=prompt if messages is None else _messages(where, "messages", messages),
+        prompt=prompt if prompt is not None else _messages(where, "messages", messages),
         answer=_scalar(where, "answer", values.get("answer")),
         id=_scalar(where, "id", values.get("id")),
         completion=_text(where, "completion", values.get("completion")),

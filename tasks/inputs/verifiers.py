@@ -117,7 +117,7 @@ def _function(target: str) -> Callable[[str, str | None], object]:
         raise ConfigError(f"verifier: module {module!r} has no function {name!r}") from error
     if not callable(function):
         raise ConfigError(f"verifier: {target!r} is not callable, but {type(function).__name__}")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _call(config: FunctionVerifier, completion_text: str, answer: str | None) -> bool:

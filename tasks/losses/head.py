@@ -210,7 +210,7 @@ def _row_scores(hidden_MD: Tensor, head: nn.Module, ids_MK: Tensor, chunk_tokens
     per_token = ids_MK.shape[-1] * head.in_features
     chunk = max(1, min(chunk_tokens, chunk_tokens * head.out_features // per_token))
     with torch.autocast(hidden_MD.device.type, enabled=False):
-        scores: Tensor = _RowScores.apply(  # type: ignore[no-untyped-call]
+        scores: Tensor = _RowScores.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
             hidden_MD, head.weight, head.bias, ids_MK, chunk
         )
     return scores

@@ -16,6 +16,7 @@ from storage.errors import ConfigError
 from storage.schemas import TABLES, TableSchema
 from storage.store import Artifact, ArtifactSpec, Store
 from tasks.plugins import used_plugins
+from tasks.rollout_config import Dtype
 from tasks.signals.wanted import Values, Wanted
 
 SPLIT = "train"
@@ -28,7 +29,7 @@ class Settings(Protocol):
     """The part of the config of `supervise` that signals depend on."""
 
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> Dtype: ...
     @property
     def encoding(self) -> str: ...
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -175,10 +176,16 @@ def from_rollouts(
     return _checked(samples, "rollouts.prompt_token_ids", rows)
 
 
-def _of_credit(rollouts: pa.Table, samples: Samples, needs: CreditNeeds) -> dict[str, np.ndarray]:
+class _CreditFields(TypedDict, total=False):
+    rewards: np.ndarray
+    groups: np.ndarray
+    segments: np.ndarray
+
+
+def _of_credit(rollouts: pa.Table, samples: Samples, needs: CreditNeeds) -> _CreditFields:
     """The fields of `Samples` that a credit needs. Raises InputError for a reward that is null or not finite, and for
     entropies that were not stored."""
-    found: dict[str, np.ndarray] = {}
+    found: _CreditFields = {}
     for name in ("teacher_entropy", "student_entropy"):
         if getattr(needs, name) and name not in samples.floats:
             raise InputError(

@@ -65,7 +65,8 @@ def start() -> torch.device:
             verbose=False,
         )
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # torch replaces the module by an object with this property
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return device
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from storage.errors import InputError
 from tasks.trainer.config import LoraSettings
@@ -58,7 +59,7 @@ def _is_copied(file: Path) -> bool:
     return file.is_file() and file.suffix in _COMPANIONS and not ours
 
 
-def _merged(model: torch.nn.Module) -> torch.nn.Module:
+def _merged(model: PreTrainedModel) -> PreTrainedModel:
     """Merges every adapter into its weight, in float32, and removes the adapter layers."""
     from peft.tuners.lora import LoraLayer
 
@@ -66,7 +67,8 @@ def _merged(model: torch.nn.Module) -> torch.nn.Module:
         if isinstance(layer, LoraLayer):
             below = layer.get_base_layer()
             weight = below.weight
-            weight.data = (weight.float() + layer.get_delta_weight("default").float()).to(weight.dtype)
+            delta = layer.get_delta_weight("default")  # type: ignore[attr-defined]  # peft declares it in subclasses
+            weight.data = (weight.float() + delta.float()).to(weight.dtype)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, below)
     return model

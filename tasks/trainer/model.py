@@ -50,7 +50,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraSettings) -> None:
 
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only divides it by r; its annotation is too narrow
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules),
         bias="none",
@@ -107,6 +107,7 @@ class LossHead(nn.Module):
         metrics = {name: value.detach().float() for name, value in output.metrics.items()}
         weight_N = batch.weight_N
         if self.cap is not None:
+            assert tokens.behaviour_logprobs_N is not None and tokens.sampling_logprobs_N is not None
             importance_N = (tokens.behaviour_logprobs_N - tokens.sampling_logprobs_N).exp().clamp(max=self.cap)
             metrics["importance_weight_mean"] = importance_N
             weight_N = weight_N * importance_N

@@ -82,7 +82,7 @@ class Trainer:
         student = Path(job.model)
         resumed = Path(job.state) if job.state else None
         lora = settings.lora.model_dump(mode="json") if settings.lora else None
-        known = state.read(resumed, lora) if resumed is not None else None
+        first_step = state.read(resumed, lora).step if resumed is not None else 0
         base = resumed / "base" if resumed is not None and settings.lora else student
         steps = plan_steps(
             job.seed, job.round, len(training.samples), training.samples_per_step, training.total_samples
@@ -94,8 +94,11 @@ class Trainer:
             add_adapters(model, settings.lora)
         parameters = trainable(model)
         tensors: state.Tensors | None = None
-        if midway is not None or resumed is not None:
-            tensors = state.Tensors(midway.files if midway is not None else state.files(resumed), parameters)
+        if midway is not None:
+            tensors = state.Tensors(midway.files, parameters)
+        elif resumed is not None:
+            tensors = state.Tensors(state.files(resumed), parameters)
+        if tensors is not None:
             state.load_weights(tensors, parameters)
         if runtime["activation_checkpointing"]:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -104,12 +107,12 @@ class Trainer:
         engine = Engine(module, parameters, settings, runtime["deepspeed"], self.device)
         try:
             if tensors is not None:
-                state.load(tensors, engine, (midway.state if midway is not None else known).step)
+                state.load(tensors, engine, midway.state.step if midway is not None else first_step)
             else:
                 engine.make_moments(0)
             plan = Plan(
                 steps=steps,
-                first_step=known.step if known is not None else 0,
+                first_step=first_step,
                 seed=job.seed,
                 round=job.round,
                 normalisation=training.objective.normalisation,

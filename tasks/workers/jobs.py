@@ -9,7 +9,7 @@ it has written (`Done`)."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, Union
+from typing import Any, TypeVar, Union, dataclass_transform
 
 import msgspec
 from pydantic import BaseModel
@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from storage.errors import ConfigError, OpdError
 from storage.store import Artifact, Store
 from tasks.plugins import note_role
+from tasks.rollout_config import Dtype
 
 PROTOCOL = 1
 """Rises when a schema changes: a worker refuses a supervisor of another one."""
@@ -26,6 +27,7 @@ class JobMismatch(OpdError):
     """A message does not fit the schema of its kind, or comes from another protocol."""
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))  # subclasses inherit `frozen`
 class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag=True):
     """Base of everything that is sent. Its name is its tag."""
 
@@ -105,7 +107,7 @@ class SampleJob(Schema):
     prompts: ArtifactRef
     split: str
     model: ModelRef
-    dtype: str
+    dtype: Dtype
     longest: int
     log_table: str
     """The table whose batches are recorded: the one that the stage commits."""
@@ -171,7 +173,7 @@ class ScoreJob(Schema):
     prompts: ArtifactRef
     student: ModelRef
     teacher: ModelRef
-    dtype: str
+    dtype: Dtype
     sampling: ScoringDistribution
     backend: msgspec.Raw
     mask: MaskRules | None = None
@@ -194,7 +196,7 @@ class KLJob(Schema):
     prompts: ArtifactRef
     student: ModelRef
     teacher: ModelRef
-    dtype: str
+    dtype: Dtype
 
 
 class ShardDone(Schema):
@@ -297,6 +299,7 @@ def register_role(role: str, target: str) -> None:
 
 
 S = TypeVar("S", bound=Schema)
+T = TypeVar("T")
 
 
 def register_schema(schema: type[S]) -> type[S]:
@@ -401,7 +404,7 @@ ToWorker = Do | Give | Stop
 FromWorker = Ready | Failed | Progress | Want | Done | Result | Error | Stopped
 _to_worker: msgspec.json.Decoder[ToWorker] = msgspec.json.Decoder(ToWorker)
 _from_worker: msgspec.json.Decoder[FromWorker] = msgspec.json.Decoder(FromWorker)
-_decoders: dict[str, Any] = {}
+_decoders: dict[str, msgspec.json.Decoder[Any]] = {}
 
 
 def config_json(config: BaseModel) -> msgspec.Raw:
@@ -436,7 +439,7 @@ def decode(data: msgspec.Raw, protocol: int = PROTOCOL) -> Any:
     return _decode(_decoders["all"], bytes(data), "a job", protocol)
 
 
-def _decode(decoder: Any, data: bytes, what: str, protocol: int = PROTOCOL) -> Any:
+def _decode(decoder: msgspec.json.Decoder[T], data: bytes, what: str, protocol: int = PROTOCOL) -> T:
     try:
         return decoder.decode(data)
     except msgspec.DecodeError as error:

@@ -1,4 +1,4 @@
-"""Stands over one worker: `python -I -S tasks/workers/guard.py SUPERVISOR FOLDER COMMAND...` runs the command and ends with it.
+"""Guards one worker: `python -I -S tasks/workers/guard.py SUPERVISOR FOLDER COMMAND...` runs the command and ends with it.
 
 However that comes about, nothing is left: all processes below, also those that ignore SIGTERM, went into a session of their
 own or lost their parent, are killed, and FOLDER (the socket, temporary files) is removed. It comes about when the command
@@ -35,7 +35,7 @@ def main(supervisor: int, folder: str, command: list[str]) -> None:
     if status is None:
         os._exit(128 + signal.SIGTERM)
     code = os.waitstatus_to_exitcode(status)
-    if code < 0:  # the supervisor shall see the signal
+    if code < 0:  # the supervisor must see the signal
         _die_by(-code)
     os._exit(code)
 
@@ -71,7 +71,7 @@ def _end_all_below() -> None:
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        except ChildProcessError:  # no child is left, and with it nothing below
+        except ChildProcessError:  # no child is left, so no process below is either
             return
         time.sleep(0.01)
 

@@ -137,7 +137,7 @@ class RuntimeConfig(Runtime):
             data["trainer"]["deepspeed"].write_text(json.dumps(content))
         elif named is not None and (own is None or own.name != named):
             raise ConfigError(
-                f"recorded was the DeepSpeed file {named!r}, not what it said; name it with"
+                f"the record has the name of the DeepSpeed file {named!r} but not its content; give the file with"
                 " --set runtime.trainer.deepspeed=PATH"
             )
         elif "deepspeed" in recorded and named is None:
@@ -145,8 +145,8 @@ class RuntimeConfig(Runtime):
         return RuntimeConfig.model_validate(data)
 
     def training_differs(self, recorded: Mapping[str, Any]) -> list[str]:
-        """Settings whose value decides the bits of a training and is not the one in `recorded` (some `numerics`), each
-        with both; what an old record lacks is not compared."""
+        """Settings that change a training's floating-point results and differ from `recorded` (some `numerics`), each with
+        both values; settings that an old record lacks are not compared."""
         return [
             f"runtime.{'.'.join(_FIELDS[name])} {json.dumps(recorded[name])}, now {json.dumps(value)}"
             for name, value in self.numerics("trainer").items()

@@ -2,7 +2,7 @@
 from here. A plugin's table is declared by the plugin and recorded in the manifest of every artifact that holds it.
 
 Missing is null, never 0.0. Lists hold no nulls; log-probabilities are natural logarithms, entropies are in nats.
-T stands for the completion's tokens, K for the candidates kept per token.
+T is the number of completion tokens, K the number of candidates stored per token.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ COMPLETION_KL = "completion_kl"
 _INTERMEDIATE = (
     _table(
         COMPLETION_KL,
-        "Intermediate, in no manifest: what the scorer tells the evaluation of its completions.",
+        "Intermediate, in no manifest: the scorer's results for an evaluation's completions.",
         _SAMPLE_ID,
         _opt("reverse_kl_sum", _DOUBLE, "sum over T of the exact KL(student || teacher); null where it is not finite"),
     ),
@@ -221,8 +221,8 @@ _SCALARS |= {"float32": pa.float32(), "float64": _DOUBLE}
 
 
 def type_name(type: pa.DataType) -> str:
-    """How a manifest names a column's type: a scalar of `_SCALARS`, with `[]` behind it for each level of lists. StoreError for
-    any other type."""
+    """A column's type as a manifest has it: a scalar of `_SCALARS`, with `[]` for each level of lists. StoreError for any other
+    type."""
     if pa.types.is_list(type):
         return f"{type_name(type.value_type)}[]"
     for name, scalar in _SCALARS.items():
@@ -257,7 +257,7 @@ def validate_table(table: str, data: pa.Table, declaration: TableSchema | None =
     """`data` with exactly the declared columns, order and types; `declaration` is for a table that is not declared here.
 
     Nullable columns may be missing and become null; losslessly convertible types are converted. StoreError for an
-    unknown column, a missing one, a type that does not convert, a null where none may be.
+    unknown column, a missing one, a type that does not convert, or a null in a column that is not nullable.
     """
     schema = (declaration or declared(table)).arrow
     unknown = [name for name in data.column_names if name not in schema.names]

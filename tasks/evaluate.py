@@ -1,6 +1,6 @@
-"""Evaluate: what the student does on held-out prompts. vLLM samples, transformers scores the KL, a verifier judges.
+"""Evaluate: measures the student on held-out prompts. vLLM samples, transformers scores the KL, a verifier judges.
 
-Workers write intermediate shards (completions, sums of the KL); this half judges, and writes the table from both."""
+Workers write intermediate shards (completions, sums of the KL); this module judges and writes the table from both."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class EvaluateConfig(Identity):
         return self.num_generations if mode == "sampled" else 0 if self.kl_prompts == 0 else self.kl_generations
 
     def sampling(self, mode: str) -> dict[str, Any]:
-        """What the sampler needs of it (see `tasks/engines/sampler.py`), as JSON."""
+        """The fields of `tasks.workers.jobs.Sampling`, as JSON."""
         shape = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
         if mode == "greedy":
             shape["temperature"] = 0.0
@@ -87,7 +87,7 @@ class _EvaluateIdentity(Identity):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A held-out prompt. The teacher reads `teacher_token_ids` where there are any."""
+    """A held-out prompt. The teacher reads `teacher_token_ids` where they are given."""
 
     prompt_id: str
     token_ids: list[int]
@@ -109,7 +109,7 @@ class Shard:
         return [(prompt, index) for prompt in self.prompts for index in range(self.generations)]
 
     def requests(self, seed: int) -> list[Request]:
-        """What to sample. Seeds: H(seed, mode, prompt id, sample index), without the round."""
+        """The requests of the shard. Seeds: H(seed, mode, prompt id, sample index), without the round."""
         return [
             Request(
                 f"{prompt.prompt_id}/{self.mode}/{index}",
@@ -155,8 +155,8 @@ def evaluate_work(
 
 
 def plan_shards(prompts: Sequence[Prompt], config: EvaluateConfig, seed: int) -> list[Shard]:
-    """All completions to ask for, shard by shard. A limit takes a seeded choice of the prompts, the same in every
-    round; that for the KL is part of it."""
+    """All completions to request, shard by shard. A limit selects prompts by the seed, the same in every round; the prompts
+    for the KL are among them."""
     order = sorted(prompts, key=lambda p: (derive_seed(seed, "evaluate", "prompts", p.prompt_id), p.prompt_id))
     chosen = order[: config.prompts]
     shards = []
@@ -205,7 +205,7 @@ def _build(
     _write(builder, plan, [n for n in stage.missing if plan[n].mode != "kl"], config)
     kl = [number for number in stage.missing if plan[number].mode == "kl"]
     if unscored := [number for number in kl if between.read(COMPLETION_KL, number) is None]:
-        ctx.workers.stage_done()  # on a GPU the sampler's memory is needed now; warm workers stay
+        ctx.workers.stage_done()  # on a GPU the scorer needs the sampler's memory; warm workers stay
         score = KLJob(
             store=str(ctx.store.root),
             target=ArtifactRef(builder.stage, builder.key),
@@ -236,7 +236,7 @@ def _nothing_held_out() -> InputError:
 
 
 def _write(builder: Builder, plan: Sequence[Shard], numbers: Sequence[int], config: EvaluateConfig) -> None:
-    """Judges completions and writes the shards, from what the workers left. CorruptArtifact where that is damaged."""
+    """Judge completions and write shards from the intermediate ones. CorruptArtifact where one is missing or damaged."""
     between = builder.intermediate()
     for number in numbers:
         completions = between.require(COMPLETIONS, number)
@@ -271,14 +271,14 @@ def _rows(shard: Shard, completions: pa.Table, config: EvaluateConfig, sums: Seq
 
 
 def _judge(config: EvaluateConfig, text: str, answer: str | None) -> bool | None:
-    """The verdict; null without a verifier, or without the answer that it compares with (a function may do without)."""
+    """The verdict; null without a verifier, or without the answer that it compares with (a function may not need one)."""
     if config.verifier is None or (answer is None and not isinstance(config.verifier, FunctionVerifier)):
         return None
     return verify(config.verifier, text, answer)
 
 
 def _meta(builder: Builder, shards: int) -> dict[str, Any]:
-    """Over all shards, those of an earlier, interrupted attempt too."""
+    """Over all shards, including those of an earlier, interrupted attempt."""
     columns = ["mode", "finish_reason", "correct", "reverse_kl_sum", "tokens"]
     table = pa.concat_tables([read_parquet(path, columns) for path in builder.finished(TABLE, shards)])
     by_mode = {mode: table.filter(pc.equal(table["mode"], mode)) for mode in MODES}

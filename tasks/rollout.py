@@ -1,4 +1,4 @@
-"""Rollout: the student writes completions of the round's prompts. This half plans and commits, sampler workers write shards."""
+"""Rollout: the student writes completions of the round's prompts. This module plans and commits; sampler workers write shards."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def rollout_work(
 
     Output "rollout": table rollouts; meta: metrics (mean_length and tokens in tokens, clipped_ratio), proofs of the
     engines' weights. Raises InputError when a prompt with its completion exceeds the student's positions."""
-    # what a completion depends on: a checkpoint's generation config decides where "eos" ends it
+    # all that a completion depends on; the checkpoint's generation config decides which tokens "eos" means
     inputs = model_inputs(student, "student:")
     inputs["prompts"] = prompts.content[f"prompts:{SPLIT}"]
     used = used_plugins(plugins, "sampler", config=config)
@@ -59,10 +59,10 @@ def rollout_work(
 
 
 def prompts_for_round(prompt_ids: Sequence[str], seed: int, round: int, prompts_per_round: int) -> list[str]:
-    """The prompts of a round (from 1), in order: rounds take turns on a seeded permutation, drawn anew for each epoch.
+    """The prompts of a round (from 1), in order: consecutive slices of a seeded permutation, with a new one for each epoch.
 
-    A pure function of its arguments; the order of `prompt_ids` plays no part. A round that crosses the end of an
-    epoch may hold a prompt twice."""
+    A pure function of its arguments and independent of the order of `prompt_ids`. A round that crosses the end of an
+    epoch may have a prompt twice."""
     if round < 1:
         raise ValueError(f"round {round}: rollouts begin with round 1")
     ids = sorted(set(prompt_ids))
@@ -78,8 +78,8 @@ def prompts_for_round(prompt_ids: Sequence[str], seed: int, round: int, prompts_
 
 
 def plan_samples(chosen: Sequence[str], config: RolloutConfig, seed: int, round: int) -> list[list[Request]]:
-    """The samples of a round, shard by shard. Each has its own seed: H(seed, round, prompt id, sample index). A prompt that
-    the round holds twice goes on counting its `sample_index`."""
+    """The samples of a round, shard by shard. Each has its own seed: H(seed, round, prompt id, sample index). If a
+    prompt occurs twice in the round, its `sample_index` continues."""
     seen: Counter[str] = Counter()
     samples = []
     for prompt_id in chosen:
@@ -130,7 +130,7 @@ def _prompt_lengths(store: Store, prompts: Artifact) -> dict[str, int]:
 
 
 def _metrics(builder: Builder, shards: int) -> dict[str, float | int]:
-    """Over all shards, those of an earlier, interrupted attempt too. A repaired artifact keeps its recorded metrics."""
+    """Over all shards, including those of an earlier, interrupted attempt. A repaired artifact keeps its recorded metrics."""
     if not shards:
         return {}
     columns = ["completion_token_ids", "finish_reason"]

@@ -52,6 +52,6 @@ class RolloutConfig(Identity):
     )
 
     def sampling(self) -> dict[str, Any]:
-        """What the sampler needs of it (see `tasks/engines/sampler.py`), as JSON."""
+        """The fields of `tasks.workers.jobs.Sampling`, as JSON."""
         fields = {"temperature", "top_p", "top_k", "max_completion_length", "stop_token_ids"}
         return self.model_dump(mode="json", include=fields)

@@ -1,4 +1,4 @@
-"""The loop that sharded stages share: plan, find what is missing, note the numerics, let workers write the shards, commit."""
+"""The loop that sharded stages share: plan, find missing shards, record the numerics, have workers write them, commit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tasks.workers.pool import Item
 
 
 class ShardedStage:
-    """Tables with one shard plan while they are built. `sizes`: samples per shard; `outputs`: table -> its builder.
+    """The tables of a stage, all with the same shards. `sizes`: samples per shard; `outputs`: table -> its builder.
 
     Raises CorruptArtifact where a damaged shard cannot be set aside."""
 
@@ -34,13 +34,13 @@ class ShardedStage:
                 ctx.say(label, note)
 
     def expect(self, passes: Mapping[int, int]) -> None:
-        """How often workers go through each missing shard (default 1): what progress counts."""
+        """Set how many passes workers make over each missing shard (default 1), for progress."""
         self._total = sum(size * passes.get(shard, 1) for shard, size in enumerate(self.sizes))
         self._done = self._total - sum(self.sizes[shard] * passes[shard] for shard in passes)
         self.ctx.progress(self._done, self._total, "samples")
 
     def run(self, role: str, job: Schema, items: Sequence[Item], together: bool = False) -> tuple[list[Any], list[Any]]:
-        """Let workers do a job over items, one shard each. (results of the items, results of the workers)."""
+        """Run a job over items, one shard each. Returns (results of the items, results of the workers)."""
         before = self._done
 
         def report(done: int) -> None:
@@ -53,8 +53,8 @@ class ShardedStage:
     def sample(
         self, table: str, job: SampleJob, shards: Mapping[int, SampleShard], missing: Sequence[int]
     ) -> list[SampleResult]:
-        """Let samplers write the `missing` shards. A shard whose rows are recorded is sampled in the batch that it was in, so
-        that it comes out bit for bit; all others together, each worker one batch."""
+        """Have samplers write the `missing` shards. A shard whose rows are recorded is sampled again in its batch, so that it
+        is equal bit for bit; all others share one queue, and each worker samples one batch."""
         builder = self._outputs[table]
         results: list[SampleResult] = []
         again = builder.batches_to_repeat(table, missing, self.ctx.recorded.get((builder.stage, builder.key)))

@@ -26,12 +26,12 @@ class Context:
     log: Callable[[str], None]
     plugins: tuple[str, ...] = ()
     tell: Callable[[str], None] = lambda text: None
-    """A line for whoever watches."""
+    """Shows a line to the user."""
     recorded: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
-    """(stage, key) -> provenance of an artifact that is made again in another store (a replay): its batches are repeated."""
+    """(stage, key) -> provenance of an artifact that a replay repeats in another store, in the recorded batches."""
 
     def say(self, stage: str, text: str) -> None:
-        """For the log, and for whoever watches this stage."""
+        """Write a line to the log and show it to the user."""
         self.log(f"{stage}: {text}")
         self.tell(text)
 
@@ -59,7 +59,7 @@ TrainerState = NewType("TrainerState", Artifact)
 
 
 MODEL_CONTENT = ("weights", "architecture", "tokenizer", "generation")
-"""What of a model's content decides what it computes and writes."""
+"""The content digests of a model that decide what it computes and writes."""
 
 
 def model_inputs(artifact: Artifact, prefix: str = "") -> dict[str, str]:

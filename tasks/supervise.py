@@ -95,7 +95,7 @@ def supervise_work(
 
 
 def signal_problems(config: SuperviseConfig, needs: Sequence[SignalNeed]) -> list[str]:
-    """Why these signals cannot be made with this config, each with what to do: checked when a config loads."""
+    """Why these signals cannot be made with this config, and what to do; checked when a config loads."""
     found = []
     for need in needs:
         try:
@@ -130,7 +130,7 @@ def find_topk(store: Store, spec: ArtifactSpec, k: int) -> Artifact | None:
 
 def _build(builders: dict[str, Builder], ctx: Context, inputs: Inputs) -> None:
     rollouts = inputs.rollouts
-    k = {name: builder.spec.identity.get("k") for name, builder in builders.items()}  # a list that served may be longer
+    k = {name: builder.spec.identity.get("k") for name, builder in builders.items()}  # a list may be longer than needed
     sizes = [record.rows for record in ctx.store.shards(rollouts, "rollouts")]
     stage = ShardedStage(ctx, "supervise", sizes, builders, ("scorer",))
     _require_space(ctx, rollouts, builders, k)
@@ -149,7 +149,7 @@ def _build(builders: dict[str, Builder], ctx: Context, inputs: Inputs) -> None:
         ctx.log(f"supervise: {outside} sampled tokens lie just outside the set sampled from, by the scorer's rounding")
     for name, builder in sorted(builders.items()):
         meta = {}
-        if not builder.repairing:  # over all shards, those of an earlier, interrupted attempt too
+        if not builder.repairing:  # over all shards, including those of an earlier, interrupted attempt
             meta = signal_named(name).meta(Written(builder.finished(name, len(sizes)), ctx.store, rollouts))
         if meta.get("reasons", {}).get("invalid_value"):
             ctx.log(

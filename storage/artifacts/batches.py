@@ -1,5 +1,5 @@
-"""Batches: which shards were sampled together. The last bits of a log-probability depend on what an engine decodes at the same
-time, so a shard comes out equal only in the batch that it was in.
+"""Batches: which shards were sampled together. The last bits of a log-probability can depend on what an engine decodes at the
+same time, so a shard is repeated bit for bit only in the batch that it was in.
 
 A batch is a queue of (shard, step): the engine got the shard's requests before its step of that number. While the artifact is
 unfinished, a worker keeps a sealed file per batch beside the shards, and rewrites it before each shard that it writes; the
@@ -26,7 +26,7 @@ Queue = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Batch:
-    """A recorded batch, and the shards of it that are meant (by default those written in it)."""
+    """A recorded batch, and some of its shards: those written in it, or those to write again."""
 
     queue: Queue
     shards: list[int]
@@ -49,15 +49,15 @@ class BatchLog:
         self.queue.append((shard, step))
 
     def writing(self, shard: int) -> None:
-        """The shard is written next: the record of its batch must be durable before it."""
+        """Call before a shard is written: makes the record of its batch durable first."""
         self.written.append(shard)
         content = seal({"queue": self.queue, "written": self.written})
         replace_atomically(self.path, content)
 
 
 def unfinished_batches(folder: Path, table: str) -> list[Batch | None]:
-    """Those of an unfinished artifact, oldest first; None for a damaged record. Of a shard that was written in several, the
-    last counts."""
+    """The batches of an unfinished artifact, oldest first; None for a damaged record. For a shard that was written in
+    several, the last one counts."""
     found: list[Batch | None] = []
     for path in _files(folder, table):
         try:
@@ -70,7 +70,7 @@ def unfinished_batches(folder: Path, table: str) -> list[Batch | None]:
 
 
 def provenance_of(batches: Iterable[Batch | None], count: int) -> dict[str, Any]:
-    """What the manifest keeps of the batches of a table with `count` shards."""
+    """The manifest's record of the batches of a table with `count` shards."""
     last: dict[int, int] = {}
     known = [batch for batch in batches if batch is not None]
     for number, batch in enumerate(known):
@@ -86,7 +86,7 @@ def provenance_of(batches: Iterable[Batch | None], count: int) -> dict[str, Any]
 
 
 def recorded_batches(provenance: Mapping[str, Any], shards: Iterable[int]) -> list[Batch]:
-    """The batches to repeat, so that these shards come out as they were. A shard whose batch is not known is asked alone, as
+    """The batches to repeat, so that these shards are equal bit for bit. A shard whose batch is not known is sampled alone, as
     all were before batches were recorded."""
     wanted = set(shards)
     found = []

@@ -55,8 +55,8 @@ from storage.schemas import TableSchema
 
 
 def unfinished_work(directory: Path, below: str = "") -> list[Path]:
-    """What artifacts keep until they are committed: checkpoints, records of numerics and of batches, intermediate shards.
-    `below`: a glob pattern that leads from `directory` to the artifacts."""
+    """Files that artifacts have only until they are committed: checkpoints, records of numerics and of batches, intermediate
+    shards. `below`: a glob pattern from `directory` to the artifacts."""
     patterns = (f"{CHECKPOINT}*", f"*{MADE_AT}", f"*{BATCH}", INTERMEDIATE)
     return sorted(path for pattern in patterns for path in directory.glob(below + pattern))
 
@@ -64,8 +64,8 @@ def unfinished_work(directory: Path, below: str = "") -> list[Path]:
 class Builder(ShardWriter):
     """Made by `Store.building`, which holds the artifact's lock meanwhile.
 
-    `committed` is the artifact if there is nothing to build. Of a damaged artifact only what is damaged is missing, of an
-    evicted one all; `commit` then insists on the content that was recorded before."""
+    `committed` is the artifact if there is nothing to build. A damaged artifact lacks only what is damaged, an evicted one
+    everything; `commit` then requires the recorded content."""
 
     def __init__(self, root: Path, spec: ArtifactSpec, committed: Artifact | None, recorded: Manifest | None) -> None:
         super().__init__(root, spec.stage, spec.key)
@@ -94,7 +94,7 @@ class Builder(ShardWriter):
 
     @property
     def recorded(self) -> Artifact | None:
-        """What a damaged or evicted artifact was; `commit` insists on its content."""
+        """The record of a damaged or evicted artifact; `commit` requires its content."""
         return self._recorded.artifact if self._recorded is not None else None
 
     def missing(self, table: str, n_shards: int) -> list[int]:
@@ -105,11 +105,11 @@ class Builder(ShardWriter):
         return [shard for shard in range(n_shards) if shard not in good]
 
     def forget(self, table: str) -> None:
-        """Removes shards that an attempt before wrote and did not commit: for work whose outputs belong together, so that
-        none of them may be of another attempt than the rest."""
+        """Removes shards that an earlier attempt wrote and did not commit, for work whose outputs must all be of one
+        attempt."""
         for path, record in list(sidecars(self.path)):
             if path.name.rsplit("-", 2)[0] == table and not (record is not None and self._is_recorded(record)):
-                sidecar(path).unlink(missing_ok=True)  # first: a file without one counts for nothing
+                sidecar(path).unlink(missing_ok=True)  # first: a shard without a sidecar is ignored
                 path.unlink(missing_ok=True)
 
     def finished(self, table: str, n_shards: int) -> list[Path]:
@@ -119,7 +119,7 @@ class Builder(ShardWriter):
         absent = [shard for shard in range(n_shards) if shard not in good]
         if absent:
             raise CorruptArtifact(
-                f"{self._name}: shards {absent[:10]} of {table} are damaged or gone since they were written; run again:"
+                f"{self._name}: shards {absent[:10]} of {table} were damaged or removed after they were written; run again:"
                 " only these are rebuilt"
             )
         return [self.path / good[shard].file for shard in range(n_shards)]
@@ -132,14 +132,14 @@ class Builder(ShardWriter):
         """A fresh temporary directory; its files become the artifact's tree `name` at commit."""
         self._new_tree(name)
         path = self.path / temporary_name(name)
-        self._temporary[name] = path  # first, so that a stop in between leaves nothing behind
+        self._temporary[name] = path  # first, so that an interruption here leaves no folder
         with explain_full_disk(path):
             path.mkdir()
         failpoint("tree.begun")
         return path
 
     def scratch(self) -> Path:
-        """A fresh temporary directory whose files become no part of the artifact."""
+        """A new temporary directory whose files do not become part of the artifact."""
         path = self.path / temporary_name("scratch")
         self._scratch.append(path)
         with explain_full_disk(path):
@@ -159,8 +159,8 @@ class Builder(ShardWriter):
         return Checkpoints(self.root, self.path, settings)
 
     def begin_shards(self, table: str, settings: Mapping[str, Any], missing: Sequence[int], count: int) -> list[str]:
-        """Notes that the `missing` ones of `count` shards are made at `settings` (numerics), and returns what there is to say.
-        Not for a repair: what it makes is fixed, and so is the record of it."""
+        """Records that the `missing` ones of `count` shards will be made with `settings` (numerics). Returns messages for the
+        user. Does nothing in a repair: its content and its record are fixed."""
         if self._recorded is not None or self.committed is not None:
             return []
         return ShardNumerics(self.path, table).begin(settings, missing, count)
@@ -204,7 +204,7 @@ class Builder(ShardWriter):
         if self.committed is not None:
             return self.committed
         if self._closed:
-            raise StoreError(f"{self._name}: its lock was given back; commit inside `Store.building`")
+            raise StoreError(f"{self._name}: its lock was released; commit inside `Store.building`")
         plain_meta, plain_provenance = self._plain("meta", meta), self._plain("provenance", provenance)
         failpoint("builder.before_collect")
         shards = self._collect(tables)
@@ -227,7 +227,7 @@ class Builder(ShardWriter):
         return self.committed
 
     def close(self) -> None:
-        """Called when the lock is given back: nothing can be committed afterwards, and trees under way are removed."""
+        """Called when the lock is released: nothing can be committed afterwards, and unfinished trees are removed."""
         self._closed = True
         for path in (*self._temporary.values(), *self._scratch):
             shutil.rmtree(path, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""Made at: the settings (numerics) at which each shard of an unfinished artifact was made.
+"""The settings (numerics) with which each shard of an unfinished artifact was made.
 
-An artifact may be begun at some settings and finished at others: shards are kept, whatever they were made at. A sealed
-file beside them says which is which, so that the manifest can tell. It is durable before the first shard is made, and goes
-when the artifact is committed."""
+An artifact may be started with some settings and finished with others; its finished shards are kept. A sealed file beside them
+records the settings of each, for the manifest. It is durable before the first shard is made, and removed when the artifact is
+committed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Settings = dict[str, Any]
 
 
 class ShardNumerics:
-    """Those of one table. Hold the artifact's lock."""
+    """The numerics of one table's shards. Hold the artifact's lock."""
 
     def __init__(self, folder: Path, table: str) -> None:
         self.path = folder / f"{table}{MADE_AT}"
@@ -34,14 +34,14 @@ class ShardNumerics:
         self.sets, self.shards, self.now = self._read()
 
     def begin(self, settings: Mapping[str, Any], missing: Iterable[int], count: int) -> list[str]:
-        """From now on the `missing` ones of `count` shards are made at `settings`. Returns warnings for the user."""
+        """Record that the `missing` ones of `count` shards will be made with `settings`. Returns warnings for the user."""
         before = self.now
         absent = set(missing)
         have = {shard: self.shards.get(shard, before) for shard in range(count) if shard not in absent}
         if settings not in self.sets:
             self.sets.append(dict(settings))
         now = self.sets.index(dict(settings))
-        # first: what is between two workers must not pass for made at the new settings after a kill here
+        # first: after a kill here, intermediate shards must not count as made with the new settings
         dropped = now != before and remove(self.path.with_name(INTERMEDIATE))
         if now != before or absent & self.shards.keys():
             self.shards, self.now = have, now
@@ -75,7 +75,7 @@ class ShardNumerics:
         return {BY_SHARD: [{"shards": shards, NUMERICS: settings} for settings, shards in groups]}
 
     def _read(self) -> tuple[list[Settings], dict[int, int | None], int | None]:
-        """Nothing is known where there is no record, or none that can be believed."""
+        """Empty where there is no record or it is damaged."""
         try:
             content = unseal(self.path)
         except (FileNotFoundError, CorruptArtifact):
@@ -87,7 +87,7 @@ class ShardNumerics:
 
 
 def differing(sets: list[Settings]) -> str:
-    """In what settings differ, as text: "threads 1, 2"."""
+    """The settings that differ, as text: "threads 1, 2"."""
     names = sorted({name for settings in sets for name in settings})
     unlike = [name for name in names if any(settings.get(name) != sets[0].get(name) for settings in sets)]
     return "; ".join(f"{name} {', '.join(str(settings.get(name)) for settings in sets)}" for name in unlike)

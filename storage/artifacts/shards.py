@@ -1,7 +1,7 @@
-"""Shards: one Parquet file each, with a sidecar that vouches for it. The shard is the unit of redo.
+"""Shards: one Parquet file each, with a sidecar that has its hash and digest. The shard is the unit of redo.
 
 Written under a unique name straight into the artifact's directory: temporary name, fsync, rename, fsync of the
-directory, then the sidecar. A shard without a sidecar was never finished; one that its sidecar does not fit is bad."""
+directory, then the sidecar. A shard without a sidecar was never finished; one that differs from its sidecar is damaged."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ShardWriter:
         self.path = artifact_directory(root, stage, key)
 
     def intermediate(self) -> IntermediateShards:
-        """Shards that are no part of the artifact: one worker writes them, another reads them."""
+        """The artifact's intermediate shards: one worker writes them, another reads them; they are not committed."""
         return IntermediateShards(self.root, self.stage, self.key)
 
     def table_schema(self, table: str) -> TableSchema:
@@ -107,7 +107,7 @@ class ShardWriter:
 
 
 class IntermediateShards(ShardWriter):
-    """Those of one unfinished artifact, in a folder of their own. They outlive a killed builder and go at the commit."""
+    """The intermediate shards of one unfinished artifact, in a subfolder. They survive a kill and are removed at the commit."""
 
     def __init__(self, root: Path, stage: str, key: str) -> None:
         super().__init__(root, stage, key)
@@ -127,7 +127,7 @@ class IntermediateShards(ShardWriter):
         return None
 
     def require(self, table: str, shard: int) -> pa.Table:
-        """The same. CorruptArtifact where it is missing or damaged."""
+        """The rows of a shard, verified. CorruptArtifact where it is missing or damaged."""
         rows = self.read(table, shard)
         if rows is None:
             raise CorruptArtifact(
@@ -223,7 +223,7 @@ def dataset(paths: Sequence[Path], schema: pa.Schema) -> pads.Dataset:
 
 
 def absent_dataset(paths: Sequence[Path], schema: pa.Schema) -> pads.Dataset:
-    """Like `dataset`, of files that are not there: only scanning them fails, so that filters may leave them out."""
+    """Like `dataset`, for files that do not exist: only a scan of them fails, and filters can prune them."""
     form, system = pads.ParquetFileFormat(), pafs.LocalFileSystem()
     fragments = [form.make_fragment(str(path), system) for path in paths]
     return pads.FileSystemDataset(fragments, schema, form, system)

@@ -3,7 +3,7 @@ runs' states.
 
 Every table becomes one lazy Arrow dataset over the shards of all artifacts that a run used (or that none did). Each
 shard carries its use (run, round, stage, artifact) as a partition: a filter on these prunes files before anything is
-read. A shard that several runs or rounds used is there once for each.
+read. A shard that several runs or rounds used occurs once for each.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TABLES_OF = {
     "warmup": ("training_steps",),
     "evaluate": ("evaluations",),
 }
-"""Tables of the artifacts that are not named as their table."""
+"""By stage: the tables of artifacts that have another name than their table."""
 
 _ARTIFACT = Column("artifact", _STR, "key of the artifact that holds the row")
 _RUN = Column("run", _STR, "run that used the artifact; null for none", nullable=True)

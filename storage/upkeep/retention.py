@@ -1,4 +1,4 @@
-"""What a run still needs of what its rounds made."""
+"""Which artifacts of its rounds a run still needs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ ROLES = {
     "trainer_state": "trainer_state",
     "student": "students",
 }
-"""Stage of an artifact -> the field of `Retention` that it falls under. Of another stage the manifest may name one; all other
-artifacts are always kept."""
+"""Stage of an artifact -> the field of `Retention` that it falls under. For other stages the manifest may name a
+field; all other artifacts are always kept."""
 
 
 class Retention(RunPolicy):
@@ -43,7 +43,7 @@ class Retention(RunPolicy):
 
     @classmethod
     def of(cls, experiment: dict[str, Any], where: str) -> Retention:
-        """That of a run's resolved config. ConfigError for one that is not valid."""
+        """The retention in a run's resolved config. ConfigError if it is not valid."""
         try:
             return cls.model_validate((experiment.get("policy") or {}).get("retain") or {})
         except ValidationError as error:
@@ -72,7 +72,7 @@ def role_of_stage(name: Name) -> str | None:
 def droppable(state: RunState, retain: Retention, role: Callable[[Name], str | None] = role_of_stage) -> set[Name]:
     """Artifacts whose data this run can do without; `role` gives the field of `Retention` that an artifact falls under.
 
-    Rounds count back from the last finished one; those past it, and what any kept round uses too, are kept."""
+    Rounds count back from the last finished one. Later rounds are kept, and so is what any kept round uses."""
     finished = [round.round for round in state.rounds if round.student_sha256]
     last = max(finished, default=0)
     drop: set[Name] = set()

@@ -1,4 +1,4 @@
-"""What is stored of two distributions, from one chunk of their logits. Pure tensor functions, without gradient.
+"""The stored quantities of two distributions, from one chunk of their logits. Pure tensor functions, without gradient.
 
 Shapes as in `tasks.losses`: N packed completion tokens, V vocabulary rows, K candidates. Everything is computed from
 log-probabilities in float32 at least. A position whose logits hold NaN or +inf is NaN everywhere: it is flagged and
@@ -32,7 +32,7 @@ def of_tokens(logprobs_NV: Tensor, ids_NK: Tensor) -> Tensor:
 
 
 def usable(logprobs: Tensor) -> Tensor:
-    """Rounding above zero becomes zero; what is clearly above zero becomes NaN."""
+    """Values above zero by rounding become zero, larger ones NaN."""
     return logprobs.masked_fill(logprobs > LOGPROB_MAX, float("nan")).clamp(max=0)
 
 
@@ -52,8 +52,8 @@ def top(logprobs_NV: Tensor, k: int, rows: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def tail_logmass(logprobs_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    """Log of the mass of everything but the ids (N): logsumexp over the complement, for 1 - sum cancels. -inf where
-    nothing is left. `logprobs_NV` is the same afterwards."""
+    """Log of the mass of everything but the ids (N): logsumexp over the complement, because 1 - sum cancels. -inf
+    where nothing is left. `logprobs_NV` is unchanged afterwards."""
     values_NK = logprobs_NV.gather(-1, ids_NK)
     result_N = logprobs_NV.scatter_(-1, ids_NK, -_INF).logsumexp(-1)
     logprobs_NV.scatter_(-1, ids_NK, values_NK)

@@ -15,13 +15,13 @@ from tasks.engines.teacher import Passage
 
 _PROBE_IDS = 4
 _PROBE_TOLERANCE = {torch.float32: 1e-4}
-"""Relative to the largest logit, by dtype: equal products may differ by far less, a scale makes far more."""
+"""By dtype, relative to the largest logit: rounding differs by far less, a scaled head by far more."""
 _PROBE_TOLERANCE_LOW_PRECISION = 1e-2
 
 
 def plan_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in batches of similar length, longest first: padding included, at most `budget` tokens each (one that is
-    longer goes alone). A pure function of its arguments: a shard that is scored again has the same batches."""
+    """Indices in batches of similar length, longest first: padding included, at most `budget` tokens each (a longer
+    one is a batch of its own). A pure function of its arguments, so a shard that is scored again has the same batches."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint declare: vocabulary, positions, what ends completions, what changes logits. No weights."""
+"""Reads a checkpoint's configs: vocabulary, positions, stop tokens, fields that change logits. Reads no weights."""
 
 from __future__ import annotations
 

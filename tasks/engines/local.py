@@ -29,7 +29,7 @@ class LocalModel:
         return self._model
 
     def check(self, passages: Sequence[Passage], names: Sequence[str]) -> None:
-        """See `Teacher`; in `LoadedModel.check` what is refused."""
+        """See `Teacher`, and `LoadedModel.check` for what is refused."""
         self.model.check([self._readable(passage) for passage in passages], names)
 
     def score(

@@ -1,9 +1,9 @@
-"""The sampler: a warm vLLM engine that writes completions. The only place that imports vLLM.
+"""The sampler: a warm vLLM engine that writes completions. The only module that imports vLLM.
 
 A job (`SampleJob`) is open: the engine gets the next shard's requests as soon as it has free slots, so that it stays full until
 the stage has no more shards, and every shard is written when its last completion is there. What one engine decodes from the
-start of a job until it is empty is a *batch* (storage/artifacts/batches.py); its record says at which step each shard was
-added, so that a shard can be sampled again in the same company.
+start of a job until it is empty is a *batch* (storage/artifacts/batches.py). Its record has the step at which each shard was
+added, so that a shard can be sampled again in the same batch.
 
 Every request has its own seed: its tokens do not depend on the others. The last bits of its log-probabilities can. They are
 of the distribution sampled from (temperature, top-p and top-k applied; at temperature 0 the model's own)."""
@@ -51,7 +51,7 @@ _SHOWN = 5
 
 
 class SamplingFailed(OpdError):
-    """The engine gave no usable completion for some samples, however often it was asked."""
+    """The engine gave no usable completion for some samples at any try."""
 
 
 Writer = Generator[Draw, Drawn, Completion]
@@ -59,7 +59,7 @@ Writer = Generator[Draw, Drawn, Completion]
 
 @dataclass
 class OpenShard:
-    """A shard whose requests are in the engine: what came of them, by position."""
+    """A shard whose requests are in the engine, with their answers by position."""
 
     item: SampleShard
     writers: dict[int, Writer] = field(default_factory=dict)
@@ -73,12 +73,12 @@ class OpenShard:
         return len(self.completions) + len(self.problems) == self.item.size
 
     def fail(self, problem: str) -> None:
-        """None of the missing answers will come."""
+        """Give every missing answer this problem: none will come."""
         missing = set(range(self.item.size)) - self.completions.keys() - self.problems.keys()
         self.problems |= dict.fromkeys(sorted(missing), problem)
 
     def error(self) -> SamplingFailed:
-        """Names the samples that failed, and why."""
+        """An error with the samples that failed and the reasons."""
         shown = [
             f"{self.item.requests[at].sample_id} (seed {self.item.requests[at].seed}): {self.problems[at]}"
             for at in sorted(self.problems)[:_SHOWN]
@@ -114,8 +114,8 @@ class OpenShard:
 
 
 class Intake:
-    """Gives a batch its shards: those to be tried again first, then the job's. Repeating a recorded batch, each is given at its
-    recorded step; otherwise whenever the engine has free slots."""
+    """Gives a batch its shards: first those to be retried, then the job's. In a repeated batch each is given at its recorded
+    step, otherwise as soon as the engine has free slots."""
 
     def __init__(self, link: Link, slots: int, steps: Sequence[int] | None) -> None:
         self._link, self._slots, self._steps = link, slots, steps
@@ -130,7 +130,7 @@ class Intake:
         return self._exhausted and not self.again
 
     def take(self, step: int, unfinished: int) -> SampleShard | None:
-        """The next shard, if the engine is to have one before this step."""
+        """The next shard, if the engine is due one before this step; else None."""
         if self._steps is None and self.again:
             return self.again.pop(0)
         if self._exhausted or (unfinished and not self._due(step, unfinished)):
@@ -168,7 +168,7 @@ class Sampler:
 
     def handle(self, job: SampleJob, link: Link) -> SampleResult:
         """Sample and write shards until the supervisor has no more. Raises InputError for prompts that do not fit the model,
-        StaleWeights when the engine could not be brought to the job's weights, SamplingFailed, StoreError."""
+        StaleWeights when the engine does not hold the job's weights, SamplingFailed, StoreError."""
         store = Store(job.store)
         writer = store.shard_writer(job.target.stage, job.target.key)
         target = writer.intermediate() if job.intermediate else writer
@@ -203,7 +203,7 @@ class Sampler:
         return SampleResult(self._stopped_by, self.proof)
 
     def close(self) -> None:
-        """End the engine explicitly: left to the interpreter's exit it may abort the process."""
+        """Shut the engine down explicitly: at the interpreter's exit it may abort the process."""
         llm, self.llm, self._weights, self._tokenizer = self.llm, None, None, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
@@ -213,13 +213,13 @@ class Sampler:
     # --- a batch ---------------------------------------------------------------------------------------------------
 
     def _prepare(self, job: SampleJob) -> None:
-        """Bring the engine to the job's weights, with room for its longest sequence."""
+        """Load the job's weights into the engine, with room for its longest sequence."""
         path = Path(job.model.path)
         check_length(read_config(path), path, job.longest)
         self._load(path, job.model.weights, job.dtype, job.longest)
 
     def _stop_ids(self, job: SampleJob, sampling: Sampling) -> list[int]:
-        """The ids that end a completion. Raises InputError for ids that the model does not have."""
+        """The ids that end a completion. InputError for ids that the model does not have."""
         found = stop_token_ids(Path(job.model.path), sampling.stop_token_ids, self._tokenizer.eos_token_id)
         if not all(0 <= token < self._vocabulary for token in found):
             raise InputError(
@@ -238,9 +238,9 @@ class Sampler:
         link: Link,
         done: int,
     ) -> Generator[OpenShard, None, None]:
-        """Samples until the engine is empty and there are no more shards. Yields each shard when it is complete; one with
-        `problems` holds a completion that cannot be used, or was in an engine that failed. `done`: samples written before."""
-        # the bits of a log-probability may depend on what was computed together: a batch starts from an empty cache
+        """Samples until the engine is empty and there are no more shards. Yields each shard when it is complete. One with
+        `problems` has an unusable completion, or the engine failed while it was unfinished. `done`: samples written before."""
+        # the last bits of log-probabilities can depend on cached prefixes: a batch starts with an empty cache
         self.llm.reset_prefix_cache()
         waiting: dict[str, tuple[OpenShard, int]] = {}
         unfinished: dict[int, OpenShard] = {}
@@ -275,7 +275,7 @@ class Sampler:
             self.llm.llm_engine.abort_request(list(waiting), internal=True)
             raise
         except OpdError:
-            self._abandon()  # it may hold requests that nobody waits for
+            self._abandon()  # it may hold requests whose answers are no longer read
             raise
         except Exception as error:
             traceback.print_exc()
@@ -297,15 +297,15 @@ class Sampler:
     def _enqueue(
         self, shard: OpenShard, asks: dict[int, Draw], stop_ids: list[int]
     ) -> dict[str, tuple[OpenShard, int]]:
-        """Give the engine requests of a shard. Engine's name of each -> (the shard, its position)."""
+        """Give the engine requests of a shard. Returns the engine's name of each -> (shard, position)."""
         params = [self._params(shard.item.sampling, ask.seed, ask.max_tokens, stop_ids) for ask in asks.values()]
         texts = [{"prompt_token_ids": list(ask.tokens)} for ask in asks.values()]
         names = self.llm.enqueue(texts, params, use_tqdm=False)
         return {str(name): (shard, position) for name, position in zip(names, asks, strict=True)}
 
     def _step(self, waiting: dict[str, tuple[OpenShard, int]]) -> list[tuple[OpenShard, int, Any]]:
-        """One step of the engine: (shard, position, output) of every request that it finished, removed from `waiting`. Of an
-        engine that has nothing left to do, all requests without an answer, with None."""
+        """One step of the engine: (shard, position, output) of every request that it finished, removed from `waiting`. If the
+        engine has no unfinished requests, all that have no answer, with None."""
         engine = self.llm.llm_engine
         if not engine.has_unfinished_requests():
             left = [(shard, position, None) for shard, position in waiting.values()]
@@ -335,10 +335,10 @@ class Sampler:
         )
 
     def _abandon(self) -> None:
-        """Give up an engine that failed; the next batch builds another."""
+        """Discard an engine that failed; the next batch builds another."""
         try:
             self.close()
-        except Exception:  # it is of no use any more, whatever it says
+        except Exception:  # the engine is discarded; its error does not matter
             traceback.print_exc()
 
     def _text(self, token_ids: list[int]) -> str:
@@ -348,7 +348,7 @@ class Sampler:
     # --- weights -------------------------------------------------------------------------------------------------
 
     def _load(self, path: Path, weights: str, dtype: Dtype, length: int) -> None:
-        """Bring the engine to the checkpoint: reload in place, or build (anew) where that cannot be right; prove it."""
+        """Load the checkpoint: reload in place, or rebuild the engine where that would be wrong; then prove the weights."""
         architecture = {
             k: v for k, v in read_config(path).items() if k not in ("_name_or_path", "transformers_version")
         }
@@ -380,7 +380,7 @@ class Sampler:
         full = self.settings.get("verify_weights", "full") == "full"
         reports = self.llm.collective_rpc("opd_compare_weights", args=(str(path),))
         self.proof = {"method": "full" if full else "checksums", **judge_weights(reports, path, need_all=not full)}
-        self.llm.reset_prefix_cache()  # what it holds was computed with the old weights
+        self.llm.reset_prefix_cache()  # its contents were computed with the old weights
         if full:
             self.proof |= self._probe(path, dtype)
 
@@ -417,7 +417,7 @@ class Sampler:
         sequences = int(setting("max_num_seqs", 256))
         machine: dict[str, Any]
         if self.on_cpu:
-            # a seeded prompt that is prefilled in pieces crashes on CPU: never cut one
+            # on CPU a seeded prompt that is prefilled in chunks crashes: never split one
             machine = {
                 "kv_cache_memory_bytes": int(float(setting("kv_cache_gib", 1)) * 2**30),
                 "enable_chunked_prefill": False,

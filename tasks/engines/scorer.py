@@ -1,11 +1,10 @@
-"""The scorer: student and teacher read the same completions, and their answers become signals.
+"""The scorer: student and teacher score the same completions, and the results become signals.
 
 Jobs: `ScoreJob` (signals of rollouts, one shard of each per item) and `KLJob` (exact KL of an evaluation's completions).
 
-A distribution is a softmax over all rows that a model has, tokenizer or not: that is what the sampler samples from and
-what the trainer trains. Teacher rows past the student's are padding that the student cannot write: they do not exist
-here. Student rows past the teacher's have no probability for the teacher: no top-K list holds them, and the KL leaves
-them out of both."""
+A distribution is a softmax over all rows of a model, also those without a token: the sampler samples from it and the trainer
+trains it. Teacher rows past the student's are padding that the student cannot write, so they are left out. Student rows past
+the teacher's have no teacher probability: top-K lists do not contain them, and the KL leaves them out of both models."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ LOCAL = LocalTeacher()
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion to score. `teacher_prompt` is what the teacher reads where that differs from `prompt`."""
+    """One completion to score. `teacher_prompt` is the teacher's prompt where it differs from `prompt`."""
 
     name: str
     prompt: list[int]
@@ -101,7 +100,7 @@ class Scorer:
         wants = [
             signals[output.table].wanted(output.k, sampling)
             for output in item.outputs
-            if job.flags is None or output.table != "mask"  # with flags the mask needs no model
+            if job.flags is None or output.table != "mask"  # with flags, the mask needs no model
         ]
         wanted = functools.reduce(operator.or_, wants, Wanted())
         values: Values = {}
@@ -161,8 +160,8 @@ class Scorer:
         progress: Report,
         backend: TeacherBackend = LOCAL,
     ) -> Values:
-        """What is wanted of the samples, in their order. Both models read the same batches: how a batch is padded decides the
-        last bits of what is computed."""
+        """What is wanted of the samples, in their order. Both models read the same batches, because padding changes
+        the last bits of the results."""
         if lacking := backend.capabilities.lacking(wanted):
             raise ConfigError(f"supervise.teacher: {backend.kind} cannot give {' and '.join(lacking)}")
         student_rows, teacher_rows = self._rows(job.student, LOCAL), self._rows(job.teacher, backend)
@@ -210,14 +209,14 @@ def _answers(
     vocabularies: Mapping[str, Vocabulary],
     wanted: Wanted,
 ) -> Values:
-    """What is wanted of one batch: first of the student, then of the teacher, who may be asked about the student's lists."""
+    """The wanted quantities of one batch: the student's first, because the teacher may be asked about the student's lists."""
     found: Values = {}
     for name, ask in (("student", wanted.student), ("teacher", wanted.teacher)):
         if ask:
             given = {k: found[f"student_top{k}_ids"] for k in ask.on}
             answers = models[name].score(passages[name], ask, vocabularies[name], given)
             found |= {f"{name}_{quantity}": arrays for quantity, arrays in answers.items()}
-    for k in wanted.teacher.on:  # a list of which the teacher knows nothing has no usable entries
+    for k in wanted.teacher.on:  # a list without any teacher value has no usable entries
         pairs = zip(found[f"student_top{k}_valid"], found[f"teacher_on{k}_logprobs"], strict=True)
         found[f"student_top{k}_valid"] = [np.where(np.isnan(of).all(axis=1), 0, valid) for valid, of in pairs]
     if wanted.reverse_kl:
@@ -238,7 +237,7 @@ def _passage(name: str, sample: Sample) -> Passage:
 
 
 def _refuse_foreign(samples: Sequence[Sample], rows: int) -> None:
-    """InputError for a completion whose student reads an id that it does not have."""
+    """InputError for a completion with an id that the student would read but does not have."""
     for sample in samples:
         if (largest := max(sample.completion[:-1], default=0)) >= rows:
             raise InputError(f"student, {sample.name}: token id {largest}, but the student has {rows} rows")

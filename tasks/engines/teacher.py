@@ -74,7 +74,7 @@ class Teacher(Protocol):
     """An opened model. The student is asked through the same calls."""
 
     def check(self, passages: Sequence[Passage], names: Sequence[str]) -> None:
-        """InputError, naming the passage, for one that the model cannot read. A completion may hold ids that it lacks."""
+        """InputError, naming the passage, for one that the model cannot read. Completions may have ids that it lacks."""
 
     def score(
         self,
@@ -94,12 +94,12 @@ class Teacher(Protocol):
         model of one scorer. Only for backends with `full_distribution`."""
 
     def close(self) -> None:
-        """Give its memory back."""
+        """Free its memory."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """What a scorer offers the models that it opens."""
+    """Resources that a scorer gives to the models that it opens."""
 
     device: str
     chunk_tokens: int
@@ -117,7 +117,7 @@ class TeacherBackend(Kind):
 
     @abstractmethod
     def open(self, folder: Path, dtype: str, host: Host) -> Teacher:
-        """The model at `folder`, ready to be asked."""
+        """Open the model at `folder`."""
 
 
 TEACHERS: Registry[TeacherBackend] = Registry("teacher backend")

@@ -1,11 +1,11 @@
-"""Proof that an engine computes with the checkpoint it is said to hold.
+"""Proof that an engine computes with the checkpoint that it was told to load.
 
 First every parameter inside the engine is compared with the checkpoint's tensors, bit for bit (stronger than comparing
-checksums, and as cheap). What counts is what the engine *multiplies* with: on CPU vLLM packs the weights of its linear
-layers into a private layout and drops the original, so there the weight is read back by sending the identity matrix
-through the layer, which returns it exactly. This also catches an output head that kept its packed copy of old tied
-embeddings. Then a few tokens are sampled and their log-probabilities compared with a transformers forward in float32:
-that needs no knowledge of the engine's layout."""
+checksums, and as cheap). The weights to compare are those that the engine *multiplies* with: on CPU vLLM packs the weights of
+its linear layers into a private layout and drops the original, so there the weight is read back by sending the identity matrix
+through the layer, which returns it exactly. This also catches an output head that kept its packed copy of old tied embeddings.
+Then a few tokens are sampled and their log-probabilities compared with a transformers forward in float32: that needs no
+knowledge of the engine's layout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 TOLERANCE = {"float32": 1e-4}
-"""Largest difference of a probe's log-probability, in nats, that is no sign of other weights, by engine dtype."""
+"""By engine dtype: the largest difference of a probe's log-probability, in nats, that rounding explains."""
 TOLERANCE_LOW_PRECISION = 0.5
 """The same for 16-bit engines, whose rounding hides small changes: there the comparison of parameters is the proof."""
 _ROWS = 256
@@ -161,7 +161,7 @@ def read_back(module: nn.Module, columns: int, dtype: torch.dtype) -> torch.Tens
 
 
 def _lookup_only(module: nn.Module) -> bool:
-    """An embedding that is only looked up in; the output head is one that is multiplied with."""
+    """Whether an embedding is only looked up; the output head is multiplied with."""
     return hasattr(module, "shard_indices") and type(module).__name__ == "VocabParallelEmbedding"
 
 

@@ -61,11 +61,11 @@ class Samples:
     """Per flat completion token: sampling_logprobs, student_logprobs, ..."""
     support: Support | None = None
     invalid: int = 0
-    """Completion tokens left out because a value of theirs is not usable."""
+    """Number of completion tokens left out because of an invalid value."""
     rewards: np.ndarray | None = None
     """Per sample."""
     groups: np.ndarray | None = None
-    """Per sample: the number of its prompt, in the order in which the round's rollouts name them first."""
+    """Per sample: the number of its prompt, in order of first occurrence in the round's rollouts."""
     segments: np.ndarray | None = None
     """Per flat completion token: the index of its segment in its completion."""
 
@@ -74,7 +74,7 @@ class Samples:
 
     @cached_property
     def forward_lengths(self) -> np.ndarray:
-        """Tokens of a forward pass: prompt and completion but for its last token, which predicts nothing here."""
+        """Input tokens per sample: prompt and completion without its last token, which predicts nothing that is trained."""
         return self.prompts.lengths + self.completions.lengths - 1
 
     @cached_property
@@ -102,10 +102,10 @@ class Forward:
 
     input_ids_BT: torch.Tensor
     hidden_index_N: torch.Tensor
-    """Where in the flattened B x T hidden states the token's prediction stands."""
+    """Index into the flattened B x T hidden states of the position that predicts the token."""
     tokens: TokenBatch
     weight_N: torch.Tensor
-    """Normalisation: what a token's loss counts in the global batch's loss; 0 where masked."""
+    """Normalisation: weight of a token's loss in the global batch's loss; 0 where masked."""
 
 
 def from_rollouts(
@@ -120,8 +120,8 @@ def from_rollouts(
     `rows` are the student's vocabulary.
 
     Tokens that the mask marks as invalid, or that have an empty list, are left out and counted. Raises InputError when a
-    sample is there twice, a signal is not given or lacks a sample, when a list's length is not its completion's, a top-K
-    list is narrower than the objective asks for, `full` support is not full, and for values that no gradient may see
+    sample occurs twice, a signal is not given or lacks a sample, a list's length is not its completion's, a top-K list is
+    narrower than the objective asks for, or `full` support is not full, and for values that must not reach the loss
     (`checks`)."""
     ids = rollouts["sample_id"].to_pylist()
     _places("rollouts", ids)
@@ -149,10 +149,10 @@ def from_rollouts(
         for reason in mask_reasons:
             masked |= reason
         if needs.takes_prefixes:
-            masked &= ~MaskReason.TEACHER_PREFIX  # the objective has a term of its own for them
+            masked &= ~MaskReason.TEACHER_PREFIX  # the objective has a term for them
         reasons = aligned(ordered["mask"], "mask", "mask_reasons", np.int32)
         keep = (reasons & int(masked)) == 0
-        invalid = (reasons & int(MaskReason.INVALID_VALUE)) != 0  # never trainable, whatever the policy
+        invalid = (reasons & int(MaskReason.INVALID_VALUE)) != 0  # never trained on, whatever mask_reasons lists
     stored: list[checks.Lists] = []
     if needs.student.support is not None:
         tokens = checks.Tokens(ids, completions.offsets, keep & ~invalid)
@@ -241,8 +241,8 @@ def _support(stored: list[checks.Lists], tokens: checks.Tokens, needs: Needs, ro
 
 
 def _uniform(seed: int, ids: list[str], completions: Ragged) -> np.ndarray:
-    """A number in [0, 1) per completion token: the token's place in the Philox stream of (seed, sample id), so that it
-    depends neither on batching nor on how long the completion is."""
+    """A number in [0, 1) per completion token, from the Philox stream of (seed, sample id) at the token's position: independent
+    of batching and of the completion's length."""
     streams = (np.random.Generator(np.random.Philox(key=derive_seed(seed, "draws", sample))) for sample in ids)
     drawn = [stream.random(length, np.float32) for stream, length in zip(streams, completions.lengths, strict=True)]
     return np.concatenate(drawn) if drawn else np.empty(0, np.float32)
@@ -304,7 +304,7 @@ def _order(name: str, table: pa.Table, ids: list[str]) -> np.ndarray:
 
 
 def _places(where: str, ids: list[str]) -> dict[str, int]:
-    """sample_id -> row. InputError for one that is there more than once: it would be trained on as often."""
+    """sample_id -> row. InputError for a duplicate: it would be trained on twice."""
     place = {sample: row for row, sample in enumerate(ids)}
     if len(place) != len(ids):
         again = next(sample for row, sample in enumerate(ids) if place[sample] != row)

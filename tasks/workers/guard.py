@@ -1,11 +1,11 @@
-"""Stands over one worker: `python -I -S tasks/workers/guard.py SUPERVISOR FOLDER COMMAND...` runs the command and ends with it.
+"""Guards one worker: `python -I -S tasks/workers/guard.py SUPERVISOR FOLDER COMMAND...` runs the command and ends with it.
 
-However that comes about, nothing is left: all processes below, also those that ignore SIGTERM, went into a session of their
-own or lost their parent, are killed, and FOLDER (the socket, temporary files) is removed. It comes about when the command
-ends, when this process is told to stop (SIGTERM), and when SUPERVISOR, the process that started it, is gone.
+It ends when the command ends, when it receives SIGTERM, and when SUPERVISOR, the process that started it, is gone. Each time it
+kills all processes below it, also those that ignore SIGTERM, started a session or lost their parent, and removes FOLDER (the
+socket, temporary files).
 
-A process of its own because neither side can do it: the supervisor may be gone, the worker may hang in a library's call.
-Linux only: elsewhere a worker's process group is all that is ended. Imports next to nothing: it costs 10 ms and 8 MB."""
+It is a separate process because the supervisor may be gone and the worker may hang in a library's call. Linux only: elsewhere
+just the worker's process group is ended. It imports little and costs 10 ms and 8 MB."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import time
 
 POLL_SECONDS = 0.25
 PATIENCE_SECONDS = 8.0
-"""How long to wait for killed processes to vanish: one in an uninterruptible call of the kernel may not."""
+"""Seconds to wait for killed processes to end; one in an uninterruptible kernel call may not."""
 _PR_SET_CHILD_SUBREAPER = 36
 _STOPPING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
@@ -35,7 +35,7 @@ def main(supervisor: int, folder: str, command: list[str]) -> None:
     if status is None:
         os._exit(128 + signal.SIGTERM)
     code = os.waitstatus_to_exitcode(status)
-    if code < 0:  # the supervisor shall see the signal
+    if code < 0:  # the supervisor must see the signal
         _die_by(-code)
     os._exit(code)
 
@@ -71,7 +71,7 @@ def _end_all_below() -> None:
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        except ChildProcessError:  # no child is left, and with it nothing below
+        except ChildProcessError:  # no child is left, so no process below is either
             return
         time.sleep(0.01)
 

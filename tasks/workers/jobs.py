@@ -1,4 +1,4 @@
-"""What supervisor and workers say to each other: the roles, one schema per job, item and result, and the messages around them.
+"""The messages between supervisor and workers: roles, one schema per job, item and result, and the envelopes around them.
 
 Both sides import this module. A message is one line of JSON, encoded and checked by msgspec: a field that is missing, unknown
 or of another type is refused with its path (`JobMismatch`), and so is a worker or a plugin of another `PROTOCOL`.
@@ -20,7 +20,7 @@ from tasks.plugins import note_role
 from tasks.rollout_config import Dtype
 
 PROTOCOL = 1
-"""Rises when a schema changes: a worker refuses a supervisor of another one."""
+"""Increased when a schema changes: a worker refuses a supervisor with another number."""
 
 
 class JobMismatch(OpdError):
@@ -128,7 +128,7 @@ class SampleResult(Schema):
 
 
 class ScoringDistribution(Schema):
-    """What of the rollouts' sampling shapes the distribution sampled from."""
+    """The sampling parameters of the rollouts that shape the distribution sampled from."""
 
     temperature: float
     top_p: float
@@ -146,7 +146,7 @@ class MaskRules(Schema):
 
 
 class SignalOutput(Schema):
-    """One signal to write. `k` and `encoding` are of top-K lists."""
+    """One signal to write. `k` and `encoding` apply to top-K lists."""
 
     table: str
     target: ArtifactRef
@@ -155,7 +155,7 @@ class SignalOutput(Schema):
 
 
 class ScoreShard(Schema):
-    """Item: one shard of the rollouts, and the signals that are missing of it."""
+    """Item: one shard of the rollouts, and the signals that it lacks."""
 
     shard: int
     size: int
@@ -224,7 +224,7 @@ class TrainOutputs(Schema):
 
 
 class CheckpointPlace(Schema):
-    """Where checkpoints inside the round lie, and the numerics at which one may be used (canonical JSON)."""
+    """Folder of the checkpoints inside the round, and the numerics at which one may be used (canonical JSON)."""
 
     folder: str
     numerics: msgspec.Raw
@@ -291,7 +291,7 @@ _schemas: list[type[Schema]] = [
 
 
 def register_role(role: str, target: str) -> None:
-    """Let `target` ("module:class") serve the jobs of a role. ConfigError for a role that there is not."""
+    """Let `target` ("module:class") serve the jobs of a role. ConfigError for an unknown role."""
     if role not in ROLES:
         raise ConfigError(f"plugins: no role named {role!r}; there are {', '.join(ROLES)}")
     ROLES[role] = target
@@ -303,7 +303,7 @@ T = TypeVar("T")
 
 
 def register_schema(schema: type[S]) -> type[S]:
-    """Class decorator: a plugin's own job, item or result, which both sides then can send."""
+    """Class decorator that lets both sides send a plugin's own job, item or result."""
     _schemas.append(schema)
     _decoders.clear()
     return schema
@@ -356,7 +356,7 @@ class Failed(Schema):
 
 
 class Progress(Schema):
-    """From the worker: how far a job is, with what is known of its metrics; a note is for the user."""
+    """From the worker: progress of a job, with the metrics known so far; a note is shown to the user."""
 
     id: int
     done: int
@@ -423,12 +423,12 @@ def raw(value: Schema | None) -> msgspec.Raw:
 
 
 def to_worker(data: bytes) -> ToWorker:
-    """A message that a worker got. JobMismatch when it is none."""
+    """Decodes a message to a worker. JobMismatch when it fits no schema."""
     return _decode(_to_worker, data, "a message to the worker")
 
 
 def from_worker(data: bytes) -> FromWorker:
-    """A message that a worker sent. JobMismatch when it is none."""
+    """Decodes a message from a worker. JobMismatch when it fits no schema."""
     return _decode(_from_worker, data, "a message from the worker")
 
 

@@ -33,7 +33,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Handler(Protocol):
-    """Serves a role's jobs. `settings` are facts about the machine that hold for the worker's life."""
+    """Serves a role's jobs. `settings` describe the machine and do not change while the worker lives."""
 
     def handle(self, job: Any, link: Link) -> jobs.Schema:
         """Do one job (a schema of `jobs`) and return its result."""
@@ -66,14 +66,14 @@ class Channel:
 
 
 class Link:
-    """What a handler uses of its supervisor while it does one job."""
+    """A handler's connection to the supervisor during one job."""
 
     def __init__(self, channel: Channel, job: int, rank: int) -> None:
         self._channel, self._job, self._rank = channel, job, rank
         self._sent = 0.0
 
     def progress(self, done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None:
-        """How far the job is (total 0: not known), at most every `PROGRESS_INTERVAL`; the last one and notes always."""
+        """Report progress (total 0: not known), at most every `PROGRESS_INTERVAL`; the last report and notes are always sent."""
         now = time.monotonic()
         if self._rank == 0 and (now - self._sent >= PROGRESS_INTERVAL or 0 < total <= done or note):
             self._sent = now
@@ -90,7 +90,7 @@ class Link:
         return jobs.decode(answer.item)
 
     def done(self, result: jobs.Schema) -> None:
-        """An item is finished: its shard is written."""
+        """Report that an item is finished and its shard is written."""
         self._channel.send(jobs.Done(self._job, jobs.raw(result)))
 
 
@@ -99,7 +99,7 @@ def main(role: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides; a terminal's Ctrl-C reaches it alone
     if sys.platform == "linux":  # ends with its guard or its launcher, should one of these be killed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    redact_output("stdout", "stderr")  # they are the log, which is kept
+    redact_output("stdout", "stderr")  # both go to the log, which is kept
     rank = int(os.environ.get("RANK", "0"))
     settings = json.loads(os.environ["OPD_WORKER_SETTINGS"])
     channel = Channel(os.environ["OPD_WORKER_SOCKET"])
@@ -131,7 +131,7 @@ def _serve(handler: Handler, channel: Channel, message: jobs.Do, rank: int) -> N
             _write_to(message.log)
             result = handler.handle(job, Link(channel, message.id, rank))
     except Exception as error:
-        with suppress(OSError):  # a full disk takes the log, not the answer
+        with suppress(OSError):  # on a full disk the log is lost; the answer must still be sent
             traceback.print_exc()
             sys.stderr.flush()
         channel.send(jobs.Error(message.id, rank, _describe(error)))
@@ -140,7 +140,7 @@ def _serve(handler: Handler, channel: Channel, message: jobs.Do, rank: int) -> N
 
 
 def _write_to(log: str) -> None:
-    """Sends this process's output to `log`: a warm worker serves several runs, and each has its own."""
+    """Redirect this process's output to `log`: a warm worker serves several runs, and each has its own logs."""
     sys.stdout.flush()
     sys.stderr.flush()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -1,4 +1,4 @@
-"""Metrics of optimizer steps on their way from the trainer to whoever watches, and how they read. Imports no engine."""
+"""Step metrics: what the trainer reports, and how terminal and logs format it. Imports no engine."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ Metrics = Mapping[str, float | None]
 
 
 class Progress(Protocol):
-    """How a worker's job tells how far it is. Metrics are for jobs that have some; the latest of each counts. A note is what
-    the user should hear of; it is told at once, so that it is not lost with a worker that dies later."""
+    """Callback for a job's progress. Metrics are optional; the latest of each counts. A note is shown to the user at once, so
+    that it is not lost if the worker dies later."""
 
     def __call__(self, done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None: ...
 
@@ -29,7 +29,7 @@ class StageProgress(Protocol):
 _ENTROPY = ("student_entropy", "teacher_entropy")
 _LOG_RATIO = ("log_ratio_p05", "log_ratio_p50", "log_ratio_p95")
 _Words = tuple[str, tuple[str, ...], str]
-"""What it is called, the metrics that stand together, and the form of each."""
+"""Label, the metrics shown together under it, and the format of each."""
 _LONG: tuple[_Words, ...] = (
     ("loss", ("loss",), "{:.4g}"),
     ("grad norm", ("grad_norm",), "{:.3g}"),
@@ -53,7 +53,7 @@ _SHORT: tuple[_Words, ...] = (
 SHOWN = tuple(name for _, names, _ in _LONG for name in names)
 """The columns of `training_steps` that are shown, in this order."""
 _AFTER = SHOWN[2:]
-"""All but loss and gradient norm, of which a summary tells more than the last."""
+"""All but loss and gradient norm, whose summary shows more than the last value."""
 
 
 def words(metrics: Metrics) -> str:
@@ -62,7 +62,7 @@ def words(metrics: Metrics) -> str:
 
 
 def short_words(metrics: Metrics, width: int) -> str:
-    """As many metrics as `width` characters hold, the most telling first. mass is the teacher's / the student's on the
+    """As many metrics as fit in `width` characters, the most important first. mass is the teacher's / the student's on the
     support, H the entropy of the student / the teacher."""
     text = ""
     for part in _parts(metrics, _SHORT):

@@ -68,10 +68,10 @@ class WorkerPool:
 
     @contextmanager
     def serving(self, runtime: RuntimeConfig, logs: Path, plugins: tuple[str, ...]) -> Iterator[WorkerPool]:
-        """For one of several runs that share these workers: what they do for it is logged in its folder `logs`.
+        """Use these workers for one of several runs; its jobs are logged in its folder `logs`.
 
-        They stay warm afterwards; after an error all end, since a job may still be under way. ConfigError when the run
-        asks for other workers than these."""
+        They stay warm afterwards. After an error all end, because a job may still be running. ConfigError when the run
+        needs workers with other settings."""
         if (runtime, plugins) != (self.runtime, self.plugins):
             raise storage.errors.ConfigError("runtime, plugins: runs that share their workers must not differ in these")
         self.logs = logs
@@ -155,20 +155,20 @@ class WorkerPool:
         return worker.run(job, report, runtime.stage_timeout, log, runtime.stall_timeout, items)
 
     def _again(self, role: str, number: int, error: WorkerDied, attempt: int, tries: int) -> None:
-        """Notes that a worker is started again, or raises the error when it was tried often enough."""
+        """Logs that a worker is started again; raises the error when no try is left."""
         if attempt >= tries:
             often = f", the last of {tries} tries" if tries > 1 else ""
             raise WorkerDied(error.what + often, error.tail) from None
-        with suppress(OSError), self._log(role, number).open("a") as file:  # a full disk is the job's to notice
+        with suppress(OSError), self._log(role, number).open("a") as file:  # the job itself reports a full disk
             file.write(f"--- {error.what}; try {attempt + 1} of {tries}\n")
 
     def stage_done(self) -> None:
-        """A stage has ended: workers end too unless they are kept warm."""
+        """Call at the end of a stage: ends all workers unless they are kept warm."""
         if not self.runtime.keep_warm:
             self.close()
 
     def close(self) -> None:
-        """End all workers, politely first."""
+        """End all workers; they are asked to stop first."""
         self._end(Worker.close)
 
     def kill(self) -> None:
@@ -184,7 +184,7 @@ class WorkerPool:
         try:
             for thread in threads:
                 thread.join()
-        except BaseException:  # whoever interrupts wants no more politeness
+        except BaseException:  # interrupted: do not wait for them any longer
             for worker in workers:
                 worker.kill()
             raise
@@ -224,7 +224,7 @@ class WorkerPool:
         path = os.pathsep.join(filter(None, [str(CHECKOUT), self.plugin_path, os.environ.get("PYTHONPATH")]))
         tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         env = dict(os.environ) | {
-            "PATH": tools,  # ninja lies beside the interpreter; DeepSpeed compiles with it
+            "PATH": tools,  # ninja is beside the interpreter; DeepSpeed compiles with it
             "PYTHONPATH": path,
             "PYTHONSAFEPATH": "1",  # a folder from which `opd` is called brings no modules along (-m would put it first)
             "PYTHONUNBUFFERED": "1",
@@ -232,10 +232,10 @@ class WorkerPool:
             # threads that spin at barriers starve each other as soon as anything else runs (docs/log.md: 4 to 7 times)
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
             "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",  # workers get local folders; nothing is fetched behind the user's back
-            "USE_HUB_KERNELS": "NO",  # a config may name kernels of the Hub: compiled code that nobody here has seen
+            "HF_HUB_OFFLINE": "1",  # workers read local folders; nothing is downloaded unasked
+            "USE_HUB_KERNELS": "NO",  # a config may name kernels of the Hub: compiled code that nobody has checked
             "DO_NOT_TRACK": "1",
-            # a worker's temporary files go with it; this cache, which lies among them by default, stays
+            # a worker's temporary files are removed with it; this cache, by default among them, must stay
             "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", _inductor_cache()),
             "OPD_WORKER_SETTINGS": json.dumps(settings),
         }
@@ -269,13 +269,13 @@ class WorkerPool:
 
 
 class _Shared:
-    """A queue of items that several workers take from, and what became of each."""
+    """A queue of items that several workers take from, and the result of each."""
 
     def __init__(self, items: Sequence[Item], on_progress: Callable[[int], None], tries: int, together: bool) -> None:
         self.items, self.tries, self.together = items, tries, together
         self.queue = deque(range(len(items)))
         self.deaths = [0] * len(items)
-        """Workers that died over an item."""
+        """By item: how many workers died while it was unfinished."""
         self.results: dict[int, Any] = {}
         self.answers: list[Any] = []
         self.errors: list[BaseException] = []
@@ -296,7 +296,7 @@ class _Shared:
         self._on_progress(sum(part.samples for part in self._parts))
 
     def naming(self, error: WorkerDied, lost: Sequence[int]) -> WorkerDied:
-        """The error, saying which shards are not finished."""
+        """The error, with the shards that are not finished."""
         if not lost:
             return error
         shards = sorted(self.items[index].shard for index in lost)
@@ -316,7 +316,7 @@ class _Part:
         self._open: list[int] = []
         self._written = 0
         self.samples = 0
-        """Finished samples, those of shards under way included."""
+        """Finished samples, including those of unfinished shards."""
         self.finished = False
         """Whether it has finished an item."""
 
@@ -344,7 +344,7 @@ class _Part:
             self._shared.report()
 
     def give_back(self) -> list[int]:
-        """The worker is gone: its unfinished items are for the next one."""
+        """Call when the worker is gone: puts its unfinished items back at the front of the queue."""
         with self._shared.lock:
             lost, self._open = self._open, []
             self.samples = 0 if self._shared.together else self._written

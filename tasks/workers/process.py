@@ -1,4 +1,4 @@
-"""One worker as its supervisor sees it: a subprocess that does jobs, or a launcher with ranks that do them together.
+"""One worker from the supervisor's side: a subprocess that does jobs, or a launcher with ranks that do each job together.
 
 A worker runs in its own session under a guard (`tasks/workers/guard.py`), which ends everything that the worker started. The
 worker holds a socket; when it closes, the supervisor is gone. Its output goes to a log file."""
@@ -33,22 +33,22 @@ from tasks.workers.metrics import Progress
 START_TIMEOUT = 600.0
 """Seconds until a worker must be ready: importing an engine on a cold, busy machine takes a minute or more."""
 STOP_TIMEOUT = 5.0
-"""Seconds a worker gets to end by itself before it is killed, with all that it has started."""
+"""Seconds that a worker has to end by itself before it is killed, with every process that it started."""
 SOCKET = "OPD_WORKER_SOCKET"
-"""The variable with the path of a worker's socket: all that it starts has it in its environment."""
+"""Variable with the path of a worker's socket. Every process that the worker starts inherits it."""
 _GUARD = Path(__file__).with_name("guard.py")
 _SOCKET_PATH = 107
-"""The longest path of a socket that Linux takes."""
+"""Longest socket path on Linux, in bytes."""
 _SOCKET_NAME = len("/5ff1b2c0-0b6c-4f1e-9d6a-0123456789ab")
 """Room below a worker's folder: engines with several processes name their sockets so."""
 
 
 class WorkerFailed(OpdError):
-    """A worker raised something unexpected; the message carries the cause and the log's place."""
+    """A worker raised an unexpected exception; the message has the cause and the path of the log."""
 
 
 class WorkerDied(WorkerFailed):
-    """A worker ended, was killed or hung, without an answer. Trying again can help."""
+    """A worker ended, was killed or hung without an answer. A retry can help."""
 
     def __init__(self, what: str, tail: str = "") -> None:
         super().__init__(f"{what}\n{tail}" if tail else what)
@@ -64,7 +64,7 @@ def _ignore(result: Any) -> None: ...
 
 @dataclass(frozen=True)
 class Items:
-    """Where a worker's job gets its items, and where it reports them."""
+    """Callbacks that give a job its items and take their results."""
 
     take: Callable[[], Any] = no_items
     """The next item; None when there are no more."""
@@ -182,7 +182,7 @@ class Worker:
             self.kill()
             raise error from None
         except BaseException as error:
-            # one rank of several may wait for the failed one for ever; an interrupted job leaves no answer to read
+            # other ranks may wait forever for the failed one; after an interruption no answer will be read
             if self.world > 1 or not isinstance(error, OpdError) or isinstance(error, WorkerFailed):
                 self.kill()
             raise
@@ -198,13 +198,13 @@ class Worker:
             connection.sendall(jobs.line(message))
 
     def _receive(self) -> list[tuple[int, jobs.FromWorker]]:
-        """Messages that have come, waiting at most half a second."""
+        """Messages received within half a second."""
         messages: list[tuple[int, jobs.FromWorker]] = []
         with selectors.DefaultSelector() as selector:
             for slot, connection in self._ranks.items():
                 selector.register(connection, selectors.EVENT_READ, slot)
             ready = selector.select(0.5)
-            if not ready and not self.alive:  # its guard was killed, and what it started holds the sockets open
+            if not ready and not self.alive:  # its guard was killed, and processes below it hold the sockets open
                 raise self._died("without an answer")
             for key, _ in ready:
                 slot = key.data
@@ -249,7 +249,7 @@ class Worker:
         return f"last lines of {self.log}:\n  " + "\n  ".join(tail)
 
     def close(self) -> None:
-        """Ask the worker to end, then make sure that nothing below it is left."""
+        """Ask the worker to end, then kill whatever is left below it."""
         try:
             self._send(jobs.Stop())
             if self.process is not None:
@@ -259,7 +259,7 @@ class Worker:
         self.kill()
 
     def kill(self) -> None:
-        """End everything that the worker has started, and it, now."""
+        """Kill the worker and every process that it started."""
         if self.process is not None:
             self.process.terminate()  # its guard ends all below and itself
             try:
@@ -271,7 +271,7 @@ class Worker:
             except ProcessLookupError:
                 pass
             if self.process.wait() == -signal.SIGKILL:
-                _end_all_with(self._socket)  # was it the guard that was killed, it has ended nothing
+                _end_all_with(self._socket)  # the guard itself was killed, so it has ended nothing
         for connection in self._ranks.values():
             connection.close()
         self._listener.close()
@@ -283,19 +283,19 @@ class Worker:
 
 
 def temporary_folders() -> list[Path]:
-    """Where workers' folders can lie: the folder for temporary files and, for when its path is too long, /tmp."""
+    """Candidates for workers' folders: the folder for temporary files, and /tmp where its path is too long."""
     return [Path(tempfile.gettempdir()), Path("/tmp")]
 
 
 def _new_folder() -> Path:
-    """A worker's folder, not made yet. Sockets fit into it, however long TMPDIR is."""
+    """Path of a new worker's folder, not created yet; short enough for sockets however long TMPDIR is."""
     name = temporary_name()
     folders = (folder / name for folder in temporary_folders())
     return next(path for path in folders if len(os.fsencode(path)) + _SOCKET_NAME <= _SOCKET_PATH)
 
 
 def _remove(folder: Path, owner: int) -> None:
-    if os.getpid() == owner:  # a forked child that ends has no say
+    if os.getpid() == owner:  # a forked child must not remove it
         shutil.rmtree(folder, ignore_errors=True)
 
 

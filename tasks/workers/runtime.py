@@ -87,13 +87,13 @@ class RuntimeConfig(Runtime):
         return self
 
     def tell_libraries(self) -> None:
-        """Say in this process's environment what the device is, before a library warns that it found no GPU."""
+        """Set this process's environment for the device, before a library warns that it found no GPU."""
         if self.device == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
     def numerics(self, *roles: str) -> dict[str, Any]:
-        """What bit-identity is promised at equal values of (design: numerics): that of the workers of these roles (sampler,
-        scorer, trainer), or of all."""
+        """Settings that change floating-point results, of the workers of these roles (sampler, scorer, trainer) or of all. With
+        equal values outputs are bit-identical."""
         found: dict[str, Any] = {"device": self.device, "threads": self.threads}
         if not roles or "trainer" in roles:
             found |= {
@@ -119,7 +119,7 @@ class RuntimeConfig(Runtime):
         return found
 
     def with_numerics(self, recorded: Mapping[str, Any], folder: Path) -> RuntimeConfig:
-        """This runtime at numerics that `numerics` recorded; what an old record lacks stays as it is here.
+        """This runtime at recorded numerics; settings that an old record lacks keep their present values.
 
         A DeepSpeed configuration is written to `folder`. Raises ConfigError for one that was recorded by name alone and
         is not the one of this runtime."""
@@ -137,7 +137,7 @@ class RuntimeConfig(Runtime):
             data["trainer"]["deepspeed"].write_text(json.dumps(content))
         elif named is not None and (own is None or own.name != named):
             raise ConfigError(
-                f"recorded was the DeepSpeed file {named!r}, not what it said; name it with"
+                f"the record has the name of the DeepSpeed file {named!r} but not its content; give the file with"
                 " --set runtime.trainer.deepspeed=PATH"
             )
         elif "deepspeed" in recorded and named is None:
@@ -145,8 +145,8 @@ class RuntimeConfig(Runtime):
         return RuntimeConfig.model_validate(data)
 
     def training_differs(self, recorded: Mapping[str, Any]) -> list[str]:
-        """Settings whose value decides the bits of a training and is not the one in `recorded` (some `numerics`), each
-        with both; what an old record lacks is not compared."""
+        """Settings that change a training's floating-point results and differ from `recorded` (some `numerics`), each with
+        both values; settings that an old record lacks are not compared."""
         return [
             f"runtime.{'.'.join(_FIELDS[name])} {json.dumps(recorded[name])}, now {json.dumps(value)}"
             for name, value in self.numerics("trainer").items()
@@ -173,7 +173,7 @@ _FIELDS = {
 
 
 def _read_json(path: Path | None) -> Any:
-    """What a file says; None where it says nothing readable (the trainer refuses it, with its reason)."""
+    """A file's JSON; None where it cannot be read (the trainer refuses it, with the reason)."""
     try:
         return json.loads(path.read_text()) if path is not None else None
     except (OSError, ValueError):

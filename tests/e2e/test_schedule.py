@@ -7,11 +7,13 @@ import os
 import subprocess
 from itertools import pairwise
 
+import pytest
 from opd_cli import OPD, opd
 from places import TINY
 from shared_prefect import ask
 
 
+@pytest.mark.slow
 def test_ticks_drive_the_rounds_one_after_the_other(finished, prepared_root, shared_server):
     root = prepared_root()
     command = [

@@ -90,7 +90,7 @@ def test_an_empty_table_is_a_table(store: Store) -> None:
 def test_commit_needs_the_lock(store: Store) -> None:
     with store.building(SPEC) as builder:
         builder.write_shard("mask", 0, rows(0))
-    with pytest.raises(StoreError, match="lock was given back"):
+    with pytest.raises(StoreError, match="lock was released"):
         builder.commit()
 
 

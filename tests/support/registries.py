@@ -13,6 +13,7 @@ from tasks import plugins
 from tasks.engines.teacher import TEACHERS
 from tasks.losses.token_weights import TOKEN_WEIGHTS
 from tasks.signals import SIGNALS
+from tasks.workers import jobs
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def plugin_path() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for registry in (TEACHERS, TOKEN_WEIGHTS):
             patch.setattr(registry, "classes", dict(registry.classes))
-        patch.setattr(plugins, "ROLES", dict(plugins.ROLES))
+        patch.setattr(jobs, "ROLES", dict(jobs.ROLES))
         patch.setattr(plugins, "_registered", list(plugins._registered))
         patch.setattr(plugins, "_loaded", dict(plugins._loaded))
         patch.syspath_prepend(PLUGINS)

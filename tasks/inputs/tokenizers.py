@@ -83,6 +83,9 @@ class Mismatch(_Record):
     teacher: str | None
 
 
+Verdict = Literal["identical", "compatible", "masked", "refused"]
+
+
 class TokenizerAudit(_Record):
     """Result of the comparison. `str()` gives a report."""
 
@@ -92,7 +95,7 @@ class TokenizerAudit(_Record):
     mismatches: int
     mismatched: tuple[Mismatch, ...]
     """The first mismatches."""
-    verdict: Literal["identical", "compatible", "masked", "refused"]
+    verdict: Verdict
     problems: tuple[str, ...]
     """Reasons for refusal, each with what to do."""
     notes: tuple[str, ...]
@@ -217,7 +220,7 @@ def audit_tokenizers(
             f"the same ids, but text is split differently, e.g. {text!r}; take a teacher with the same tokenizer"
         )
     notes += _harmless(student, teacher, facts[0], facts[1])
-    verdict = "refused" if problems else "masked" if masked else "compatible" if notes else "identical"
+    verdict: Verdict = "refused" if problems else "masked" if masked else "compatible" if notes else "identical"
     return TokenizerAudit(
         student=facts[0], teacher=facts[1], policy=policy, verdict=verdict,
         mismatches=len(mismatched), mismatched=tuple(mismatched[:_SHOWN]),

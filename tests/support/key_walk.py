@@ -149,7 +149,8 @@ def other_values(model: BaseModel, name: str) -> Iterator[Any]:
 
 
 def changed(data: dict[str, Any], path: Path, value: Any) -> dict[str, Any]:
-    """The nested mapping with one place replaced."""
+    """The nested mapping with one place replaced. A string on the way is the short form of a choice."""
+    data = {"kind": data} if isinstance(data, str) else data
     copy: Any = dict(data) if isinstance(data, dict) else list(data)
     copy[path[0]] = value if len(path) == 1 else changed(copy[path[0]], path[1:], value)
     return copy

@@ -93,7 +93,7 @@ class RuntimeConfig(Runtime):
 
     def numerics(self, *roles: str) -> dict[str, Any]:
         """Settings that change floating-point results, of the workers of these roles (sampler, scorer, trainer) or of all. With
-        equal values outputs are bit-identical."""
+        equal values (and for sampled shards equal batches) outputs are bit-identical."""
         found: dict[str, Any] = {"device": self.device, "threads": self.threads}
         if not roles or "trainer" in roles:
             found |= {

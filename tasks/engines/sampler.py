@@ -5,8 +5,9 @@ the stage has no more shards, and every shard is written when its last completio
 start of a job until it is empty is a *batch* (storage/artifacts/batches.py). Its record has the step at which each shard was
 added, so that a shard can be sampled again in the same batch.
 
-Every request has its own seed: its tokens do not depend on the others. The last bits of its log-probabilities can. They are
-of the distribution sampled from (temperature, top-p and top-k applied; at temperature 0 the model's own)."""
+Every request has its own seed. The requests decoded beside it can change the last bits of its log-probabilities; its tokens were
+the same in all measurements. Log-probabilities are of the distribution sampled from (temperature, top-p and top-k applied; at
+temperature 0 the model's own)."""
 
 from __future__ import annotations
 

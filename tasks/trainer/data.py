@@ -1,4 +1,4 @@
-"""From stored tables to the tensors of a micro-batch: ragged all the way, every length checked beforehand."""
+"""From stored tables to the tensors of a micro-batch. Columns stay ragged until then; every length is checked first."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ class _CreditFields(TypedDict, total=False):
 
 def _of_credit(rollouts: pa.Table, samples: Samples, needs: CreditNeeds) -> _CreditFields:
     """The fields of `Samples` that a credit needs. Raises InputError for a reward that is null or not finite, and for
-    entropies that were not stored."""
+    entropies that are null."""
     found: _CreditFields = {}
     for name in ("teacher_entropy", "student_entropy"):
         if getattr(needs, name) and name not in samples.floats:
@@ -215,7 +215,7 @@ def _of_credit(rollouts: pa.Table, samples: Samples, needs: CreditNeeds) -> _Cre
 
 
 def _support(stored: list[checks.Lists], tokens: checks.Tokens, needs: Needs, rows: int | None) -> Support | None:
-    """The lists as the objective wants them, their values checked."""
+    """The lists of the objective's support, with their values checked."""
     widths = {need.name: need.k for need in needs.signals}
     tops = []
     for lists in stored:

@@ -25,7 +25,7 @@ _STOPPING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
 def main(supervisor: int, folder: str, command: list[str]) -> None:
-    """Ends with the command's exit code or by its signal; 128 + SIGTERM when it was told to stop."""
+    """Exits with the command's code or by its signal, and with 128 + SIGTERM after a SIGTERM."""
     _adopt_orphans()
     signal.pthread_sigmask(signal.SIG_BLOCK, {*_STOPPING, signal.SIGCHLD})
     worker = os.posix_spawnp(command[0], command, os.environ, setpgroup=0, setsigmask=())
@@ -41,7 +41,7 @@ def main(supervisor: int, folder: str, command: list[str]) -> None:
 
 
 def _wait(worker: int, supervisor: int) -> int | None:
-    """The worker's exit status; None when there is a reason to end it before."""
+    """The worker's exit status; None when it must be ended first."""
     while True:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == worker:
@@ -56,7 +56,7 @@ def _wait(worker: int, supervisor: int) -> int | None:
 
 
 def _adopt_orphans() -> None:
-    """Processes below whose parent ends become this one's children: none can leave by losing its parent."""
+    """Make descendants whose parent ends children of this process, so that none can escape."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
@@ -101,7 +101,7 @@ def _parents() -> list[tuple[int, int]]:
 
 
 def _die_by(number: int) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the worker has left a core if one was wanted
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the worker itself may have dumped core
     if number != signal.SIGKILL:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})

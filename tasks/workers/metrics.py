@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 Metrics = Mapping[str, float | None]
-"""By column of `training_steps`, what is known so far; null and absent are the same: nothing computed it."""
+"""Column of `training_steps` -> latest value. Null and absent both mean: not computed."""
 
 
 class Progress(Protocol):
@@ -17,7 +17,7 @@ class Progress(Protocol):
 
 
 def silent(done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None:
-    """No one listens."""
+    """Ignores progress."""
 
 
 class StageProgress(Protocol):
@@ -57,7 +57,7 @@ _AFTER = SHOWN[2:]
 
 
 def words(metrics: Metrics) -> str:
-    """One line with every figure that there is; entropies are the student's / the teacher's."""
+    """One line with every known metric; entropies are those of the student / the teacher."""
     return "  ".join(_parts(metrics, _LONG))
 
 
@@ -74,7 +74,7 @@ def short_words(metrics: Metrics, width: int) -> str:
 
 
 def summary(metrics: Metrics) -> str:
-    """One line about a job's steps, of its `summarised` metrics; empty where there are none."""
+    """One line that summarises a job's steps, from `summarised` metrics; empty without metrics."""
     first, last, norm = (metrics.get(name) for name in ("loss_first", "loss_last", "grad_norm_max"))
     if first is None or last is None or norm is None:
         return ""
@@ -83,15 +83,15 @@ def summary(metrics: Metrics) -> str:
 
 
 def summarised(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """What rows of `training_steps` come down to: first and last loss, the largest gradient norm, and of every other
-    figure `NAME_last`, the last that was computed."""
+    """Summary of rows of `training_steps`: first and last loss, the largest gradient norm, and for every other metric its
+    last computed value as `NAME_last`."""
     known = latest(rows)
     ends = {f"{name}_last": known.get(name) for name in ("loss", *_AFTER, "log_ratio_mean")}
     return {"loss_first": rows[0]["loss"], "grad_norm_max": max(row["grad_norm"] for row in rows)} | ends
 
 
 def latest(rows: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Of every figure that is shown the last that was computed."""
+    """The last computed value of every metric that is shown."""
     return {name: row[name] for row in rows for name in (*SHOWN, "log_ratio_mean") if row[name] is not None}
 
 

@@ -25,7 +25,9 @@ class SamplerRuntime(Runtime):
     enforce_eager: bool | None = Field(None, description="no CUDA graphs; null means: on CPU only")
     max_num_seqs: int = Field(256, ge=1, description="sequences decoded together")
     retries: int = Field(
-        2, ge=0, description="times a completion is asked for again, with its seed, after the engine lost or spoilt it"
+        2,
+        ge=0,
+        description="times a shard is sampled again, with its seeds, after an unusable completion or a failed engine",
     )
     verify_weights: Literal["full", "checksums"] = Field(
         "full", description="proof after a weight change: parameter checksums, and (full) log-probability probes"
@@ -93,7 +95,7 @@ class RuntimeConfig(Runtime):
 
     def numerics(self, *roles: str) -> dict[str, Any]:
         """Settings that change floating-point results, of the workers of these roles (sampler, scorer, trainer) or of all. With
-        equal values outputs are bit-identical."""
+        equal values (and for sampled shards equal batches) outputs are bit-identical."""
         found: dict[str, Any] = {"device": self.device, "threads": self.threads}
         if not roles or "trainer" in roles:
             found |= {

@@ -86,7 +86,7 @@ async def _serve(what: dict[str, Any], when: Schedule, say: Callable[[str], None
     pace = min(10.0, max(1.0, when.interval.total_seconds() / 4)) if when.interval else 10.0
     runner = Runner(name=name, query_seconds=pace, prefetch_seconds=0, limit=None)
     deployment = await runner.aadd_flow(
-        flow(tick, name="opd-schedule", flow_run_name="{name} tick", persist_result=False),
+        flow(name="opd-schedule", flow_run_name="{name} tick", persist_result=False)(tick),
         name=name,
         schedule=when,
         parameters=what,
@@ -127,28 +127,35 @@ async def _watch(
     from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
     from prefect.client.schemas.sorting import FlowRunSort
 
-    which = {"deployment_filter": DeploymentFilter(id={"any_": [deployment]}), "limit": 20}
+    ours = DeploymentFilter(id={"any_": [deployment]})
     ended = FlowRunFilter(end_time={"after_": datetime.now(UTC)})
     heard, planned, told = time.monotonic(), False, set()
     while not stopping.is_set():
         if serving.done():
             raise ServerUnavailable(f"Prefect's runner ended: {serving.exception()!r}; start the schedule again")
         try:
-            runs = await client.read_flow_runs(flow_run_filter=ended, sort=FlowRunSort.END_TIME_DESC, **which)
-            planned = planned or any(run.auto_scheduled for run in await client.read_flow_runs(**which))
+            runs = await client.read_flow_runs(
+                deployment_filter=ours, flow_run_filter=ended, sort=FlowRunSort.END_TIME_DESC, limit=20
+            )
+            planned = planned or any(
+                run.auto_scheduled for run in await client.read_flow_runs(deployment_filter=ours, limit=20)
+            )
         except Exception as error:
             problem, runs = f"does not answer ({error!r})", []
         else:
             problem = "plans no tick: its scheduler is off, or fails (see its log)"
             heard = time.monotonic() if planned else heard
-        for run in (run for run in reversed(runs) if run.id not in told and run.start_time is not None):
+        for run in reversed(runs):
+            if run.id in told or run.start_time is None or run.state is None:
+                continue
             told.add(run.id)
-            say(f"{name}: {run.state.message or f'tick {run.state.name.lower()}; what is finished stays'}")
-            if run.state.name in (FINISHED, REFUSED):
+            state = str(run.state.name)
+            say(f"{name}: {run.state.message or f'tick {state.lower()}; what is finished stays'}")
+            if state in (FINISHED, REFUSED):
                 await client.pause_deployment(deployment)
                 while multiprocessing.active_children():  # a tick still on its way out would be cancelled
                     await asyncio.sleep(0.1)
-                return 0 if run.state.name == FINISHED else 2
+                return 0 if state == FINISHED else 2
         if time.monotonic() - heard > SILENT_SECONDS:
             raise ServerUnavailable(f"the Prefect server at {client.api_url} {problem}")
         with suppress(TimeoutError):
@@ -167,8 +174,8 @@ async def _end_old_ticks(client: PrefectClient, deployment: UUID) -> None:
         state={"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING", "CANCELLING"]}},
         expected_start_time={"before_": datetime.now(UTC)},
     )
-    which = {"deployment_filter": DeploymentFilter(id={"any_": [deployment]}), "flow_run_filter": of_old, "limit": 200}
-    while runs := await client.read_flow_runs(**which):
+    ours = DeploymentFilter(id={"any_": [deployment]})
+    while runs := await client.read_flow_runs(deployment_filter=ours, flow_run_filter=of_old, limit=200):
         for run in runs:
             await client.set_flow_run_state(run.id, Cancelled(message="its schedule was killed"), force=True)
 
@@ -206,9 +213,9 @@ def _end_with_parent() -> None:
     """End this process, as SIGTERM does, when the process that serves the schedule is killed."""
     parent = multiprocessing.parent_process()
 
-    def watch() -> None:
-        parent.join()
+    def watch(join: Callable[[], None]) -> None:
+        join()
         os.kill(os.getpid(), signal.SIGTERM)
 
     if parent is not None:
-        threading.Thread(target=watch, daemon=True).start()
+        threading.Thread(target=watch, args=(parent.join,), daemon=True).start()

@@ -151,11 +151,12 @@ def _start(home: Path, port: int | None, note: Callable[[str], None]) -> subproc
         PYTHONPATH=os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
     )
     command = [sys.executable, "-P", "-m", "flows.prefect_.server", str(home)]
-    with (home / "server.log").open(
-        "wb"
-    ) as output:  # a session of its own: Ctrl-C reaches the run, the server ends after it
-        files = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(command, env=own, cwd=home, start_new_session=True, **files)
+    with (home / "server.log").open("wb") as log:
+        # a session of its own: Ctrl-C reaches the run, the server ends after it
+        nothing, out = subprocess.DEVNULL, subprocess.STDOUT
+        return subprocess.Popen(
+            command, env=own, cwd=home, start_new_session=True, stdin=nothing, stdout=log, stderr=out
+        )
 
 
 def _stop_if_unused(home: Path, patience: float) -> None:
@@ -177,7 +178,7 @@ def healthy(api_url: str) -> bool:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
             f"{api_url}/health", timeout=5
         ) as answer:
-            return answer.status == 200
+            return bool(answer.status == 200)
     except (OSError, ValueError):
         return False
 

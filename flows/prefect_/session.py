@@ -123,16 +123,20 @@ def _settle(session: Session) -> None:
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 
-    tasks = [(service, service._task) for service in list(_active_services) if service._task is not None]
+    tasks = [
+        (service, service._task, service._done_event, service._loop)
+        for service in list(_active_services)
+        if service._task is not None and service._done_event is not None and service._loop is not None
+    ]
     if session.active:
         for worker in (APILogWorker, EventsWorker):
             worker.drain_all(timeout=5)
-    for service, task in tasks:
-        if not service._done_event.is_set():
+    for service, task, done, loop in tasks:
+        if not done.is_set():
             service._stop(at_exit=True)
-            service._loop.call_soon_threadsafe(task.cancel)
+            loop.call_soon_threadsafe(task.cancel)
     deadline = time.monotonic() + 2.0
-    while any(not service._done_event.is_set() for service, _ in tasks) and time.monotonic() < deadline:
+    while any(not done.is_set() for _, _, done, _ in tasks) and time.monotonic() < deadline:
         time.sleep(0.01)
 
 

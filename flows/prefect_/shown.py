@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
+from typing import cast
 from uuid import UUID
 
 from rich.text import Text
@@ -100,7 +101,8 @@ class InPrefect(LineReporter):
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
         if self._bar is None:
-            self._bar = create_progress_artifact(percent, _key(self.run.name, name), name)
+            bar = create_progress_artifact(percent, _key(self.run.name, name), name)
+            self._bar = cast(UUID, bar)  # a coroutine only inside an event loop, and stages run outside one
         else:
             update_progress_artifact(self._bar, percent)
 

@@ -71,7 +71,7 @@ def run_stage(session: Session, label: str, round: int, function: Callable[[], T
             cache_policy=NO_CACHE,
             persist_result=False,
         )
-        def stage() -> Any:
+        def stage() -> object:
             return body()
 
         stage()

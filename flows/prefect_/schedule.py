@@ -127,8 +127,8 @@ async def _watch(
     from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
     from prefect.client.schemas.sorting import FlowRunSort
 
-    ours = DeploymentFilter(id={"any_": [deployment]})
-    ended = FlowRunFilter(end_time={"after_": datetime.now(UTC)})
+    ours = DeploymentFilter.model_validate({"id": {"any_": [deployment]}})
+    ended = FlowRunFilter.model_validate({"end_time": {"after_": datetime.now(UTC)}})
     heard, planned, told = time.monotonic(), False, set()
     while not stopping.is_set():
         if serving.done():
@@ -170,11 +170,10 @@ async def _end_old_ticks(client: PrefectClient, deployment: UUID) -> None:
     from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
     from prefect.states import Cancelled
 
-    of_old = FlowRunFilter(
-        state={"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING", "CANCELLING"]}},
-        expected_start_time={"before_": datetime.now(UTC)},
-    )
-    ours = DeploymentFilter(id={"any_": [deployment]})
+    states = {"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING", "CANCELLING"]}}
+    due = {"before_": datetime.now(UTC)}
+    of_old = FlowRunFilter.model_validate({"state": states, "expected_start_time": due})
+    ours = DeploymentFilter.model_validate({"id": {"any_": [deployment]}})
     while runs := await client.read_flow_runs(deployment_filter=ours, flow_run_filter=of_old, limit=200):
         for run in runs:
             await client.set_flow_run_state(run.id, Cancelled(message="its schedule was killed"), force=True)

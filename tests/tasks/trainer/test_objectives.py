@@ -95,9 +95,10 @@ def extra_credits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The credits of the plugin that the trainers have loaded, forgotten afterwards."""
     monkeypatch.setattr(CREDITS, "classes", dict(CREDITS.classes))
     monkeypatch.syspath_prepend(str(CHECKOUT / "tests" / "plugins"))
+    sys.modules.pop("extra_credits", None)  # an earlier test may have imported it, with other registries
     importlib.import_module("extra_credits")
     yield
-    del sys.modules["extra_credits"]
+    sys.modules.pop("extra_credits", None)
 
 
 def judged(world: World) -> tuple[Artifact, list[dict[str, Any]]]:

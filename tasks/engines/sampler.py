@@ -182,6 +182,7 @@ class Sampler:
         while not intake.empty:
             self._prepare(job)
             log = BatchLog(writer.path, job.log_table) if job.batch is None else None
+            failed: list[SampleShard] = []
             batch = self._batch(job, intake, prompts, behaviour, log, link, done)
             for shard in batch:
                 number = shard.item.shard
@@ -189,7 +190,7 @@ class Sampler:
                     tries[number] += 1
                     if job.batch is not None or tries[number] > int(self.settings.get("retries", 2)):
                         raise shard.error()
-                    intake.again.append(shard.item)  # whole, in the next batch: a shard is of one batch
+                    failed.append(shard.item)  # whole, in the next batch: a shard is of one batch
                 elif wanted is None or number in wanted:
                     if log is not None:
                         log.writing(number)
@@ -201,6 +202,7 @@ class Sampler:
                     if not wanted:
                         batch.close()
                         return SampleResult(self._stopped_by, self.proof)
+            intake.again += failed
         return SampleResult(self._stopped_by, self.proof)
 
     def close(self) -> None:

@@ -214,7 +214,8 @@ def _build(
             teacher=ModelRef.of(ctx.store, teacher),
             dtype=config.dtype,
         )
-        stage.run("scorer", score, [KLShard(number, sizes[number]) for number in unscored])
+        items = [KLShard(number, sizes[number]) for number in unscored]
+        stage.run("scorer", score, items, written=lambda number: between.read(COMPLETION_KL, number) is not None)
     _write(builder, plan, kl, config)
     meta = {} if builder.repairing else _meta(builder, len(plan))
     if lost := meta.get("invalid_kl"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -39,14 +39,22 @@ class ShardedStage:
         self._done = self._total - sum(self.sizes[shard] * passes[shard] for shard in passes)
         self.ctx.progress(self._done, self._total, "samples")
 
-    def run(self, role: str, job: Schema, items: Sequence[Item], together: bool = False) -> tuple[list[Any], list[Any]]:
-        """Run a job over items, one shard each. Returns (results of the items, results of the workers)."""
+    def run(
+        self,
+        role: str,
+        job: Schema,
+        items: Sequence[Item],
+        together: bool = False,
+        written: Callable[[int], bool] | None = None,
+    ) -> tuple[list[Any], list[Any]]:
+        """Run a job over items, one shard each. Returns (results of the items, results of the workers). `written`: whether the
+        job's output of a shard is there; by default, that of all tables."""
         before = self._done
 
         def report(done: int) -> None:
             self.ctx.progress(min(before + done, self._total), self._total, "samples")
 
-        found = self.ctx.workers.share(role, job, items, report, together)
+        found = self.ctx.workers.share(role, job, items, report, together, written or self._written)
         self._done = min(before + sum(item.size for item in items), self._total)
         return found
 
@@ -65,8 +73,13 @@ class ShardedStage:
             results += answers
         repeated = {shard for batch in again for shard in batch.shards}
         if rest := [shards[shard] for shard in missing if shard not in repeated]:
-            results += self.run("sampler", job, rest)[1]
+            between = builder.intermediate()
+            written = (lambda shard: between.read("rollouts", shard) is not None) if job.intermediate else None
+            results += self.run("sampler", job, rest, written=written)[1]
         return results
+
+    def _written(self, shard: int) -> bool:
+        return all(shard not in builder.missing(name, len(self.sizes)) for name, builder in self._outputs.items())
 
     def commit(self, table: str, meta: Mapping[str, Any], sampled: bool = False) -> None:
         """Publish a table, with the numerics of its shards (and where it was `sampled` their batches) in the provenance. A

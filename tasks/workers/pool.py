@@ -100,6 +100,7 @@ class WorkerPool:
         items: Sequence[Item],
         on_progress: Callable[[int], None] = lambda done: None,
         together: bool = False,
+        written: Callable[[int], bool] = lambda shard: False,
     ) -> tuple[list[Any], list[Any]]:
         """Let the role's workers do one job over a queue of items: each takes the next item as soon as it has room. With
         `together` one worker takes all, and takes all again after a death. `on_progress` is called with the samples that
@@ -108,8 +109,9 @@ class WorkerPool:
         Returns the results of the items that have one, in their order, and the results of the workers. When a worker dies
         or hangs, its unfinished items go back to the front of the queue and it is started again; an item that was
         unfinished at more than `runtime.retries` deaths ends the stage (WorkerDied). The first error ends the rest: what
-        they wrote stays."""
-        shared = _Shared(items, on_progress, self.runtime.retries + 1, together)
+        they wrote stays. `written` says whether a shard is there: a worker can die between writing and reporting one, and a
+        second one need not have the same bits."""
+        shared = _Shared(items, on_progress, self.runtime.retries + 1, together, written)
         count = min(1 if together else self._count(role), len(items))
         if count == 1:
             self._drain(role, 0, job, shared)
@@ -271,8 +273,15 @@ class WorkerPool:
 class _Shared:
     """A queue of items that several workers take from, and the result of each."""
 
-    def __init__(self, items: Sequence[Item], on_progress: Callable[[int], None], tries: int, together: bool) -> None:
-        self.items, self.tries, self.together = items, tries, together
+    def __init__(
+        self,
+        items: Sequence[Item],
+        on_progress: Callable[[int], None],
+        tries: int,
+        together: bool,
+        written: Callable[[int], bool],
+    ) -> None:
+        self.items, self.tries, self.together, self.written = items, tries, together, written
         self.queue = deque(range(len(items)))
         self.deaths = [0] * len(items)
         """By item: how many workers died while it was unfinished."""
@@ -345,8 +354,12 @@ class _Part:
 
     def give_back(self) -> list[int]:
         """Call when the worker is gone: puts its unfinished items back at the front of the queue."""
+        there = set[int]()
+        if not self._shared.together:  # the items of a repeated batch are all needed again
+            there = {index for index in self._open if self._shared.written(self._shared.items[index].shard)}
         with self._shared.lock:
-            lost, self._open = self._open, []
+            lost, self._open = [index for index in self._open if index not in there], []
+            self._written += sum(self._shared.items[index].size for index in there)
             self.samples = 0 if self._shared.together else self._written
             for index in reversed(lost):
                 self._shared.deaths[index] += 1

@@ -1,11 +1,12 @@
 """A plugin: the scripted sampler, whose log-probabilities depend on how many requests the engine has got in its batch, as last
-bits can in a real engine. `die-before-report`, beside the store, is the number of a shard: its worker kills itself, once, when the shard is
-written and not reported yet."""
+bits can in a real engine. `die-before-report`, beside the store, is the number of a shard: its worker kills itself once, when
+the shard is written and not yet reported."""
 
 from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import scripted_sampler
@@ -48,8 +49,8 @@ class Reporting:
         return getattr(self._link, name)
 
     def done(self, result) -> None:
-        path = os.path.join(self._store, "die-before-report")
-        if os.path.exists(path) and open(path).read() == str(result.shard):
-            os.remove(path)
+        path = Path(self._store, "die-before-report")
+        if path.exists() and path.read_text() == str(result.shard):
+            path.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         self._link.done(result)

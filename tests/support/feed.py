@@ -37,7 +37,13 @@ class InProcessPool:
         return self.handlers[role].handle(job, Feed((), on_progress))
 
     def share(
-        self, role: str, job: Any, items: Iterable[Any], on_progress: Any = None, together: bool = False
+        self,
+        role: str,
+        job: Any,
+        items: Iterable[Any],
+        on_progress: Any = None,
+        together: bool = False,
+        written: Any = None,
     ) -> tuple[list[Any], list[Any]]:
         items = list(items)
         self.jobs.append((role, job, items))

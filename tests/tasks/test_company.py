@@ -41,3 +41,13 @@ def test_a_shard_that_was_sampled_twice(pool: WorkerPool, tmp_path: Path, kind: 
     seed = stage.shards[at][1].seed
     (stage.store.root / "fault").write_text(json.dumps({"kind": kind, "seed": seed, "times": 1}))
     make_again(stage, pool, stage.build(pool))
+
+
+def test_a_worker_that_dies_before_it_reports_a_written_shard(pool: WorkerPool, tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    (stage.store.root / "die-before-report").write_text("1")
+    artifact = stage.build(pool)
+    asked = stage.done()
+    assert stage.progress[-1][:2] == (10, 10)
+    assert asked == [0, 1, 2, 2]
+    make_again(stage, pool, artifact)

@@ -30,6 +30,8 @@ class Batch:
 
     queue: Queue
     shards: list[int]
+    at: dict[int, int] = field(default_factory=dict, compare=False)
+    """When each of its shards was written, in ns since the epoch."""
 
 
 @dataclass
@@ -39,7 +41,7 @@ class BatchLog:
     folder: Path
     table: str
     queue: Queue = field(default_factory=list)
-    written: list[int] = field(default_factory=list)
+    written: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.path = self.folder / f"{self.table}-{time.time_ns():020d}-{unique()}{BATCH}"
@@ -50,8 +52,8 @@ class BatchLog:
 
     def writing(self, shard: int) -> None:
         """Call before a shard is written: makes the record of its batch durable first."""
-        self.written.append(shard)
-        content = seal({"queue": self.queue, "written": self.written})
+        self.written[shard] = time.time_ns()
+        content = seal({"queue": self.queue, "written": list(self.written.items())})
         replace_atomically(self.path, content)
 
 
@@ -63,7 +65,8 @@ def unfinished_batches(folder: Path, table: str) -> list[Batch | None]:
         try:
             content = unseal(path)
             queue = [(int(shard), int(step)) for shard, step in content["queue"]]
-            found.append(Batch(queue, [int(shard) for shard in content["written"]]))
+            at = {int(shard): int(when) for shard, when in content["written"]}
+            found.append(Batch(queue, list(at), at))
         except (CorruptArtifact, FileNotFoundError, KeyError, TypeError, ValueError):
             found.append(None)
     return found
@@ -71,14 +74,15 @@ def unfinished_batches(folder: Path, table: str) -> list[Batch | None]:
 
 def provenance_of(batches: Iterable[Batch | None], count: int) -> dict[str, Any]:
     """The manifest's record of the batches of a table with `count` shards."""
-    last: dict[int, int] = {}
+    last: dict[int, tuple[int, int]] = {}  # when, and in which batch: one that began earlier can write a shard later
     known = [batch for batch in batches if batch is not None]
     for number, batch in enumerate(known):
-        last.update(dict.fromkeys(batch.shards, number))
+        for shard in batch.shards:
+            last[shard] = max(last.get(shard, (0, 0)), (batch.at.get(shard, 0), number))
     entries = [
         {"queue": [list(entry) for entry in batch.queue], "shards": mine}
         for number, batch in enumerate(known)
-        if (mine := sorted(shard for shard, at in last.items() if at == number and shard < count))
+        if (mine := sorted(shard for shard, (_, at) in last.items() if at == number and shard < count))
     ]
     if unknown := [shard for shard in range(count) if shard not in last]:
         entries.append({"queue": None, "shards": unknown})

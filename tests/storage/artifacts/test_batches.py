@@ -73,6 +73,19 @@ def test_the_manifest_has_each_shard_once_in_the_last_batch_that_wrote_it(tmp_pa
     assert recorded_batches(provenance, []) == []
 
 
+def test_a_batch_that_began_earlier_can_write_a_shard_last(tmp_path: Path) -> None:
+    """Two workers: the one that began later dies while it writes shard 1, which the other then gets and writes."""
+    early, late = BatchLog(tmp_path, "rollouts"), BatchLog(tmp_path, "rollouts")
+    early.add(0, 0)
+    late.add(1, 0)
+    late.writing(1)
+    early.writing(0)
+    early.add(1, 5)
+    early.writing(1)
+    provenance = provenance_of(unfinished_batches(tmp_path, "rollouts"), 2)
+    assert provenance == {BATCHES: [{"queue": [[0, 0], [1, 5]], "shards": [0, 1]}]}
+
+
 def test_an_artifact_without_a_record_had_one_shard_per_batch() -> None:
     alone = [Batch([(1, 0)], [1]), Batch([(2, 0)], [2])]
     assert recorded_batches({"numerics": {"threads": 1}}, [2, 1]) == recorded_batches({BATCHES: None}, [1, 2]) == alone

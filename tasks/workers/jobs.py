@@ -436,7 +436,13 @@ def decode(data: msgspec.Raw, protocol: int = PROTOCOL) -> Any:
     """The job, item or result (or None) in a message. JobMismatch names the field, what was found, and both protocols."""
     if "all" not in _decoders:
         _decoders["all"] = msgspec.json.Decoder(Union[(*_schemas, None)])
-    return _decode(_decoders["all"], bytes(data), "a job", protocol)
+    value = _decode(_decoders["all"], bytes(data), "a job", protocol)
+    if protocol != PROTOCOL:
+        raise JobMismatch(
+            f"a job was sent with protocol {protocol}, but is read with protocol {PROTOCOL}; supervisor, workers and plugins"
+            " must be of one version of opdflow"
+        )
+    return value
 
 
 def _decode(decoder: msgspec.json.Decoder[T], data: bytes, what: str, protocol: int = PROTOCOL) -> T:

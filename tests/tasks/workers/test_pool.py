@@ -130,6 +130,8 @@ def test_a_message_that_does_not_fit_names_the_field_and_both_protocols(tmp_path
     wrong = jobs.raw(ScriptedItem(0))
     with pytest.raises(jobs.JobMismatch, match=r"`int`, got `str` - at `\$\.shard`.*protocol 7.*protocol 1"):
         jobs.decode(type(wrong)(bytes(wrong).replace(b'"shard":0', b'"shard":"a"')), 7)
+    with pytest.raises(jobs.JobMismatch, match=r"protocol 7.*protocol 1"):
+        jobs.decode(wrong, 7)
     with pytest.raises(jobs.JobMismatch, match=r"missing required field `size`|unknown field"):
         jobs.decode(type(wrong)(b'{"type":"ShardDone","shard":1,"bytes":3}'))
     with pool(tmp_path) as workers, pytest.raises(OpdError, match=r"unknown field `valeu`"):

@@ -186,17 +186,19 @@ class Sampler:
             batch = self._batch(job, intake, prompts, behaviour, log, link, done)
             for shard in batch:
                 number = shard.item.shard
+                if wanted is not None and number not in wanted:
+                    continue  # sampled for the batch's sake only, as are its problems
                 if shard.problems:
                     tries[number] += 1
                     if job.batch is not None or tries[number] > int(self.settings.get("retries", 2)):
                         raise shard.error()
                     failed.append(shard.item)  # whole, in the next batch: a shard is of one batch
-                elif wanted is None or number in wanted:
-                    if log is not None:
-                        log.writing(number)
-                    target.write_shard("rollouts", number, shard.rows(prompts, behaviour, self._text))
-                    done += shard.item.size
-                    link.done(ShardDone(number, shard.item.size))
+                    continue
+                if log is not None:
+                    log.writing(number)
+                target.write_shard("rollouts", number, shard.rows(prompts, behaviour, self._text))
+                done += shard.item.size
+                link.done(ShardDone(number, shard.item.size))
                 if wanted is not None:
                     wanted.discard(number)
                     if not wanted:

@@ -21,16 +21,17 @@ def pool(tmp_path_factory: pytest.TempPathFactory):
         yield pool
 
 
+def damage(stage: Stage, artifact: Artifact, shard: int) -> None:
+    path = (
+        stage.store.root / "artifacts/rollout" / stage.spec.key / stage.store.shards(artifact, "rollouts")[shard].file
+    )
+    path.write_bytes(path.read_bytes()[:-9])
+
+
 def make_again(stage: Stage, pool: WorkerPool, artifact: Artifact) -> None:
     """Damages each shard in turn: the rebuild is refused unless its rows are equal."""
     for shard in range(3):
-        path = (
-            stage.store.root
-            / "artifacts/rollout"
-            / stage.spec.key
-            / stage.store.shards(artifact, "rollouts")[shard].file
-        )
-        path.write_bytes(path.read_bytes()[:-9])
+        damage(stage, artifact, shard)
         assert stage.build(pool).content == artifact.content
 
 
@@ -51,3 +52,12 @@ def test_a_worker_that_dies_before_it_reports_a_written_shard(pool: WorkerPool, 
     assert stage.progress[-1][:2] == (10, 10)
     assert asked == [0, 1, 2, 2]
     make_again(stage, pool, artifact)
+
+
+def test_a_shard_beside_the_damaged_one_may_fail(pool: WorkerPool, tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    artifact = stage.build(pool)
+    fault = {"kind": "abort", "seed": stage.shards[0][1].seed, "times": 99}
+    (stage.store.root / "fault").write_text(json.dumps(fault))
+    damage(stage, artifact, 1)
+    assert stage.build(pool).content == artifact.content

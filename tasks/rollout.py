@@ -116,7 +116,7 @@ def _build(
         results = stage.sample(TABLE, job, shards, stage.missing)
     meta = {
         "metrics": _metrics(builder, 0 if builder.repairing else len(plan)),
-        "stop_token_ids": results[0].stop_token_ids if results else None,
+        "stop_token_ids": next((r.stop_token_ids for r in results if r.stop_token_ids is not None), None),
         "weight_proofs": distinct([result.proof for result in results]),
     }
     stage.commit(TABLE, meta, sampled=True)

@@ -46,16 +46,18 @@ class ShardedStage:
         items: Sequence[Item],
         together: bool = False,
         written: Callable[[int], bool] | None = None,
+        limit: int | None = None,
     ) -> tuple[list[Any], list[Any]]:
         """Run a job over items, one shard each. Returns (results of the items, results of the workers). `written`: whether the
-        job's output of a shard is there; by default, that of all tables."""
-        before = self._done
+        job's output of a shard is there; by default, that of all tables. `limit`: the samples that are done afterwards, where
+        some items are not missing themselves."""
+        before, limit = self._done, self._total if limit is None else limit
 
         def report(done: int) -> None:
-            self.ctx.progress(min(before + done, self._total), self._total, "samples")
+            self.ctx.progress(min(before + done, limit), self._total, "samples")
 
         found = self.ctx.workers.share(role, job, items, report, together, written or self._written)
-        self._done = min(before + sum(item.size for item in items), self._total)
+        self._done = min(before + sum(item.size for item in items), limit)
         return found
 
     def sample(
@@ -69,7 +71,9 @@ class ShardedStage:
         for batch in again:
             steps = [step for _, step in batch.queue]
             repeat = msgspec.structs.replace(job, batch=steps, write=batch.shards)
-            _, answers = self.run("sampler", repeat, [shards[shard] for shard, _ in batch.queue], together=True)
+            items = [shards[shard] for shard, _ in batch.queue]
+            limit = self._done + sum(self.sizes[shard] for shard in batch.shards)
+            _, answers = self.run("sampler", repeat, items, together=True, limit=limit)
             results += answers
         repeated = {shard for batch in again for shard in batch.shards}
         if rest := [shards[shard] for shard in missing if shard not in repeated]:

@@ -164,12 +164,13 @@ class Sampler:
         self._shape: dict[str, Any] = {}
         self._tokenizer: Any = None
         self._vocabulary = 0
-        self._stopped_by: list[int] = []
+        self._stopped_by: list[int] | None = None
         _prepare_environment(self.on_cpu, self.eager, int(settings.get("threads", 1)))
 
     def handle(self, job: SampleJob, link: Link) -> SampleResult:
         """Sample and write shards until the supervisor has no more. Raises InputError for prompts that do not fit the model,
         StaleWeights when the engine does not hold the job's weights, SamplingFailed, StoreError."""
+        self._stopped_by = None
         store = Store(job.store)
         writer = store.shard_writer(job.target.stage, job.target.key)
         target = writer.intermediate() if job.intermediate else writer

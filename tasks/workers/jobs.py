@@ -118,9 +118,10 @@ class SampleJob(Schema):
 
 
 class SampleResult(Schema):
-    """`proof`: how the engine's weights were checked (weight_proof.py). `stop_token_ids`: those that ended completions."""
+    """`proof`: how the engine's weights were checked (weight_proof.py). `stop_token_ids`: those that ended completions; null of
+    a worker that got no shard."""
 
-    stop_token_ids: list[int]
+    stop_token_ids: list[int] | None
     proof: dict[str, str | int | float | bool | None]
 
 

@@ -9,7 +9,8 @@ import pytest
 from places import PLUGINS
 from rollout_stage import Stage
 
-from storage.artifacts.artifact import Artifact
+from storage.artifacts.artifact import Artifact, load_manifest
+from tasks.workers.metrics import silent
 from tasks.workers.pool import WorkerPool
 from tasks.workers.runtime import RuntimeConfig, SamplerRuntime
 
@@ -61,3 +62,38 @@ def test_a_shard_beside_the_damaged_one_may_fail(pool: WorkerPool, tmp_path: Pat
     (stage.store.root / "fault").write_text(json.dumps(fault))
     damage(stage, artifact, 1)
     assert stage.build(pool).content == artifact.content
+
+
+def test_repeated_batches_count_only_what_they_write(pool: WorkerPool, tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    artifact = stage.build(pool)
+    damage(stage, artifact, 0)
+    damage(stage, artifact, 2)
+    path = stage.store.root / "artifacts/rollout" / stage.spec.key / "manifest.json"
+    manifest = load_manifest(path.parent)
+    assert manifest is not None
+    queue = [[0, 0], [1, 0], [2, 0]]
+    entries = [
+        {"queue": queue, "shards": [2]},
+        {"queue": queue, "shards": [0, 1]},
+    ]  # as of two batches that shared shards
+    changed = artifact.model_copy(update={"provenance": artifact.provenance | {"batches": entries}})
+    path.write_bytes(manifest.model_copy(update={"artifact": changed}).dump())
+    stage.build(pool)
+    counted = [done for done, _, _ in stage.progress]
+    assert counted == sorted(counted) and {4, 6, 7, 10} <= set(counted)
+
+
+def test_a_sampler_that_got_no_shard_does_not_say_what_ended_completions(pool: WorkerPool, tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    share = pool.share
+
+    def beside_an_idle_one(role, job, *rest, **more):
+        results, answers = share(role, job, *rest, **more)
+        return results, [pool._do(role, 1, job, silent, None), *answers]
+
+    pool.share = beside_an_idle_one  # type: ignore[method-assign]
+    try:
+        assert stage.build(pool).meta["stop_token_ids"] == [7]
+    finally:
+        del pool.share  # type: ignore[method-assign]

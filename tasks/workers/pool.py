@@ -54,6 +54,8 @@ class WorkerPool:
         self.plugins, self.plugin_path = plugins, plugin_path
         self._workers: dict[tuple[str, int, str], Worker] = {}
         self._lock = threading.Lock()
+        self._ends = 0
+        """How often all workers were ended: one that was being started meanwhile is too late."""
         for folder in temporary_folders():
             remove_leftovers(folder, places=("",))
 
@@ -180,6 +182,7 @@ class WorkerPool:
     def _end(self, how: Callable[[Worker], None]) -> None:
         with self._lock:
             workers, self._workers = list(self._workers.values()), {}
+            self._ends += 1
         threads = [threading.Thread(target=how, args=(worker,)) for worker in workers]
         for thread in threads:
             thread.start()
@@ -203,12 +206,17 @@ class WorkerPool:
         with self._lock:
             for other in [k for k in self._workers if k[:2] == key[:2] and (k != key or not self._workers[k].alive)]:
                 self._workers.pop(other).close()
-            worker = self._workers.get(key)
+            worker, ends = self._workers.get(key), self._ends
         if worker is None:
             argv, env, world = self._command(role, number, settings)
             worker = Worker(role, argv, env, self._log(role, number), world)
             with self._lock:
-                self._workers[key] = worker
+                late = self._ends != ends
+                if not late:
+                    self._workers[key] = worker
+            if late:
+                worker.kill()
+                raise WorkerDied(f"{role} worker stopped: all workers were ended while it started")
         return worker
 
     def _settings(self, role: str) -> dict[str, Any]:

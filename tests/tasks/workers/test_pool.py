@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -144,6 +145,17 @@ def test_a_message_that_does_not_fit_names_the_field_and_both_protocols(tmp_path
             for _, message in worker._receive():
                 if isinstance(message, jobs.Error):
                     raise worker._error(message.error)
+
+
+def test_workers_that_start_when_the_run_is_interrupted_end_too(tmp_path):
+    before = set(psutil.Process().children())
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt), pool(tmp_path, scorer=ScorerRuntime(workers=2)) as workers:
+        workers.share("scorer", ScriptedJob(do="shards", path=str(tmp_path)), [ScriptedItem(0), ScriptedItem(1)])
+    deadline = time.monotonic() + 20
+    while (left := set(psutil.Process().children()) - before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
 
 
 def test_cold_workers_end_with_their_stage(tmp_path):

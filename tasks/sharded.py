@@ -77,6 +77,8 @@ class ShardedStage:
             results += answers
         repeated = {shard for batch in again for shard in batch.shards}
         if rest := [shards[shard] for shard in missing if shard not in repeated]:
+            workers = self.ctx.runtime.sampler.workers
+            job = msgspec.structs.replace(job, share=-(-sum(item.size for item in rest) // workers))
             between = builder.intermediate()
             written = (lambda shard: between.read("rollouts", shard) is not None) if job.intermediate else None
             results += self.run("sampler", job, rest, written=written)[1]

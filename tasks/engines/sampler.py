@@ -177,7 +177,8 @@ class Sampler:
         prompts = _prompt_tokens(store, job)
         behaviour = behaviour_of(json.loads(bytes(job.behaviour)))
         wanted = set(job.write) if job.write is not None else None
-        intake = Intake(link, int(self.settings.get("max_num_seqs", 256)), job.batch)
+        slots = int(self.settings.get("max_num_seqs", 256))
+        intake = Intake(link, min(slots, job.share or slots), job.batch)
         tries: Counter[int] = Counter()
         done = 0
         while not intake.empty:

@@ -115,6 +115,8 @@ class SampleJob(Schema):
     behaviour: msgspec.Raw = msgspec.Raw(b'{"kind":"student"}')
     batch: list[int] | None = None
     write: list[int] | None = None
+    share: int | None = None
+    """Samples that are a worker's share of the stage: its engine gets no further shard while it has as many."""
 
 
 class SampleResult(Schema):

@@ -97,3 +97,15 @@ def test_a_sampler_that_got_no_shard_does_not_say_what_ended_completions(pool: W
         assert stage.build(pool).meta["stop_token_ids"] == [7]
     finally:
         del pool.share  # type: ignore[method-assign]
+
+
+def test_an_engine_with_room_for_all_shards_leaves_other_workers_their_share(tmp_path: Path) -> None:
+    """Ten samples and two workers: each takes shards until it has five samples, and again when it has fewer."""
+    stage = Stage(tmp_path)
+    runtime = RuntimeConfig(device="cpu", threads=1, sampler=SamplerRuntime(workers=2))
+    with WorkerPool(runtime, tmp_path / "logs", ("scripted_company",), str(PLUGINS)) as two:
+        artifact = stage.build(two)
+        make_again(stage, two, artifact)
+    for batch in artifact.provenance["batches"]:
+        at_once = [shard for shard, step in batch["queue"] if step == 0]
+        assert len(at_once) <= 2

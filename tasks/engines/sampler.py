@@ -63,6 +63,7 @@ class OpenShard:
     """A shard whose requests are in the engine, with their answers by position."""
 
     item: SampleShard
+    stop_ids: list[int]
     writers: dict[int, Writer] = field(default_factory=dict)
     """Completions under way: the behaviour's generator of each."""
     completions: dict[int, Completion] = field(default_factory=dict)
@@ -257,9 +258,9 @@ class Sampler:
                 while (item := intake.take(step, len(waiting))) is not None:
                     if log is not None:
                         log.add(item.shard, step)
-                    shard = unfinished[item.shard] = OpenShard(item)
+                    shard = unfinished[item.shard] = OpenShard(item, self._stop_ids(job, item.sampling))
                     asks = self._begin(shard, prompts, behaviour)
-                    waiting |= self._enqueue(shard, asks, self._stop_ids(job, item.sampling))
+                    waiting |= self._enqueue(shard, asks)
                 if not waiting:
                     return
                 answers = self._step(waiting)
@@ -269,8 +270,7 @@ class Sampler:
                         continue
                     try:
                         ask = shard.writers[position].send(_drawn(output))
-                        stop_ids = self._stop_ids(job, shard.item.sampling)
-                        waiting |= self._enqueue(shard, {position: ask}, stop_ids)
+                        waiting |= self._enqueue(shard, {position: ask})
                     except StopIteration as end:
                         shard.completions[position] = end.value
                         done += 1
@@ -301,11 +301,10 @@ class Sampler:
             shard.writers[position] = behaviour.write(Start(tuple(prompt), limit, request.seed))
         return {position: next(writer) for position, writer in shard.writers.items()}
 
-    def _enqueue(
-        self, shard: OpenShard, asks: dict[int, Draw], stop_ids: list[int]
-    ) -> dict[str, tuple[OpenShard, int]]:
+    def _enqueue(self, shard: OpenShard, asks: dict[int, Draw]) -> dict[str, tuple[OpenShard, int]]:
         """Give the engine requests of a shard. Returns the engine's name of each -> (shard, position)."""
-        params = [self._params(shard.item.sampling, ask.seed, ask.max_tokens, stop_ids) for ask in asks.values()]
+        sampling, stop_ids = shard.item.sampling, shard.stop_ids
+        params = [self._params(sampling, ask.seed, ask.max_tokens, stop_ids) for ask in asks.values()]
         texts = [{"prompt_token_ids": list(ask.tokens)} for ask in asks.values()]
         names = self.llm.enqueue(texts, params, use_tqdm=False)
         return {str(name): (shard, position) for name, position in zip(names, asks, strict=True)}
@@ -394,9 +393,9 @@ class Sampler:
     def _probe(self, path: Path, dtype: str) -> dict[str, Any]:
         vocabulary = int(read_config(path)["vocab_size"])
         prompts = [[derive_seed("probe", i, j) % vocabulary for j in range(_PROBE_PROMPT)] for i in range(_PROBES)]
-        shard = OpenShard(SampleShard(0, Sampling(1.0, 1.0, 0, _PROBE_TOKENS, []), []))
+        shard = OpenShard(SampleShard(0, Sampling(1.0, 1.0, 0, _PROBE_TOKENS, []), []), [])
         asks = {i: Draw(tuple(prompts[i]), _PROBE_TOKENS, derive_seed("probe", i)) for i in range(_PROBES)}
-        waiting = self._enqueue(shard, asks, [])
+        waiting = self._enqueue(shard, asks)
         outputs: list[Any] = [None] * _PROBES
         while waiting:
             for _, position, output in self._step(waiting):

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from storage.artifacts.batches import Batch
 from storage.store import Builder
 from tasks.stage import Context
 from tasks.workers.jobs import SampleJob, SampleResult, SampleShard, Schema
@@ -44,44 +45,64 @@ class ShardedStage:
         role: str,
         job: Schema,
         items: Sequence[Item],
-        together: bool = False,
         written: Callable[[int], bool] | None = None,
-        limit: int | None = None,
     ) -> tuple[list[Any], list[Any]]:
         """Run a job over items, one shard each. Returns (results of the items, results of the workers). `written`: whether the
-        job's output of a shard is there; by default, that of all tables. `limit`: the samples that are done afterwards, where
-        some items are not missing themselves."""
-        before, limit = self._done, self._total if limit is None else limit
+        job's output of a shard is there; by default, that of all tables."""
+        before = self._done
 
         def report(done: int) -> None:
-            self.ctx.progress(min(before + done, limit), self._total, "samples")
+            self.ctx.progress(min(before + done, self._total), self._total, "samples")
 
-        found = self.ctx.workers.share(role, job, items, report, together, written or self._written)
-        self._done = min(before + sum(item.size for item in items), limit)
+        found = self.ctx.workers.share(role, job, items, report, written or self._written)
+        self._done = min(before + sum(item.size for item in items), self._total)
         return found
 
     def sample(
         self, table: str, job: SampleJob, shards: Mapping[int, SampleShard], missing: Sequence[int]
     ) -> list[SampleResult]:
         """Have samplers write the `missing` shards. A shard whose rows are recorded is sampled again in its batch, so that it
-        is equal bit for bit; all others share one queue, and each worker samples one batch."""
+        is equal bit for bit, and each of these batches on one worker; all other shards share one queue, and each worker samples
+        one batch."""
         builder = self._outputs[table]
-        results: list[SampleResult] = []
+        between = builder.intermediate()
+        written = (lambda shard: between.read("rollouts", shard) is not None) if job.intermediate else self._written
         again = builder.batches_to_repeat(table, missing, self.ctx.recorded.get((builder.stage, builder.key)))
-        for batch in again:
-            steps = [step for _, step in batch.queue]
-            repeat = msgspec.structs.replace(job, batch=steps, write=batch.shards)
-            items = [shards[shard] for shard, _ in batch.queue]
-            limit = self._done + sum(self.sizes[shard] for shard in batch.shards)
-            _, answers = self.run("sampler", repeat, items, together=True, limit=limit)
-            results += answers
+        results = self._repeat(job, shards, again, written)
         repeated = {shard for batch in again for shard in batch.shards}
         if rest := [shards[shard] for shard in missing if shard not in repeated]:
             workers = self.ctx.runtime.sampler.workers
             job = msgspec.structs.replace(job, share=-(-sum(item.size for item in rest) // workers))
-            between = builder.intermediate()
-            written = (lambda shard: between.read("rollouts", shard) is not None) if job.intermediate else None
-            results += self.run("sampler", job, rest, written=written)[1]
+            results += self.run("sampler", job, rest, written)[1]
+        return results
+
+    def _repeat(
+        self,
+        job: SampleJob,
+        shards: Mapping[int, SampleShard],
+        batches: Sequence[Batch],
+        written: Callable[[int], bool],
+    ) -> list[SampleResult]:
+        work = [
+            (
+                msgspec.structs.replace(job, batch=[step for _, step in batch.queue], write=batch.shards),
+                [shards[shard] for shard, _ in batch.queue],
+            )
+            for batch in batches
+        ]
+        # most of a batch's samples may be there already: it counts as done at the samples that it writes
+        limits = [sum(self.sizes[shard] for shard in batch.shards) for batch in batches]
+        before, counted = self._done, [0] * len(batches)
+
+        def report(number: int, done: int) -> None:
+            counted[number] = min(done, limits[number])
+            self.ctx.progress(min(before + sum(counted), self._total), self._total, "samples")
+
+        def there(number: int, shard: int) -> bool:
+            return shard not in batches[number].shards or written(shard)
+
+        results = self.ctx.workers.each("sampler", work, report, there)
+        self._done = min(before + sum(limits), self._total)
         return results
 
     def _written(self, shard: int) -> bool:

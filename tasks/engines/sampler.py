@@ -18,7 +18,7 @@ import math
 import os
 import traceback
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from storage.store import Store
 from tasks.behaviours import Behaviour, Completion, Draw, Drawn, Start, behaviour_of
 from tasks.engines.hf_folder import check_length, longest_sequence, read_config, stop_token_ids
 from tasks.engines.weight_proof import judge_probes, judge_weights
+from tasks.engines.writing import Writing
 from tasks.inputs.tokenizers import load_tokenizer
 from tasks.rollout_config import Dtype
 from tasks.workers.jobs import SampleJob, SampleResult, SampleShard, Sampling, ShardDone
@@ -55,17 +56,14 @@ class SamplingFailed(OpdError):
     """The engine gave no usable completion for some samples at any try."""
 
 
-Writer = Generator[Draw, Drawn, Completion]
-
-
 @dataclass
 class OpenShard:
     """A shard whose requests are in the engine, with their answers by position."""
 
     item: SampleShard
     stop_ids: list[int]
-    writers: dict[int, Writer] = field(default_factory=dict)
-    """Completions under way: the behaviour's generator of each."""
+    writers: dict[int, Writing] = field(default_factory=dict)
+    """Completions under way."""
     completions: dict[int, Completion] = field(default_factory=dict)
     problems: dict[int, str] = field(default_factory=dict)
 
@@ -121,6 +119,8 @@ class Intake:
 
     def __init__(self, link: Link, slots: int, steps: Sequence[int] | None) -> None:
         self._link, self._slots, self._steps = link, slots, steps
+        self._given: list[SampleShard] = []
+        """Shards of a repeated batch that the supervisor has given."""
         self._taken = 0
         self._exhausted = False
         self.again: list[SampleShard] = []
@@ -137,10 +137,19 @@ class Intake:
             return self.again.pop(0)
         if self._exhausted or (unfinished and not self._due(step, unfinished)):
             return None
-        item: SampleShard | None = self._link.next()
-        self._exhausted = item is None
+        if self._steps is not None and self._taken < len(self._given):
+            item: SampleShard | None = self._given[self._taken]
+        else:
+            item = self._link.next()
+            self._exhausted = item is None
+            if item is not None and self._steps is not None:
+                self._given.append(item)
         self._taken += 1
         return item
+
+    def restart(self) -> None:
+        """Give a repeated batch its shards again, from the first."""
+        self._taken, self._exhausted = 0, False
 
     def _due(self, step: int, unfinished: int) -> bool:
         if self._steps is None:
@@ -170,7 +179,7 @@ class Sampler:
 
     def handle(self, job: SampleJob, link: Link) -> SampleResult:
         """Sample and write shards until the supervisor has no more. Raises InputError for prompts that do not fit the model,
-        StaleWeights when the engine does not hold the job's weights, SamplingFailed, StoreError."""
+        StaleWeights when the engine does not hold the job's weights, SamplingFailed, BehaviourFailed, StoreError."""
         self._stopped_by = None
         store = Store(job.store)
         writer = store.shard_writer(job.target.stage, job.target.key)
@@ -181,21 +190,28 @@ class Sampler:
         slots = int(self.settings.get("max_num_seqs", 256))
         intake = Intake(link, min(slots, job.share or slots), job.batch)
         tries: Counter[int] = Counter()
-        done = 0
+        retries = int(self.settings.get("retries", 2))
+        done = passes = 0
         while not intake.empty:
             self._prepare(job)
             log = BatchLog(writer.path, job.log_table) if job.batch is None else None
-            failed: list[SampleShard] = []
+            failed: list[OpenShard] = []
+            passes += 1
             batch = self._batch(job, intake, prompts, behaviour, log, link, done)
             for shard in batch:
                 number = shard.item.shard
-                if wanted is not None and number not in wanted:
-                    continue  # sampled for the batch's sake only, as are its problems
-                if shard.problems:
+                if wanted is not None:
+                    if shard.problems:
+                        failed.append(shard)
+                        if number in wanted:
+                            break
+                    if number not in wanted:
+                        continue  # sampled for the batch's sake only, as are its problems
+                elif shard.problems:
                     tries[number] += 1
-                    if job.batch is not None or tries[number] > int(self.settings.get("retries", 2)):
+                    if tries[number] > retries:
                         raise shard.error()
-                    failed.append(shard.item)  # whole, in the next batch: a shard is of one batch
+                    failed.append(shard)
                     continue
                 if log is not None:
                     log.writing(number)
@@ -205,9 +221,16 @@ class Sampler:
                 if wanted is not None:
                     wanted.discard(number)
                     if not wanted:
-                        batch.close()
-                        return SampleResult(self._stopped_by, self.proof)
-            intake.again += failed
+                        break
+            batch.close()
+            if wanted is None:
+                intake.again += [shard.item for shard in failed]  # whole, in the next batch: a shard is of one batch
+            elif not wanted:
+                break
+            elif failed:  # the whole batch again: in another one its shards would have other bits
+                if passes > retries:
+                    raise failed[-1].error()
+                intake.restart()
         return SampleResult(self._stopped_by, self.proof)
 
     def close(self) -> None:
@@ -259,25 +282,20 @@ class Sampler:
                     if log is not None:
                         log.add(item.shard, step)
                     shard = unfinished[item.shard] = OpenShard(item, self._stop_ids(job, item.sampling))
-                    asks = self._begin(shard, prompts, behaviour)
-                    waiting |= self._enqueue(shard, asks)
-                if not waiting:
-                    return
-                answers = self._step(waiting)
-                for shard, position, output in answers:
+                    self._begin(shard, prompts, behaviour, job.longest)
+                    waiting |= self._go_on(shard, dict.fromkeys(shard.writers))
+                for shard, position, output in self._step(waiting):
                     if (problem := _problem(output, self._vocabulary)) is not None:
                         shard.problems[position] = problem
-                        continue
-                    try:
-                        ask = shard.writers[position].send(_drawn(output))
-                        waiting |= self._enqueue(shard, {position: ask})
-                    except StopIteration as end:
-                        shard.completions[position] = end.value
-                        done += 1
+                    else:
+                        waiting |= self._go_on(shard, {position: _drawn(output)})
                 step += 1
-                link.progress(done, 0)
+                link.progress(done + sum(len(shard.completions) for shard in unfinished.values()), 0)
                 for number in [number for number, shard in unfinished.items() if shard.complete]:
+                    done += len(unfinished[number].completions)
                     yield unfinished.pop(number)
+                if not waiting and intake.empty:
+                    return
         except GeneratorExit:
             self.llm.llm_engine.abort_request(list(waiting), internal=True)
             raise
@@ -291,15 +309,26 @@ class Sampler:
                 shard.fail(f"the engine failed: {type(error).__name__}: {error}")
                 yield shard
 
-    def _begin(self, shard: OpenShard, prompts: dict[str, list[int]], behaviour: Behaviour) -> dict[int, Draw]:
-        """Start the completions of a shard: what the engine is to continue first, by position."""
+    def _begin(self, shard: OpenShard, prompts: dict[str, list[int]], behaviour: Behaviour, longest: int) -> None:
+        """Start the completions of a shard."""
         limit = shard.item.sampling.max_completion_length
         for position, request in enumerate(shard.item.requests):
             prompt = prompts[request.prompt_id]
             if not prompt:
                 raise InputError(f"sampler: prompt {request.prompt_id!r} has no tokens; prepare filters these")
-            shard.writers[position] = behaviour.write(Start(tuple(prompt), limit, request.seed))
-        return {position: next(writer) for position, writer in shard.writers.items()}
+            start = Start(tuple(prompt), limit, request.seed)
+            shard.writers[position] = Writing(behaviour, start, request.sample_id, self._vocabulary, longest)
+
+    def _go_on(self, shard: OpenShard, answers: Mapping[int, Drawn | None]) -> dict[str, tuple[OpenShard, int]]:
+        """Let completions of a shard take their next turn; what they ask for goes to the engine. Returns as `_enqueue`."""
+        asks: dict[int, Draw] = {}
+        for position, answer in answers.items():
+            turn = shard.writers[position].turn(answer)
+            if isinstance(turn, Draw):
+                asks[position] = turn
+            else:
+                shard.completions[position] = turn
+        return self._enqueue(shard, asks) if asks else {}
 
     def _enqueue(self, shard: OpenShard, asks: dict[int, Draw]) -> dict[str, tuple[OpenShard, int]]:
         """Give the engine requests of a shard. Returns the engine's name of each -> (shard, position)."""

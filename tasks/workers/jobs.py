@@ -352,7 +352,7 @@ class ErrorText(Schema):
 
 
 class Failed(Schema):
-    """From the worker: it could not start."""
+    """From the worker: it could not start, or could not read a message."""
 
     rank: int
     error: ErrorText
@@ -426,8 +426,8 @@ def raw(value: Schema | None) -> msgspec.Raw:
 
 
 def to_worker(data: bytes) -> ToWorker:
-    """Decodes a message to a worker. JobMismatch when it fits no schema."""
-    return _decode(_to_worker, data, "a message to the worker")
+    """Decodes a message to a worker. JobMismatch when it fits no schema, with the protocol that the message names."""
+    return _decode(_to_worker, data, "a message to the worker", _protocol_in(data))
 
 
 def from_worker(data: bytes) -> FromWorker:
@@ -446,6 +446,19 @@ def decode(data: msgspec.Raw, protocol: int = PROTOCOL) -> Any:
             " must be of one version of opdflow"
         )
     return value
+
+
+def _protocol_in(data: bytes) -> int:
+    try:
+        return msgspec.json.decode(data, type=_Numbered).protocol
+    except msgspec.DecodeError:
+        return PROTOCOL
+
+
+class _Numbered(msgspec.Struct):
+    """What can be read of a message of any protocol."""
+
+    protocol: int = PROTOCOL
 
 
 def _decode(decoder: msgspec.json.Decoder[T], data: bytes, what: str, protocol: int = PROTOCOL) -> T:

@@ -113,7 +113,11 @@ def main(role: str) -> None:
         raise
     channel.send(jobs.Ready(rank, os.getpid()))
     while True:
-        message = jobs.to_worker(channel.incoming.get())
+        try:
+            message = jobs.to_worker(channel.incoming.get())
+        except jobs.JobMismatch as error:
+            channel.send(jobs.Failed(rank, _describe(error)))
+            continue
         if isinstance(message, jobs.Do):
             _serve(handler, channel, message, rank)
         elif isinstance(message, jobs.Stop):
@@ -129,14 +133,14 @@ def _serve(handler: Handler, channel: Channel, message: jobs.Do, rank: int) -> N
         job = jobs.decode(message.job, message.protocol)
         with explain_full_disk(Path(getattr(job, "store", message.log))):
             _write_to(message.log)
-            result = handler.handle(job, Link(channel, message.id, rank))
+            result = jobs.raw(handler.handle(job, Link(channel, message.id, rank)))
     except Exception as error:
         with suppress(OSError):  # on a full disk the log is lost; the answer must still be sent
             traceback.print_exc()
             sys.stderr.flush()
         channel.send(jobs.Error(message.id, rank, _describe(error)))
         return
-    channel.send(jobs.Result(message.id, rank, jobs.raw(result if rank == 0 else None)))
+    channel.send(jobs.Result(message.id, rank, result if rank == 0 else jobs.raw(None)))
 
 
 def _write_to(log: str) -> None:

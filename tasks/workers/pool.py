@@ -3,6 +3,7 @@ memory is free when a worker ends, and a crash ends one worker, not the run."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -101,39 +102,77 @@ class WorkerPool:
         job: jobs.Schema,
         items: Sequence[Item],
         on_progress: Callable[[int], None] = lambda done: None,
-        together: bool = False,
         written: Callable[[int], bool] = lambda shard: False,
     ) -> tuple[list[Any], list[Any]]:
-        """Let the role's workers do one job over a queue of items: each takes the next item as soon as it has room. With
-        `together` one worker takes all, and takes all again after a death. `on_progress` is called with the samples that
-        are finished.
+        """Let the role's workers do one job over a queue of items: each takes the next item as soon as it has room.
+        `on_progress` is called with the samples that are finished.
 
         Returns the results of the items that have one, in their order, and the results of the workers. When a worker dies
         or hangs, its unfinished items go back to the front of the queue and it is started again; an item that was
         unfinished at more than `runtime.retries` deaths ends the stage (WorkerDied). The first error ends the rest: what
         they wrote stays. `written` says whether a shard is there: a worker can die between writing and reporting one, and a
-        second one need not have the same bits."""
-        shared = _Shared(items, on_progress, self.runtime.retries + 1, together, written)
-        count = min(1 if together else self._count(role), len(items))
+        second one need not have the same bits. A death that leaves no item unfinished ends nothing."""
+        shared = _Shared(items, on_progress, self.runtime.retries + 1, written)
+        count = min(self._count(role), len(items))
+        self._on_workers(count, lambda number: self._drain(role, number, job, shared), shared.errors)
+        return [result for _, result in sorted(shared.results.items())], shared.answers
+
+    def each(
+        self,
+        role: str,
+        work: Sequence[tuple[jobs.Schema, Sequence[Item]]],
+        on_progress: Callable[[int, int], None] = lambda number, done: None,
+        written: Callable[[int, int], bool] = lambda number, shard: False,
+    ) -> list[Any]:
+        """Let the role's workers do several jobs. One worker does a job with all of its items, and all of them again after a
+        death; different jobs go to different workers. `on_progress` is called with a job's number and its finished samples.
+
+        Returns the results of the jobs. `written` says whether what a job (its number) has to write of a shard is there:
+        a worker that dies when everything is there has lost nothing."""
+        lock, errors = threading.Lock(), list[BaseException]()
+        shared = [
+            _Shared(
+                items,
+                functools.partial(on_progress, number),
+                self.runtime.retries + 1,
+                functools.partial(written, number),
+                together=True,
+                lock=lock,
+                errors=errors,
+            )
+            for number, (_, items) in enumerate(work)
+        ]
+        waiting = deque(range(len(work)))
+
+        def drain(worker: int) -> None:
+            while not errors:
+                with lock:
+                    if not waiting:
+                        return
+                    number = waiting.popleft()
+                self._drain(role, worker, work[number][0], shared[number])
+
+        self._on_workers(min(self._count(role), len(work)), drain, errors)
+        return [answer for part in shared for answer in part.answers]
+
+    def _on_workers(self, count: int, drain: Callable[[int], None], errors: list[BaseException]) -> None:
+        """Calls `drain` for each of `count` workers, at the same time. Raises the first of the errors that it collects; an
+        interruption comes before all, because it may have ended workers too."""
         if count == 1:
-            self._drain(role, 0, job, shared)
+            drain(0)
         elif count > 1:
-            threads = [
-                threading.Thread(target=self._drain, args=(role, number, job, shared), daemon=True)
-                for number in range(count)
-            ]
-            for thread in threads:
-                thread.start()
+            threads = [threading.Thread(target=drain, args=(number,), daemon=True) for number in range(count)]
             try:
+                for thread in threads:
+                    thread.start()
                 for thread in threads:
                     while thread.is_alive():
                         thread.join(0.2)
             except BaseException as error:
-                shared.errors.append(error)
+                errors.insert(0, error)
                 self.kill()
-        if shared.errors:
-            raise shared.errors[0]
-        return [result for _, result in sorted(shared.results.items())], shared.answers
+        if errors:
+            raise errors[0]
 
     def _drain(self, role: str, number: int, job: jobs.Schema, shared: _Shared) -> None:
         attempt = 0
@@ -148,6 +187,9 @@ class WorkerPool:
                     attempt = 0 if part.finished else attempt
                     attempt += 1
                     lost = part.give_back()
+                    if not lost and not shared.queue:
+                        self._note(role, number, f"{error.what}; all of its shards are written, nothing is lost")
+                        return
                     tries = max([attempt, *(shared.deaths[index] for index in lost)])
                     self._again(role, number, shared.naming(error, lost), tries, shared.tries)
         except BaseException as error:
@@ -163,8 +205,11 @@ class WorkerPool:
         if attempt >= tries:
             often = f", the last of {tries} tries" if tries > 1 else ""
             raise WorkerDied(error.what + often, error.tail) from None
+        self._note(role, number, f"{error.what}; try {attempt + 1} of {tries}")
+
+    def _note(self, role: str, number: int, text: str) -> None:
         with suppress(OSError), self._log(role, number).open("a") as file:  # the job itself reports a full disk
-            file.write(f"--- {error.what}; try {attempt + 1} of {tries}\n")
+            file.write(f"--- {text}\n")
 
     def stage_done(self) -> None:
         """Call at the end of a stage: ends all workers unless they are kept warm."""
@@ -286,8 +331,10 @@ class _Shared:
         items: Sequence[Item],
         on_progress: Callable[[int], None],
         tries: int,
-        together: bool,
         written: Callable[[int], bool],
+        together: bool = False,
+        lock: threading.Lock | None = None,
+        errors: list[BaseException] | None = None,
     ) -> None:
         self.items, self.tries, self.together, self.written = items, tries, together, written
         self.queue = deque(range(len(items)))
@@ -295,8 +342,8 @@ class _Shared:
         """By item: how many workers died while it was unfinished."""
         self.results: dict[int, Any] = {}
         self.answers: list[Any] = []
-        self.errors: list[BaseException] = []
-        self.lock = threading.Lock()
+        self.errors: list[BaseException] = [] if errors is None else errors
+        self.lock = lock or threading.Lock()
         self._on_progress = on_progress
         self._parts: list[_Part] = []
         self._index = {item.shard: index for index, item in enumerate(items)}
@@ -313,16 +360,15 @@ class _Shared:
         self._on_progress(sum(part.samples for part in self._parts))
 
     def naming(self, error: WorkerDied, lost: Sequence[int]) -> WorkerDied:
-        """The error, with the shards that are not finished."""
+        """The error, with the shards that are not finished; where the worker had none, with those that nobody has begun."""
+        done = "not finished"
         if not lost:
-            return error
+            lost, done = list(self.queue), "not begun"
         shards = sorted(self.items[index].shard for index in lost)
         more = f" and {len(shards) - _SHOWN} more" if len(shards) > _SHOWN else ""
         samples = sum(self.items[index].size for index in lost)
         what = f"shard{'s' if len(shards) > 1 else ''} {', '.join(map(str, shards[:_SHOWN]))}{more}"
-        return WorkerDied(
-            f"{error.what}; {what} ({samples} samples) not finished, finished shards are kept", error.tail
-        )
+        return WorkerDied(f"{error.what}; {what} ({samples} samples) {done}, finished shards are kept", error.tail)
 
 
 class _Part:
@@ -362,13 +408,19 @@ class _Part:
 
     def give_back(self) -> list[int]:
         """Call when the worker is gone: puts its unfinished items back at the front of the queue."""
-        there = set[int]()
-        if not self._shared.together:  # the items of a repeated batch are all needed again
-            there = {index for index in self._open if self._shared.written(self._shared.items[index].shard)}
+        items = range(len(self._shared.items)) if self._shared.together else list(self._open)
+        there = {index for index in items if self._shared.written(self._shared.items[index].shard)}
+        if self._shared.together and len(there) < len(items):
+            there = set()  # the items of a repeated batch are all needed again
         with self._shared.lock:
             lost, self._open = [index for index in self._open if index not in there], []
-            self._written += sum(self._shared.items[index].size for index in there)
-            self.samples = 0 if self._shared.together else self._written
+            if self._shared.together:
+                self.samples = 0
+                if there:
+                    self._shared.queue.clear()
+            else:
+                self._written += sum(self._shared.items[index].size for index in there)
+                self.samples = self._written
             for index in reversed(lost):
                 self._shared.deaths[index] += 1
                 self._shared.queue.appendleft(index)

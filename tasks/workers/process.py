@@ -146,19 +146,25 @@ class Worker:
     ) -> Any:
         """Do one job and return rank 0's result. From now on the worker writes to `log`, if one is given.
 
-        Raises the OpdError that the worker raised, WorkerFailed for anything else it raised, WorkerDied when it ended
-        without an answer, did not answer within `timeout` seconds or sent nothing for `stall_timeout` seconds; after the
-        last two the worker is gone."""
+        Messages of other jobs are ignored. Raises the OpdError that the worker raised, WorkerFailed for anything else it
+        raised, WorkerDied when it ended without an answer, did not finish within `timeout` seconds or sent nothing for
+        `stall_timeout` seconds. The worker outlives only an OpdError that it raised itself: after any other error it may
+        still be at its job."""
         self._jobs += 1
         self.log = log or self.log
         items = items or Items()
         started = heard = time.monotonic()
         result: Any = None
         finished = 0
+        refused = False
         try:
             self._send(jobs.Do(self._jobs, jobs.PROTOCOL, str(self.log), jobs.raw(job)))
             while finished < self.world:
                 for _, message in (messages := self._receive()):
+                    if isinstance(message, jobs.Failed):
+                        raise self._error(message.error)
+                    if getattr(message, "id", None) != self._jobs:
+                        continue
                     if isinstance(message, jobs.Progress):
                         self._forward(message, progress)
                     elif isinstance(message, jobs.Want):
@@ -166,6 +172,7 @@ class Worker:
                     elif isinstance(message, jobs.Done):
                         items.done(jobs.decode(message.result))
                     elif isinstance(message, jobs.Error):
+                        refused = True
                         raise self._error(message.error)
                     elif isinstance(message, jobs.Result):
                         finished += 1
@@ -174,7 +181,7 @@ class Worker:
                 now = time.monotonic()
                 heard = now if messages else heard
                 if finished < self.world and timeout and now - started > timeout:
-                    raise self._stopped(f"no answer within runtime.stage_timeout ({timeout:g} s)")
+                    raise self._stopped(f"its part of the stage took longer than runtime.stage_timeout ({timeout:g} s)")
                 if finished < self.world and stall_timeout and now - heard > stall_timeout:
                     raise self._stopped(f"no progress for runtime.stall_timeout ({stall_timeout:g} s)")
         except (BrokenPipeError, ConnectionResetError):
@@ -182,8 +189,8 @@ class Worker:
             self.kill()
             raise error from None
         except BaseException as error:
-            # other ranks may wait forever for the failed one; after an interruption no answer will be read
-            if self.world > 1 or not isinstance(error, OpdError) or isinstance(error, WorkerFailed):
+            # other ranks may wait forever for the failed one; after an error on this side no answer will be read
+            if self.world > 1 or not refused or isinstance(error, WorkerFailed):
                 self.kill()
             raise
         return result
@@ -227,7 +234,7 @@ class Worker:
         return WorkerDied(f"{self.role} worker stopped: {why}", self._tail())
 
     def _error(self, error: jobs.ErrorText) -> OpdError:
-        kind = getattr(storage.errors, error.kind, None)
+        kind = getattr(storage.errors, error.kind, None) or getattr(jobs, error.kind, None)
         if error.ours and isinstance(kind, type) and issubclass(kind, OpdError):
             try:
                 return kind(error.message)

@@ -66,10 +66,16 @@ class RuntimeConfig(Runtime):
         None, description="keep workers between stages; null means: on CPU only (on GPUs stages need the memory)"
     )
     stage_timeout: float | None = Field(
-        None, gt=0, description="seconds a stage's job may take before its worker is stopped; null: no limit"
+        None,
+        gt=0,
+        description="seconds that one worker may take for its whole part of a stage, all of its shards, before it is stopped"
+        " (a retry counts anew); null: no limit. For a worker that hangs see stall_timeout",
     )
     stall_timeout: float | None = Field(
-        3600, gt=0, description="seconds without any progress after which a worker counts as hung; null: never"
+        3600,
+        gt=0,
+        description="seconds without any message of progress (a finished completion, shard or step) after which a worker"
+        " counts as hung and is stopped, however much it has done before; null: never",
     )
     retries: int = Field(
         1,

@@ -39,12 +39,12 @@ class Scripted(Sampler):
     def _params(self, sampling, seed, max_tokens, stop_ids):
         return SimpleNamespace(seed=seed, limit=max_tokens)
 
-    def _begin(self, shard, prompts, behaviour):
+    def _begin(self, shard, *how):
         deadly = self.llm.store / "die-before-shard"
         if deadly.exists() and int(deadly.read_text()) == shard.item.shard:
             os.kill(os.getpid(), signal.SIGKILL)
         self.llm.note("shards-done", str(shard.item.shard))
-        return super()._begin(shard, prompts, behaviour)
+        return super()._begin(shard, *how)
 
 
 class Engine:

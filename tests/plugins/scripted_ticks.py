@@ -28,4 +28,5 @@ def share(self: WorkerPool, role: str, job: Any, *arguments: Any, **more: Any) -
 
 
 WorkerPool.share = share  # type: ignore[method-assign]
+WorkerPool.each = lambda self, *arguments: engines.each(*arguments)  # type: ignore[method-assign]
 WorkerPool.run = lambda self, *arguments: engines.run(*arguments)  # type: ignore[method-assign]

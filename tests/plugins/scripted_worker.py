@@ -16,6 +16,7 @@ from scripted_jobs import ScriptedAnswer, ScriptedDone, ScriptedJob
 
 from opdflow.plugin import register_role
 from storage.errors import InputError
+from tasks.workers import jobs
 
 register_role("scorer", f"{__name__}:Scripted")
 
@@ -46,6 +47,14 @@ class Scripted:
                 return ScriptedAnswer(2)
             case "die":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "late":  # as if an earlier job answered now
+                late = link._job - 1
+                link._channel.send(jobs.Progress(late, 99, 99))
+                link._channel.send(jobs.Done(late, jobs.raw(ScriptedDone(99, 0))))
+                link._channel.send(jobs.Result(late, 0, jobs.raw(ScriptedAnswer(99))))
+                return ScriptedAnswer(job.value)
+            case "unsendable":
+                return object()
             case "refuse":
                 raise InputError("prompts.jsonl:3: no field `prompt`")
             case "crash":
@@ -62,7 +71,8 @@ class Scripted:
         raise ValueError(job.do)
 
     def shards(self, job: ScriptedJob, link) -> ScriptedAnswer:
-        """Takes two items at a time. A file `<path>/die-N` kills it once when it has taken the item N, `kill-N` each time."""
+        """Takes two items at a time. A file `<path>/die-N` kills it once when it has taken the item N, `kill-N` each time, and
+        `die-written-N` when it has written the item (`there-N`) and not reported it."""
         count, held = 0, []
         while True:
             while len(held) < 2 and (item := link.next()) is not None:
@@ -76,6 +86,9 @@ class Scripted:
             item = held.pop(0)
             time.sleep(job.pause)
             count += 1
+            Path(job.path, f"there-{item.shard}").touch()
+            if Path(job.path, f"die-written-{item.shard}").exists():
+                os.kill(os.getpid(), signal.SIGKILL)
             link.progress(count, 0)
             link.done(ScriptedDone(item.shard, os.getpid()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -42,7 +43,6 @@ class InProcessPool:
         job: Any,
         items: Iterable[Any],
         on_progress: Any = None,
-        together: bool = False,
         written: Any = None,
     ) -> tuple[list[Any], list[Any]]:
         items = list(items)
@@ -51,6 +51,19 @@ class InProcessPool:
         answer = self.handlers[role].handle(job, feed)
         results = {result.shard: result for result in feed.results}
         return [results[item.shard] for item in items if item.shard in results], [answer]
+
+    def each(
+        self,
+        role: str,
+        work: Iterable[tuple[Any, Iterable[Any]]],
+        on_progress: Any = None,
+        written: Any = None,
+    ) -> list[Any]:
+        found = []
+        for number, (job, items) in enumerate(work):
+            report = functools.partial(on_progress, number) if on_progress else None
+            found += self.share(role, job, items, report)[1]
+        return found
 
     def stage_done(self) -> None:
         """Nothing to end."""

@@ -147,6 +147,123 @@ def test_a_message_that_does_not_fit_names_the_field_and_both_protocols(tmp_path
                     raise worker._error(message.error)
 
 
+def there(tmp_path: Path):
+    return lambda shard: (tmp_path / f"there-{shard}").exists()
+
+
+def test_a_death_after_the_last_shard_is_written_loses_nothing(tmp_path):
+    (tmp_path / "die-written-2").touch()
+    job, items = ScriptedJob(do="shards", path=str(tmp_path)), [ScriptedItem(shard, size=10) for shard in range(3)]
+    with pool(tmp_path, retries=0) as workers:
+        results, answers = workers.share("scorer", job, items, written=there(tmp_path))
+        assert [result.shard for result in results] == [0, 1] and answers == []
+        assert workers.each("scorer", [(job, items)], written=lambda _, shard: there(tmp_path)(shard)) == []
+    assert "nothing is lost" in (tmp_path / "logs" / "scorer.log").read_text()
+
+
+def test_a_death_between_shards_names_those_that_are_not_begun(tmp_path):
+    """The worker dies with two written shards in hand; without a retry the others stay."""
+    (tmp_path / "there-1").touch()
+    (tmp_path / "die-written-0").touch()
+    job, items = ScriptedJob(do="shards", path=str(tmp_path)), [ScriptedItem(shard, size=10) for shard in range(5)]
+    with pool(tmp_path, retries=0) as workers, pytest.raises(WorkerDied) as error:
+        workers.share("scorer", job, items, written=there(tmp_path))
+    assert "shards 2, 3, 4 (30 samples) not begun" in str(error.value).splitlines()[0]
+
+
+def test_jobs_of_one_worker_each_go_to_different_workers(tmp_path):
+    """A worker that dies in the middle does its whole job again, and no other's."""
+    (tmp_path / "die-5").touch()
+    counted = [0, 0, 0]
+
+    def count(number: int, done: int) -> None:
+        counted[number] = done
+
+    work = [
+        (ScriptedJob(do="shards", path=str(tmp_path), pause=0.5), [ScriptedItem(n) for n in range(start, start + 3)])
+        for start in (0, 3, 6)
+    ]
+    with pool(tmp_path, scorer=ScorerRuntime(workers=2)) as workers:
+        answers = workers.each("scorer", work, count)
+    assert [answer.value for answer in answers] == [3, 3, 3] and counted == [3, 3, 3]
+    assert len({answer.pid for answer in answers}) > 1
+
+
+def test_an_error_of_one_such_job_ends_the_others(tmp_path):
+    (tmp_path / "kill-0").touch()
+    work = [(ScriptedJob(do="shards", path=str(tmp_path), pause=0.1), [ScriptedItem(n)]) for n in range(60)]
+    with pool(tmp_path, retries=0, scorer=ScorerRuntime(workers=2)) as workers, pytest.raises(WorkerDied):
+        workers.each("scorer", work)
+    assert not (tmp_path / "there-59").exists()
+
+
+def test_a_late_message_of_another_job_is_not_taken_for_the_answer(tmp_path):
+    seen = []
+    with pool(tmp_path) as workers:
+        listen = lambda done, total: seen.append(done)  # noqa: E731
+        assert workers.run("scorer", ScriptedJob(do="late", value=3), listen).value == 3
+    assert 99 not in seen
+
+
+def test_a_worker_does_not_outlive_an_error_of_the_supervisor_in_the_middle_of_a_job(tmp_path):
+    def refuse(done: int) -> None:
+        raise InputError("the run's log cannot be written")
+
+    job, items = ScriptedJob(do="shards", path=str(tmp_path)), [ScriptedItem(shard) for shard in range(4)]
+    with pool(tmp_path) as workers:
+        with pytest.raises(InputError, match="the run's log"):
+            workers.share("scorer", job, items, refuse)
+        after = workers.run("scorer", ScriptedJob(do="echo", value=7))
+    assert (after.value, after.served) == (7, 1)
+
+
+@pytest.mark.parametrize("spoilt", [(b'"log"', b'"logfile"'), (b'"protocol":1', b'"protocol":"one"')])
+def test_a_job_that_the_worker_cannot_read_names_the_field(tmp_path, monkeypatch, spoilt):
+    old, new = spoilt
+    whole = jobs.line
+    with pool(tmp_path) as workers:
+        pid = workers.run("scorer", ScriptedJob(do="echo")).pid
+        monkeypatch.setattr(jobs, "line", lambda message: whole(message).replace(old, new))
+        with pytest.raises(jobs.JobMismatch, match=r"(`logfile`|at `\$\.protocol`).*read with protocol 1"):
+            workers.run("scorer", ScriptedJob(do="echo"))
+        monkeypatch.undo()
+        assert workers.run("scorer", ScriptedJob(do="echo", value=5)).value == 5
+    assert not alive(pid)
+
+
+def test_a_job_of_another_protocol_names_both(tmp_path, monkeypatch):
+    whole = jobs.line
+    newer = lambda m: whole(m).replace(b'"protocol":1', b'"protocol":7,"priority":2')  # noqa: E731
+    with pool(tmp_path) as workers:
+        workers.run("scorer", ScriptedJob(do="echo"))
+        monkeypatch.setattr(jobs, "line", newer)
+        with pytest.raises(jobs.JobMismatch, match=r"`priority` \(sent with protocol 7, read with protocol 1\)"):
+            workers.run("scorer", ScriptedJob(do="echo"))
+        monkeypatch.undo()
+
+
+def test_an_answer_that_cannot_be_sent_is_an_error_of_the_job(tmp_path):
+    with pool(tmp_path) as workers, pytest.raises(WorkerFailed, match="TypeError") as error:
+        workers.run("scorer", ScriptedJob(do="unsendable"))
+    assert not isinstance(error.value, WorkerDied)
+
+
+def test_an_interruption_comes_before_a_workers_death(tmp_path):
+    """Ctrl-C in a batch system goes to all processes: a worker may be seen to die first."""
+    (tmp_path / "die-2").touch()
+
+    def interrupt() -> None:
+        while (tmp_path / "die-2").exists():
+            time.sleep(0.05)
+        time.sleep(1.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    job, items = ScriptedJob(do="shards", path=str(tmp_path), pause=6), [ScriptedItem(shard) for shard in range(3)]
+    with pytest.raises(KeyboardInterrupt), pool(tmp_path, retries=0, scorer=ScorerRuntime(workers=2)) as workers:
+        threading.Thread(target=interrupt, daemon=True).start()
+        workers.share("scorer", job, items)
+
+
 def test_workers_that_start_when_the_run_is_interrupted_end_too(tmp_path):
     before = set(psutil.Process().children())
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()

@@ -1,0 +1,81 @@
+"""A completion under way: the generator of its behaviour, with everything checked that it asks for and returns.
+
+A behaviour may be a plugin's. Its faults are those of its code, not of the engine: they name its file, and trying again does
+not help."""
+
+from __future__ import annotations
+
+import math
+import sys
+import traceback
+from collections.abc import Sequence
+
+from storage.errors import OpdError
+from tasks.behaviours import Behaviour, Completion, Draw, Drawn, Start
+
+
+class BehaviourFailed(OpdError):
+    """A behaviour raised an exception, or gave something that cannot be used."""
+
+
+class Writing:
+    """Writes one completion, turn by turn. `name`: the sample, for errors. `vocabulary`: the student's token ids; `longest`: the
+    tokens for which the engine has room."""
+
+    def __init__(self, behaviour: Behaviour, start: Start, name: str, vocabulary: int, longest: int) -> None:
+        self.behaviour, self.start, self.name = behaviour, start, name
+        self.vocabulary, self.longest = vocabulary, longest
+        self._generator = behaviour.write(start)
+
+    def turn(self, answer: Drawn | None = None) -> Draw | Completion:
+        """What is to be drawn next, or the completion. `answer`: what the last draw gave, None at the first turn.
+
+        Raises BehaviourFailed, and OpdErrors of the behaviour as they are."""
+        try:
+            given = self._generator.send(answer) if answer is not None else next(self._generator)
+        except StopIteration as end:
+            return self._completion(end.value)
+        except OpdError:
+            raise
+        except Exception as error:
+            raise self._failed(f"{type(error).__name__}: {error}", error) from error
+        if not isinstance(given, Draw):
+            raise self._failed(f"it must yield a Draw, found {type(given).__name__}")
+        self._check_ids("Draw.tokens", given.tokens)
+        if not isinstance(given.max_tokens, int) or given.max_tokens < 1:
+            raise self._failed(f"Draw.max_tokens is {given.max_tokens!r}; ask for at least one token")
+        if (length := len(given.tokens) + given.max_tokens) > self.longest:
+            raise self._failed(
+                f"a Draw of {len(given.tokens)} tokens and at most {given.max_tokens} new ones has {length}; the engine has"
+                f" room for {self.longest} (longest prompt and rollout.max_completion_length)"
+            )
+        return given
+
+    def _completion(self, made: object) -> Completion:
+        if not isinstance(made, Completion):
+            raise self._failed(f"it must return a Completion, found {type(made).__name__}")
+        self._check_ids("Completion.token_ids", made.token_ids)
+        length = len(made.token_ids)
+        if length > self.start.max_tokens:
+            raise self._failed(f"a Completion of {length} tokens; at most {self.start.max_tokens} were asked for")
+        if len(made.logprobs) != length or not all(map(math.isfinite, made.logprobs)):
+            raise self._failed(f"Completion.logprobs must be {length} finite numbers, one per token")
+        if made.finish_reason not in ("stop", "length"):
+            raise self._failed(f"Completion.finish_reason is {made.finish_reason!r}; it must be stop or length")
+        if not 0 <= made.prefix_length <= length:
+            raise self._failed(f"Completion.prefix_length is {made.prefix_length}, of {length} tokens")
+        return made
+
+    def _check_ids(self, what: str, ids: Sequence[int]) -> None:
+        wrong = [token for token in ids if not isinstance(token, int) or not 0 <= token < self.vocabulary]
+        if wrong or not ids:
+            found = f"has {wrong[0]!r}" if wrong else "is empty"
+            raise self._failed(f"{what} {found}; it must hold one or more ids below {self.vocabulary}")
+
+    def _failed(self, problem: str, error: Exception | None = None) -> BehaviourFailed:
+        file = str(getattr(sys.modules.get(type(self.behaviour).__module__), "__file__", "its module"))
+        frames = traceback.extract_tb(error.__traceback__) if error is not None else []
+        line = next((f", line {frame.lineno}" for frame in reversed(frames) if frame.filename == file), "")
+        return BehaviourFailed(
+            f"rollout.behaviour: {self.behaviour.kind!r} ({file}{line}) failed at sample {self.name}: {problem}"
+        )

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -121,7 +121,15 @@ class TeacherBackend(Kind):
 
 
 TEACHERS: Registry[TeacherBackend] = Registry("teacher backend")
-register = TEACHERS.register
+B = TypeVar("B", bound=TeacherBackend)
+
+
+def register(cls: type[B]) -> type[B]:
+    """Add a backend under its `kind`. TypeError where its capabilities are not declared."""
+    if not isinstance(getattr(cls, "capabilities", None), Capabilities):
+        raise TypeError(f"{cls.__name__}: declare `capabilities = Capabilities(...)`, what it can answer")
+    TEACHERS.register(cls)
+    return cls
 
 
 @register

@@ -33,6 +33,12 @@ class Kind(Identity):
 C = TypeVar("C", bound=Kind)
 
 
+def require_methods(cls: type) -> None:
+    """TypeError, naming the class, for one that lacks an abstract method of its axis."""
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise TypeError(f"{cls.__name__}: it lacks the method{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
+
+
 class Registry(Generic[C]):
     """The classes of one axis, by their `kind`."""
 
@@ -41,7 +47,9 @@ class Registry(Generic[C]):
         self.classes: dict[str, type[C]] = {}
 
     def register(self, cls: type[C]) -> type[C]:
-        """Add a class under its `kind`. TypeError if `kind` has no default, ValueError if the name is taken."""
+        """Add a class under its `kind`. TypeError if `kind` has no default or a method is missing, ValueError if the name is
+        taken."""
+        require_methods(cls)
         kind = cls.model_fields["kind"].default
         if not isinstance(kind, str):
             raise TypeError(f"{cls.__name__}: give `kind` a default, for example kind: Literal['mine'] = 'mine'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from storage.artifacts.shards import read_parquet
 from storage.errors import ConfigError
 from storage.schemas import TABLES, TableSchema
 from storage.store import Artifact, ArtifactSpec, Store
+from tasks.losses.registry import require_methods
 from tasks.plugins import used_plugins
 from tasks.rollout_config import Dtype
 from tasks.signals.wanted import Values, Wanted
@@ -90,7 +92,7 @@ class Written:
         ]
 
 
-class Signal:
+class Signal(ABC):
     """One signal: a table beside the rollouts, row for row and token for token, made by running student and teacher over them.
 
     A subclass gives its name and table, what it asks of the models, and how their answers become rows. Instances hold no
@@ -112,13 +114,13 @@ class Signal:
     lists: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """Where the table is a support: by model the columns of log-probabilities and of tails; lists are sorted by the first."""
 
+    @abstractmethod
     def wanted(self, k: int | None, sampling: Mapping[str, Any]) -> Wanted:
         """What must be asked of the models. `sampling`: temperature, top_p, top_k of the rollouts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def table(self, shard: Shard) -> pa.Table:
         """The rows of one shard, in the order of its rollouts. InputError by sample for values that do not fit these."""
-        raise NotImplementedError
 
     def identity(self, inputs: Inputs, k: int | None) -> dict[str, Any]:
         """What enters the key beside the models, the rollouts, the prompts, dtype and plugins."""
@@ -170,7 +172,11 @@ SIGNALS: dict[str, Signal] = {}
 
 
 def register(cls: type[Signal]) -> type[Signal]:
-    """Make a signal known under its name. ValueError when the name is taken or is no name, or its table does not fit it."""
+    """Make a signal known under its name. ValueError when the name is taken or is no name, or its table does not fit it;
+    TypeError for a class that lacks a method, `name` or `schema`."""
+    require_methods(cls)
+    if lacking := [field for field in ("name", "schema") if not hasattr(cls, field)]:
+        raise TypeError(f"{cls.__name__}: it lacks {' and '.join(lacking)}")
     name, schema = cls.name, cls.schema
     check_name(name, "signal")
     if name in SIGNALS or name in _NOT_SIGNALS or (name in TABLES and schema is not TABLES[name]):

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from storage.artifacts.shards import read_parquet
-from storage.errors import InputError
+from storage.artifacts.shards import IntermediateShards, read_parquet
+from storage.errors import CorruptArtifact, InputError
 from storage.identity import Identity, derive_seed, omit_at
 from storage.schemas import COMPLETION_KL, schema_for
 from storage.store import Artifact, ArtifactSpec, Builder, Store
@@ -201,10 +201,14 @@ def _build(
             number: SampleShard(number, Sampling(**config.sampling(shard.mode)), shard.requests(seed))
             for number, shard in enumerate(plan)
         }
+        for number in unsampled:
+            between.forget(COMPLETION_KL, number)  # of completions that are lost
         stage.sample(TABLE, job, shards, unsampled)
     _write(builder, plan, [n for n in stage.missing if plan[n].mode != "kl"], config)
     kl = [number for number in stage.missing if plan[number].mode == "kl"]
-    if unscored := [number for number in kl if between.read(COMPLETION_KL, number) is None]:
+    if unscored := [number for number in kl if not _scored(between, number)]:
+        for number in unscored:
+            between.forget(COMPLETION_KL, number)
         ctx.workers.stage_done()  # on a GPU the scorer needs the sampler's memory; warm workers stay
         score = KLJob(
             store=str(ctx.store.root),
@@ -215,7 +219,7 @@ def _build(
             dtype=config.dtype,
         )
         items = [KLShard(number, sizes[number]) for number in unscored]
-        stage.run("scorer", score, items, written=lambda number: between.read(COMPLETION_KL, number) is not None)
+        stage.run("scorer", score, items, written=lambda number: _scored(between, number))
     _write(builder, plan, kl, config)
     meta = {} if builder.repairing else _meta(builder, len(plan))
     if lost := meta.get("invalid_kl"):
@@ -236,14 +240,26 @@ def _nothing_held_out() -> InputError:
     return InputError("evaluate: no held-out prompts; give prompts.eval a source")
 
 
+def _scored(between: IntermediateShards, number: int) -> bool:
+    """Whether there is a KL of each of the shard's completions."""
+    completions, sums = between.read(COMPLETIONS, number), between.read(COMPLETION_KL, number)
+    return completions is not None and sums is not None and completions["sample_id"].equals(sums["sample_id"])
+
+
 def _write(builder: Builder, plan: Sequence[Shard], numbers: Sequence[int], config: EvaluateConfig) -> None:
     """Judge completions and write shards from the intermediate ones. CorruptArtifact where one is missing or damaged."""
     between = builder.intermediate()
     for number in numbers:
         completions = between.require(COMPLETIONS, number)
-        sums = (
-            between.require(COMPLETION_KL, number)["reverse_kl_sum"].to_pylist() if plan[number].mode == "kl" else None
-        )
+        sums = None
+        if plan[number].mode == "kl":
+            scored = between.require(COMPLETION_KL, number)
+            if not completions["sample_id"].equals(scored["sample_id"]):
+                between.forget(COMPLETION_KL, number)
+                raise CorruptArtifact(
+                    f"{between.path}: the KL of shard {number} is of other completions; it was removed, run again"
+                )
+            sums = scored["reverse_kl_sum"].to_pylist()
         builder.write_shard(TABLE, number, _rows(plan[number], completions, config, sums))
 
 

@@ -25,7 +25,7 @@ from storage.artifacts.artifact import (
 from storage.artifacts.batches import BATCH, Batch, provenance_of, recorded_batches, unfinished_batches
 from storage.artifacts.checkpoints import CHECKPOINT, Checkpoints
 from storage.artifacts.digests import combine_digests
-from storage.artifacts.numerics import INTERMEDIATE, MADE_AT, ShardNumerics
+from storage.artifacts.numerics import INTERMEDIATE, MADE_AT, ShardNumerics, begin_repair
 from storage.artifacts.shards import SIDECAR, ShardWriter, check_file, sidecar, sidecars
 from storage.artifacts.trees import (
     content_digests,
@@ -160,9 +160,11 @@ class Builder(ShardWriter):
 
     def begin_shards(self, table: str, settings: Mapping[str, Any], missing: Sequence[int], count: int) -> list[str]:
         """Records that the `missing` ones of `count` shards will be made with `settings` (numerics). Returns messages for the
-        user. Does nothing in a repair: its content and its record are fixed."""
-        if self._recorded is not None or self.committed is not None:
+        user. A repair keeps its record of shards; its intermediate shards must be of these settings too."""
+        if self.committed is not None:
             return []
+        if self._recorded is not None:
+            return begin_repair(self.path, table, settings)
         return ShardNumerics(self.path, table).begin(settings, missing, count)
 
     def shard_numerics(self, table: str, count: int) -> dict[str, Any]:

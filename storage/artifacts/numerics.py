@@ -20,6 +20,7 @@ NUMERICS = "numerics"
 BY_SHARD = "numerics_by_shard"
 """Names in an artifact's provenance: the settings of all its shards; or, where there are several sets or where they are
 not known, a list of {shards, numerics (null: not known)}."""
+_MADE_AGAIN = "intermediate shards were made with other settings ({}) and are made again"
 _SHOWN = 6
 
 Settings = dict[str, Any]
@@ -54,10 +55,7 @@ class ShardNumerics:
                 f" ({self._difference(before, now)}); they are kept, but `opd replay` cannot repeat what was made at two"
             )
         if dropped:
-            said.append(
-                f"warning: {self.table}: intermediate shards were made with other settings"
-                f" ({self._difference(before, now)}) and are made again"
-            )
+            said.append(f"warning: {self.table}: {_MADE_AGAIN.format(self._difference(before, now))}")
         return said
 
     def groups(self, count: int) -> list[tuple[Settings | None, list[int]]]:
@@ -84,6 +82,21 @@ class ShardNumerics:
 
     def _difference(self, before: int | None, now: int) -> str:
         return "not recorded" if before is None else differing([self.sets[before], self.sets[now]])
+
+
+def begin_repair(folder: Path, table: str, settings: Mapping[str, Any]) -> list[str]:
+    """Record the settings at which a repair makes intermediate shards, apart from those of the artifact's shards. Intermediate
+    shards of an earlier attempt at other settings, or at unknown ones, are removed. Returns warnings for the user."""
+    record = ShardNumerics(folder, f"{table}.repair")
+    before = None if record.now is None else record.sets[record.now]
+    if before == settings:
+        return []
+    said = []
+    if remove(folder / INTERMEDIATE):  # first: after a kill here, none may count as made with the new settings
+        how = "not recorded" if before is None else differing([before, dict(settings)])
+        said.append(f"warning: {table}: {_MADE_AGAIN.format(how)}")
+    replace_atomically(record.path, seal({"sets": [dict(settings)], "shards": {}, "now": 0}))
+    return said
 
 
 def differing(sets: list[Settings]) -> str:

@@ -120,11 +120,16 @@ class IntermediateShards(ShardWriter):
 
     def read(self, table: str, shard: int) -> pa.Table | None:
         """The rows of a shard, verified; None where it is missing or damaged."""
-        for path, record in sidecars(self.path):
-            fits = record is not None and (record.table, record.shard) == (table, shard)
-            if record is not None and fits and check_file(path, record.bytes, record.sha256) is None:
+        for path, record in sidecars(self.path, table, shard):
+            if record is not None and check_file(path, record.bytes, record.sha256) is None:
                 return read_parquet(path)
         return None
+
+    def forget(self, table: str, shard: int) -> None:
+        """Remove a shard, if it is there."""
+        for path, _ in list(sidecars(self.path, table, shard)):
+            sidecar(path).unlink(missing_ok=True)  # first: a shard without a sidecar is ignored
+            path.unlink(missing_ok=True)
 
     def require(self, table: str, shard: int) -> pa.Table:
         """The rows of a shard, verified. CorruptArtifact where it is missing or damaged."""
@@ -167,20 +172,24 @@ def sidecar(shard: Path) -> Path:
     return shard.with_name(shard.name + SIDECAR)
 
 
-def sidecars(directory: Path) -> Iterator[tuple[Path, ShardRecord | None]]:
-    """Each sidecar of an unfinished artifact: (the shard's path, its record or None where that is unreadable)."""
-    for path in sorted(directory.glob(f"[!.]*{SIDECAR}")):
-        shard = path.with_name(path.name.removesuffix(SIDECAR))
-        match = _SHARD_FILE.fullmatch(shard.name)
+def sidecars(
+    directory: Path, table: str | None = None, shard: int | None = None
+) -> Iterator[tuple[Path, ShardRecord | None]]:
+    """Each sidecar of an unfinished artifact, or each of one shard: (the shard's path, its record or None where that is
+    unreadable)."""
+    named = "[!.]*" if table is None or shard is None else f"{table}-{shard:05d}-*"
+    for path in sorted(directory.glob(f"{named}{SIDECAR}")):
+        file = path.with_name(path.name.removesuffix(SIDECAR))
+        match = _SHARD_FILE.fullmatch(file.name)
         if match is None:
             continue
         try:
             record = ShardRecord.model_validate(unseal(path))
         except (CorruptArtifact, ValidationError):
-            yield shard, None
+            yield file, None
             continue
-        named = (record.table, record.shard, record.file) == (match["table"], int(match["shard"]), shard.name)
-        yield shard, record if named else None
+        fits = (record.table, record.shard, record.file) == (match["table"], int(match["shard"]), file.name)
+        yield file, record if fits else None
 
 
 def check_file(path: Path, size: int, sha256: str) -> str | None:

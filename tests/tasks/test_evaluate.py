@@ -248,6 +248,95 @@ def test_completions_made_at_other_numerics_are_sampled_again(world, monkeypatch
     assert artifact.provenance["numerics"] == {"threads": 7}
 
 
+def lose(world: World, artifact: Artifact, shard: int) -> None:
+    record = world.bench.store.shards(artifact, "evaluations")[shard]
+    (world.bench.store.root / "artifacts" / "evaluate" / artifact.key / record.file).unlink()
+
+
+class Scored:
+    """The scorer, which stops after its job: its sums are there, the evaluation's rows are not. `spoil` then runs."""
+
+    def __init__(self, scorer: Any, spoil: Any) -> None:
+        self.scorer, self.spoil = scorer, spoil
+
+    def handle(self, job: KLJob, link: Feed) -> None:
+        self.scorer.handle(job, link)
+        self.spoil(Store(job.store).shard_writer(job.target.stage, job.target.key).intermediate())
+        raise KeyboardInterrupt
+
+
+def test_completions_that_are_sampled_again_are_scored_again(world):
+    """The sums of lost completions are left; they are spoilt here, and must not be joined to the new ones."""
+    whole = World(world.root / "other").make()
+
+    def spoil(between: Any) -> None:
+        sums = between.require("completion_kl", 6)
+        between.forget("completion_kl", 6)
+        spoilt = sums.set_column(1, sums.schema.field(1), pa.array([7.0] * sums.num_rows, pa.float64()))
+        between.write_shard("completion_kl", 6, spoilt)
+        between.forget("rollouts", 6)
+
+    pool = world.bench.workers
+    scorer = pool.handlers["scorer"]
+    pool.handlers["scorer"] = Scored(scorer, spoil)
+    with pytest.raises(KeyboardInterrupt):
+        world.make()
+    pool.handlers["scorer"] = scorer
+    before = len(pool.jobs)
+    again = world.make()
+    assert again.content == whole.content
+    assert [(role, [item.shard for item in items]) for role, _, items in pool.jobs[before:]] == [
+        ("sampler", [6]),
+        ("scorer", [6]),
+    ]
+
+
+@pytest.mark.parametrize("rows", ["others", "fewer", "another order"])
+def test_sums_of_other_completions_are_made_again(world, rows):
+    whole = World(world.root / "other").make()
+
+    def spoil(between: Any) -> None:
+        sums = between.require("completion_kl", 6)
+        between.forget("completion_kl", 6)
+        taken = {"others": sums, "fewer": sums.slice(1), "another order": sums.take(list(range(sums.num_rows))[::-1])}
+        if rows == "others":
+            names = pa.array([f"x{name}" for name in sums["sample_id"].to_pylist()])
+            taken[rows] = sums.set_column(0, sums.schema.field(0), names)
+        between.write_shard("completion_kl", 6, taken[rows])
+
+    pool = world.bench.workers
+    scorer = pool.handlers["scorer"]
+    pool.handlers["scorer"] = Scored(scorer, spoil)
+    with pytest.raises(KeyboardInterrupt):
+        world.make()
+    pool.handlers["scorer"] = scorer
+    before = len(pool.jobs)
+    assert world.make().content == whole.content
+    assert [(role, [item.shard for item in items]) for role, _, items in pool.jobs[before:]] == [("scorer", [6])]
+
+
+def test_a_repair_that_goes_on_at_other_numerics_samples_again(world, monkeypatch):
+    pool = world.bench.workers
+    config = EvaluateConfig(greedy=False, max_completion_length=2)
+    made = world.make(config)
+    recorded = made.provenance["numerics"]
+    lose(world, made, 0)
+    scorer, pool.handlers["scorer"] = pool.handlers["scorer"], Dead()
+    both = ["sampler", "scorer"]
+    for numerics, roles in (({"threads": 7}, both), ({"threads": 7}, ["scorer"]), (recorded, both)):
+        monkeypatch.setattr("tasks.workers.runtime.RuntimeConfig.numerics", lambda self, *roles, n=numerics: n)
+        before = len(pool.jobs)
+        with pytest.raises(KeyboardInterrupt):
+            world.make(config)
+        assert [role for role, _, _ in pool.jobs[before:]] == roles
+    pool.handlers["scorer"] = scorer
+    before = len(pool.jobs)
+    again = world.make(config)
+    assert [role for role, _, _ in pool.jobs[before:]] == ["scorer"]
+    assert again.content == made.content and again.provenance == made.provenance
+    assert not list(world.bench.store.root.rglob("*.made-at.json"))
+
+
 def test_a_lost_shard_is_sampled_in_the_batch_that_it_was_in(world):
     pool, store = world.bench.workers, world.bench.store
     made = world.make()

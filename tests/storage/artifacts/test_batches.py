@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from small_store import SHARDS, SPEC, flip, fresh, rows
 
+from storage.artifacts import shards
 from storage.artifacts.batches import (
     BATCH,
     BATCHES,
@@ -163,6 +164,21 @@ def test_intermediate_shards_outlive_a_killed_builder_and_go_at_the_commit(store
         artifact = builder.commit()
     assert artifact.rows == {"mask": SHARDS * 40} and store.verify(artifact) == []
     assert not list(store.root.rglob(INTERMEDIATE))
+
+
+def test_reading_an_intermediate_shard_opens_its_own_sidecar_only(store: Store, monkeypatch) -> None:
+    with store.building(SPEC) as builder:
+        between = builder.intermediate()
+        for shard in range(6):
+            between.write_shard("mask", shard, rows(shard))
+        opened = []
+        whole = shards.unseal
+        monkeypatch.setattr(shards, "unseal", lambda path: opened.append(path.name) or whole(path))
+        for shard in range(6):
+            assert between.read("mask", shard)["sample_id"].to_pylist() == rows(shard)["sample_id"].to_pylist()
+        assert len(opened) == 6
+        between.forget("mask", 3)
+        assert between.read("mask", 3) is None and between.read("mask", 4) is not None
 
 
 @pytest.mark.parametrize("damage", ["file", "sidecar", "no sidecar", "no file"])

@@ -186,10 +186,8 @@ class PolicyGradientObjective:
             signals={name: values.detach().masked_fill(out, 0) for name, values in (batch.signals or {}).items()},
         )
         terms = credit(context)
+        _check_terms(credit.kind, terms, log_u)
         whole = terms.advantage(credit.delta_at_one(config.divergence) if config.center else 0.0)
-        if whole.shape != log_u.shape:
-            shapes = f"{list(whole.shape)} for log u of shape {list(log_u.shape)}"
-            raise ValueError(f"advantage {credit.kind}: it gives values of shape {shapes}; they must be the same")
         if terms.b is not None and credit.side is None:
             raise ValueError(f"advantage {credit.kind}: it gives b, but names no divergence; override `side`")
         bounded = region.bound(whole, weights)
@@ -208,6 +206,24 @@ class PolicyGradientObjective:
             log_rho_clip=config.log_rho_clip,
         )
         return loss if credited.terms.a is None else credited.terms.a * loss, clipped
+
+
+def _check_terms(kind: str, terms: CreditTerms, log_u: Tensor) -> None:
+    """ValueError for a factor of another shape, which would be broadcast, or with numbers that are not finite: those of masked
+    tokens would reach the gradient too."""
+    for name in ("delta", "A_r", "m", "a", "b", "w"):
+        values: Tensor | None = getattr(terms, name)
+        if values is None:
+            continue
+        shape = log_u.shape[:1] if name in ("b", "w") else log_u.shape
+        if values.shape != shape:
+            raise ValueError(
+                f"advantage {kind}: it gives {name} of shape {list(values.shape)} for log u of shape"
+                f" {list(log_u.shape)}; it must be {list(shape)}"
+            )
+        if not bool(values.isfinite().all()):
+            wrong = int((~values.isfinite()).sum())
+            raise ValueError(f"advantage {kind}: {wrong} of the {values.numel()} numbers of its {name} are not finite")
 
 
 def _over(logprobs_NK: Tensor, listed_NK: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import scripted_run
 import torch
 from key_walk import keys_of
 from opd_cli import OPD
-from places import CHECKOUT, PLUGINS
+from places import CHECKOUT, DATA, PLUGINS
 from registries import plugin_path
 from scoring import InProcess, ScoringBench, model_folder, plain_logits
 
@@ -116,11 +117,21 @@ def root(made: Path, tmp_path: Path) -> Path:
 
 def opd(root: Path, *args: object, plugins: bool = False) -> str:
     """The output of a command, in a process that finds the plugins only if told so."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "OPD_", "PYTHONPATH"))}
-    env |= {"OPD_ROOT": str(root), "PYTHONPATH": str(PLUGINS) if plugins else ""}
-    result = subprocess.run([OPD, *map(str, args)], env=env, cwd=root, capture_output=True, text=True, check=False)
+    result = called(root, *args, plugins=plugins)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def refusal(root: Path, *args: object) -> str:
+    result = called(root, *args)
+    assert result.returncode == 2, result.stdout
+    return result.stderr
+
+
+def called(root: Path, *args: object, plugins: bool = False) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "OPD_", "PYTHONPATH"))}
+    env |= {"OPD_ROOT": str(root), "PYTHONPATH": str(PLUGINS) if plugins else ""}
+    return subprocess.run([OPD, *map(str, args)], env=env, cwd=root, capture_output=True, text=True, check=False)
 
 
 def of_run(store: Store) -> list[Artifact]:
@@ -143,6 +154,25 @@ def test_it_is_queried_verified_and_collected_where_the_plugin_is_gone(root: Pat
     assert manifest["format"] == 3 and manifest["retention"] == "signals"
     assert [column["type"] for column in manifest["tables"]["teacher_margin"]["columns"]] == ["string", "float32[]"]
     assert len(json.loads(opd(root, "query", SQL.replace("round = 1", "round = 2"), "--json"))) == 8
+
+
+def test_it_stands_beside_artifacts_of_an_earlier_version(root: Path, tmp_path: Path) -> None:
+    """Runs of version 0.1 in the same store, whose manifests declare no tables; the plugin is not there."""
+    with tarfile.open(DATA / "v0.1" / "store.tar.xz") as archive:
+        archive.extractall(tmp_path / "old", filter="data")
+    shutil.copytree(tmp_path / "old" / "store", root, dirs_exist_ok=True)
+    sql = "select run, count(*) as n, count(teacher_margin_margins) as m from supervision group by run order by run"
+    rows = {row["run"]: (row["n"], row["m"]) for row in json.loads(opd(root, "query", sql, "--json"))}
+    assert rows.pop("margin") == (16, 16) and set(rows) == {"base", "gradient", "plugged"}
+    assert all(n > 0 and m == 0 for n, m in rows.values())
+    assert json.loads(opd(root, "query", "base", "select count(*) as n from teacher_margin", "--json")) == [{"n": 0}]
+    opd(root, "verify", "--all")
+    opd(root, "export", "margin", tmp_path / "student", "--round", 2)
+    opd(root, "gc", "--keep", "signals=0", "--apply")
+    store = Store(root)
+    assert all(store.evicted(a) for name in ("teacher_margin", "sampled") for a in store.list(name))
+    refused = refusal(root, "replay", "margin", "--round", 1, "--stages", "supervise")
+    assert "plugins: no module named 'scripted_engines'" in refused
 
 
 def test_storage_reads_it_without_tasks(root: Path) -> None:

@@ -254,6 +254,11 @@ def test_a_credit_reads_the_signals_that_it_adds(monkeypatch: pytest.MonkeyPatch
     ("terms", "found"),
     [
         (lambda log_u: CreditTerms(delta=log_u.mean()), r"shape \[\] for log u of shape \[12\]"),
+        (lambda log_u: CreditTerms(delta=log_u, A_r=log_u.mean()), r"A_r of shape \[\] for"),
+        (lambda log_u: CreditTerms(delta=log_u, a=log_u[:, None]), r"a of shape \[12, 1\] for"),
+        (lambda log_u: CreditTerms(A_r=log_u, m=log_u[:5]), r"m of shape \[5\] for"),
+        (lambda log_u: CreditTerms(delta=log_u.masked_fill(log_u == log_u[3], float("nan"))), "of the 12 .* its delta"),
+        (lambda log_u: CreditTerms(delta=log_u, a=log_u / 0), "12 of the 12 numbers of its a are not finite"),
         (lambda log_u: CreditTerms(delta=log_u, b=log_u), "names no divergence"),
         (lambda log_u: CreditTerms(m=log_u), "give delta, A_r, or both"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ pytest_plugins = ["fault_trials", "pytester", "shared_prefect"]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
+# Commands print tables at full width where neither a terminal nor these give one; a process of pytest-xdist has them.
+for name in ("COLUMNS", "LINES"):
+    os.environ.pop(name, None)
 
 SHARED = {
     "a real run": ("tests/e2e/",),

@@ -89,7 +89,7 @@ def test_a_run_with_it_is_queried_collected_and_replayed(tmp_path: Path) -> None
     def queried() -> list[dict[str, Any]]:
         return Catalog(Store(root)).query(sql).to_pylist()
 
-    with WorkerPool(e.runtime, tmp_path / "logs", plugins, str(PLUGINS)) as pool:
+    with WorkerPool(e.runtime, tmp_path / "logs", e.plugins, str(PLUGINS)) as pool:
         run_experiment(e, name="forced", root=root, prefect=False, workers=pool)
         rows = queried()
         assert len(rows) == 8

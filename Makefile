@@ -41,8 +41,8 @@ demo: setup  ## distil a small model on this machine's CPU; 3 to 4 minutes on tw
 study: setup  ## compare the methods over seeds (configs/study.yaml); can be stopped and continued
 	@$(BIN)/opd study configs/study.yaml
 
-test: setup  ## the test suite, without the long tests
-	@$(BIN)/python -m pytest
+test: setup  ## the test suite in two processes, without the long tests
+	@$(BIN)/python -m pytest -n 2
 
 test-full: setup  ## the test suite with the long tests
 	@$(BIN)/python -m pytest -m "not faults"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -24,6 +25,35 @@ pytest_plugins = ["fault_trials", "pytester", "shared_prefect"]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
+# Commands print tables at full width where neither a terminal nor these give one; a process of pytest-xdist has them.
+for name in ("COLUMNS", "LINES"):
+    os.environ.pop(name, None)
+
+SHARED = {
+    "a real run": ("tests/e2e/",),
+    "a Prefect server": (
+        "tests/flows/prefect_/",
+        *(f"tests/faults/test_{n}.py" for n in ("full_disk", "prefect", "secrets")),
+    ),
+    "warm trainers": ("tests/tasks/trainer/", "tests/faults/test_checkpoint.py"),
+}
+"""Session fixtures that take long to make -> the tests that use them."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Work for the two processes of `make test` (pytest-xdist): a process gets a whole file, or all files of a group of `SHARED`,
+    so that what they share is made once. (pytest-xdist 3.8's own groups, `--dist loadgroup`, do not work with pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return next((group for group, places in SHARED.items() if file.startswith(places)), file)
+
+    config.option.loadscopereorder = False  # as collected: what takes longest comes first
+    return ByFile(config, log)
+
 
 WORDS = ["<end>", "one", "two", "three", "\ufffd"]
 """Texts of the token ids in `example_store`; the last is no valid text alone."""

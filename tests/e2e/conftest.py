@@ -13,6 +13,10 @@ import pytest
 from opd_cli import opd
 from places import TINY
 
+from storage.query.catalog import Catalog
+from storage.runs import Run
+from storage.store import Store
+
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -30,7 +34,7 @@ class FinishedRun:
         return self.status["rounds"][round]["student_sha256"]
 
     def query(self, sql: str) -> list[dict]:
-        return json.loads(self.opd("query", self.name, sql, "--json").stdout)
+        return Catalog(Store(self.root), Run.open(self.root, self.name)).query(sql).to_pylist()
 
 
 @pytest.fixture(scope="session")

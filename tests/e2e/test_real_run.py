@@ -10,13 +10,17 @@ import sys
 import pytest
 from places import TINY
 
+from flows.experiment import load_experiment
+from flows.run.runner import fork_experiment, plan
+from storage.query.catalog import QueryRefused
+from storage.store import Store
+
 STAGES = ("rollout", "supervise", "train", "evaluate")
 
 
 def plan_of(finished, *changes: str) -> dict[tuple[int, str], str]:
-    args = [part for change in changes for part in ("--set", change)]
-    result = finished.opd("run", TINY, "--name", "other", "--dry-run", "--json", *args)
-    return {(line["round"], line["stage"]): line["state"] for line in json.loads(result.stdout)["plan"]}
+    lines = plan(load_experiment(TINY, list(changes)), finished.root)
+    return {(line.round, line.stage): line.state for line in lines}
 
 
 def test_every_round_has_its_stages_and_figures(finished):
@@ -45,16 +49,16 @@ def test_a_second_run_does_no_work_and_says_so(finished):
 
 
 def test_a_new_objective_reuses_the_first_rollouts_and_their_signals(finished):
-    plan = plan_of(finished, "objective.divergence.kind=forward_kl")
-    assert all(state == "cached" for (round, _), state in plan.items() if round == 0)
-    assert (plan[1, "rollout"], plan[1, "supervise"], plan[1, "train"]) == ("cached", "cached", "run")
-    assert plan[2, "rollout"] == "pending"
+    states = plan_of(finished, "objective.divergence.kind=forward_kl")
+    assert all(state == "cached" for (round, _), state in states.items() if round == 0)
+    assert (states[1, "rollout"], states[1, "supervise"], states[1, "train"]) == ("cached", "cached", "run")
+    assert states[2, "rollout"] == "pending"
 
 
 def test_another_top_p_reuses_what_comes_before_the_rollouts(finished):
-    plan = plan_of(finished, "rollout.top_p=0.8")
-    assert all(plan[0, stage] == "cached" for stage in ("model", "prepare", "warmup", "warmup_teacher"))
-    assert plan[1, "rollout"] == "run" and plan[1, "supervise"] == "pending"
+    states = plan_of(finished, "rollout.top_p=0.8")
+    assert all(states[0, stage] == "cached" for stage in ("model", "prepare", "warmup", "warmup_teacher"))
+    assert states[1, "rollout"] == "run" and states[1, "supervise"] == "pending"
 
 
 def test_runtime_changes_no_key(finished):
@@ -72,8 +76,6 @@ def test_another_objective_misses_only_the_signals_that_it_adds(finished):
 
 
 def test_a_fork_shares_its_parents_rounds_and_starts_anew_after_them(finished):
-    from flows.run.runner import fork_experiment, plan
-
     fork = fork_experiment("base", 2, finished.root, ["objective.divergence.kind=forward_kl"])
     states = {(line.round, line.stage): line.state for line in plan(fork, finished.root)}
     assert all(state == "cached" for (round, _), state in states.items() if round <= 2)
@@ -87,8 +89,6 @@ def test_a_name_that_holds_another_experiment_is_refused_with_the_difference(fin
 
 
 def test_every_engine_was_proven_to_hold_the_new_weights(finished):
-    from storage.store import Store
-
     store = Store(finished.root)
     rollouts = store.list("rollout")
     assert len(rollouts) == 3
@@ -168,4 +168,5 @@ def test_inspection_commands_load_no_engine(finished):
     "statement", ["copy prompts to 'x.csv'", "drop view prompts", "select * from 'pyproject.toml'"]
 )
 def test_query_refuses_what_is_no_reading_of_the_store(finished, statement):
-    assert finished.opd("query", "base", statement, check=False).returncode != 0
+    with pytest.raises(QueryRefused):
+        finished.query(statement)

@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import random
+import shutil
 import sqlite3
 import string
 import subprocess
@@ -129,12 +130,15 @@ def test_the_search_finds_what_is_packed(tmp_path: Path) -> None:
 
 
 @both_forms(short=1, full=len(LEAKS) * len(KINDS))
-def test_a_canary_that_slips_is_nowhere(template: Path, trials: Trials, tmp_path: Path, count: int) -> None:
+def test_a_canary_that_slips_is_nowhere(
+    template: Path, migrated: Path, trials: Trials, tmp_path: Path, count: int
+) -> None:
     """With Prefect, all kinds at once in `make test`; each in each way in full."""
 
     def attempt(name: str) -> None:
         how, _, kind = name.partition(" ")
         run = SecretRun.of(template, tmp_path / name.replace(" ", "-"))
+        shutil.copytree(migrated, run.root / "prefect")
         leak(run, how, [kind] if kind else list(KINDS), name, prefect=True)
 
     names = [f"{how} {kind}" for how in LEAKS for kind in KINDS] if count > 1 else ["chains"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import scripted_run
@@ -18,11 +18,16 @@ from places import CHECKOUT, DATA, PLUGINS
 from registries import plugin_path
 
 from flows.config_file import merge
-from flows.experiment import Experiment
+from flows.experiment import Experiment, experiment_of
 from flows.reference.catalogue import catalogue
+from flows.reference.pages import reference
+from flows.run.runner import run_experiment
+from storage.errors import Evicted
+from storage.query.catalog import Catalog
 from storage.store import Store
 from tasks.behaviours import BEHAVIOURS
 from tasks.plugins import load_plugins
+from tasks.workers.pool import WorkerPool
 
 GOLDEN = yaml.safe_load((DATA / "golden.yaml").read_text())
 FORCED = {"rollout": {"behaviour": {"kind": "forced_start", "tokens": [5, 6]}}, "plugins": ["forced_start"]}
@@ -74,28 +79,31 @@ def opd(root: Path, *args: object) -> str:
 
 
 def test_a_run_with_it_is_queried_collected_and_replayed(tmp_path: Path) -> None:
-    """The sampler is the real one over a scripted engine; scorer and trainer are scripted."""
+    """The sampler is the real one over a scripted engine; scorer and trainer are scripted. Run and restoration share the workers,
+    the replay is a process of its own."""
     root = scripted_run.prepare_root(tmp_path / "store")
-    config = merge(scripted_run.EXPERIMENT, FORCED) | {"policy": {"rounds": 1}}
-    config["plugins"] = ["scripted_engines", "scripted_sampler", "forced_start"]
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    opd(root, "run", path, "--name", "forced", "--no-prefect")
+    plugins = ["scripted_engines", "scripted_sampler", "forced_start"]
+    e = experiment_of(merge(scripted_run.EXPERIMENT, FORCED) | {"policy": {"rounds": 1}, "plugins": plugins}, "test")
     sql = "SELECT behaviour, prefix_length AS n, completion_token_ids AS ids, sampling_logprobs AS p FROM rollouts"
-    rows = json.loads(opd(root, "query", "forced", sql, "--json"))
-    assert len(rows) == 8
-    for row in rows:
-        assert (row["behaviour"], row["n"], row["ids"][:2], row["p"][:2]) == ("teacher", 2, [5, 6], [0.0, 0.0])
-        assert len(row["ids"]) == len(row["p"]) <= 6
-    replayed = json.loads(opd(root, "replay", "forced", "--round", 1, "--stages", "rollout", "--json"))
-    assert [result["identical"] for result in replayed] == [True]
-    assert "rollout" in opd(root, "gc", "--keep", "rollouts=0", "--apply")
-    opd(root, "restore", "forced", "--round", 1)
-    assert json.loads(opd(root, "query", "forced", sql, "--json")) == rows
+
+    def queried() -> list[dict[str, Any]]:
+        return Catalog(Store(root)).query(sql).to_pylist()
+
+    with WorkerPool(e.runtime, tmp_path / "logs", e.plugins, str(PLUGINS)) as pool:
+        run_experiment(e, name="forced", root=root, prefect=False, workers=pool)
+        rows = queried()
+        assert len(rows) == 8
+        for row in rows:
+            assert (row["behaviour"], row["n"], row["ids"][:2], row["p"][:2]) == ("teacher", 2, [5, 6], [0.0, 0.0])
+            assert len(row["ids"]) == len(row["p"]) <= 6
+        replayed = json.loads(opd(root, "replay", "forced", "--round", 1, "--stages", "rollout", "--json"))
+        assert [result["identical"] for result in replayed] == [True]
+        assert "rollout" in opd(root, "gc", "--keep", "rollouts=0", "--apply")
+        with pytest.raises(Evicted):
+            queried()
+        run_experiment(e, name="forced", root=root, prefect=False, workers=pool, restore=1)
+    assert queried() == rows
 
 
 def test_the_pages_have_it() -> None:
-    command = [sys.executable, "-m", "flows.reference.pages", "config", "forced_start"]
-    env = os.environ | {"PYTHONPATH": f"{CHECKOUT}:{PLUGINS}"}
-    page = subprocess.run(command, capture_output=True, text=True, env=env, cwd=CHECKOUT, check=True).stdout
-    assert "token ids that every completion begins with" in page
+    assert "token ids that every completion begins with" in reference()

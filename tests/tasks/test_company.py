@@ -1,4 +1,5 @@
-"""Shards whose log-probabilities depend on what was decoded with them: each comes out equal again, whatever happened before."""
+"""Shards whose log-probabilities depend on what was decoded with them: a damaged one is sampled again in its recorded batch and
+comes out equal, whatever happened to that batch (rows 9 and 13)."""
 
 from __future__ import annotations
 
@@ -44,12 +45,13 @@ def with_batches(stage: Stage, artifact: Artifact, entries: list[dict[str, objec
 
 
 def make_again(stage: Stage, pool: WorkerPool, artifact: Artifact) -> None:
-    """Damages each shard in turn: the rebuild is refused unless its rows are equal."""
+    """Damages each shard in turn and builds again. A rebuilt shard with other rows would be refused."""
     for shard in range(3):
         damage(stage, artifact, shard)
         assert stage.build(pool).content == artifact.content
 
 
+@pytest.mark.promise(13, "a disturbed batch: each damaged shard is sampled again as it was")
 @pytest.mark.parametrize("kind", ["abort", "raise_"])
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_shard_that_was_sampled_twice(pool: WorkerPool, tmp_path: Path, kind: str, at: int) -> None:
@@ -59,6 +61,7 @@ def test_a_shard_that_was_sampled_twice(pool: WorkerPool, tmp_path: Path, kind: 
     make_again(stage, pool, stage.build(pool))
 
 
+@pytest.mark.promise(9, "a worker dies between a written shard and its report")
 def test_a_worker_that_dies_before_it_reports_a_written_shard(pool: WorkerPool, tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     (stage.store.root / "die-before-report").write_text("1")
@@ -69,6 +72,7 @@ def test_a_worker_that_dies_before_it_reports_a_written_shard(pool: WorkerPool, 
     make_again(stage, pool, artifact)
 
 
+@pytest.mark.promise(13, "a disturbed batch: each damaged shard is sampled again as it was")
 def test_a_shard_beside_the_damaged_one_may_fail(pool: WorkerPool, tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     artifact = stage.build(pool)
@@ -164,6 +168,7 @@ def test_a_sampler_that_got_no_shard_does_not_say_what_ended_completions(pool: W
         del pool.share  # type: ignore[method-assign]
 
 
+@pytest.mark.promise(13, "a disturbed batch: each damaged shard is sampled again as it was")
 def test_an_engine_with_room_for_all_shards_leaves_other_workers_their_share(tmp_path: Path) -> None:
     """Ten samples and two workers: each takes shards until it has five samples, and again when it has fewer."""
     stage = Stage(tmp_path)

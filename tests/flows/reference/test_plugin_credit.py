@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import pytest
 import yaml
 from places import CHECKOUT, DATA
+from typer.testing import CliRunner
 
+from flows.cli.app import make_app
 from flows.config_file import merge
 from flows.experiment import Experiment, experiment_of
+from flows.reference import pages
 from storage.errors import ConfigError
 from storage.identity import canonical_json
 from tasks import plugins
@@ -63,25 +64,15 @@ def test_what_makes_no_sense_with_it_is_refused(objective: dict[str, object], fi
 
 
 def test_the_command_line_and_the_pages_show_it() -> None:
-    """In processes of their own, as a user's."""
-    path = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "tests" / "plugins")])
+    def shown(*arguments: str) -> str:
+        command = ["objectives", *arguments, "--plugin", "extra_credits"]
+        return CliRunner().invoke(make_app(), command, env={"COLUMNS": "200"}, catch_exceptions=False).stdout
 
-    def shown(*command: str) -> str:
-        run = subprocess.run(
-            [sys.executable, "-m", *command],
-            cwd=CHECKOUT,
-            env=os.environ | {"PYTHONPATH": path, "COLUMNS": "200"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return run.stdout
-
-    listed = shown("flows.cli.app", "objectives", "--plugin", "extra_credits")
+    listed = shown()
     assert "decayed" in listed and "half_life 4.0" in listed
-    one = shown("flows.cli.app", "objectives", "grouped", "--plugin", "extra_credits")
+    one = shown("grouped")
     assert "tests/plugins/extra_credits.py, Grouped" in one and "A_r = r - mean of the group" in one
-    page = shown("flows.reference.pages", "objectives", "extra_credits")
+    page = pages.objectives()
     assert "### decayed [experimental]" in page and "| `half_life` | `4.0` | tokens after which" in page
-    config = shown("flows.reference.pages", "config", "extra_credits")
+    config = pages.reference()
     assert "## Decayed" in config and "or `decayed` or `grouped`" in config and "[Grouped](#grouped)" in config

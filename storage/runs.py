@@ -30,6 +30,7 @@ from storage.disk.files import (
     unseal,
     utc_now,
 )
+from storage.disk.yaml_text import Dumper
 from storage.errors import CorruptArtifact, IdentityMismatch, InputError, RunBusy, did_you_mean
 from storage.identity import canonical_json
 
@@ -283,7 +284,7 @@ def _is_run(directory: Path) -> bool:
 
 
 def _experiment(name: str, experiment: dict[str, Any]) -> bytes:
-    body = bytes(yaml.safe_dump(experiment, sort_keys=False, allow_unicode=True, encoding="utf-8"))
+    body = bytes(yaml.dump(experiment, Dumper=Dumper, sort_keys=False, allow_unicode=True, encoding="utf-8"))
     return body + _checksum(name, body)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.distill import distill
-from flows.experiment import Experiment, experiment_of, load_experiment, with_plugins
+from flows.experiment import Experiment, experiment_of, import_plugins, load_experiment, overridden, with_plugins
 from flows.run.executor import Maker, PlanLine, Planner, Reporter
 from flows.run.progress import SilentReporter
 from flows.run.recovery import mend, stands_for
@@ -148,32 +148,26 @@ def stored_experiment(run: Run) -> Experiment:
 
 def resume_experiment(name: str, root: str | Path, overrides: list[str]) -> Experiment:
     """A run's stored experiment with `overrides` of `runtime` and `policy`. ConfigError for other fields."""
-    from flows.config_file import merge, parse_override
-
     run = Run.open(root, name)
-    data = run.experiment
     for text in overrides:
         if text.split(".")[0] not in ("runtime", "policy"):
             raise ConfigError(
                 f"--set {text}: only runtime.* and policy.* of a run can change, its identity is fixed; to try something"
                 f" else from this point: opd fork {name}@ROUND --name NEW --set {text}"
             )
-        data = merge(data, parse_override(text))
-    return experiment_of(data, f"run {name}")
+    return experiment_of(overridden(run.experiment, overrides), f"run {name}")
 
 
 def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str]) -> Experiment:
     """The experiment of a run that shares rounds up to `round` with the run `name`. ConfigError for a round that is not done."""
-    from flows.config_file import merge, parse_override
-
     run = Run.open(root, name)
     done = run.state.rounds_done
     if round > done:
         raise ConfigError(f"run {name!r} has finished {done} round(s); it cannot be forked at round {round}")
     # its own rounds use the current plugins, the shared rounds keep theirs
-    data: dict[str, Any] = run.experiment | {"plugin_sources": {}}
-    for text in overrides:
-        data = merge(data, parse_override(text))
+    stored: dict[str, Any] = run.experiment | {"plugin_sources": {}}
+    import_plugins(stored, f"run {name}")
+    data = overridden(stored, overrides)
     data["fork"] = {"run": name, "round": round, "experiment": run.experiment}
     return experiment_of(data, f"fork of {name}@{round}")
 

@@ -118,7 +118,7 @@ def source_identity(source: FileSource | AdditionSource, memo: Path | None = Non
 def data_files(path: Path) -> list[Path]:
     """The files to read, in order. InputError if there are none or their type is unknown."""
     if not path.exists():
-        raise InputError(f"{path}: no such prompt file or folder (relative paths start from the working directory)")
+        raise InputError(f"{path}: no such prompt file or folder (a config's relative paths start from its folder)")
     if path.is_file():
         if path.suffix not in _JSONL + _PARQUET:
             raise InputError(

@@ -16,6 +16,7 @@ from storage.identity import Identity, RunPolicy
 from storage.upkeep.retention import Retention
 from tasks.evaluate import EvaluateConfig
 from tasks.inputs.models import ModelSource, declared_sizes
+from tasks.inputs.verifiers import verifier_digest
 from tasks.losses.config import FullSupport, ObjectiveConfig
 from tasks.plugins import beside, changed, load_plugins, refuse_hidden, search_in
 from tasks.prepare import PrepareConfig
@@ -280,9 +281,12 @@ def _names(data: dict[str, Any]) -> list[str]:
 
 
 def with_plugins(experiment: Experiment, name: str = "NAME") -> Experiment:
-    """The experiment with its plugins imported and the digests of their sources set, if it had none.
+    """The experiment with its plugins imported, its verifier's function found, and the digests of the plugins' sources set, if it
+    had none.
 
-    ConfigError for a missing plugin, IdentityMismatch if one has changed since the run `name` began."""
+    ConfigError for a missing plugin or function, IdentityMismatch if a plugin has changed since the run `name` began."""
+    if experiment.evaluate.verifier is not None:
+        verifier_digest(experiment.evaluate.verifier)
     now = load_plugins(experiment.plugins)
     if not experiment.plugin_sources:
         return experiment.model_copy(update={"plugin_sources": now})

@@ -187,3 +187,17 @@ def bytes_per_round(e: Experiment) -> int:
     tokens = e.rollout.prompts_per_round * e.rollout.num_generations * e.rollout.max_completion_length
     per_token = 4 + 4 + 6 * 4 + sum(8 * (need.k or 0) for need in e.objective.needs().signals)
     return tokens * per_token
+
+
+def bytes_of_run(e: Experiment, parameters: int) -> int:
+    """Upper estimate of what all rounds leave on the disk under `policy.retain`: rollouts and signals uncompressed, and for every
+    round a student of so many parameters and its optimizer state."""
+    rounds, keep = e.policy.rounds, e.policy.retain
+
+    def kept(last: int | None) -> int:
+        return rounds if last is None else min(rounds, last)
+
+    student = training_bytes(parameters, e.train, 0)
+    state = training_bytes(parameters, e.train, 1) - student
+    data = kept(None if None in (keep.rollouts, keep.signals) else max(keep.rollouts or 0, keep.signals or 0))
+    return kept(keep.students) * student + kept(keep.trainer_state) * state + data * bytes_per_round(e)

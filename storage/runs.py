@@ -81,6 +81,8 @@ class RunState(_State):
     rounds: list[RoundState] = []
     updated: str = ""
     forked_from: str | None = None
+    error: str | None = None
+    """Why the last call failed, in a stage or outside of all; `updated` is when. None for any other status."""
 
     @property
     def rounds_done(self) -> int:
@@ -298,7 +300,8 @@ def _identity(name: str, identity: dict[str, Any]) -> bytes:
 
 
 def _state(state: RunState) -> bytes:
-    return seal(json.loads(state.model_dump_json()))  # NaN and infinities become null
+    absent = {"error"} if state.error is None else None  # as versions without the field wrote it
+    return seal(json.loads(state.model_dump_json(exclude=absent)))  # NaN and infinities become null
 
 
 def _difference(old: Any, new: Any) -> list[str]:

@@ -37,8 +37,8 @@ def status(
 ) -> None:
     """Show a run: metrics per round, failures, the student's folder, and commands to continue.
 
-    With --json: name, status, and for each round metrics, student_sha256, and for each stage key, state, seconds, rows, error,
-    evicted.
+    With --json: name, status, error (of a failed run), updated, next (commands), and for each round metrics, student_sha256, and
+    for each stage key, state, seconds, rows, error, evicted.
 
     Exit codes: 0 shown (whatever the run's status), 2 no such run."""
     from flows.cli.report import print_report, status_json

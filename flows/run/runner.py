@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -71,18 +72,19 @@ def run_experiment(
     reporter = reporter or SilentReporter()
     with run.lock(), terminating(), without_leftovers(store):
         log = logger(run.log_path("run"))
-        state, messages = mend(run, experiment, store)
-        for line in messages:
-            log(line)
-            reporter.note(0, "run", line)
-        state.forked_from = f"{experiment.fork.run}@{experiment.fork.round}" if experiment.fork else None
-        goal = experiment.policy.rounds if rounds is None else rounds
-        if further is not None:
-            goal = min(goal, state.rounds_done + further)
-        refuse_full_disk(store, experiment)
-        state.status = "running"
-        run.save(state)
+        state: RunState | None = None
         try:
+            state, messages = mend(run, experiment, store)
+            for line in messages:
+                log(line)
+                reporter.note(0, "run", line)
+            state.forked_from = f"{experiment.fork.run}@{experiment.fork.round}" if experiment.fork else None
+            goal = experiment.policy.rounds if rounds is None else rounds
+            if further is not None:
+                goal = min(goal, state.rounds_done + further)
+            refuse_full_disk(store, experiment)
+            state.status, state.error = "running", None
+            run.save(state)
             with ExitStack() as stack:
                 pool = stack.enter_context(workers_for(experiment, run.log_path("run").parent, workers))
 
@@ -97,13 +99,30 @@ def run_experiment(
                 else:
                     distill(experiment, maker, goal)
         except BaseException as error:
-            state.status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             with suppress(OpdError, OSError):  # the first error is the one to report, also on a full disk
-                run.save(state)
+                record_failure(run, state, error, log)
             raise
         state.status = "finished" if state.rounds_done >= experiment.policy.rounds else "stopped"
         run.save(state)
         return state, maker.built
+
+
+def record_failure(run: Run, state: RunState | None, error: BaseException, log: Callable[[str], None]) -> None:
+    """Writes why a call ended into the run's log and state. A finished run that is refused at its start stays finished."""
+    interrupted = isinstance(error, KeyboardInterrupt)
+    text = "stopped by the user or a signal" if interrupted else described(error)
+    detail = "" if interrupted or isinstance(error, OpdError) else "\n" + "".join(traceback.format_exception(error))
+    log(f"{'' if interrupted else 'failed: '}{text}{detail}")
+    if state is not None and state.status != "finished":
+        state.status = "stopped" if interrupted else "failed"
+        state.error = None if interrupted else redact(text)
+        run.save(state)
+
+
+def described(error: BaseException) -> str:
+    """An error's message; of a bug's exception also its type."""
+    text = str(error).strip()
+    return text if text and isinstance(error, OpdError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 @contextmanager

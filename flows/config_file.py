@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from storage.disk.files import scheme
 from storage.disk.redact import secrets_in
 from storage.disk.yaml_text import WrittenFloat, WrittenInt, load, plain
 from storage.errors import ConfigError, did_you_mean
@@ -26,6 +27,7 @@ CONFIGS = next(
     CHECKOUT / "configs",
 )
 """The configs and recipes of this program: beside the packages in a checkout, inside `opdflow` where it is installed."""
+HUB = "a model of the Hub is {kind: hub, repo: OWNER/NAME, revision: COMMIT}, anything else: hf download OWNER/NAME"
 DISCRIMINATORS = ("kind", "estimator")
 """Keys that choose a variant: an override that changes one replaces the whole mapping of the base."""
 
@@ -293,6 +295,12 @@ class Settled:
         """A path of this file, absolute. ConfigError for one that was written relative to the working directory, and for one
         that exists in both places."""
         path = Path(text).expanduser()
+        if found := scheme(path):
+            instead = {"hub:": HUB, "hf:": HUB}.get(found, "download it first")
+            raise ConfigError(
+                f"{self.where}: {place}: expected a path on this machine, found {text!r} with {found}; {instead} (a name with a"
+                " colon: as an absolute path)"
+            )
         here, there = (Path(os.path.normpath(folder / path)) for folder in (self.folder, Path.cwd()))
         if here == there or not there.exists() or (here.exists() and here.samefile(there)):
             return str(here)

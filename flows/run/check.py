@@ -121,7 +121,7 @@ def _verifier(experiment: Experiment, rows: pa.Table) -> Iterator[str]:
     except OpdError as error:
         raise ConfigError(str(error)) from error
     name = f"{config.target} ({function_place(config)[1]})" if isinstance(config, FunctionVerifier) else config.kind
-    yield f"verifier: {name}; {verdict} for prompt {chosen.prompt_id!r} where the completion is the prompt's answer"
+    yield f"verifier: {name}; tried on prompt {chosen.prompt_id!r} with its bare answer as the completion: {verdict}"
 
 
 def _disk(experiment: Experiment, parameters: int, root: Path) -> Iterator[str]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from flows.config_file import merge, parse_override, read_config, refuse_secrets, validate
+from flows.config_file import Settled, merge, parse_override, read_layers, refuse_secrets, validate
+from storage.disk.yaml_text import dump
 from storage.errors import IdentityMismatch
 from storage.identity import Identity, RunPolicy
 from storage.upkeep.retention import Retention
 from tasks.evaluate import EvaluateConfig
 from tasks.inputs.models import ModelSource, declared_sizes
+from tasks.inputs.verifiers import verifier_digest
 from tasks.losses.config import FullSupport, ObjectiveConfig
-from tasks.plugins import changed, load_plugins
+from tasks.plugins import beside, changed, load_plugins, refuse_hidden, search_in
 from tasks.prepare import PrepareConfig
 from tasks.rollout_config import RolloutConfig
 from tasks.supervise import SuperviseConfig, signal_problems
@@ -70,6 +73,21 @@ class Experiment(BaseModel):
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
     policy: Policy = Field(default_factory=Policy)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_vocabulary(cls, data: Any) -> Any:
+        """A full support without `k` takes the smaller vocabulary of the two models, where it is known before loading."""
+        objective = data.get("objective") if isinstance(data, dict) else None
+        support = objective.get("support") if isinstance(objective, dict) else None
+        if not isinstance(objective, dict) or not isinstance(support, dict):
+            return data
+        if support.get("kind") != "full" or "k" in support:
+            return data
+        rows = [_rows(data.get(side)) for side in ("student", "teacher")]
+        if None in rows:
+            return data
+        return data | {"objective": {**objective, "support": {**support, "k": min(filter(None, rows))}}}
+
     @model_validator(mode="after")
     def _cross_checks(self) -> Experiment:
         problems = list(cross_problems(self))
@@ -95,7 +113,16 @@ class Experiment(BaseModel):
 
     def to_yaml(self) -> str:
         """The resolved config; `opd run` on it gives the same run."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
+        return dump(self.model_dump(mode="json"))
+
+
+def _rows(model: Any) -> int | None:
+    """The vocabulary of a model's section that is not validated yet; None where it is not known, or the section is invalid."""
+    try:
+        source = TypeAdapter(ModelSource).validate_python(model.get("source") if isinstance(model, dict) else None)
+    except ValidationError:
+        return None
+    return declared_sizes(source)[0]
 
 
 def cross_problems(e: Experiment) -> list[str]:
@@ -162,39 +189,104 @@ def cross_problems(e: Experiment) -> list[str]:
 
 
 def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:
-    """Read, override and validate a config. ConfigError names file and field, what was found, and what to do."""
-    data = read_config(Path(path))
-    for text in overrides or []:
-        data = merge(data, parse_override(text))
-    return experiment_of(data, str(path))
+    """Read, override and validate a config. Paths in a file are relative to it, those of overrides to the working directory.
+
+    ConfigError names file and field, what was found, and what to do."""
+    layers = read_layers(Path(path))
+    given = [(f"--set {text}", parse_override(text)) for text in overrides or []]
+    parts = [(data, file.parent, str(file)) for file, data in layers] + [
+        (data, Path.cwd(), where) for where, data in given
+    ]
+    return assembled(parts, str(path), [file.parent for file, _ in reversed(layers)])
 
 
-def experiment_of(data: dict[str, Any], where: str) -> Experiment:
-    """The validated experiment. Its plugins are imported first, because they may register choices that it names.
+Part = tuple[dict[str, Any], Path, str]
+"""Some fields of an experiment, the folder that their relative paths start from, and their place for errors."""
+
+
+def assembled(parts: Sequence[Part], where: str, folders: Sequence[Path]) -> Experiment:
+    """The experiment of `parts`, later ones merged over earlier ones. Modules are looked for in `folders` too, in this order.
+
+    ConfigError as for `load_experiment`."""
+    runtime = [
+        settle({"runtime": data["runtime"]}, folder, place) for data, folder, place in parts if "runtime" in data
+    ]
+    raw = merged([*(data for data, _, _ in parts), *runtime])
+    modules = import_plugins(raw, where, folders)  # they may register choices, whose fields are settled below
+    return experiment_of(merged([settle(*part) for part in parts]), where, modules)
+
+
+def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All parts, later ones merged over earlier ones."""
+    nothing: dict[str, Any] = {}
+    return functools.reduce(merge, parts, nothing)
+
+
+def settle(data: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
+    """Some fields of an experiment in their long form, with absolute paths. The plugins that they need are imported."""
+    return dict(Settled(folder, where).fields(data, [Experiment]))
+
+
+def overridden(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A resolved config with overrides, whose paths are relative to the working directory."""
+    for text in overrides:
+        data = merge(data, settle(parse_override(text), Path.cwd(), f"--set {text}"))
+    return data
+
+
+def experiment_of(data: dict[str, Any], where: str, modules: Sequence[Path] = ()) -> Experiment:
+    """The validated experiment. Its plugins are imported first, because they may register choices that it names. `modules`:
+    folders for `runtime.modules`, beside those that it has.
 
     ConfigError lists every invalid field, after `where`, or names the missing plugin."""
+    import_plugins(data, where)
+    data = settle(data, Path.cwd(), where)
+    if modules:
+        runtime: Any = data.get("runtime") or {}
+        known = [str(folder) for folder in runtime.get("modules") or ()]
+        added = [str(folder) for folder in modules if str(folder) not in known]
+        data = data | {"runtime": {**runtime, "modules": [*known, *added]}}
+    return validate(Experiment, data, where)
+
+
+def import_plugins(data: dict[str, Any], where: str, folders: Sequence[Path] = ()) -> list[Path]:
+    """Imports the plugins of a config and of its parent, and returns those of `folders` that hold a module which the config
+    names (a plugin, a verifier's function). Modules are looked for there, in `runtime.modules` and on the import path.
+
+    ConfigError for a missing module, and for secrets in the config."""
     refuse_secrets(data, where)
+    runtime, evaluate = data.get("runtime"), data.get("evaluate")
+    verifier = evaluate.get("verifier") if isinstance(evaluate, dict) else None
+    target = verifier.get("target") if isinstance(verifier, dict) else None
+    listed = runtime.get("modules") if isinstance(runtime, dict) else None
+    stored = (
+        [Path(item) for item in listed if isinstance(item, (str, Path))] if isinstance(listed, list | tuple) else []
+    )
     parent = data["fork"].get("experiment") if isinstance(data.get("fork"), dict) else None
-    for part in (parent, data):
-        names = part.get("plugins") if isinstance(part, dict) else None
-        if isinstance(names, list | tuple):
-            load_plugins(name for name in names if isinstance(name, str))
-    return validate(Experiment, _absolute(data), where)
+    plugins = [_names(part) for part in (parent, data) if isinstance(part, dict)]
+    wanted = [*plugins[-1], *([target.partition(":")[0]] if isinstance(target, str) else [])]
+    used = list(dict.fromkeys(folder for name in wanted for folder in [beside(name, [*folders, *stored])] if folder))
+    for folder in [*used, *stored]:
+        search_in(folder)
+    for name in wanted:
+        refuse_hidden(name, [*folders, *stored])
+    for names in plugins:
+        load_plugins(names)
+    return [folder for folder in used if folder in folders]
 
 
-def _absolute(value: Any, key: str = "") -> Any:
-    """Makes paths absolute: they are relative to the current directory, which later calls of the run must not depend on."""
-    if isinstance(value, dict):
-        return {k: _absolute(v, k) for k, v in value.items()}
-    if key in ("path", "deepspeed") and isinstance(value, str):
-        return str(Path(value).expanduser().absolute())
-    return value
+def _names(data: dict[str, Any]) -> list[str]:
+    names = data.get("plugins")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list | tuple) else []
 
 
 def with_plugins(experiment: Experiment, name: str = "NAME") -> Experiment:
-    """The experiment with its plugins imported and the digests of their sources set, if it had none.
+    """The experiment with its plugins imported, its verifier's function found, and the digests of the plugins' sources set, if it
+    had none.
 
-    ConfigError for a missing plugin, IdentityMismatch if one has changed since the run `name` began."""
+    ConfigError for a missing plugin or function, IdentityMismatch if a plugin has changed since the run `name` began."""
+    if experiment.evaluate.verifier is not None:
+        verifier_digest(experiment.evaluate.verifier)
     now = load_plugins(experiment.plugins)
     if not experiment.plugin_sources:
         return experiment.model_copy(update={"plugin_sources": now})

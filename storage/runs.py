@@ -30,6 +30,7 @@ from storage.disk.files import (
     unseal,
     utc_now,
 )
+from storage.disk.yaml_text import Dumper
 from storage.errors import CorruptArtifact, IdentityMismatch, InputError, RunBusy, did_you_mean
 from storage.identity import canonical_json
 
@@ -80,6 +81,8 @@ class RunState(_State):
     rounds: list[RoundState] = []
     updated: str = ""
     forked_from: str | None = None
+    error: str | None = None
+    """Why the last call failed, in a stage or outside of all; `updated` is when. None for any other status."""
 
     @property
     def rounds_done(self) -> int:
@@ -283,7 +286,7 @@ def _is_run(directory: Path) -> bool:
 
 
 def _experiment(name: str, experiment: dict[str, Any]) -> bytes:
-    body = bytes(yaml.safe_dump(experiment, sort_keys=False, allow_unicode=True, encoding="utf-8"))
+    body = bytes(yaml.dump(experiment, Dumper=Dumper, sort_keys=False, allow_unicode=True, encoding="utf-8"))
     return body + _checksum(name, body)
 
 
@@ -297,7 +300,8 @@ def _identity(name: str, identity: dict[str, Any]) -> bytes:
 
 
 def _state(state: RunState) -> bytes:
-    return seal(json.loads(state.model_dump_json()))  # NaN and infinities become null
+    absent = {"error"} if state.error is None else None  # as versions without the field wrote it
+    return seal(json.loads(state.model_dump_json(exclude=absent)))  # NaN and infinities become null
 
 
 def _difference(old: Any, new: Any) -> list[str]:

@@ -34,6 +34,7 @@ from storage.disk.files import (
     remove,
     remove_leftovers,
     require_space,
+    scheme,
     unreadable,
 )
 from storage.disk.locks import alone, build_lock, locked, probe, shared, use_lock
@@ -54,6 +55,9 @@ class Store:
     Raises StoreError if the file system has no working flock or hard links."""
 
     def __init__(self, root: Path | str) -> None:
+        """InputError for a root that looks like a URL, StoreError for one that cannot hold a store."""
+        if found := scheme(root):
+            raise InputError(f"{root}: a store is a folder of this machine, found one with {found}; give its path")
         self.root = Path(root).expanduser().absolute()
         try:
             for name in ("artifacts", "runs", "quarantine", "locks", "memo"):

@@ -36,6 +36,35 @@ def note_role(role: str, module: str) -> None:
     _registered.append((role, module, _loading[-1] if _loading else None))
 
 
+def beside(name: str, folders: Iterable[Path]) -> Path | None:
+    """The first of the folders that holds the module or package `name`; None if none does."""
+    top = name.partition(".")[0]
+    for folder in folders:
+        if (folder / f"{top}.py").is_file() or (folder / top / "__init__.py").is_file():
+            return folder
+    return None
+
+
+def search_in(folder: Path) -> None:
+    """Modules are found in this folder too, after all others: a file of the user's hides no library."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def refuse_hidden(name: str, folders: Iterable[Path]) -> None:
+    """ConfigError where one of the folders holds the module `name`, but the import path has another one of that name before."""
+    folder, top = beside(name, folders), name.partition(".")[0]
+    if folder is None:
+        return
+    spec = importlib.util.find_spec(top)
+    origin = Path(spec.origin).resolve() if spec is not None and spec.origin and spec.has_location else None
+    if origin is None or not origin.is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"module {name!r}: {folder} holds one of that name, but the import path has another before it"
+            f" ({origin or 'built into Python'}); rename yours"
+        )
+
+
 def load_plugins(modules: Iterable[str], search: str | None = None) -> dict[str, str]:
     """Imports the modules, with the folder `search` first on the path, and returns the digest of each source as this process
     imported it, even if the file has changed since. ConfigError for a missing module."""
@@ -82,7 +111,7 @@ def source_place(name: str) -> Path:
     if spec is not None and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations)))
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        raise ConfigError(f"plugins: no module named {name!r} on the import path")
+        raise ConfigError(f"plugins: no module named {name!r} beside the config or on the import path")
     return Path(spec.origin)
 
 

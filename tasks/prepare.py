@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from storage.artifacts.artifact import Artifact
 from storage.artifacts.digests import table_digest
 from storage.errors import InputError
-from storage.identity import Identity, canonical_json
+from storage.identity import Identity, canonical_json, omit_at
 from storage.schemas import schema_for
 from storage.store import ArtifactSpec, Builder
 from tasks.inputs.addition import AdditionSource
@@ -55,6 +55,12 @@ class PrepareConfig(Identity):
     add_generation_prompt: bool = Field(True, description="end the rendering where the assistant's turn begins")
     add_special_tokens: bool = Field(True, description="plain prompts without template: BOS as the tokenizer adds it")
     append_eos: bool = Field(True, description="end the tokens of a `completion` with the end of sequence")
+    equal_ids: Literal["refuse", "leave_out", "rename"] = Field(
+        "refuse",
+        description="an id that a row of another split has too: `refuse` it; `leave_out` the row of the later split (eval"
+        " comes first, then train, then warmup); `rename` it to SPLIT:ID there",
+        json_schema_extra=omit_at("refuse"),
+    )
     max_prompt_length: int = Field(1024, ge=1, description="tokens; longer prompts are left out and counted")
     max_teacher_prompt_length: int | None = Field(None, ge=1, description="the same for what the teacher reads")
     tokenizers: TokenizerPolicy = TokenizerPolicy()
@@ -130,7 +136,7 @@ def prepare(config: PrepareConfig, student: Path, teacher: Path | None, context:
             context.log(str(audit))
         audit.require()
     renderer = _Renderer(config, load_tokenizer(student), None if teacher is None else load_tokenizer(teacher), audit)
-    taken = _Taken()
+    taken = _Taken(config.equal_ids)
     columns: dict[str, list[Any]] = {name: [] for name in schema_for("prompts").names}
     filtered: dict[str, dict[str, int]] = {}
     warnings: list[str] = []
@@ -190,8 +196,6 @@ class _Renderer:
         self._teacher_renders = audit is not None and audit.teacher_renders
         # Otherwise both tokenizers give the same tokens.
         self._teacher_tokenises = audit is not None and (self._teacher_renders or audit.verdict == "masked")
-        if config.append_eos and student.eos_token_id is None:
-            raise InputError("append_eos: the student's tokenizer has no end of sequence; set append_eos: false")
 
     def render(self, rows: list[Row]) -> Iterator[tuple[Row, _Prompt]]:
         """Every row with its tokens, in order."""
@@ -204,6 +208,11 @@ class _Renderer:
             targets = self.student(completions, add_special_tokens=False).input_ids
             end = [self.student.eos_token_id] if self.config.append_eos else []
             for index, row in enumerate(batch):
+                if row.completion is not None and end == [None]:
+                    raise InputError(
+                        f"{row.where}: append_eos: the student's tokenizer has no end of sequence to put after the"
+                        " completion; set prompts.append_eos: false"
+                    )
                 target = None if row.completion is None else targets[index] + end
                 yield row, _Prompt(texts[index], token_ids[index], teacher_ids[index], target)
 
@@ -271,9 +280,10 @@ class _Renderer:
 class _Taken:
     """Prompts taken so far, in all splits."""
 
-    def __init__(self) -> None:
+    def __init__(self, equal_ids: str) -> None:
+        self._equal_ids = equal_ids
         self._split: dict[str, str] = {}  # rendered text -> split
-        self._place: dict[str, str] = {}  # prompt id -> its place in the source
+        self._place: dict[str, tuple[str, str]] = {}  # prompt id -> its split and its place in the source
 
     def reason(self, split: str, row: Row, prompt: _Prompt) -> str | None:
         """The reason to leave this prompt out, or None."""
@@ -283,7 +293,14 @@ class _Taken:
         earlier = self._split.get(prompt.text)
         if earlier is not None:
             return "duplicate" if earlier == split else f"in {earlier}"
+        if self._equal_ids == "leave_out" and (other := self._other_split(split, row.id)):
+            return f"id in {other}"
         return None
+
+    def _other_split(self, split: str, name: str | None) -> str | None:
+        """The other split that has this id."""
+        earlier = self._place[name][0] if name is not None and name in self._place else split
+        return earlier if earlier != split else None
 
     def add(self, split: str, row: Row, prompt: _Prompt) -> dict[str, Any]:
         """Adds a prompt; returns its row of the table."""
@@ -294,9 +311,15 @@ class _Taken:
         )
         if name == "":
             raise InputError(f"{row.where}: its id is empty; remove the id to get a generated one")
+        if self._equal_ids == "rename" and self._other_split(split, row.id):
+            name = f"{split}:{name}"
         if name in self._place:
-            raise InputError(f"{row.where}: id {name!r} is also the id of another prompt ({self._place[name]})")
-        self._split[prompt.text], self._place[name] = split, row.where
+            other, place = self._place[name]
+            hint = (
+                "" if other == split else "; prompts.equal_ids: leave_out or rename sets equal ids of two splits apart"
+            )
+            raise InputError(f"{row.where}: id {name!r} is also the id of another prompt ({place}){hint}")
+        self._split[prompt.text], self._place[name] = split, (split, row.where)
         return {
             "prompt_id": name,
             "split": split,

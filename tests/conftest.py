@@ -94,7 +94,7 @@ def rollout(round: int, index: int) -> dict[str, Any]:
         "prefix_length": 0,
         "finish_reason": "stop",
         "seed": index,
-        "completion_text": "text",
+        "completion_text": "".join(WORDS[1 + t % 4] for t in range(length)),
         "reward": None,
     }
 

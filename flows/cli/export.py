@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.options import Json, Root, RunName, example, existing_root
+from flows.cli.options import Json, Root, RunName, example, existing_root, local
 from flows.run.hints import DEFAULT_ROOT, opd_command
 from storage.disk.files import TEMPORARY, explain_full_disk, fsync_directory, require_space, unique
 from storage.errors import CorruptArtifact, InputError
@@ -27,7 +27,9 @@ def register(app: typer.Typer) -> None:
 
 def export(
     name: RunName,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a new or empty folder", show_default=False)],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="a new or empty folder", show_default=False, callback=local)
+    ],
     round: Annotated[int | None, typer.Option("--round", min=0, help="round (default: the last)")] = None,
     json_: Json = False,
     root: Root = DEFAULT_ROOT,

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from flows.cli.options import Json, Root, RunName, console, example, existing_root
 from flows.run.hints import DEFAULT_ROOT
-from storage.errors import InputError
+from storage.errors import InputError, did_you_mean
 from storage.runs import Run, RunState
 
 POLL_SECONDS = 0.5
@@ -37,8 +37,8 @@ def status(
 ) -> None:
     """Show a run: metrics per round, failures, the student's folder, and commands to continue.
 
-    With --json: name, status, and for each round metrics, student_sha256, and for each stage key, state, seconds, rows, error,
-    evicted.
+    With --json: name, status, error (of a failed run), updated, next (commands), and for each round metrics, student_sha256, and
+    for each stage key, state, seconds, rows, error, evicted.
 
     Exit codes: 0 shown (whatever the run's status), 2 no such run."""
     from flows.cli.report import print_report, status_json
@@ -111,14 +111,16 @@ def query(
     name_or_sql: Annotated[
         str | None, typer.Argument(metavar="NAME", help="a run (default: all runs)", show_default=False)
     ] = None,
-    sql: Annotated[str | None, typer.Argument(metavar="SQL", help="one SELECT", show_default=False)] = None,
+    sql: Annotated[
+        str | None, typer.Argument(metavar="SQL", help="one SELECT, or a view's name", show_default=False)
+    ] = None,
     json_: Json = False,
     csv: Annotated[bool, typer.Option("--csv", help="print the result as CSV")] = False,
     limit_seconds: Annotated[float, typer.Option("--limit-seconds", min=0.001, help="time limit")] = 30.0,
     memory: Annotated[str, typer.Option("--memory", help="DuckDB's memory limit")] = "1GB",
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Query the committed artifacts in SQL (DuckDB). Without SQL: list the views and their columns.
+    """Query the committed artifacts in SQL (DuckDB). Without SQL: list the views and their columns; with a view's name its own.
 
     A query cannot write or read other files. --json prints an array of objects, with NaN and infinities as strings. A query
     that needs rows evicted by `opd gc` fails and names them.
@@ -137,6 +139,12 @@ def query(
         tables.print_views(console(), Catalog(Store(root)).views() if (root / "artifacts").is_dir() else Views())
         return
     run = Run.open(root, name) if name is not None else None
+    if statement.isidentifier():
+        known = Catalog(Store(root)).views().all if (root / "artifacts").is_dir() else Views().all
+        if statement.casefold() not in known:
+            hint = did_you_mean(statement, known, f"views: {', '.join(known)}")
+            raise InputError(f"query: {statement!r} is no run, no view and no SELECT; {hint}")
+        return tables.print_columns(known[statement.casefold()], json_, csv, sys.stdout)
     catalog = Catalog(Store(existing_root(root)), run)
     with process_limits(limit_seconds, memory):
         result = catalog.query(statement, limit_seconds=limit_seconds, memory=memory)

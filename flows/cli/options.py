@@ -10,11 +10,30 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from storage.disk.files import scheme
 from storage.errors import InputError
 
 PIPE_WIDTH = 1000
 
-Root = Annotated[Path, typer.Option("--root", envvar="OPD_ROOT", help="the store's folder")]
+
+def local(path: Path | None) -> Path | None:
+    """A path of this machine. InputError for what looks like a URL or another scheme: it would become a folder of that name."""
+    if path is not None and (found := scheme(path)):
+        raise InputError(
+            f"{path}: a path on this machine is needed, and this looks like {found}; {INSTEAD.get(found, OTHERWISE)}"
+        )
+    return path
+
+
+INSTEAD = {
+    "s3:": "mount the bucket, or copy the finished folder there (aws s3 cp --recursive)",
+    "gs:": "mount the bucket, or copy the finished folder there (gcloud storage cp -r)",
+    "hub:": "write to a folder, then upload it: hf upload OWNER/NAME DIR",
+    "hf:": "write to a folder, then upload it: hf upload OWNER/NAME DIR",
+    "file:": "leave out the scheme",
+}
+OTHERWISE = "give a folder (a name with a colon: as an absolute path)"
+Root = Annotated[Path, typer.Option("--root", envvar="OPD_ROOT", help="the store's folder", callback=local)]
 Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="override a field, e.g. train.lr=1e-4")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
 RunName = Annotated[str, typer.Argument(metavar="NAME", help="a run's name", show_default=False)]

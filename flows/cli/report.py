@@ -34,14 +34,25 @@ _STUDENT_STAGES = (("train", "student"), ("warmup", "student"), ("model", "model
 
 
 def status_json(state: RunState, root: Path) -> dict[str, Any]:
-    """The JSON of `opd status` and `opd run`: name, status, rounds with metrics, student digest and stages; for each stage
-    also its evicted artifacts."""
+    """The JSON of `opd status` and `opd run`: name, status, error, rounds with metrics, student digest and stages; for each stage
+    also its evicted artifacts; useful commands."""
     status = state.model_dump(mode="json")
     gone = evicted(state, root)
     for round in status["rounds"]:
         for label, stage in round["stages"].items():
             stage["evicted"] = gone.get((round["round"], label), [])
-    return status
+    return status | {"error": failure(state), "next": next_commands(state, root)}
+
+
+def failure(state: RunState) -> str | None:
+    """Why a failed run failed, and in which stage if in one; None for a run that did not fail."""
+    if state.status != "failed":
+        return None
+    failed = _failed(state)
+    if not failed:
+        return state.error or "no reason was recorded; see its logs"
+    round, label, stage = failed[-1]
+    return f"round {round.round} {label}: {state.error or stage.error or 'no reason was recorded'}"
 
 
 def evicted(state: RunState, root: Path) -> dict[tuple[int, str], list[str]]:
@@ -67,8 +78,11 @@ def print_report(state: RunState, root: Path, holder: str | None = None, out: Co
 
 
 def report(state: RunState, root: Path, holder: str | None = None) -> list[Table | Text]:
-    """The table of rounds, then failures, the student's folder and useful commands."""
+    """Of a failed run the error, its time and the way on; then the table of rounds, the student's folder and useful commands."""
     parts: list[Table | Text] = [_heading(state, root, holder)]
+    if (why := failure(state)) is not None:
+        parts.append(Text(f"failed at {state.updated}: {why}", style="red"))
+        parts.append(Text(f"after fixing the cause, continue with: {opd_command(root, 'resume', state.name)}"))
     if state.rounds:
         gone = evicted(state, root)
         parts.append(_rounds(state, gone))
@@ -79,7 +93,8 @@ def report(state: RunState, root: Path, holder: str | None = None) -> list[Table
             parts.append(
                 Text(f"evicted: removed by opd gc; rebuilt when a stage reads it, or by: {again}", style="dim")
             )
-    parts += [_trouble(round.round, label, stage) for round, label, stage in _failed(state)]
+    if why is None:
+        parts += [_trouble(round.round, label, stage) for round, label, stage in _failed(state)]
     last = state.last_trained
     if last is not None:
         parts.append(_student(state, root, last))

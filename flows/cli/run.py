@@ -139,14 +139,14 @@ def check(
     set_: Set = [],  # noqa: B006
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Check a config, its files and both tokenizers; print the comparison and the size of a round. Starts no engine.
+    """Check a config, its files, tokenizers, plugins and verifier; print lengths, a rendered prompt and sizes. Starts no engine.
 
     Exit codes: 0 no problem, 2 a problem."""
     from flows.experiment import load_experiment
     from flows.run.check import check_experiment
 
     for line in check_experiment(load_experiment(config, set_), root):
-        out.print(line)
+        out.print(line, markup=False, soft_wrap=True)
 
 
 def _dry_run(experiment: Experiment, name: str, root: Path, rounds: int | None, as_json: bool) -> None:

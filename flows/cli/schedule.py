@@ -17,7 +17,7 @@ from rich.console import Console
 from flows.cli.options import Root, example
 from flows.run.hints import DEFAULT_ROOT
 from storage.disk.redact import redact
-from storage.errors import ConfigError
+from storage.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from prefect.schedules import Schedule
@@ -94,11 +94,17 @@ def times(every: str | None, cron: str | None, timezone: str | None) -> Schedule
     if (every is None) == (cron is None):
         raise ConfigError("give exactly one of --every (as 6h, 30m, 45s) and --cron (as '0 2 * * *')")
     if every is not None:
+        if timezone is not None:
+            raise ConfigError(
+                f"--timezone {timezone!r}: belongs to --cron; --every counts from now, whatever the time zone"
+            )
         interval = parse_every(every)
         return Interval(interval, anchor_date=datetime.now(UTC) + interval)
-    zone = timezone or get_localzone_name()
-    if zone not in available_timezones():
-        raise ConfigError(f"--timezone {zone!r}: there is no such time zone; write it as Europe/Berlin or UTC")
+    zone = get_localzone_name() if timezone is None else timezone
+    if zone not in (zones := available_timezones()):
+        hint = next((f"did you mean {name!r}?" for name in zones if name.lower() == zone.lower()), "")
+        hint = hint or did_you_mean(zone, zones, "write it as Europe/Berlin or UTC")
+        raise ConfigError(f"--timezone {zone!r}: there is no such time zone; {hint}")
     try:
         return Cron(str(cron), timezone=zone)
     except ValueError as error:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.cli.options import Root, console, example
+from flows.cli.options import Root, console, example, local
 from flows.run.hints import DEFAULT_ROOT, opd_command
 from flows.run.progress import LineReporter, round_line
 from storage.errors import OpdError
@@ -36,7 +36,8 @@ def study(
         bool, typer.Option("--dry-run", help="list the runs and their stages in the store; start nothing")
     ] = False,
     folder: Annotated[
-        Path | None, typer.Option("--out", help="folder for the results (default: studies/NAME in the store)")
+        Path | None,
+        typer.Option("--out", help="folder for the results (default: studies/NAME in the store)", callback=local),
     ] = None,
     root: Root = DEFAULT_ROOT,
 ) -> None:

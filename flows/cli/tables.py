@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from storage.query.views import Views, duckdb_type
+from flows.cli.options import console as terminal
+from storage.query.views import View, Views, duckdb_type
 
 SHOWN_ROWS = 200
 _SHOWN_CHARACTERS = 60
@@ -21,10 +22,23 @@ _SHOWN_CHARACTERS = 60
 def print_views(console: Console, views: Views) -> None:
     """Every view with its columns, their types and meanings."""
     for view in views.all.values():
-        table = Table("column", "type", "meaning", title=f"[bold]{view.name}[/]: {view.doc}", title_justify="left")
-        for column in view.columns:
-            table.add_row(Text(column.name), Text(duckdb_type(column.type)), Text(column.doc))
-        console.print(table)
+        _print_view(console, view)
+
+
+def print_columns(view: View, as_json: bool, as_csv: bool, file: TextIO) -> None:
+    """One view's columns, as a table on standard output, or as JSON or CSV in `file`."""
+    if not (as_json or as_csv):
+        return _print_view(terminal(), view)
+    names = [(column.name, duckdb_type(column.type), column.doc) for column in view.columns]
+    columns = pa.table(dict(zip(("column", "type", "meaning"), map(list, zip(*names, strict=True)), strict=True)))
+    (write_json if as_json else write_csv)(columns, file)
+
+
+def _print_view(console: Console, view: View) -> None:
+    table = Table("column", "type", "meaning", title=f"[bold]{view.name}[/]: {view.doc}", title_justify="left")
+    for column in view.columns:
+        table.add_row(Text(column.name), Text(duckdb_type(column.type)), Text(column.doc))
+    console.print(table)
 
 
 def print_table(table: pa.Table, console: Console) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from flows.config_file import CHECKOUT, CONFIGS
 from flows.experiment import load_experiment
 from tasks.behaviours import BEHAVIOURS
 from tasks.losses.axes import FullSupport, SampledToken, StudentCandidates, TopkSupport
@@ -23,8 +24,7 @@ from tasks.losses.divergences import DIVERGENCES, Divergence
 from tasks.losses.token_weights import TOKEN_WEIGHTS
 from tasks.losses.trust_regions import TRUST_REGIONS
 
-CHECKOUT = Path(__file__).resolve().parent.parent.parent
-RECIPES = CHECKOUT / "configs" / "recipes"
+RECIPES = CONFIGS / "recipes"
 _PAPER = re.compile(r"\b(\d{4}\.\d{5})\b")
 
 OUTSIDE = {
@@ -152,7 +152,7 @@ def _outside(kind: str, equation: str) -> Entry:
 
 
 def _recipe(path: Path) -> Entry:
-    header = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
+    header = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     about = " ".join(header)
     objective = load_experiment(path).objective
     made_of = _parts(objective)
@@ -171,7 +171,7 @@ def _recipe(path: Path) -> Entry:
             f"{axis} {name} ({objective.estimator})" if axis == "support" else f"{axis} {name}"
             for axis, name, _ in made_of
         ),
-        file=str(path.relative_to(CHECKOUT)),
+        file=str(path.relative_to(CONFIGS.parent)),
     )
 
 

@@ -25,6 +25,14 @@ INTRO = """# Config reference
 Generated from the schema by `python -m flows.reference.pages config > docs/config.md`; a test compares the two. Everything above
 `runtime` is identity: it determines results and enters the keys. `runtime` sets where and how to run, `policy` how long; both
 may change between two calls of a run. `base: other.yaml` merges a config over another one; `--set a.b=c` overrides a field.
+
+Relative paths in a file are relative to that file (also in a base and in a study), those of `--set` to the working directory. A
+path in a file that exists only relative to the working directory is refused, and so is one that exists in both places.
+
+Short forms: a kind's name stands for a mapping with that kind (`divergence: jsd`, `support: full`, `verifier: math_verify`), a
+path for a section whose only required field is a path (`prompts.train: data.jsonl`, `student: /models/Qwen3-1.7B`). They give the
+same keys as the long form. Files are YAML in UTF-8; a key that occurs twice in a mapping is refused. A field of text takes a
+number as it is written (`revision: 010`), and a quoted number stays text unless the field is a number.
 """
 
 STUDY = """# A study's file

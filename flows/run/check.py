@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from flows.distill import inputs
 from flows.experiment import Experiment, with_plugins
 from flows.run.executor import Maker
 from flows.run.progress import SilentReporter
-from flows.run.runner import bytes_per_round
+from flows.run.runner import bytes_of_run, bytes_per_round
+from storage.errors import ConfigError, InputError, OpdError
 from storage.runs import Run
 from storage.store import Artifact, Store
-from tasks.inputs.tokenizers import audit_tokenizers
+from tasks.evaluate import Prompt, plan_shards
+from tasks.inputs.models import model_work, parameter_count
+from tasks.inputs.tokenizers import audit_tokenizers, load_tokenizer
+from tasks.inputs.verifiers import FunctionVerifier, function_place, verify
+from tasks.plugins import source_place
 from tasks.stage import Context
 from tasks.workers.metrics import StageProgress
 from tasks.workers.pool import WorkerPool
+
+EXAMPLE_CHARACTERS = 600
+"""How much of a rendered prompt is shown."""
 
 
 def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
@@ -26,6 +39,8 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
     experiment.runtime.tell_libraries()
     experiment = with_plugins(experiment)
     yield "config: valid"
+    for plugin in experiment.plugins:
+        yield f"plugin: {plugin} ({source_place(plugin)})"
     with tempfile.TemporaryDirectory(prefix="opd-check-") as scratch:
         store = Store(scratch)
         run = Run.create(scratch, "check", {}, {})
@@ -36,6 +51,7 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
 
             maker = Maker(store, run, run.state, context, SilentReporter())
             student, teacher = (maker_model(experiment, maker, side) for side in ("student", "teacher"))
+            yield from _same_model(experiment, student, teacher)
             audit = audit_tokenizers(
                 store.materialize(student), store.materialize(teacher), experiment.prompts.tokenizers
             )
@@ -43,17 +59,92 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
             audit.require()
             _, _, prompts = inputs(experiment, maker)
             yield from _prompts(prompts)
+            rows = store.read_table(prompts, "prompts")
+            yield from _lengths_and_example(rows, load_tokenizer(store.materialize(student)))
+            yield from _verifier(experiment, rows)
+            parameters = parameter_count(store.materialize(student))
     yield (
         f"a round: {experiment.rollout.prompts_per_round * experiment.rollout.num_generations:,} completions,"
         f" {experiment.steps_per_round:,} optimizer steps, at most {bytes_per_round(experiment) / 2**20:,.1f} MiB of"
         " rollouts and signals before compression"
     )
+    yield from _disk(experiment, parameters, Path(root))
+
+
+def _same_model(experiment: Experiment, student: Artifact, teacher: Artifact) -> Iterator[str]:
+    same = student.content.get("weights") is not None and student.content["weights"] == teacher.content.get("weights")
+    if same and experiment.student.warmup == experiment.teacher.warmup:
+        yield "warning: student and teacher are the same model, so there is nothing to distil (every loss is 0)"
+
+
+def _lengths_and_example(rows: pa.Table, tokenizer: Any) -> Iterator[str]:
+    """Per split the lengths in tokens, and the first prompt as the models read it, special tokens included."""
+    for split in dict.fromkeys(rows["split"].to_pylist()):
+        found = rows.filter(pc.equal(rows["split"], split))
+        for column, reader in (("token_ids", ""), ("teacher_token_ids", " as the teacher reads them")):
+            lengths = pc.list_value_length(found[column]).drop_null()
+            if len(lengths):
+                middle, high = (round(q) for q in pc.quantile(lengths, [0.5, 0.95]).to_pylist())
+                most = pc.max(lengths).as_py()
+                yield f"lengths of {split}{reader}: p50 {middle:,}, p95 {high:,}, max {most:,} tokens"
+        ids = found["token_ids"][0].as_py()
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        yield f"first prompt of {split}, {len(ids):,} tokens: {_shortened(repr(text))}"
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= EXAMPLE_CHARACTERS:
+        return text
+    half = EXAMPLE_CHARACTERS // 2
+    return f"{text[:half]} ... {len(text) - 2 * half:,} characters ... {text[-half:]}"
+
+
+def _verifier(experiment: Experiment, rows: pa.Table) -> Iterator[str]:
+    """Tries the verifier on the first held-out prompt, with the prompt's own answer in place of a completion."""
+    config = experiment.evaluate.verifier
+    columns = ["prompt_id", "token_ids", "teacher_token_ids", "answer"]
+    held_out = [Prompt(**row) for row in rows.filter(pc.equal(rows["split"], "eval")).select(columns).to_pylist()]
+    plan = plan_shards(held_out, experiment.evaluate, experiment.seed)
+    judged = [prompt for shard in plan if shard.mode != "kl" for prompt in shard.prompts]
+    if config is None or not judged:
+        return
+    without = [prompt.prompt_id for prompt in judged if prompt.answer is None]
+    if without and not isinstance(config, FunctionVerifier):
+        raise InputError(
+            f"prompts.eval: {len(without):,} of {len(judged):,} evaluated prompts have no answer (the first has the id"
+            f" {without[0]!r}), which the verifier {config.kind} needs; add answers, or set evaluate.verifier: null (no accuracy)"
+            " or a function of yours"
+        )
+    chosen = next((prompt for prompt in judged if prompt.answer is not None), judged[0])
+    try:
+        verdict = verify(config, chosen.answer or "", chosen.answer)
+    except OpdError as error:
+        raise ConfigError(str(error)) from error
+    name = f"{config.target} ({function_place(config)[1]})" if isinstance(config, FunctionVerifier) else config.kind
+    yield f"verifier: {name}; tried on prompt {chosen.prompt_id!r} with its bare answer as the completion: {verdict}"
+
+
+def _disk(experiment: Experiment, parameters: int, root: Path) -> Iterator[str]:
+    """What a whole run leaves on the disk, beside what is free there."""
+    needed = bytes_of_run(experiment, parameters)
+    place = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    yield (
+        f"disk: at most {_size(needed)} for {experiment.policy.rounds} rounds (students, optimizer states, rollouts, signals);"
+        f" {_size(free)} free at {place}"
+    )
+    if needed > free:
+        yield (
+            "warning: all rounds may not fit on this disk; set policy.retain (how many rounds `opd gc` keeps), or another --root"
+        )
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def maker_model(experiment: Experiment, maker: Maker, side: str) -> Artifact:
     """One side's model in the scratch store."""
-    from tasks.inputs.models import model_work
-
     source = getattr(experiment, side).source
     result: Artifact = maker(f"model_{side}", model_work, source, seed=experiment.seed)["model"]
     return result

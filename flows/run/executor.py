@@ -24,6 +24,10 @@ class Pending:
         return self
 
 
+ALL_CLIPPED = (
+    "warning: every completion reached its length limit (max_completion_length) and none ended by itself; raise the limit, or"
+    " check stop_token_ids and the chat template"
+)
 Made = Mapping[str, Artifact]
 """Outputs of a stage by name. A plan puts `Pending` in their place."""
 P = ParamSpec("P")
@@ -316,7 +320,10 @@ class Maker:
         state.key = next(iter(state.artifacts.values()), None)
         state.rows = rows_of(found)
         self._round.metrics |= round_metrics(label, found)
-        self._note(label, state, shown, metrics_of(found))
+        metrics = metrics_of(found)
+        self._note(label, state, shown, metrics)
+        if metrics.get("clipped_ratio") == 1.0:
+            self._context(self._round.round, label).say(label, ALL_CLIPPED)
         return found
 
     def _note(self, label: str, state: StageState, shown: str | None = None, metrics: Metrics | None = None) -> None:

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.config_file import merge, parse_override, validate
+from flows.config_file import validate
 from flows.distill import distill
-from flows.experiment import Experiment, with_plugins
+from flows.experiment import Experiment, overridden, with_plugins
 from flows.run.executor import Planner
 from flows.run.lineage import Origin, Rebuild, rebuild
 from flows.run.runner import logger, stored_experiment
@@ -213,7 +213,7 @@ def _runtime(recorded: dict[str, Any], runtime: RuntimeConfig, overrides: list[s
     for text in overrides:
         if text.split(".")[0] != "runtime":
             raise ConfigError(f"--set {text}: a replay repeats the recorded experiment; only runtime.* can be set")
-        data = merge(data, parse_override(text))
+    data = overridden(data, overrides)
     return validate(RuntimeConfig, data["runtime"], "--set")
 
 

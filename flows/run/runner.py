@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from flows.distill import distill
-from flows.experiment import Experiment, experiment_of, load_experiment, with_plugins
+from flows.experiment import Experiment, experiment_of, import_plugins, load_experiment, overridden, with_plugins
 from flows.run.executor import Maker, PlanLine, Planner, Reporter
 from flows.run.progress import SilentReporter
 from flows.run.recovery import mend, stands_for
@@ -71,18 +72,19 @@ def run_experiment(
     reporter = reporter or SilentReporter()
     with run.lock(), terminating(), without_leftovers(store):
         log = logger(run.log_path("run"))
-        state, messages = mend(run, experiment, store)
-        for line in messages:
-            log(line)
-            reporter.note(0, "run", line)
-        state.forked_from = f"{experiment.fork.run}@{experiment.fork.round}" if experiment.fork else None
-        goal = experiment.policy.rounds if rounds is None else rounds
-        if further is not None:
-            goal = min(goal, state.rounds_done + further)
-        refuse_full_disk(store, experiment)
-        state.status = "running"
-        run.save(state)
+        state: RunState | None = None
         try:
+            state, messages = mend(run, experiment, store)
+            for line in messages:
+                log(line)
+                reporter.note(0, "run", line)
+            state.forked_from = f"{experiment.fork.run}@{experiment.fork.round}" if experiment.fork else None
+            goal = experiment.policy.rounds if rounds is None else rounds
+            if further is not None:
+                goal = min(goal, state.rounds_done + further)
+            refuse_full_disk(store, experiment)
+            state.status, state.error = "running", None
+            run.save(state)
             with ExitStack() as stack:
                 pool = stack.enter_context(workers_for(experiment, run.log_path("run").parent, workers))
 
@@ -97,13 +99,30 @@ def run_experiment(
                 else:
                     distill(experiment, maker, goal)
         except BaseException as error:
-            state.status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             with suppress(OpdError, OSError):  # the first error is the one to report, also on a full disk
-                run.save(state)
+                record_failure(run, state, error, log)
             raise
         state.status = "finished" if state.rounds_done >= experiment.policy.rounds else "stopped"
         run.save(state)
         return state, maker.built
+
+
+def record_failure(run: Run, state: RunState | None, error: BaseException, log: Callable[[str], None]) -> None:
+    """Writes why a call ended into the run's log and state. A finished run that is refused at its start stays finished."""
+    interrupted = isinstance(error, KeyboardInterrupt)
+    text = "stopped by the user or a signal" if interrupted else described(error)
+    detail = "" if interrupted or isinstance(error, OpdError) else "\n" + "".join(traceback.format_exception(error))
+    log(f"{'' if interrupted else 'failed: '}{text}{detail}")
+    if state is not None and state.status != "finished":
+        state.status = "stopped" if interrupted else "failed"
+        state.error = None if interrupted else redact(text)
+        run.save(state)
+
+
+def described(error: BaseException) -> str:
+    """An error's message; of a bug's exception also its type."""
+    text = str(error).strip()
+    return text if text and isinstance(error, OpdError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 @contextmanager
@@ -148,32 +167,26 @@ def stored_experiment(run: Run) -> Experiment:
 
 def resume_experiment(name: str, root: str | Path, overrides: list[str]) -> Experiment:
     """A run's stored experiment with `overrides` of `runtime` and `policy`. ConfigError for other fields."""
-    from flows.config_file import merge, parse_override
-
     run = Run.open(root, name)
-    data = run.experiment
     for text in overrides:
         if text.split(".")[0] not in ("runtime", "policy"):
             raise ConfigError(
                 f"--set {text}: only runtime.* and policy.* of a run can change, its identity is fixed; to try something"
                 f" else from this point: opd fork {name}@ROUND --name NEW --set {text}"
             )
-        data = merge(data, parse_override(text))
-    return experiment_of(data, f"run {name}")
+    return experiment_of(overridden(run.experiment, overrides), f"run {name}")
 
 
 def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str]) -> Experiment:
     """The experiment of a run that shares rounds up to `round` with the run `name`. ConfigError for a round that is not done."""
-    from flows.config_file import merge, parse_override
-
     run = Run.open(root, name)
     done = run.state.rounds_done
     if round > done:
         raise ConfigError(f"run {name!r} has finished {done} round(s); it cannot be forked at round {round}")
     # its own rounds use the current plugins, the shared rounds keep theirs
-    data: dict[str, Any] = run.experiment | {"plugin_sources": {}}
-    for text in overrides:
-        data = merge(data, parse_override(text))
+    stored: dict[str, Any] = run.experiment | {"plugin_sources": {}}
+    import_plugins(stored, f"run {name}")
+    data = overridden(stored, overrides)
     data["fork"] = {"run": name, "round": round, "experiment": run.experiment}
     return experiment_of(data, f"fork of {name}@{round}")
 
@@ -193,3 +206,17 @@ def bytes_per_round(e: Experiment) -> int:
     tokens = e.rollout.prompts_per_round * e.rollout.num_generations * e.rollout.max_completion_length
     per_token = 4 + 4 + 6 * 4 + sum(8 * (need.k or 0) for need in e.objective.needs().signals)
     return tokens * per_token
+
+
+def bytes_of_run(e: Experiment, parameters: int) -> int:
+    """Upper estimate of what all rounds leave on the disk under `policy.retain`: rollouts and signals uncompressed, and for every
+    round a student of so many parameters and its optimizer state."""
+    rounds, keep = e.policy.rounds, e.policy.retain
+
+    def kept(last: int | None) -> int:
+        return rounds if last is None else min(rounds, last)
+
+    student = training_bytes(parameters, e.train, 0)
+    state = training_bytes(parameters, e.train, 1) - student
+    data = kept(None if None in (keep.rollouts, keep.signals) else max(keep.rollouts or 0, keep.signals or 0))
+    return kept(keep.students) * student + kept(keep.trainer_state) * state + data * bytes_per_round(e)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flows.config_file import merge, read_config, read_layers, read_yaml, validate
-from flows.experiment import Experiment, experiment_of
+from flows.config_file import Settled, merge, read_layers, read_yaml, shipped, validate
+from flows.experiment import Experiment, Part, assembled
 from storage.errors import ConfigError, did_you_mean
 from storage.runs import RUN_NAME
 
@@ -133,8 +132,9 @@ class StudyPlan:
 
     def __init__(self, study: Study, where: Path) -> None:
         self.study, self.where = study, where
-        base = read_config(where.parent / study.base)
-        self._configs = {name: self._config(base, method) for name, method in study.methods.items()}
+        base = read_layers(where.parent / study.base)
+        self._configs = {name: self._parts(base, name, method) for name, method in study.methods.items()}
+        self._folders = [where.parent.resolve(), *(file.parent for file, _ in reversed(base))]
         valid = {name: self.experiment(name, study.seeds[0], self._any_lr(m)) for name, m in study.methods.items()}
         first = next(iter(valid.values()))
         self.runtime, self.plugins = first.runtime, first.plugins
@@ -151,11 +151,16 @@ class StudyPlan:
                     " choose a shorter or plainer name for the study, the method or the group"
                 )
 
-    def _config(self, base: dict[str, Any], method: Method) -> dict[str, Any]:
+    def _parts(self, base: list[tuple[Path, dict[str, Any]]], name: str, method: Method) -> list[Part]:
         layers = read_layers(self.where.parent / method.config) if method.config else []
         recipe = layers[1:] or layers  # without its outermost base, which the study's replaces
-        study = {"policy": {"rounds": self.study.rounds}}
-        return functools.reduce(merge, [base, *recipe, nested(self.study.set), nested(method.set), study])
+        own = self.where.resolve()
+        fields = (("set", self.study.set), (f"methods.{name}.set", method.set))
+        return [
+            *((data, file.parent, str(file)) for file, data in (*base, *recipe)),
+            *((nested(data), own.parent, f"{own}: {field}") for field, data in fields),
+            ({"policy": {"rounds": self.study.rounds}}, own.parent, str(own)),
+        ]
 
     def _any_lr(self, method: Method) -> float | None:
         sweep = self.study.sweep
@@ -163,10 +168,9 @@ class StudyPlan:
 
     def experiment(self, method: str, seed: int, lr: float | None) -> Experiment:
         """A method's experiment. ConfigError names the study's file, the method and the field."""
-        data = merge(self._configs[method], {"seed": seed})
-        if lr is not None:
-            data = merge(data, {"train": {"lr": lr}})
-        return experiment_of(data, f"{self.where}: methods.{method}")
+        chosen: dict[str, Any] = {"seed": seed} | ({"train": {"lr": lr}} if lr is not None else {})
+        parts = [*self._configs[method], (chosen, self.where.parent, str(self.where))]
+        return assembled(parts, f"{self.where}: methods.{method}", self._folders)
 
     def sweep_runs(self) -> list[StudyRun]:
         """All candidate learning rates of all groups, on every seed of the sweep."""
@@ -207,18 +211,33 @@ class StudyPlan:
 
 def load_study(path: str | Path) -> StudyPlan:
     """Read a study and the config of each method. ConfigError names the file and field, and what to do."""
-    path = Path(path)
-    return StudyPlan(validate(Study, {"name": path.stem} | read_yaml(path), str(path)), path)
+    path = shipped(Path(path))
+    data = {"name": path.stem} | read_yaml(path)
+    settled = Settled(path.parent, str(path), keep_untyped=True).fields(data, [Study])
+    return StudyPlan(validate(Study, settled, str(path)), path)
 
 
 def nested(overrides: dict[str, Any]) -> dict[str, Any]:
-    """`{"train.lr": 1}` as `{"train": {"lr": 1}}`; keys without dots stay as they are."""
+    """`{"train.lr": 1}` as `{"train": {"lr": 1}}`; keys without dots stay as they are. ConfigError for a field that is set
+    twice, dotted and nested."""
     result: dict[str, Any] = {}
     for path, value in overrides.items():
         for key in reversed(str(path).split(".")):
             value = {key: value}
+        if twice := _common(result, value):
+            raise ConfigError(f"set: {twice} is set twice, dotted and nested; remove one of them")
         result = merge(result, value)
     return result
+
+
+def _common(first: Any, second: Any) -> str:
+    """A field that both mappings set, dotted; empty if there is none."""
+    for name in first.keys() & second.keys():
+        both = isinstance(first[name], dict) and isinstance(second[name], dict)
+        below = _common(first[name], second[name]) if both else ""
+        if below or not both:
+            return f"{name}.{below}" if below else str(name)
+    return ""
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

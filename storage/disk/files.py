@@ -277,3 +277,9 @@ def quarantine(root: Path, path: Path, reason: str) -> Path | None:
     fsync_directory(folder)
     fsync_directory(path.parent)
     return target
+
+
+def scheme(path: Path | str) -> str | None:
+    """`s3:` of a path that looks like a URL or another scheme (`s3://x`, `s3:/x`, `hub:me/x`); None for any other path."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", str(path))
+    return found[0].lower() if found else None

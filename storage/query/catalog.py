@@ -28,7 +28,7 @@ _BATCH_ROWS = 65_536
 _MAX_RESULT_BYTES = 1 << 30
 _MAX_SQL_CHARACTERS = 100_000
 _THREADS = 4
-_NARROW = "narrow it (WHERE run = ... AND round = ...) or aggregate"
+_NARROW = "narrow it (WHERE run = ... AND round = ...), aggregate, or raise the limit (--memory 4GB)"
 _DAMAGED = re.compile(r"stream registered as '(\w+)@' failed")
 
 

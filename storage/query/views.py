@@ -118,7 +118,7 @@ _ALL = (
             _ROUND,
             Column("artifact", _STR, "key of the rollouts"),
             TABLES["rollouts"].columns[0],
-            Column("position", _LONG, "index in the completion, from 0"),
+            Column("position", _LONG, "index of the token in the completion, from 0; of its text see text_offset"),
             Column("token_id", _INT, "the student's token id"),
             Column("token", _STR, "its text, or its name where it is no text alone", nullable=True),
             Column("sampling_logprob", _FLOAT, "under the distribution sampled from", nullable=True),
@@ -127,6 +127,13 @@ _ALL = (
             Column("student_entropy", _FLOAT, "nats", nullable=True),
             Column("teacher_entropy", _FLOAT, "nats", nullable=True),
             Column("mask_reasons", _INT, TABLES["mask"].columns[1].doc.removeprefix("T "), nullable=True),
+            Column(
+                "text_offset",
+                _LONG,
+                "characters of completion_text before the token's text (substr counts from 1); null in completions whose tokens"
+                " have no text one by one (half a character, a space that depends on the token before)",
+                nullable=True,
+            ),
         ),
         ("rollouts", "sampled", "mask", "vocabulary"),
     ),
@@ -270,10 +277,14 @@ class Views:
         exploded = ", ".join(f"unnest({values}) AS {_identifier(name)}" for name, values in lists.items())
         position = "generate_subscripts(rollouts.completion_token_ids, 1) - 1 AS position"
         samples = self._with_signals(("sampled", "mask", *self._signals))
+        sample = 'PARTITION BY run, "round", sample_id ORDER BY position ROWS BETWEEN UNBOUNDED PRECEDING AND'
+        written = f"string_agg(v.written, '') OVER ({sample} UNBOUNDED FOLLOWING)"
+        offset = f"sum(length(v.written)) OVER ({sample} CURRENT ROW) - length(v.written)"
         return (
-            f'SELECT e.*, v.token FROM (SELECT run, "round", rollouts.artifact, sample_id, {position}, {exploded}'
-            f" {samples})"
-            " AS e LEFT JOIN (SELECT run, id AS token_id, any_value(coalesce(text, token)) AS token"
+            f"SELECT e.*, v.token, CASE WHEN {written} = completion_text THEN {offset} END AS text_offset"
+            f' FROM (SELECT run, "round", rollouts.artifact, sample_id, completion_text, {position}, {exploded} {samples})'
+            " AS e LEFT JOIN (SELECT run, id AS token_id, any_value(coalesce(text, token)) AS token,"
+            " any_value(CASE WHEN special THEN '' ELSE text END) AS written"
             f" FROM ({self._rows('vocabulary')}) WHERE tokenizer = 'student' GROUP BY ALL) AS v USING (run, token_id)"
         )
 

@@ -141,7 +141,7 @@ def declared_sizes(source: CheckpointModel | HubModel | ArchitectureModel) -> tu
 def check_checkpoint(directory: Path) -> None:
     """Raises InputError unless the folder has config.json, safetensors and a loadable tokenizer."""
     if not directory.is_dir():
-        raise InputError(f"{directory}: no such checkpoint folder (relative paths start from the working directory)")
+        raise InputError(f"{directory}: no such checkpoint folder (a config's relative paths start from its folder)")
     if not (directory / "config.json").is_file():
         adapter = (directory / "adapter_config.json").is_file()
         raise InputError(

@@ -16,11 +16,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
+import numpy as np
 from pydantic import Field, field_validator
 
-from storage.errors import ConfigError, InputError, OpdError
+from storage.errors import ConfigError, InputError, OpdError, did_you_mean
 from storage.identity import Identity
 
 _START_SECONDS = 120.0
@@ -59,7 +60,10 @@ class MathVerify(Identity):
 
 
 class FunctionVerifier(Identity):
-    """A function `module:function` of the user's (see plugins), called with completion text and answer (text or None)."""
+    """A function of yours, `def right(completion: str, answer: str | None) -> bool`: from the completion's text and the prompt's
+    answer it returns True or False (or 1 or 0). Its module is looked for beside the config and on the import path.
+
+    Its source file enters the keys of evaluations; what it imports does not."""
 
     kind: Literal["function"] = "function"
     target: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="module:function")
@@ -88,10 +92,7 @@ def verifier_digest(config: ExactMatch | MathVerify | FunctionVerifier) -> str |
     """sha256 of the source file of a user's function, which enters keys; None for other verifiers."""
     if not isinstance(config, FunctionVerifier):
         return None
-    path = inspect.getsourcefile(_function(config.target))
-    if path is None:
-        raise ConfigError(f"verifier: {config.target!r} has no source file, so it has no identity")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return hashlib.sha256(function_place(config)[1].read_bytes()).hexdigest()
 
 
 def _exact(config: ExactMatch, completion_text: str, answer: str) -> bool:
@@ -105,19 +106,32 @@ def _exact(config: ExactMatch, completion_text: str, answer: str) -> bool:
     return found.strip() == answer.strip() if config.strip else found == answer
 
 
+def function_place(config: FunctionVerifier) -> tuple[Callable[[str, str | None], object], Path]:
+    """The user's function and its source file. ConfigError where one of them is not found, or its module fails on import."""
+    function = _function(config.target)
+    path = inspect.getsourcefile(sys.modules[config.target.partition(":")[0]])
+    if path is None:
+        raise ConfigError(f"verifier: {config.target!r} has no source file, so it has no identity")
+    return function, Path(path)
+
+
 def _function(target: str) -> Callable[[str, str | None], object]:
     module, name = target.split(":")
     try:
-        function = getattr(importlib.import_module(module), name)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not (module + ".").startswith(error.name + "."):
-            raise
+            raise ConfigError(f"verifier: module {module!r} imports {error.name!r}, which is not installed") from error
         raise ConfigError(f"verifier: no module {module!r} beside the config or on the import path") from error
-    except AttributeError as error:
-        raise ConfigError(f"verifier: module {module!r} has no function {name!r}") from error
+    except Exception as error:
+        raise ConfigError(f"verifier: module {module!r} fails on import ({type(error).__name__}: {error})") from error
+    function = getattr(found, name, None)
+    if function is None:
+        hint = did_you_mean(name, [known for known, item in vars(found).items() if callable(item)])
+        raise ConfigError(f"verifier: module {module!r} has no function {name!r}{'; ' * bool(hint)}{hint}")
     if not callable(function):
         raise ConfigError(f"verifier: {target!r} is not callable, but {type(function).__name__}")
-    return function
+    return cast(Callable[[str, str | None], object], function)
 
 
 def _call(config: FunctionVerifier, completion_text: str, answer: str | None) -> bool:
@@ -126,9 +140,14 @@ def _call(config: FunctionVerifier, completion_text: str, answer: str | None) ->
         verdict = function(completion_text, answer)
     except Exception as error:
         shown = completion_text if len(completion_text) <= 200 else completion_text[:200] + "..."
-        raise OpdError(f"verifier {config.target!r} failed on {shown!r}: {type(error).__name__}: {error}") from error
-    if not isinstance(verdict, (bool, int)) or verdict not in (0, 1):
-        raise OpdError(f"verifier {config.target!r} must return True or False, found {verdict!r}")
+        raise OpdError(
+            f"verifier {config.target!r} failed on {shown!r}, answer {answer!r}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(verdict, (bool, int, np.bool_, np.integer)) or verdict not in (0, 1):
+        none = "; does it lack a return?" if verdict is None else ""
+        raise OpdError(
+            f"verifier {config.target!r} must return True or False, found {verdict!r} ({type(verdict).__name__}){none}"
+        )
     return bool(verdict)
 
 

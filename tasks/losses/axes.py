@@ -28,7 +28,9 @@ class FullSupport(Identity):
     """Every id: the exact divergence, from a cached top-K list with K = V."""
 
     kind: Literal["full"] = "full"
-    k: int = Field(ge=1, description="the vocabulary size")
+    k: int = Field(
+        ge=1, description="the vocabulary size; may be left out where the models' sizes are known before loading"
+    )
     outside: Literal["renormalize"] = Field("renormalize", description="nothing lies outside")
     max_bytes_per_token: int = Field(
         16384, ge=1, description="refuse above this much disk per completion token (8 bytes per id)"

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from storage.disk.files import explain_full_disk
 from storage.disk.redact import redact, redact_output
 from storage.errors import OpdError
-from tasks.plugins import load_plugins, refuse_changed
+from tasks.plugins import load_plugins, refuse_changed, search_in
 from tasks.workers import jobs
 from tasks.workers.metrics import Metrics
 
@@ -104,6 +104,8 @@ def main(role: str) -> None:
     settings = json.loads(os.environ["OPD_WORKER_SETTINGS"])
     channel = Channel(os.environ["OPD_WORKER_SOCKET"])
     try:
+        for folder in settings.get("modules", ()):
+            search_in(Path(folder))
         load_plugins(settings.get("plugins", ()), settings.get("plugin_path"))
         refuse_changed(settings.get("plugin_sources", {}), "what this run has begun")
         module, _, name = jobs.ROLES[role].partition(":")

@@ -273,6 +273,7 @@ class WorkerPool:
             "plugins": list(self.plugins),
             "plugin_sources": loaded_digests(self.plugins),
             "plugin_path": self.plugin_path,
+            "modules": [str(folder) for folder in self.runtime.modules],
         }
 
     def _command(self, role: str, number: int, settings: dict[str, Any]) -> tuple[list[str], dict[str, str], int]:

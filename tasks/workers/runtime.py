@@ -82,6 +82,11 @@ class RuntimeConfig(Runtime):
         ge=0,
         description="times a job is tried again after its worker died, was stopped or hung; what it finished is kept",
     )
+    modules: tuple[Path, ...] = Field(
+        (),
+        description="folders to look in for modules of yours (plugins, a verifier's function), after the import path; a config's"
+        " own folder is added where it holds one that the config names",
+    )
     sampler: SamplerRuntime = SamplerRuntime()
     scorer: ScorerRuntime = ScorerRuntime()
     trainer: TrainerRuntime = TrainerRuntime()

@@ -16,7 +16,7 @@ from canary import MODULES, PICKLES, Canary, edit, poison
 from feed import Feed
 from small_models import Bench, checkpoint
 
-from flows.config_file import parse_override, read_config
+from flows.config_file import parse_override, read_layers
 from flows.experiment import load_experiment
 from storage.errors import ConfigError, CorruptArtifact, InputError, OpdError
 from storage.runs import Run, _checksum
@@ -216,7 +216,7 @@ def test_tags_in_yaml_make_no_objects(tag, tmp_path, canary, example_store):
     (run.directory / "experiment.yaml").write_bytes(body + _checksum(run.name, body))
     for read in (
         lambda: load_experiment(config),
-        lambda: read_config(child)["seed"] + 1,
+        lambda: read_layers(child)[0][1]["seed"] + 1,
         lambda: parse_override(f"seed={value}")["seed"] + 1,
         lambda: run.experiment["seed"] + 1,
     ):

@@ -238,7 +238,7 @@ MALFORMED = [
     ('{"prompt": "a"\n', r"a\.jsonl:2: not JSON .*found \{\"prompt\": \"a\""),
     ("[1, 2]\n", r"a\.jsonl:2: every line must be a JSON object, found \[1, 2\]"),
     ({"answer": "x"}, r"a\.jsonl:2: neither a prompt nor messages; found answer"),
-    ({"prompt": 5}, r"a\.jsonl:2: prompt must be text, found 5"),
+    ({"prompt": 5}, r"a\.jsonl:2: prompt must be text or a list of messages, found 5"),
     ({"prompt": "a", "messages": []}, r"a\.jsonl:2: has both"),
     ({"messages": []}, r"a\.jsonl:2: messages must be a list of messages, found \[\]"),
     ({"messages": [{"role": "user"}]}, r"a\.jsonl:2: messages\[0\] must have a role and a text content"),
@@ -351,3 +351,28 @@ def test_model_without_tokenizer_is_refused(desk, tmp_path):
     config = PrepareConfig.model_validate({"train": write(tmp_path / "a.jsonl", [{"prompt": "x"}])})
     with pytest.raises(InputError, match="this model has no tokenizer"):
         prepare_work(config, bare, None)
+
+
+def test_equal_ids_of_two_splits_can_be_set_aside(desk, tmp_path):
+    train = write(tmp_path / "train.jsonl", [{"prompt": "a", "id": 1}, {"prompt": "b", "id": 2}])
+    held_out = write(tmp_path / "eval.jsonl", [{"prompt": "c", "id": 1}])
+    with pytest.raises(InputError, match=r"train\.jsonl:1: id '1' .*eval\.jsonl:1.*prompts\.equal_ids"):
+        desk.prepare(train=train, eval=held_out)
+    left = desk.prepare(train=train, eval=held_out, equal_ids="leave_out")
+    assert [row["prompt_id"] for row in desk.rows(left, "train")] == ["2"]
+    assert left.meta["filtered"]["train"] == {"id in eval": 1}
+    renamed = desk.prepare(train=train, eval=held_out, equal_ids="rename")
+    assert [row["prompt_id"] for row in desk.rows(renamed, "train")] == ["train:1", "2"]
+    assert [row["prompt_id"] for row in desk.rows(renamed, "eval")] == ["1"]
+
+
+def test_an_end_of_sequence_is_demanded_only_where_a_completion_needs_it(desk, tmp_path, checkpoints):
+    folder = tmp_path / "endless"
+    shutil.copytree(checkpoints[0], folder)
+    settings_file = folder / "tokenizer_config.json"
+    settings_file.write_text(json.dumps(json.loads(settings_file.read_text()) | {"eos_token": None}))
+    desk.student = desk.build(model_work(CheckpointModel(path=folder), 0))
+    without = write(tmp_path / "a.jsonl", [{"prompt": "x"}])
+    assert desk.prepare(teacher=False, train=without).rows["prompts"] == 1
+    with pytest.raises(InputError, match=r"b\.jsonl:1: append_eos: .*prompts\.append_eos: false"):
+        desk.prepare(teacher=False, train=write(tmp_path / "b.jsonl", [{"prompt": "x", "completion": "y"}]))

@@ -20,8 +20,9 @@ from places import CHECKOUT
 
 from flows.cli.app import main, make_app
 from flows.cli.errors import exit_codes
-from storage.errors import ConfigError, RunBusy, StoreError
+from storage.errors import ConfigError, InputError, RunBusy, StoreError
 from storage.runs import RoundState, Run, StageState
+from storage.store import Store
 
 HEAVY = ("torch", "vllm", "transformers", "prefect", "deepspeed", "datasets")
 COMMANDS = typer.main.get_command(make_app()).commands
@@ -333,3 +334,45 @@ def test_unexpected_errors_keep_their_traceback(example_store):
     command = [sys.executable, "-m", "flows.cli.app", "status", "demo", "--root", str(example_store)]
     damaged = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, env=os.environ)
     assert damaged.returncode == 1 and damaged.stderr.startswith("error: ") and "Traceback" not in damaged.stderr
+
+
+def test_a_views_name_where_sql_is_expected_lists_its_columns(opd):
+    for args in (("demo", "tokens"), ("tokens",), ("demo", "TOKENS")):
+        text = opd("query", *args).out
+        assert "teacher_logprob" in text and "text_offset" in text and "grad_norm" not in text
+    columns = json.loads(opd("query", "demo", "tokens", "--json").out)
+    assert {"column": "position", "type": "BIGINT"}.items() <= next(
+        c for c in columns if c["column"] == "position"
+    ).items()
+    assert opd("query", "demo", "rounds", "--csv").out.startswith("column,type,meaning\nrun,VARCHAR,")
+    wrong = opd("query", "demo", "token")
+    assert wrong.code == 2 and "did you mean 'tokens'" in wrong.err
+    assert opd("query", "nowhere", "tokens").code == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "root", "instead"),
+    [
+        (["ls"], "s3://bucket/x", "mount the bucket"),
+        (["run", "c.yaml"], "gs://bucket/x", "mount the bucket"),
+        (["query", "select 1"], "hdfs://x/y", "absolute path"),
+        (["status"], "file:///tmp/x", "leave out the scheme"),
+        (["export", "demo", "hub:me/x"], None, "hf upload"),
+        (["export", "demo", "hf://me/x"], None, "hf upload"),
+        (["export", "demo", "https://x/y"], None, "absolute path"),
+        (["study", "s.yaml", "--out", "s3://b/x"], None, "mount the bucket"),
+    ],
+)
+def test_what_looks_like_a_url_makes_no_folder(opd, tmp_path, args, root, instead):
+    result = opd(*args, *(["--root", root] if root else []), root=None)
+    assert result.code == 2 and instead in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_root_with_a_scheme_is_refused_from_the_environment_and_from_python_too(opd, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPD_ROOT", "s3://bucket/x")
+    assert opd("ls", root=None).code == 2
+    with pytest.raises(InputError, match="s3:"):
+        Store("s3://bucket/x")
+    assert list(tmp_path.iterdir()) == []
+    assert Store(tmp_path / "a:b").root.is_dir()  # a whole path may hold a colon

@@ -33,6 +33,10 @@ def test_what_is_no_duration_is_refused_naming_it(text: str) -> None:
         (("1h", "0 2 * * *", None), "exactly one"),
         ((None, "every day", None), "--cron 'every day'"),
         ((None, "0 2 * * *", "Europe/Nowhere"), "--timezone 'Europe/Nowhere'"),
+        ((None, "0 2 * * *", "europe/berlin"), "--timezone 'europe/berlin'.*did you mean 'Europe/Berlin'"),
+        ((None, "0 2 * * *", "UTC+2"), "--timezone 'UTC.2'"),
+        ((None, "0 2 * * *", ""), "--timezone ''"),
+        (("6h", None, "Europe/Berlin"), "--timezone 'Europe/Berlin': belongs to --cron"),
     ],
 )
 def test_schedules_that_make_no_sense_are_refused(options: tuple[str | None, ...], named: str) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from places import TINY
 
-from flows.experiment import load_experiment
+from flows.experiment import experiment_of, load_experiment
 from flows.run.check import check_experiment
-from storage.errors import InputError
+from flows.run.runner import bytes_of_run, bytes_per_round, run_experiment
+from storage.errors import ConfigError, InputError
+from tasks.inputs.verifiers import verify
 
 
 def check(tmp_path: Path, *changes: str) -> str:
@@ -52,3 +57,115 @@ def test_a_checkpoint_without_tokenizer_is_refused(tmp_path):
     source = f"teacher={{source: {{kind: checkpoint, path: {tmp_path / 'model'}}}, warmup: null}}"
     with pytest.raises(InputError, match="without tokenizer"):
         check(tmp_path, source)
+
+
+def lines(path: Path, *rows: dict) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"{{kind: file, path: {path}}}"
+
+
+def test_lengths_and_a_rendered_prompt_with_its_special_tokens(tmp_path):
+    source = lines(tmp_path / "a.jsonl", *({"prompt": "[INST]" + "x" * n} for n in range(100)))
+    text = check(tmp_path, f"prompts.train={source}", "prompts.max_prompt_length=200")
+    # a user's marker, 6 letters and n, an end marker, the assistant's marker
+    assert "lengths of train: p50 58, p95 103, max 108 tokens" in text
+    assert "first prompt of train, 9 tokens: '<|user|>[INST]<|end|><|assistant|>'" in text
+
+
+def test_the_same_model_twice_is_noticed(tmp_path):
+    assert "student and teacher are the same model" not in check(tmp_path)
+    source = yaml.safe_load(TINY.read_text())["student"]["source"] | {"init_seed": 7}
+    settings = [f"{side}={json.dumps({'source': source, 'warmup': None})}" for side in ("student", "teacher")]
+    assert "warning: student and teacher are the same model" in check(tmp_path, *settings)
+
+
+TASK = """
+def exact(completion, answer):
+    return completion == answer
+
+def silent(completion, answer):
+    completion == answer
+"""
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Iterator[Path]:
+    """A config and a module of the user's in one folder, and nothing of it on the import path."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "task_beside.py").write_text("import helper_beside\n" + TASK)
+    (folder / "helper_beside.py").write_text("")
+    (folder / "config.yaml").write_text(
+        f"base: {TINY}\nevaluate: {{verifier: {{kind: function, target: 'task_beside:exact'}}}}\n"
+    )
+    before = list(sys.path)
+    yield folder
+    sys.path[:] = before
+    for name in ("task_beside", "helper_beside", "json_beside"):
+        sys.modules.pop(name, None)
+
+
+def test_a_verifier_beside_its_config_is_found_tried_and_remembered(tmp_path, task):
+    experiment = load_experiment(task / "config.yaml")
+    assert experiment.runtime.modules == (task,)
+    text = "\n".join(check_experiment(experiment, tmp_path / "store"))
+    tried = next(line for line in text.splitlines() if line.startswith("verifier"))
+    assert str(task / "task_beside.py") in tried and tried.endswith("True")
+    sys.path.remove(str(task))
+    sys.modules.pop("task_beside")
+    resumed = experiment_of(experiment.model_dump(mode="json"), "a run")  # as `opd resume` reads it, from anywhere
+    assert verify(resumed.evaluate.verifier, "1", "1") is True
+    assert load_experiment(TINY).runtime.modules == ()
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("task_beside:silent", "must return True or False, found None"),
+        ("task_beside:exakt", "did you mean 'exact'"),
+        ("nowhere_beside:f", "no module 'nowhere_beside' beside the config"),
+    ],
+)
+def test_a_verifier_that_cannot_work_is_refused_by_check(tmp_path, task, target, says):
+    with pytest.raises(ConfigError, match=says):
+        experiment = load_experiment(task / "config.yaml", [f"evaluate.verifier.target={target}"])
+        list(check_experiment(experiment, tmp_path / "store"))
+
+
+def test_a_run_refuses_a_verifier_that_is_not_there_before_its_first_stage(tmp_path, task):
+    experiment = load_experiment(task / "config.yaml", ["evaluate.verifier.target=nowhere_beside:f"])
+    with pytest.raises(ConfigError, match="no module 'nowhere_beside'"):
+        run_experiment(experiment, name="r", root=tmp_path / "store", prefect=False)
+    assert not (tmp_path / "store" / "artifacts" / "model").exists()
+
+
+def test_a_module_beside_the_config_that_another_one_hides_is_refused(task):
+    (task / "json.py").write_text(TASK)
+    with pytest.raises(ConfigError, match=r"module 'json': .* rename yours"):
+        load_experiment(task / "config.yaml", ["evaluate.verifier.target=json:exact"])
+
+
+def test_a_plugin_beside_its_config_is_found(tmp_path, task):
+    (task / "json_beside.py").write_text("")
+    text = "\n".join(check_experiment(load_experiment(task / "config.yaml", ["plugins=[json_beside]"]), tmp_path / "s"))
+    assert f"plugin: json_beside ({task / 'json_beside.py'})" in text
+    with pytest.raises(ConfigError, match="no module named 'jsonbeside'"):
+        load_experiment(task / "config.yaml", ["plugins=[jsonbeside]"])
+
+
+def test_prompts_without_the_answer_that_a_verifier_needs_are_counted(tmp_path):
+    source = lines(tmp_path / "a.jsonl", {"prompt": "1", "answer": "1"}, {"prompt": "2", "id": "lost"})
+    with pytest.raises(InputError, match=r"prompts\.eval: 1 of 2 evaluated prompts have no answer .*'lost'"):
+        check(tmp_path, f"prompts.eval={source}")
+    check(tmp_path, f"prompts.eval={source}", "evaluate.verifier=null")
+
+
+def test_the_disk_of_all_rounds_is_set_against_what_is_free(tmp_path):
+    one = load_experiment(TINY, ["policy.rounds=1"])
+    many = load_experiment(TINY, ["policy.rounds=10"])
+    kept = load_experiment(
+        TINY, ["policy.rounds=10", "policy.retain={students: 1, trainer_state: 1, signals: 1, rollouts: 1}"]
+    )
+    assert bytes_of_run(many, 1000) == 10 * bytes_of_run(one, 1000) == 10 * bytes_of_run(kept, 1000)
+    assert bytes_of_run(one, 1000) == bytes_per_round(one) + 4 * 1000 + 12 * 1000
+    assert "warning: all rounds may not fit" in check(tmp_path, "policy.rounds=1000000000")

@@ -1,14 +1,16 @@
-"""A run before any stage starts: what is refused at once."""
+"""A run outside of its stages: what is refused at once, and what is recorded of a failure."""
 
 from __future__ import annotations
 
 import pytest
 from places import TINY
 
+from flows.cli.report import failure, print_report, status_json
 from flows.experiment import load_experiment
+from flows.run import runner
 from flows.run.runner import fork_experiment, open_run, resume_experiment, run_experiment
-from storage.errors import ConfigError, IdentityMismatch, NotEnoughSpace
-from storage.runs import Run
+from storage.errors import ConfigError, IdentityMismatch, NotEnoughSpace, StoreError
+from storage.runs import RoundState, Run, StageState
 from storage.store import Store
 
 
@@ -38,3 +40,58 @@ def test_a_fork_needs_a_finished_round(tmp_path):
     with pytest.raises(ConfigError, match=r"has finished 0 round"):
         fork_experiment("base", 2, tmp_path, [])
     assert fork_experiment("base", 0, tmp_path, ["train.lr=0.5"]).at(1).train.lr == 0.5
+
+
+def failed_run(root, error, monkeypatch):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(runner, "distill", fail)
+    with pytest.raises(type(error)):
+        run_experiment(load_experiment(TINY), name="base", root=root, prefect=False)
+    return Run.open(root, "base")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (StoreError("the disk went away\ncheck the mount"), "the disk went away\ncheck the mount"),
+        (ValueError("x"), "ValueError: x"),
+    ],
+)
+def test_a_failure_outside_of_all_stages_is_recorded_and_shown_first(tmp_path, monkeypatch, capsys, error, text):
+    run = failed_run(tmp_path, error, monkeypatch)
+    assert (run.state.status, run.state.error) == ("failed", text)
+    log = run.log_path("run").read_text()
+    assert f"failed: {text}" in log and ("Traceback" in log) == isinstance(error, ValueError)
+    print_report(run.state, tmp_path)
+    _, failed, *_ = capsys.readouterr().out.splitlines()
+    assert failed.startswith(f"failed at {run.state.updated}: {text.splitlines()[0]}")
+    status = status_json(run.state, tmp_path)
+    assert status["error"] == text and any("resume base" in command for command in status["next"])
+
+
+def test_a_failure_in_a_stage_names_it_and_the_next_call_forgets_it(tmp_path, monkeypatch):
+    run = failed_run(tmp_path, StoreError("no"), monkeypatch)
+    state = run.state
+    state.rounds = [RoundState(round=0, stages={"train": StageState(state="failed", error="no")})]
+    assert failure(state) == "round 0 train: no"
+    monkeypatch.setattr(runner, "distill", lambda *args: None)
+    run_experiment(load_experiment(TINY), name="base", root=tmp_path, prefect=False)
+    assert (run.state.status, run.state.error, failure(run.state)) == ("stopped", None, None)
+
+
+def test_an_interrupted_run_has_no_error_and_a_refused_finished_one_stays_finished(tmp_path, monkeypatch):
+    run = failed_run(tmp_path, KeyboardInterrupt(), monkeypatch)
+    assert (run.state.status, run.state.error) == ("stopped", None)
+    state = run.state
+    state.status = "finished"
+    run.save(state)
+
+    def full(*args):
+        raise NotEnoughSpace("full")
+
+    monkeypatch.setattr(runner, "refuse_full_disk", full)
+    with pytest.raises(NotEnoughSpace):
+        run_experiment(load_experiment(TINY), name="base", root=tmp_path, prefect=False)
+    assert run.state.status == "finished" and "failed: full" in run.log_path("run").read_text()

@@ -66,6 +66,21 @@ def test_tokens_are_the_exploded_rollouts_with_signals_and_text(demo):
     assert {(r["student_entropy"], r["teacher_entropy"]) for r in found} == {(0.5, 0.25)}
 
 
+def test_text_offset_is_where_a_tokens_text_begins_in_the_completion(demo):
+    sql = (
+        "SELECT sample_id, position, text_offset, substr(completion_text, text_offset + 1, length(token)) = token AS there"
+        " FROM tokens JOIN rollouts USING (run, round, sample_id) WHERE round = 1 ORDER BY ALL"
+    )
+    found = {(r["sample_id"], r["position"]): (r["text_offset"], r["there"]) for r in rows(demo, sql)}
+    assert [found["p2/1/0", n] for n in range(3)] == [(0, True), (3, True), (6, True)]  # one, two, three
+    assert {found["p3/1/0", n] for n in range(4)} == {(None, None)}  # its last token is half a character
+
+
+def test_a_query_that_runs_out_of_memory_names_the_option(demo):
+    with pytest.raises(QueryRefused, match="--memory"):
+        demo.query("SELECT md5(repeat('x', 100) || range) FROM range(3000000) ORDER BY ALL", memory="20MB")
+
+
 def test_tokens_agree_with_rollouts_in_number(catalog):
     total = rows(catalog, "SELECT sum(len(completion_token_ids)) AS n FROM rollouts WHERE run IS NOT NULL")
     assert rows(catalog, "SELECT count(*) AS n FROM tokens") == total == [{"n": 45}]

@@ -82,7 +82,12 @@ def plugin(tmp_path, monkeypatch):
     (tmp_path / "judge_fractions.py").write_text(
         "from fractions import Fraction\n"
         "def right(text, answer):\n    return Fraction(text) == Fraction(answer)\n"
+        "import numpy\n"
         "def chatty(text, answer):\n    return 'yes'\n"
+        "def silent(text, answer):\n    text == answer\n"
+        "def score(text, answer):\n    return 0.5\n"
+        "def array(text, answer):\n    return numpy.array([text]) == numpy.array([answer])\n"
+        "def vector(text, answer):\n    return (numpy.array([text]) == numpy.array([answer]))[0]\n"
         "number = 3\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -98,10 +103,31 @@ def test_users_function_judges(plugin):
 
 
 def test_users_function_that_fails_is_named_with_its_completion(plugin):
-    with pytest.raises(OpdError, match=r"judge_fractions:right' failed on 'one half': ValueError"):
+    with pytest.raises(OpdError, match=r"judge_fractions:right' failed on 'one half', answer '0\.5': ValueError"):
         verify(FunctionVerifier(target="judge_fractions:right"), "one half", "0.5")
     with pytest.raises(OpdError, match="must return True or False, found 'yes'"):
         verify(FunctionVerifier(target="judge_fractions:chatty"), "1", "1")
+
+
+def test_what_a_users_function_returns_is_named(plugin):
+    assert verify(FunctionVerifier(target="judge_fractions:vector"), "1", "1") is True  # numpy's bool
+    for name, found in (
+        ("silent", r"found None \(NoneType\)"),
+        ("score", r"found 0\.5 \(float\)"),
+        ("array", "ndarray"),
+    ):
+        with pytest.raises(OpdError, match=f"judge_fractions:{name}' must return True or False, .*{found}"):
+            verify(FunctionVerifier(target=f"judge_fractions:{name}"), "1", "1")
+
+
+@pytest.mark.parametrize(
+    ("source", "found"), [("1 +", "SyntaxError"), ("import nowhere_x", "imports 'nowhere_x'"), ("1/0", "Zero")]
+)
+def test_a_module_that_fails_on_import_is_a_config_error(tmp_path, monkeypatch, source, found):
+    (tmp_path / "broken_judge.py").write_text(f"{source}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=f"'broken_judge' .*{found}"):
+        verifiers.verifier_digest(FunctionVerifier(target="broken_judge:f"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from rich.table import Table
 from flows.cli.options import Json, Root, RunName, console, example, existing_root
 from flows.run.hints import DEFAULT_ROOT
 from storage.errors import InputError
-from storage.runs import Run, RunState
+from storage.runs import RoundState, Run, RunState
 
 POLL_SECONDS = 0.5
 """How often `opd logs --follow` looks for new lines."""
@@ -58,12 +58,13 @@ def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
 
     Exit codes: 0, also when there is no run."""
     from flows.cli.report import evicted, status_text
+    from flows.run.shown import NOT_EVALUATED, samples, with_error
     from storage.runs import settled
 
     states = sorted((settled(run.state, run.holder()) for run in Run.list(root)), key=lambda state: state.updated)
     gone = {state.name: sorted({round for round, _ in evicted(state, root)}) for state in states}
     if json_:
-        lines = [_line(state) | {"evicted_rounds": gone[state.name]} for state in states]
+        lines = [_line(state, _last(state, root)) | {"evicted_rounds": gone[state.name]} for state in states]
         typer.echo(json.dumps(lines, indent=2))
         return
     if not states:
@@ -71,15 +72,19 @@ def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
         return
     table = Table("run", "status", "round", "accuracy", "reverse KL", "evicted", "changed")
     for state in states:
-        last = state.last_trained
-        metrics = last.metrics if last else {}
-        accuracy, kl = metrics.get("accuracy_greedy"), metrics.get("reverse_kl")
+        last = _last(state, root)
+        cells = ["", ""]
+        for place, (name, form) in enumerate((("accuracy_greedy", "{:.1%}"), ("reverse_kl", "{:.4f}"))):
+            if last is not None and (text := with_error(last.metrics, name, form)):
+                size = samples(last.metrics, name)
+                cells[place] = text + (f" ({size})" if size else "")
+        if last is not None and last.unevaluated:
+            cells[0] = NOT_EVALUATED
         table.add_row(
             state.name,
             status_text(state, root),
             str(last.round) if last else "",
-            f"{accuracy:.1%}" if accuracy is not None else "",
-            f"{kl:.4f}" if kl is not None else "",
+            *cells,
             f"of {len(gone[state.name])} rounds" if gone[state.name] else "",
             state.updated,
         )
@@ -157,8 +162,16 @@ def _latest(root: Path) -> Run:
     return max(runs, key=lambda run: run.state.updated)
 
 
-def _line(state: RunState) -> dict[str, Any]:
+def _last(state: RunState, root: Path) -> RoundState | None:
+    """The run's last trained round, with the errors of its metrics."""
+    from storage.query.figures import completed
+    from storage.store import Store
+
     last = state.last_trained
+    return None if last is None else completed(Store(root), state.model_copy(update={"rounds": [last]})).rounds[0]
+
+
+def _line(state: RunState, last: RoundState | None) -> dict[str, Any]:
     return {
         "name": state.name,
         "status": state.status,

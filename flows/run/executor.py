@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, Protocol, cast
 from flows.run.lineage import Lineage, Origin, Rebuild, artifacts_in, rebuild, require_plugins
 from storage.disk.redact import redact
 from storage.errors import InputError
+from storage.query.figures import with_errors
 from storage.runs import RoundState, Run, RunState, StageState
 from storage.store import Artifact, Builder, Store
 from tasks.stage import Context, Work
@@ -59,14 +60,18 @@ def rows_of(made: Mapping[str, Artifact]) -> int:
     return sum(sum(artifact.rows.values()) for artifact in made.values())
 
 
-def metrics_of(made: Mapping[str, Artifact]) -> Metrics:
-    """The metrics that a stage recorded in its outputs."""
-    return {name: value for artifact in made.values() for name, value in (artifact.meta.get("metrics") or {}).items()}
+def metrics_of(made: Mapping[str, Artifact], store: Store) -> Metrics:
+    """The metrics that a stage recorded in its outputs. An evaluation of an earlier version gets its errors from its rows."""
+    found: dict[str, float | None] = {}
+    for artifact in made.values():
+        own = artifact.meta.get("metrics") or {}
+        found |= with_errors(store, artifact, own) if artifact.stage == "evaluate" else own
+    return found
 
 
-def round_metrics(label: str, made: Mapping[str, Artifact]) -> dict[str, float | None]:
+def round_metrics(label: str, metrics: Metrics) -> dict[str, float | None]:
     """The same metrics by their names in a round: plain for the evaluation, prefixed with the label for other stages."""
-    return {name if label == "evaluate" else f"{label}_{name}": value for name, value in metrics_of(made).items()}
+    return {name if label == "evaluate" else f"{label}_{name}": value for name, value in metrics.items()}
 
 
 def refuse_other_model(label: str, work: Work, recorded: StageState | None, store: Store) -> None:
@@ -315,8 +320,9 @@ class Maker:
         """Records the end of a stage. `shown`: the state to report, if the record keeps the state of an earlier call."""
         state.key = next(iter(state.artifacts.values()), None)
         state.rows = rows_of(found)
-        self._round.metrics |= round_metrics(label, found)
-        self._note(label, state, shown, metrics_of(found))
+        metrics = metrics_of(found, self.store)
+        self._round.metrics |= round_metrics(label, metrics)
+        self._note(label, state, shown, metrics)
         return found
 
     def _note(self, label: str, state: StageState, shown: str | None = None, metrics: Metrics | None = None) -> None:

@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from flows.run.shown import NOT_EVALUATED, samples, with_error
 from storage.runs import RoundState, StageState
 from tasks.workers.metrics import Metrics, short_words, summary, words
 
@@ -155,15 +156,15 @@ class TerminalReporter(LineReporter):
 
 
 def round_line(state: RoundState) -> str:
-    """A round's metrics in one line."""
-    shown = [f"round {state.round}:"]
+    """A round's metrics in one line, with their standard errors; sizes of samples for accuracy and KL."""
+    shown = [f"round {state.round}:", *([NOT_EVALUATED] if state.unevaluated else [])]
     for name, label, form in (
         ("accuracy_greedy", "accuracy", "{:.1%}"),
         ("reverse_kl", "reverse KL", "{:.4f}"),
         ("mean_length", "length", "{:.1f}"),
         ("clipped_ratio", "clipped", "{:.1%}"),
     ):
-        value = state.metrics.get(name)
-        if value is not None:
-            shown.append(f"{label} {form.format(value)}")
+        if text := with_error(state.metrics, name, form):
+            size = samples(state.metrics, name) if name in ("accuracy_greedy", "reverse_kl") else ""
+            shown.append(f"{label} {text}" + (f" ({size})" if size else ""))
     return "  ".join(shown)

@@ -8,7 +8,7 @@ from typing import Any
 
 from flows.distill import distill
 from flows.experiment import Experiment, experiment_of, refuse_other_plugins
-from flows.run.executor import Made, P, Planner, round_metrics, rows_of
+from flows.run.executor import Made, P, Planner, metrics_of, round_metrics, rows_of
 from storage.artifacts.artifact import artifact_directory
 from storage.errors import CorruptArtifact
 from storage.runs import RECORDS, RoundState, Run, RunState, StageState
@@ -105,7 +105,7 @@ class _Recorder(Planner):
             stage = StageState(key=next(iter(keys.values())), artifacts=keys)
             if isinstance(made, dict):
                 stage.state, stage.seconds, stage.rows = "cached", 0.0, rows_of(made)
-                self._now.metrics |= round_metrics(label, made)
+                self._now.metrics |= round_metrics(label, metrics_of(made, self.store))
             elif not any(artifact_directory(self.store.root, *name).is_dir() for name in keys.items()):
                 continue  # not started
             self._now.stages[label] = stage

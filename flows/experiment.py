@@ -35,7 +35,17 @@ class Policy(RunPolicy):
     """Fields that may change between two calls of the same run."""
 
     rounds: int = Field(5, ge=0, description="rounds of rollout, supervision and training after the initial evaluation")
+    evaluate_every: int = Field(
+        1,
+        ge=1,
+        description="evaluate every so many rounds, and always the last; a round left out can be evaluated later"
+        " (`opd evaluate`)",
+    )
     retain: Retention = Field(default_factory=Retention, description="what `opd gc` keeps of this run's earlier rounds")
+
+    def evaluates(self, round: int, last: int) -> bool:
+        """Whether a round is evaluated in a call that ends with the round `last`."""
+        return round % self.evaluate_every == 0 or round in (last, self.rounds)
 
 
 class Fork(BaseModel):

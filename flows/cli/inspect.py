@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
     """Add this file's commands."""
     app.command(epilog=example("opd status demo --json"))(status)
     app.command("ls", epilog=example("opd ls --json"))(list_runs)
+    app.command(epilog=example("opd compare demo@5 wider@5"))(compare)
     app.command(epilog=example("opd logs demo --stage train --follow"))(logs)
     app.command(
         epilog=example("opd query demo 'SELECT round, avg(teacher_logprob) AS mean FROM tokens GROUP BY round' --csv")
@@ -88,6 +89,46 @@ def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
             f"of {len(gone[state.name])} rounds" if gone[state.name] else "",
             state.updated,
         )
+    console().print(table)
+
+
+def compare(
+    first: Annotated[str, typer.Argument(metavar="NAME[@ROUND]", help="a run, or a round of it", show_default=False)],
+    others: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME[@ROUND]...", help="what to compare with it", show_default=False)
+    ] = None,
+    json_: Json = False,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Paired differences between evaluations, on the prompts that both have, with standard errors clustered by prompt.
+
+    One run: each evaluated round minus the one before. Several: each further one minus the first, a run without @ROUND at its
+    last evaluated round. Not told apart: the 95% interval has 0 in it. In SQL: the view `differences`.
+
+    Exit codes: 0 shown, 1 damaged evaluations, 2 no such run or round, or not evaluated."""
+    from flows.run.compare import compared, evaluated_rounds, point
+    from flows.run.shown import apart
+    from storage.store import Store
+
+    store = Store(existing_root(root))
+    if others:
+        base = point(root, first)
+        pairs = [(point(root, other), base) for other in others]
+    else:
+        rounds = evaluated_rounds(root, first)
+        pairs = list(zip(rounds[1:], rounds, strict=False))
+    found = [compared(store, one, other) for one, other in pairs]
+    if json_:
+        typer.echo(json.dumps([line.as_json() for line in found], indent=2))
+        return
+    forms = {"accuracy_greedy": "{:.1%}", "accuracy_sampled": "{:.1%}", "reverse_kl": "{:.4f}"}
+    shown = [metric for metric in forms if any(metric in line.figures for line in found)]
+    table = Table(
+        "difference", *shown, "prompts", caption="± is one standard error over prompts", caption_justify="left"
+    )
+    for line in found:
+        cells = [apart(line.figures[m], forms[m]) if m in line.figures else "" for m in shown]
+        table.add_row(f"{line.one} - {line.other}", *cells, line.prompts)
     console().print(table)
 
 

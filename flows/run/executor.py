@@ -41,6 +41,9 @@ class Executor(Protocol):
     def __call__(self, label: str, make: Callable[P, Work], *args: P.args, **inputs: P.kwargs) -> Made:
         """The outputs of the stage that `make(*args, **inputs)` describes: its config first, all else by keyword."""
 
+    def stored(self, label: str, make: Callable[P, Work], *args: P.args, **inputs: P.kwargs) -> Made | None:
+        """The same if all of its outputs are in the store; else None, and nothing is built or recorded."""
+
     def round(self, number: int) -> Any:
         """A context that yields a `RoundScope`."""
 
@@ -127,6 +130,12 @@ class Planner:
             return cast(Made, Pending())
         self.lineage.note(self._round, label, work, given, found)
         return found
+
+    def stored(self, label: str, make: Callable[P, Work], *args: P.args, **inputs: P.kwargs) -> Made | None:
+        if any(_is_pending(value) for value in (*args, *inputs.values())):
+            return None
+        work = make(*args, **inputs)
+        return self(label, make, *args, **inputs) if len(resolved(work, self.store)) == len(work.outputs) else None
 
     def _mark(self, again: list[Rebuild]) -> None:
         places = {(item.origin.round, item.origin.label) for item in again}
@@ -215,6 +224,10 @@ class Maker:
         work, given = make(*args, **inputs), (*args, *inputs.values())
         before, number = self.built, self._round.round
         return self.run_task(label, number, lambda: self._make(label, work, given), lambda _: self.built == before)
+
+    def stored(self, label: str, make: Callable[P, Work], *args: P.args, **inputs: P.kwargs) -> Made | None:
+        work = make(*args, **inputs)
+        return self(label, make, *args, **inputs) if len(resolved(work, self.store)) == len(work.outputs) else None
 
     def _make(self, label: str, work: Work, inputs: tuple[Any, ...]) -> dict[str, Artifact]:
         with ExitStack() as held:

@@ -79,7 +79,8 @@ def rebuilt_state(name: str, experiment: Experiment, store: Store) -> RunState:
     while True:
         recorder = _Recorder(store)
         distill(experiment, recorder, rounds)
-        if any(line.state in ("run", "pending") for line in recorder.lines):
+        # an evaluation that is not there hinders no later round
+        if any(line.state in ("run", "pending") for line in recorder.lines if line.stage != "evaluate"):
             return RunState(name=name, status="stopped", rounds=recorder.rounds)
         rounds = 2 * rounds + 1  # everything is there: it may have run more rounds than its config asks for now
 

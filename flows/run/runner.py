@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,14 @@ def run_experiment(
     reporter: Reporter | None = None,
     workers: WorkerPool | None = None,
     restore: int | None = None,
+    evaluated: Callable[[int], bool] | None = None,
 ) -> tuple[RunState, int]:
     """Run until `rounds` rounds are done (default: policy.rounds), or `further` more than are done now.
 
     `workers`: a pool that the caller shares among runs and ends; without one the run starts and ends its own.
-    `restore`: a round whose evicted artifacts are rebuilt. Returns the state and the number of stages built.
+    `restore`: a round whose evicted artifacts are rebuilt. `evaluated`: which rounds are evaluated, instead of those of
+    policy.evaluate_every and the last one of this call (with `further`: of the run).
+    Returns the state and the number of stages built.
     Raises RunBusy when another process holds the name, IdentityMismatch when the name belongs to another experiment, and
     any error of a stage."""
     experiment.runtime.tell_libraries()
@@ -79,6 +83,7 @@ def run_experiment(
         goal = experiment.policy.rounds if rounds is None else rounds
         if further is not None:
             goal = min(goal, state.rounds_done + further)
+            evaluated = evaluated or partial(experiment.policy.evaluates, last=experiment.policy.rounds)
         refuse_full_disk(store, experiment)
         state.status = "running"
         run.save(state)
@@ -93,9 +98,9 @@ def run_experiment(
                 if prefect:
                     from flows.prefect_.tasks import distill_in_prefect
 
-                    distill_in_prefect(experiment, maker, goal)
+                    distill_in_prefect(experiment, maker, goal, evaluated)
                 else:
-                    distill(experiment, maker, goal)
+                    distill(experiment, maker, goal, evaluated)
         except BaseException as error:
             state.status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             with suppress(OpdError, OSError):  # the first error is the one to report, also on a full disk

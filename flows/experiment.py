@@ -192,6 +192,15 @@ def experiment_of(data: dict[str, Any], where: str) -> Experiment:
     return validate(Experiment, _absolute(data), where)
 
 
+def as_stored(data: dict[str, Any]) -> dict[str, Any]:
+    """A run's stored config. Fields that it lacks are younger than the run, and mean what the run did: where a new config has
+    another default, that is set here."""
+    stored = data | {"train": {"drift_estimator": "log_ratio"} | data["train"]}
+    if isinstance(data.get("fork"), dict):
+        stored["fork"] = data["fork"] | {"experiment": as_stored(data["fork"]["experiment"])}
+    return stored
+
+
 def _absolute(value: Any, key: str = "") -> Any:
     """Makes paths absolute: they are relative to the current directory, which later calls of the run must not depend on."""
     if isinstance(value, dict):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from flows.distill import distill
-from flows.experiment import Experiment, experiment_of, refuse_other_plugins
+from flows.experiment import Experiment, as_stored, experiment_of, refuse_other_plugins
 from flows.run.executor import Made, P, Planner, metrics_of, round_metrics, rows_of
 from storage.artifacts.artifact import artifact_directory
 from storage.errors import CorruptArtifact
@@ -33,7 +33,7 @@ def stands_for(run: Run, experiment: Experiment) -> bool:
             f" not run again), and remove {run.directory}"
         )
     for data in records:
-        held = experiment_of(data, f"run {run.name}")
+        held = experiment_of(as_stored(data), f"run {run.name}")
         if held.identity() != experiment.identity():
             if held.plugins == experiment.plugins:
                 refuse_other_plugins(held.plugin_sources, experiment.plugin_sources, run.name)

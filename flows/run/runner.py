@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.distill import distill
-from flows.experiment import Experiment, experiment_of, load_experiment, with_plugins
+from flows.experiment import Experiment, as_stored, experiment_of, load_experiment, with_plugins
 from flows.run.executor import Maker, PlanLine, Planner, Reporter
 from flows.run.progress import SilentReporter
 from flows.run.recovery import mend, stands_for
@@ -148,7 +148,7 @@ def logger(path: Path) -> Callable[[str], None]:
 
 def stored_experiment(run: Run) -> Experiment:
     """A run's stored experiment, as this version reads it."""
-    return experiment_of(run.experiment, f"run {run.name}")
+    return experiment_of(as_stored(run.experiment), f"run {run.name}")
 
 
 def resume_experiment(name: str, root: str | Path, overrides: list[str]) -> Experiment:
@@ -156,7 +156,7 @@ def resume_experiment(name: str, root: str | Path, overrides: list[str]) -> Expe
     from flows.config_file import merge, parse_override
 
     run = Run.open(root, name)
-    data = run.experiment
+    data = as_stored(run.experiment)
     for text in overrides:
         if text.split(".")[0] not in ("runtime", "policy"):
             raise ConfigError(
@@ -176,10 +176,11 @@ def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str
     if round > done:
         raise ConfigError(f"run {name!r} has finished {done} round(s); it cannot be forked at round {round}")
     # its own rounds use the current plugins, the shared rounds keep theirs
-    data: dict[str, Any] = run.experiment | {"plugin_sources": {}}
+    parent = as_stored(run.experiment)
+    data: dict[str, Any] = parent | {"plugin_sources": {}}
     for text in overrides:
         data = merge(data, parse_override(text))
-    data["fork"] = {"run": name, "round": round, "experiment": run.experiment}
+    data["fork"] = {"run": name, "round": round, "experiment": parent}
     return experiment_of(data, f"fork of {name}@{round}")
 
 

@@ -23,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from storage.artifacts.artifact import artifact_directory
 from storage.artifacts.shards import read_parquet
 from storage.errors import OpdError
 from storage.runs import RoundState, RunState
@@ -141,8 +140,7 @@ def evaluation_of(store: Store, round: RoundState) -> Artifact | None:
 
 def read_sums(store: Store, evaluation: Artifact) -> dict[str, Sums]:
     """`sums_of` an evaluation's shards; page checksums are verified. Raises OpdError or OSError where they cannot be read."""
-    directory = artifact_directory(store.root, evaluation.stage, evaluation.key)
-    shards = [directory / record.file for record in store.shards(evaluation, "evaluations")]
+    shards = store.shard_files(evaluation, "evaluations")
     return sums_of(pa.concat_tables([read_parquet(path, COLUMNS) for path in shards])) if shards else {}
 
 

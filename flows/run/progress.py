@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from flows.run.shown import NOT_EVALUATED, samples, with_error
+from flows.run.shown import NOT_EVALUATED, amount, samples, with_error
 from storage.runs import RoundState, StageState
 from tasks.workers.metrics import Metrics, short_words, summary, words
 
@@ -58,12 +58,13 @@ class LineReporter(SilentReporter):
 
     def stage(self, round: int, label: str, state: StageState, metrics: Metrics | None = None) -> None:
         self._begin()
+        made = f" ({text})" if (text := amount(label, state)) else ""
         if state.state == "running":
             self._line(round, label, "started")
         elif state.state == "cached":
-            self._line(round, label, f"[dim]already in the store[/] ({state.rows or 0:,} rows)")
+            self._line(round, label, f"[dim]already in the store[/]{made}")
         elif state.state == "done":
-            self._line(round, label, f"[green]done[/] in {state.seconds or 0:.1f} s ({state.rows or 0:,} rows)")
+            self._line(round, label, f"[green]done[/] in {state.seconds or 0:.1f} s{made}")
             if text := summary(metrics or {}):
                 self._line(round, label, text)
         else:

@@ -5,12 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from storage.query.figures import Figure
-from storage.runs import RoundState
+from storage.runs import RoundState, StageState
 
 NOT_EVALUATED = "not evaluated"
 """What is shown for a round that `policy.evaluate_every` left out."""
 _NAMES = {"accuracy_greedy": "accuracy", "accuracy_sampled": "sampled accuracy", "reverse_kl": "reverse KL"}
 _NAMES |= {"mean_length": "length", "clipped_ratio": "clipped"}
+
+
+_UNITS = {"train": "steps", "warmup": "steps", "warmup_teacher": "steps"}
+_UNITS |= dict.fromkeys(("rollout", "supervise", "evaluate"), "samples")
+
+
+def amount(label: str, stage: StageState) -> str:
+    """What a stage made, in its own unit: `640 samples`, of supervision `640 samples, 3 signals` (each has a row per sample);
+    empty where it made no rows."""
+    rows = stage.rows or 0
+    if not rows:
+        return ""
+    if label == "supervise" and (signals := len(stage.artifacts)) > 1:
+        return f"{rows // signals:,} samples, {signals} signals"
+    return f"{rows:,} {_UNITS.get(label, 'rows')}"
+
+
+def all_with_errors(metrics: Mapping[str, float | None], form: str) -> dict[str, str]:
+    """Every metric that has a value as text, its error and number of samples beside it instead of as metrics."""
+    beside = {f"{name}_{part}" for name in metrics if f"{name}_n" in metrics for part in ("se", "n", "prompts")}
+    found = {}
+    for name in metrics:
+        if name not in beside and (text := with_error(metrics, name, form)):
+            size = samples(metrics, name)
+            found[name] = text + (f" ({size})" if size else "")
+    return found
 
 
 def with_error(metrics: Mapping[str, float | None], name: str, form: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -38,27 +40,39 @@ def test_a_stored_config_is_read_as_it_was_written() -> None:
     assert TrainConfig.model_validate(parent | {"max_drift": 0.1}).drift_estimator == "k3"
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_k3_is_not_negative_and_exact_without_truncation(top_p: float) -> None:
-    """All of 50 tokens, each weighed by the probability of being sampled: no sampling error. The student has become sharper, as
-    in training with a small vocabulary of likely tokens."""
+def log_softmax(values: np.ndarray) -> np.ndarray:
+    return values - np.log(np.exp(values).sum(1, keepdims=True))
+
+
+def estimates(live: Callable[[np.ndarray, np.ndarray], np.ndarray], top_p: float) -> tuple[float, float, float]:
+    """KL(old || live), and the expectations of both estimators under top-p: 1,000 positions, 200 tokens, each weighed by its
+    probability of being sampled, so that there is no sampling error. `live`: (logits, noise) -> the student's new logits."""
     generator = np.random.default_rng(0)
-    logits = generator.normal(0, 3, (500, 50))
-
-    def log_softmax(values: np.ndarray) -> np.ndarray:
-        return values - np.log(np.exp(values).sum(1, keepdims=True))
-
-    old, live = log_softmax(logits), log_softmax(1.15 * logits)
+    logits, noise = generator.normal(0, 3, (2, 1000, 200))
+    old, new = log_softmax(logits), log_softmax(live(logits, noise))
     p = np.exp(old)
     order = np.argsort(-p, axis=1)
     ranked = np.take_along_axis(p, order, axis=1)
     drawn = np.zeros_like(p)
     np.put_along_axis(drawn, order, np.where(np.cumsum(ranked, axis=1) - ranked < top_p, ranked, 0), axis=1)
     drawn /= drawn.sum(1, keepdims=True)
-    kl = (p * (old - live)).sum(1).mean()
-    log_r = live - old
-    k1, k3 = -(drawn * log_r).sum(1).mean(), (drawn * (np.expm1(log_r) - log_r)).sum(1).mean()
-    if top_p == 1:
-        assert k3 == pytest.approx(kl, rel=1e-12) and k1 == pytest.approx(kl, rel=1e-12)
-    else:
-        assert k1 < 0 < k3 < kl
+    log_r = new - old
+    means = (p * -log_r, drawn * -log_r, drawn * (np.expm1(log_r) - log_r))
+    kl, k1, k3 = (float(of.sum(1).mean()) for of in means)
+    return kl, k1, k3
+
+
+MOVES = {
+    "noise": lambda logits, noise: logits + noise / 6,
+    "another model": lambda logits, noise: 0.85 * logits + 0.15 * noise,
+    "sharper": lambda logits, noise: 1.15 * logits,
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_k3_is_exact_without_truncation_and_low_but_never_negative_with_it(move: str) -> None:
+    kl, k1, k3 = estimates(MOVES[move], top_p=1)
+    assert k1 == pytest.approx(kl, rel=1e-9) and k3 == pytest.approx(kl, rel=1e-9)
+    kl, k1, k3 = estimates(MOVES[move], top_p=0.9)
+    off = {"noise": (0.00, -0.06), "another model": (0.49, -0.20), "sharper": (-2.19, -0.49)}[move]
+    assert (k1 / kl - 1, k3 / kl - 1) == (pytest.approx(off[0], abs=0.03), pytest.approx(off[1], abs=0.03))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from flows.experiment import Experiment, ModelConfig
 from flows.run.executor import Executor
 from storage.store import Artifact
@@ -15,9 +18,13 @@ from tasks.train import train_work
 from tasks.warmup import warmup_work
 
 
-def distill(experiment: Experiment, do: Executor, rounds: int) -> Student:
-    """Round 0 prepares and evaluates the student; every further round makes it a little more like its teacher."""
-    student, teacher, prompts = begin(experiment, do)
+def distill(
+    experiment: Experiment, do: Executor, rounds: int, evaluated: Callable[[int], bool] | None = None
+) -> Student:
+    """Round 0 prepares and evaluates the student; every further round makes it a little more like its teacher.
+    `evaluated`: which rounds are; by default those of policy.evaluate_every, and the last."""
+    evaluated = evaluated or partial(experiment.policy.evaluates, last=rounds)
+    student, teacher, prompts = begin(experiment, do, evaluated)
     state: TrainerState | None = None
     for number in range(1, rounds + 1):
         now = experiment.at(number)
@@ -39,7 +46,8 @@ def distill(experiment: Experiment, do: Executor, rounds: int) -> Student:
                 seed=seed, round=number, plugins=plugins,
             )  # fmt: skip
             student, state = Student(made["student"]), TrainerState(made["trainer_state"])
-            do(
+            evaluate = do if evaluated(number) else do.stored
+            evaluate(
                 "evaluate", evaluate_work, now.evaluate,
                 student=student, teacher=teacher, prompts=prompts, seed=seed, plugins=plugins,
             )  # fmt: skip
@@ -47,14 +55,15 @@ def distill(experiment: Experiment, do: Executor, rounds: int) -> Student:
     return student
 
 
-def begin(experiment: Experiment, do: Executor) -> tuple[Student, Teacher, Prompts]:
+def begin(experiment: Experiment, do: Executor, evaluated: Callable[[int], bool]) -> tuple[Student, Teacher, Prompts]:
     """Round 0: the two models, the prompts, the warm-ups, and the student's metrics before distillation."""
     first = experiment.at(0)
     with do.round(0) as round:
         student_model, teacher_model, prompts = inputs(first, do)
         teacher = Teacher(warmed("warmup_teacher", first.teacher, teacher_model, prompts, first, do))
         student = Student(warmed("warmup", first.student, student_model, prompts, first, do))
-        do(
+        evaluate = do if evaluated(0) else do.stored
+        evaluate(
             "evaluate", evaluate_work, first.evaluate,
             student=student, teacher=teacher, prompts=prompts, seed=first.seed, plugins=first.plugin_sources,
         )  # fmt: skip

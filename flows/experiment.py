@@ -38,7 +38,17 @@ class Policy(RunPolicy):
     """Fields that may change between two calls of the same run."""
 
     rounds: int = Field(5, ge=0, description="rounds of rollout, supervision and training after the initial evaluation")
+    evaluate_every: int = Field(
+        1,
+        ge=1,
+        description="evaluate every so many rounds, and always the last; a round left out can be evaluated later"
+        " (`opd evaluate`)",
+    )
     retain: Retention = Field(default_factory=Retention, description="what `opd gc` keeps of this run's earlier rounds")
+
+    def evaluates(self, round: int, last: int) -> bool:
+        """Whether a round is evaluated in a call that ends with the round `last`."""
+        return round % self.evaluate_every == 0 or round in (last, self.rounds)
 
 
 class Fork(BaseModel):
@@ -278,6 +288,15 @@ def import_plugins(data: dict[str, Any], where: str, folders: Sequence[Path] = (
 def _names(data: dict[str, Any]) -> list[str]:
     names = data.get("plugins")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list | tuple) else []
+
+
+def as_stored(data: dict[str, Any]) -> dict[str, Any]:
+    """A run's stored config. Fields that it lacks are younger than the run, and mean what the run did: where a new config has
+    another default, that is set here."""
+    stored = data | {"train": {"drift_estimator": "log_ratio"} | data["train"]}
+    if isinstance(data.get("fork"), dict):
+        stored["fork"] = data["fork"] | {"experiment": as_stored(data["fork"]["experiment"])}
+    return stored
 
 
 def with_plugins(experiment: Experiment, name: str = "NAME") -> Experiment:

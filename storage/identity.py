@@ -39,11 +39,11 @@ class RunPolicy(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-def omit_at(value: object) -> dict[str, Any]:
-    """For `Field(json_schema_extra=omit_at(v))`: at value `v` the field is left out of the canonical JSON.
+def omit_at(*values: object) -> dict[str, Any]:
+    """For `Field(json_schema_extra=omit_at(v))`: at value `v` (or any of several) the field is left out of the canonical JSON.
 
     A field added after a release declares the value that old versions implied, so that old keys stay the same."""
-    return {_OMIT_AT: _canonical(value, "omit_at")}
+    return {_OMIT_AT: [_canonical(value, "omit_at") for value in values]}
 
 
 def by_kind() -> dict[str, Any]:
@@ -124,5 +124,5 @@ def _omitted(field: FieldInfo, item: object) -> bool:
     extra = field.json_schema_extra
     if not isinstance(extra, dict) or _OMIT_AT not in extra:
         return False
-    omitted_value = extra[_OMIT_AT]
-    return isinstance(item, bool) == isinstance(omitted_value, bool) and bool(item == omitted_value)
+    omitted: Any = extra[_OMIT_AT]
+    return any(isinstance(item, bool) == isinstance(value, bool) and bool(item == value) for value in omitted)

@@ -71,6 +71,11 @@ class RoundState(_State):
         """Whether its last stage is finished."""
         return "evaluate" in self.stages and self.stages["evaluate"].state in ("done", "cached")
 
+    @property
+    def unevaluated(self) -> bool:
+        """Whether its student is known and its evaluation was never begun: `policy.evaluate_every` left it out."""
+        return self.student_sha256 is not None and "evaluate" not in self.stages
+
 
 class RunState(_State):
     """State of a run, as `opd status` shows it."""
@@ -86,8 +91,8 @@ class RunState(_State):
 
     @property
     def rounds_done(self) -> int:
-        """The last round whose student is known and evaluated; 0 if there is none after round 0."""
-        done = [r.round for r in self.rounds if r.student_sha256 and r.evaluated]
+        """The last round whose student is known and evaluated, or not to be evaluated; 0 if there is none after round 0."""
+        done = [r.round for r in self.rounds if r.student_sha256 and (r.evaluated or r.unevaluated)]
         return max(done, default=0)
 
     @property

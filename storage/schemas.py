@@ -178,12 +178,21 @@ _ALL = (
         _opt("teacher_entropy", _DOUBLE, "teacher, nats"),
         _opt("clip_fraction", _DOUBLE, "share of tokens whose importance ratio was clipped"),
         _opt("outlier_fraction", _DOUBLE, "share of tokens outside the trust region: gated, dropped or capped"),
-        _opt("log_ratio_mean", _DOUBLE, "live student to rollout-time student, log"),
+        _opt(
+            "log_ratio_mean", _DOUBLE, "live student to rollout-time student, log; no KL where sampling was truncated"
+        ),
         _opt("log_ratio_p05", _DOUBLE, "5th percentile of it"),
         _opt("log_ratio_p50", _DOUBLE, "median of it"),
         _opt("log_ratio_p95", _DOUBLE, "95th percentile of it"),
         _opt("reverse_kl", _DOUBLE, "KL(student || teacher) as the objective sees it"),
         _opt("importance_weight_mean", _DOUBLE, "after truncation"),
+        _opt(
+            "drift",
+            _DOUBLE,
+            "KL(rollout-time student || live student), estimated by k3 = r - 1 - log r over the sampled tokens, r the ratio of"
+            " live to rollout-time probability; low where top-p or top-k kept tokens from being sampled",
+        ),
+        _opt("masked_tokens", _LONG, "tokens of the step's samples that were left out of the loss"),
     ),
     _table(
         "evaluations",

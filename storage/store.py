@@ -178,6 +178,11 @@ class Store:
         """The shards of a table, in order. StoreError for a table that the artifact does not have."""
         return self._shards(self._manifest(artifact), table)
 
+    def shard_files(self, artifact: Artifact, table: str) -> Sequence[Path]:
+        """The files of a table's shards, in order; nothing is verified. Evicted where `opd gc` removed the data."""
+        self.require_data(artifact)
+        return [self._directory(artifact) / record.file for record in self.shards(artifact, table)]
+
     def table_schemas(self, artifact: Artifact) -> dict[str, TableSchema]:
         """The declarations of its tables, those of plugins from its manifest."""
         manifest = self._manifest(artifact)

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from storage.artifacts.shards import IntermediateShards, read_parquet
 from storage.errors import CorruptArtifact, InputError
 from storage.identity import Identity, derive_seed, omit_at
+from storage.query.figures import errors_of, sums_of
 from storage.schemas import COMPLETION_KL, schema_for
 from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.inputs.verifiers import ExactMatch, FunctionVerifier, VerifierConfig, verifier_digest, verify
@@ -135,7 +136,8 @@ def evaluate_work(
     Output "evaluate": table evaluations. Meta: `metrics` accuracy_greedy and accuracy_sampled (shares of the judged
     completions, null where none was judged), reverse_kl (nats per token, exact over the vocabulary, on fresh rollouts
     at temperature 1; null where off), mean_length (tokens) and clipped_ratio of the same rollouts (else of the sampled,
-    else of the greedy ones), eval_tokens (all). Raises InputError without held-out prompts."""
+    else of the greedy ones), each with its standard error over prompts NAME_se, NAME_n samples and NAME_prompts prompts
+    (`storage.query.figures`); eval_tokens (all). Raises InputError without held-out prompts."""
     inputs = model_inputs(student, "student:")
     if config.generations("kl"):
         inputs |= {f"teacher:{part}": teacher.content[part] for part in ("weights", "architecture")}
@@ -296,7 +298,7 @@ def _judge(config: EvaluateConfig, text: str, answer: str | None) -> bool | None
 
 def _meta(builder: Builder, shards: int) -> dict[str, Any]:
     """Over all shards, including those of an earlier, interrupted attempt."""
-    columns = ["mode", "finish_reason", "correct", "reverse_kl_sum", "tokens"]
+    columns = ["prompt_id", "mode", "finish_reason", "correct", "reverse_kl_sum", "tokens"]
     table = pa.concat_tables([read_parquet(path, columns) for path in builder.finished(TABLE, shards)])
     by_mode = {mode: table.filter(pc.equal(table["mode"], mode)) for mode in MODES}
     shape = next((by_mode[mode] for mode in ("kl", "sampled", "greedy") if by_mode[mode].num_rows), table)
@@ -310,6 +312,7 @@ def _meta(builder: Builder, shards: int) -> dict[str, Any]:
             "mean_length": pc.mean(shape["tokens"]).as_py(),
             "clipped_ratio": _share(pc.equal(shape["finish_reason"], "length")),
             "eval_tokens": pc.sum(table["tokens"]).as_py(),
+            **errors_of(sums_of(table)),
         },
         "invalid_kl": by_mode["kl"].num_rows - kl.num_rows,
         "judged": table.num_rows - table["correct"].null_count,

@@ -12,6 +12,7 @@ from pydantic import Field
 from storage.artifacts.shards import read_parquet
 from storage.errors import InputError
 from storage.identity import Identity, derive_seed, omit_at
+from storage.query.figures import errors_of, sums
 from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.rollout_config import RolloutConfig
@@ -43,8 +44,9 @@ def rollout_work(
     """The rollouts of one round (from 1): `prompts_per_round` prompts of the split train, `num_generations` each.
     `plugins`: the run's, name -> digest of the source.
 
-    Output "rollout": table rollouts; meta: metrics (mean_length and tokens in tokens, clipped_ratio), proofs of the
-    engines' weights. Raises InputError when a prompt with its completion exceeds the student's positions."""
+    Output "rollout": table rollouts; meta: metrics (mean_length in tokens and clipped_ratio, with their errors as in an
+    evaluation; tokens), proofs of the engines' weights.
+    Raises InputError when a prompt with its completion exceeds the student's positions."""
     # all that a completion depends on; the checkpoint's generation config decides which tokens "eos" means
     inputs = model_inputs(student, "student:")
     inputs["prompts"] = prompts.content[f"prompts:{SPLIT}"]
@@ -129,15 +131,18 @@ def _prompt_lengths(store: Store, prompts: Artifact) -> dict[str, int]:
     return dict(zip(table["prompt_id"].to_pylist(), pc.list_value_length(table["token_ids"]).to_pylist(), strict=True))
 
 
-def _metrics(builder: Builder, shards: int) -> dict[str, float | int]:
+def _metrics(builder: Builder, shards: int) -> dict[str, float | None]:
     """Over all shards, including those of an earlier, interrupted attempt. A repaired artifact keeps its recorded metrics."""
     if not shards:
         return {}
-    columns = ["completion_token_ids", "finish_reason"]
+    columns = ["prompt_id", "completion_token_ids", "finish_reason"]
     table = pa.concat_tables([read_parquet(path, columns) for path in builder.finished(TABLE, shards)])
     lengths = pc.list_value_length(table["completion_token_ids"])
+    clipped = pc.equal(table["finish_reason"], "length")
+    by_prompt = {"mean_length": sums(table["prompt_id"], lengths), "clipped_ratio": sums(table["prompt_id"], clipped)}
     return {
         "mean_length": pc.mean(lengths).as_py(),
-        "clipped_ratio": pc.mean(pc.equal(table["finish_reason"], "length").cast(pa.float64())).as_py(),
+        "clipped_ratio": pc.mean(clipped.cast(pa.float64())).as_py(),
         "tokens": pc.sum(lengths).as_py(),
+        **errors_of(by_prompt),
     }

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from pydantic import Field
 
-from storage.errors import ConfigError
+from storage.errors import ConfigError, InputError
 from storage.identity import Identity, omit_at
 from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.engines.teacher import LocalTeacher, TeacherField
@@ -16,7 +16,7 @@ from tasks.losses.needs import SignalNeed
 from tasks.plugins import NO_PLUGINS
 from tasks.rollout_config import Dtype
 from tasks.sharded import ShardedStage
-from tasks.signals import Inputs, Written, signal_named
+from tasks.signals import Inputs, Written, require_usable, signal_named
 from tasks.signals.mask import SpecialTokens, mask_rules
 from tasks.stage import Context, Prompts, Rollouts, Student, Teacher, Work
 from tasks.workers.jobs import (
@@ -147,6 +147,7 @@ def _build(builders: dict[str, Builder], ctx: Context, inputs: Inputs) -> None:
         results, _ = stage.run("scorer", _job(ctx, inputs, builders), items)
     if outside := sum(result.outside_nucleus for result in results):
         ctx.log(f"supervise: {outside} sampled tokens lie just outside the set sampled from, by the scorer's rounding")
+    _require_usable(ctx, builders, len(sizes))
     for name, builder in sorted(builders.items()):
         meta = {}
         if not builder.repairing:  # over all shards, including those of an earlier, interrupted attempt
@@ -156,6 +157,21 @@ def _build(builders: dict[str, Builder], ctx: Context, inputs: Inputs) -> None:
                 f"warning: {meta['reasons']['invalid_value']} tokens have invalid values; they are masked (reason 16)"
             )
         stage.commit(name, meta)
+
+
+def _require_usable(ctx: Context, builders: Mapping[str, Builder], shards: int) -> None:
+    """Refuses signals of a broken model, and removes their shards: after a repair the models are asked again. What is made
+    again (a repair, a replay) was accepted before."""
+    made = {name: builder for name, builder in builders.items() if not builder.repairing}
+    if ctx.recorded:
+        return
+    try:
+        files = {name: builder.finished(name, shards) for name, builder in made.items()}
+        require_usable("supervise", files, ctx.runtime.scorer.max_invalid)
+    except InputError:
+        for name, builder in made.items():
+            builder.forget(name)
+        raise
 
 
 def _job(ctx: Context, inputs: Inputs, builders: Mapping[str, Builder]) -> ScoreJob:

@@ -9,7 +9,7 @@ from storage.errors import InputError
 from storage.store import Artifact, ArtifactSpec, Builder
 from tasks.losses.config import AnyObjective
 from tasks.plugins import NO_PLUGINS, used_plugins
-from tasks.signals import signal_named
+from tasks.signals import require_usable, signal_named
 from tasks.stage import Context, Rollouts, Student, TrainerState, Work, model_inputs
 from tasks.trainer.config import TrainConfig
 from tasks.trainer.dispatch import run_and_commit
@@ -60,6 +60,10 @@ def train_work(
     outputs = {name: ArtifactSpec.of(name, VERSION, identity, inputs) for name in ("student", "trainer_state", "train")}
 
     def build(builders: dict[str, Builder], context: Context) -> None:
+        if not context.recorded and not any(builder.repairing for builder in builders.values()):
+            # of another run that accepts more, or of a version that did not ask
+            files = {name: context.store.shard_files(artifact, name) for name, artifact in used.items()}
+            require_usable("train", files, context.runtime.scorer.max_invalid)
         job = TrainJob(
             store=str(context.store.root),
             model=str(context.store.materialize(student, "model")),

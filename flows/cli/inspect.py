@@ -14,7 +14,7 @@ from rich.table import Table
 from flows.cli.options import Json, Root, RunName, console, example, existing_root
 from flows.run.hints import DEFAULT_ROOT
 from storage.errors import InputError, did_you_mean
-from storage.runs import Run, RunState
+from storage.runs import RoundState, Run, RunState
 
 POLL_SECONDS = 0.5
 """How often `opd logs --follow` looks for new lines."""
@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
     """Add this file's commands."""
     app.command(epilog=example("opd status demo --json"))(status)
     app.command("ls", epilog=example("opd ls --json"))(list_runs)
+    app.command(epilog=example("opd compare demo@5 wider@5"))(compare)
     app.command(epilog=example("opd logs demo --stage train --follow"))(logs)
     app.command(
         epilog=example("opd query demo 'SELECT round, avg(teacher_logprob) AS mean FROM tokens GROUP BY round' --csv")
@@ -58,12 +59,13 @@ def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
 
     Exit codes: 0, also when there is no run."""
     from flows.cli.report import evicted, status_text
+    from flows.run.shown import NOT_EVALUATED, samples, with_error
     from storage.runs import settled
 
     states = sorted((settled(run.state, run.holder()) for run in Run.list(root)), key=lambda state: state.updated)
     gone = {state.name: sorted({round for round, _ in evicted(state, root)}) for state in states}
     if json_:
-        lines = [_line(state) | {"evicted_rounds": gone[state.name]} for state in states]
+        lines = [_line(state, _last(state, root)) | {"evicted_rounds": gone[state.name]} for state in states]
         typer.echo(json.dumps(lines, indent=2))
         return
     if not states:
@@ -71,18 +73,62 @@ def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
         return
     table = Table("run", "status", "round", "accuracy", "reverse KL", "evicted", "changed")
     for state in states:
-        last = state.last_trained
-        metrics = last.metrics if last else {}
-        accuracy, kl = metrics.get("accuracy_greedy"), metrics.get("reverse_kl")
+        last = _last(state, root)
+        cells = ["", ""]
+        for place, (name, form) in enumerate((("accuracy_greedy", "{:.1%}"), ("reverse_kl", "{:.4f}"))):
+            if last is not None and (text := with_error(last.metrics, name, form)):
+                size = samples(last.metrics, name)
+                cells[place] = text + (f" ({size})" if size else "")
+        if last is not None and last.unevaluated:
+            cells[0] = NOT_EVALUATED
         table.add_row(
             state.name,
             status_text(state, root),
             str(last.round) if last else "",
-            f"{accuracy:.1%}" if accuracy is not None else "",
-            f"{kl:.4f}" if kl is not None else "",
+            *cells,
             f"of {len(gone[state.name])} rounds" if gone[state.name] else "",
             state.updated,
         )
+    console().print(table)
+
+
+def compare(
+    first: Annotated[str, typer.Argument(metavar="NAME[@ROUND]", help="a run, or a round of it", show_default=False)],
+    others: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME[@ROUND]...", help="what to compare with it", show_default=False)
+    ] = None,
+    json_: Json = False,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Paired differences between evaluations, on the prompts that both have, with standard errors clustered by prompt.
+
+    One run: each evaluated round minus the one before. Several: each further one minus the first, a run without @ROUND at its
+    last evaluated round. Not told apart: the 95% interval has 0 in it. In SQL: the view `differences`.
+
+    Exit codes: 0 shown, 1 damaged evaluations, 2 no such run or round, or not evaluated."""
+    from flows.run.compare import compared, evaluated_rounds, point
+    from flows.run.shown import apart
+    from storage.store import Store
+
+    store = Store(existing_root(root))
+    if others:
+        base = point(root, first)
+        pairs = [(point(root, other), base) for other in others]
+    else:
+        rounds = evaluated_rounds(root, first)
+        pairs = list(zip(rounds[1:], rounds, strict=False))
+    found = [compared(store, one, other) for one, other in pairs]
+    if json_:
+        typer.echo(json.dumps([line.as_json() for line in found], indent=2))
+        return
+    forms = {"accuracy_greedy": "{:.1%}", "accuracy_sampled": "{:.1%}", "reverse_kl": "{:.4f}"}
+    shown = [metric for metric in forms if any(metric in line.figures for line in found)]
+    table = Table(
+        "difference", *shown, "prompts", caption="± is one standard error over prompts", caption_justify="left"
+    )
+    for line in found:
+        cells = [apart(line.figures[m], forms[m]) if m in line.figures else "" for m in shown]
+        table.add_row(f"{line.one} - {line.other}", *cells, line.prompts)
     console().print(table)
 
 
@@ -165,8 +211,16 @@ def _latest(root: Path) -> Run:
     return max(runs, key=lambda run: run.state.updated)
 
 
-def _line(state: RunState) -> dict[str, Any]:
+def _last(state: RunState, root: Path) -> RoundState | None:
+    """The run's last trained round, with the errors of its metrics."""
+    from storage.query.figures import completed
+    from storage.store import Store
+
     last = state.last_trained
+    return None if last is None else completed(Store(root), state.model_copy(update={"rounds": [last]})).rounds[0]
+
+
+def _line(state: RunState, last: RoundState | None) -> dict[str, Any]:
     return {
         "name": state.name,
         "status": state.status,

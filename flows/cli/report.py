@@ -11,9 +11,11 @@ from rich.text import Text
 
 from flows.cli.options import console
 from flows.run.hints import opd_command
+from flows.run.shown import NOT_EVALUATED, sample_sizes, with_error
 from storage.artifacts.artifact import Artifact, TreeRecord, artifact_directory, load_manifest
 from storage.artifacts.trees import tree_directory
 from storage.errors import CorruptArtifact, InputError, StoreError
+from storage.query.figures import FIGURES, completed
 from storage.runs import RoundState, Run, RunState, StageState
 from storage.store import Store
 
@@ -27,16 +29,20 @@ _METRICS = (
 )
 """Heading, metric, form. `accuracy` is greedy; `tokens` are those sampled for training."""
 
-_LEGEND = "round 0 is the student before distillation; reverse KL is to the teacher, on fresh rollouts"
+_EVALUATED = tuple(metric for _, metric, _ in _METRICS if metric in FIGURES)
+_LEGEND = (
+    "round 0 is the student before distillation; reverse KL is to the teacher, on fresh rollouts; ± is one standard error"
+    " over prompts"
+)
 _COLOURS = {"new": "dim", "running": "cyan", "stopped": "yellow", "failed": "red", "finished": "green"}
 _STUDENT_STAGES = (("train", "student"), ("warmup", "student"), ("model", "model"))
 """(stage of a round, artifact) that can hold its student, in order of preference."""
 
 
 def status_json(state: RunState, root: Path) -> dict[str, Any]:
-    """The JSON of `opd status` and `opd run`: name, status, error, rounds with metrics, student digest and stages; for each stage
-    also its evicted artifacts; useful commands."""
-    status = state.model_dump(mode="json")
+    """The JSON of `opd status` and `opd run`: name, status, error, rounds with metrics (each NAME of an evaluation with NAME_se,
+    NAME_n, NAME_prompts), student digest and stages; for each stage also its evicted artifacts."""
+    status = completed(Store(root), state).model_dump(mode="json")
     gone = evicted(state, root)
     for round in status["rounds"]:
         for label, stage in round["stages"].items():
@@ -85,8 +91,13 @@ def report(state: RunState, root: Path, holder: str | None = None) -> list[Table
         parts.append(Text(f"after fixing the cause, continue with: {opd_command(root, 'resume', state.name)}"))
     if state.rounds:
         gone = evicted(state, root)
+        state = completed(Store(root), state)
         parts.append(_rounds(state, gone))
-        parts.append(Text(_LEGEND, style="dim"))
+        sizes = sample_sizes(state.rounds, _EVALUATED)
+        parts.append(Text(f"{_LEGEND}: {sizes}" if sizes else _LEGEND, style="dim"))
+        if any(round.unevaluated for round in state.rounds):
+            later = opd_command(root, "evaluate", state.name, "--round", "N")
+            parts.append(Text(f"not evaluated: left out by policy.evaluate_every; to do it now: {later}", style="dim"))
         if gone:
             first = min(round for round, _ in gone)
             again = opd_command(root, "restore", state.name, "--round", str(first))
@@ -181,8 +192,9 @@ def _rounds(state: RunState, gone: dict[tuple[int, str], list[str]]) -> Table:
         table.add_column(heading, justify="right")
     table.add_column("seconds per stage")
     for round in sorted(state.rounds, key=lambda r: r.round):
-        values = [round.metrics.get(metric) for _, metric, _ in shown]
-        metrics = [form.format(v) if v is not None else "" for v, (_, _, form) in zip(values, shown, strict=True)]
+        metrics = [with_error(round.metrics, metric, form) for _, metric, form in shown]
+        if round.unevaluated and shown and shown[0][1] in FIGURES:
+            metrics[0] = NOT_EVALUATED
         table.add_row(
             str(round.round), *metrics, _stages(round, {label for number, label in gone if number == round.round})
         )

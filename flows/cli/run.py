@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +39,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=example("opd run configs/quickstart.yaml --name demo --set train.lr=1e-3"))(run)
     app.command(epilog=example("opd resume demo"))(resume)
     app.command(epilog=example("opd stop demo"))(stop)
+    app.command(epilog=example("opd evaluate demo --round 3"))(evaluate)
     app.command(epilog=example("opd fork demo@2 --name wider --set objective.support.k=32"))(fork)
     app.command(epilog=example("opd check configs/qwen3-gpu.yaml"))(check)
 
@@ -134,6 +136,30 @@ def stop(
     out.print(f"run {name!r} is stopped; continue with: {opd_command(root, 'resume', name)}", soft_wrap=True)
 
 
+def evaluate(
+    name: RunName,
+    round: Annotated[
+        list[int], typer.Option("--round", min=0, help="a round; can be repeated (default: all not evaluated yet)")
+    ] = [],  # noqa: B006
+    json_: Json = False,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Evaluate rounds that `policy.evaluate_every` left out.
+
+    A student that `opd gc` evicted is rebuilt first.
+
+    Exit codes: as for `opd run`; 2 also for a round that is not trained yet."""
+    from flows.run.runner import stored_experiment
+
+    held = Run.open(root, name)
+    known = [r.round for r in held.state.rounds if r.student_sha256]
+    if missing := sorted(set(round) - set(known)):
+        raise InputError(f"run {name!r}: round {missing[0]} is not trained yet; trained are {known or 'none'}")
+    wanted = set(round) or {r.round for r in held.state.rounds if r.unevaluated}
+    last = max(known, default=0)
+    _go(stored_experiment(held), name, root, last, True, json_, wanted.__contains__)
+
+
 def check(
     config: Annotated[Path, typer.Argument(help="an experiment's YAML", show_default=False)],
     set_: Set = [],  # noqa: B006
@@ -179,8 +205,16 @@ def _plan_table(name: str, lines: list[PlanLine]) -> Table:
     return table
 
 
-def _go(experiment: Experiment, name: str, root: Path, rounds: int | None, no_prefect: bool, as_json: bool) -> None:
-    """Run in the foreground with progress; print the report at the end."""
+def _go(
+    experiment: Experiment,
+    name: str,
+    root: Path,
+    rounds: int | None,
+    no_prefect: bool,
+    as_json: bool,
+    evaluated: Callable[[int], bool] | None = None,
+) -> None:
+    """Run in the foreground with progress; print the report at the end. `evaluated`: instead of policy.evaluate_every."""
     from flows.cli.report import print_report, status_json
     from flows.run.progress import LineReporter, SilentReporter, TerminalReporter
     from flows.run.runner import run_experiment
@@ -191,7 +225,13 @@ def _go(experiment: Experiment, name: str, root: Path, rounds: int | None, no_pr
             reporter = stack.enter_context(TerminalReporter())
         try:
             state, built = run_experiment(
-                experiment, name=name, root=root, rounds=rounds, prefect=not no_prefect, reporter=reporter
+                experiment,
+                name=name,
+                root=root,
+                rounds=rounds,
+                prefect=not no_prefect,
+                reporter=reporter,
+                evaluated=evaluated,
             )
         except KeyboardInterrupt:
             stack.close()

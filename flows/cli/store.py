@@ -148,7 +148,14 @@ def restore(
             reporter = stack.enter_context(TerminalReporter())
         experiment = stored_experiment(run)
         _, built = run_experiment(
-            experiment, name=name, root=root, rounds=last, prefect=False, reporter=reporter, restore=round
+            experiment,
+            name=name,
+            root=root,
+            rounds=last,
+            prefect=False,
+            reporter=reporter,
+            restore=round,
+            evaluated=lambda _: False,
         )
     left = {label: names for (number, label), names in evicted(run.state, root).items() if number == round}
     if json_:

@@ -18,7 +18,7 @@ from storage.runs import RoundState, StageState
 from tasks.workers.metrics import Metrics
 
 if TYPE_CHECKING:
-    from flows.study.results import Grid, Norms
+    from flows.study.results import Grid
     from flows.study.spec import StudyPlan, StudyRun
 
 out = console()
@@ -49,7 +49,7 @@ def study(
     Exit codes: 0 done, 1 a run of a method failed, 2 bad study or config, 75 a run is held by another process,
     130 interrupted."""
     from flows.study.files import default_folder, write_files
-    from flows.study.results import grids, read_rows
+    from flows.study.results import Known, grids, read_rows
     from flows.study.run import run_study
     from flows.study.spec import load_study
 
@@ -58,10 +58,10 @@ def study(
         return _dry_run(plan, root)
     words = ("study", str(config), *(("--out", str(folder)) if folder else ()))
     folder = folder or default_folder(root, plan.study.name)
-    norms: Norms = {}
+    known = Known()
 
     def write() -> None:
-        write_files(plan, read_rows(plan, root, norms), folder)
+        write_files(plan, read_rows(plan, root, known), folder)
 
     def say(line: str) -> None:
         err.print(line, markup=False, soft_wrap=True)
@@ -73,7 +73,7 @@ def study(
         err.print(f"\nstopped; results so far are in {folder}", soft_wrap=True)
         err.print(f"continue with: {opd_command(root, *words)}", soft_wrap=True)
         raise typer.Exit(130) from None
-    rows = read_rows(plan, root, norms)
+    rows = read_rows(plan, root, known)
     written = write_files(plan, rows, folder)
     for grid in grids(plan, rows):
         out.print(_table(grid))

@@ -15,6 +15,7 @@ from flows.prefect_.session import Session
 from flows.run.executor import Reporter
 from flows.run.hints import opd_command
 from flows.run.progress import LineReporter, round_line
+from flows.run.shown import NOT_EVALUATED, all_with_errors, amount, sample_sizes, with_error
 from storage.artifacts.artifact import Artifact, artifact_directory
 from storage.disk.redact import redact
 from storage.runs import RoundState, Run, RunState, StageState
@@ -124,12 +125,12 @@ def _round_table(run: str, state: RoundState) -> None:
             "stage": label,
             "state": stage.state,
             "seconds": None if stage.seconds is None else round(stage.seconds, 1),
-            "rows": stage.rows,
+            "made": amount(label, stage),
             "artifacts": " ".join(f"{name}/{key}" for name, key in stage.artifacts.items()),
             "metrics": "  ".join(
-                f"{metric.removeprefix(f'{label}_')} {value:.5g}"
-                for metric, value in state.metrics.items()
-                if own(label, metric) and value is not None
+                f"{metric.removeprefix(f'{label}_')} {text}"
+                for metric, text in all_with_errors(state.metrics, "{:.5g}").items()
+                if own(label, metric)
             ),
         }
         for label, stage in state.stages.items()
@@ -153,8 +154,11 @@ def summary(state: RunState, root: Path, student: Artifact, configured: int) -> 
     """A run as Markdown: the metrics of its rounds, where the student is, what to do next."""
     rounds = sorted(state.rounds, key=lambda round: round.round)
     columns = [name for name in SHOWN if any(round.metrics.get(name) is not None for round in rounds)]
-    values = [[round.metrics.get(name) for name in columns] for round in rounds]
-    cells = [["" if value is None else f"{value:.4g}" for value in row] for row in values]
+    cells = [[with_error(round.metrics, name, "{:.4g}") for name in columns] for round in rounds]
+    for round, row in zip(rounds, cells, strict=True):
+        if round.unevaluated and row:
+            row[0] = NOT_EVALUATED
+    sizes = sample_sizes(rounds, columns)
     last, name = rounds[-1].round, state.name
     commands = [
         ("status", name),
@@ -171,6 +175,7 @@ def summary(state: RunState, root: Path, student: Artifact, configured: int) -> 
             "|---" * (len(columns) + 1) + "|",
             *(f"| {round.round} | {' | '.join(row)} |" for round, row in zip(rounds, cells, strict=True)),
             "",
+            f"± is one standard error over prompts{f' ({sizes})' if sizes else ''}.",
             f"Round 0 is the student before distillation. The student of round {last}:"
             f" `{artifact_directory(root, student.stage, student.key)}`",
             "",

@@ -23,7 +23,9 @@ from storage.disk.redact import redact
 T = TypeVar("T")
 
 
-def distill_in_prefect(experiment: Experiment, maker: Maker, rounds: int) -> None:
+def distill_in_prefect(
+    experiment: Experiment, maker: Maker, rounds: int, evaluated: Callable[[int], bool] | None = None
+) -> None:
     """The main path as a Prefect flow; without a usable Prefect, the main path."""
     with prefect_session(maker.store.root) as session:
         if session.active:
@@ -31,7 +33,7 @@ def distill_in_prefect(experiment: Experiment, maker: Maker, rounds: int) -> Non
             maker.reporter = InPrefect(session, maker.run, maker.reporter)
 
         def run() -> None:
-            student = distill(experiment, maker, rounds)
+            student = distill(experiment, maker, rounds, evaluated)
             show_summary(session, maker.state, maker.store.root, student, experiment.policy.rounds)
 
         run_as_flow(session, experiment, maker.run.name, rounds, run)

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, Protocol, cast
 from flows.run.lineage import Lineage, Origin, Rebuild, artifacts_in, rebuild, require_plugins
 from storage.disk.redact import redact
 from storage.errors import InputError
+from storage.query.figures import with_errors
 from storage.runs import RoundState, Run, RunState, StageState
 from storage.store import Artifact, Builder, Store
 from tasks.stage import Context, Work
@@ -44,6 +45,9 @@ class Executor(Protocol):
     def __call__(self, label: str, make: Callable[P, Work], *args: P.args, **inputs: P.kwargs) -> Made:
         """The outputs of the stage that `make(*args, **inputs)` describes: its config first, all else by keyword."""
 
+    def stored(self, label: str, make: Callable[P, Work], *args: P.args, **inputs: P.kwargs) -> Made | None:
+        """The same if all of its outputs are in the store; else None, and nothing is built or recorded."""
+
     def round(self, number: int) -> Any:
         """A context that yields a `RoundScope`."""
 
@@ -63,14 +67,18 @@ def rows_of(made: Mapping[str, Artifact]) -> int:
     return sum(sum(artifact.rows.values()) for artifact in made.values())
 
 
-def metrics_of(made: Mapping[str, Artifact]) -> Metrics:
-    """The metrics that a stage recorded in its outputs."""
-    return {name: value for artifact in made.values() for name, value in (artifact.meta.get("metrics") or {}).items()}
+def metrics_of(made: Mapping[str, Artifact], store: Store) -> Metrics:
+    """The metrics that a stage recorded in its outputs. An evaluation of an earlier version gets its errors from its rows."""
+    found: dict[str, float | None] = {}
+    for artifact in made.values():
+        own = artifact.meta.get("metrics") or {}
+        found |= with_errors(store, artifact, own) if artifact.stage == "evaluate" else own
+    return found
 
 
-def round_metrics(label: str, made: Mapping[str, Artifact]) -> dict[str, float | None]:
+def round_metrics(label: str, metrics: Metrics) -> dict[str, float | None]:
     """The same metrics by their names in a round: plain for the evaluation, prefixed with the label for other stages."""
-    return {name if label == "evaluate" else f"{label}_{name}": value for name, value in metrics_of(made).items()}
+    return {name if label == "evaluate" else f"{label}_{name}": value for name, value in metrics.items()}
 
 
 def refuse_other_model(label: str, work: Work, recorded: StageState | None, store: Store) -> None:
@@ -126,6 +134,12 @@ class Planner:
             return cast(Made, Pending())
         self.lineage.note(self._round, label, work, given, found)
         return found
+
+    def stored(self, label: str, make: Callable[P, Work], *args: P.args, **inputs: P.kwargs) -> Made | None:
+        if any(_is_pending(value) for value in (*args, *inputs.values())):
+            return None
+        work = make(*args, **inputs)
+        return self(label, make, *args, **inputs) if len(resolved(work, self.store)) == len(work.outputs) else None
 
     def _mark(self, again: list[Rebuild]) -> None:
         places = {(item.origin.round, item.origin.label) for item in again}
@@ -214,6 +228,10 @@ class Maker:
         work, given = make(*args, **inputs), (*args, *inputs.values())
         before, number = self.built, self._round.round
         return self.run_task(label, number, lambda: self._make(label, work, given), lambda _: self.built == before)
+
+    def stored(self, label: str, make: Callable[P, Work], *args: P.args, **inputs: P.kwargs) -> Made | None:
+        work = make(*args, **inputs)
+        return self(label, make, *args, **inputs) if len(resolved(work, self.store)) == len(work.outputs) else None
 
     def _make(self, label: str, work: Work, inputs: tuple[Any, ...]) -> dict[str, Artifact]:
         with ExitStack() as held:
@@ -319,8 +337,8 @@ class Maker:
         """Records the end of a stage. `shown`: the state to report, if the record keeps the state of an earlier call."""
         state.key = next(iter(state.artifacts.values()), None)
         state.rows = rows_of(found)
-        self._round.metrics |= round_metrics(label, found)
-        metrics = metrics_of(found)
+        metrics = metrics_of(found, self.store)
+        self._round.metrics |= round_metrics(label, metrics)
         self._note(label, state, shown, metrics)
         if metrics.get("clipped_ratio") == 1.0:
             self._context(self._round.round, label).say(label, ALL_CLIPPED)

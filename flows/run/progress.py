@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from flows.run.shown import NOT_EVALUATED, amount, samples, with_error
 from storage.runs import RoundState, StageState
 from tasks.workers.metrics import Metrics, short_words, summary, words
 
@@ -57,12 +58,13 @@ class LineReporter(SilentReporter):
 
     def stage(self, round: int, label: str, state: StageState, metrics: Metrics | None = None) -> None:
         self._begin()
+        made = f" ({text})" if (text := amount(label, state)) else ""
         if state.state == "running":
             self._line(round, label, "started")
         elif state.state == "cached":
-            self._line(round, label, f"[dim]already in the store[/] ({state.rows or 0:,} rows)")
+            self._line(round, label, f"[dim]already in the store[/]{made}")
         elif state.state == "done":
-            self._line(round, label, f"[green]done[/] in {state.seconds or 0:.1f} s ({state.rows or 0:,} rows)")
+            self._line(round, label, f"[green]done[/] in {state.seconds or 0:.1f} s{made}")
             if text := summary(metrics or {}):
                 self._line(round, label, text)
         else:
@@ -155,15 +157,15 @@ class TerminalReporter(LineReporter):
 
 
 def round_line(state: RoundState) -> str:
-    """A round's metrics in one line."""
-    shown = [f"round {state.round}:"]
+    """A round's metrics in one line, with their standard errors; sizes of samples for accuracy and KL."""
+    shown = [f"round {state.round}:", *([NOT_EVALUATED] if state.unevaluated else [])]
     for name, label, form in (
         ("accuracy_greedy", "accuracy", "{:.1%}"),
         ("reverse_kl", "reverse KL", "{:.4f}"),
         ("mean_length", "length", "{:.1f}"),
         ("clipped_ratio", "clipped", "{:.1%}"),
     ):
-        value = state.metrics.get(name)
-        if value is not None:
-            shown.append(f"{label} {form.format(value)}")
+        if text := with_error(state.metrics, name, form):
+            size = samples(state.metrics, name) if name in ("accuracy_greedy", "reverse_kl") else ""
+            shown.append(f"{label} {text}" + (f" ({size})" if size else ""))
     return "  ".join(shown)

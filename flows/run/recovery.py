@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from flows.distill import distill
-from flows.experiment import Experiment, experiment_of, refuse_other_plugins
-from flows.run.executor import Made, P, Planner, round_metrics, rows_of
+from flows.experiment import Experiment, as_stored, experiment_of, refuse_other_plugins
+from flows.run.executor import Made, P, Planner, metrics_of, round_metrics, rows_of
 from storage.artifacts.artifact import artifact_directory
 from storage.errors import CorruptArtifact
 from storage.runs import RECORDS, RoundState, Run, RunState, StageState
@@ -33,7 +33,7 @@ def stands_for(run: Run, experiment: Experiment) -> bool:
             f" not run again), and remove {run.directory}"
         )
     for data in records:
-        held = experiment_of(data, f"run {run.name}")
+        held = experiment_of(as_stored(data), f"run {run.name}")
         if held.identity() != experiment.identity():
             if held.plugins == experiment.plugins:
                 refuse_other_plugins(held.plugin_sources, experiment.plugin_sources, run.name)
@@ -79,7 +79,8 @@ def rebuilt_state(name: str, experiment: Experiment, store: Store) -> RunState:
     while True:
         recorder = _Recorder(store)
         distill(experiment, recorder, rounds)
-        if any(line.state in ("run", "pending") for line in recorder.lines):
+        # an evaluation that is not there hinders no later round
+        if any(line.state in ("run", "pending") for line in recorder.lines if line.stage != "evaluate"):
             return RunState(name=name, status="stopped", rounds=recorder.rounds)
         rounds = 2 * rounds + 1  # everything is there: it may have run more rounds than its config asks for now
 
@@ -105,7 +106,7 @@ class _Recorder(Planner):
             stage = StageState(key=next(iter(keys.values())), artifacts=keys)
             if isinstance(made, dict):
                 stage.state, stage.seconds, stage.rows = "cached", 0.0, rows_of(made)
-                self._now.metrics |= round_metrics(label, made)
+                self._now.metrics |= round_metrics(label, metrics_of(made, self.store))
             elif not any(artifact_directory(self.store.root, *name).is_dir() for name in keys.items()):
                 continue  # not started
             self._now.stages[label] = stage

@@ -16,6 +16,7 @@ from flows.config_file import validate
 from flows.distill import distill
 from flows.experiment import Experiment, overridden, with_plugins
 from flows.run.executor import Planner
+from flows.run.hints import opd_command
 from flows.run.lineage import Origin, Rebuild, rebuild
 from flows.run.runner import logger, stored_experiment
 from flows.run.stopping import terminating
@@ -89,6 +90,11 @@ def _recall(run: Run, store: Store, experiment: Experiment, round: int, stages: 
     distill(experiment, planner, round)
     states = next(r.stages for r in run.state.rounds if r.round == round)
     found = []
+    if "evaluate" in stages and "evaluate" not in states:
+        raise InputError(
+            f"run {run.name!r}: round {round} was not evaluated (policy.evaluate_every); to do it now:"
+            f" {opd_command(store.root, 'evaluate', run.name, '--round', str(round))}"
+        )
     for stage in stages:
         origin = planner.lineage.find(round, stage)
         keys = {name: artifact.key for name, artifact in origin.made.items()} if origin else {}

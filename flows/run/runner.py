@@ -6,11 +6,20 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flows.distill import distill
-from flows.experiment import Experiment, experiment_of, import_plugins, load_experiment, overridden, with_plugins
+from flows.experiment import (
+    Experiment,
+    as_stored,
+    experiment_of,
+    import_plugins,
+    load_experiment,
+    overridden,
+    with_plugins,
+)
 from flows.run.executor import Maker, PlanLine, Planner, Reporter
 from flows.run.progress import SilentReporter
 from flows.run.recovery import mend, stands_for
@@ -58,11 +67,14 @@ def run_experiment(
     reporter: Reporter | None = None,
     workers: WorkerPool | None = None,
     restore: int | None = None,
+    evaluated: Callable[[int], bool] | None = None,
 ) -> tuple[RunState, int]:
     """Run until `rounds` rounds are done (default: policy.rounds), or `further` more than are done now.
 
     `workers`: a pool that the caller shares among runs and ends; without one the run starts and ends its own.
-    `restore`: a round whose evicted artifacts are rebuilt. Returns the state and the number of stages built.
+    `restore`: a round whose evicted artifacts are rebuilt. `evaluated`: which rounds are evaluated, instead of those of
+    policy.evaluate_every and the last one of this call (with `further`: of the run).
+    Returns the state and the number of stages built.
     Raises RunBusy when another process holds the name, IdentityMismatch when the name belongs to another experiment, and
     any error of a stage."""
     experiment.runtime.tell_libraries()
@@ -82,6 +94,7 @@ def run_experiment(
             goal = experiment.policy.rounds if rounds is None else rounds
             if further is not None:
                 goal = min(goal, state.rounds_done + further)
+                evaluated = evaluated or partial(experiment.policy.evaluates, last=experiment.policy.rounds)
             refuse_full_disk(store, experiment)
             state.status, state.error = "running", None
             run.save(state)
@@ -95,9 +108,9 @@ def run_experiment(
                 if prefect:
                     from flows.prefect_.tasks import distill_in_prefect
 
-                    distill_in_prefect(experiment, maker, goal)
+                    distill_in_prefect(experiment, maker, goal, evaluated)
                 else:
-                    distill(experiment, maker, goal)
+                    distill(experiment, maker, goal, evaluated)
         except BaseException as error:
             with suppress(OpdError, OSError):  # the first error is the one to report, also on a full disk
                 record_failure(run, state, error, log)
@@ -162,7 +175,7 @@ def logger(path: Path) -> Callable[[str], None]:
 
 def stored_experiment(run: Run) -> Experiment:
     """A run's stored experiment, as this version reads it."""
-    return experiment_of(run.experiment, f"run {run.name}")
+    return experiment_of(as_stored(run.experiment), f"run {run.name}")
 
 
 def resume_experiment(name: str, root: str | Path, overrides: list[str]) -> Experiment:
@@ -174,7 +187,7 @@ def resume_experiment(name: str, root: str | Path, overrides: list[str]) -> Expe
                 f"--set {text}: only runtime.* and policy.* of a run can change, its identity is fixed; to try something"
                 f" else from this point: opd fork {name}@ROUND --name NEW --set {text}"
             )
-    return experiment_of(overridden(run.experiment, overrides), f"run {name}")
+    return experiment_of(overridden(as_stored(run.experiment), overrides), f"run {name}")
 
 
 def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str]) -> Experiment:
@@ -184,10 +197,11 @@ def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str
     if round > done:
         raise ConfigError(f"run {name!r} has finished {done} round(s); it cannot be forked at round {round}")
     # its own rounds use the current plugins, the shared rounds keep theirs
-    stored: dict[str, Any] = run.experiment | {"plugin_sources": {}}
+    parent = as_stored(run.experiment)
+    stored: dict[str, Any] = parent | {"plugin_sources": {}}
     import_plugins(stored, f"run {name}")
     data = overridden(stored, overrides)
-    data["fork"] = {"run": name, "round": round, "experiment": run.experiment}
+    data["fork"] = {"run": name, "round": round, "experiment": parent}
     return experiment_of(data, f"fork of {name}@{round}")
 
 

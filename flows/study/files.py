@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from flows.study.results import SCHEMA, Grid, Row, grids
+from flows.study.results import SCHEMA, Grid, Row, grids, mean_error
 from storage.disk.files import replace_atomically
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def _markdown(grid: Grid) -> str:
 
 
 def curves(plan: StudyPlan, rows: Sequence[Row]) -> bytes:
-    """An SVG: reverse KL (log axis) and accuracy over rounds, mean over seeds with a band from lowest to highest."""
+    """An SVG: reverse KL (log axis) and accuracy over rounds: the mean over seeds, with a bar of one standard error (over
+    prompts and seeds) and a band from the lowest to the highest seed."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -82,8 +83,12 @@ def curves(plan: StudyPlan, rows: Sequence[Row]) -> bytes:
             for axes, column in ((kl, "reverse_kl"), (accuracy, "accuracy")):
                 points = _points(rows, method, column)
                 if points:
-                    rounds, low, mean, high = zip(*points, strict=True)
+                    rounds, low, mean, high, error = zip(*points, strict=True)
                     axes.plot(rounds, mean, label=method, marker="o", markersize=3.5, linewidth=1.6, **style)
+                    if any(error):
+                        axes.errorbar(
+                            rounds, mean, yerr=error, fmt="none", ecolor=style["color"], elinewidth=1, capsize=2
+                        )
                     axes.fill_between(rounds, low, high, color=style["color"], alpha=0.13, linewidth=0)
         kl.set(title="reverse KL to the teacher (nats per token)", yscale="log", xlabel="round")
         accuracy.set(title="accuracy (greedy)", xlabel="round")
@@ -100,10 +105,14 @@ def curves(plan: StudyPlan, rows: Sequence[Row]) -> bytes:
     return file.getvalue()
 
 
-def _points(rows: Sequence[Row], method: str, column: str) -> list[tuple[int, float, float, float]]:
-    """(round, lowest, mean, highest) over the seeds that have a value."""
-    found: dict[int, list[float]] = {}
+def _points(rows: Sequence[Row], method: str, column: str) -> list[tuple[int, float, float, float, float]]:
+    """(round, lowest, mean, highest, standard error or 0) over the seeds that have a value."""
+    found: dict[int, list[Row]] = {}
     for row in rows:
         if row["part"] == "study" and row["method"] == method and row[column] is not None:
-            found.setdefault(row["round"], []).append(row[column])
-    return [(number, min(v), sum(v) / len(v), max(v)) for number, v in sorted(found.items())]
+            found.setdefault(row["round"], []).append(row)
+    points = []
+    for number, there in sorted(found.items()):
+        values = [row[column] for row in there]
+        points.append((number, min(values), sum(values) / len(values), max(values), mean_error(there, column) or 0.0))
+    return points

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from storage.errors import CorruptArtifact
+from storage.errors import CorruptArtifact, OpdError
 from storage.query.catalog import Catalog
-from storage.runs import Run, RunState, settled
+from storage.query.figures import Sums, difference, evaluation_of, figure, read_sums
+from storage.runs import RoundState, Run, RunState, settled
 from storage.store import Store
 
 if TYPE_CHECKING:
@@ -29,14 +30,21 @@ SCHEMA = pa.schema(
         ("status", pa.string()),
         ("round", pa.int64()),
         ("accuracy", pa.float64()),
+        ("accuracy_se", pa.float64()),
+        ("accuracy_n", pa.int64()),
         ("reverse_kl", pa.float64()),
+        ("reverse_kl_se", pa.float64()),
+        ("reverse_kl_n", pa.int64()),
         ("grad_norm_max", pa.float64()),
         ("steps", pa.int64()),
         ("seconds", pa.float64()),
         ("error", pa.string()),
     ]
 )
-"""One row per round of a run. The gradient norm is the largest of the round's steps, before clipping."""
+"""One row per round of a run. Errors are clustered by prompt, n are completions. The gradient norm is the largest of the
+round's steps, before clipping."""
+METRICS = {"accuracy": "accuracy_greedy", "reverse_kl": "reverse_kl"}
+"""Column -> the evaluation's metric."""
 
 _NORMS = (
     "SELECT round, max(grad_norm) AS grad_norm_max, count(*) AS steps FROM training_steps WHERE stage = 'train'"
@@ -46,8 +54,17 @@ _NORMS = (
 _NORM_HEADING = "largest gradient norm (before clipping)"
 
 Row = dict[str, Any]
-Norms = dict[tuple[str, str], dict[int, tuple[float | None, int]]]
-"""(run, when its state changed) -> round -> largest gradient norm, steps."""
+"""The columns of `SCHEMA`; for an evaluated round also `sums`: by metric the evaluation's sums over prompts."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was read from Parquet, so that later calls need not."""
+
+    norms: dict[tuple[str, str], dict[int, tuple[float | None, int]]] = field(default_factory=dict)
+    """(run, when its state changed) -> round -> largest gradient norm, steps."""
+    sums: dict[str, dict[str, Sums]] = field(default_factory=dict)
+    """By key of the evaluation."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +77,20 @@ class Grid:
     lines: Sequence[tuple[str, ...]]
 
 
-def read_rows(plan: StudyPlan, root: str | Path, norms: Norms | None = None) -> list[Row]:
-    """A row per evaluated round of every run of the study that exists, in the study's order.
-
-    `norms` caches between calls what was read from Parquet."""
-    norms = {} if norms is None else norms
+def read_rows(plan: StudyPlan, root: str | Path, known: Known | None = None) -> list[Row]:
+    """A row per evaluated round of every run of the study that exists, in the study's order. `known` is kept between calls."""
+    known = known or Known()
     store, runs = Store(root), {run.name: run for run in Run.list(root)}
     rows: list[Row] = []
     for planned in (*plan.sweep_runs(), *plan.method_runs()):
         run = runs.get(planned.name)
         if run is not None:
-            rows += _rows_of(planned, run, store, norms)
+            rows += _rows_of(planned, run, store, known)
     return rows
 
 
-def _rows_of(planned: StudyRun, run: Run, store: Store, norms: Norms) -> list[Row]:
+def _rows_of(planned: StudyRun, run: Run, store: Store, known: Known) -> list[Row]:
+    norms = known.norms
     state = settled(run.state, run.holder())
     key = (run.name, state.updated)
     if key not in norms and _trained(state):
@@ -97,18 +113,35 @@ def _rows_of(planned: StudyRun, run: Run, store: Store, norms: Norms) -> list[Ro
     evaluated = [r for r in state.rounds if r.round <= planned.rounds and "reverse_kl" in r.metrics]
     if not evaluated:
         return [dict.fromkeys(SCHEMA.names) | common]
-    return [
-        common
-        | {
+    rows = []
+    for r in evaluated:
+        sums = _sums_of(store, r, known)
+        row = common | {
             "round": r.round,
-            "accuracy": r.metrics.get("accuracy_greedy"),
-            "reverse_kl": r.metrics["reverse_kl"],
             "grad_norm_max": steps.get(r.round, (None, None))[0],
             "steps": steps.get(r.round, (None, None))[1],
             "seconds": sum(stage.seconds or 0.0 for stage in r.stages.values()),
+            "sums": sums,
         }
-        for r in evaluated
-    ]
+        for column, metric in METRICS.items():
+            found = figure([sums[metric]]) if metric in sums else None
+            row[column] = r.metrics.get(metric)
+            row |= {f"{column}_se": found.se if found else None, f"{column}_n": found.n if found else None}
+        rows.append(row)
+    return rows
+
+
+def _sums_of(store: Store, round: RoundState, known: Known) -> dict[str, Sums]:
+    """Of the round's evaluation; empty where its rows cannot be read."""
+    evaluation = evaluation_of(store, round)
+    if evaluation is None:
+        return {}
+    if evaluation.key not in known.sums:
+        try:
+            known.sums[evaluation.key] = read_sums(store, evaluation)
+        except (OpdError, OSError):
+            return {}
+    return known.sums[evaluation.key]
 
 
 def _trained(state: RunState) -> bool:
@@ -172,6 +205,27 @@ def best_lrs(plan: StudyPlan, rows: Sequence[Row]) -> dict[str, float]:
     return chosen
 
 
+def undecided(plan: StudyPlan, rows: Sequence[Row]) -> dict[str, list[float]]:
+    """Group -> learning rates that are not told apart from its best: the 95% interval of the paired difference on the shared
+    prompts, over the sweep's seeds, has 0 in it. Only groups whose best is known."""
+    sweep, found = plan.study.sweep, dict[str, list[float]]()
+    for name, best in best_lrs(plan, rows).items():
+        assert sweep is not None
+        metric = METRICS[sweep.groups[name].by]
+        last = {
+            (row["lr"], row["seed"]): row.get("sums", {}).get(metric)
+            for row in rows
+            if (row["part"], row["group"], row["round"]) == ("sweep", name, sweep.rounds)
+        }
+        found[name] = []
+        for lr in sweep.groups[name].lrs:
+            pairs = [(last.get((lr, seed)), last.get((best, seed))) for seed in sweep.seeds]
+            known = [(one, other) for one, other in pairs if one is not None and other is not None]
+            if lr != best and len(known) == len(sweep.seeds) and not difference(known).told_apart:
+                found[name].append(lr)
+    return found
+
+
 def grids(plan: StudyPlan, rows: Sequence[Row]) -> list[Grid]:
     """The report's tables: reverse KL and accuracy by method and round, the sweep, failures."""
     tables = [
@@ -193,11 +247,14 @@ def _metric(plan: StudyPlan, rows: Sequence[Row], column: str, title: str, unit:
     lines = []
     for method in plan.study.methods:
         mine = [row for row in rows if row["part"] == "study" and row["method"] == method]
-        cells = [spread([r[column] for r in mine if r["round"] == number], form, seeds) for number in rounds]
+        cells = [_cell([r for r in mine if r["round"] == number], column, form, seeds) for number in rounds]
         lines.append(
             (method, _lrs(mine), _seeds(mine, seeds), *cells, *([_norm(mine)] if column == "reverse_kl" else []))
         )
-    note = f"{unit}; mean over seeds (lowest to highest), [n] where only n of them have it"
+    note = (
+        f"{unit}; mean over seeds ± standard error over prompts and seeds (lowest to highest), [k] where only k seeds have"
+        f" it; {_sizes(rows, column)}"
+    )
     header = ("method", "lr", "seeds", *(f"round {number}" for number in rounds), _NORM_HEADING)
     return Grid(title, note, header if column == "reverse_kl" else header[:-1], lines)
 
@@ -217,13 +274,33 @@ def _seeds(rows: Sequence[Row], seeds: int) -> str:
     return f"{finished} of {seeds}" + (f", {failed} failed" if failed else "")
 
 
-def spread(values: Sequence[float | None], form: str, seeds: int) -> str:
-    """`mean (lowest to highest)` of the existing values, with their number if it is not `seeds`."""
+def _cell(rows: Sequence[Row], column: str, form: str, seeds: int) -> str:
+    """The mean of a column over seeds, with its error."""
+    return spread([row[column] for row in rows], form, seeds, mean_error(rows, column))
+
+
+def mean_error(rows: Sequence[Row], column: str) -> float | None:
+    """Standard error of the mean of a column over rows of several seeds; None where the rows of an evaluation cannot be read."""
+    there = [row for row in rows if row[column] is not None]
+    sums = [row["sums"][METRICS[column]] for row in there if METRICS[column] in row.get("sums", {})]
+    return figure(sums).se if sums and len(sums) == len(there) else None
+
+
+def _sizes(rows: Sequence[Row], column: str) -> str:
+    """How many completions an evaluation has."""
+    sizes = sorted({row[f"{column}_n"] for row in rows if row.get(f"{column}_n")})
+    return (
+        f"n {' to '.join(f'{size:,}' for size in dict.fromkeys((sizes[0], sizes[-1])))} each" if sizes else "n unknown"
+    )
+
+
+def spread(values: Sequence[float | None], form: str, seeds: int, error: float | None = None) -> str:
+    """`mean ± error (lowest to highest)` of the existing values, with their number if it is not `seeds`."""
     there = [value for value in values if value is not None]
     if not there:
         return ""
     low, high, mean = min(there), max(there), sum(there) / len(there)
-    text = form.format(mean)
+    text = form.format(mean) + (f" ± {form.format(error)}" if error is not None else "")
     if len(there) > 1:
         text += f" ({form.format(low)} to {form.format(high)})"
     return text + (f" [{len(there)}]" if len(there) != seeds else "")
@@ -232,7 +309,7 @@ def spread(values: Sequence[float | None], form: str, seeds: int) -> str:
 def _sweep(plan: StudyPlan, rows: Sequence[Row]) -> Grid:
     sweep = plan.study.sweep
     assert sweep is not None
-    chosen = best_lrs(plan, rows)
+    chosen, close = best_lrs(plan, rows), undecided(plan, rows)
     lines = []
     for name, group in sweep.groups.items():
         finals = finals_of(rows, name, sweep)
@@ -245,14 +322,17 @@ def _sweep(plan: StudyPlan, rows: Sequence[Row]) -> Grid:
             if chosen.get(name) == lr:
                 remark = "chosen by accuracy" if group.by == "accuracy" else "chosen"
                 remark += ", the end of its list" if lr in edges and len(group.lrs) > 1 else ""
+            elif lr in close.get(name, ()):
+                remark = "not told apart from the best"
             kl, accuracy = (
-                spread([row[column] for row in last], form, len(sweep.seeds))
+                _cell(last, column, form, len(sweep.seeds))
                 for column, form in (("reverse_kl", "{:.4f}"), ("accuracy", "{:.1%}"))
             )
             lines.append((name, group.method, f"{lr:g}", kl, accuracy, _norm(mine), remark))
     note = (
         f"each group: {len(group.lrs)} rates, seed {', '.join(map(str, sweep.seeds))}, rounds: {sweep.rounds}; used is the"
-        " lowest reverse KL at the end, or the highest accuracy where a group says so"
+        " lowest reverse KL at the end, or the highest accuracy where a group says so; not told apart: the 95% interval of"
+        f" the paired difference on the same prompts has 0 in it; {_sizes(rows, 'reverse_kl')}"
     )
     header = ("group", "method", "lr", "reverse KL", "accuracy", _NORM_HEADING, "")
     return Grid("Learning rates", note, header, lines)

@@ -9,7 +9,7 @@ from pathlib import Path
 from flows.run.executor import Reporter
 from flows.run.runner import run_experiment
 from flows.run.stopping import terminating
-from flows.study.results import best_lrs, read_rows
+from flows.study.results import best_lrs, read_rows, undecided
 from flows.study.spec import StudyPlan, StudyRun
 from storage.errors import ConfigError, IdentityMismatch, NotEnoughSpace, OpdError, RunBusy, StoreError
 from tasks.workers.pool import WorkerPool
@@ -66,9 +66,11 @@ def run_study(
 def _in_order(plan: StudyPlan, root: str | Path, say: Callable[[str], None]) -> Iterator[StudyRun]:
     """The runs of the sweep, then those of the methods with the chosen rates."""
     yield from plan.sweep_runs()
-    lrs = best_lrs(plan, read_rows(plan, root))
+    rows = read_rows(plan, root)
+    lrs, close = best_lrs(plan, rows), undecided(plan, rows)
     for name, lr in lrs.items():
-        say(f"group {name}: lr {lr:g}")
+        others = ", ".join(f"{other:g}" for other in close[name])
+        say(f"group {name}: lr {lr:g}" + (f" (not told apart from {others})" if others else ""))
     for name in plan.study.sweep.groups if plan.study.sweep else ():
         if name not in lrs:
             say(f"group {name}: every learning rate failed; its methods are left out")

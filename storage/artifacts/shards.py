@@ -37,8 +37,9 @@ from storage.errors import CorruptArtifact, StoreError
 from storage.schemas import TableSchema, declared, validate_table
 
 SIDECAR = ".sidecar.json"
-# Wall time differs in every repetition: recorded and covered by the file's hash, but no part of what a shard contains.
-_MEASURED = {"training_steps": ("seconds",)}
+# Covered by the file's hash, but no part of what a shard contains: wall time differs in every repetition, and columns added
+# later must leave the digests of earlier versions as they are.
+_MEASURED = {"training_steps": ("seconds", "drift", "masked_tokens")}
 _SHARD_FILE = re.compile(r"(?P<table>[a-z][a-z0-9_]*)-(?P<shard>\d{5,})-[0-9a-f]{12}\.parquet")
 _MAGIC = b"PAR1"
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from storage.artifacts.artifact import Artifact
 from storage.errors import CorruptArtifact, Evicted, OpdError
+from storage.query.figures import completed
 from storage.query.views import METRICS, VIEWS, Use, Views, missing_of, used_dataset, uses_of
 from storage.runs import Run, RunState
 from storage.schemas import TABLES, TableSchema
@@ -140,7 +141,9 @@ class Catalog:
             used = {use.artifact.key: use.artifact for use in uses}
             connection.register("artifacts@", _artifacts_table(used.values(), self.store))
         if "rounds" in wanted:
-            connection.register("rounds@", _rounds_table(states))
+            connection.register("rounds@", _rounds_table(completed(self.store, state) for state in states))
+        if "stages" in wanted:
+            connection.register("stages@", _stages_table(states))
         for name in views.all:
             connection.execute(views.sql(name, rows_wanted=name in wanted))
         return views
@@ -241,6 +244,20 @@ def _artifacts_table(artifacts: Iterable[Artifact], store: Store) -> pa.Table:
         for a in artifacts
     ]
     return pa.Table.from_pylist(rows, VIEWS["artifacts"].arrow)
+
+
+def _stages_table(states: Iterable[RunState]) -> pa.Table:
+    """Rows of the view `stages`."""
+    fields = {"state", "seconds", "rows", "started", "error"}
+    rows = [
+        {"run": state.name, "round": round.round, "stage": label, "artifact": stage.key}
+        | stage.model_dump(include=fields)
+        | {"artifacts": list(stage.artifacts.items())}
+        for state in states
+        for round in state.rounds
+        for label, stage in round.stages.items()
+    ]
+    return pa.Table.from_pylist(rows, VIEWS["stages"].arrow)
 
 
 def _rounds_table(states: Iterable[RunState]) -> pa.Table:

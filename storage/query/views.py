@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from storage.artifacts.artifact import Artifact
+from storage.query.figures import FIGURES, MODES, Z95
 from storage.runs import RunState
 from storage.schemas import TABLES, Column, TableSchema
 
@@ -36,6 +37,7 @@ _ARTIFACT = Column("artifact", _STR, "key of the artifact that holds the row")
 _RUN = Column("run", _STR, "run that used the artifact; null for none", nullable=True)
 _ROUND = Column("round", _INT, "round of that run; null for none", nullable=True)
 _STAGE = Column("stage", _STR, "the run's name of the stage (train, warmup, warmup_teacher)", nullable=True)
+_ARTIFACT_OF_STAGE = Column("artifact", _STR, "key of its first artifact; null before it began", nullable=True)
 _STAGE_STATE = pa.struct(
     [("stage", _STR), ("key", _STR), ("state", _STR), ("seconds", _DOUBLE), ("rows", _LONG), ("error", _STR)]
 )
@@ -45,12 +47,24 @@ _USE = (
     pa.field("use_stage", _STR),
     pa.field("use_artifact", _STR),
 )
+_MEANINGS = {
+    "accuracy_greedy": "share of held-out prompts answered correctly, greedy",
+    "accuracy_sampled": "the same, sampled",
+    "reverse_kl": "KL(student || teacher), token mean on fresh rollouts",
+    "mean_length": "mean tokens of an evaluated completion",
+    "clipped_ratio": "share of completions cut off at the length limit",
+}
 METRICS = (
-    Column("accuracy_greedy", _DOUBLE, "share of held-out prompts answered correctly, greedy", nullable=True),
-    Column("accuracy_sampled", _DOUBLE, "the same, sampled", nullable=True),
-    Column("reverse_kl", _DOUBLE, "KL(student || teacher), token mean on fresh rollouts", nullable=True),
-    Column("mean_length", _DOUBLE, "mean tokens of an evaluated completion", nullable=True),
-    Column("clipped_ratio", _DOUBLE, "share of completions cut off at the length limit", nullable=True),
+    *(Column(name, _DOUBLE, meaning, nullable=True) for name, meaning in _MEANINGS.items()),
+    *(
+        Column(f"{name}_{of}", _DOUBLE, text.format(name), nullable=True)
+        for name in FIGURES
+        for of, text in (
+            ("se", "standard error of {}, clustered by prompt"),
+            ("n", "completions that {} was computed from"),
+            ("prompts", "prompts that these answer"),
+        )
+    ),
     Column("eval_tokens", _DOUBLE, "tokens of the evaluation", nullable=True),
     Column("rollout_tokens", _DOUBLE, "tokens sampled for training", nullable=True),
 )
@@ -156,7 +170,9 @@ _ALL = (
             Column("stage", _STR, "what made it"),
             _ARTIFACT,
             Column("created", _STR, "when it was committed"),
-            Column("seconds", _DOUBLE, "wall time of making it"),
+            Column(
+                "seconds", _DOUBLE, "wall time of the stage that made it; artifacts of one stage share it: sum `stages`"
+            ),
             Column("rows", _LONG, "rows of all its tables"),
             Column("content", _STR, "JSON: named digests of what it holds"),
             Column("inputs", _STR, "JSON: named digests of what went in"),
@@ -164,6 +180,41 @@ _ALL = (
             Column("meta", _STR, "JSON: counts and metrics"),
             Column("evicted", _STR, "when `opd gc` removed its data; null where it is there", nullable=True),
         ),
+    ),
+    View(
+        "stages",
+        "One row per stage of a run's round: the view for sums of time. A stage can make several artifacts.",
+        (
+            Column("run", _STR, "the run"),
+            Column("round", _INT, "0 is the student before distillation"),
+            Column("stage", _STR, "the run's name of the stage (train, warmup, warmup_teacher)"),
+            _ARTIFACT_OF_STAGE,
+            Column("state", _STR, "done, cached (found in the store), running, failed, pending"),
+            Column("seconds", _DOUBLE, "wall time; 0 where cached, null before its end", nullable=True),
+            Column("rows", _LONG, "rows of all its artifacts", nullable=True),
+            Column("started", _STR, "when it began; null where cached", nullable=True),
+            Column("error", _STR, "first line of its error", nullable=True),
+            Column("artifacts", pa.map_(_STR, _STR), "what it made: artifacts.stage -> artifacts.artifact"),
+        ),
+    ),
+    View(
+        "differences",
+        "One row per metric of two evaluations of a store: the paired difference on the prompts that both have.",
+        (
+            Column("run", _STR, "a run"),
+            Column("round", _INT, "its round"),
+            _ARTIFACT,
+            Column("other_run", _STR, "the run that is subtracted; it can be the same"),
+            Column("other_round", _INT, "its round"),
+            Column("metric", _STR, ", ".join(FIGURES)),
+            Column("difference", _DOUBLE, "metric of run and round minus that of the other"),
+            Column("se", _DOUBLE, "its standard error, clustered by prompt; null for a single prompt", nullable=True),
+            Column("low", _DOUBLE, "lower end of the 95% interval", nullable=True),
+            Column("high", _DOUBLE, "upper end", nullable=True),
+            Column("prompts", _LONG, "prompts that both have"),
+            Column("told_apart", pa.bool_(), "whether the interval leaves 0 out"),
+        ),
+        ("evaluations",),
     ),
     View(
         "rounds",
@@ -226,12 +277,14 @@ class Views:
         columns, view = self.all[name].columns, _identifier(name)
         if not rows_wanted:
             return f"CREATE VIEW {view} AS SELECT {_casts(columns, null=True)} WHERE false"
-        if name in ("artifacts", "rounds"):
+        if name in ("artifacts", "rounds", "stages"):
             rows = f"SELECT * FROM {_identifier(name + '@')}"
         elif name == "supervision":
             rows = self._supervision()
         elif name == "tokens":
             rows = self._tokens()
+        elif name == "differences":
+            rows = self._differences()
         else:
             rows = self._rows(name)
         return f"CREATE VIEW {view} AS SELECT {_casts(columns)} FROM ({rows})"
@@ -286,6 +339,49 @@ class Views:
             " AS e LEFT JOIN (SELECT run, id AS token_id, any_value(coalesce(text, token)) AS token,"
             " any_value(CASE WHEN special THEN '' ELSE text END) AS written"
             f" FROM ({self._rows('vocabulary')}) WHERE tokenizer = 'student' GROUP BY ALL) AS v USING (run, token_id)"
+        )
+
+    def _differences(self) -> str:
+        """The formulas of `storage.query.figures`. Filters on run and round reach the evaluations' shards."""
+        shape = {mode: f"bool_or(mode = '{mode}') OVER (PARTITION BY run, \"round\")" for mode in MODES[:2]}
+        rows = (
+            'SELECT run, "round", artifact, prompt_id, mode, tokens, correct, reverse_kl_sum, finish_reason,'
+            f" CASE WHEN {shape['kl']} THEN 'kl' WHEN {shape['sampled']} THEN 'sampled' ELSE 'greedy' END AS shape"
+            f" FROM ({self._rows('evaluations')}) WHERE run IS NOT NULL"
+        )
+        parts = [
+            ("accuracy_greedy", "correct::INTEGER", "1", "mode = 'greedy' AND correct IS NOT NULL"),
+            ("accuracy_sampled", "correct::INTEGER", "1", "mode = 'sampled' AND correct IS NOT NULL"),
+            ("reverse_kl", "reverse_kl_sum", "tokens", "mode = 'kl' AND reverse_kl_sum IS NOT NULL"),
+            ("mean_length", "tokens", "1", "mode = shape"),
+            ("clipped_ratio", "(finish_reason = 'length')::INTEGER", "1", "mode = shape"),
+        ]
+        sums = " UNION ALL ".join(
+            f"SELECT run, \"round\", artifact, '{name}' AS metric, prompt_id, sum({total})::DOUBLE AS total,"
+            f" sum({weight})::DOUBLE AS weight FROM rows_ WHERE {where} GROUP BY ALL"
+            for name, total, weight, where in parts
+        )
+        pair = 'run, "round", artifact, other_run, other_round, metric'
+        both = (
+            'SELECT one.run, one."round", one.artifact, one.metric, other.run AS other_run, other."round" AS other_round,'
+            " one.total AS y, one.weight AS w, other.total AS z, other.weight AS v"
+            " FROM sums_ AS one JOIN sums_ AS other USING (metric, prompt_id)"
+            ' WHERE (one.run, one."round") <> (other.run, other."round")'
+        )
+        moved = (
+            f"SELECT {pair}, sum(y) OVER pair / sum(w) OVER pair AS value, sum(z) OVER pair / sum(v) OVER pair AS minus,"
+            " (y - value * w) / sum(w) OVER pair - (z - minus * v) / sum(v) OVER pair AS d"
+            f" FROM both_ WINDOW pair AS (PARTITION BY {pair})"
+        )
+        found = (
+            f"SELECT {pair}, any_value(value) - any_value(minus) AS difference, count(*) AS prompts,"
+            " CASE WHEN count(*) > 1 THEN sqrt(count(*) / (count(*) - 1) * sum(d * d)) END AS se"
+            " FROM moved_ GROUP BY ALL"
+        )
+        return (
+            f"WITH rows_ AS ({rows}), sums_ AS ({sums}), both_ AS ({both}), moved_ AS ({moved}), found_ AS ({found})"
+            f" SELECT *, difference - {Z95} * se AS low, difference + {Z95} * se AS high,"
+            " coalesce(low > 0 OR high < 0, false) AS told_apart FROM found_"
         )
 
 

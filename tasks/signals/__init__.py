@@ -2,7 +2,7 @@
 know about its signal. Importing this package registers the built-in signals; a plugin registers its own. No torch, no engine."""
 
 from tasks.signals import mask, sampled, student_topk, teacher_topk  # noqa: F401  (they register themselves)
-from tasks.signals.signal import SIGNALS, Inputs, Shard, Signal, Written, register, signal_named
+from tasks.signals.signal import SIGNALS, Inputs, Shard, Signal, Written, register, require_usable, signal_named
 from tasks.signals.wanted import Ask, Values, Wanted
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "Wanted",
     "Written",
     "register",
+    "require_usable",
     "signal_named",
 ]

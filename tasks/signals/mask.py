@@ -43,6 +43,7 @@ class Mask(Signal):
     name = "mask"
     schema = TABLES[name]
     prompt_parts = ("audit", "vocabulary")
+    checked = ("mask_reasons",)
 
     def wanted(self, k: int | None, sampling: Mapping[str, Any]) -> Wanted:
         return Wanted(Ask(logprobs=True, entropy=True), Ask(logprobs=True, entropy=True))
@@ -62,6 +63,12 @@ class Mask(Signal):
             for reason in MaskReason
         }
         return {"reasons": counts, "tokens": len(reasons), "metrics": {"invalid_tokens": counts["invalid_value"]}}
+
+    def unusable(self, rows: pa.Table) -> tuple[int, int]:
+        """Tokens marked INVALID_VALUE and not UNMAPPED."""
+        both = int(MaskReason.INVALID_VALUE | MaskReason.UNMAPPED)
+        reasons = pc.bit_wise_and(pc.list_flatten(rows["mask_reasons"]), both)
+        return pc.sum(pc.equal(reasons, int(MaskReason.INVALID_VALUE))).as_py() or 0, len(reasons)
 
 
 def mask_rules(store: Store, prompts: Artifact, special_tokens: SpecialTokens) -> dict[str, Any]:

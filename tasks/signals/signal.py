@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from storage.artifacts.artifact import Retained, check_name
 from storage.artifacts.shards import read_parquet
-from storage.errors import ConfigError
+from storage.errors import ConfigError, InputError
 from storage.schemas import TABLES, TableSchema
 from storage.store import Artifact, ArtifactSpec, Store
 from tasks.losses.registry import require_methods
@@ -130,6 +130,14 @@ class Signal(ABC):
         """What the artifact records of itself: counts, and `metrics` for the run's state. Of all shards."""
         return {}
 
+    checked: ClassVar[tuple[str, ...]] = ()
+    """Columns that `unusable` reads."""
+
+    def unusable(self, rows: pa.Table) -> tuple[int, int]:
+        """(tokens for which a model gave no usable value, tokens) of rows of its table (`checked`); tokens that the teacher's
+        vocabulary lacks do not count. A signal that says nothing about it: (0, 0)."""
+        return 0, 0
+
     def spec(self, inputs: Inputs, k: int | None) -> ArtifactSpec:
         """The artifact. Its key holds what the signal depends on and nothing else: the weights of a model only if it is asked
         anything, its architecture always, because candidates and distributions end with the smaller vocabulary.
@@ -169,6 +177,24 @@ class Signal(ABC):
 
 
 SIGNALS: dict[str, Signal] = {}
+
+
+def require_usable(stage: str, signals: Mapping[str, Sequence[Path]], limit: float) -> None:
+    """`signals`: name -> its shards. InputError if the share of tokens without a usable value of student, teacher or sampler is
+    above `limit`: a broken model would train on nothing, or on what little is left."""
+    for name, files in sorted(signals.items()):
+        kind = signal_named(name)
+        if not kind.checked or not files:
+            continue
+        counts = [kind.unusable(read_parquet(path, kind.checked)) for path in files]
+        lost, tokens = (sum(count) for count in zip(*counts, strict=True))
+        if tokens and lost / tokens > limit:
+            raise InputError(
+                f"{stage}: {lost:,} of {tokens:,} tokens ({lost / tokens:.1%}) have no usable value in the signal {name!r}: a"
+                " log-probability or entropy of the teacher, the student or the sampler is NaN, infinite or out of range."
+                f" At most {limit:.1%} are accepted (runtime.scorer.max_invalid). Check the models, above all the teacher's"
+                " weights, dtype (supervise.dtype) and device; if it must be so, raise the field"
+            )
 
 
 def register(cls: type[Signal]) -> type[Signal]:

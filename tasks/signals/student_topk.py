@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from storage.schemas import TABLES
 from tasks.signals.signal import Shard, Signal, register
-from tasks.signals.topk import topk_table
+from tasks.signals.topk import topk_table, without_list
 from tasks.signals.wanted import Ask, Wanted
 
 
@@ -20,6 +20,7 @@ class StudentTopk(Signal):
     name = "student_topk"
     schema = TABLES[name]
     listed = True
+    checked = ("valid",)
     lists = {  # noqa: RUF012
         "student": ("student_logprobs", "student_tail_logmass"),
         "teacher": ("teacher_logprobs", "teacher_tail_logmass"),
@@ -38,3 +39,7 @@ class StudentTopk(Signal):
             "teacher_tail_logmass": f"teacher_on{shard.k}_tail",
         }
         return topk_table(self.schema, quantities, shard)
+
+    def unusable(self, rows: pa.Table) -> tuple[int, int]:
+        """Tokens without a list."""
+        return without_list(rows)

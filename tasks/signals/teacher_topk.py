@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from storage.schemas import TABLES
 from tasks.signals.signal import Shard, Signal, Written, register
-from tasks.signals.topk import topk_table
+from tasks.signals.topk import topk_table, without_list
 from tasks.signals.wanted import Ask, Wanted
 
 
@@ -21,6 +21,7 @@ class TeacherTopk(Signal):
     name = "teacher_topk"
     schema = TABLES[name]
     listed = True
+    checked = ("valid",)
     lists = {"teacher": ("logprobs", "tail_logmass")}  # noqa: RUF012
 
     def wanted(self, k: int | None, sampling: Mapping[str, Any]) -> Wanted:
@@ -34,6 +35,10 @@ class TeacherTopk(Signal):
             "tail_logmass": f"teacher_top{shard.k}_tail",
         }
         return topk_table(self.schema, quantities, shard)
+
+    def unusable(self, rows: pa.Table) -> tuple[int, int]:
+        """Tokens without a list."""
+        return without_list(rows)
 
     def meta(self, written: Written) -> dict[str, Any]:
         """`teacher_mass`: the mean probability of a list, over the tokens that have one."""

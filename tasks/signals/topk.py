@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from storage.errors import InputError
 from storage.schemas import TableSchema
@@ -39,6 +40,12 @@ def topk_table(schema: TableSchema, quantities: Mapping[str, str], shard: Shard)
         tail = column.endswith("tail_logmass")
         columns[column] = lists(arrays, kind) if tail else nested(arrays, values["valid"], kind)
     return rows_of(schema, shard.rollouts, columns)
+
+
+def without_list(rows: pa.Table) -> tuple[int, int]:
+    """(tokens with an empty list, tokens)."""
+    counts = pc.list_flatten(rows["valid"])
+    return pc.sum(pc.equal(counts, 0)).as_py() or 0, len(counts)
 
 
 def _check_counts(table: str, rollouts: pa.Table, values: Values) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from storage.identity import Identity
+from storage.identity import Identity, omit_at
 
 
 class LrSchedule(Identity):
@@ -134,8 +134,26 @@ class TrainConfig(OptimizerSettings):
     max_drift: float | None = Field(
         None,
         gt=0,
-        description="end the round after a step whose mean log-ratio of rollout-time to live student is above this",
+        description="end the round after a step whose drift is above this: KL(rollout-time student || live student) in nats"
+        " per token, estimated over the step's tokens (see drift_estimator)",
     )
+    drift_estimator: Literal["k3", "log_ratio"] | None = Field(
+        None,
+        description="with max_drift; null: k3. k3: the mean of r - 1 - log r, r the ratio of live to rollout-time probability of"
+        " a sampled token: never negative, unbiased where rollouts are sampled untruncated at temperature 1, low where top-p or"
+        " top-k keep tokens from being sampled. log_ratio: the mean of -log r, which under top-p is no KL and can be negative"
+        " (runs begun before 0.2 keep it)",
+        json_schema_extra=omit_at(None, "log_ratio"),
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_drift_estimator(cls, data: Any) -> Any:
+        """k3 where it matters and none is named, none where it does not: keys without max_drift stay as they were."""
+        if isinstance(data, dict):
+            given = data.get("drift_estimator") or "k3"
+            return data | {"drift_estimator": given if data.get("max_drift") is not None else None}
+        return data
 
 
 class WarmupConfig(OptimizerSettings):

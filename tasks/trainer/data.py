@@ -62,6 +62,8 @@ class Samples:
     support: Support | None = None
     invalid: int = 0
     """Number of completion tokens left out because of an invalid value."""
+    lost: np.ndarray | None = None
+    """Per sample: the number of tokens that only an invalid value leaves out of the loss. None without signals."""
     rewards: np.ndarray | None = None
     """Per sample."""
     groups: np.ndarray | None = None
@@ -80,8 +82,7 @@ class Samples:
     @cached_property
     def kept(self) -> np.ndarray:
         """Masked-in tokens per sample."""
-        edges = np.concatenate([[0], np.cumsum(self.keep)])
-        return edges[self.completions.offsets[1:]] - edges[self.completions.offsets[:-1]]
+        return _per_sample(self.keep, self.completions)
 
     @cached_property
     def group_rewards(self) -> np.ndarray:
@@ -159,6 +160,7 @@ def from_rollouts(
         stored = [_lists(name, ordered[name], completions, tokens) for name in _SOURCES[needs.student.support]]
         for lists in stored:
             invalid |= lists.counts == 0  # the scorer had no usable numbers for the token
+    lost = _per_sample(keep & invalid, completions)
     keep &= ~invalid
     tokens = checks.Tokens(ids, completions.offsets, keep)
     checks.check_token_ids(tokens, "rollouts.completion_token_ids", completions.values, rows)
@@ -169,11 +171,18 @@ def from_rollouts(
     if needs.takes_prefixes:
         floats["teacher_prefix"] = _leading(rollouts["prefix_length"], completions)
     prompts = _ragged(rollouts["prompt_token_ids"], np.int64)
-    samples = Samples(ids, prompts, completions, keep, floats, None, int(invalid.sum()))
+    samples = Samples(ids, prompts, completions, keep, floats, None, int(invalid.sum()), lost)
     samples = replace(
         samples, support=_support(stored, tokens, needs, rows), **_of_credit(rollouts, samples, needs.credit)
     )
     return _checked(samples, "rollouts.prompt_token_ids", rows)
+
+
+def _per_sample(flags: np.ndarray, completions: Ragged) -> np.ndarray:
+    """How many flat completion tokens of each sample have the flag."""
+    edges = np.concatenate([[0], np.cumsum(flags)])
+    found: np.ndarray = edges[completions.offsets[1:]] - edges[completions.offsets[:-1]]
+    return found
 
 
 class _CreditFields(TypedDict, total=False):

@@ -17,7 +17,7 @@ from tasks.inputs.models import parameter_count
 from tasks.stage import Context
 from tasks.trainer.config import OptimizerSettings, TrainConfig, WarmupConfig
 from tasks.workers.jobs import ArtifactRef, CheckpointPlace, TrainJob, TrainOutputs, TrainResult, WarmupJob
-from tasks.workers.metrics import Metrics, summary
+from tasks.workers.metrics import Metrics, left_out, summary
 
 _TREES = {"student": "model", "trainer_state": "state"}
 
@@ -63,6 +63,12 @@ def run_and_commit(
     result: TrainResult = context.workers.run("trainer", sent, heard)
     if text := summary(result.metrics):
         context.log(f"{job.stage}: {result.steps} steps: {text}")
+    if empty := result.metrics.get("empty_steps"):
+        context.say(
+            job.stage,
+            f"warning: {empty:,.0f} of {result.steps:,} steps had no counted token and changed nothing:"
+            f" {left_out(result.metrics)[0]}; see train.mask_reasons and the lengths of the completions",
+        )
     if invalid := result.metrics.get("invalid_tokens"):
         context.log(f"warning: {job.stage}: {invalid:.0f} completion tokens have invalid values and were left out")
     weights = weights_digest(exported)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +46,7 @@ class Plan:
     normalisation_length: int | None
     metrics_every: int
     max_drift: float | None
+    drift_estimator: str | None
     micro_batch_tokens: int
     stop_loss: float | None = None
 
@@ -64,13 +65,13 @@ def run_steps(
 
     `done`: rows of the steps before an interruption. `keep` is called with all rows after every step but the last, and may
     save them with the engine's state.
-    Ends early after a step whose mean KL from the rollout-time student exceeds `max_drift`, or at which the running mean of
+    Ends early after a step whose drift from the rollout-time student exceeds `max_drift`, or at which the running mean of
     the loss falls below `stop_loss`. Raises OpdError, naming samples, on every rank and before any weight changes, if a loss
     or a gradient is not finite."""
     table = list(done)
     running: float | None = None
     for row in done:
-        running = _mean(running, row["loss"])
+        running = _mean(running, row)
     known = latest(done)
     for number, step in enumerate(plan.steps[len(done) :], len(done)):
         began = time.monotonic()
@@ -109,17 +110,20 @@ def run_steps(
                 "tokens": int(samples.kept[list(step.rows)].sum()),
                 "seconds": time.monotonic() - began,
                 **tally.means(),
+                "masked_tokens": int((samples.completions.lengths - samples.kept)[list(step.rows)].sum()),
             }
         )
         known |= latest(table[-1:])
         progress(number + 1, len(plan.steps), known)
         if dist.get_rank() == 0 and ((now - 1) % plan.metrics_every == 0 or number + 1 == len(plan.steps)):
             print(f"round {plan.round} step {now}: {words(known)}", flush=True)
-        drift = table[-1]["log_ratio_mean"]
-        drifted = plan.max_drift is not None and drift is not None and -drift > plan.max_drift
-        running = _mean(running, tally.loss)
+        drift = table[-1]["drift"]
+        if plan.drift_estimator == "log_ratio" and table[-1]["log_ratio_mean"] is not None:
+            drift = -table[-1]["log_ratio_mean"]
+        drifted = plan.max_drift is not None and drift is not None and drift > plan.max_drift
+        running = _mean(running, table[-1])
         failpoint("train.after_step")
-        if drifted or (plan.stop_loss is not None and running < plan.stop_loss):
+        if drifted or (plan.stop_loss is not None and running is not None and running < plan.stop_loss):
             progress(number + 1, number + 1, known)
             break
         if number + 1 < len(plan.steps):
@@ -127,8 +131,11 @@ def run_steps(
     return table
 
 
-def _mean(running: float | None, loss: float) -> float:
-    return loss if running is None else (1 - _RUNNING) * running + _RUNNING * loss
+def _mean(running: float | None, row: Mapping[str, Any]) -> float | None:
+    """The running mean of the loss after a step; a step without a counted token has none."""
+    if row["tokens"] == 0:
+        return running
+    return float(row["loss"]) if running is None else (1 - _RUNNING) * running + _RUNNING * float(row["loss"])
 
 
 class Tally:

@@ -114,6 +114,7 @@ class LossHead(nn.Module):
         log_ratio_N = _log_ratio(tokens, observed or view)
         if log_ratio_N is not None:
             metrics["log_ratio_mean"] = log_ratio_N
+            metrics["drift"] = torch.expm1(log_ratio_N.double()) - log_ratio_N
         stats = (per_token_N.detach(), tokens.loss_mask_N, tokens.sample_N, metrics, log_ratio_N)
         self.stats = TokenStats(*stats)
         return (weight_N * per_token_N).sum()

@@ -6,6 +6,7 @@ warm worker and in a fresh one."""
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from tasks.losses.build import make_objective
 from tasks.losses.config import ObjectiveConfig
 from tasks.losses.head import ChunkedHead
 from tasks.trainer import state
-from tasks.trainer.batching import plan_steps
+from tasks.trainer.batching import Step, plan_steps
 from tasks.trainer.config import OptimizerSettings, TrainConfig, TruncatedCorrection, WarmupConfig
 from tasks.trainer.data import Samples, from_prompts, from_rollouts
 from tasks.trainer.engine import Engine, start
@@ -51,6 +52,7 @@ class TrainingJob:
     total_samples: int
     metrics_every: int = 1
     max_drift: float | None = None
+    drift_estimator: str | None = None
     stop_loss: float | None = None
     cap: float | None = None
 
@@ -87,6 +89,7 @@ class Trainer:
         steps = plan_steps(
             job.seed, job.round, len(training.samples), training.samples_per_step, training.total_samples
         )
+        refuse_lost_steps(training.samples, steps, job.round)
         keeper = Keeper(job, runtime["checkpoint_minutes"])
         midway = keeper.find(len(steps), progress)
         model = load_model(base, settings.dtype)
@@ -119,6 +122,7 @@ class Trainer:
                 normalisation_length=training.objective.normalisation_length,
                 metrics_every=training.metrics_every,
                 max_drift=training.max_drift,
+                drift_estimator=training.drift_estimator,
                 stop_loss=training.stop_loss,
                 micro_batch_tokens=int(runtime["micro_batch_tokens"]),
             )
@@ -196,6 +200,7 @@ def _train_job(job: TrainJob, store: Store) -> TrainingJob:
         total_samples=len(samples) * config.epochs_per_round,
         metrics_every=config.metrics_every,
         max_drift=config.max_drift,
+        drift_estimator=config.drift_estimator,
         cap=cap,
     )
 
@@ -214,6 +219,22 @@ def _warmup_job(job: WarmupJob, store: Store) -> TrainingJob:
     )
 
 
+def refuse_lost_steps(samples: Samples, steps: Sequence[Step], round: int) -> None:
+    """InputError for a step that has no token to train on because of invalid values. A step whose tokens the data mask (special,
+    truncated, unmapped, ...) is counted and reported instead."""
+    if samples.lost is None:
+        return
+    for number, step in enumerate(steps, 1):
+        rows = list(step.rows)
+        if samples.kept[rows].sum() == 0 and (lost := int(samples.lost[rows].sum())):
+            first = next(samples.ids[row] for row in rows if samples.lost[row])
+            raise InputError(
+                f"train: step {number} of round {round} has no token to train on: {lost:,} tokens have invalid values (NaN,"
+                f" infinite or out of range; the first in sample {first!r}) and all others are masked. The teacher, the"
+                " student or the sampler is broken; check them and have the round's signals made again"
+            )
+
+
 def _table(store: Store, where: ArtifactRef, table: str) -> pa.Table:
     return store.read_table(store.require(where.stage, where.key), table)
 
@@ -224,6 +245,8 @@ def _summary(rows: list[dict[str, Any]], samples: Samples) -> TrainResult:
     metrics = {
         "loss": loss,
         "tokens": float(tokens),
+        "masked_tokens": float(sum(row.get("masked_tokens") or 0 for row in rows)),
+        "empty_steps": float(sum(row["tokens"] == 0 for row in rows)),
         "invalid_tokens": samples.invalid,
         **summarised(rows),
     }

@@ -40,6 +40,7 @@ _LONG: tuple[_Words, ...] = (
     ("outliers", ("outlier_fraction",), "{:.1%}"),
     ("clipped", ("clip_fraction",), "{:.1%}"),
     ("log-ratio p5/50/95", _LOG_RATIO, "{:.2f}"),
+    ("drift", ("drift",), "{:.3g}"),
 )
 _SHORT: tuple[_Words, ...] = (
     ("loss", ("loss",), "{:.4g}"),
@@ -76,23 +77,32 @@ def short_words(metrics: Metrics, width: int) -> str:
 def summary(metrics: Metrics) -> str:
     """One line that summarises a job's steps, from `summarised` metrics; empty without metrics."""
     first, last, norm = (metrics.get(name) for name in ("loss_first", "loss_last", "grad_norm_max"))
-    if first is None or last is None or norm is None:
-        return ""
     later = {name: metrics.get(f"{name}_last") for name in _AFTER}
-    return "  ".join([f"loss {first:.4g} → {last:.4g}", f"grad norm ≤ {norm:.3g}", *_parts(later, _LONG)])
+    loss = [] if first is None or last is None else [f"loss {first:.4g} → {last:.4g}"]
+    steps = [] if norm is None else [*loss, f"grad norm ≤ {norm:.3g}", *_parts(later, _LONG)]
+    return "  ".join([*steps, *left_out(metrics)])
+
+
+def left_out(metrics: Metrics) -> list[str]:
+    """What of a training's data did not count: tokens that were masked, steps that had no other tokens."""
+    masked, tokens, empty = (metrics.get(name) or 0 for name in ("masked_tokens", "tokens", "empty_steps"))
+    found = [f"masked {masked:,.0f} of {masked + tokens:,.0f} tokens"] if masked else []
+    return [*found, *([f"{empty:,.0f} steps without a counted token"] if empty else [])]
 
 
 def summarised(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Summary of rows of `training_steps`: first and last loss, the largest gradient norm, and for every other metric its
-    last computed value as `NAME_last`."""
-    known = latest(rows)
+    """Summary of rows of `training_steps`: first and last loss (of steps with a counted token), the largest gradient norm, and
+    for every other metric its last computed value as `NAME_last`."""
+    known, losses = latest(rows), [row["loss"] for row in rows if row.get("tokens") != 0]
     ends = {f"{name}_last": known.get(name) for name in ("loss", *_AFTER, "log_ratio_mean")}
-    return {"loss_first": rows[0]["loss"], "grad_norm_max": max(row["grad_norm"] for row in rows)} | ends
+    first = losses[0] if losses else None
+    return {"loss_first": first, "grad_norm_max": max(row["grad_norm"] for row in rows)} | ends
 
 
 def latest(rows: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
-    """The last computed value of every metric that is shown."""
-    return {name: row[name] for row in rows for name in (*SHOWN, "log_ratio_mean") if row[name] is not None}
+    """The last computed value of every metric that is shown; steps without a counted token have none."""
+    shown, counted = (*SHOWN, "log_ratio_mean"), [row for row in rows if row.get("tokens") != 0]
+    return {name: row[name] for row in counted for name in shown if row.get(name) is not None}
 
 
 def _parts(metrics: Metrics, table: tuple[_Words, ...]) -> list[str]:

@@ -41,6 +41,13 @@ class ScorerRuntime(Runtime):
     workers: int = Field(1, ge=1, description="data-parallel scorers")
     batch_tokens: int = Field(8192, ge=1, description="tokens (padding included) per forward")
     head_chunk_tokens: int = Field(1024, ge=1, description="completion tokens per output-head chunk: bounds T x V")
+    max_invalid: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="largest share of a round's tokens without usable values of teacher, student or sampler (NaN, infinite,"
+        " out of range); above it supervision and training are refused",
+    )
 
 
 class TrainerRuntime(Runtime):

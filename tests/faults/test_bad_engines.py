@@ -22,10 +22,13 @@ from rollout_stage import Stage
 
 from flows.run.runner import run_experiment
 from storage.errors import InputError
+from storage.runs import Run
 from storage.schemas import MaskReason
 from storage.store import Store
 from tasks.engines.sampler import SamplingFailed
+from tasks.trainer.batching import plan_steps
 from tasks.trainer.data import Samples, from_rollouts
+from tasks.trainer.trainer import refuse_lost_steps
 from tasks.workers.jobs import SampleJob, SampleResult, Sampling, TrainJob, TrainResult
 from tasks.workers.runtime import RuntimeConfig
 
@@ -146,16 +149,22 @@ class Pool(in_process.InProcess):
                 tables = {name: store.read_table(store.require(at.stage, at.key), name) for name, at in places.items()}
                 reasons = [MaskReason[name.upper()] for name in json.loads(bytes(job.config))["mask_reasons"]]
                 rollouts, needs = tables.pop("rollouts"), round_of.objective.needs()
-                loaded.append(from_rollouts(rollouts, tables, needs, reasons, job.seed, scripted_run.ROWS))
+                samples = from_rollouts(rollouts, tables, needs, reasons, job.seed, scripted_run.ROWS)
+                per_step = json.loads(bytes(job.config))["samples_per_step"]
+                refuse_lost_steps(
+                    samples, plan_steps(job.seed, job.round, len(samples), per_step, len(samples)), job.round
+                )
+                loaded.append(samples)
                 return super().handle(job, link)
 
         self.handlers = {"sampler": Sampler({}), "scorer": Scorer({}), "trainer": Trainer({})}
 
 
-def run(root: Path, spoil: Any) -> list[Samples]:
-    """What the trainer has loaded in a run of one round."""
-    pool = Pool(spoil)
-    run_experiment(scripted_run.experiment(1), name="trial", root=root, prefect=False, workers=pool)  # type: ignore[arg-type]
+def run(root: Path, spoil: Any, max_invalid: float = 1.0) -> list[Samples]:
+    """What the trainer has loaded in a run of one round. One bad token of a few dozen is above the default of `max_invalid`."""
+    pool, experiment = Pool(spoil), scripted_run.experiment(1)
+    experiment.runtime.scorer.max_invalid = max_invalid
+    run_experiment(experiment, name="trial", root=root, prefect=False, workers=pool)  # type: ignore[arg-type]
     return pool.loaded
 
 
@@ -239,3 +248,36 @@ def test_an_output_that_cannot_be_used_is_asked_for_again(trials: Trials, tmp_pa
 
     names = [f"{kind} {at} {times}" for at in range(10) for times in (1, 99) for kind in OUTPUTS]
     trials(7, "from a sampling engine: not finite, missing, foreign ids", names[:count], attempt)
+
+
+# --- a broken teacher ------------------------------------------------------------------------------------------------
+
+
+def broken_teacher(ids: list[str], values: Values) -> Values:
+    """Every log-probability of the teacher is NaN."""
+    name = "teacher_logprobs"
+    return values | {name: [np.full(len(array), math.nan) for array in values[name]]} if name in values else values
+
+
+def test_a_broken_teacher_is_no_finished_run(template: Path, tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    shutil.copytree(template, root)
+    with pytest.raises(InputError, match=r"100\.0%"):
+        run(root, broken_teacher, max_invalid=0.01)
+    state = Run.open(root, "trial").state
+    assert state.status == "failed" and state.rounds[1].stages["supervise"].state == "failed"
+    assert [
+        a for stage in ("sampled", "mask", "teacher_topk", "student", "train") for a in Store(root).list(stage)
+    ] == []
+    run(root, lambda ids, values: values, max_invalid=0.01)  # repaired: the models are asked again
+    assert Run.open(root, "trial").state.status == "finished"
+
+
+def test_signals_that_another_run_accepts_are_refused_in_training(template: Path, tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    shutil.copytree(template, root)
+    with pytest.raises(InputError, match="no token to train on"):
+        run(root, broken_teacher)
+    with pytest.raises(InputError, match=r"train: .*runtime\.scorer\.max_invalid"):
+        run(root, broken_teacher, max_invalid=0.01)
+    assert Store(root).list("student") == []

@@ -48,6 +48,7 @@ SCENES: list[dict[str, Any]] = [
     {"train": {"schedule": {"kind": "cosine", "horizon_steps": 50, "final_ratio": 0.1}, "lora": {"r": 4}}},
     {"student": {"warmup": {"lora": {"r": 4}, "schedule": {"kind": "linear", "horizon_steps": 50}}}},
     {"train": {"importance_correction": {"kind": "truncated"}}, "objective": NORMALISED},
+    {"train": {"max_drift": 0.5}},
     {"evaluate": {"num_generations": 1, "verifier": {"kind": "math_verify"}}},
     {"objective": {"support": {"kind": "student_topk", "k": 8}}},
     {"objective": {"support": {"kind": "full", "k": 264}}},

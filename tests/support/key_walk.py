@@ -80,6 +80,8 @@ class Keys:
             )  # fmt: skip
         return made
 
+    stored = __call__
+
     @contextmanager
     def round(self, number: int) -> Iterator[Keys]:
         self._round = number

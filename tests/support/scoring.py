@@ -79,12 +79,13 @@ class ScoringBench(Bench):
     def __init__(self, store: Store, workers: InProcess) -> None:
         super().__init__(store)
         self.workers = workers
+        self.max_invalid = 0.01
 
     @property
     def context(self) -> Context:
         return Context(
             store=self.store,
-            runtime=RuntimeConfig(device="cpu", threads=1),
+            runtime=RuntimeConfig(device="cpu", threads=1, scorer={"max_invalid": self.max_invalid}),
             workers=self.workers,  # type: ignore[arg-type]
             progress=lambda done, total, unit: self.progressed.append((done, total, unit)),
             log=self.said.append,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +136,38 @@ def test_rows_and_metrics(shared):
         assert row["reverse_kl_sum"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), rel=1e-4)
     kl_tokens = sum(row["tokens"] for row in by_mode["kl"])
     assert all(row["tokens"] == len(row["completion_token_ids"]) for row in rows)
+    kl = sum(row["reverse_kl_sum"] for row in by_mode["kl"]) / kl_tokens
+    clipped = sum(row["finish_reason"] == "length" for row in by_mode["kl"]) / 6
+
+    def error(value: float, total: Callable[[dict[str, Any]], float], weight: Callable[[dict[str, Any]], float]) -> Any:
+        """From residuals over the three prompts of two samples each."""
+        prompts: dict[str, float] = {}
+        for row in by_mode["kl"]:
+            prompts[row["prompt_id"]] = prompts.get(row["prompt_id"], 0) + total(row) - value * weight(row)
+        everything = sum(weight(row) for row in by_mode["kl"])
+        return pytest.approx(math.sqrt(3 / 2 * sum(r * r for r in prompts.values())) / everything, rel=1e-9)
+
     assert artifact.meta["metrics"] == {
         "accuracy_greedy": 0.0,
+        "accuracy_greedy_se": 0.0,
+        "accuracy_greedy_n": 5,
+        "accuracy_greedy_prompts": 5,
         "accuracy_sampled": 0.0,
-        "reverse_kl": pytest.approx(sum(row["reverse_kl_sum"] for row in by_mode["kl"]) / kl_tokens),
+        "accuracy_sampled_se": 0.0,
+        "accuracy_sampled_n": 10,
+        "accuracy_sampled_prompts": 5,
+        "reverse_kl": pytest.approx(kl),
+        "reverse_kl_se": error(kl, lambda row: row["reverse_kl_sum"], lambda row: row["tokens"]),
+        "reverse_kl_n": 6,
+        "reverse_kl_prompts": 3,
         "mean_length": kl_tokens / 6,
-        "clipped_ratio": sum(row["finish_reason"] == "length" for row in by_mode["kl"]) / 6,
+        "mean_length_se": error(kl_tokens / 6, lambda row: row["tokens"], lambda row: 1),
+        "mean_length_n": 6,
+        "mean_length_prompts": 3,
+        "clipped_ratio": clipped,
+        "clipped_ratio_se": error(clipped, lambda row: row["finish_reason"] == "length", lambda row: 1),
+        "clipped_ratio_n": 6,
+        "clipped_ratio_prompts": 3,
         "eval_tokens": sum(row["tokens"] for row in rows),
     }
     assert shared.bench.progressed[-1] == (5 + 10 + 2 * 6, 5 + 10 + 2 * 6, "samples")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -123,7 +124,14 @@ def test_an_interrupted_round_goes_on_where_it_broke(tmp_path, pool):
     clipped = sum(row["finish_reason"] == "length" for row in rows)
     assert 0 < clipped < 10
     tokens = sum(lengths)
-    assert result.meta["metrics"] == {"mean_length": tokens / 10, "clipped_ratio": clipped / 10, "tokens": tokens}
+    prompts = {row["prompt_id"]: 0.0 for row in rows}
+    for row, length in zip(rows, lengths, strict=True):
+        prompts[row["prompt_id"]] += (length - tokens / 10) / 10
+    error = math.sqrt(len(prompts) / (len(prompts) - 1) * sum(by * by for by in prompts.values()))
+    metrics = result.meta["metrics"]
+    assert (metrics["mean_length"], metrics["clipped_ratio"], metrics["tokens"]) == (tokens / 10, clipped / 10, tokens)
+    assert metrics["mean_length_se"] == pytest.approx(error, rel=1e-12) and error > 0
+    assert (metrics["mean_length_n"], metrics["mean_length_prompts"]) == (10, len(prompts)) == (10, 4)
     assert result.meta["stop_token_ids"] == [7]
     assert result.meta["weight_proofs"] == [{"weights": broken.student.content["weights"]}]
 

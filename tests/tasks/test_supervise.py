@@ -317,7 +317,14 @@ def test_invalid_values_of_a_model_are_flagged_and_counted(world):
     weights = load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"][ord("d")] = math.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    made = world.make((*NEEDS, SignalNeed("student_topk", 3)), teacher=world.bench.model(folder))
+    broken = world.bench.model(folder)
+    with pytest.raises(InputError, match=r"'mask'.*teacher"):  # half of the tokens
+        world.make((*NEEDS, SignalNeed("student_topk", 3)), teacher=broken)
+    names = ("sampled", "mask", "teacher_topk", "student_topk")
+    assert [a for name in names for a in world.bench.store.list(name)] == []
+    assert not list(world.bench.store.root.glob("artifacts/*_topk/*/*.parquet")), "the models are asked again"
+    world.bench.max_invalid = 0.9
+    made = world.make((*NEEDS, SignalNeed("student_topk", 3)), teacher=broken)
     masks = world.store.read_table(made["mask"], "mask")
     rows = {name: world.store.read_table(made[name], name).to_pylist() for name in made if name != "mask"}
     count = 0

@@ -23,6 +23,7 @@ from flows.prefect_.server import StoreServer
 from flows.prefect_.session import Session, prefect_session
 from flows.prefect_.tasks import run_as_flow, run_stage
 from flows.run.hints import opd_command
+from flows.run.shown import amount
 from storage.errors import RunBusy
 from storage.runs import Run
 
@@ -145,14 +146,19 @@ def test_a_round_is_a_table_and_the_end_a_summary(reported, shared_server) -> No
     rows = {row["stage"]: row for row in json.loads(table["data"])}
     assert list(rows) == list(one.stages)
     for label, row in rows.items():
-        assert (row["state"], row["rows"]) == ("done", one.stages[label].rows)
+        assert (row["state"], row["made"]) == ("done", amount(label, one.stages[label]))
         assert row["seconds"] == pytest.approx(one.stages[label].seconds, abs=0.06)
         assert all(f"{name}/{key}" in row["artifacts"] for name, key in one.stages[label].artifacts.items())
-    assert f"reverse_kl {one.metrics['reverse_kl']:.5g}" in rows["evaluate"]["metrics"]
+    kl, error = one.metrics["reverse_kl"], one.metrics["reverse_kl_se"]
+    assert f"reverse_kl {kl:.5g} ± {error:.5g} (n " in rows["evaluate"]["metrics"]
+    assert "reverse_kl_se" not in rows["evaluate"]["metrics"]
     assert f"tokens {one.metrics['rollout_tokens']:.5g}" in rows["rollout"]["metrics"]
     summary = first[f"{NAME}-summary"]
     assert summary["type"] == "markdown" and summary["data"].startswith(f"# {NAME}: round 1 of 1")
-    assert f"| 1 | {one.metrics['accuracy_greedy']:.4g} | {one.metrics['reverse_kl']:.4g} |" in summary["data"]
+    shares = [
+        f"{one.metrics[name]:.4g} ± {one.metrics[f'{name}_se']:.4g}" for name in ("accuracy_greedy", "reverse_kl")
+    ]
+    assert f"| 1 | {shares[0]} | {shares[1]} |" in summary["data"] and "accuracy n 4" in summary["data"]
     student = f"{reported.root}/artifacts/student/{one.stages['train'].artifacts['student']}"
     assert student in summary["data"] and Path(student).is_dir()
     assert opd_command(reported.root, "export", NAME, f"{NAME}-student") in summary["data"]

@@ -9,8 +9,8 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from flows.run import progress
-from flows.run.progress import LineReporter, TerminalReporter
-from storage.runs import StageState
+from flows.run.progress import LineReporter, TerminalReporter, round_line
+from storage.runs import RoundState, StageState
 from tasks.workers.metrics import short_words, summarised, summary, words
 
 EVERYTHING = {
@@ -75,13 +75,27 @@ def test_a_plain_log_has_figures_in_its_periodic_line_and_a_summary_at_the_end(m
     reporter.progress(2, "train", 3, 64, "steps", EVERYTHING)
     reporter.progress(2, "rollout", 3, 64, "samples")
     reporter.stage(2, "train", DONE, summarised(ROWS))
-    reporter.stage(2, "supervise", DONE, {"teacher_mass": 0.9})
+    signals = {"mask": "a", "sampled": "b", "teacher_topk": "c"}
+    reporter.stage(2, "supervise", StageState(state="done", seconds=12.0, rows=1920, artifacts=signals))
+    reporter.stage(0, "model", StageState(state="cached", rows=0))
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     assert lines[0] == f"round 2 train           3/64 steps  {LINE}"
     assert lines[1] == "round 2 rollout         3/64 samples"
-    assert lines[2] == "round 2 train           done in 12.0 s (64 rows)"
+    assert lines[2] == "round 2 train           done in 12.0 s (64 steps)"
     assert lines[3] == f"round 2 train           {summary(summarised(ROWS))}"
-    assert lines[4:] == ["round 2 supervise       done in 12.0 s (64 rows)"]
+    assert lines[4:] == [
+        "round 2 supervise       done in 12.0 s (640 samples, 3 signals)",
+        "round 0 model           already in the store",
+    ]
+
+
+def test_a_rounds_line_has_errors_and_sizes() -> None:
+    metrics = {"accuracy_greedy": 0.245, "accuracy_greedy_se": 0.0304, "accuracy_greedy_n": 200.0}
+    metrics |= {"accuracy_greedy_prompts": 200.0, "reverse_kl": 0.5112, "reverse_kl_se": 0.0302, "reverse_kl_n": 128.0}
+    state = RoundState(round=3, metrics=metrics | {"reverse_kl_prompts": 64.0, "mean_length": 5.0})
+    assert round_line(state) == (
+        "round 3:  accuracy 24.5% ± 3.0% (n 200)  reverse KL 0.5112 ± 0.0302 (n 128 of 64 prompts)  length 5.0"
+    )
 
 
 def test_a_cached_stage_has_no_summary() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 import yaml
@@ -14,8 +16,9 @@ from places import TINY
 
 from flows.run.runner import open_run
 from flows.study.files import write_files
-from flows.study.results import grids, read_rows, spread
+from flows.study.results import best_lrs, grids, read_rows, spread, undecided
 from flows.study.spec import StudyPlan, load_study
+from storage.query.figures import Sums
 from storage.runs import RoundState, Run, StageState
 
 STUDY = {
@@ -70,7 +73,9 @@ def test_a_method_has_mean_and_range_over_its_seeds(plan, root):
     assert good["round 0"] == "1.0000 (1.0000 to 1.0000)"
     assert good["round 2"] == f"{(low + high) / 2:.4f} ({low:.4f} to {high:.4f})"
     assert good["largest gradient norm (before clipping)"] == "1"
-    assert cells(plan, root, "Accuracy")["good", "0.001", "2 of 2"]["round 1"] == "25.0% (25.0% to 25.0%)"
+    assert cells(plan, root, "Accuracy")["good", "0.001", "2 of 2"]["round 1"] == "25.0% ± 25.0% (25.0% to 25.0%)"
+    note = next(grid.note for grid in grids(plan, read_rows(plan, root)) if grid.title == "Accuracy")
+    assert note.endswith("n 4 each"), "one of the evaluation's four prompts is right: 1/4 ± 1/4"
 
 
 def test_a_failed_method_keeps_what_it_had_and_says_why(plan, root):
@@ -85,6 +90,32 @@ def test_the_sweeps_table_marks_the_choice_and_that_it_lies_at_an_end(plan, root
     assert sweep["g", "good", "0.0001"]["reverse KL"] == f"{math.exp(-1):.4f}"
     assert sweep["g", "good", "0.0001"][""] == ""
     assert sweep["g", "good", "0.001"][""] == "chosen, the end of its list"
+
+
+def sweep_row(lr: float, kl: list[float], seed: int = 9) -> dict[str, Any]:
+    """The last round of a candidate: one completion of ten tokens per prompt."""
+    sums = Sums(tuple(f"p{i}" for i in range(len(kl))), np.array(kl) * 10, np.full(len(kl), 10.0), len(kl))
+    known = {"part": "sweep", "group": "g", "lr": lr, "seed": seed, "status": "finished", "round": 2}
+    return known | {"run": str(lr), "reverse_kl": sums.value, "sums": {"reverse_kl": sums}, "grad_norm_max": None} | {
+        "accuracy": None, "method": "good", "error": None
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("other", "close"),
+    [
+        ([0.12, 0.29, 0.23, 0.38], [1e-4]),  # differences of +.02 -.01 +.03 -.02
+        ([0.30, 0.49, 0.41, 0.60], []),  # .20 .19 .21 .20: far apart, though both spread over .1 to .4
+        ([0.10, 0.30, 0.20, 0.90], [1e-4]),  # all of it is one prompt
+    ],
+)
+def test_the_sweep_says_which_rates_are_not_told_apart_from_the_best(plan, other, close):
+    rows = [sweep_row(1e-3, [0.1, 0.3, 0.2, 0.4]), sweep_row(1e-4, other)]
+    assert best_lrs(plan, rows) == {"g": 1e-3}
+    assert undecided(plan, rows) == {"g": close}
+    remarks = {line[2]: line[-1] for grid in grids(plan, rows) if grid.title == "Learning rates" for line in grid.lines}
+    assert remarks["0.001"].startswith("chosen")
+    assert (remarks["0.0001"] == "not told apart from the best") == bool(close)
 
 
 @pytest.mark.parametrize(

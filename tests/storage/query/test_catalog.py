@@ -11,6 +11,7 @@ import pytest
 
 from storage.errors import CorruptArtifact
 from storage.query.catalog import Catalog, QueryRefused
+from storage.query.figures import difference, evaluation_of, read_sums
 from storage.query.views import VIEWS
 from storage.runs import RoundState, Run, StageState
 from storage.store import Store
@@ -313,3 +314,51 @@ def test_what_a_filter_leaves_out_is_not_read(example_store):
     assert rows(catalog, "SELECT count(*) AS n FROM tokens WHERE run = 'demo' AND round = 1") == [{"n": 15}]
     with pytest.raises(CorruptArtifact):
         catalog.query("SELECT count(*) AS n FROM tokens WHERE run = 'demo' AND round = 2")
+
+
+def test_errors_of_rounds_are_computed_from_the_rows_where_the_state_has_none(demo):
+    sql = "SELECT round, accuracy_greedy_se AS se, accuracy_greedy_n AS n, accuracy_greedy_prompts AS p FROM rounds"
+    found = [tuple(r.values()) for r in rows(demo, sql + " ORDER BY round")]
+    # 0, 1 and 2 of 4 prompts are right
+    assert found == [(0, 0.0, 4, 4), (1, pytest.approx(0.25), 4, 4), (2, pytest.approx((1 / 12) ** 0.5), 4, 4)]
+
+
+def test_stages_count_one_pass_once(demo):
+    """A training makes three artifacts; their seconds are those of one stage."""
+    assert rows(demo, "SELECT sum(seconds) AS s, count(*) AS n FROM stages WHERE stage = 'train'") == [
+        {"s": 4.0, "n": 2}
+    ]
+    (row,) = rows(demo, "SELECT * FROM stages WHERE stage = 'supervise' AND round = 1")
+    assert set(dict(row["artifacts"])) == {"sampled", "mask"} and row["state"] == "done"
+    sql = "SELECT count(*) AS n FROM stages s JOIN artifacts a USING (artifact) WHERE s.stage = 'evaluate'"
+    assert rows(demo, sql) == [{"n": 3}]
+
+
+def test_differences_in_sql_are_those_of_the_module(example_store_once, catalog):
+    store = Store(example_store_once)
+    states = {run.name: run.state for run in Run.list(example_store_once)}
+    sums = {
+        (name, round.round): read_sums(store, evaluation_of(store, round))
+        for name, state in states.items()
+        for round in state.rounds
+    }
+    found = rows(catalog, "SELECT * FROM differences")
+    assert len(found) == sum(
+        len(sums[one].keys() & sums[other].keys()) for one in sums for other in sums if one != other
+    )
+    for row in found:
+        one, other = ((row["run"], row["round"]), (row["other_run"], row["other_round"]))
+        expected = difference([(sums[one][row["metric"]], sums[other][row["metric"]])])
+        assert row["difference"] == pytest.approx(expected.value, abs=1e-12)
+        assert row["se"] == pytest.approx(expected.se, abs=1e-12) and row["prompts"] == expected.prompts
+        assert (row["low"], row["high"]) == tuple(pytest.approx(end, abs=1e-12) for end in expected.interval)
+        assert row["told_apart"] == expected.told_apart
+
+
+def test_differences_of_one_run_need_only_its_rows(demo):
+    sql = (
+        "SELECT difference, prompts, told_apart FROM differences WHERE run = 'demo' AND round = 2 AND other_run = 'demo'"
+        " AND other_round = 0 AND metric = 'accuracy_greedy'"
+    )
+    # two of four prompts are answered now and none was: 0.5 ± 0.29
+    assert rows(demo, sql) == [{"difference": 0.5, "prompts": 4, "told_apart": False}]

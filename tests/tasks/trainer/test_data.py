@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from storage.errors import ConfigError, InputError
 from storage.schemas import MaskReason, schema_for
 from tasks.losses.config import DirectConfig, PolicyGradientConfig, SftConfig, TopkSupport
 from tasks.losses.needs import CreditNeeds, Needs
+from tasks.trainer.batching import Step
 from tasks.trainer.config import OptimizerSettings
-from tasks.trainer.data import forward_batch, from_rollouts, loss_denominators
+from tasks.trainer.data import Samples, forward_batch, from_rollouts, loss_denominators
 from tasks.trainer.engine import deepspeed_config
 from tasks.trainer.topk_lists import TopK, UnionTopK
+from tasks.trainer.trainer import refuse_lost_steps
 
 CPU = torch.device("cpu")
 SPECIAL = [MaskReason.SPECIAL_TOKEN]
@@ -260,3 +263,47 @@ def test_deepspeed_file_decides_zero_and_nothing_else(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ConfigError, match=named):
             deepspeed_config(str(file), settings, 1000)
+
+
+def loaded(masks: list[list[int]], broken_lists: bool = False) -> Samples:
+    rollouts, signals = tables([len(reasons) for reasons in masks])
+    signals["mask"] = replaced(signals["mask"], "mask_reasons", masks)
+    if broken_lists:
+        rows = signals["teacher_topk"].to_pylist()
+        for row in rows[:2]:
+            length = len(row["valid"])
+            row |= {"valid": [0] * length, "ids": [[]] * length, "logprobs": [[]] * length}
+            row["tail_logmass"] = [math.nan] * length
+        signals["teacher_topk"] = pa.Table.from_pylist(rows, signals["teacher_topk"].schema)
+    return from_rollouts(rollouts, signals, needs(), SPECIAL)
+
+
+@pytest.mark.parametrize(
+    ("masks", "lost", "refused"),
+    [
+        ([[16, 16], [16]], [2, 1], True),  # a broken teacher
+        ([[1, 16], [1]], [1, 0], True),  # the data mask the rest
+        ([[16, 16], [0]], [2, 0], False),  # one token is left
+        ([[1, 1], [1]], [0, 0], False),  # the data say so
+        ([[17, 1], [1]], [0, 0], False),  # masked in any case
+    ],
+)
+def test_a_step_is_refused_where_invalid_values_leave_it_nothing(masks, lost, refused) -> None:
+    samples = loaded(masks)
+    assert samples.lost.tolist() == lost
+    whole, other = Step((0, 1), 0), loaded([*masks, [0]])
+    if refused:
+        with pytest.raises(InputError, match="step 1 of round 3"):
+            refuse_lost_steps(samples, [whole], 3)
+        with pytest.raises(InputError, match="step 2 of round 3"):
+            refuse_lost_steps(other, [Step((2,), 0), whole], 3)
+    else:
+        refuse_lost_steps(samples, [whole], 3)
+    refuse_lost_steps(other, [Step((0, 1, 2), 0)], 3)
+
+
+def test_lists_without_usable_numbers_count_as_lost() -> None:
+    samples = loaded([[0, 0], [1], [0]], broken_lists=True)
+    assert samples.lost.tolist() == [2, 0, 0] and samples.kept.tolist() == [0, 0, 1]
+    with pytest.raises(InputError):
+        refuse_lost_steps(samples, [Step((1, 0), 0)], 1)

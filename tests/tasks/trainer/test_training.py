@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from trainer_world import Made, World, commit_model, logprobs_of, make, tiny_model
+from transformers import AutoModelForCausalLM
 
 from storage.errors import InputError, OpdError
 from storage.schemas import schema_for
@@ -266,6 +267,34 @@ def test_max_drift_ends_the_round_early(train: Train) -> None:
     steps = len(train(config(lr=0.05, epochs_per_round=4, max_drift=0.5)).rows)
     assert 1 < steps < 12
     assert len(train(config(lr=1e-6, epochs_per_round=4, max_drift=0.5)).rows) == 12
+
+
+def test_drift_is_the_k3_estimate_of_a_kl(train: Train, world: World) -> None:
+    """Of the second step: the student after the first one, against the log-probabilities that are stored of the rollouts."""
+    one = config(samples_per_step=12, lr=0.01)
+    moved = AutoModelForCausalLM.from_pretrained(world.store.materialize(train(one).artifacts["student"])).eval()
+    sampled = world.store.read_table(world.signals["sampled"], "sampled").to_pylist()
+    before = {row["sample_id"]: row["student_logprobs"] for row in sampled}
+    ratios = []
+    for row, keep in zip(world.samples, kept(world), strict=True):
+        old = before[row["sample_id"]]
+        ids = torch.tensor(row["completion_token_ids"])[:, None]
+        now = logprobs_of(moved, row["prompt_token_ids"], row["completion_token_ids"]).gather(1, ids)[:, 0]
+        ratios.append((now.double() - torch.tensor(old).double())[torch.tensor(keep)])
+    log_r = torch.cat(ratios)
+    first, second = train(config(samples_per_step=12, lr=0.01, epochs_per_round=2, max_drift=99)).rows
+    assert second["drift"] == pytest.approx(float((log_r.exp() - 1 - log_r).mean()), rel=1e-3)
+    assert first["drift"] == pytest.approx(0, abs=1e-9) and second["drift"] > 0
+    assert second["log_ratio_mean"] == pytest.approx(float(log_r.mean()), rel=1e-3)
+    assert second["masked_tokens"] == sum(len(r["completion_token_ids"]) for r in world.samples) - second["tokens"]
+
+
+def test_the_estimator_of_earlier_runs_stops_where_it_did(train: Train) -> None:
+    fields = {"lr": 0.05, "epochs_per_round": 4}
+    old = train(config(**fields, max_drift=0.5, drift_estimator="log_ratio")).rows
+    assert [-row["log_ratio_mean"] > 0.5 for row in old] == [False] * (len(old) - 1) + [True]
+    new = train(config(**fields, max_drift=0.5)).rows
+    assert [row["drift"] > 0.5 for row in new] == [False] * (len(new) - 1) + [True]
 
 
 @pytest.mark.parametrize(("ranks", "zero"), [(1, "zero0"), (2, "zero2"), (2, "zero3")])

@@ -1,0 +1,74 @@
+"""Metrics of a round as text, each with its standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from storage.query.figures import Figure
+from storage.runs import RoundState, StageState
+
+NOT_EVALUATED = "not evaluated"
+"""What is shown for a round that `policy.evaluate_every` left out."""
+_NAMES = {"accuracy_greedy": "accuracy", "accuracy_sampled": "sampled accuracy", "reverse_kl": "reverse KL"}
+_NAMES |= {"mean_length": "length", "clipped_ratio": "clipped"}
+
+
+_UNITS = {"train": "steps", "warmup": "steps", "warmup_teacher": "steps"}
+_UNITS |= dict.fromkeys(("rollout", "supervise", "evaluate"), "samples")
+
+
+def amount(label: str, stage: StageState) -> str:
+    """What a stage made, in its own unit: `640 samples`, of supervision `640 samples, 3 signals` (each has a row per sample);
+    empty where it made no rows."""
+    rows = stage.rows or 0
+    if not rows:
+        return ""
+    if label == "supervise" and (signals := len(stage.artifacts)) > 1:
+        return f"{rows // signals:,} samples, {signals} signals"
+    return f"{rows:,} {_UNITS.get(label, 'rows')}"
+
+
+def all_with_errors(metrics: Mapping[str, float | None], form: str) -> dict[str, str]:
+    """Every metric that has a value as text, its error and number of samples beside it instead of as metrics."""
+    beside = {f"{name}_{part}" for name in metrics if f"{name}_n" in metrics for part in ("se", "n", "prompts")}
+    found = {}
+    for name in metrics:
+        if name not in beside and (text := with_error(metrics, name, form)):
+            size = samples(metrics, name)
+            found[name] = text + (f" ({size})" if size else "")
+    return found
+
+
+def with_error(metrics: Mapping[str, float | None], name: str, form: str) -> str:
+    """`24.5% ± 3.0%`; without ± where no error is known, empty without a value. `form`: a format of one number."""
+    value, error = metrics.get(name), metrics.get(f"{name}_se")
+    if value is None:
+        return ""
+    return form.format(value) + (f" ± {form.format(error)}" if error is not None else "")
+
+
+def samples(metrics: Mapping[str, float | None], name: str) -> str:
+    """`n 200`, or `n 800 of 200 prompts` where prompts have several samples; empty where it is not known."""
+    n, prompts = metrics.get(f"{name}_n"), metrics.get(f"{name}_prompts")
+    if n is None:
+        return ""
+    return f"n {n:,.0f}" + (f" of {prompts:,.0f} prompts" if prompts is not None and prompts != n else "")
+
+
+def sample_sizes(rounds: Iterable[RoundState], names: Iterable[str]) -> str:
+    """`accuracy n 200, reverse KL n 128 of 64 prompts`, each size once; empty where none is known."""
+    parts = []
+    for name in names:
+        sizes = dict.fromkeys(size for round in rounds if (size := samples(round.metrics, name)))
+        if sizes:
+            parts.append(f"{_NAMES.get(name, name)} {', '.join(sizes)}")
+    return ", ".join(parts)
+
+
+def apart(found: Figure, form: str) -> str:
+    """A paired difference: `-0.0155 ± 0.0040`, and whether the two are told apart."""
+    if found.value is None:
+        return "no prompt in common"
+    sign, error = "+" if found.value >= 0 else "-", "" if found.se is None else f" ± {form.format(found.se)}"
+    text = f"{sign}{form.format(abs(found.value))}{error}"
+    return text if found.told_apart else f"{text}, not told apart"

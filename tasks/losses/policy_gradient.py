@@ -209,8 +209,10 @@ class PolicyGradientObjective:
 
 
 def _check_terms(kind: str, terms: CreditTerms, log_u: Tensor) -> None:
-    """ValueError for a factor of another shape, which would be broadcast, or with numbers that are not finite: those of masked
-    tokens would reach the gradient too."""
+    """ValueError for a factor of another shape, which would be broadcast, or with numbers that are not finite although those of
+    `log_u` are: those of masked tokens would reach the gradient too. (Where the student's own are not, the loss names
+    the sample.)"""
+    finite = bool(log_u.isfinite().all())
     for name in ("delta", "A_r", "m", "a", "b", "w"):
         values: Tensor | None = getattr(terms, name)
         if values is None:
@@ -221,7 +223,7 @@ def _check_terms(kind: str, terms: CreditTerms, log_u: Tensor) -> None:
                 f"advantage {kind}: it gives {name} of shape {list(values.shape)} for log u of shape"
                 f" {list(log_u.shape)}; it must be {list(shape)}"
             )
-        if not bool(values.isfinite().all()):
+        if finite and not bool(values.isfinite().all()):
             wrong = int((~values.isfinite()).sum())
             raise ValueError(f"advantage {kind}: {wrong} of the {values.numel()} numbers of its {name} are not finite")
 

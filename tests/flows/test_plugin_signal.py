@@ -37,7 +37,7 @@ from tasks.losses.config import DirectConfig, TopkSupport
 from tasks.losses.needs import SignalNeed
 from tasks.plugins import load_plugins
 from tasks.rollout_config import RolloutConfig
-from tasks.signals import SIGNALS, Signal, Wanted, register
+from tasks.signals import SIGNALS, Wanted, register
 from tasks.supervise import SuperviseConfig, supervise_work
 from tasks.trainer.data import forward_batch, from_rollouts, loss_denominators
 
@@ -96,7 +96,7 @@ def test_names_and_tables_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             register(type("Other", (known,), change))
     with pytest.raises(StoreError, match="must match"):
-        register(type("Other", (Signal,), {"name": "Bad-Name", "schema": known.schema}))
+        register(type("Other", (known,), {"name": "Bad-Name"}))
 
 
 @pytest.fixture(scope="module")

@@ -178,6 +178,7 @@ def test_a_short_form_over_the_same_kind_keeps_its_other_fields(tmp_path):
         ("objective.divergence=3", "objective.divergence: expected a mapping"),
         ("evaluate.verifier=[1]", "evaluate.verifier: expected a mapping"),
         ("student=[1]", "student: expected a mapping"),
+        ('prompts.chat_template_kwargs={a: "x\\ud83d"}', "prompts.chat_template_kwargs.a: character 1 is U+D83D"),
         ("student=hub:me/x", "{kind: hub, repo: OWNER/NAME"),
         ("prompts.train=s3://bucket/x.jsonl", "prompts.train.path: expected a path on this machine"),
         ("train.lr=.inf", "train.lr: inf is not a finite number"),

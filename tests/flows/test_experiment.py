@@ -223,6 +223,12 @@ def test_merge_keys_and_anchors_may_set_a_key_again(tmp_path):
     assert (found.train.schedule.warmup_steps, found.student.warmup.schedule.warmup_steps) == (2, 3)
 
 
+def test_an_anchor_that_contains_itself_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text(f"base: {TINY}\nprompts: {{chat_template_kwargs: &x {{y: [*x]}}}}\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: .*alias of itself"):
+        load_experiment(tmp_path / "a.yaml")
+
+
 def test_a_study_that_sets_a_field_dotted_and_nested_is_refused():
     assert nested({"train.lr": 1, "train": {"dtype": "float32"}}) == {"train": {"lr": 1, "dtype": "float32"}}
     with pytest.raises(ConfigError, match=r"train\.lr is set twice"):

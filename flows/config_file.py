@@ -107,7 +107,7 @@ def parse_override(text: str) -> dict[str, Any]:
 def validate(model: type[Model], data: dict[str, Any], where: str) -> Model:
     """The validated model, or ConfigError listing every bad field with what was found and what is allowed."""
     refuse_secrets(data, where)
-    if found := [f"{field}: {value} is not a finite number" for field, value in _not_finite(data)]:
+    if found := [f"{field}: {what}" for field, what in _unwritable(data)]:
         raise ConfigError(f"{where}: {len(found)} problem(s) in the config\n  " + "\n  ".join(found))
     try:
         return model.model_validate(data)
@@ -127,15 +127,21 @@ def refuse_secrets(data: dict[str, Any], where: str) -> None:
         )
 
 
-def _not_finite(value: Any, where: str = "") -> typing.Iterator[tuple[str, str]]:
+def _unwritable(value: Any, where: str = "") -> typing.Iterator[tuple[str, str]]:
+    """(field, what is wrong) of every number that is not finite and every text that UTF-8 cannot hold: no file can keep these."""
     if isinstance(value, dict):
         for name, item in value.items():
-            yield from _not_finite(item, f"{where}.{name}" if where else str(name))
+            yield from _unwritable(item, f"{where}.{name}" if where else str(name))
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield from _not_finite(item, f"{where}.{index}")
+            yield from _unwritable(item, f"{where}.{index}")
     elif isinstance(value, float) and not math.isfinite(value):
-        yield where, getattr(value, "text", str(value))
+        yield where, f"{value} is not a finite number"
+    elif isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            yield where, f"character {error.start} is U+{ord(value[error.start]):04X}, which is not valid Unicode text"
 
 
 def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:

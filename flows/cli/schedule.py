@@ -50,13 +50,14 @@ def schedule(
 
     Exit codes: 0 all rounds are done, 2 bad config or input, 75 scheduled already, 130 stopped (Ctrl-C; all it had
     started is ended, `opd schedule` again goes on), 1 anything else."""
+    from flows.config_file import shipped
     from flows.experiment import load_experiment
     from flows.prefect_.schedule import serve
 
     when = times(every, cron, timezone)
     load_experiment(config, set_)  # what is wrong with the config is said now, not at 2 in the morning
     say = lambda line: out.print(line, markup=False, soft_wrap=True)  # noqa: E731
-    code = serve(name, str(config.absolute()), root.absolute(), when, rounds, list(set_), say)
+    code = serve(name, str(shipped(config).absolute()), root.absolute(), when, rounds, list(set_), say)
     if code:
         raise typer.Exit(code)
 

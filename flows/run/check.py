@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -41,6 +42,14 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
     yield "config: valid"
     for plugin in experiment.plugins:
         yield f"plugin: {plugin} ({source_place(plugin)})"
+    deepspeed = experiment.runtime.trainer.deepspeed
+    if deepspeed is not None:
+        try:
+            json.loads(deepspeed.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"runtime.trainer.deepspeed: {deepspeed} is not a readable JSON file ({error})"
+            ) from error
     with tempfile.TemporaryDirectory(prefix="opd-check-") as scratch:
         store = Store(scratch)
         run = Run.create(scratch, "check", {}, {})

@@ -29,6 +29,10 @@ ALL_CLIPPED = (
     "warning: every completion reached its length limit (max_completion_length) and none ended by itself; raise the limit, or"
     " check stop_token_ids and the chat template"
 )
+OTHER_PROMPTS = (
+    "warning: these are other prompts than this run had (prepare/{then} then, prepare/{now} now), because a prompt file has"
+    " changed, or this version reads it otherwise; what depends on them is made again"
+)
 Made = Mapping[str, Artifact]
 """Outputs of a stage by name. A plan puts `Pending` in their place."""
 P = ParamSpec("P")
@@ -248,6 +252,8 @@ class Maker:
         found = resolved(work, self.store)
         old = self._round.stages.get(label)
         refuse_other_model(label, work, old, self.store)
+        if work.stage == "prepare" and old is not None and old.artifacts and old.artifacts != keys:
+            context.say(label, OTHER_PROMPTS.format(then=old.artifacts.get("prepare"), now=keys.get("prepare")))
         if len(found) == len(work.outputs):
             if self._round.round == self._restored_round:
                 self._restore_own(label, work, inputs, found)
@@ -340,7 +346,7 @@ class Maker:
         metrics = metrics_of(found, self.store)
         self._round.metrics |= round_metrics(label, metrics)
         self._note(label, state, shown, metrics)
-        if metrics.get("clipped_ratio") == 1.0:
+        if metrics.get("clipped_ratio") == 1.0 and shown is None and state.state == "done":
             self._context(self._round.round, label).say(label, ALL_CLIPPED)
         return found
 

@@ -79,8 +79,17 @@ Loader.add_constructor(_CHANGED[1], Loader.written_float)
 def load(data: bytes | str) -> Any:
     """The value of a YAML document. Bytes are UTF-8, with or without BOM. Raises yaml.YAMLError, also for a key that occurs
     twice, and UnicodeDecodeError."""
-    text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-    return yaml.load(text, Loader)
+    value = yaml.load(data.decode("utf-8-sig") if isinstance(data, bytes) else data, Loader)
+    _refuse_cycles(value, ())
+    return value
+
+
+def _refuse_cycles(value: Any, above: tuple[int, ...]) -> None:
+    if isinstance(value, (dict, list)):
+        if id(value) in above:
+            raise yaml.YAMLError("an anchor contains an alias of itself, which would have no end; remove the alias")
+        for item in value.values() if isinstance(value, dict) else value:
+            _refuse_cycles(item, (*above, id(value)))
 
 
 def dump(value: Any) -> str:

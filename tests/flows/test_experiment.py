@@ -178,6 +178,7 @@ def test_a_short_form_over_the_same_kind_keeps_its_other_fields(tmp_path):
         ("objective.divergence=3", "objective.divergence: expected a mapping"),
         ("evaluate.verifier=[1]", "evaluate.verifier: expected a mapping"),
         ("student=[1]", "student: expected a mapping"),
+        ('prompts.chat_template_kwargs={a: "x\\ud83d"}', "prompts.chat_template_kwargs.a: character 1 is U+D83D"),
         ("student=hub:me/x", "{kind: hub, repo: OWNER/NAME"),
         ("prompts.train=s3://bucket/x.jsonl", "prompts.train.path: expected a path on this machine"),
         ("train.lr=.inf", "train.lr: inf is not a finite number"),
@@ -220,6 +221,12 @@ def test_merge_keys_and_anchors_may_set_a_key_again(tmp_path):
     )
     found = load_experiment(path)
     assert (found.train.schedule.warmup_steps, found.student.warmup.schedule.warmup_steps) == (2, 3)
+
+
+def test_an_anchor_that_contains_itself_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text(f"base: {TINY}\nprompts: {{chat_template_kwargs: &x {{y: [*x]}}}}\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: .*alias of itself"):
+        load_experiment(tmp_path / "a.yaml")
 
 
 def test_a_study_that_sets_a_field_dotted_and_nested_is_refused():

@@ -169,3 +169,10 @@ def test_the_disk_of_all_rounds_is_set_against_what_is_free(tmp_path):
     assert bytes_of_run(many, 1000) == 10 * bytes_of_run(one, 1000) == 10 * bytes_of_run(kept, 1000)
     assert bytes_of_run(one, 1000) == bytes_per_round(one) + 4 * 1000 + 12 * 1000
     assert "warning: all rounds may not fit" in check(tmp_path, "policy.rounds=1000000000")
+
+
+def test_a_deepspeed_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "bad.json").write_text("{")
+    for name in ("bad.json", "none.json"):
+        with pytest.raises(ConfigError, match=rf"runtime\.trainer\.deepspeed: .*{name}"):
+            check(tmp_path, f"runtime.trainer.deepspeed={tmp_path / name}")

@@ -365,3 +365,9 @@ def test_a_killed_supervisor_leaves_nothing_behind(tmp_path):
     while any(alive(pid) for pid in family) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(alive(pid) for pid in family)
+
+
+def test_a_worker_finds_a_plugin_in_the_folders_of_the_runtime(tmp_path):
+    runtime = RuntimeConfig(device="cpu", threads=1, modules=(PLUGINS,))
+    with WorkerPool(runtime, tmp_path / "logs", ("scripted_worker",)) as workers:
+        assert workers.run("scorer", ScriptedJob(do="echo", value=3)).value == 3

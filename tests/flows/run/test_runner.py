@@ -8,6 +8,7 @@ from places import TINY
 from flows.experiment import load_experiment
 from flows.run.runner import fork_experiment, open_run, resume_experiment, run_experiment
 from storage.errors import ConfigError, IdentityMismatch, NotEnoughSpace
+from storage.identity import canonical_json
 from storage.runs import Run
 from storage.store import Store
 
@@ -38,3 +39,18 @@ def test_a_fork_needs_a_finished_round(tmp_path):
     with pytest.raises(ConfigError, match=r"has finished 0 round"):
         fork_experiment("base", 2, tmp_path, [])
     assert fork_experiment("base", 0, tmp_path, ["train.lr=0.5"]).at(1).train.lr == 0.5
+
+
+def test_a_run_of_an_earlier_version_keeps_its_estimator_of_drift(tmp_path):
+    """Its stored config has no `drift_estimator`. It goes on with the rule and the keys it began with; the same file is another
+    experiment now, and says in what."""
+    new = load_experiment(TINY, ["train.max_drift=0.5"])
+    old = new.model_dump(mode="json")
+    del old["train"]["drift_estimator"]
+    Run.create(tmp_path, "old", old, {k: v for k, v in old.items() if k not in ("runtime", "policy")})
+    resumed = resume_experiment("old", tmp_path, [])
+    assert (resumed.train.drift_estimator, new.train.drift_estimator) == ("log_ratio", "k3")
+    assert canonical_json(resumed.train) == canonical_json(new.train).replace('"drift_estimator":"k3",', "")
+    assert fork_experiment("old", 0, tmp_path, []).at(0).train == resumed.train
+    with pytest.raises(IdentityMismatch, match=r'train\.drift_estimator: absent in the run, "k3" now'):
+        open_run(new, "old", tmp_path)

@@ -293,9 +293,12 @@ def _names(data: dict[str, Any]) -> list[str]:
 def as_stored(data: dict[str, Any]) -> dict[str, Any]:
     """A run's stored config. Fields that it lacks are younger than the run, and mean what the run did: where a new config has
     another default, that is set here."""
-    stored = data | {"train": {"drift_estimator": "log_ratio"} | data["train"]}
-    if isinstance(data.get("fork"), dict):
-        stored["fork"] = data["fork"] | {"experiment": as_stored(data["fork"]["experiment"])}
+    train, fork = data.get("train"), data.get("fork")
+    stored = dict(data)
+    if isinstance(train, dict):
+        stored["train"] = {"drift_estimator": "log_ratio"} | train
+    if isinstance(fork, dict) and isinstance(fork.get("experiment"), dict):
+        stored["fork"] = fork | {"experiment": as_stored(fork["experiment"])}
     return stored
 
 

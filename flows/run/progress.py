@@ -90,7 +90,7 @@ class LineReporter(SilentReporter):
         self.console.print(f"{label}: another process is building this; waiting for {holder}")
 
     def round_done(self, state: RoundState) -> None:
-        self.console.print(f"[bold]{round_line(state)}[/]")
+        self.console.print(f"[bold]{round_line(state)}[/]", soft_wrap=True)
 
     def _line(self, round: int, label: str, text: str) -> None:
         self.console.print(f"[cyan]round {round}[/] {label:<15} {text}", soft_wrap=True)

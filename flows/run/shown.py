@@ -56,13 +56,14 @@ def samples(metrics: Mapping[str, float | None], name: str) -> str:
 
 
 def sample_sizes(rounds: Iterable[RoundState], names: Iterable[str]) -> str:
-    """`accuracy n 200, reverse KL n 128 of 64 prompts`, each size once; empty where none is known."""
-    parts = []
+    """`n 200`, or by metric where they differ: `accuracy n 200; reverse KL, length n 128 of 64 prompts`; empty where unknown."""
+    rounds, by_size = list(rounds), dict[str, list[str]]()
     for name in names:
-        sizes = dict.fromkeys(size for round in rounds if (size := samples(round.metrics, name)))
-        if sizes:
-            parts.append(f"{_NAMES.get(name, name)} {', '.join(sizes)}")
-    return ", ".join(parts)
+        if sizes := dict.fromkeys(size for round in rounds if (size := samples(round.metrics, name))):
+            by_size.setdefault(" or ".join(sizes), []).append(_NAMES.get(name, name))
+    if len(by_size) == 1:
+        return next(iter(by_size))
+    return "; ".join(f"{', '.join(metrics)} {size}" for size, metrics in by_size.items())
 
 
 def apart(found: Figure, form: str) -> str:

@@ -42,7 +42,10 @@ def test_a_round_is_done_when_its_student_is_known_and_evaluated() -> None:
 
     done = StageState(state="done")
     assert RunState(name="demo").rounds_done == 0 and RunState(name="demo").last_trained is None
-    for last in (round(2, None), round(2, StageState(state="pending")), round(2, StageState(state="failed"))):
+    left_out = RunState(name="demo", rounds=[round(0, done), round(1, done), round(2, None), round(3, None, None)])
+    assert left_out.rounds_done == 2, "policy.evaluate_every leaves it out; round 3 has no student yet"
+    assert [r.round for r in left_out.rounds if r.unevaluated] == [2]
+    for last in (round(2, StageState(state="pending")), round(2, StageState(state="failed"))):
         state = RunState(name="demo", rounds=[round(0, done), round(1, StageState(state="cached")), last])
         assert state.rounds_done == 1 and state.last_trained is last
     state.rounds[2] = round(2, done, student=None)

@@ -54,7 +54,7 @@ def opd(monkeypatch, capsys, tmp_path, example_store_once):
 
 
 @pytest.mark.parametrize(
-    "args", [["ls"], ["ls", "--json"], ["status", "demo"], ["logs", "demo"], ["query", "select 1"]]
+    "args", [["ls"], ["ls", "--json"], ["status", "demo"], ["logs", "demo"], ["query", "select 1"], ["compare", "demo"]]
 )
 def test_looking_loads_no_engine(args, example_store_once):
     script = (
@@ -380,3 +380,22 @@ def test_a_root_with_a_scheme_is_refused_from_the_environment_and_from_python_to
         Store("s3://bucket/x")
     assert list(tmp_path.iterdir()) == []
     assert Store(tmp_path / "a:b").root.is_dir()  # a whole path may hold a colon
+
+
+def test_compare_pairs_rounds_and_runs(opd):
+    """Of four prompts 0, 1 and 2 are right in rounds 0, 1 and 2; `other` shares rounds 0 and 1."""
+    found = json.loads(opd("compare", "demo", "--json").out)
+    assert [(line["run"], line["other"]) for line in found] == [("demo@1", "demo@0"), ("demo@2", "demo@1")]
+    accuracy = found[0]["metrics"]["accuracy_greedy"]
+    assert accuracy["difference"] == accuracy["se"] == pytest.approx(0.25) and accuracy["prompts"] == 4
+    assert not accuracy["told_apart"] and accuracy["low"] < 0 < accuracy["high"]
+    (line,) = json.loads(opd("compare", "demo@1", "other", "--json").out)
+    assert line["run"] == "other@1" and line["metrics"]["accuracy_greedy"]["difference"] == 0
+    assert "not told apart" in opd("compare", "demo@2", "demo@0").out
+    for wrong in (("demo@7",), ("nobody",), ("demo@x",)):
+        assert opd("compare", "demo", *wrong).code == 2
+
+
+def test_evaluate_refuses_a_round_that_is_not_trained(opd):
+    assert opd("evaluate", "demo", "--round", 9).code == 2
+    assert opd("evaluate", "nobody").code == 2

@@ -158,7 +158,7 @@ def test_a_round_is_a_table_and_the_end_a_summary(reported, shared_server) -> No
     shares = [
         f"{one.metrics[name]:.4g} ± {one.metrics[f'{name}_se']:.4g}" for name in ("accuracy_greedy", "reverse_kl")
     ]
-    assert f"| 1 | {shares[0]} | {shares[1]} |" in summary["data"] and "accuracy n 4" in summary["data"]
+    assert f"| 1 | {shares[0]} | {shares[1]} |" in summary["data"] and "(n 4)" in summary["data"]
     student = f"{reported.root}/artifacts/student/{one.stages['train'].artifacts['student']}"
     assert student in summary["data"] and Path(student).is_dir()
     assert opd_command(reported.root, "export", NAME, f"{NAME}-student") in summary["data"]

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from flows.run import progress
 from flows.run.progress import LineReporter, TerminalReporter, round_line
+from flows.run.shown import sample_sizes
 from storage.runs import RoundState, StageState
 from tasks.workers.metrics import short_words, summarised, summary, words
 
@@ -129,3 +130,14 @@ def test_the_next_stage_starts_without_the_last_ones_figures() -> None:
     rendered, shown = console()
     rendered.print(reporter._bar.get_renderable())
     assert "evaluate" in shown.getvalue() and "loss" not in shown.getvalue()
+
+
+def test_sizes_are_told_once_where_they_are_equal() -> None:
+    def state(**sizes: float) -> RoundState:
+        return RoundState(round=0, metrics={f"{name}_n": n for name, n in sizes.items()})
+
+    names = ("accuracy_greedy", "reverse_kl", "mean_length")
+    assert sample_sizes([state(accuracy_greedy=200, reverse_kl=200, mean_length=200)] * 2, names) == "n 200"
+    found = sample_sizes([state(accuracy_greedy=200, reverse_kl=64), state(accuracy_greedy=200, reverse_kl=63)], names)
+    assert found == "accuracy n 200; reverse KL n 64 or n 63"
+    assert sample_sizes([state()], names) == ""

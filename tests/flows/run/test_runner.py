@@ -10,6 +10,7 @@ from flows.experiment import load_experiment
 from flows.run import runner
 from flows.run.runner import fork_experiment, open_run, resume_experiment, run_experiment
 from storage.errors import ConfigError, IdentityMismatch, NotEnoughSpace, StoreError
+from storage.identity import canonical_json
 from storage.runs import RoundState, Run, StageState
 from storage.store import Store
 
@@ -95,3 +96,18 @@ def test_an_interrupted_run_has_no_error_and_a_refused_finished_one_stays_finish
     with pytest.raises(NotEnoughSpace):
         run_experiment(load_experiment(TINY), name="base", root=tmp_path, prefect=False)
     assert run.state.status == "finished" and "failed: full" in run.log_path("run").read_text()
+
+
+def test_a_run_of_an_earlier_version_keeps_its_estimator_of_drift(tmp_path):
+    """Its stored config has no `drift_estimator`. It goes on with the rule and the keys it began with; the same file is another
+    experiment now, and says in what."""
+    new = load_experiment(TINY, ["train.max_drift=0.5"])
+    old = new.model_dump(mode="json")
+    del old["train"]["drift_estimator"]
+    Run.create(tmp_path, "old", old, {k: v for k, v in old.items() if k not in ("runtime", "policy")})
+    resumed = resume_experiment("old", tmp_path, [])
+    assert (resumed.train.drift_estimator, new.train.drift_estimator) == ("log_ratio", "k3")
+    assert canonical_json(resumed.train) == canonical_json(new.train).replace('"drift_estimator":"k3",', "")
+    assert fork_experiment("old", 0, tmp_path, []).at(0).train == resumed.train
+    with pytest.raises(IdentityMismatch, match=r'train\.drift_estimator: absent in the run, "k3" now'):
+        open_run(new, "old", tmp_path)

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from storage.errors import CorruptArtifact
+from storage.artifacts.artifact import artifact_directory
+from storage.errors import CorruptArtifact, Evicted
 from storage.query.catalog import Catalog, QueryRefused
 from storage.query.figures import difference, evaluation_of, read_sums
 from storage.query.views import VIEWS
 from storage.runs import RoundState, Run, StageState
 from storage.store import Store
+from storage.upkeep.gc import evict
 
 
 @pytest.fixture(scope="module")
@@ -362,3 +364,13 @@ def test_differences_of_one_run_need_only_its_rows(demo):
     )
     # two of four prompts are answered now and none was: 0.5 ± 0.29
     assert rows(demo, sql) == [{"difference": 0.5, "prompts": 4, "told_apart": False}]
+
+
+def test_differences_read_only_the_evaluations_that_the_filter_names(example_store):
+    """The evaluation of round 1 is evicted: a scan of it would fail."""
+    run, store = Run.open(example_store, "demo"), Store(example_store)
+    evict(artifact_directory(example_store, "evaluate", run.state.rounds[1].stages["evaluate"].key))
+    sql = "SELECT metric FROM differences WHERE run = 'demo' AND round = 2 AND other_run = 'demo' AND other_round = {}"
+    assert len(rows(Catalog(store, run), sql.format(0))) > 0
+    with pytest.raises(Evicted, match="evaluations of demo@1"):
+        rows(Catalog(store, run), sql.format(1))

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 from storage.errors import InputError, OpdError
-from tasks.engines.hf_folder import SAFE_LOADING
+from tasks.engines.hf_folder import load_causal_lm
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
@@ -214,11 +214,7 @@ def judge_weights(reports: list[dict[str, Any]], path: Path, need_all: bool) -> 
 
 def reference_logprobs(path: Path, sequences: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
     """Log-probabilities of completions by transformers in float32 on CPU: one tensor (T,) per (prompt, completion)."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **SAFE_LOADING).eval()
+    model = load_causal_lm(path, torch.float32).eval()
     result = []
     with torch.inference_mode():
         for prompt, completion in sequences:

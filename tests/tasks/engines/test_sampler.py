@@ -247,14 +247,36 @@ def test_an_engine_with_stale_weights_is_caught(sampler, checkpoints):
     ask(sampler, checkpoints["two"], [prompt(0)], [0])
 
 
-def test_a_job_after_a_failed_reload_does_not_sample(sampler, checkpoints, monkeypatch):
+@pytest.mark.parametrize("reload", ["does nothing", "raises"])
+def test_an_engine_that_a_reload_left_stale_is_built_anew(sampler, checkpoints, monkeypatch, reload):
+    fresh = ask(sampler, checkpoints["two"], [prompt(0)], [0])
     ask(sampler, checkpoints["one"], [prompt(0)], [0])
-    rpc = sampler.llm.collective_rpc
-    deaf = lambda name, **kw: None if name == "reload_weights" else rpc(name, **kw)  # noqa: E731
+    before, rpc = sampler.llm, sampler.llm.collective_rpc
+
+    def deaf(name, **kw):
+        if name != "reload_weights":
+            return rpc(name, **kw)
+        if reload == "raises":
+            raise RuntimeError("this layer cannot be reloaded")
+
     monkeypatch.setattr(sampler.llm, "collective_rpc", deaf)
-    for _ in range(2):  # the second job must not believe the first one's attempt
-        with pytest.raises(StaleWeights):
-            ask(sampler, checkpoints["two"], [prompt(0)], [0])
+    rows, result = make(sampler, checkpoints["two"], [prompt(0)], [0])
+    assert sampler.llm is not before and result.proof["change"] == "built"
+    assert rows[0]["completion_token_ids"] == fresh[0]["token_ids"]
+    assert rows[0]["sampling_logprobs"] == fresh[0]["logprobs"]
+    sampler._reloads = True
+
+
+def test_a_job_after_a_failed_load_does_not_sample(sampler, checkpoints, monkeypatch):
+    """An engine that is stale although it was built anew is refused, and the next job does not believe in it."""
+    fresh = ask(sampler, checkpoints["two"], [prompt(0)], [0])
+    build = sampler._build
+    monkeypatch.setattr(sampler, "_build", lambda path, *rest: build(checkpoints["one"], *rest))
+    sampler.close()
+    with pytest.raises(StaleWeights):
+        ask(sampler, checkpoints["two"], [prompt(0)], [0])
+    rows, result = make(sampler, checkpoints["two"], [prompt(0)], [0])
+    assert result.proof["change"] == "reloaded" and rows[0]["completion_token_ids"] == fresh[0]["token_ids"]
 
 
 def test_probes_notice_other_weights(checkpoints):

@@ -530,11 +530,23 @@ def _problem(output: Any, vocabulary: int) -> str | None:
     return None
 
 
+_HARMLESS = {
+    "vllm.renderers.base": "Chat template warmup failed",
+    "vllm.v1.worker.cpu_worker": "",
+    "vllm.model_executor.model_loader.reload.layerwise": "RotaryEmbedding: Failed to load weights",
+}
+"""Logger -> part of its warnings that mean nothing here: there is no tokenizer (ids go in and come out), no preloaded allocator,
+and no checkpoint holds the tables of rotary embeddings, which are computed."""
+
+
+def _means_something(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.WARNING or _HARMLESS[record.name] not in record.getMessage()
+
+
 def _quieten() -> None:
-    """Silence warnings that mean nothing here: no tokenizer (ids go in and come out), no preloaded allocator, and
-    rotary tables that no checkpoint holds ("failed to load"; whether weights arrived is proven, not read in a log)."""
-    for name in ("renderers.base", "v1.worker.cpu_worker", "model_executor.model_loader.reload.layerwise"):
-        logging.getLogger(f"vllm.{name}").setLevel(logging.ERROR)
+    """Silence warnings that mean nothing here. By filters: every engine configures vLLM's logging anew, which resets levels."""
+    for name in _HARMLESS:
+        logging.getLogger(name).addFilter(_means_something)  # added once, however often it is called
 
 
 def _prepare_environment(on_cpu: bool, eager: bool, threads: int) -> None:

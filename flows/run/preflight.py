@@ -193,6 +193,22 @@ def architecture(known: Known) -> Found:
             )
 
 
+def engine(known: Known) -> Found:
+    """Whether vLLM has the student's architecture, or can run transformers' own class of it. Reads the names in vLLM's registry
+    without importing it, which takes a quarter of a minute."""
+    package = importlib.util.find_spec("vllm")
+    if package is None or package.origin is None:
+        return  # `installed` reports it
+    registry = Path(package.origin).with_name("model_executor") / "models" / "registry.py"
+    try:
+        whole = known.student.skeleton
+    except InputError:
+        return  # `architecture` reports it
+    name = type(whole).__name__
+    if registry.is_file() and f'"{name}"' not in registry.read_text() and not whole.is_backend_compatible():  # type: ignore[operator]
+        yield Finding(f"student: vLLM has no {name} ({known.student.path}); take another model", refused=True)
+
+
 def head_size(known: Known) -> Found:
     """vLLM's attention on CPU has kernels for some head sizes only."""
     config = text_config(known.student.config)
@@ -372,6 +388,7 @@ CHECKS: tuple[tuple[Callable[[Known], Found], str | None], ...] = (
     (compilers, "sampler"),
     (deepspeed_file, "trainer"),
     (architecture, "scorer"),
+    (engine, "sampler"),
     (head_size, "sampler"),
     (dropout, "trainer"),
     (adapters, "trainer"),

@@ -46,8 +46,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": {},
     "exaone4": _WINDOWS,
     "seed_oss": {},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "bloom": {"n_layer": 2, "n_head": 2},
+    "gpt_neo": {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
 }  # fmt: skip
 """model_type -> its config fields; those that other fields do not replace are common to all."""
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2 without final_logit_softcapping": ("gemma2", {"final_logit_softcapping": None}),
+    "granite with logits_scaling: 8": ("granite", {"logits_scaling": 8.0}),
+    "qwen3 with heads of 16": ("qwen3", {"head_dim": 16}),
+}
+"""Rows of the table in docs/models.md beside the architectures."""
+_OWN_NAMES = {
+    "gpt2": set(),
+    "bloom": {"hidden_size", "vocab_size", "eos_token_id", "pad_token_id"},
+    "gpt_neo": {"hidden_size", "vocab_size", "max_position_embeddings", "eos_token_id"},
+    "gpt_neox": set(_COMMON) - {"num_key_value_heads", "head_dim"},
+    "opt": set(_COMMON) - {"num_key_value_heads", "head_dim", "intermediate_size"},
+}
+"""Architectures whose configs name some of the common fields otherwise: those that they take."""
 
 
 def family(folder: Path, kind: str, seed: int = 0, **fields: Any) -> Path:
@@ -60,9 +77,7 @@ def family(folder: Path, kind: str, seed: int = 0, **fields: Any) -> Path:
     from tasks.inputs.tokenizers import build_byte_tokenizer
 
     logging.disable_progress_bar()
-    common = {} if kind == "gpt2" else _COMMON
-    if kind == "gpt_neox":
-        common = {name: value for name, value in _COMMON.items() if name not in ("num_key_value_heads", "head_dim")}
+    common = {name: value for name, value in _COMMON.items() if name in _OWN_NAMES.get(kind, _COMMON)}
     config = CONFIG_MAPPING[kind](**{**common, **FAMILIES[kind], **fields})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -31,6 +31,7 @@ from tasks.engines.hf_folder import (
     stop_token_ids,
     text_config,
 )
+from tasks.evaluate import rank_of
 from tasks.inputs.tokenizers import load_tokenizer
 from tasks.rollout import prompts_for_round
 from tasks.trainer.config import LoraSettings, OptimizerSettings
@@ -80,7 +81,7 @@ class Model:
                 model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                     self.config, attn_implementation=attention(self.config), trust_remote_code=False
                 )
-        except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ImportError, ZeroDivisionError) as error:
             raise InputError(
                 f"{self.path}: config.json describes no model ({type(error).__name__}: {error})"
             ) from error
@@ -212,10 +213,12 @@ def engine(known: Known) -> Found:
 def head_size(known: Known) -> Found:
     """vLLM's attention on CPU has kernels for some head sizes only."""
     config = text_config(known.student.config)
-    if known.experiment.runtime.device != "cpu" or getattr(config, "kv_lora_rank", None):
-        return
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if size not in CPU_HEAD_SIZES:
+    width, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
+    size = getattr(config, "head_dim", None)
+    if size is None and isinstance(width, int) and isinstance(heads, int):
+        size = width // heads
+    latent = getattr(config, "kv_lora_rank", None)  # attention of another kind, with other kernels
+    if known.experiment.runtime.device == "cpu" and not latent and isinstance(size, int) and size not in CPU_HEAD_SIZES:
         yield Finding(
             f"student: heads of {size} in {known.student.path / 'config.json'}, but vLLM on CPU has attention for"
             f" {', '.join(map(str, CPU_HEAD_SIZES))} only; take another model, or a GPU",
@@ -370,11 +373,14 @@ def _list_lengths(lists: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _drawn(known: Known, split: str, every: list[str], long: set[str]) -> list[str]:
-    """Those of the prompts `long` that the run reads: of the training prompts those that its rounds draw."""
+    """Those of the prompts `long` that the run reads: training prompts that its rounds draw, held-out ones that it evaluates."""
     e = known.experiment
-    if split != "train" or not long:
-        read = every if split != "eval" else every[: e.evaluate.prompts]
-        return [name for name in read if name in long]
+    if not long:
+        return []
+    if split == "eval":
+        return [
+            name for name in sorted(every, key=lambda name: rank_of(name, e.seed))[: e.evaluate.prompts] if name in long
+        ]
     found: dict[str, None] = {}
     for round in range(1, e.policy.rounds + 1):
         for name in prompts_for_round(every, e.seed, round, e.rollout.prompts_per_round):

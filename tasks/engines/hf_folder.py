@@ -83,7 +83,7 @@ def declared(path: Path, name: str) -> Any:
 
 def model_rows(path: Path) -> int:
     """Rows of a checkpoint's vocabulary. InputError when its config cannot be read or has none."""
-    rows = text_config(read_config(path)).vocab_size
+    rows = getattr(text_config(read_config(path)), "vocab_size", None)
     if not isinstance(rows, int) or rows < 1:
         raise InputError(f"{path / 'config.json'}: vocab_size must be a positive number, found {rows!r}")
     return rows

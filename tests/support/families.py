@@ -58,9 +58,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Rows of the table in docs/models.md beside the architectures."""
 _OWN_NAMES = {
-    "gpt2": set(),
-    "bloom": {"hidden_size", "vocab_size", "eos_token_id", "pad_token_id"},
-    "gpt_neo": {"hidden_size", "vocab_size", "max_position_embeddings", "eos_token_id"},
+    "gpt2": {"initializer_range"},
+    "bloom": {"hidden_size", "vocab_size", "initializer_range", "eos_token_id", "pad_token_id"},
+    "gpt_neo": {"initializer_range", "hidden_size", "vocab_size", "max_position_embeddings", "eos_token_id"},
     "gpt_neox": set(_COMMON) - {"num_key_value_heads", "head_dim"},
     "opt": set(_COMMON) - {"num_key_value_heads", "head_dim", "intermediate_size"},
 }

@@ -205,8 +205,10 @@ class Maker:
         fail. Notes go to the log and the reporter."""
 
         def inspection() -> None:
-            from flows.run.preflight import Known, preflight
+            from flows.run.preflight import Known, any_check, preflight
 
+            if not any_check():
+                return
             context = self._context(0, "check")
             known = Known.of(experiment, self.store, student, teacher, prompts)
             preflight(known, lambda text: context.say("check", text))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -389,8 +389,8 @@ def _drawn(known: Known, split: str, every: list[str], long: set[str]) -> list[s
     return list(found)
 
 
-CHECKS: tuple[tuple[Callable[[Known], Found], str | None], ...] = (
-    (installed, None),
+CHECKS: tuple[tuple[Callable[[Known], Found], str], ...] = (
+    (installed, "sampler"),
     (compilers, "sampler"),
     (deepspeed_file, "trainer"),
     (architecture, "scorer"),
@@ -399,7 +399,7 @@ CHECKS: tuple[tuple[Callable[[Known], Found], str | None], ...] = (
     (dropout, "trainer"),
     (adapters, "trainer"),
     (export, "trainer"),
-    (sizes, None),
+    (sizes, "sampler"),
     (stop_ids, "sampler"),
     (lengths, "sampler"),
     (ids_within_rows, "scorer"),
@@ -407,8 +407,13 @@ CHECKS: tuple[tuple[Callable[[Known], Found], str | None], ...] = (
 """Every check, with the role that it is about."""
 
 
-def _ours(role: str | None, roles: Mapping[str, str] = ROLES) -> bool:
-    return role is None or roles[role].startswith("tasks.")
+def any_check() -> bool:
+    """Whether a role is served by a worker of this program, so that there is something to check."""
+    return any(_ours(role) for role in ROLES)
+
+
+def _ours(role: str) -> bool:
+    return ROLES[role].startswith("tasks.")
 
 
 def findings(known: Known) -> list[Finding]:

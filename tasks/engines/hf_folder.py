@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -125,22 +125,26 @@ def _parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
             yield from _parts(value)
 
 
-def _is_random(name: str, value: Any) -> bool:
-    named = any(part in name for part in _RANDOM) and not any(part in name for part in _OTHER_HEADS)
-    return named and isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+def random_fields(fields: Mapping[str, Any]) -> dict[str, float]:
+    """Those of a config's own fields that drop or disturb values in training, and are not 0."""
+    named = {
+        name: value
+        for name, value in fields.items()
+        if any(part in name for part in _RANDOM) and not any(part in name for part in _OTHER_HEADS)
+    }
+    return {n: v for n, v in named.items() if isinstance(v, int | float) and not isinstance(v, bool) and v > 0}
 
 
 def dropout_fields(config: PretrainedConfig) -> dict[str, float]:
-    """The fields of a config that drop or disturb values in training, and are not 0."""
-    return {n: float(v) for part in _parts(config) for n, v in vars(part).items() if _is_random(n, v)}
+    """The same of a config and of those nested in it."""
+    return {name: value for part in _parts(config) for name, value in random_fields(vars(part)).items()}
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     """The same config object with every field of `dropout_fields` at 0."""
     for part in _parts(config):
-        for name, value in list(vars(part).items()):
-            if _is_random(name, value):
-                setattr(part, name, type(value)(0))
+        for name, value in random_fields(vars(part)).items():
+            setattr(part, name, type(value)(0))
     return config
 
 

@@ -18,7 +18,7 @@ from storage.artifacts.trees import external_files
 from storage.errors import ConfigError, InputError, did_you_mean
 from storage.identity import Identity, derive_seed
 from storage.store import ArtifactSpec, Builder
-from tasks.engines.hf_folder import config_of, dropout_fields, read_config, read_json
+from tasks.engines.hf_folder import config_of, dropout_fields, random_fields, read_config, read_json
 from tasks.inputs.tokenizers import BYTE_IDS, build_byte_tokenizer, load_tokenizer
 from tasks.stage import Context, Work
 
@@ -128,10 +128,22 @@ def declared_sizes(source: CheckpointModel | HubModel | ArchitectureModel) -> tu
     return rows if isinstance(rows, int) else None, positions if isinstance(positions, int) else None
 
 
+DROPOUT_BY_DEFAULT = {
+    "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "biogpt", "blenderbot", "blenderbot-small",
+    "camembert", "ctrl", "data2vec-text", "electra", "emu3", "ernie", "git", "gpt-sw3", "gpt2", "gpt_bigcode",
+    "gpt_neox_japanese", "marian", "mbart", "megatron-bert", "mvp", "openai-gpt", "opt", "pegasus", "phimoe",
+    "plbart", "prophetnet", "reformer", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "seed_oss",
+    "trocr", "xglm", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod",
+}  # fmt: skip
+"""Types of causal language models whose config has dropout where its fields do not state it."""
+
+
 def live_dropout(source: CheckpointModel | HubModel | ArchitectureModel) -> dict[str, float]:
     """The fields by which the model's config drops values in training, and that are not 0. Empty for a Hub model that is not in
     the local cache."""
     if isinstance(source, ArchitectureModel):
+        if source.config["model_type"] not in DROPOUT_BY_DEFAULT and not random_fields(source.config):
+            return {}  # without importing transformers, for every plan asks
         config = config_of(source.config)
         return {} if config is None else dropout_fields(config)
     if isinstance(source, CheckpointModel):

@@ -10,8 +10,8 @@ import torch
 from families import family, rewrite
 
 from storage.errors import InputError
-from tasks.engines.hf_folder import dropout_fields, read_config
-from tasks.inputs.models import ArchitectureModel, CheckpointModel, HubModel, dropout_identity
+from tasks.engines.hf_folder import config_of, dropout_fields, read_config
+from tasks.inputs.models import DROPOUT_BY_DEFAULT, ArchitectureModel, CheckpointModel, HubModel, dropout_identity
 from tasks.trainer.export import export_student, rehearse_export
 from tasks.trainer.model import load_model
 
@@ -99,8 +99,18 @@ def test_only_trainings_whose_result_changed_have_another_identity(student, tmp_
         (CheckpointModel(path=student), True, {}),
         (plain, False, {}),
         (ArchitectureModel(config=fields), False, {"dropout": "off"}),
+        (ArchitectureModel(config={"model_type": "llama", "attention_dropout": 0.1}), False, {"dropout": "off"}),
+        (ArchitectureModel(config={"model_type": "llama"}), False, {}),
         (ArchitectureModel(config=fields | {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}), False, {}),
         (HubModel(repo="no/such", revision="0" * 40), False, {}),
         (None, False, {}),
     ]
     assert [dropout_identity(source, on) for source, on, _ in cases] == [expected for *_, expected in cases]
+
+
+def test_the_types_with_dropout_by_default_are_transformers():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    configs = {kind: config_of({"model_type": kind}) for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    found = {kind for kind, config in configs.items() if config is not None and dropout_fields(config)}
+    assert found == DROPOUT_BY_DEFAULT

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from storage.runs import RoundState, Run, StageState
 from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
+from tasks.workers import jobs
 from tasks.workers.pool import Worker
 
 pytest_plugins = ["fault_trials", "pytester", "shared_prefect"]
@@ -204,3 +205,14 @@ def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Wor
         yield {1: one, 2: two}
         list(pool.map(Worker.close, (one, two)))
     shutil.rmtree(temporary)
+
+
+@pytest.fixture
+def own_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This program's workers serve every role, whatever plugin an earlier test registered in this process."""
+    own = {
+        "sampler": "tasks.engines.sampler:Sampler",
+        "scorer": "tasks.engines.scorer:Scorer",
+        "trainer": "tasks.trainer.trainer:Trainer",
+    }
+    monkeypatch.setattr(jobs, "ROLES", own)

@@ -36,7 +36,7 @@ from tasks.inputs.tokenizers import load_tokenizer
 from tasks.rollout import prompts_for_round
 from tasks.trainer.config import LoraSettings, OptimizerSettings
 from tasks.trainer.deepspeed_file import deepspeed_config
-from tasks.workers.jobs import ROLES
+from tasks.workers import jobs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -409,11 +409,11 @@ CHECKS: tuple[tuple[Callable[[Known], Found], str], ...] = (
 
 def any_check() -> bool:
     """Whether a role is served by a worker of this program, so that there is something to check."""
-    return any(_ours(role) for role in ROLES)
+    return any(_ours(role) for role in jobs.ROLES)
 
 
 def _ours(role: str) -> bool:
-    return ROLES[role].startswith("tasks.")
+    return jobs.ROLES[role].startswith("tasks.")
 
 
 def findings(known: Known) -> list[Finding]:

@@ -429,7 +429,8 @@ class Sampler:
                 raise SamplingFailed(f"a probe after a weight change failed: {problem}")
         sequences = [(prompt, [int(t) for t in out.token_ids]) for prompt, out in zip(prompts, outputs, strict=True)]
         with self._outside_engine():
-            result = judge_probes(path, sequences, [_logprobs(output) for output in outputs], dtype)
+            held = self.proof["params_unproven"] == 0
+            result = judge_probes(path, sequences, [_logprobs(output) for output in outputs], dtype, held)
         self.llm.reset_prefix_cache()
         return result
 

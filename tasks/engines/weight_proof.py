@@ -246,19 +246,24 @@ def reference_logprobs(path: Path, sequences: list[tuple[list[int], list[int]]])
 
 
 def judge_probes(
-    path: Path, sequences: list[tuple[list[int], list[int]]], engine: list[list[float]], dtype: str
+    path: Path, sequences: list[tuple[list[int], list[int]]], engine: list[list[float]], dtype: str, held: bool = False
 ) -> dict[str, Any]:
     """Compare the engine's log-probabilities (temperature 1, nothing cut off) with transformers'.
 
-    Raises StaleWeights when they are further apart than the engine's dtype explains."""
+    Raises StaleWeights when they are further apart than the engine's dtype explains. `held`: all parameters were compared."""
     largest = 0.0
     for expected_T, found in zip(reference_logprobs(path, sequences), engine, strict=True):
         gap = (expected_T - torch.tensor(found, dtype=torch.float64)).abs().max().item()
         largest = max(largest, gap) if gap == gap else float("inf")
     limit = TOLERANCE.get(dtype, TOLERANCE_LOW_PRECISION)
     if largest > limit:
+        why = (
+            "; it holds the right weights, so vLLM and transformers compute this architecture differently"
+            if held
+            else ""
+        )
         raise StaleWeights(
             f"the engine's log-probabilities are not those of {path}: off by up to {largest:.3g} nats ({dtype} allows"
-            f" {limit:g})"
+            f" {limit:g}){why}"
         )
     return {"probe_tokens": sum(len(completion) for _, completion in sequences), "max_logprob_difference": largest}

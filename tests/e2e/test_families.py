@@ -18,6 +18,7 @@ from storage.errors import InputError
 from storage.store import Store
 from tasks.workers.pool import WorkerPool
 
+pytestmark = pytest.mark.usefixtures("own_workers")
 PAGE = CHECKOUT / "docs" / "models.md"
 ROWS = {kind: (kind, {}) for kind in FAMILIES} | VARIANTS
 

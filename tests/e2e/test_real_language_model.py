@@ -28,6 +28,7 @@ QUESTIONS = ("Tell me one fact about {}.", "Write two sentences about {}.", "Why
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_workers")
 @pytest.mark.timeout(1800)
 def test_two_rounds_bring_a_cut_student_nearer_to_its_teacher(tmp_path):
     from smollm2 import STUDENT_LAYERS, smollm2  # reads a model with torch

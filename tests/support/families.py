@@ -47,7 +47,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "exaone4": _WINDOWS,
     "seed_oss": {},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
-    "bloom": {"n_layer": 2, "n_head": 2},
     "gpt_neo": {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
 }  # fmt: skip
 """model_type -> its config fields; those that other fields do not replace are common to all."""
@@ -59,7 +58,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """Rows of the table in docs/models.md beside the architectures."""
 _OWN_NAMES = {
     "gpt2": {"initializer_range"},
-    "bloom": {"hidden_size", "vocab_size", "initializer_range", "eos_token_id", "pad_token_id"},
     "gpt_neo": {"initializer_range", "hidden_size", "vocab_size", "max_position_embeddings", "eos_token_id"},
     "gpt_neox": set(_COMMON) - {"num_key_value_heads", "head_dim"},
     "opt": set(_COMMON) - {"num_key_value_heads", "head_dim", "intermediate_size"},

@@ -14,6 +14,8 @@ from flows.run import preflight
 from flows.run.check import check_experiment
 from storage.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("own_workers")
+
 
 def findings(folder: Path, student: Path, file: Path | None = None, **sections: Any) -> tuple[list[str], list[str]]:
     """(notes, refusals) of a student that is its own teacher."""

@@ -6,7 +6,9 @@ A check is a function from `Known` to the texts of what it found. A plugin that 
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -147,17 +149,20 @@ def installed(known: Known) -> Found:
             yield Finding(f"{package} is not installed, the {role} needs it: make setup EXTRA={extra}", refused=True)
 
 
-def compilers(known: Known) -> Found:
-    """g++ and ninja, where something is compiled on this machine: on CPU vLLM's graphs."""
+def programs(known: Known) -> Found:
+    """What vLLM starts on CPU: lscpu always, a C++ compiler for its graphs. Without graphs nothing is compiled there."""
     runtime = known.experiment.runtime
-    if runtime.device == "cpu" and runtime.sampler.enforce_eager is False:
-        for program, package in (("g++", "g++"), ("ninja", "ninja")):
-            if shutil.which(program) is None:
-                yield Finding(
-                    f"runtime.sampler.enforce_eager: false compiles on this machine, but there is no {program}; install"
-                    f" {package}, or set enforce_eager: true",
-                    refused=True,
-                )
+    if runtime.device != "cpu":
+        return
+    if sys.platform == "linux" and shutil.which("lscpu") is None:
+        yield Finding("lscpu is not installed, vLLM on CPU needs it; install the package util-linux", refused=True)
+    compiler = os.environ.get("CXX", "g++")
+    if runtime.sampler.enforce_eager is False and shutil.which(compiler) is None:
+        yield Finding(
+            f"runtime.sampler.enforce_eager: false compiles on this machine, but there is no {compiler}; install it, or set"
+            " enforce_eager: true",
+            refused=True,
+        )
 
 
 def deepspeed_file(known: Known) -> Found:
@@ -391,7 +396,7 @@ def _drawn(known: Known, split: str, every: list[str], long: set[str]) -> list[s
 
 CHECKS: tuple[tuple[Callable[[Known], Found], str], ...] = (
     (installed, "sampler"),
-    (compilers, "sampler"),
+    (programs, "sampler"),
     (deepspeed_file, "trainer"),
     (architecture, "scorer"),
     (engine, "sampler"),

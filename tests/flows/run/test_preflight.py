@@ -156,10 +156,13 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
     found = preflight.importlib.util.find_spec
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "vllm" else found(name))
     monkeypatch.setattr(preflight.shutil, "which", lambda name: None)
-    runtime = {"device": "cpu", "sampler": {"enforce_eager": False}}
-    _, refused = findings(tmp_path, family(tmp_path / "model", "qwen3"), runtime=runtime)
-    assert [line.split()[0] for line in refused if "vllm is not installed" in line] == ["vllm"]
-    assert sum("there is no g++" in line or "there is no ninja" in line for line in refused) == 2
+    student = family(tmp_path / "model", "qwen3")
+    eager, compiled = (
+        findings(tmp_path, student, runtime={"device": "cpu", "sampler": {"enforce_eager": value}})[1]
+        for value in (True, False)
+    )
+    assert len(eager) == 2 and eager[0].startswith("vllm ") and eager[1].startswith("lscpu ")
+    assert compiled[:2] == eager and len(compiled) == 3 and "g++" in compiled[2]
 
 
 def test_everything_that_is_wrong_is_listed_at_once(tmp_path):

@@ -122,6 +122,11 @@ class Shard:
         ]
 
 
+def rank_of(prompt_id: str, seed: int) -> tuple[int, str]:
+    """Sorts the held-out prompts; `EvaluateConfig.prompts` takes the first ones."""
+    return derive_seed(seed, "evaluate", "prompts", prompt_id), prompt_id
+
+
 def evaluate_work(
     config: EvaluateConfig,
     student: Student,
@@ -159,7 +164,7 @@ def evaluate_work(
 def plan_shards(prompts: Sequence[Prompt], config: EvaluateConfig, seed: int) -> list[Shard]:
     """All completions to request, shard by shard. A limit selects prompts by the seed, the same in every round; the prompts
     for the KL are among them."""
-    order = sorted(prompts, key=lambda p: (derive_seed(seed, "evaluate", "prompts", p.prompt_id), p.prompt_id))
+    order = sorted(prompts, key=lambda p: rank_of(p.prompt_id, seed))
     chosen = order[: config.prompts]
     shards = []
     for mode in MODES:

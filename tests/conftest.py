@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.numpy import save_file
 from storage.runs import RoundState, Run, StageState
 from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
+from tasks.workers import jobs
 from tasks.workers.pool import Worker
 
 pytest_plugins = ["fault_trials", "pytester", "shared_prefect"]
@@ -226,7 +228,21 @@ def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Wor
     from trainer_world import launch_trainer  # imports torch
 
     folder = tmp_path_factory.mktemp("trainers")
-    with ThreadPoolExecutor(2) as pool:
+    temporary = tempfile.mkdtemp(prefix="opd t#m?%20-")  # characters that end a URL's path, or stand for others in it
+    with ThreadPoolExecutor(2) as pool, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", temporary)
         one, two = pool.map(lambda ranks: launch_trainer(ranks, folder / f"{ranks}.log", ["extra_credits"]), (1, 2))
         yield {1: one, 2: two}
         list(pool.map(Worker.close, (one, two)))
+    shutil.rmtree(temporary)
+
+
+@pytest.fixture
+def own_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This program's workers serve every role, whatever plugin an earlier test registered in this process."""
+    own = {
+        "sampler": "tasks.engines.sampler:Sampler",
+        "scorer": "tasks.engines.scorer:Scorer",
+        "trainer": "tasks.trainer.trainer:Trainer",
+    }
+    monkeypatch.setattr(jobs, "ROLES", own)

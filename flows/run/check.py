@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from flows.distill import inputs
 from flows.experiment import Experiment, with_plugins
 from flows.run.executor import Maker
+from flows.run.preflight import Known, findings, require
 from flows.run.progress import SilentReporter
 from flows.run.runner import bytes_of_run, bytes_per_round
 from storage.errors import ConfigError, InputError, OpdError
@@ -72,6 +73,9 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
             yield from _lengths_and_example(rows, load_tokenizer(store.materialize(student)))
             yield from _verifier(experiment, rows)
             parameters = parameter_count(store.materialize(student))
+            found = findings(Known.of(experiment, store, student, teacher, prompts))
+            yield from (f"note: {finding.text}" for finding in found if not finding.refused)
+            require(found)
     yield (
         f"a round: {experiment.rollout.prompts_per_round * experiment.rollout.num_generations:,} completions,"
         f" {experiment.steps_per_round:,} optimizer steps, at most {bytes_per_round(experiment) / 2**20:,.1f} MiB of"

@@ -23,7 +23,7 @@ from storage.runs import Run, _checksum
 from storage.schemas import schema_for
 from storage.store import ArtifactSpec, Store
 from tasks.engines.forward import LoadedModel
-from tasks.engines.hf_folder import vocabulary_rows
+from tasks.engines.hf_folder import model_rows
 from tasks.engines.weight_proof import reference_logprobs
 from tasks.inputs.models import CheckpointModel, model_work
 from tasks.inputs.sources import FileSource, read_rows
@@ -74,7 +74,7 @@ def plan_and_make(folder: Path) -> None:
 LOADERS: dict[str, Callable[[Path], object]] = {
     "tokenizer": load_tokenizer,
     "audit": lambda folder: audit_tokenizers(folder, folder),
-    "config": vocabulary_rows,
+    "config": model_rows,
     "scorer": lambda folder: LoadedModel(folder, "float32", torch.device("cpu")),
     "probes": lambda folder: reference_logprobs(folder, [([1, 2], [3])]),
     "trainer": lambda folder: load_model(folder, "float32"),

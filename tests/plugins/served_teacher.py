@@ -54,9 +54,9 @@ class ServedTeacher(TeacherBackend):
     capabilities = Capabilities(entropy="list", top=TOP, given_ids=False, full_distribution=False)
 
     def rows(self, folder: Path) -> int:
-        from tasks.engines.hf_folder import vocabulary_rows
+        from tasks.engines.hf_folder import model_rows
 
-        return vocabulary_rows(folder)
+        return model_rows(folder)
 
     def open(self, folder: Path, dtype: str, host: Host) -> Teacher:
         return Served(LocalModel(folder, dtype, host))  # type: ignore[return-value]

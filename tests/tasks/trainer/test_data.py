@@ -18,7 +18,7 @@ from tasks.losses.needs import CreditNeeds, Needs
 from tasks.trainer.batching import Step
 from tasks.trainer.config import OptimizerSettings
 from tasks.trainer.data import Samples, forward_batch, from_rollouts, loss_denominators
-from tasks.trainer.engine import deepspeed_config
+from tasks.trainer.deepspeed_file import deepspeed_config
 from tasks.trainer.topk_lists import TopK, UnionTopK
 from tasks.trainer.trainer import refuse_lost_steps
 

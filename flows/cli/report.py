@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.options import console
+from flows.run.earlier import outdated_prompts
 from flows.run.hints import opd_command
 from storage.artifacts.artifact import Artifact, TreeRecord, artifact_directory, load_manifest
 from storage.artifacts.trees import tree_directory
@@ -35,8 +36,8 @@ _STUDENT_STAGES = (("train", "student"), ("warmup", "student"), ("model", "model
 
 def status_json(state: RunState, root: Path) -> dict[str, Any]:
     """The JSON of `opd status` and `opd run`: name, status, rounds with metrics, student digest and stages; for each stage
-    also its evicted artifacts."""
-    status = state.model_dump(mode="json")
+    also its evicted artifacts; `outdated`: why its prompts are not those that this version makes."""
+    status = state.model_dump(mode="json") | {"outdated": outdated_prompts(state, root)}
     gone = evicted(state, root)
     for round in status["rounds"]:
         for label, stage in round["stages"].items():
@@ -69,6 +70,15 @@ def print_report(state: RunState, root: Path, holder: str | None = None, out: Co
 def report(state: RunState, root: Path, holder: str | None = None) -> list[Table | Text]:
     """The table of rounds, then failures, the student's folder and useful commands."""
     parts: list[Table | Text] = [_heading(state, root, holder)]
+    again = opd_command(root, "resume", state.name)
+    parts += [
+        Text(
+            f"made by an earlier version from other prompts: {reason}. Its results are those of the old prompts; {again}"
+            " makes them, and all that follows, again",
+            style="red",
+        )
+        for reason in outdated_prompts(state, root)
+    ]
     if state.rounds:
         gone = evicted(state, root)
         parts.append(_rounds(state, gone))

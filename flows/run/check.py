@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flows.distill import inputs
 from flows.experiment import Experiment, with_plugins
+from flows.run.dates import with_date
 from flows.run.executor import Maker
 from flows.run.progress import SilentReporter
 from flows.run.runner import bytes_per_round
@@ -24,8 +25,13 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
 
     Raises ConfigError or InputError for the first problem."""
     experiment.runtime.tell_libraries()
-    experiment = with_plugins(experiment)
+    given, experiment = experiment, with_date(with_plugins(experiment), "", root)
     yield "config: valid"
+    if experiment.prompts.date != given.prompts.date:
+        yield (
+            "note: the chat template reads the clock. A run renders its prompts at the date on which it begins (today:"
+            f" {experiment.prompts.date}) and keeps it; set prompts.date to choose one, or to share prompts between runs"
+        )
     with tempfile.TemporaryDirectory(prefix="opd-check-") as scratch:
         store = Store(scratch)
         run = Run.create(scratch, "check", {}, {})
@@ -65,5 +71,7 @@ def _prompts(prompts: Artifact) -> Iterator[str]:
         dropped = (prompts.meta.get("filtered") or {}).get(split) or {}
         left_out = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items() if number)
         yield f"prompts: {count:,} for {split}" + (f" (left out: {left_out})" if left_out else "")
+    for note in (prompts.meta.get("changed_since_0_1") or {}).values():
+        yield f"note: {note}"
     for warning in prompts.meta.get("warnings") or []:
         yield f"warning: {warning}"

@@ -1,0 +1,98 @@
+"""Tokens of a completion in the context of its prompt.
+
+A tokenizer can put a space before the first token of a text, or join characters across its beginning, so a completion that is
+tokenised alone is not what the model would write after the prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from storage.identity import canonical_json
+from tasks.inputs.shipped import load_tokenizer, remembered
+from tasks.inputs.templates import render
+
+_ENDINGS = ("a", "7", "=", ":", ".", " ", "\n")
+_BEGINNINGS = ("46", " 46", "word", "Word two", "\nword", "\n\n word", ".", "=", "a", "東京", "🙂")
+
+
+class Rendering(Protocol):
+    """The fields of `PrepareConfig` that say how a prompt ends."""
+
+    @property
+    def chat_template(self) -> bool: ...
+    @property
+    def chat_template_kwargs(self) -> dict[str, str | int | float | bool | None]: ...
+    @property
+    def add_generation_prompt(self) -> bool: ...
+    @property
+    def date(self) -> str | None: ...
+
+
+def continued(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], bool]]:
+    """(tokens of the completion, whether prompt and completion are one text) of each (prompt, completion).
+
+    The two are tokenised as one text, which is cut where the prompt's tokens end. Where a token spans that place, the
+    completion is tokenised after the end-of-sequence token instead, where no token can span, and the flag is False."""
+    prompts = tokenizer([prompt for prompt, _ in pairs], add_special_tokens=False).input_ids
+    wholes = tokenizer([prompt + completion for prompt, completion in pairs], add_special_tokens=False).input_ids
+    for (_, completion), prompt, whole in zip(pairs, prompts, wholes, strict=True):
+        if whole[: len(prompt)] == prompt:
+            yield whole[len(prompt) :], True
+        else:
+            yield _apart(tokenizer, prompt, completion), False
+
+
+def _apart(tokenizer: Any, prompt: list[int], completion: str) -> list[int]:
+    """The completion's own tokens: those that read as it does after the prompt, if there are such."""
+    alone: list[int] = tokenizer(completion, add_special_tokens=False).input_ids
+    if tokenizer.eos_token is None:
+        return alone
+    eos: list[int] = tokenizer(tokenizer.eos_token, add_special_tokens=False).input_ids
+    after: list[int] = tokenizer(tokenizer.eos_token + completion, add_special_tokens=False).input_ids
+    if after[: len(eos)] != eos:
+        return alone
+    after = after[len(eos) :]
+    wanted = _text(tokenizer, prompt) + completion
+    return alone if _text(tokenizer, prompt + alone) == wanted != _text(tokenizer, prompt + after) else after
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def depends_on_context(directory: Path, config: Rendering, memo: Path | None) -> bool:
+    """Whether this tokenizer gives a completion other tokens after a prompt than alone, tried on short texts.
+
+    The prompts end as the chat template ends them, and without one with a letter, digit, sign or space."""
+    shown = [config.chat_template, config.chat_template_kwargs, config.add_generation_prompt]
+    rendering = hashlib.sha256(canonical_json(json.loads(json.dumps(shown))).encode("ascii")).hexdigest()
+
+    def compute() -> str:
+        tokenizer = load_tokenizer(directory)
+        prompts = list(_prompts(tokenizer, config))
+        pairs = [(prompt, completion) for prompt in prompts for completion in _BEGINNINGS]
+        alone = tokenizer([completion for _, completion in pairs], add_special_tokens=False).input_ids
+        same = (tokens == own for (tokens, _), own in zip(continued(tokenizer, pairs), alone, strict=True))
+        return "" if all(same) else "depends"
+
+    return bool(remembered(directory, memo, f"completion-{rendering[:16]}", compute))
+
+
+def _prompts(tokenizer: Any, config: Rendering) -> Iterator[str]:
+    if not config.chat_template:
+        yield from (f"some text {ending}" for ending in _ENDINGS)
+    elif tokenizer.chat_template is not None:
+        try:
+            yield render(
+                tokenizer,
+                [{"role": "user", "content": "some text"}],
+                date=config.date or "2000-01-01",
+                add_generation_prompt=config.add_generation_prompt,
+                arguments=config.chat_template_kwargs,
+            )
+        except Exception:  # reported for the row that it concerns, when prompts are rendered
+            return

@@ -19,6 +19,10 @@ _ENDINGS = ("a", "7", "=", ":", ".", " ", "\n")
 _BEGINNINGS = ("46", " 46", "word", "Word two", "\nword", "\n\n word", ".", "=", "a", "東京", "🙂")
 
 
+_ANCHORS = ("\n", ".", "a", "1")
+"""Texts after which a completion is tried where a token spans the end of its prompt."""
+
+
 class Rendering(Protocol):
     """The fields of `PrepareConfig` that say how a prompt ends."""
 
@@ -36,7 +40,7 @@ def continued(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Iterator[tupl
     """(tokens of the completion, whether prompt and completion are one text) of each (prompt, completion).
 
     The two are tokenised as one text, which is cut where the prompt's tokens end. Where a token spans that place, the
-    completion is tokenised after the end-of-sequence token instead, where no token can span, and the flag is False."""
+    completion is tokenised after another text instead (the end-of-sequence token first), and the flag is False."""
     prompts = tokenizer([prompt for prompt, _ in pairs], add_special_tokens=False).input_ids
     wholes = tokenizer([prompt + completion for prompt, completion in pairs], add_special_tokens=False).input_ids
     for (_, completion), prompt, whole in zip(pairs, prompts, wholes, strict=True):
@@ -47,17 +51,16 @@ def continued(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Iterator[tupl
 
 
 def _apart(tokenizer: Any, prompt: list[int], completion: str) -> list[int]:
-    """The completion's own tokens: those that read as it does after the prompt, if there are such."""
-    alone: list[int] = tokenizer(completion, add_special_tokens=False).input_ids
-    if tokenizer.eos_token is None:
-        return alone
-    eos: list[int] = tokenizer(tokenizer.eos_token, add_special_tokens=False).input_ids
-    after: list[int] = tokenizer(tokenizer.eos_token + completion, add_special_tokens=False).input_ids
-    if after[: len(eos)] != eos:
-        return alone
-    after = after[len(eos) :]
+    """Tokens of the completion after another text, the first ones that read as it does after the prompt; else those alone."""
     wanted = _text(tokenizer, prompt) + completion
-    return alone if _text(tokenizer, prompt + alone) == wanted != _text(tokenizer, prompt + after) else after
+    alone: list[int] = tokenizer(completion, add_special_tokens=False).input_ids
+    for before in (tokenizer.eos_token or "", *_ANCHORS):
+        start: list[int] = tokenizer(before, add_special_tokens=False).input_ids
+        whole: list[int] = tokenizer(before + completion, add_special_tokens=False).input_ids
+        tokens = whole[len(start) :]
+        if whole[: len(start)] == start and _text(tokenizer, prompt + tokens) == wanted:
+            return tokens
+    return alone
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str:

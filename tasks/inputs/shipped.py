@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from storage.artifacts.digests import file_sha256, tokenizer_digest
@@ -22,9 +24,13 @@ from storage.identity import canonical_json
 
 JSON, SENTENCEPIECE, TEKKEN = "tokenizer.json", "tokenizer.model", "tekken.json"
 """Files that define a tokenizer alone, in order of precedence."""
+_SETTINGS = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.j*", "additional_chat_templates/*",
+)  # fmt: skip
+"""Files that say which tokens are special, and the chat template."""
 _TABLES = ("vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer_config.json")
 """Files that need a class of transformers, which knows how text is split."""
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 """Types of a sentencepiece piece."""
 _UNIGRAM, _BPE = 1, 2
 """Model types of a sentencepiece file."""
@@ -82,7 +88,9 @@ def _load(directory: Path, content: str) -> Any:
                 f"{directory / 'tokenizer_config.json'}: auto_map names code of the checkpoint, which is never run"
                 " (there is no trust_remote_code); save the tokenizer as tokenizer.json"
             ) from error
-        raise InputError(f"{directory}: its tokenizer does not load ({error})") from error
+        raise InputError(
+            f"{directory}: its tokenizer does not load ({error}); save it again as tokenizer.json"
+        ) from error
 
 
 def _from_json(directory: Path) -> Any:
@@ -114,7 +122,6 @@ def _from_json(directory: Path) -> Any:
 
 def _from_sentencepiece(directory: Path) -> Any:
     import sentencepiece
-    from transformers import PreTrainedTokenizerFast
 
     path = directory / SENTENCEPIECE
     try:
@@ -126,10 +133,12 @@ def _from_sentencepiece(directory: Path) -> Any:
         ) from error
     settings = _given(directory)
     backend, names = _converted(path, legacy=settings.get("legacy") is not False)
-    defaults: dict[str, Any] = {name: token for name, token in names.items() if name not in settings}
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(
-        str(directory), local_files_only=True, tokenizer_object=backend, vocab_file=None, **defaults
+    tokenizer = _with_backend(
+        directory, backend, {name: token for name, token in names.items() if name not in settings}
     )
+    for name in ("add_bos_token", "add_eos_token"):
+        if settings.get(name):
+            setattr(tokenizer, name, True)
     added = {*map(str, tokenizer.added_tokens_decoder.values()), *names.values()}
     unknown = processor.unk_id()
     reference = _Reference(
@@ -150,20 +159,13 @@ def _from_sentencepiece(directory: Path) -> Any:
 def _from_tekken(directory: Path) -> Any:
     from mistral_common.integrations.chat_templates.chat_templates import convert_tokenizer_to_chat_template
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
-    from transformers import PreTrainedTokenizerFast
     from transformers.integrations.mistral.tokenizer import MistralConverter
 
     path = directory / TEKKEN
     tekken, settings = Tekkenizer.from_file(path), _given(directory)
     names = {"bos_token": tekken.bos_id, "eos_token": tekken.eos_id, "unk_token": tekken.unk_id}
-    defaults: dict[str, Any] = {name: tekken.id_to_piece(i) for name, i in names.items() if name not in settings}
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(
-        str(directory),
-        local_files_only=True,
-        tokenizer_object=MistralConverter(str(path)).converted(),
-        vocab_file=None,
-        **defaults,
-    )
+    defaults = {name: tekken.id_to_piece(index) for name, index in names.items() if name not in settings}
+    tokenizer = _with_backend(directory, MistralConverter(str(path)).converted(), defaults)
     if tokenizer.chat_template is None:
         with suppress(ValueError, KeyError, NotImplementedError):  # a version of the format without a template
             tokenizer.chat_template = convert_tokenizer_to_chat_template(str(path))
@@ -175,6 +177,20 @@ def _from_tekken(directory: Path) -> Any:
     )
     reference.require(tokenizer, path)
     return tokenizer
+
+
+def _with_backend(directory: Path, backend: Any, defaults: dict[str, str]) -> Any:
+    """A `tokenizers.Tokenizer` with the special tokens and the template of a folder, whose other files are not read."""
+    from transformers import PreTrainedTokenizerFast
+
+    with TemporaryDirectory() as place:
+        for name in _SETTINGS:
+            for path in directory.glob(name):
+                (Path(place) / path.relative_to(directory)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, Path(place) / path.relative_to(directory))
+        backend.save(str(Path(place) / JSON))
+        options: dict[str, Any] = dict(defaults)
+        return PreTrainedTokenizerFast.from_pretrained(place, local_files_only=True, **options)
 
 
 def _from_tables(directory: Path) -> Any:
@@ -348,7 +364,8 @@ def _model(path: Path, proto: Any, whole: bool) -> Any:
 
     trainer = proto.trainer_spec
     if trainer.model_type == _UNIGRAM:
-        pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+        # A byte is never read from a text such as "<0x41>"; unknown letters stay below bytes.
+        pieces = [(piece.piece, -1e9 if piece.type == _BYTE else piece.score) for piece in proto.pieces]
         return models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
     if trainer.model_type != _BPE:
         raise InputError(f"{path}: a sentencepiece model of words or characters; save the tokenizer as tokenizer.json")
@@ -425,28 +442,36 @@ def _class_difference(directory: Path) -> str | None:
 
 
 def _other_results(shipped: Any, other: Any) -> Iterator[str]:
+    same_backend = shipped.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+    added = [str(token) for token in shipped.added_tokens_decoder.values()]
+    if not same_backend:
+        yield from _other_tokens(shipped, other, PROBES, special=False)
+        yield from _other_tokens(shipped, other, [*PROBES, *_spelt_out(added)], special=True)
     for name in shipped.SPECIAL_TOKENS_ATTRIBUTES:
         if getattr(shipped, name) != getattr(other, name):
             yield f"the {name} {getattr(other, name)!r} instead of {getattr(shipped, name)!r}"
     if (mine := set(shipped.all_special_ids)) != (theirs := set(other.all_special_ids)):
         yield f"{len(theirs)} special tokens instead of {len(mine)}"
-    if shipped.backend_tokenizer.to_str() == other.backend_tokenizer.to_str():
+    if same_backend:
         return
     vocabulary = shipped.get_vocab()
     if vocabulary != other.get_vocab():
         yield f"{len(other.get_vocab())} tokens instead of {len(vocabulary)}, or others"
-    added = [str(token) for token in shipped.added_tokens_decoder.values()]
-    for texts, special in (((*PROBES, *_spelt_out(added)), True), (PROBES, False), (_vocabulary_texts(shipped), False)):
-        both = (side(list(texts), add_special_tokens=special).input_ids for side in (shipped, other))
-        for text, ours, others in zip(texts, *both, strict=True):
-            if ours != others:
-                yield f"other tokens for {text[:40]!r}"
-            if texts is PROBES and _decoded(shipped, ours) != _decoded(other, ours):
-                yield f"another text for the tokens of {text[:40]!r}"
+    yield from _other_tokens(shipped, other, _vocabulary_texts(shipped), special=False)
     alone = [[index] for index in sorted(vocabulary.values())]
-    ours, others = (side.batch_decode(alone, clean_up_tokenization_spaces=False) for side in (shipped, other))
-    if ours != others:
+    texts = [side.batch_decode(alone, clean_up_tokenization_spaces=False) for side in (shipped, other)]
+    if texts[0] != texts[1]:
         yield "other texts for single tokens"
+
+
+def _other_tokens(shipped: Any, other: Any, texts: Iterable[str], special: bool) -> Iterator[str]:
+    texts = list(texts)
+    both = (side(texts, add_special_tokens=special).input_ids for side in (shipped, other))
+    for text, ours, theirs in zip(texts, *both, strict=True):
+        if ours != theirs:
+            yield f"other tokens for {text[:40]!r}"
+        if len(text) < 100 and _decoded(shipped, ours) != _decoded(other, ours):
+            yield f"another text for the tokens of {text[:40]!r}"
 
 
 def _vocabulary_texts(tokenizer: Any) -> list[str]:

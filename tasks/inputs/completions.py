@@ -23,6 +23,10 @@ _ANCHORS = ("\n", ".", "a", "1")
 """Texts after which a completion is tried where a token spans the end of its prompt."""
 
 
+_TOKENS = 400
+"""About how many tokens of the vocabulary are tried."""
+
+
 class Rendering(Protocol):
     """The fields of `PrepareConfig` that say how a prompt ends."""
 
@@ -76,8 +80,7 @@ def depends_on_context(directory: Path, config: Rendering, memo: Path | None) ->
 
     def compute() -> str:
         tokenizer = load_tokenizer(directory)
-        prompts = list(_prompts(tokenizer, config))
-        pairs = [(prompt, completion) for prompt in prompts for completion in _BEGINNINGS]
+        pairs = list(_pairs(tokenizer, config))
         alone = tokenizer([completion for _, completion in pairs], add_special_tokens=False).input_ids
         same = (tokens == own for (tokens, _), own in zip(continued(tokenizer, pairs), alone, strict=True))
         return "" if all(same) else "depends"
@@ -85,12 +88,15 @@ def depends_on_context(directory: Path, config: Rendering, memo: Path | None) ->
     return bool(remembered(directory, memo, f"completion-{rendering[:16]}", compute))
 
 
-def _prompts(tokenizer: Any, config: Rendering) -> Iterator[str]:
+def _pairs(tokenizer: Any, config: Rendering) -> Iterator[tuple[str, str]]:
+    """Prompts and completions: short ones, and tokens of the vocabulary cut in two or put after the template's end."""
+    words = _words(tokenizer)
     if not config.chat_template:
-        yield from (f"some text {ending}" for ending in _ENDINGS)
+        yield from ((f"some text {ending}", beginning) for ending in _ENDINGS for beginning in _BEGINNINGS)
+        yield from ((word[:cut], word[cut:]) for word in words for cut in range(1, len(word)))
     elif tokenizer.chat_template is not None:
         try:
-            yield render(
+            prompt = render(
                 tokenizer,
                 [{"role": "user", "content": "some text"}],
                 date=config.date or "2000-01-01",
@@ -99,3 +105,13 @@ def _prompts(tokenizer: Any, config: Rendering) -> Iterator[str]:
             )
         except Exception:  # reported for the row that it concerns, when prompts are rendered
             return
+        yield from ((prompt, beginning) for beginning in (*_BEGINNINGS, *words))
+
+
+def _words(tokenizer: Any) -> list[str]:
+    """Texts of some tokens of two and more letters."""
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ids = [index for index in sorted(tokenizer.get_vocab().values()) if index not in special]
+    some = ids[:: max(1, len(ids) // _TOKENS)]
+    texts = tokenizer.batch_decode([[index] for index in some], clean_up_tokenization_spaces=False)
+    return [text for text in texts if len(text) > 1 and "\N{REPLACEMENT CHARACTER}" not in text]

@@ -45,7 +45,7 @@ def export_student(
         del model.config.auto_map
     model.save_pretrained(target, safe_serialization=True)
     copied = [file for file in sorted(companions.iterdir()) if _is_copied(file)]
-    if not any(file.name.startswith("tokenizer") for file in copied):
+    if not any(file.name.startswith(("tokenizer", "tekken.json", "vocab.json")) for file in copied):
         raise InputError(f"{companions}: the checkpoint has no tokenizer files")
     for file in copied:
         shutil.copyfile(file, target / file.name)

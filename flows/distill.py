@@ -78,8 +78,9 @@ def inputs(first: Experiment, do: Executor) -> tuple[Artifact, Artifact, Prompts
     student_model = do("model", model_work, first.student.source, seed=seed, memo=memo)["model"]
     teacher_model = do("model_teacher", model_work, first.teacher.source, seed=seed, memo=memo)["model"]
     prepared = do(
-        "prepare", prepare_work, first.prompts, student_model=student_model, teacher_model=teacher_model, memo=memo
-    )
+        "prepare", prepare_work, first.prompts,
+        student_model=student_model, teacher_model=teacher_model, memo=memo, store=do.store,
+    )  # fmt: skip
     return student_model, teacher_model, Prompts(prepared["prepare"])
 
 

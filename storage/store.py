@@ -265,6 +265,18 @@ class Store:
             quarantine(self.root, path, f"does not belong to the tree {name!r} of {artifact}")
         return directory
 
+    def folder(self, artifact: Artifact, name: str = "model") -> Path | None:
+        """The folder of a tree, unverified; None if the artifact or the folder is not there. For planning: readers use
+        `materialize`."""
+        try:
+            manifest = load_manifest(self._directory(artifact))
+        except (CorruptArtifact, StoreError):
+            return None
+        if manifest is None or name not in manifest.trees:
+            return None
+        directory = tree_directory(self._directory(artifact), manifest.trees[name])
+        return directory if directory.is_dir() else None
+
     # --- damage ------------------------------------------------------------------------------------------------------
 
     def quarantine(self, path: Path, reason: str) -> Path | None:

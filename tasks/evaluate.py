@@ -22,7 +22,7 @@ from tasks.inputs.verifiers import ExactMatch, FunctionVerifier, VerifierConfig,
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.rollout_config import Dtype, StopTokenIds
 from tasks.sharded import ShardedStage
-from tasks.stage import Context, Prompts, Student, Teacher, Work, model_inputs
+from tasks.stage import Context, Prompts, Student, Teacher, Work, model_inputs, prompt_inputs
 from tasks.workers.jobs import ArtifactRef, KLJob, KLShard, ModelRef, Request, SampleJob, SampleShard, Sampling
 
 VERSION = 1
@@ -148,7 +148,7 @@ def evaluate_work(
         inputs |= {f"teacher:{part}": teacher.content[part] for part in ("weights", "architecture")}
     if f"prompts:{SPLIT}" not in prompts.content:
         raise _nothing_held_out()
-    inputs["prompts"] = prompts.content[f"prompts:{SPLIT}"]
+    inputs |= prompt_inputs(prompts, SPLIT)
     source = None if config.verifier is None else verifier_digest(config.verifier)
     roles = ("sampler", "scorer") if config.generations("kl") else ("sampler",)
     used = used_plugins(plugins, *roles, config=config)

@@ -6,7 +6,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,17 +21,23 @@ from storage.artifacts.digests import table_digest
 from storage.errors import InputError
 from storage.identity import Identity, canonical_json, omit_at
 from storage.schemas import schema_for
-from storage.store import ArtifactSpec, Builder
+from storage.store import ArtifactSpec, Builder, Store
 from tasks.inputs.addition import AdditionSource
+from tasks.inputs.completions import continued, depends_on_context
+from tasks.inputs.shipped import load_pair, load_tokenizer, read_otherwise
 from tasks.inputs.sources import FileSource, PromptSource, Row, read_rows, source_identity
-from tasks.inputs.tokenizers import TokenizerAudit, TokenizerPolicy, audit_tokenizers, load_tokenizer, vocabulary_rows
-from tasks.stage import Context, Work
+from tasks.inputs.templates import ClockRead, refuse_random, render
+from tasks.inputs.tokenizers import TokenizerAudit, TokenizerPolicy, audit_tokenizers, vocabulary_rows
+from tasks.stage import LOADING, Context, Work
 
 VERSION = 1
 SPLITS: tuple[Literal["eval", "train", "warmup"], ...] = ("eval", "train", "warmup")
 """In order of precedence: a prompt that is in two splits stays in the first of them."""
 SHARD_ROWS = 20_000
 _BATCH = 1_000
+_SHOWN_ROWS = 3
+CHECKED = "changed_since_0_1"
+"""Entry of the meta data by which prompts of this version are told from those of 0.1.0, which may be wrong."""
 _TEMPLATE_ARGUMENTS = (
     "conversation",
     "messages",
@@ -54,6 +62,12 @@ class PrepareConfig(Identity):
     )
     add_generation_prompt: bool = Field(True, description="end the rendering where the assistant's turn begins")
     add_special_tokens: bool = Field(True, description="plain prompts without template: BOS as the tokenizer adds it")
+    date: str | None = Field(
+        None,
+        json_schema_extra=omit_at(None),
+        description="time at which a chat template that reads the clock is rendered (2026-01-31, or 2026-01-31T12:00:00); null:"
+        " the day on which the run begins, which is kept for its resumes, forks and replays",
+    )
     append_eos: bool = Field(True, description="end the tokens of a `completion` with the end of sequence")
     equal_ids: Literal["refuse", "leave_out", "rename"] = Field(
         "refuse",
@@ -75,6 +89,18 @@ class PrepareConfig(Identity):
                 )
         return value
 
+    @field_validator("date", mode="before")
+    @classmethod
+    def _iso_date(cls, value: Any) -> Any:
+        if isinstance(value, date):  # YAML reads an unquoted date as one
+            return value.isoformat()
+        if isinstance(value, str):
+            try:
+                datetime.fromisoformat(value)
+            except ValueError as error:
+                raise ValueError(f"date: {value!r} is no date; write 2026-01-31 or 2026-01-31T12:00:00") from error
+        return value
+
     @model_validator(mode="after")
     def _some_prompts(self) -> PrepareConfig:
         if not any(getattr(self, split) for split in SPLITS):
@@ -87,13 +113,19 @@ class PrepareConfig(Identity):
 
 
 def prepare_work(
-    config: PrepareConfig, student_model: Artifact, teacher_model: Artifact | None, *, memo: Path | None = None
+    config: PrepareConfig,
+    student_model: Artifact,
+    teacher_model: Artifact | None,
+    *,
+    memo: Path | None = None,
+    store: Store | None = None,
 ) -> Work:
     """Work with the output `prepare`: tables `prompts` and `vocabulary`.
 
     Content: `prompts:train` and so on (digest of the rows of each configured split) and `audit`. Meta: prompts
     and `filtered` (by reason) per split, `warnings`, `longest_prompt` in tokens, `audit`. `memo`: folder that
-    remembers hashes of unchanged files. Raises InputError for an unreadable source, here or when built."""
+    remembers hashes of unchanged files. `store`: where the models' folders are found; what versions up to 0.1.0 made of
+    them otherwise gets another key. Raises InputError for an unreadable source, here or when built."""
     identity = json.loads(canonical_json(config))
     contents = {split: source_identity(source, memo) for split, source in config.sources().items()}
     inputs = {"tokenizer": _tokenizer_content(student_model)}
@@ -101,20 +133,46 @@ def prepare_work(
         inputs["teacher_tokenizer"] = _tokenizer_content(teacher_model)
         # The audit contains padding rows and stop ids, which come from the configs.
         inputs["architectures"] = canonical_json([_architecture(student_model), _architecture(teacher_model)])
-    spec = ArtifactSpec.of("prepare", VERSION, {**identity, **contents}, inputs)
+    folders = [
+        store.folder(model) for model in (student_model, teacher_model) if store is not None and model is not None
+    ]
+    changes = changed_since_0_1(config, folders, memo)
+    marks = {name: value for name, (value, _) in changes.items()}
+    spec = ArtifactSpec.of("prepare", VERSION, {**identity, **contents, **marks}, inputs)
 
     def build(builders: dict[str, Builder], context: Context) -> None:
         if "prepare" not in builders:
             return
+        for _, reason in changes.values():
+            context.say("prepare", reason)
         student = context.store.materialize(student_model)
         teacher = None if teacher_model is None else context.store.materialize(teacher_model)
         prepared = prepare(config, student, teacher, context)
         for split, source in config.sources().items():
             if source_identity(source, memo) != contents[split]:
                 raise InputError(f"{split}: {getattr(source, 'path', source)} changed while it was read; run again")
-        _commit(builders["prepare"], prepared)
+        _commit(builders["prepare"], prepared, changes)
 
     return Work(stage="prepare", outputs={"prepare": spec}, build=build)
+
+
+def changed_since_0_1(
+    config: PrepareConfig, folders: Iterable[Path | None], memo: Path | None
+) -> dict[str, tuple[str, str]]:
+    """Field of the identity -> (its value, a sentence for the user), where versions up to 0.1.0 gave other prompts.
+
+    `folders`: the student's, and the teacher's if there is one. Empty where nothing changed, so that keys stay the same."""
+    found: dict[str, tuple[str, str]] = {}
+    known = [folder for folder in folders if folder is not None]
+    with suppress(InputError):  # a tokenizer that does not load is reported by the stage that reads it
+        for folder in known:
+            if LOADING not in found and (difference := read_otherwise(folder, memo)) is not None:
+                how = "is used as its file says. transformers' class for it reads it otherwise"
+                found[LOADING] = ("file", f"{folder}: the tokenizer in this folder {how}: {difference}")
+        if config.warmup is not None and known and depends_on_context(known[0], config, memo):
+            why = "alone they can get other tokens (a leading space, say)"
+            found["completions"] = ("in context", f"completions are tokenised together with their prompts; {why}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -135,7 +193,8 @@ def prepare(config: PrepareConfig, student: Path, teacher: Path | None, context:
         if audit.verdict != "identical":
             context.log(str(audit))
         audit.require()
-    renderer = _Renderer(config, load_tokenizer(student), None if teacher is None else load_tokenizer(teacher), audit)
+    own, others = (load_tokenizer(student), None) if teacher is None else load_pair(student, teacher)
+    renderer = _Renderer(config, own, others, audit)
     taken = _Taken(config.equal_ids)
     columns: dict[str, list[Any]] = {name: [] for name in schema_for("prompts").names}
     filtered: dict[str, dict[str, int]] = {}
@@ -155,6 +214,7 @@ def prepare(config: PrepareConfig, student: Path, teacher: Path | None, context:
                     columns[name].append(value)
             if done % _BATCH == 0 or done == len(rows):
                 context.progress(done, len(rows), "prompts")
+        warnings += [f"{split}: {note}" for note in renderer.notes.take()]
         filtered[split] = dict(sorted(left_out.items()))
         reasons = ", ".join(f"{count} {reason}" for reason, count in filtered[split].items())
         context.log(f"{split}: {kept} prompts" + (f"; left out: {reasons}" if reasons else ""))
@@ -196,6 +256,10 @@ class _Renderer:
         self._teacher_renders = audit is not None and audit.teacher_renders
         # Otherwise both tokenizers give the same tokens.
         self._teacher_tokenises = audit is not None and (self._teacher_renders or audit.verdict == "masked")
+        self.notes = _Notes()
+        for side in (student, teacher if self._teacher_renders else None):
+            if side is not None:
+                refuse_random(side)
 
     def render(self, rows: list[Row]) -> Iterator[tuple[Row, _Prompt]]:
         """Every row with its tokens, in order."""
@@ -204,17 +268,51 @@ class _Renderer:
             texts = [self._text(row, row.prompt, self.student) for row in batch]
             token_ids = self._tokens(self.student, texts, batch)
             teacher_ids = self._teacher_tokens(batch, texts, token_ids)
-            completions = [row.completion or "" for row in batch]
-            targets = self.student(completions, add_special_tokens=False).input_ids
-            end = [self.student.eos_token_id] if self.config.append_eos else []
+            targets = self._completions(batch, texts)
             for index, row in enumerate(batch):
-                if row.completion is not None and end == [None]:
-                    raise InputError(
-                        f"{row.where}: append_eos: the student's tokenizer has no end of sequence to put after the"
-                        " completion; set prompts.append_eos: false"
-                    )
-                target = None if row.completion is None else targets[index] + end
-                yield row, _Prompt(texts[index], token_ids[index], teacher_ids[index], target)
+                self._note_bos(self.student, row, token_ids[index])
+                if self.teacher is not None and teacher_ids[index] is not None:
+                    self._note_bos(self.teacher, row, teacher_ids[index] or [])
+                yield row, _Prompt(texts[index], token_ids[index], teacher_ids[index], targets[index])
+
+    def _completions(self, rows: list[Row], texts: list[str]) -> list[list[int] | None]:
+        """Tokens of the completions, as the student would have to write them after the prompt."""
+        chosen = [index for index, row in enumerate(rows) if row.completion is not None]
+        result: list[list[int] | None] = [None] * len(rows)
+        if not chosen:
+            return result
+        end = [self.student.eos_token_id] if self.config.append_eos else []
+        if end == [None]:
+            raise InputError(
+                f"{rows[chosen[0]].where}: append_eos: the student's tokenizer has no end of sequence to put after the"
+                " completion; set prompts.append_eos: false"
+            )
+        pairs = [(texts[index], rows[index].completion or "") for index in chosen]
+        for index, (tokens, whole) in zip(chosen, continued(self.student, pairs), strict=True):
+            if not whole:
+                self.notes.add(
+                    "a token spans the end of the prompt and the beginning of the completion, so the completion was tokenised"
+                    " alone; let one of them begin or end with a space or line break that belongs to it",
+                    rows[index],
+                )
+            result[index] = tokens + end
+        return result
+
+    def _note_bos(self, tokenizer: Any, row: Row, ids: list[int]) -> None:
+        bos = tokenizer.bos_token_id
+        if bos is None:
+            return
+        plain = isinstance(row.prompt, str) and not self.config.chat_template
+        if ids[:2] == [bos, bos]:
+            adds = "the tokenizer adds another; set prompts.add_special_tokens: false"
+            template = "the chat template adds another; remove it from the text"
+            self.notes.add(f"the text begins with BOS ({tokenizer.bos_token!r}) and {adds if plain else template}", row)
+        elif not plain and isinstance(row.prompt, str) and row.prompt.startswith(tokenizer.bos_token):
+            self.notes.add(
+                f"the prompt begins with BOS ({tokenizer.bos_token!r}) and is put into the chat template; if it is rendered"
+                " already, set prompts.chat_template: false and prompts.add_special_tokens: false",
+                row,
+            )
 
     def too_long(self, prompt: _Prompt) -> str | None:
         """The reason to leave out a prompt that is too long, or None."""
@@ -234,14 +332,15 @@ class _Renderer:
                 f"{row.where}: the tokenizer has no chat template; set prompts.chat_template: false and use plain prompts"
             )
         try:
-            return str(
-                tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=self.config.add_generation_prompt,
-                    **self.config.chat_template_kwargs,
-                )
+            return render(
+                tokenizer,
+                messages,
+                date=self.config.date,
+                add_generation_prompt=self.config.add_generation_prompt,
+                arguments=self.config.chat_template_kwargs,
             )
+        except ClockRead as error:
+            raise InputError(f"{row.where}: {error}") from error
         except Exception as error:  # jinja2's errors, and any other from a template's expressions
             raise InputError(f"{row.where}: the chat template rejects it ({type(error).__name__}: {error})") from error
 
@@ -275,6 +374,25 @@ class _Renderer:
         for i, ids in zip(wanted, tokens, strict=True):
             result[i] = ids if ids != student[i] else None
         return result
+
+
+class _Notes:
+    """Warnings about rows, each once, with the first rows that it is about."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list[str]] = {}
+
+    def add(self, text: str, row: Row) -> None:
+        self._rows.setdefault(text, []).append(row.where)
+
+    def take(self) -> list[str]:
+        """The warnings so far, and none of them a second time."""
+        found = []
+        for text, rows in self._rows.items():
+            more = f" and {len(rows) - _SHOWN_ROWS:,} more rows" if len(rows) > _SHOWN_ROWS else ""
+            found.append(f"{', '.join(rows[:_SHOWN_ROWS])}{more}: {text}")
+        self._rows = {}
+        return found
 
 
 class _Taken:
@@ -334,7 +452,7 @@ class _Taken:
         }
 
 
-def _commit(builder: Builder, prepared: Prepared) -> None:
+def _commit(builder: Builder, prepared: Prepared, changes: dict[str, tuple[str, str]]) -> None:
     shards = {name: _write(builder, name, getattr(prepared, name)) for name in ("prompts", "vocabulary")}
     prompts, audit = prepared.prompts, prepared.audit
     found: dict[str, pa.Table] = {split: prompts.filter(pc.equal(prompts["split"], split)) for split in SPLITS}
@@ -343,6 +461,7 @@ def _commit(builder: Builder, prepared: Prepared) -> None:
         content={
             **{f"prompts:{split}": table_digest(found[split]) for split in prepared.filtered},
             "audit": hashlib.sha256(canonical_json(audited).encode("ascii")).hexdigest(),
+            **{name: value for name, (value, _) in changes.items() if name == LOADING},
         },
         meta={
             "prompts": {split: rows.num_rows for split, rows in found.items()},
@@ -350,6 +469,7 @@ def _commit(builder: Builder, prepared: Prepared) -> None:
             "warnings": prepared.warnings,
             "longest_prompt": max(_lengths(prompts["token_ids"])),
             "audit": audited,
+            CHECKED: {name: reason for name, (_, reason) in changes.items()},
         },
         tables=shards,
     )

@@ -17,7 +17,7 @@ from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.rollout_config import RolloutConfig
 from tasks.sharded import ShardedStage, distinct
-from tasks.stage import Context, Prompts, Student, Work, model_inputs
+from tasks.stage import Context, Prompts, Student, Work, model_inputs, prompt_inputs
 from tasks.workers.jobs import ArtifactRef, ModelRef, Request, SampleJob, SampleShard, Sampling, config_json
 
 VERSION = 1
@@ -49,7 +49,7 @@ def rollout_work(
     Raises InputError when a prompt with its completion exceeds the student's positions."""
     # all that a completion depends on; the checkpoint's generation config decides which tokens "eos" means
     inputs = model_inputs(student, "student:")
-    inputs["prompts"] = prompts.content[f"prompts:{SPLIT}"]
+    inputs |= prompt_inputs(prompts, SPLIT)
     used = used_plugins(plugins, "sampler", config=config)
     identity = _RolloutIdentity(config=config, seed=seed, round=round, plugins=used)
     spec = ArtifactSpec.of(STAGE, VERSION, identity, inputs)

@@ -65,3 +65,14 @@ MODEL_CONTENT = ("weights", "architecture", "tokenizer", "generation")
 def model_inputs(artifact: Artifact, prefix: str = "") -> dict[str, str]:
     """The content digests by which a model enters a key."""
     return {f"{prefix}{part}": artifact.content[part] for part in MODEL_CONTENT if part in artifact.content}
+
+
+LOADING = "tokenizer_loading"
+"""Field of identities and contents; it is there only where versions up to 0.1.0 read a tokenizer otherwise than its file says
+(`tasks/inputs/shipped.py`), so that their results are not found again. Its one value is `file`."""
+
+
+def prompt_inputs(prompts: Artifact, split: str) -> dict[str, str]:
+    """The content digests by which the prompts of a split enter the keys of stages that load the tokenizer too."""
+    inputs = {"prompts": prompts.content[f"prompts:{split}"]}
+    return inputs | {LOADING: prompts.content[LOADING]} if LOADING in prompts.content else inputs

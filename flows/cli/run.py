@@ -178,7 +178,7 @@ def check(
 def _dry_run(experiment: Experiment, name: str, root: Path, rounds: int | None, as_json: bool) -> None:
     from flows.run.runner import plan
 
-    lines = plan(experiment, root, rounds)
+    lines = plan(experiment, root, rounds, name)
     if as_json:
         data = {"name": name, "config": experiment.model_dump(mode="json"), "plan": [vars(line) for line in lines]}
         print(json.dumps(data, indent=2))

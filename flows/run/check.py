@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from flows.distill import inputs
 from flows.experiment import Experiment, with_plugins
+from flows.run.dates import with_date
 from flows.run.executor import Maker
 from flows.run.preflight import Known, findings, require
 from flows.run.progress import SilentReporter
@@ -39,7 +40,7 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
 
     Raises ConfigError or InputError for the first problem."""
     experiment.runtime.tell_libraries()
-    experiment = with_plugins(experiment)
+    given, experiment = experiment, with_date(with_plugins(experiment), "", root)
     yield "config: valid"
     for plugin in experiment.plugins:
         yield f"plugin: {plugin} ({source_place(plugin)})"
@@ -51,6 +52,11 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
             raise ConfigError(
                 f"runtime.trainer.deepspeed: {deepspeed} is not a readable JSON file ({error})"
             ) from error
+    if experiment.prompts.date != given.prompts.date:
+        yield (
+            "note: the chat template reads the clock. A run renders its prompts at the date on which it begins (today:"
+            f" {experiment.prompts.date}) and keeps it; set prompts.date to choose one, or to share prompts between runs"
+        )
     with tempfile.TemporaryDirectory(prefix="opd-check-") as scratch:
         store = Store(scratch)
         run = Run.create(scratch, "check", {}, {})
@@ -169,5 +175,7 @@ def _prompts(prompts: Artifact) -> Iterator[str]:
         dropped = (prompts.meta.get("filtered") or {}).get(split) or {}
         left_out = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items() if number)
         yield f"prompts: {count:,} for {split}" + (f" (left out: {left_out})" if left_out else "")
+    for note in (prompts.meta.get("changed_since_0_1") or {}).values():
+        yield f"note: {note}"
     for warning in prompts.meta.get("warnings") or []:
         yield f"warning: {warning}"

@@ -20,6 +20,7 @@ from flows.experiment import (
     overridden,
     with_plugins,
 )
+from flows.run.dates import with_date
 from flows.run.executor import Maker, PlanLine, Planner, Reporter
 from flows.run.progress import SilentReporter
 from flows.run.recovery import mend, stands_for
@@ -37,10 +38,10 @@ from tasks.workers.metrics import StageProgress
 from tasks.workers.pool import WorkerPool
 
 
-def plan(experiment: Experiment, root: str | Path, rounds: int | None = None) -> list[PlanLine]:
-    """The stages that are in the store, would run, or are pending. Starts nothing."""
+def plan(experiment: Experiment, root: str | Path, rounds: int | None = None, name: str = "") -> list[PlanLine]:
+    """The stages that are in the store, would run, or are pending, for the run `name`. Starts nothing."""
     planner = Planner(Store(root))
-    experiment = with_plugins(experiment)
+    experiment = with_date(with_plugins(experiment), name, root)
     distill(experiment, planner, experiment.policy.rounds if rounds is None else rounds)
     return planner.lines
 
@@ -78,7 +79,7 @@ def run_experiment(
     Raises RunBusy when another process holds the name, IdentityMismatch when the name belongs to another experiment, and
     any error of a stage."""
     experiment.runtime.tell_libraries()
-    experiment = with_plugins(experiment, name)
+    experiment = with_date(with_plugins(experiment, name), name, root)
     store = Store(root)
     run = open_run(experiment, name, root)
     reporter = reporter or SilentReporter()

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from flows.run.dates import with_date
 from flows.run.executor import Reporter
 from flows.run.runner import run_experiment
 from flows.run.stopping import terminating
@@ -31,13 +32,15 @@ def run_study(
     `say` gets a line per run; `changed` is called after each run that built something. A failed run is recorded in its own
     state and tried again by the next call. Raises KeyboardInterrupt and the errors in `STOPPING`. Runs without Prefect: the
     order is a loop, and every run records its state in the store."""
-    built, total = 0, len(plan.sweep_runs()) + len(plan.method_runs())
+    names = [run.name for run in (*plan.sweep_runs(), *plan.method_runs())]
+    built, total = 0, len(names)
     with terminating(), WorkerPool(plan.runtime, Path(root), plan.plugins) as workers:
         for number, run in enumerate(_in_order(plan, root, say), 1):
             say(f"[{number}/{total}] {run}")
             try:
+                experiment = plan.experiment(run.method, run.seed, run.lr)
                 _, made = run_experiment(
-                    plan.experiment(run.method, run.seed, run.lr),
+                    with_date(experiment, run.name, root, names),  # methods are compared on the same prompts
                     name=run.name,
                     root=root,
                     rounds=run.rounds,

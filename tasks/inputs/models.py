@@ -19,8 +19,9 @@ from storage.errors import ConfigError, InputError, did_you_mean
 from storage.identity import Identity, derive_seed
 from storage.store import ArtifactSpec, Builder
 from tasks.engines.hf_folder import config_of, dropout_fields, random_fields, read_config, read_json
-from tasks.inputs.tokenizers import BYTE_IDS, build_byte_tokenizer, load_tokenizer
-from tasks.stage import Context, Work
+from tasks.inputs.shipped import load_tokenizer, read_otherwise, tokenizer_to_save
+from tasks.inputs.tokenizers import BYTE_IDS, build_byte_tokenizer
+from tasks.stage import LOADING, Context, Work
 
 VERSION = 1
 ROW_MULTIPLE = 8
@@ -114,6 +115,20 @@ def _work(spec: ArtifactSpec, build: Callable[[Builder, Context], None]) -> Work
             build(builders["model"], context)
 
     return Work(stage="model", outputs={"model": spec}, build=run)
+
+
+def tokenizer_folder(source: CheckpointModel | HubModel | ArchitectureModel) -> Path | None:
+    """A folder with the source's tokenizer files, before the model is made; None where there is none. Those of the Hub are
+    downloaded."""
+    if isinstance(source, CheckpointModel):
+        return source.path
+    if isinstance(source, ArchitectureModel):
+        return source.tokenizer.path if isinstance(source.tokenizer, FolderTokenizer) else None
+    wanted = [name for name in _HUB_FILES if "safetensors" not in name]
+    try:
+        return _snapshot(source, wanted)
+    except InputError:  # reported when the model is fetched
+        return None
 
 
 def declared_sizes(source: CheckpointModel | HubModel | ArchitectureModel) -> tuple[int | None, int | None]:
@@ -227,24 +242,29 @@ def _checkpoint(source: CheckpointModel, memo: Path | None) -> Work:
 
 
 def _build_hub(source: HubModel, builder: Builder, context: Context) -> None:
-    import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     context.log(f"model: fetching {source.repo} at {source.revision}")
-    try:
-        folder = Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=list(_HUB_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
-        raise InputError(
-            f"{source.repo} at {source.revision}: download failed ({error}); check name, revision, network and"
-            " access (hf auth login), or download it and use kind: checkpoint"
-        ) from error
+    folder = _snapshot(source, list(_HUB_FILES))
     check_checkpoint(folder)
     builder.external("model", folder)
     # The Hub's cache names a snapshot's folder after its commit.
     builder.commit(
         meta={"source": "hub", "repo": source.repo, "commit": folder.name, "parameters": parameter_count(folder)}
     )
+
+
+def _snapshot(source: HubModel, files: list[str]) -> Path:
+    """The local folder of a Hub model's files. InputError if they cannot be fetched."""
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=files))
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+        raise InputError(
+            f"{source.repo} at {source.revision}: download failed ({error}); check name, revision, network and"
+            " access (hf auth login), or download it and use kind: checkpoint"
+        ) from error
 
 
 # --- fresh weights ---------------------------------------------------------------------------------------------------
@@ -262,6 +282,8 @@ def _architecture(source: ArchitectureModel, seed: int, memo: Path | None) -> Wo
         "tokenizer": source.tokenizer.kind,
         "init_seed": init_seed,
     }
+    if isinstance(source.tokenizer, FolderTokenizer) and read_otherwise(source.tokenizer.path, memo):
+        identity[LOADING] = "file"
     spec = ArtifactSpec.of("model", VERSION, identity, inputs)
 
     def build(builder: Builder, context: Context) -> None:
@@ -283,7 +305,7 @@ def initialise(source: ArchitectureModel, init_seed: int, directory: Path) -> in
 
     logging.disable_progress_bar()
     named = source.tokenizer
-    tokenizer = load_tokenizer(named.path) if isinstance(named, FolderTokenizer) else build_byte_tokenizer()
+    tokenizer = tokenizer_to_save(named.path) if isinstance(named, FolderTokenizer) else build_byte_tokenizer()
     config = transformers_config(source.config, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(init_seed)

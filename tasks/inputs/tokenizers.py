@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from storage.errors import InputError
 from storage.identity import Identity
 from tasks.engines.hf_folder import declared, model_rows, read_generation
+from tasks.inputs.shipped import load_pair
+from tasks.inputs.shipped import load_tokenizer as load_tokenizer
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 BYTE_SPECIALS = (PAD, END, SYSTEM, USER, ASSISTANT)
@@ -150,28 +152,6 @@ def build_byte_tokenizer() -> Any:
     return tokenizer
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """The transformers tokenizer of a checkpoint folder. Runs no code of the checkpoint and uses no network.
-
-    Raises InputError if there is none or it does not load."""
-    from transformers import AutoTokenizer
-
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise InputError(
-            f"{directory}: a checkpoint without tokenizer (no tokenizer.json, tokenizer_config.json or tokenizer.model);"
-            " save the tokenizer beside the weights"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        if "trust_remote_code" in str(error):
-            raise InputError(
-                f"{directory / 'tokenizer_config.json'}: auto_map names code of the checkpoint, which is never run"
-                " (there is no trust_remote_code); save the tokenizer as tokenizer.json"
-            ) from error
-        raise InputError(f"{directory}: its tokenizer does not load ({error})") from error
-
-
 def vocabulary_rows(name: str, tokenizer: Any) -> dict[str, list[Any]]:
     """Columns of the table `vocabulary`: every id with its token and text (null if it is not valid text alone)."""
     tokens = dict(sorted((index, token) for token, index in tokenizer.get_vocab().items()))
@@ -200,7 +180,7 @@ def audit_tokenizers(
     Raises InputError if a tokenizer or config.json is missing. A mismatch raises nothing; the verdict states it."""
     policy = policy or TokenizerPolicy()
     folders = Path(student_dir), Path(teacher_dir)
-    student, teacher = (load_tokenizer(folder) for folder in folders)
+    student, teacher = load_pair(*folders)
     facts = tuple(_facts(folder, tokenizer) for folder, tokenizer in zip(folders, (student, teacher), strict=True))
     names = tuple({index: token for token, index in side.get_vocab().items()} for side in (student, teacher))
     mismatched = [

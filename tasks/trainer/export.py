@@ -65,7 +65,7 @@ def _save(model: PreTrainedModel, weights: dict[str, torch.Tensor], target: Path
     except (ValueError, TypeError) as error:
         raise InputError(f"{companions}: transformers cannot save a student of this checkpoint ({error})") from error
     copied = [file for file in sorted(companions.iterdir()) if _is_copied(file)]
-    if not any(file.name.startswith("tokenizer") for file in copied):
+    if not any(file.name.startswith(("tokenizer", "tekken.json", "vocab.json")) for file in copied):
         raise InputError(f"{companions}: the checkpoint has no tokenizer files")
     for file in copied:  # generation_config.json among them, as it is
         shutil.copyfile(file, target / file.name)

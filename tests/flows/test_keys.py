@@ -28,6 +28,7 @@ GOLDEN = yaml.safe_load((DATA / "golden.yaml").read_text())
 VALUES: dict[tuple[str, str], Any] = {
     ("ArchitectureModel", "config"): {**GOLDEN["student"]["source"]["config"], "intermediate_size": 64},
     ("PrepareConfig", "chat_template_kwargs"): {"enable_thinking": False},
+    ("PrepareConfig", "date"): "2026-01-31",
     ("PrepareConfig", "train"): {"kind": "addition", "count": 7},
     ("PrepareConfig", "eval"): {"kind": "addition", "count": 7},
     ("PrepareConfig", "warmup"): {"kind": "addition", "count": 7},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -44,14 +43,6 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
     yield "config: valid"
     for plugin in experiment.plugins:
         yield f"plugin: {plugin} ({source_place(plugin)})"
-    deepspeed = experiment.runtime.trainer.deepspeed
-    if deepspeed is not None:
-        try:
-            json.loads(deepspeed.read_bytes())
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"runtime.trainer.deepspeed: {deepspeed} is not a readable JSON file ({error})"
-            ) from error
     if experiment.prompts.date != given.prompts.date:
         yield (
             "note: the chat template reads the clock. A run renders its prompts at the date on which it begins (today:"

@@ -66,7 +66,8 @@ def lines(path: Path, *rows: dict) -> str:
 
 def test_lengths_and_a_rendered_prompt_with_its_special_tokens(tmp_path):
     source = lines(tmp_path / "a.jsonl", *({"prompt": "[INST]" + "x" * n} for n in range(100)))
-    text = check(tmp_path, f"prompts.train={source}", "prompts.max_prompt_length=200")
+    positions = [f"{side}.source.config.max_position_embeddings=256" for side in ("student", "teacher")]
+    text = check(tmp_path, f"prompts.train={source}", "prompts.max_prompt_length=200", *positions)
     # a user's marker, 6 letters and n, an end marker, the assistant's marker
     assert "lengths of train: p50 58, p95 103, max 108 tokens" in text
     assert "first prompt of train, 9 tokens: '<|user|>[INST]<|end|><|assistant|>'" in text
@@ -174,5 +175,5 @@ def test_the_disk_of_all_rounds_is_set_against_what_is_free(tmp_path):
 def test_a_deepspeed_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     for name in ("bad.json", "none.json"):
-        with pytest.raises(ConfigError, match=rf"runtime\.trainer\.deepspeed: .*{name}"):
+        with pytest.raises(InputError, match=rf"runtime\.trainer\.deepspeed: .*{name}"):
             check(tmp_path, f"runtime.trainer.deepspeed={tmp_path / name}")

@@ -11,7 +11,7 @@ from tasks.losses.config import AnyObjective
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.signals import signal_named
 from tasks.stage import Context, Rollouts, Student, TrainerState, Work, model_inputs
-from tasks.trainer.config import TrainConfig
+from tasks.trainer.config import TrainConfig, forward_identity
 from tasks.trainer.dispatch import run_and_commit
 from tasks.workers.jobs import ArtifactRef, TrainJob, TrainOutputs, config_json
 
@@ -55,6 +55,7 @@ def train_work(
         inputs["state"] = state.content["state"]
     identity: dict[str, Any] = {"config": config, "objective": objective, "seed": seed, "round": round}
     loaded = [type(signal_named(name)) for name in used]
+    identity |= forward_identity(config)
     if brought := used_plugins(plugins, "trainer", config=objective, classes=loaded):
         identity["plugins"] = brought
     outputs = {name: ArtifactSpec.of(name, VERSION, identity, inputs) for name in ("student", "trainer_state", "train")}

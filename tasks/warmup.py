@@ -10,7 +10,7 @@ from storage.store import Artifact, ArtifactSpec, Builder
 from tasks.losses.config import SftConfig
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.stage import Context, Prompts, Work, model_inputs
-from tasks.trainer.config import WarmupConfig
+from tasks.trainer.config import WarmupConfig, forward_identity
 from tasks.trainer.dispatch import run_and_commit
 from tasks.workers.jobs import ArtifactRef, TrainOutputs, WarmupJob, config_json
 
@@ -37,6 +37,7 @@ def warmup_work(
         "prompts": prompts.content["prompts:warmup"],
     }
     identity: dict[str, Any] = {"config": config, "objective": objective, "seed": seed}
+    identity |= forward_identity(config)
     if brought := used_plugins(plugins, "trainer"):
         identity["plugins"] = brought
     outputs = {name: ArtifactSpec.of(name, VERSION, identity, inputs) for name in ("student", "warmup")}

@@ -65,6 +65,7 @@ def run_experiment(
     Raises RunBusy when another process holds the name, IdentityMismatch when the name belongs to another experiment, and
     any error of a stage."""
     experiment.runtime.tell_libraries()
+    experiment.runtime.require_gpus()
     experiment = with_plugins(experiment, name)
     store = Store(root)
     run = open_run(experiment, name, root)

@@ -156,9 +156,8 @@ class Engine:
             model=module, optimizer=self.adamw, config=config, dist_init_required=False
         )
         if self.stage == 3:
-            head = module.loss_head.head  # owned by the model and also used by the loss head, so gathered there too
-            for parameter in head.parameters(recurse=False):
-                deepspeed.zero.register_external_parameter(module.loss_head, parameter)
+            for user, parameter in module.borrowed():
+                deepspeed.zero.register_external_parameter(user, parameter)
         self.engine.train()
 
     def accumulate(self, batch: Forward, observe: bool, last: bool) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from tasks.engines.hf_folder import SAFE_LOADING, changed_logits
 from tasks.losses.build import Objective
 from tasks.losses.head import HeadProvider
 from tasks.losses.types import StudentView, TokenBatch
-from tasks.trainer.config import LoraSettings
 from tasks.trainer.data import Forward
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,27 +40,6 @@ def load_model(path: Path, dtype: str) -> PreTrainedModel:
         )
     model.config.use_cache = False
     return model.train()
-
-
-def add_adapters(model: PreTrainedModel, lora: LoraSettings) -> None:
-    """Adds LoRA layers to `model` in place; only they stay trainable. Uses torch's global generator.
-
-    Raises ConfigError if no layer has one of the names."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only divides it by r; its annotation is too narrow
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
-        bias="none",
-    )
-    try:
-        inject_adapter_in_model(config, model)
-    except ValueError as error:
-        raise ConfigError(f"train.lora.target_modules: {error}") from error
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -134,6 +113,14 @@ class TrainModule(nn.Module):
         super().__init__()
         self.model = model
         self.loss_head = LossHead(model.get_output_embeddings(), objective, provider, cap)
+
+    def borrowed(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+        """(module, parameter of another module that its forward reads): ZeRO-3 must gather these for it too."""
+        for parameter in self.loss_head.head.parameters(recurse=False):
+            yield self.loss_head, parameter
+        for module in self.modules():
+            for parameter in getattr(module, "parameters_used", list)():
+                yield module, parameter
 
     def forward(self, batch: Forward, observe: bool) -> torch.Tensor:
         hidden_BTD = self.model.get_decoder()(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state

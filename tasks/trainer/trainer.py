@@ -6,6 +6,7 @@ warm worker and in a fresh one."""
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter
+from torch import nn
 
 from storage.errors import InputError
 from storage.identity import derive_seed
@@ -32,7 +34,7 @@ from tasks.trainer.engine import Engine, start
 from tasks.trainer.export import export_student
 from tasks.trainer.loop import Plan, pinned, run_steps
 from tasks.trainer.midround import Keeper
-from tasks.trainer.model import TrainModule, add_adapters, load_model, trainable
+from tasks.trainer.model import TrainModule, load_model, trainable
 from tasks.workers.jobs import ArtifactRef, TrainJob, TrainResult, WarmupJob
 from tasks.workers.main import Link
 from tasks.workers.metrics import Progress, summarised
@@ -91,6 +93,8 @@ class Trainer:
         midway = keeper.find(len(steps), progress)
         model = load_model(base, settings.dtype)
         if settings.lora is not None:
+            from tasks.trainer.lora import add_adapters  # peft's import takes a second
+
             add_adapters(model, settings.lora)
         parameters = trainable(model)
         tensors: state.Tensors | None = None
@@ -133,25 +137,26 @@ class Trainer:
                 midway.rows if midway is not None else [],
                 partial(keeper.step_done, engine, own),
             )
-            self._write(job, engine, rows, settings, base, student)
+            exported = self._write(job, engine, model, rows, settings, base, student)
         finally:
             engine.close()
             del engine, module, model, parameters
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return _summary(rows, training.samples)
+        return _summary(rows, training.samples, exported)
 
     def _write(
         self,
         job: TrainJob | WarmupJob,
         engine: Engine,
+        model: nn.Module,
         rows: list[dict[str, Any]],
         settings: OptimizerSettings,
         base: Path,
         student: Path,
-    ) -> None:
-        outputs = job.outputs
+    ) -> dict[str, float]:
+        outputs, metrics = job.outputs, dict[str, float]()
         if outputs.trainer_state:
             now = state.TrainerState(
                 step=rows[-1]["step"],
@@ -161,15 +166,24 @@ class Trainer:
             )
             state.save(Path(outputs.trainer_state), engine, now, base if settings.lora else None)
         if outputs.student:
-            masters = state.full_tensors(engine, "master")
+            masters, target = state.full_tensors(engine, "master"), Path(outputs.student)
+            trained: Iterator[Any] = iter(())
+            if settings.lora is not None:
+                from tasks.trainer.lora import require_trained, trained_weights
+
+                trained = trained_weights(model)
             if dist.get_rank() == 0:
-                export_student(Path(outputs.student), base, student, masters, settings.dtype, settings.lora)
+                metrics = export_student(target, base, student, masters, settings.dtype, settings.lora, trained)
             else:
-                list(masters)  # the ranks gather together
+                for _ in (*masters, *trained):  # the ranks gather together
+                    pass
+            if settings.lora is not None and dist.get_rank() == 0:
+                require_trained(metrics["export_error"], float(self.settings["max_export_error"]))
         if outputs.steps and dist.get_rank() == 0:
             table = pa.Table.from_pylist(rows, schema=schema_for("training_steps"))
             writer = Store(job.store).shard_writer(outputs.steps.stage, outputs.steps.key)
             writer.write_shard("training_steps", 0, table)
+        return metrics
 
 
 def _train_job(job: TrainJob, store: Store) -> TrainingJob:
@@ -218,7 +232,7 @@ def _table(store: Store, where: ArtifactRef, table: str) -> pa.Table:
     return store.read_table(store.require(where.stage, where.key), table)
 
 
-def _summary(rows: list[dict[str, Any]], samples: Samples) -> TrainResult:
+def _summary(rows: list[dict[str, Any]], samples: Samples, exported: dict[str, float]) -> TrainResult:
     tokens = sum(row["tokens"] for row in rows)
     loss = sum(row["loss"] * row["tokens"] for row in rows) / max(1, tokens)
     metrics = {
@@ -226,5 +240,6 @@ def _summary(rows: list[dict[str, Any]], samples: Samples) -> TrainResult:
         "tokens": float(tokens),
         "invalid_tokens": samples.invalid,
         **summarised(rows),
+        **exported,
     }
     return TrainResult(len(rows), rows[-1]["step"], metrics)

@@ -12,12 +12,19 @@ from pydantic import Field, model_validator
 
 from storage.errors import ConfigError
 from storage.identity import Runtime
+from tasks.workers.devices import Role, assign, gpu_count, visible_gpus
+
+Devices = list[int | str] | None
+"""Of `devices`: places in the list of GPUs that this process may use (its CUDA_VISIBLE_DEVICES), or entries of it."""
+_DEVICES = (
+    "of the GPUs that CUDA_VISIBLE_DEVICES lists (or of all): places in that list, or its entries (GPU-..., MIG-...);"
+)
 
 
 class SamplerRuntime(Runtime):
     """vLLM workers, which write completions."""
 
-    devices: list[int] | None = Field(None, description="GPU ids to spread over; null means all that are visible")
+    devices: Devices = Field(None, description=f"{_DEVICES} null means the first workers x tensor_parallel_size")
     workers: int = Field(1, ge=1, description="data-parallel engines")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs per engine")
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="fraction of a GPU's memory an engine may take")
@@ -37,8 +44,11 @@ class SamplerRuntime(Runtime):
 class ScorerRuntime(Runtime):
     """transformers workers, which score completions under student and teacher."""
 
-    devices: list[int] | None = Field(None, description="GPU ids to spread over; null means all that are visible")
+    devices: Devices = Field(None, description=f"{_DEVICES} null means the first workers x devices_per_worker")
     workers: int = Field(1, ge=1, description="data-parallel scorers")
+    devices_per_worker: int = Field(
+        1, ge=1, description="GPUs per scorer; a model that does not fit one is spread over them, layer by layer"
+    )
     batch_tokens: int = Field(8192, ge=1, description="tokens (padding included) per forward")
     head_chunk_tokens: int = Field(1024, ge=1, description="completion tokens per output-head chunk: bounds T x V")
 
@@ -46,12 +56,18 @@ class ScorerRuntime(Runtime):
 class TrainerRuntime(Runtime):
     """DeepSpeed ranks, which train the student."""
 
-    devices: list[int] | None = Field(None, description="GPU ids of the ranks; null means the first `processes`")
+    devices: Devices = Field(None, description=f"{_DEVICES} null means the first `processes`")
     processes: int = Field(1, ge=1, description="data-parallel ranks")
     micro_batch_tokens: int = Field(8192, ge=1, description="tokens per forward/backward of one rank")
     head_chunk_tokens: int = Field(1024, ge=1, description="completion tokens per output-head chunk")
     deepspeed: Path | None = Field(None, description="DeepSpeed JSON (ZeRO stage, offload); null means ZeRO-0")
     activation_checkpointing: bool = Field(False, description="recompute activations in backward to save memory")
+    max_export_error: float = Field(
+        0.01,
+        ge=0,
+        description="with LoRA: largest |exported - trained| / |update| of the weights; above it the training fails. Adapters are"
+        " merged before rounding in both, so it is 0 up to the order of sums",
+    )
     checkpoint_minutes: float | None = Field(
         10, ge=0, description="minutes of training between checkpoints inside a round; 0: after every step; null: none"
     )
@@ -87,6 +103,21 @@ class RuntimeConfig(Runtime):
         if self.keep_warm is None:
             self.keep_warm = self.device == "cpu"
         return self
+
+    def gpus(self, role: Role) -> list[list[str]]:
+        """The GPUs of each worker of a role (for the trainer: of each rank), as its CUDA_VISIBLE_DEVICES names them. ConfigError
+        for too few; empty lists on CPU."""
+        workers = self.trainer.processes if role == "trainer" else getattr(self, role).workers
+        width = {"sampler": self.sampler.tensor_parallel_size, "scorer": self.scorer.devices_per_worker}.get(role, 1)
+        if self.device == "cpu":
+            return [[] for _ in range(workers)]
+        visible = visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), gpu_count())
+        return assign(role, getattr(self, role).devices, workers, width, visible)
+
+    def require_gpus(self) -> None:
+        """ConfigError where this machine has fewer GPUs than a role needs."""
+        for role in ("sampler", "scorer", "trainer"):
+            self.gpus(role)
 
     def tell_libraries(self) -> None:
         """Set this process's environment for the device, before a library warns that it found no GPU."""
@@ -183,6 +214,6 @@ def _read_json(path: Path | None) -> Any:
 
 
 def gpu_visible() -> bool:
-    """Whether an NVIDIA device node exists and is not hidden; asks no CUDA library (that would take its memory)."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
-    return not hidden and Path("/dev/nvidiactl").exists() and any(Path("/dev").glob("nvidia[0-9]*"))
+    """Whether this machine has an NVIDIA GPU that CUDA_VISIBLE_DEVICES does not hide."""
+    count = gpu_count()
+    return bool(count and visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), count))

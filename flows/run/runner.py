@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.distill import distill
-from flows.experiment import Experiment, experiment_of, load_experiment, with_plugins
+from flows.experiment import Experiment, dtype_warning, experiment_of, load_experiment, with_plugins
 from flows.run.executor import Maker, PlanLine, Planner, Reporter
 from flows.run.progress import SilentReporter
 from flows.run.recovery import mend, stands_for
@@ -30,6 +30,7 @@ from tasks.workers.pool import WorkerPool
 def plan(experiment: Experiment, root: str | Path, rounds: int | None = None) -> list[PlanLine]:
     """The stages that are in the store, would run, or are pending. Starts nothing."""
     planner = Planner(Store(root))
+    dtype_warning(experiment)
     experiment = with_plugins(experiment)
     distill(experiment, planner, experiment.policy.rounds if rounds is None else rounds)
     return planner.lines
@@ -66,6 +67,7 @@ def run_experiment(
     any error of a stage."""
     experiment.runtime.tell_libraries()
     experiment.runtime.require_gpus()
+    mixed = dtype_warning(experiment)
     experiment = with_plugins(experiment, name)
     store = Store(root)
     run = open_run(experiment, name, root)
@@ -73,7 +75,7 @@ def run_experiment(
     with run.lock(), terminating(), without_leftovers(store):
         log = logger(run.log_path("run"))
         state, messages = mend(run, experiment, store)
-        for line in messages:
+        for line in [*messages, *([f"warning: {mixed}"] if mixed else [])]:
             log(line)
             reporter.note(0, "run", line)
         state.forked_from = f"{experiment.fork.run}@{experiment.fork.round}" if experiment.fork else None

@@ -34,7 +34,7 @@ from storage.schemas import schema_for
 from storage.store import Store
 from tasks.behaviours import Behaviour, Completion, Draw, Drawn, Start, behaviour_of
 from tasks.engines.hf_folder import check_length, longest_sequence, read_config, stop_token_ids
-from tasks.engines.weight_proof import judge_probes, judge_weights
+from tasks.engines.weight_proof import judge_probes, judge_weights, one_reference
 from tasks.inputs.tokenizers import load_tokenizer
 from tasks.rollout_config import Dtype
 from tasks.workers.jobs import SampleJob, SampleResult, SampleShard, Sampling, ShardDone
@@ -387,8 +387,9 @@ class Sampler:
         reports = self.llm.collective_rpc("opd_compare_weights", args=(str(path),))
         self.proof = {"method": "full" if full else "checksums", **judge_weights(reports, path, need_all=not full)}
         self.llm.reset_prefix_cache()  # its contents were computed with the old weights
-        if full:
-            self.proof |= self._probe(path, dtype)
+        if full and (int(self.settings.get("number", 0)) == 0 or self.proof["params_unproven"]):
+            with one_reference(path):
+                self.proof |= self._probe(path, dtype)
 
     def _probe(self, path: Path, dtype: str) -> dict[str, Any]:
         vocabulary = int(read_config(path)["vocab_size"])

@@ -202,7 +202,7 @@ class WorkerPool:
         return {"sampler": self.runtime.sampler.workers, "scorer": self.runtime.scorer.workers}.get(role, 1)
 
     def _worker(self, role: str, number: int) -> Worker:
-        settings = self._settings(role)
+        settings = self._settings(role) | {"number": number}
         key = (role, number, json.dumps(settings, sort_keys=True))
         with self._lock:
             for other in [k for k in self._workers if k[:2] == key[:2] and (k != key or not self._workers[k].alive)]:

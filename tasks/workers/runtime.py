@@ -37,7 +37,9 @@ class SamplerRuntime(Runtime):
         description="times a shard is sampled again, with its seeds, after an unusable completion or a failed engine",
     )
     verify_weights: Literal["full", "checksums"] = Field(
-        "full", description="proof after a weight change: parameter checksums, and (full) log-probability probes"
+        "full",
+        description="proof after a weight change: every parameter is compared, and (full) log-probabilities of probes; these need"
+        " the student in float32 on the host, once per machine at a time",
     )
 
 

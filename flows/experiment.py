@@ -23,6 +23,9 @@ from tasks.train import TrainConfig
 from tasks.warmup import WarmupConfig
 from tasks.workers.runtime import RuntimeConfig
 
+KEPT_STATES = 2
+"""Rounds whose trainer_state a new run keeps: the last, which the next round reads, and the one that it was trained from."""
+
 
 class ModelConfig(Identity):
     """Source of a model, and its optional supervised warm-up."""
@@ -35,12 +38,44 @@ class Policy(RunPolicy):
     """Fields that may change between two calls of the same run."""
 
     rounds: int = Field(5, ge=0, description="rounds of rollout, supervision and training after the initial evaluation")
-    retain: Retention = Field(default_factory=Retention, description="what `opd gc` keeps of this run's earlier rounds")
+    retain: Retention = Field(
+        default_factory=Retention,
+        description=f"what is kept of this run's earlier rounds; without trainer_state: its last {KEPT_STATES}",
+    )
+    collect: bool = Field(
+        True,
+        description="after every round remove what `retain` does not keep, as `opd gc --apply` does; off in runs that began"
+        " before this field existed",
+    )
+    keep_rounds: tuple[int, ...] = Field(
+        (),
+        description="rounds of which everything is kept. Of the best round, and of those where a fork begins, student and"
+        " trainer_state are always kept",
+    )
     allow_mixed_dtypes: bool = Field(
         False,
         description="let a policy gradient train although rollout.dtype, supervise.dtype and train.dtype differ: its importance"
         " ratios are then off by rounding before any update",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Policy:
+        if any(number < 0 for number in self.keep_rounds):
+            raise ValueError(f"policy.keep_rounds: {list(self.keep_rounds)} must be numbers of rounds, from 0 on")
+        chosen = self.retain.model_fields_set
+        if "trainer_state" not in chosen:
+            values = self.retain.model_dump() | {"trainer_state": KEPT_STATES}
+            self.retain = Retention.model_construct(_fields_set=set(chosen), **values)
+        return self
+
+
+def as_begun(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored experiment as its run began: one without `policy.collect` is from before it existed and keeps what it kept."""
+    policy = dict(stored.get("policy") or {})
+    if "collect" not in policy:
+        policy["collect"] = False
+        policy["retain"] = {"trainer_state": None} | (policy.get("retain") or {})
+    return stored | {"policy": policy}
 
 
 class Fork(BaseModel):

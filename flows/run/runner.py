@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.distill import distill
-from flows.experiment import Experiment, dtype_warning, experiment_of, load_experiment, with_plugins
+from flows.experiment import Experiment, as_begun, dtype_warning, experiment_of, load_experiment, with_plugins
 from flows.run.executor import Maker, PlanLine, Planner, Reporter
 from flows.run.progress import SilentReporter
 from flows.run.recovery import mend, stands_for
@@ -17,9 +17,11 @@ from flows.run.stopping import terminating
 from storage.artifacts.checkpoints import KEPT
 from storage.disk.files import explain_full_disk
 from storage.disk.redact import redact
-from storage.errors import ConfigError, OpdError
+from storage.errors import ConfigError, CorruptArtifact, OpdError
 from storage.runs import Run, RunState
 from storage.store import Store
+from storage.upkeep.gc import Collector
+from storage.upkeep.retention import Retention, evicted_of, rebuild_cost
 from tasks.inputs.models import CheckpointModel, parameter_count
 from tasks.stage import Context
 from tasks.trainer.dispatch import training_bytes
@@ -71,6 +73,7 @@ def run_experiment(
     experiment = with_plugins(experiment, name)
     store = Store(root)
     run = open_run(experiment, name, root)
+    experiment = with_policy_of(run, experiment)
     reporter = reporter or SilentReporter()
     with run.lock(), terminating(), without_leftovers(store):
         log = logger(run.log_path("run"))
@@ -92,7 +95,14 @@ def run_experiment(
                 def context(progress: StageProgress) -> Context:
                     return Context(store, experiment.runtime, pool, progress, log, experiment.plugins)
 
-                maker = Maker(store, run, state, context, reporter, restore=restore)
+                def collect(round: int) -> None:
+                    for line in collected(store, run, state):
+                        log(line)
+                        reporter.note(round, "collect", line)
+
+                # what a restore has just rebuilt must stay
+                after_round = collect if experiment.policy.collect and restore is None else None
+                maker = Maker(store, run, state, context, reporter, restore=restore, after_round=after_round)
                 if prefect:
                     from flows.prefect_.tasks import distill_in_prefect
 
@@ -107,6 +117,49 @@ def run_experiment(
         state.status = "finished" if state.rounds_done >= experiment.policy.rounds else "stopped"
         run.save(state)
         return state, maker.built
+
+
+def with_policy_of(run: Run, experiment: Experiment) -> Experiment:
+    """The experiment, where the run began before `policy.collect` existed without collection, unless the config asks for it."""
+    try:
+        stored = run.experiment.get("policy") or {}
+    except CorruptArtifact:  # when it began is unknown; the config is all there is
+        return experiment
+    policy = experiment.policy
+    if "collect" in stored or "collect" in policy.model_fields_set:
+        return experiment
+    before = Retention.of({"policy": stored}, f"run {run.name}").model_dump()
+    retain = Retention.model_validate(before | policy.retain.model_dump(include=policy.retain.model_fields_set))
+    return experiment.model_copy(update={"policy": policy.model_copy(update={"collect": False, "retain": retain})})
+
+
+def collected(store: Store, run: Run, state: RunState) -> list[str]:
+    """Removes what the run's retention does not keep. Returns lines that say what went, and what a replay or a fork then costs. A
+    collection that is not possible now is left to the next round."""
+    collector = Collector(store, own=run.name)
+    try:
+        removed = collector.apply(collector.plan_of_run(run))
+    except OpdError as error:
+        return [f"warning: nothing was collected: {error}"]
+    if not removed:
+        return []
+    gone = evicted_of(store, state)
+    kinds: dict[str, list[int]] = {}
+    for round in state.rounds:
+        for record in round.stages.values():
+            for name in record.artifacts.items():
+                if name in {item.artifact for item in removed}:
+                    kinds.setdefault(name[0], []).append(round.round)
+    what = "; ".join(f"{stage} of round {', '.join(map(str, sorted(set(at))))}" for stage, at in sorted(kinds.items()))
+    lines = [f"collected {sum(item.bytes for item in removed) / 2**20:,.1f} MiB: {what} (policy.retain)"]
+    last = max((number for at in kinds.values() for number in at), default=0)
+    rounds, seconds = rebuild_cost(state, gone, last)
+    if rounds:
+        lines.append(
+            f"a fork at round {last}, or a replay of the training of round {last + 1}, now repeats the training of round"
+            f" {', '.join(map(str, rounds))} first (about {seconds:,.0f} s); policy.keep_rounds keeps a round"
+        )
+    return lines
 
 
 @contextmanager
@@ -146,7 +199,7 @@ def logger(path: Path) -> Callable[[str], None]:
 
 def stored_experiment(run: Run) -> Experiment:
     """A run's stored experiment, as this version reads it."""
-    return experiment_of(run.experiment, f"run {run.name}")
+    return experiment_of(as_begun(run.experiment), f"run {run.name}")
 
 
 def resume_experiment(name: str, root: str | Path, overrides: list[str]) -> Experiment:
@@ -154,7 +207,7 @@ def resume_experiment(name: str, root: str | Path, overrides: list[str]) -> Expe
     from flows.config_file import merge, parse_override
 
     run = Run.open(root, name)
-    data = run.experiment
+    data = as_begun(run.experiment)
     for text in overrides:
         if text.split(".")[0] not in ("runtime", "policy"):
             raise ConfigError(
@@ -174,7 +227,7 @@ def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str
     if round > done:
         raise ConfigError(f"run {name!r} has finished {done} round(s); it cannot be forked at round {round}")
     # its own rounds use the current plugins, the shared rounds keep theirs
-    data: dict[str, Any] = run.experiment | {"plugin_sources": {}}
+    data: dict[str, Any] = as_begun(run.experiment) | {"plugin_sources": {}}
     for text in overrides:
         data = merge(data, parse_override(text))
     data["fork"] = {"run": name, "round": round, "experiment": run.experiment}
@@ -193,6 +246,32 @@ def refuse_full_disk(store: Store, experiment: Experiment) -> None:
 
 def bytes_per_round(e: Experiment) -> int:
     """Upper estimate of a round's rollouts and signals in bytes, uncompressed, every completion at full length."""
+    return sum(_bytes_of_tables(e).values())
+
+
+def _bytes_of_tables(e: Experiment) -> dict[str, int]:
+    """The same, by the field of `policy.retain` that they fall under."""
     tokens = e.rollout.prompts_per_round * e.rollout.num_generations * e.rollout.max_completion_length
-    per_token = 4 + 4 + 6 * 4 + sum(8 * (need.k or 0) for need in e.objective.needs().signals)
-    return tokens * per_token
+    signals = 6 * 4 + sum(8 * (need.k or 0) for need in e.objective.needs().signals)
+    return {"rollouts": tokens * (4 + 4), "signals": tokens * signals}
+
+
+def bytes_of_run(e: Experiment, rounds: int | None = None) -> dict[str, int]:
+    """Upper estimate of what the store holds of a run after `rounds` rounds (default: policy.rounds), in bytes by field of
+    `policy.retain`: of each what is kept, while the newest round is being made.
+
+    Without students and trainer_state where the student's size is not known yet (it is initialised from an architecture). With
+    adapters every state has the frozen weights as hard links: they are counted once."""
+    rounds = e.policy.rounds if rounds is None else rounds
+    parts = _bytes_of_tables(e)
+    if isinstance(e.student.source, CheckpointModel):
+        parameters = parameter_count(e.student.source.path)
+        student = parameters * (2 if e.train.dtype == "bfloat16" else 4)
+        parts |= {"students": student, "trainer_state": 0 if e.train.lora is not None else 12 * parameters}
+    found = {}
+    for name, size in parts.items():
+        keep = getattr(e.policy.retain, name) if e.policy.collect else None
+        found[name] = size * (rounds if keep is None else min(rounds, keep + 1))
+    if e.train.lora is not None and rounds and "students" in parts:
+        found["trainer_state"] += parts["students"]
+    return found

@@ -277,3 +277,14 @@ def quarantine(root: Path, path: Path, reason: str) -> Path | None:
     fsync_directory(folder)
     fsync_directory(path.parent)
     return target
+
+
+def link(source: Path, target: Path) -> None:
+    """Makes `target` a hard link to `source`, or a copy where that cannot be. CorruptArtifact if the source is missing."""
+    target.unlink(missing_ok=True)  # never written through: it may be a link itself
+    try:
+        os.link(source, target)
+    except FileNotFoundError as error:
+        raise CorruptArtifact(f"{source}: missing; run again, only the damaged part is rebuilt") from error
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)

@@ -72,14 +72,21 @@ def run_retention(run: Run) -> Retention:
 
 
 class Collector:
-    """Plans and removes. `quarantine_days`: damaged pieces older than this are removed too.
+    """Plans and removes. `quarantine_days`: damaged pieces older than this are removed too. `own`: a run that this process holds
+    and that has no stage under way: its retention applies, although it is running.
 
     Raises CorruptArtifact if a run's files cannot be read, because its needs are then unknown."""
 
-    def __init__(self, store: Store, retention: RetentionOf = run_retention, quarantine_days: float = 30.0) -> None:
-        self.store, self.root = store, store.root
+    def __init__(
+        self,
+        store: Store,
+        retention: RetentionOf = run_retention,
+        quarantine_days: float = 30.0,
+        own: str | None = None,
+    ) -> None:
+        self.store, self.root, self._own = store, store.root, own
         self._retention, self._quarantine_days = retention, quarantine_days
-        self._states: dict[str, tuple[tuple[int, int, int], RunState, Retention]] = {}
+        self._states: dict[str, tuple[tuple[int, int, int] | None, RunState, Retention, frozenset[int]]] = {}
         self._roles: dict[Name, str | None] = {}
 
     def plan(self) -> Plan:
@@ -91,6 +98,15 @@ class Collector:
                 plan.items += self._of_artifact(directory, needs)
         plan.items += self._temporary()
         plan.items += self._old_quarantine()
+        return plan
+
+    def plan_of_run(self, run: Run) -> Plan:
+        """The part of a plan that is past this run's own retention: artifacts of it that no other run needs."""
+        needs = self._needs()
+        plan = Plan(busy=needs.busy)
+        for name in sorted(used(self._state(run)[0]) - needs.whole):
+            found = self._of_artifact(artifact_directory(self.root, *name), needs)
+            plan.items += [item for item in found if item.kind == "evicted"]
         return plan
 
     def apply(self, plan: Plan, done: Callable[[Item], None] = lambda item: None) -> list[Item]:
@@ -114,13 +130,15 @@ class Collector:
     def _needs(self) -> _Needs:
         """The needs of all runs by their current states. A running run needs everything it names."""
         needs = _Needs()
-        for run in self._runs():
-            state, retain = self._state(run)
+        runs = [(run, *self._state(run)) for run in self._runs()]
+        origins = [state.forked_from.rpartition("@") for _, state, *_ in runs if state.forked_from]
+        for run, state, retain, kept in runs:
             named = used(state)
-            who = run.holder()
+            who = run.holder() if run.name != self._own else None
             if who is not None:
                 needs.busy[run.name] = who
-            dropped = droppable(state, retain, self._role) if who is None else set()
+            forked = {int(round) for parent, _, round in origins if parent == run.name}
+            dropped = droppable(state, retain, self._role, kept, forked) if who is None else set()
             needs.named |= named
             needs.whole |= named - dropped
         return needs
@@ -151,14 +169,14 @@ class Collector:
                 )
         return runs
 
-    def _state(self, run: Run) -> tuple[RunState, Retention]:
-        try:
-            stat = (run.directory / "state.json").stat()
-        except FileNotFoundError:
-            return run.state, self._retention(run)  # raises the error that names the repair
-        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if run.name not in self._states or self._states[run.name][0] != stamp:
-            self._states[run.name] = (stamp, run.state, self._retention(run))
+    def _state(self, run: Run) -> tuple[RunState, Retention, frozenset[int]]:
+        """State, retention and `policy.keep_rounds` of a run."""
+        stat = (run.directory / "state.json").stat() if (run.directory / "state.json").exists() else None
+        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns) if stat is not None else None
+        if stamp is None or run.name not in self._states or self._states[run.name][0] != stamp:
+            state = run.state  # raises the error that names the repair, where the file is missing or damaged
+            kept = (run.experiment.get("policy") or {}).get("keep_rounds") or ()
+            self._states[run.name] = (stamp, state, self._retention(run), frozenset(map(int, kept)))
         return self._states[run.name][1:]
 
     # --- artifacts ---------------------------------------------------------------------------------------------------
@@ -298,8 +316,9 @@ def _files(path: Path) -> Iterator[os.stat_result]:
 
 
 def _size(path: Path) -> int:
+    """Bytes that its removal frees: a file with another hard link frees none."""
     try:
-        return sum(stat.st_size for stat in _files(path))
+        return sum(stat.st_size for stat in _files(path) if stat.st_nlink == 1)
     except FileNotFoundError:  # removed meanwhile
         return 0
 

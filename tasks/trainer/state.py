@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from storage.disk.files import link
 from storage.errors import CorruptArtifact, InputError
 from tasks.trainer.engine import MOMENTS, Engine
 
@@ -102,8 +103,9 @@ def load(tensors: Tensors, engine: Engine, step: int) -> None:
     dist.barrier()
 
 
-def save(directory: Path, engine: Engine, state: TrainerState, base: Path | None) -> None:
-    """Writes the tree. Collective; rank 0 writes. `base` is the folder of the frozen weights, with LoRA."""
+def save(directory: Path, engine: Engine, state: TrainerState, base: Path | None, store: Path) -> None:
+    """Writes the tree. Collective; rank 0 writes. `base` is the folder of the frozen weights, with LoRA: its files are hard links
+    where they are in the `store`, whose files never change, and copies of a user's own."""
     for kind in _KINDS:
         tensors = {f"{kind}/{name}": tensor for name, tensor in full_tensors(engine, kind)}
         if dist.get_rank() == 0:
@@ -112,9 +114,10 @@ def save(directory: Path, engine: Engine, state: TrainerState, base: Path | None
     if dist.get_rank() == 0:
         if base is not None:
             (directory / "base").mkdir(exist_ok=True)  # an earlier attempt may have made it
+            ours = base.resolve().is_relative_to(store.resolve())
             for file in sorted(base.iterdir()):
                 if file.name == "config.json" or ".safetensors" in file.name:
-                    shutil.copyfile(file, directory / "base" / file.name)
+                    (link if ours else shutil.copyfile)(file, directory / "base" / file.name)
         (directory / "trainer.json").write_text(state.model_dump_json(indent=2) + "\n")
 
 

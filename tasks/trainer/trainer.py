@@ -164,7 +164,8 @@ class Trainer:
                 lr=rows[-1]["lr"],
                 lora=settings.lora.model_dump(mode="json") if settings.lora else None,
             )
-            state.save(Path(outputs.trainer_state), engine, now, base if settings.lora else None)
+            frozen = base if settings.lora else None
+            state.save(Path(outputs.trainer_state), engine, now, frozen, Path(job.store))
         if outputs.student:
             masters, target = state.full_tensors(engine, "master"), Path(outputs.student)
             trained: Iterator[Any] = iter(())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,29 @@ def test_only_keys_of_lora_in_16_bits_change(world: World) -> None:
     for fields in ({}, {"dtype": "bfloat16"}, {"lora": {"r": 4}}):
         assert not any("lora_forward" in identity for identity in identities(**fields))
     assert all("lora_forward" in identity for identity in identities(dtype="bfloat16", lora={"r": 4}))
+
+
+def test_rounds_share_the_frozen_weights(world: World, trainers: dict[int, Worker]) -> None:
+    """The base of a state is a hard link to that of the round before; it is intact when the earlier one is gone."""
+    settings = TrainConfig(lr=1e-3, samples_per_step=12, lora=LORA)
+    first = make(
+        train_work(settings, BUCKET, world.student, None, world.rollouts, world.signals, 0, 1),
+        world.store,
+        trainers[1],
+        "linked",
+    )
+    student, state = first.artifacts["student"], first.artifacts["trainer_state"]
+    second = make(
+        train_work(settings, BUCKET, student, state, world.rollouts, world.signals, 0, 2),
+        world.store,
+        trainers[1],
+        "linked",
+    )
+    bases = [world.store.materialize(made.artifacts["trainer_state"], "state") / "base" for made in (first, second)]
+    own = world.store.materialize(world.student) / "model.safetensors"
+    files = [own, *(base / "model.safetensors" for base in bases)]
+    assert len({file.stat().st_ino for file in files}) == 1
+    content = own.read_bytes()
+    shutil.rmtree(bases[0])
+    assert files[2].read_bytes() == content
+    shutil.copytree(bases[1], bases[0])  # other tests may read it

@@ -9,6 +9,8 @@ import importlib
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_log_level_from_string
 from torch import nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from storage.errors import ConfigError
 from tasks.trainer.config import OptimizerSettings
@@ -26,6 +29,8 @@ from tasks.trainer.data import Forward
 from tasks.trainer.model import TrainModule
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_BUCKET = 500_000_000
+"""DeepSpeed's own size of a bucket of gradients, in elements."""
 _OURS = {
     "optimizer": "train.lr, betas, eps, weight_decay",
     "scheduler": "train.schedule",
@@ -107,7 +112,7 @@ def deepspeed_config(path: str | None, settings: OptimizerSettings, parameters: 
         zero["stage"] = stage = max(stage, 1)
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    zero.setdefault("reduce_bucket_size", min(max(parameters, 1), 500_000_000))
+    zero.setdefault("reduce_bucket_size", min(max(parameters, 1), _BUCKET))
     config |= {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -118,6 +123,28 @@ def deepspeed_config(path: str | None, settings: OptimizerSettings, parameters: 
         "gradient_clipping": (settings.max_grad_norm or 0.0) if stage else 0.0,
     }
     return config
+
+
+@contextmanager
+def partitioned(config_path: str | None, settings: OptimizerSettings) -> Iterator[None]:
+    """In the block transformers loads a model in pieces where the configuration has ZeRO stage 3: every parameter is partitioned
+    over the ranks as it is made, and filled by rank 0 from the checkpoint's memory map, so that no rank ever holds the whole
+    model. Loading is then collective."""
+    config = deepspeed_config(config_path, settings, _BUCKET)
+    if config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    held = HfDeepSpeedConfig(config)  # transformers keeps a weak reference and asks whether it lives
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del held
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, also of one that ZeRO-3 holds in pieces."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 class Engine:
@@ -131,13 +158,13 @@ class Engine:
         config_path: str | None,
         device: torch.device,
     ) -> None:
-        count = sum(parameter.numel() for parameter in parameters.values())
+        count = sum(full_shape(parameter).numel() for parameter in parameters.values())
         config = deepspeed_config(config_path, settings, count)
         self.stage: int = config["zero_optimization"]["stage"]
         self.parameters, self.device, self.settings = parameters, device, settings
         self.world = dist.get_world_size()
-        matrices = [p for p in parameters.values() if p.ndim >= 2]
-        others = [p for p in parameters.values() if p.ndim < 2]
+        matrices = [p for p in parameters.values() if len(full_shape(p)) >= 2]
+        others = [p for p in parameters.values() if len(full_shape(p)) < 2]
         groups = [
             {"params": group, "weight_decay": decay}
             for group, decay in ((matrices, settings.weight_decay), (others, 0.0))

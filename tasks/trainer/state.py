@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import (
@@ -89,9 +91,18 @@ def files(directory: Path) -> list[Path]:
 
 
 def load_weights(tensors: Tensors, parameters: dict[str, nn.Parameter]) -> None:
-    """Fills the parameters (before DeepSpeed takes them) from the master weights, rounded to their dtype."""
+    """Fills the parameters (before DeepSpeed takes them) from the master weights, rounded to their dtype. Collective where they
+    are in pieces already."""
     for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[f"master/{name}"])
+        with whole(parameter):
+            if not hasattr(parameter, "ds_id") or dist.get_rank() == 0:
+                parameter.data.copy_(tensors[f"master/{name}"])
+
+
+def whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    """In the block a parameter that ZeRO-3 holds in pieces is whole; what rank 0 changes is kept."""
+    in_pieces = hasattr(parameter, "ds_id")
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if in_pieces else nullcontext()
 
 
 def load(tensors: Tensors, engine: Engine, step: int) -> None:

@@ -30,7 +30,7 @@ from tasks.trainer import state
 from tasks.trainer.batching import plan_steps
 from tasks.trainer.config import OptimizerSettings, TrainConfig, TruncatedCorrection, WarmupConfig
 from tasks.trainer.data import Samples, from_prompts, from_rollouts
-from tasks.trainer.engine import Engine, start
+from tasks.trainer.engine import Engine, partitioned, start
 from tasks.trainer.export import export_student
 from tasks.trainer.loop import Plan, pinned, run_steps
 from tasks.trainer.midround import Keeper
@@ -91,7 +91,8 @@ class Trainer:
         )
         keeper = Keeper(job, runtime["checkpoint_minutes"])
         midway = keeper.find(len(steps), progress)
-        model = load_model(base, settings.dtype)
+        with partitioned(runtime["deepspeed"], settings):
+            model = load_model(base, settings.dtype)
         if settings.lora is not None:
             from tasks.trainer.lora import add_adapters  # peft's import takes a second
 

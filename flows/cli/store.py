@@ -97,7 +97,7 @@ def gc(
 
     Exit codes: 0 done, 1 a run cannot be read (nothing is removed), 2 bad arguments, 75 another collection is running."""
     from storage.store import Store
-    from storage.upkeep.gc import Collector, run_retention
+    from storage.upkeep.gc import Collector, run_retention, unrepeatable_note
 
     changes = dict(_kept(text) for text in keep)
     store = Store(existing_root(root))
@@ -109,9 +109,14 @@ def gc(
             {"kind": item.kind, "path": str(item.path.relative_to(store.root)), "bytes": item.bytes}
             for item in (removed if apply else plan.items)
         ]
-        print(json.dumps({"applied": apply, "items": items, "in_use": plan.busy}, indent=2))
+        unrepeatable = [f"{stage}/{key}" for stage, key in sorted(plan.unrepeatable)]
+        print(
+            json.dumps({"applied": apply, "items": items, "in_use": plan.busy, "unrepeatable": unrepeatable}, indent=2)
+        )
         return
     _print_plan(plan, store.root)
+    if (note := unrepeatable_note(plan.unrepeatable)) is not None:
+        out.print(note, soft_wrap=True, markup=False)
     if apply:
         left = len(plan.items) - len(removed)
         out.print(

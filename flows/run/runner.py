@@ -20,7 +20,7 @@ from storage.disk.redact import redact
 from storage.errors import ConfigError, CorruptArtifact, OpdError
 from storage.runs import Run, RunState
 from storage.store import Store
-from storage.upkeep.gc import Collector
+from storage.upkeep.gc import Collector, unrepeatable_note
 from storage.upkeep.retention import Retention, evicted_of, rebuild_cost
 from tasks.inputs.models import CheckpointModel, parameter_count
 from tasks.stage import Context
@@ -138,7 +138,8 @@ def collected(store: Store, run: Run, state: RunState) -> list[str]:
     collection that is not possible now is left to the next round."""
     collector = Collector(store, own=run.name)
     try:
-        removed = collector.apply(collector.plan_of_run(run))
+        plan = collector.plan_of_run(run)
+        removed = collector.apply(plan)
     except OpdError as error:
         return [f"warning: nothing was collected: {error}"]
     if not removed:
@@ -154,6 +155,8 @@ def collected(store: Store, run: Run, state: RunState) -> list[str]:
     lines = [f"collected {sum(item.bytes for item in removed) / 2**20:,.1f} MiB: {what} (policy.retain)"]
     last = max((number for at in kinds.values() for number in at), default=0)
     rounds, seconds = rebuild_cost(state, gone, last)
+    if (note := unrepeatable_note(plan.unrepeatable)) is not None:
+        lines.append(note)
     if rounds:
         lines.append(
             f"a fork at round {last}, or a replay of the training of round {last + 1}, now repeats the training of round"

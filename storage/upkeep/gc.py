@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from storage.artifacts.artifact import KEY, MANIFEST, Manifest, artifact_directory, load_manifest
+from storage.artifacts.numerics import BY_SHARD, NUMERICS
 from storage.artifacts.shards import SIDECAR
 from storage.disk.files import TEMPORARY, fsync_directory, remove, replace_atomically, utc_now
 from storage.disk.locks import alone, build_lock, holder, locked, use_lock
@@ -61,6 +62,8 @@ class Plan:
 
     items: list[Item] = field(default_factory=list)
     busy: dict[str, str] = field(default_factory=dict)
+    unrepeatable: set[Name] = field(default_factory=set)
+    """Those to be evicted that were sampled so that they cannot be made again bit for bit (`repeatable`)."""
 
     def bytes(self, kind: Kind | None = None) -> int:
         return sum(item.bytes for item in self.items if kind in (None, item.kind))
@@ -98,7 +101,15 @@ class Collector:
                 plan.items += self._of_artifact(directory, needs)
         plan.items += self._temporary()
         plan.items += self._old_quarantine()
+        self._mark(plan)
         return plan
+
+    def _mark(self, plan: Plan) -> None:
+        for item in plan.items:
+            if item.kind == "evicted" and item.artifact is not None:
+                artifact = self.store.get(*item.artifact)
+                if artifact is not None and not repeatable(artifact.provenance):
+                    plan.unrepeatable.add(item.artifact)
 
     def plan_of_run(self, run: Run) -> Plan:
         """The part of a plan that is past this run's own retention: artifacts of it that no other run needs."""
@@ -107,6 +118,7 @@ class Collector:
         for name in sorted(used(self._state(run)[0]) - needs.whole):
             found = self._of_artifact(artifact_directory(self.root, *name), needs)
             plan.items += [item for item in found if item.kind == "evicted"]
+        self._mark(plan)
         return plan
 
     def apply(self, plan: Plan, done: Callable[[Item], None] = lambda item: None) -> list[Item]:
@@ -276,6 +288,30 @@ class _HeldError(Exception):
 
 def _give_up(who: str) -> None:
     raise _HeldError(who)
+
+
+def repeatable(provenance: Mapping[str, Any]) -> bool:
+    """Whether what was made with this provenance can be made again bit for bit, as far as its settings say: on a GPU a sampler's
+    batches depend on timing, unless its engine was in process or batch-invariant."""
+    sets = [provenance.get(NUMERICS) or {}, *(entry.get("numerics") or {} for entry in provenance.get(BY_SHARD) or ())]
+    return not any(
+        "sampler_max_num_seqs" in numerics
+        and numerics.get("device") == "cuda"
+        and not (numerics.get("sampler_in_process") or numerics.get("sampler_batch_invariant"))
+        for numerics in sets
+    )
+
+
+def unrepeatable_note(names: Collection[Name]) -> str | None:
+    """A warning about rollouts that a collection removes for good; None without any."""
+    rollouts = sorted(key for stage, key in names if stage == "rollout")
+    if not rollouts:
+        return None
+    return (
+        f"warning: {len(rollouts)} rollout(s) were sampled on a GPU with neither runtime.sampler.in_process nor batch_invariant"
+        f" ({', '.join(rollouts[:3])}{', ...' if len(rollouts) > 3 else ''}): once removed they cannot be restored or replayed"
+        " bit for bit; --keep rollouts=all (or policy.retain.rollouts: null) keeps them"
+    )
 
 
 def evict(directory: Path) -> None:

@@ -9,8 +9,6 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,19 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate import init_empty_weights
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_log_level_from_string
+from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from storage.errors import ConfigError
 from tasks.trainer.config import OptimizerSettings
 from tasks.trainer.data import Forward
-from tasks.trainer.model import TrainModule
+from tasks.trainer.model import TrainModule, load_model
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _BUCKET = 500_000_000
@@ -125,21 +127,43 @@ def deepspeed_config(path: str | None, settings: OptimizerSettings, parameters: 
     return config
 
 
-@contextmanager
-def partitioned(config_path: str | None, settings: OptimizerSettings) -> Iterator[None]:
-    """In the block transformers loads a model in pieces where the configuration has ZeRO stage 3: every parameter is partitioned
-    over the ranks as it is made, and filled by rank 0 from the checkpoint's memory map, so that no rank ever holds the whole
-    model. Loading is then collective."""
+def load_for(config_path: str | None, settings: OptimizerSettings, path: Path) -> PreTrainedModel:
+    """The checkpoint in `path` (`load_model`), at ZeRO stage 3 in pieces: every parameter is partitioned over the ranks as it is
+    made, and filled by rank 0 from the checkpoint's memory map, so that no rank ever holds the whole model. Then collective."""
     config = deepspeed_config(config_path, settings, _BUCKET)
     if config["zero_optimization"]["stage"] != 3:
-        yield
-        return
+        return load_model(path, settings.dtype)
     held = HfDeepSpeedConfig(config)  # transformers keeps a weak reference and asks whether it lives
     try:
-        yield
+        model = load_model(path, settings.dtype)
     finally:
         unset_hf_deepspeed_config()
         del held
+    _restore_buffers(model, path)
+    return model
+
+
+def _restore_buffers(model: PreTrainedModel, path: Path) -> None:
+    """Gives a model that was loaded in pieces the buffers of a whole one: DeepSpeed makes every tensor in the model's dtype, also
+    the frequencies of rotary positions, which are float32 in any model (bfloat16 ones are wrong from some hundred tokens on)."""
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        whole = type(model)._from_config(model.config, dtype=model.dtype)
+    stored = {name: file for file in path.glob("*.safetensors") for name in _names(file)}
+    places = dict(model.named_modules())
+    for name, buffer in whole.named_buffers():
+        if name in stored:
+            with safe_open(stored[name], framework="pt") as tensors:
+                buffer = tensors.get_tensor(name).to(buffer.dtype)
+        parent, _, own = name.rpartition(".")
+        module = places[parent]
+        module.register_buffer(
+            own, buffer.to(module._buffers[own].device), own not in module._non_persistent_buffers_set
+        )
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:

@@ -30,11 +30,11 @@ from tasks.trainer import state
 from tasks.trainer.batching import plan_steps
 from tasks.trainer.config import OptimizerSettings, TrainConfig, TruncatedCorrection, WarmupConfig
 from tasks.trainer.data import Samples, from_prompts, from_rollouts
-from tasks.trainer.engine import Engine, partitioned, start
+from tasks.trainer.engine import Engine, load_for, start
 from tasks.trainer.export import export_student
 from tasks.trainer.loop import Plan, pinned, run_steps
 from tasks.trainer.midround import Keeper
-from tasks.trainer.model import TrainModule, load_model, trainable
+from tasks.trainer.model import TrainModule, trainable
 from tasks.workers.jobs import ArtifactRef, TrainJob, TrainResult, WarmupJob
 from tasks.workers.main import Link
 from tasks.workers.metrics import Progress, summarised
@@ -91,8 +91,7 @@ class Trainer:
         )
         keeper = Keeper(job, runtime["checkpoint_minutes"])
         midway = keeper.find(len(steps), progress)
-        with partitioned(runtime["deepspeed"], settings):
-            model = load_model(base, settings.dtype)
+        model = load_for(runtime["deepspeed"], settings, base)
         if settings.lora is not None:
             from tasks.trainer.lora import add_adapters  # peft's import takes a second
 

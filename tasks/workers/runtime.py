@@ -31,6 +31,16 @@ class SamplerRuntime(Runtime):
     kv_cache_gib: float = Field(1, gt=0, description="key-value cache on CPU, GiB")
     enforce_eager: bool | None = Field(None, description="no CUDA graphs; null means: on CPU only")
     max_num_seqs: int = Field(256, ge=1, description="sequences decoded together")
+    in_process: bool | None = Field(
+        None,
+        description="vLLM's engine core in the worker's own process (VLLM_ENABLE_V1_MULTIPROCESSING=0): what is decoded together"
+        " then follows from the requests alone, not from timing; null: on CPU only",
+    )
+    batch_invariant: bool = Field(
+        False,
+        description="VLLM_BATCH_INVARIANT=1: results do not depend on what is decoded together; slower, GPUs of compute"
+        " capability 9.0 or higher. On a GPU rollouts can be replayed and restored with this or with in_process",
+    )
     retries: int = Field(
         2,
         ge=0,
@@ -104,6 +114,12 @@ class RuntimeConfig(Runtime):
             self.device = "cuda" if gpu_visible() else "cpu"
         if self.keep_warm is None:
             self.keep_warm = self.device == "cpu"
+        if self.sampler.in_process is None:
+            self.sampler.in_process = self.device == "cpu"
+        if self.sampler.batch_invariant and self.device == "cpu":
+            raise ValueError(
+                "sampler.batch_invariant: vLLM has such kernels for GPUs only, and runtime.device is cpu; set it false"
+            )
         return self
 
     def gpus(self, role: Role) -> list[list[str]]:
@@ -151,6 +167,11 @@ class RuntimeConfig(Runtime):
                 "sampler_enforce_eager": self.sampler.enforce_eager,
                 "sampler_kv_cache_gib": self.sampler.kv_cache_gib,
             }
+            if self.device == "cuda":  # on CPU the engine is in process, and old records lack both
+                found |= {
+                    "sampler_in_process": self.sampler.in_process,
+                    "sampler_batch_invariant": self.sampler.batch_invariant,
+                }
         return found
 
     def with_numerics(self, recorded: Mapping[str, Any], folder: Path) -> RuntimeConfig:
@@ -159,6 +180,8 @@ class RuntimeConfig(Runtime):
         A DeepSpeed configuration is written to `folder`. Raises ConfigError for one that was recorded by name alone and
         is not the one of this runtime."""
         data = self.model_dump()
+        if recorded.get("device", self.device) != self.device:
+            data["sampler"] |= {"in_process": None, "batch_invariant": False}  # those of the other device
         for name, path in _FIELDS.items():
             if name in recorded and name != "deepspeed_config":
                 place = data
@@ -203,6 +226,8 @@ _FIELDS = {
     "sampler_tensor_parallel_size": ("sampler", "tensor_parallel_size"),
     "sampler_enforce_eager": ("sampler", "enforce_eager"),
     "sampler_kv_cache_gib": ("sampler", "kv_cache_gib"),
+    "sampler_in_process": ("sampler", "in_process"),
+    "sampler_batch_invariant": ("sampler", "batch_invariant"),
 }
 """Recorded numerics -> the fields that they came from."""
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tasks.trainer.config import OptimizerSettings
-from tasks.trainer.engine import full_shape, partitioned, start
+from tasks.trainer.engine import full_shape, load_for, start
 from tasks.trainer.lora import add_adapters
 from tasks.trainer.model import load_model, trainable
 from tasks.trainer.state import Tensors, load_weights
@@ -23,8 +23,7 @@ def main(base: Path, config: str, dtype: str, out: Path) -> None:
     settings = OptimizerSettings(
         lr=1e-3, dtype=dtype, lora={"r": 4, "target_modules": ("q_proj",)} if out.name == "lora" else None
     )
-    with partitioned(config, settings):
-        model = load_model(base, dtype)
+    model = load_for(config, settings, base)
     held = sum(parameter.numel() for parameter in model.parameters())
     pieces = {name: p.ds_tensor.numel() for name, p in model.named_parameters() if hasattr(p, "ds_tensor")}
     if settings.lora is not None:
@@ -44,7 +43,11 @@ def main(base: Path, config: str, dtype: str, out: Path) -> None:
         for name, parameter in parameters.items():
             with deepspeed.zero.GatheredParameters([parameter]):
                 loaded[name] = torch.equal(parameter, tensors[f"master/{name}"].to(parameter.dtype))
-    report = {"held": held, "pieces": pieces, "shapes": shapes, "equal": equal, "loaded": loaded}
+    whole = load_model(base, dtype)
+    found, wanted = dict(model.named_buffers()), dict(whole.named_buffers())
+    assert found.keys() == wanted.keys()
+    buffers = {name: found[name].dtype == b.dtype and torch.equal(found[name], b) for name, b in wanted.items()}
+    report = {"buffers": buffers, "held": held, "pieces": pieces, "shapes": shapes, "equal": equal, "loaded": loaded}
     (out / f"{os.environ['RANK']}.json").write_text(json.dumps(report))
 
 

@@ -63,6 +63,7 @@ def test_no_rank_holds_a_whole_model_and_every_value_is_the_checkpoints(tmp_path
         assert sum(report["pieces"].values()) < 0.51 * total
         assert report["shapes"] == {name: list(tensor.shape) for name, tensor in tensors.items()}
         assert report["equal"] == dict.fromkeys(tensors, True)
+        assert report["buffers"] and all(report["buffers"].values())  # rotary frequencies stay float32
         assert report["loaded"] == dict.fromkeys(tensors, True)
 
 

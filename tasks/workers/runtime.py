@@ -61,6 +61,11 @@ class ScorerRuntime(Runtime):
     devices_per_worker: int = Field(
         1, ge=1, description="GPUs per scorer; a model that does not fit one is spread over them, layer by layer"
     )
+    passes: Literal[1, 2] | None = Field(
+        None,
+        description="2: student and teacher are loaded one after the other, for each shard; the first one's hidden states wait on"
+        " the host, and results are equal bit for bit. null: 2 where their weights would fill over 3/4 of a worker's GPUs",
+    )
     batch_tokens: int = Field(8192, ge=1, description="tokens (padding included) per forward")
     head_chunk_tokens: int = Field(1024, ge=1, description="completion tokens per output-head chunk: bounds T x V")
 

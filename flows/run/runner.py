@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -26,6 +27,7 @@ from tasks.inputs.models import CheckpointModel, parameter_count
 from tasks.stage import Context
 from tasks.trainer.dispatch import training_bytes
 from tasks.workers.metrics import StageProgress
+from tasks.workers.one_machine import refuse_launchers
 from tasks.workers.pool import WorkerPool
 
 
@@ -67,6 +69,7 @@ def run_experiment(
     `restore`: a round whose evicted artifacts are rebuilt. Returns the state and the number of stages built.
     Raises RunBusy when another process holds the name, IdentityMismatch when the name belongs to another experiment, and
     any error of a stage."""
+    refuse_launchers(os.environ)
     experiment.runtime.tell_libraries()
     experiment.runtime.require_gpus()
     mixed = dtype_warning(experiment)

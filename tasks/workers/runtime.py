@@ -77,7 +77,9 @@ class TrainerRuntime(Runtime):
     processes: int = Field(1, ge=1, description="data-parallel ranks")
     micro_batch_tokens: int = Field(8192, ge=1, description="tokens per forward/backward of one rank")
     head_chunk_tokens: int = Field(1024, ge=1, description="completion tokens per output-head chunk")
-    deepspeed: Path | None = Field(None, description="DeepSpeed JSON (ZeRO stage, offload); null means ZeRO-0")
+    deepspeed: Path | None = Field(
+        None, description="DeepSpeed JSON (ZeRO stage, offload); null means ZeRO-0, in bfloat16 ZeRO-1 (docs/gpu.md)"
+    )
     activation_checkpointing: bool = Field(False, description="recompute activations in backward to save memory")
     max_export_error: float = Field(
         0.01,

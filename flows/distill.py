@@ -36,7 +36,7 @@ def distill(experiment: Experiment, do: Executor, rounds: int) -> Student:
             made = do(
                 "train", train_work, now.train,
                 objective=now.objective, student=student, state=state, rollouts=rollouts, signals=signals,
-                seed=seed, round=number, plugins=plugins,
+                seed=seed, round=number, source=now.student.source, plugins=plugins,
             )  # fmt: skip
             student, state = Student(made["student"]), TrainerState(made["trainer_state"])
             do(
@@ -52,6 +52,7 @@ def begin(experiment: Experiment, do: Executor) -> tuple[Student, Teacher, Promp
     first = experiment.at(0)
     with do.round(0) as round:
         student_model, teacher_model, prompts = inputs(first, do)
+        do.inspect(experiment, student_model, teacher_model, prompts)
         teacher = Teacher(warmed("warmup_teacher", first.teacher, teacher_model, prompts, first, do))
         student = Student(warmed("warmup", first.student, student_model, prompts, first, do))
         do(
@@ -77,5 +78,8 @@ def warmed(label: str, config: ModelConfig, model: Artifact, prompts: Prompts, e
     """The model after its warm-up, or as it came."""
     if config.warmup is None:
         return model
-    made = do(label, warmup_work, config.warmup, model=model, prompts=prompts, seed=e.seed, plugins=e.plugin_sources)
+    made = do(
+        label, warmup_work, config.warmup,
+        model=model, prompts=prompts, seed=e.seed, source=config.source, plugins=e.plugin_sources,
+    )  # fmt: skip
     return made["student"]

@@ -176,7 +176,14 @@ def cross_problems(e: Experiment) -> list[str]:
     for name, model in (("student", e.student), ("teacher", e.teacher)):
         if model.warmup is not None and e.prompts.warmup is None:
             problems.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
-    rows, positions = declared_sizes(e.student.source)
+    problems += signal_problems(e.supervise, e.objective.needs().signals)
+    problems += size_problems(e, *declared_sizes(e.student.source), declared_sizes(e.teacher.source)[0])
+    return problems
+
+
+def size_problems(e: Experiment, rows: int | None, positions: int | None, teacher_rows: int | None) -> list[str]:
+    """What does not fit models of these sizes: the student's vocabulary rows and positions, the teacher's rows; None: unknown."""
+    problems: list[str] = []
     for section, length in (
         ("rollout", e.rollout.max_completion_length),
         ("evaluate", e.evaluate.max_completion_length),
@@ -186,13 +193,12 @@ def cross_problems(e: Experiment) -> list[str]:
                 f"{section}.max_completion_length: {length} leaves no room for a prompt in the student's"
                 f" max_position_embeddings, {positions}"
             )
-    problems += signal_problems(e.supervise, e.objective.needs().signals)
     for need in e.objective.needs().signals:
         if rows and need.k and need.k > rows:
             side = getattr(e.objective, "side", None)
             where = "trust_region" if side is not None and side.support.k == need.k else "support"
             problems.append(f"objective.{where}.k: {need.k} is above the vocabulary of {rows}")
-    support, sizes = getattr(e.objective, "support", None), (rows, declared_sizes(e.teacher.source)[0])
+    support, sizes = getattr(e.objective, "support", None), (rows, teacher_rows)
     if isinstance(support, FullSupport) and all(sizes) and support.k < (least := min(filter(None, sizes))):
         problems.append(
             f"objective.support.k: full support means every id, but k is {support.k} and the vocabulary has {least}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from storage.errors import InputError
 from storage.store import Artifact, ArtifactSpec, Builder
+from tasks.inputs.models import ModelSource, dropout_identity
 from tasks.losses.config import AnyObjective
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.signals import signal_named
@@ -33,12 +34,14 @@ def train_work(
     signals: Mapping[str, Artifact],
     seed: int,
     round: int,
+    source: ModelSource | None = None,
     plugins: Mapping[str, str] = NO_PLUGINS,
 ) -> Work:
     """Work with the outputs `student` (tree model), `trainer_state` (tree state) and `train` (table training_steps).
 
     Steps, learning rate and moments go on from `state`; without one they start at step 0 from the student's weights.
-    `plugins`: the run's, name -> digest of the source.
+    `source`: of the first student, whose config says whether dropout is to be turned off. `plugins`: the run's, name -> digest of
+    the source.
     Raises InputError when the state belongs to another student, or a signal that the objective needs is not given."""
     needed = {need.name: need for need in objective.needs().signals}
     missing = sorted(set(needed) - set(signals))
@@ -58,6 +61,7 @@ def train_work(
     if state is not None:
         inputs["state"] = state.content["state"]
     identity: dict[str, Any] = {"config": config, "objective": objective, "seed": seed, "round": round}
+    identity |= dropout_identity(source, config.dropout)
     loaded = [type(signal_named(name)) for name in used]
     identity |= forward_identity(config)
     if brought := used_plugins(plugins, "trainer", config=objective, classes=loaded):

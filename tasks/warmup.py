@@ -7,6 +7,7 @@ from typing import Any
 
 from storage.errors import InputError
 from storage.store import Artifact, ArtifactSpec, Builder
+from tasks.inputs.models import ModelSource, dropout_identity
 from tasks.losses.config import SftConfig
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.stage import Context, Prompts, Work, model_inputs
@@ -24,11 +25,13 @@ def warmup_work(
     model: Artifact,
     prompts: Prompts,
     seed: int,
+    source: ModelSource | None = None,
     plugins: Mapping[str, str] = NO_PLUGINS,
 ) -> Work:
     """Work with the outputs `student` (tree model; the teacher's warm-up makes one too) and `warmup` (training_steps).
 
-    `plugins`: the run's, name -> digest of the source. Raises InputError when there are no prompts of the split `warmup`."""
+    `source`: of the model (see `train_work`). `plugins`: the run's, name -> digest of the source. Raises InputError when there
+    are no prompts of the split `warmup`."""
     if "prompts:warmup" not in prompts.content:
         raise InputError("warmup: there are no prompts of split warmup; give prompts.warmup rows with a `completion`")
     objective = SftConfig()
@@ -37,7 +40,7 @@ def warmup_work(
         "prompts": prompts.content["prompts:warmup"],
     }
     identity: dict[str, Any] = {"config": config, "objective": objective, "seed": seed}
-    identity |= forward_identity(config)
+    identity |= forward_identity(config) | dropout_identity(source, config.dropout)
     if brought := used_plugins(plugins, "trainer"):
         identity["plugins"] = brought
     outputs = {name: ArtifactSpec.of(name, VERSION, identity, inputs) for name in ("student", "warmup")}

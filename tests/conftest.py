@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -196,7 +197,10 @@ def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Wor
     from trainer_world import launch_trainer  # imports torch
 
     folder = tmp_path_factory.mktemp("trainers")
-    with ThreadPoolExecutor(2) as pool:
+    temporary = tempfile.mkdtemp(prefix="opd t#m?%20-")  # characters that end a URL's path, or stand for others in it
+    with ThreadPoolExecutor(2) as pool, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", temporary)
         one, two = pool.map(lambda ranks: launch_trainer(ranks, folder / f"{ranks}.log", ["extra_credits"]), (1, 2))
         yield {1: one, 2: two}
         list(pool.map(Worker.close, (one, two)))
+    shutil.rmtree(temporary)

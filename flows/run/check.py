@@ -9,6 +9,7 @@ from pathlib import Path
 from flows.distill import inputs
 from flows.experiment import Experiment, dtype_warning, with_plugins
 from flows.run.executor import Maker
+from flows.run.preflight import Known, findings, require
 from flows.run.progress import SilentReporter
 from flows.run.runner import bytes_per_round
 from storage.errors import ConfigError
@@ -51,6 +52,9 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
             audit.require()
             _, _, prompts = inputs(experiment, maker)
             yield from _prompts(prompts)
+            found = findings(Known.of(experiment, store, student, teacher, prompts))
+            yield from (f"note: {finding.text}" for finding in found if not finding.refused)
+            require(found)
     yield (
         f"a round: {experiment.rollout.prompts_per_round * experiment.rollout.num_generations:,} completions,"
         f" {experiment.steps_per_round:,} optimizer steps, at most {bytes_per_round(experiment) / 2**20:,.1f} MiB of"

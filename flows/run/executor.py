@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, Protocol, cast
 
+from flows.experiment import Experiment
 from flows.run.lineage import Lineage, Origin, Rebuild, artifacts_in, rebuild, require_plugins
 from storage.disk.redact import redact
 from storage.errors import InputError
@@ -39,6 +40,9 @@ class Executor(Protocol):
 
     def __call__(self, label: str, make: Callable[P, Work], *args: P.args, **inputs: P.kwargs) -> Made:
         """The outputs of the stage that `make(*args, **inputs)` describes: its config first, all else by keyword."""
+
+    def inspect(self, experiment: Experiment, student: Artifact, teacher: Artifact, prompts: Artifact) -> None:
+        """Check models and prompts before the first stage that needs a worker runs."""
 
     def round(self, number: int) -> Any:
         """A context that yields a `RoundScope`."""
@@ -123,6 +127,9 @@ class Planner:
         self.lineage.note(self._round, label, work, given, found)
         return found
 
+    def inspect(self, experiment: Experiment, student: Artifact, teacher: Artifact, prompts: Artifact) -> None:
+        """A plan starts nothing, so nothing is checked."""
+
     def _mark(self, again: list[Rebuild]) -> None:
         places = {(item.origin.round, item.origin.label) for item in again}
         for line in self.lines:
@@ -193,6 +200,20 @@ class Maker:
         self.lineage = Lineage(store)
         self._restored_round, self._after_round = restore, after_round
         self._round = RoundState(round=0)
+        self._inspection: Callable[[], None] | None = None
+
+    def inspect(self, experiment: Experiment, student: Artifact, teacher: Artifact, prompts: Artifact) -> None:
+        """Check models and prompts once, when the first stage that needs a worker is about to run: InputError for what would
+        fail. Notes go to the log and the reporter."""
+
+        def inspection() -> None:
+            from flows.run.preflight import Known, preflight
+
+            context = self._context(0, "check")
+            known = Known.of(experiment, self.store, student, teacher, prompts)
+            preflight(known, lambda text: context.say("check", text))
+
+        self._inspection = inspection
 
     @contextmanager
     def round(self, number: int) -> Iterator[Maker]:
@@ -240,6 +261,9 @@ class Maker:
         self._note(label, StageState(state="running", artifacts=keys, started=time.strftime("%Y-%m-%dT%H:%M:%S%z")))
         try:
             with self._whole(artifacts_in(inputs)):
+                if self._inspection is not None:
+                    inspection, self._inspection = self._inspection, None
+                    inspection()
                 found |= self._build(label, work, found, context)
         except BaseException as error:
             seconds = time.monotonic() - started

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from storage.errors import InputError
-from tasks.engines.hf_folder import SAFE_LOADING, changed_logits
+from tasks.engines.hf_folder import changed_logits, load_causal_lm, model_rows, positions
 from tasks.engines.teacher import Passage
 
 _PROBE_IDS = 4
@@ -45,26 +45,16 @@ class LoadedModel:
     Raises InputError for a checkpoint that does not load, or whose logits are more than head times hidden state."""
 
     def __init__(self, path: Path, dtype: str, device: torch.device, devices: int = 1) -> None:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
         self.path, self.device = path, device
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=getattr(torch, dtype), device_map=placement(device, devices), **SAFE_LOADING
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path}: transformers cannot load it ({error})") from error
+        model = load_causal_lm(path, getattr(torch, dtype), device_map=placement(device, devices))
         self._model = model.eval().requires_grad_(False)
         head = self._model.get_output_embeddings()
         if head is None or self._model.base_model is self._model:
             raise InputError(f"{path}: no causal language model with an output head ({type(model).__name__})")
         self.head: nn.Module = head
-        text = model.config.get_text_config()
-        self.rows = int(text.vocab_size)
-        self.positions: int | None = getattr(text, "max_position_embeddings", None)
-        if changed := changed_logits(text):
+        self.rows = model_rows(path)
+        self.positions = positions(model.config)
+        if changed := changed_logits(model.config):
             self._refuse(f"{changed} in its config")
         self._check_head()
 

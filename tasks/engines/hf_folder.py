@@ -1,50 +1,194 @@
-"""Reads a checkpoint's configs: vocabulary, positions, stop tokens, fields that change logits. Reads no weights."""
+"""Checkpoint folders: the one reader of config.json, and the one loader of weights for scorer, trainer and weight proof."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from storage.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
 
 SAFE_LOADING: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
 """Arguments of every `from_pretrained` that reads weights: no network, no code of the checkpoint, no pickle."""
 _LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
 """Config fields that change logits after the output head, with the values at which they do nothing."""
+_POSITIONS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_sequence_length",
+    "max_seq_length", "seq_len",
+)  # fmt: skip
+"""Names of the number of positions: the first covers most architectures (`attribute_map`), vLLM reads the others too."""
+_RANDOM = ("drop", "jitter")
+"""Parts of the names of config fields that make a forward in training mode random."""
+_OTHER_HEADS = ("classif", "summary")
+"""Parts of the names of dropout fields that no causal language model reads."""
 
 
-def changed_logits(config: Any) -> str | None:
-    """The field of a transformers config, with its value, that makes logits more than head times hidden state; None without
-    one."""
+def read_config(path: Path) -> PretrainedConfig:
+    """config.json as transformers reads it, with the architecture's defaults. InputError when it cannot be read."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise InputError(f"{path}: transformers cannot read its config ({error})") from error
+    return config
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a config that describes the language model: of a multimodal one the text part."""
+    text: PretrainedConfig = config.get_text_config(decoder=True)
+    return text
+
+
+def config_of(fields: dict[str, Any]) -> PretrainedConfig | None:
+    """The config of an architecture given by fields, `model_type` among them. None where they are invalid, which
+    `tasks.inputs.models.transformers_config` reports."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    given = dict(fields)
+    try:
+        config: PretrainedConfig = CONFIG_MAPPING[given.pop("model_type")](**given)
+    except (StrictDataclassError, ValueError, TypeError, KeyError):
+        return None
+    return config
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object as it stands in the file. InputError when it cannot be read or is none."""
+    try:
+        found = json.loads(file.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: missing; a checkpoint needs it") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not JSON ({error})") from error
+    return found
+
+
+def declared(path: Path, name: str) -> Any:
+    """A field as config.json itself states it, in the text part first; None where it does not. InputError when the file cannot be
+    read."""
+    config = read_json(path / "config.json")
+    text = config.get("text_config")
+    return {**config, **(text if isinstance(text, dict) else {})}.get(name)
+
+
+def model_rows(path: Path) -> int:
+    """Rows of a checkpoint's vocabulary. InputError when its config cannot be read or has none."""
+    rows = text_config(read_config(path)).vocab_size
+    if not isinstance(rows, int) or rows < 1:
+        raise InputError(f"{path / 'config.json'}: vocab_size must be a positive number, found {rows!r}")
+    return rows
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """The longest sequence that an architecture can read, in tokens; None where it has no limit."""
+    text = text_config(config)
+    found = [getattr(text, name, None) for name in _POSITIONS]
+    return min((value for value in found if isinstance(value, int) and value > 0), default=None)
+
+
+def check_length(path: Path, longest: int) -> None:
+    """Raises InputError when the model's positions do not suffice for `longest`, a prompt with its completion (tokens)."""
+    limit = positions(read_config(path))
+    if limit is not None and longest > limit:
+        raise InputError(
+            f"max_completion_length: the longest prompt with its completion has {longest} tokens, more than the {limit}"
+            f" positions of {path}; lower it, or let prepare filter long prompts (prompts.max_prompt_length)"
+        )
+
+
+def changed_logits(config: PretrainedConfig) -> str | None:
+    """The field of a config, with its value, that makes logits more than head times hidden state; None without one."""
+    text = text_config(config)
     for name, neutral in _LOGIT_CHANGES.items():
-        value = getattr(config, name, None)
+        value = getattr(text, name, None)
         if value is not None and value != neutral:
             return f"{name}: {value}"
     return None
 
 
-def vocabulary_rows(path: Path) -> int:
-    """Rows of a checkpoint's vocabulary, from its config alone. Read by transformers, which fills in the architecture's default
-    where the field is missing. InputError when the config cannot be read."""
-    from transformers import AutoConfig
+def _parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    from transformers import PretrainedConfig
+
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PretrainedConfig):
+            yield from _parts(value)
+
+
+def _is_random(name: str, value: Any) -> bool:
+    named = any(part in name for part in _RANDOM) and not any(part in name for part in _OTHER_HEADS)
+    return named and isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def dropout_fields(config: PretrainedConfig) -> dict[str, float]:
+    """The fields of a config that drop or disturb values in training, and are not 0."""
+    return {n: float(v) for part in _parts(config) for n, v in vars(part).items() if _is_random(n, v)}
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """The same config object with every field of `dropout_fields` at 0."""
+    for part in _parts(config):
+        for name, value in list(vars(part).items()):
+            if _is_random(name, value):
+                setattr(part, name, type(value)(0))
+    return config
+
+
+def attention(config: PretrainedConfig) -> Literal["sdpa", "eager"]:
+    """transformers' implementation of attention for an architecture, the same in scorer, trainer and weight proof: sdpa where
+    the architecture has it, else eager (sdpa knows no soft cap). InputError for one without a causal language model."""
+    from transformers import AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: transformers cannot read its config ({error})") from error
-    return int(config.get_text_config().vocab_size)
+        kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError as error:
+        raise InputError(f"transformers has no causal language model of type {config.model_type!r}") from error
+    capped = getattr(text_config(config), "attn_logit_softcapping", None) is not None
+    return "sdpa" if kind._supports_sdpa and not capped else "eager"
 
 
-def check_length(config: dict[str, Any], path: Path, longest: int) -> None:
-    """Raises InputError when the model's positions do not suffice for `longest`, a prompt with its completion (tokens)."""
-    limit = longest_sequence(config, path)
-    if longest > limit:
-        raise InputError(
-            f"max_completion_length: the longest prompt with its completion has {longest} tokens, more than the {limit}"
-            f" positions of {path}; lower it, or let prepare filter long prompts (prompts.max_prompt_length)"
+def load_causal_lm(
+    path: Path, dtype: torch.dtype, *, dropout: bool = True, device_map: dict[str, int] | str | None = None
+) -> PreTrainedModel:
+    """The checkpoint's causal language model, on the CPU or where transformers' `device_map` puts it. With `dropout` False its
+    config says 0 for every dropout.
+
+    InputError when it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = read_config(path)
+    if not dropout:
+        config = without_dropout(config)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention(config),
+            device_map=device_map,
+            **SAFE_LOADING,
         )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not a causal language model that transformers can load ({error})") from error
+    return model
+
+
+def read_generation(path: Path) -> dict[str, Any] | None:
+    """generation_config.json; None where there is none. InputError when it is not a JSON object."""
+    source = path / "generation_config.json"
+    return read_json(source) if source.is_file() else None
 
 
 def stop_token_ids(path: Path, policy: str | Sequence[int], tokenizer_eos: int | None) -> list[int]:
@@ -52,27 +196,21 @@ def stop_token_ids(path: Path, policy: str | Sequence[int], tokenizer_eos: int |
     there is none: of config.json). Raises InputError when there is none at all."""
     if policy != "eos":
         return sorted({int(token) for token in policy})
-    source = path / "generation_config.json"
-    declared = (json.loads(source.read_text()) if source.is_file() else read_config(path)).get("eos_token_id")
-    ids = {int(token) for token in (declared if isinstance(declared, list) else [declared]) if token is not None}
+    generation = read_generation(path)
+    named = declared(path, "eos_token_id") if generation is None else generation.get("eos_token_id")
+    ids = {int(token) for token in (named if isinstance(named, list) else [named]) if token is not None}
     ids |= {tokenizer_eos} if tokenizer_eos is not None else set()
     if not ids:
         raise InputError(f"stop_token_ids: {path} names no end-of-sequence token; give the ids explicitly")
     return sorted(ids)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json, the text part of a multimodal one unfolded. Raises InputError when it cannot be read."""
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no readable config.json ({error})") from error
-    return {**config, **config.get("text_config", {})}
-
-
-def longest_sequence(config: dict[str, Any], path: Path) -> int:
-    """Positions of the model. InputError when the config does not give them."""
-    limit = config.get("max_position_embeddings")
-    if not isinstance(limit, int) or limit < 1:
-        raise InputError(f"{path / 'config.json'}: max_position_embeddings is {limit!r}; a positive integer is needed")
-    return limit
+def check_stop_ids(ids: Sequence[int], rows: int, path: Path, section: str) -> None:
+    """Raises InputError for stop ids past the model's rows: it cannot write these."""
+    beyond = [token for token in ids if not 0 <= token < rows]
+    if beyond:
+        usable = [token for token in ids if token not in beyond]
+        raise InputError(
+            f"{section}.stop_token_ids: {path} cannot write {', '.join(map(str, beyond))} (its vocabulary has {rows} rows);"
+            f" give ids that it can write" + (f", for example {section}.stop_token_ids: {usable}" if usable else "")
+        )

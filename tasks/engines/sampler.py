@@ -11,6 +11,7 @@ temperature 0 the model's own)."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import logging
@@ -19,6 +20,7 @@ import os
 import traceback
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,16 @@ from storage.identity import derive_seed
 from storage.schemas import schema_for
 from storage.store import Store
 from tasks.behaviours import Behaviour, Completion, Draw, Drawn, Start, behaviour_of
-from tasks.engines.hf_folder import check_length, longest_sequence, read_config, stop_token_ids
-from tasks.engines.weight_proof import judge_probes, judge_weights, one_reference
+from tasks.engines.hf_folder import (
+    check_length,
+    check_stop_ids,
+    model_rows,
+    positions,
+    read_config,
+    stop_token_ids,
+    text_config,
+)
+from tasks.engines.weight_proof import StaleWeights, judge_probes, judge_weights, one_reference
 from tasks.inputs.tokenizers import load_tokenizer
 from tasks.rollout_config import Dtype
 from tasks.workers.jobs import SampleJob, SampleResult, SampleShard, Sampling, ShardDone
@@ -166,6 +176,8 @@ class Sampler:
         self._shape: dict[str, Any] = {}
         self._tokenizer: Any = None
         self._vocabulary = 0
+        self._reloads = True
+        """Whether weights of this architecture can be reloaded in place, as far as is known."""
         self._stopped_by: list[int] | None = None
         within = settings.get("in_process")
         self.in_process = self.on_cpu if within is None else bool(within)
@@ -228,16 +240,13 @@ class Sampler:
     def _prepare(self, job: SampleJob) -> None:
         """Load the job's weights into the engine, with room for its longest sequence."""
         path = Path(job.model.path)
-        check_length(read_config(path), path, job.longest)
+        check_length(path, job.longest)
         self._load(path, job.model.weights, job.dtype, job.longest)
 
     def _stop_ids(self, job: SampleJob, sampling: Sampling) -> list[int]:
         """The ids that end a completion. InputError for ids that the model does not have."""
         found = stop_token_ids(Path(job.model.path), sampling.stop_token_ids, self._tokenizer.eos_token_id)
-        if not all(0 <= token < self._vocabulary for token in found):
-            raise InputError(
-                f"stop_token_ids: {found} has ids that {job.model.path} (vocabulary of {self._vocabulary}) cannot write"
-            )
+        check_stop_ids(found, self._vocabulary, Path(job.model.path), job.target.stage)
         self._stopped_by = found
         return found
 
@@ -365,10 +374,10 @@ class Sampler:
     # --- weights -------------------------------------------------------------------------------------------------
 
     def _load(self, path: Path, weights: str, dtype: Dtype, length: int) -> None:
-        """Load the checkpoint: reload in place, or rebuild the engine where that would be wrong; then prove the weights."""
-        architecture = {
-            k: v for k, v in read_config(path).items() if k not in ("_name_or_path", "transformers_version")
-        }
+        """Load the checkpoint: reload in place, or rebuild the engine where that would be wrong; then prove the weights. A reload
+        that fails or leaves other weights is followed by one rebuild."""
+        config = read_config(path)
+        architecture = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
         shape = {"dtype": dtype, "architecture": architecture}
         same_shape = self.llm is not None and self._shape == shape and length <= self.llm.model_config.max_model_len
         if same_shape and self._weights == weights:
@@ -377,20 +386,35 @@ class Sampler:
         if actual != weights:
             raise InputError(f"{path}: the weights' digest is {actual[:16]}…, the job asks for {weights[:16]}…")
         self._weights = None
+        self._vocabulary = model_rows(path)
+        self._reloads = self._reloads or self._shape != shape
         # an output head tied to the embeddings keeps the old weights when vLLM reloads them in place
-        if same_shape and not architecture.get("tie_word_embeddings", False):
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
-            change = "reloaded"
-        else:
+        tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, text_config(config)))
+        reloaded = same_shape and not tied and self._reloads and self._reload(path, dtype)
+        if not reloaded:
             self.close()
             self._build(path, dtype, length)
             self._shape = shape
-            change = "built"
+            self.prove(path, dtype)
         self._tokenizer = load_tokenizer(path)
-        self._vocabulary = int(architecture["vocab_size"])
-        self.prove(path, dtype)
-        self.proof = {"weights": weights, "change": change, **self.proof}
+        self.proof = {"weights": weights, "change": "reloaded" if reloaded else "built", **self.proof}
         self._weights = weights
+
+    def _reload(self, path: Path, dtype: Dtype) -> bool:
+        """Reload the weights in place and prove them. False where the engine then does not hold the checkpoint, now and for later
+        weights of this architecture: vLLM keeps packed copies of some layers (experts, for example)."""
+        try:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+            self.prove(path, dtype)
+        except InputError:
+            raise
+        except StaleWeights as error:
+            print(f"a new engine is built, because the reloaded one is stale: {error}", flush=True)
+            self._reloads = False
+        except Exception:  # whatever vLLM raises: a new engine decides
+            traceback.print_exc()
+            self._reloads = False
+        return self._reloads
 
     def prove(self, path: Path, dtype: str) -> None:
         """Prove that the engine computes with the checkpoint in `path`; sets `proof`. Raises StaleWeights."""
@@ -403,7 +427,7 @@ class Sampler:
                 self.proof |= self._probe(path, dtype)
 
     def _probe(self, path: Path, dtype: str) -> dict[str, Any]:
-        vocabulary = int(read_config(path)["vocab_size"])
+        vocabulary = self._vocabulary
         prompts = [[derive_seed("probe", i, j) % vocabulary for j in range(_PROBE_PROMPT)] for i in range(_PROBES)]
         shard = OpenShard(SampleShard(0, Sampling(1.0, 1.0, 0, _PROBE_TOKENS, []), []), [])
         asks = {i: Draw(tuple(prompts[i]), _PROBE_TOKENS, derive_seed("probe", i)) for i in range(_PROBES)}
@@ -416,9 +440,20 @@ class Sampler:
             if (problem := _problem(output, vocabulary)) is not None:
                 raise SamplingFailed(f"a probe after a weight change failed: {problem}")
         sequences = [(prompt, [int(t) for t in out.token_ids]) for prompt, out in zip(prompts, outputs, strict=True)]
-        result = judge_probes(path, sequences, [_logprobs(output) for output in outputs], dtype)
+        with self._outside_engine():
+            result = judge_probes(path, sequences, [_logprobs(output) for output in outputs], dtype)
         self.llm.reset_prefix_cache()
         return result
+
+    def _outside_engine(self) -> AbstractContextManager[None]:
+        """In the block transformers' models can be built in this process: for architectures without a model of its own vLLM
+        decorates transformers' class, which then needs a vLLM config, here one that compiles nothing."""
+        from vllm.config import CompilationConfig, CompilationMode, set_current_vllm_config
+
+        config = copy.copy(self.llm.llm_engine.vllm_config)
+        config.compilation_config = CompilationConfig(mode=CompilationMode.NONE)
+        context: AbstractContextManager[None] = set_current_vllm_config(config)
+        return context
 
     def _build(self, path: Path, dtype: Dtype, length: int) -> None:
         from vllm import LLM
@@ -430,8 +465,8 @@ class Sampler:
         if not self.on_cpu and current_platform.is_cpu():
             raise ConfigError("runtime.device: cuda, but the installed vllm is built for CPU; see make setup EXTRA=gpu")
         setting = self.settings.get
-        limit = longest_sequence(read_config(path), path)
-        length = min(max(32, 1 << (length - 1).bit_length()), limit)  # room, so that a later job seldom needs a rebuild
+        length = max(32, 1 << (length - 1).bit_length())  # room, so that a later job seldom needs a rebuild
+        length = min(length, positions(read_config(path)) or length)
         sequences = int(setting("max_num_seqs", 256))
         machine: dict[str, Any]
         if self.on_cpu:
@@ -507,11 +542,23 @@ def _problem(output: Any, vocabulary: int) -> str | None:
     return None
 
 
+_HARMLESS = {
+    "vllm.renderers.base": "Chat template warmup failed",
+    "vllm.v1.worker.cpu_worker": "",
+    "vllm.model_executor.model_loader.reload.layerwise": "RotaryEmbedding: Failed to load weights",
+}
+"""Logger -> part of its warnings that mean nothing here: there is no tokenizer (ids go in and come out), no preloaded allocator,
+and no checkpoint holds the tables of rotary embeddings, which are computed."""
+
+
+def _means_something(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.WARNING or _HARMLESS[record.name] not in record.getMessage()
+
+
 def _quieten() -> None:
-    """Silence warnings that mean nothing here: no tokenizer (ids go in and come out), no preloaded allocator, and
-    rotary tables that no checkpoint holds ("failed to load"; whether weights arrived is proven, not read in a log)."""
-    for name in ("renderers.base", "v1.worker.cpu_worker", "model_executor.model_loader.reload.layerwise"):
-        logging.getLogger(f"vllm.{name}").setLevel(logging.ERROR)
+    """Silence warnings that mean nothing here. By filters: every engine configures vLLM's logging anew, which resets levels."""
+    for name in _HARMLESS:
+        logging.getLogger(name).addFilter(_means_something)  # added once, however often it is called
 
 
 def _prepare_environment(on_cpu: bool, eager: bool, threads: int) -> None:

@@ -134,9 +134,9 @@ class LocalTeacher(TeacherBackend):
     capabilities = Capabilities()
 
     def rows(self, folder: Path) -> int:
-        from tasks.engines.hf_folder import vocabulary_rows
+        from tasks.engines.hf_folder import model_rows
 
-        return vocabulary_rows(folder)
+        return model_rows(folder)
 
     def open(self, folder: Path, dtype: str, host: Host) -> Teacher:
         from tasks.engines.local import LocalModel

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import nn
 
 from storage.errors import InputError, OpdError
-from tasks.engines.hf_folder import SAFE_LOADING
+from tasks.engines.hf_folder import load_causal_lm
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
@@ -34,6 +34,8 @@ TOLERANCE = {"float32": 1e-4}
 """By engine dtype: the largest difference of a probe's log-probability, in nats, that rounding explains."""
 TOLERANCE_LOW_PRECISION = 0.5
 """The same for 16-bit engines, whose rounding hides small changes: there the comparison of parameters is the proof."""
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+"""Ends of the names of the tensor that a tied output head shares."""
 _ROWS = 256
 _EXPERTS = ("w13_weight", "w2_weight")
 _EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -51,8 +53,9 @@ class EngineWeights:
     def opd_compare_weights(self, path: str) -> dict[str, Any]:
         """Compare this worker's parameters with the checkpoint in the directory `path`.
 
-        Returns counts and names: compared (parameters), elements, differing (names with the largest difference),
-        unproven (parameters of a kind whose layout is not known here), unread (tensors that no parameter came from)."""
+        Returns counts and names: compared (parameters), elements, differing (names with the largest difference), unproven
+        (parameters of a kind whose layout is not known here, or with the checkpoint's values in another order), unread (tensors
+        that no parameter came from)."""
         model = self.model_runner.get_model()  # type: ignore[attr-defined]  # the worker's, which extends this class
         with torch.inference_mode():
             return compare_weights(model, Path(path))
@@ -75,15 +78,21 @@ def compare_weights(model: nn.Module, path: Path) -> dict[str, Any]:
             known.add(full)
             pairs = of_experts.get(parameter) or _pairs(module, name, parameter, packed, checkpoint)
             for how, actual, expected in pairs:
-                if expected is None or actual.shape != expected.shape:
+                if expected is None or actual.numel() != expected.numel():
                     unproven.append(full)
                     continue
                 compared += 1
                 elements += actual.numel()
                 expected = expected.to(actual.device, actual.dtype)
-                if not torch.equal(actual, expected):
-                    gap = (actual.float() - expected.float()).abs().max().item()
-                    differing.append(f"{full}{how} (up to {gap:.3g})")
+                if actual.shape == expected.shape and torch.equal(actual, expected):
+                    continue
+                mine, theirs = (tensor.flatten().float().sort().values for tensor in (actual, expected))
+                if torch.equal(mine, theirs):
+                    unproven.append(
+                        full
+                    )  # the checkpoint's values in another order: the probes show whether it is the right one
+                else:
+                    differing.append(f"{full}{how} (up to {(mine - theirs).abs().max().item():.3g})")
     unproven += [name for name, _ in model.named_parameters() if name not in known]
     return {
         "compared": compared,
@@ -111,10 +120,13 @@ class _Checkpoint:
         self._read: set[str] = set()
 
     def get(self, name: str) -> torch.Tensor | None:
-        """The tensor of this name; the output head's falls back to the embedding's (tied embeddings)."""
+        """The tensor of this name; the output head's falls back to the embedding's (tied embeddings), any to the name that the
+        backbone alone gives it."""
         if name not in self._files and name.endswith("lm_head.weight"):
-            tied = [other for other in self._files if other.endswith("embed_tokens.weight")]
+            tied = [other for other in self._files if other.endswith(_EMBEDDINGS)]
             name = tied[0] if len(tied) == 1 else name
+        if name not in self._files:
+            name = name.partition(".")[2]
         if name not in self._files:
             return None
         self._read.add(name)
@@ -145,18 +157,19 @@ def _pairs(
     stem, _, leaf = name.rpartition(".")
     prefix = f"{stem}." if stem else ""
     parts = [checkpoint.get(f"{prefix}{part}.{parameter}") for part in packed.get(leaf, [leaf])]
-    held = getattr(module, parameter)
+    held, embedding = getattr(module, parameter), hasattr(module, "shard_indices")
     present = [part for part in parts if part is not None]
     if len(present) < len(parts):
         yield "", held, None
         return
     expected = _share(module, parameter, present)
     if parameter == "weight" and hasattr(module, "cpu_linear") and expected.ndim == 2 and not _lookup_only(module):
-        effective = read_back(module, expected.shape[1], held.dtype)
-        yield " as multiplied with", effective[: expected.shape[0]], expected
+        # the layer's own width: its kernel does not check that of what it is given, and the checkpoint may have it transposed
+        effective = read_back(module, _inputs(module, expected.shape[1]), held.dtype)
+        yield " as multiplied with", effective[: expected.shape[0]] if embedding else effective, expected
         if held.numel() == 0:
             return  # only the packed copy exists
-    if hasattr(module, "shard_indices"):
+    if embedding:
         held = held[: expected.shape[0]]  # rows past the vocabulary are padding
     yield "", held, expected
 
@@ -226,6 +239,14 @@ def read_back(module: nn.Module, columns: int, dtype: torch.dtype) -> torch.Tens
     return torch.cat(rows).T
 
 
+def _inputs(module: nn.Module, default: int) -> int:
+    """The width of what a layer multiplies with, on this rank."""
+    for name in ("input_size_per_partition", "input_size", "embedding_dim"):
+        if isinstance(getattr(module, name, None), int):
+            return int(getattr(module, name))
+    return default
+
+
 def _lookup_only(module: nn.Module) -> bool:
     """Whether an embedding is only looked up; the output head is multiplied with."""
     return hasattr(module, "shard_indices") and type(module).__name__ == "VocabParallelEmbedding"
@@ -289,11 +310,7 @@ def one_reference(path: Path) -> Iterator[None]:
 
 def reference_logprobs(path: Path, sequences: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
     """Log-probabilities of completions by transformers in float32 on CPU: one tensor (T,) per (prompt, completion)."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **SAFE_LOADING).eval()
+    model = load_causal_lm(path, torch.float32).eval()
     result = []
     with torch.inference_mode():
         for prompt, completion in sequences:

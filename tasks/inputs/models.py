@@ -5,7 +5,6 @@ All three become a `model` artifact with the tree `model`: safetensors, configs,
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from storage.artifacts.trees import external_files
 from storage.errors import ConfigError, InputError, did_you_mean
 from storage.identity import Identity, derive_seed
 from storage.store import ArtifactSpec, Builder
+from tasks.engines.hf_folder import config_of, dropout_fields, read_config, read_json
 from tasks.inputs.tokenizers import BYTE_IDS, build_byte_tokenizer, load_tokenizer
 from tasks.stage import Context, Work
 
@@ -117,22 +117,35 @@ def _work(spec: ArtifactSpec, build: Callable[[Builder, Context], None]) -> Work
 
 
 def declared_sizes(source: CheckpointModel | HubModel | ArchitectureModel) -> tuple[int | None, int | None]:
-    """(vocabulary rows, positions) from the architecture's fields or the checkpoint's config.json; None where unknown before
-    loading."""
-    if isinstance(source, HubModel):
+    """(vocabulary rows, positions) as an architecture's fields state them; None where they do not, and for folders: what their
+    config.json says is checked by `flows.run.preflight`."""
+    if not isinstance(source, ArchitectureModel):
         return None, None
-    if isinstance(source, CheckpointModel):
-        try:
-            config = json.loads((source.path / "config.json").read_bytes())
-        except (OSError, ValueError):
-            return None, None  # `model_work` reports what is wrong with the folder
-        config = config.get("text_config") or config
-    else:
-        config = dict(source.config)
-        if isinstance(source.tokenizer, ByteTokenizer):
-            config.setdefault("vocab_size", -(-BYTE_IDS // ROW_MULTIPLE) * ROW_MULTIPLE)
+    config = dict(source.config)
+    if isinstance(source.tokenizer, ByteTokenizer):
+        config.setdefault("vocab_size", -(-BYTE_IDS // ROW_MULTIPLE) * ROW_MULTIPLE)
     rows, positions = config.get("vocab_size"), config.get("max_position_embeddings")
     return rows if isinstance(rows, int) else None, positions if isinstance(positions, int) else None
+
+
+def live_dropout(source: CheckpointModel | HubModel | ArchitectureModel) -> dict[str, float]:
+    """The fields by which the model's config drops values in training, and that are not 0. Empty for a Hub model that is not in
+    the local cache."""
+    if isinstance(source, ArchitectureModel):
+        config = config_of(source.config)
+        return {} if config is None else dropout_fields(config)
+    if isinstance(source, CheckpointModel):
+        return dropout_fields(read_config(source.path))
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source.repo, "config.json", revision=source.revision)
+    return dropout_fields(read_config(Path(found).parent)) if isinstance(found, str) else {}
+
+
+def dropout_identity(source: CheckpointModel | HubModel | ArchitectureModel | None, dropout: bool) -> dict[str, str]:
+    """What a training's identity has because the dropout of the model's config is off. Empty where the config has none: earlier
+    versions trained with dropout, so only these results differ."""
+    return {"dropout": "off"} if source is not None and not dropout and live_dropout(source) else {}
 
 
 # --- a folder of the user's ------------------------------------------------------------------------------------------
@@ -162,12 +175,7 @@ def _check_architecture(path: Path) -> None:
     """Raises InputError unless transformers implements the architecture: code of a checkpoint is never run."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    try:
-        config = json.loads(path.read_bytes())
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
+    config = read_json(path)
     if config.get("transformers_weights") is not None:
         raise InputError(f"{path}: transformers_weights names other weights than the hashed ones; remove the field")
     if (path.parent / "model.safetensors").is_file() and (path.parent / "model.safetensors.index.json").is_file():

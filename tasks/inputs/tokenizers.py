@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from storage.errors import InputError
 from storage.identity import Identity
+from tasks.engines.hf_folder import declared, model_rows, read_generation
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 BYTE_SPECIALS = (PAD, END, SYSTEM, USER, ASSISTANT)
@@ -254,22 +255,12 @@ def _judge_ids(
 
 
 def _facts(directory: Path, tokenizer: Any) -> TokenizerFacts:
-    config = _read_json(directory / "config.json", required=True)
-    config = config.get("text_config") or config
-    generation = _read_json(directory / "generation_config.json", required=False)
     names = {index: token for token, index in tokenizer.get_vocab().items()}
-    stops = generation.get("eos_token_id", config.get("eos_token_id"))
+    stops = (read_generation(directory) or {}).get("eos_token_id", declared(directory, "eos_token_id"))
     template = tokenizer.chat_template
-    tokens, rows = max(names) + 1, config.get("vocab_size")
-    if not isinstance(rows, int):
-        raise InputError(f"{directory / 'config.json'}: vocab_size must be a number, found {rows!r}")
-    if rows < tokens:
-        raise InputError(
-            f"{directory}: the tokenizer has {tokens} ids, the model only {rows} rows (config.json, vocab_size)"
-        )
     return TokenizerFacts(
-        tokens=tokens,
-        rows=rows,
+        tokens=max(names) + 1,
+        rows=model_rows(directory),
         eos=_named(names, tokenizer.eos_token_id),
         bos=_named(names, tokenizer.bos_token_id),
         pad=_named(names, tokenizer.pad_token_id),
@@ -300,6 +291,12 @@ def _split_difference(student: Any, teacher: Any) -> str | None:
 def _harmless(student: Any, teacher: Any, ours: TokenizerFacts, theirs: TokenizerFacts) -> Iterable[str]:
     if ours.rows != theirs.rows:
         yield f"{ours.rows} and {theirs.rows} rows: what is past the tokens is padding"
+    for side, facts in (("student", ours), ("teacher", theirs)):
+        if facts.rows < facts.tokens:
+            yield (
+                f"the {side}'s tokenizer has {facts.tokens} ids, its model {facts.rows} rows: a prompt or stop id past the rows"
+                " is refused"
+            )
     if ours.pad != theirs.pad:
         yield f"padding is {_name(ours.pad)} and {_name(theirs.pad)}: no completion holds it"
     if ours.bos != theirs.bos:
@@ -317,20 +314,6 @@ def _named(names: dict[int, str], index: int | None) -> NamedToken | None:
 
 def _name(token: NamedToken | None) -> str:
     return f"{token.token!r} (id {token.id})" if token else "nothing"
-
-
-def _read_json(path: Path, required: bool) -> dict[str, Any]:
-    if not path.is_file():
-        if required:
-            raise InputError(f"{path}: missing; a checkpoint needs it")
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: must hold a JSON object")
-    return content
 
 
 def _byte_symbols() -> dict[int, str]:

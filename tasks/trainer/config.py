@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from storage.identity import Identity
+from storage.identity import Identity, omit_at
 
 
 class LrSchedule(Identity):
@@ -108,6 +108,11 @@ class OptimizerSettings(Identity):
         "float32", description="of the weights in forward and backward, and of the export; the master is always float32"
     )
     lora: LoraSettings | None = Field(None, description="low-rank adapters instead of all weights")
+    dropout: bool = Field(
+        False,
+        description="dropout that the checkpoint's config.json has (attention_dropout, ...) acts in training; off: it is 0",
+        json_schema_extra=omit_at(False),
+    )
 
     @model_validator(mode="after")
     def _check_betas(self) -> OptimizerSettings:

@@ -6,11 +6,9 @@ the world size; DeepSpeed's scaling by accumulation steps is off, and accumulati
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
@@ -18,6 +16,7 @@ import torch.distributed as dist
 import transformers
 from accelerate import init_empty_weights
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from deepspeed.utils import set_log_level_from_string
 from safetensors import safe_open
 from torch import nn
@@ -25,26 +24,12 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from storage.errors import ConfigError
 from tasks.trainer.config import OptimizerSettings
 from tasks.trainer.data import Forward
+from tasks.trainer.deepspeed_file import deepspeed_config
 from tasks.trainer.model import TrainModule, load_model
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_BUCKET = 500_000_000
-"""DeepSpeed's own size of a bucket of gradients, in elements."""
-_OURS = {
-    "optimizer": "train.lr, betas, eps, weight_decay",
-    "scheduler": "train.schedule",
-    "gradient_clipping": "train.max_grad_norm",
-    "bf16": "train.dtype",
-    "fp16": "train.dtype (float32 or bfloat16)",
-    "train_batch_size": "train.samples_per_step",
-    "train_micro_batch_size_per_gpu": "runtime.trainer.micro_batch_tokens",
-    "gradient_accumulation_steps": "runtime.trainer.micro_batch_tokens",
-    "data_types": "train.dtype",
-    "communication_data_type": "train.dtype",
-}
 
 
 def start() -> torch.device:
@@ -62,15 +47,19 @@ def start() -> torch.device:
         _import_muon()
         # compiled with g++ at the first start and used by inference alone
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        meeting = Path(os.environ["OPD_WORKER_SOCKET"]).parent / "ranks"
-        deepspeed.init_distributed(
-            dist_backend="nccl" if cuda else "gloo",
-            auto_mpi_discovery=False,
-            init_method=f"file://{meeting}",
+        world = int(os.environ["WORLD_SIZE"])
+        # a store, not a file:// URL: the folder's name may have characters that a URL ends at
+        meeting = dist.FileStore(str(Path(os.environ["OPD_WORKER_SOCKET"]).parent / "ranks"), world)  # type: ignore[attr-defined]
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(
+            backend,
+            store=meeting,
             rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            verbose=False,
+            world_size=world,
+            timeout=default_pg_timeout,
+            device_id=device if cuda and world > 1 else None,  # as DeepSpeed would choose
         )
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # torch replaces the module by an object with this property
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -89,53 +78,15 @@ def _import_muon() -> None:
             os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
-def deepspeed_config(path: str | None, settings: OptimizerSettings, parameters: int) -> dict[str, Any]:
-    """The complete DeepSpeed configuration: the user's file (ZeRO stage, offload, buckets) and the project's settings.
-
-    bfloat16 at ZeRO stage 0 runs as stage 1, the first stage at which DeepSpeed accumulates gradients in float32.
-    Raises ConfigError for an unreadable file and for keys that the experiment's config sets."""
-    config: dict[str, Any] = {}
-    if path is not None:
-        try:
-            config = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"runtime.trainer.deepspeed: {path} is not a readable JSON file ({error})") from error
-    for key, instead in _OURS.items():
-        if key in config:
-            raise ConfigError(f"{path}: {key!r} is set by {instead}; remove it from the DeepSpeed file")
-    zero = config.setdefault("zero_optimization", {})
-    stage = zero.setdefault("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise ConfigError(f"{path}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
-    for offload in ("offload_optimizer", "offload_param"):
-        if (zero.get(offload) or {}).get("device") == "nvme":
-            raise ConfigError(f"{path}: zero_optimization.{offload}.device: nvme is not supported; use cpu")
-    if settings.dtype == "bfloat16":
-        zero["stage"] = stage = max(stage, 1)
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    zero.setdefault("reduce_bucket_size", min(max(parameters, 1), _BUCKET))
-    config |= {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "communication_data_type": "fp32",
-        "steps_per_print": None,
-        "zero_force_ds_cpu_optimizer": False,
-        # stage 0 has no step of its own: `Engine.step` clips there
-        "gradient_clipping": (settings.max_grad_norm or 0.0) if stage else 0.0,
-    }
-    return config
-
-
 def load_for(config_path: str | None, settings: OptimizerSettings, path: Path) -> PreTrainedModel:
     """The checkpoint in `path` (`load_model`), at ZeRO stage 3 in pieces: every parameter is partitioned over the ranks as it is
     made, and filled by rank 0 from the checkpoint's memory map, so that no rank ever holds the whole model. Then collective."""
-    config = deepspeed_config(config_path, settings, _BUCKET)
+    config = deepspeed_config(config_path, settings, 1)
     if config["zero_optimization"]["stage"] != 3:
-        return load_model(path, settings.dtype)
+        return load_model(path, settings.dtype, settings.dropout)
     held = HfDeepSpeedConfig(config)  # transformers keeps a weak reference and asks whether it lives
     try:
-        model = load_model(path, settings.dtype)
+        model = load_model(path, settings.dtype, settings.dropout)
     finally:
         unset_hf_deepspeed_config()
         del held

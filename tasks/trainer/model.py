@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from storage.errors import ConfigError, InputError
-from tasks.engines.hf_folder import SAFE_LOADING, changed_logits
+from storage.errors import ConfigError
+from tasks.engines.hf_folder import changed_logits, load_causal_lm
 from tasks.losses.build import Objective
 from tasks.losses.head import HeadProvider
 from tasks.losses.types import StudentView, TokenBatch
@@ -20,16 +20,11 @@ from tasks.trainer.data import Forward
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_model(path: Path, dtype: str) -> PreTrainedModel:
-    """The checkpoint at `path` on the CPU in `dtype`, in training mode.
+def load_model(path: Path, dtype: str, dropout: bool = True) -> PreTrainedModel:
+    """The checkpoint at `path` on the CPU in `dtype`, in training mode; `dropout`: that of its config acts.
 
     Raises InputError if it cannot be loaded, ConfigError for models whose logits are not head(hidden)."""
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype], attn_implementation="sdpa", **SAFE_LOADING
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a causal language model that transformers can load ({error})") from error
+    model = load_causal_lm(path, DTYPES[dtype], dropout=dropout)
     if changed := changed_logits(model.config):
         raise ConfigError(
             f"{path}: {changed} in its config changes the logits after the output head; such models are not supported"

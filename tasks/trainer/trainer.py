@@ -22,7 +22,7 @@ from storage.errors import InputError
 from storage.identity import derive_seed
 from storage.schemas import MaskReason, schema_for
 from storage.store import Store
-from tasks.engines.hf_folder import vocabulary_rows
+from tasks.engines.hf_folder import model_rows
 from tasks.losses.build import make_objective
 from tasks.losses.config import ObjectiveConfig
 from tasks.losses.head import ChunkedHead
@@ -31,7 +31,7 @@ from tasks.trainer.batching import plan_steps
 from tasks.trainer.config import OptimizerSettings, TrainConfig, TruncatedCorrection, WarmupConfig
 from tasks.trainer.data import Samples, from_prompts, from_rollouts
 from tasks.trainer.engine import Engine, load_for, start
-from tasks.trainer.export import export_student
+from tasks.trainer.export import export_student, rehearse_export
 from tasks.trainer.loop import Plan, pinned, run_steps
 from tasks.trainer.midround import Keeper
 from tasks.trainer.model import TrainModule, trainable
@@ -92,6 +92,8 @@ class Trainer:
         keeper = Keeper(job, runtime["checkpoint_minutes"])
         midway = keeper.find(len(steps), progress)
         model = load_for(runtime["deepspeed"], settings, base)
+        if dist.get_rank() == 0:
+            rehearse_export(model, student)
         if settings.lora is not None:
             from tasks.trainer.lora import add_adapters  # peft's import takes a second
 
@@ -193,7 +195,7 @@ def _train_job(job: TrainJob, store: Store) -> TrainingJob:
     rollouts = _table(store, job.rollouts, "rollouts")
     signals = {name: _table(store, where, name) for name, where in job.signals.items()}
     reasons = [MaskReason[name.upper()] for name in config.mask_reasons]
-    rows = vocabulary_rows(Path(job.model))
+    rows = model_rows(Path(job.model))
     samples = from_rollouts(rollouts, signals, objective.needs(), reasons, job.seed, rows)
     correction, cap = config.importance_correction, None
     if isinstance(correction, TruncatedCorrection):
@@ -217,7 +219,7 @@ def _train_job(job: TrainJob, store: Store) -> TrainingJob:
 
 def _warmup_job(job: WarmupJob, store: Store) -> TrainingJob:
     config = WarmupConfig.model_validate_json(bytes(job.config))
-    samples = from_prompts(_table(store, job.prompts, "prompts"), "warmup", vocabulary_rows(Path(job.model)))
+    samples = from_prompts(_table(store, job.prompts, "prompts"), "warmup", model_rows(Path(job.model)))
     return TrainingJob(
         settings=config,
         objective=_OBJECTIVE.validate_json(bytes(job.objective)),

@@ -87,6 +87,8 @@ class Keys:
 
     def ends_with(self, student: Any) -> None: ...
 
+    def inspect(self, *inputs: Any) -> None: ...
+
 
 def keys_of(experiment: Experiment, store: Store, rounds: int = 2) -> dict[str, str]:
     """Every stage's keys, also of stages that read what nobody made yet."""

@@ -1,6 +1,7 @@
 """The sampler with a real vLLM engine on a tiny random model: one engine, built once, shared by the tests."""
 
 import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 
 import tasks.engines.sampler
 import tasks.engines.weight_proof
+from flows.run.preflight import CPU_HEAD_SIZES
 from storage.artifacts.artifact import ArtifactSpec
 from storage.artifacts.batches import unfinished_batches
 from storage.artifacts.digests import weights_digest
@@ -26,7 +28,7 @@ from storage.schemas import schema_for
 from storage.store import Store
 from tasks.engines.hf_folder import stop_token_ids
 from tasks.engines.sampler import Sampler, SamplingFailed
-from tasks.engines.weight_proof import StaleWeights, judge_probes
+from tasks.engines.weight_proof import StaleWeights, compare_weights, judge_probes
 from tasks.inputs.tokenizers import load_tokenizer
 from tasks.workers.jobs import ArtifactRef, ModelRef, Request, SampleJob, SampleResult, SampleShard, Sampling
 
@@ -249,14 +251,82 @@ def test_an_engine_with_stale_weights_is_caught(sampler, checkpoints):
     ask(sampler, checkpoints["two"], [prompt(0)], [0])
 
 
-def test_a_job_after_a_failed_reload_does_not_sample(sampler, checkpoints, monkeypatch):
+@pytest.mark.parametrize("reload", ["does nothing", "raises"])
+def test_an_engine_that_a_reload_left_stale_is_built_anew(sampler, checkpoints, monkeypatch, reload):
+    fresh = ask(sampler, checkpoints["two"], [prompt(0)], [0])
     ask(sampler, checkpoints["one"], [prompt(0)], [0])
-    rpc = sampler.llm.collective_rpc
-    deaf = lambda name, **kw: None if name == "reload_weights" else rpc(name, **kw)  # noqa: E731
+    before, rpc = sampler.llm, sampler.llm.collective_rpc
+
+    def deaf(name, **kw):
+        if name != "reload_weights":
+            return rpc(name, **kw)
+        if reload == "raises":
+            raise RuntimeError("this layer cannot be reloaded")
+
     monkeypatch.setattr(sampler.llm, "collective_rpc", deaf)
-    for _ in range(2):  # the second job must not believe the first one's attempt
-        with pytest.raises(StaleWeights):
-            ask(sampler, checkpoints["two"], [prompt(0)], [0])
+    rows, result = make(sampler, checkpoints["two"], [prompt(0)], [0])
+    assert sampler.llm is not before and result.proof["change"] == "built"
+    assert rows[0]["completion_token_ids"] == fresh[0]["token_ids"]
+    assert rows[0]["sampling_logprobs"] == fresh[0]["logprobs"]
+    sampler._reloads = True
+
+
+def test_a_job_after_a_failed_load_does_not_sample(sampler, checkpoints, monkeypatch):
+    """An engine that is stale although it was built anew is refused, and the next job does not believe in it."""
+    fresh = ask(sampler, checkpoints["two"], [prompt(0)], [0])
+    build = sampler._build
+    monkeypatch.setattr(sampler, "_build", lambda path, *rest: build(checkpoints["one"], *rest))
+    sampler.close()
+    with pytest.raises(StaleWeights):
+        ask(sampler, checkpoints["two"], [prompt(0)], [0])
+    rows, result = make(sampler, checkpoints["two"], [prompt(0)], [0])
+    assert result.proof["change"] == "reloaded" and rows[0]["completion_token_ids"] == fresh[0]["token_ids"]
+
+
+def test_a_reload_warns_of_weights_and_not_of_tables(sampler, checkpoints):
+    """vLLM says of every layer that got no weights that it failed to load them; rotary tables are computed, no file has any."""
+    ask(sampler, checkpoints["one"], [prompt(0)], [0])
+    logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        _, result = make(sampler, checkpoints["two"], [prompt(0)], [0])
+        logger.warning("%s: Failed to load weights", "RoutedExperts")
+    finally:
+        logger.removeHandler(handler)
+    assert result.proof["change"] == "reloaded" and said == ["RoutedExperts: Failed to load weights"]
+
+
+def test_head_sizes_that_the_preflight_knows_are_vllms(sampler):
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert list(CPU_HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()
+
+
+def test_weights_in_another_order_are_the_checkpoints_and_others_are_not(sampler, checkpoints):
+    """A layout that is not known here (transposed, interleaved) is left to the probes; other values are stale in any order."""
+    ask(sampler, checkpoints["one"], [prompt(0)], [0])
+
+    def report(change) -> dict:
+        """What is found while the embedding is changed."""
+
+        def compare(model):
+            weight = model.model.embed_tokens.weight
+            before = weight.data.clone()
+            weight.data.copy_(change(before))
+            try:
+                return compare_weights(model, checkpoints["one"])
+            finally:
+                weight.data.copy_(before)
+
+        return sampler.llm.apply_model(compare)[0]
+
+    found = [report(change) for change in (lambda w: w, lambda w: w.flip(0), lambda w: w * 1.001)]
+    embedding = "model.embed_tokens.weight"
+    assert [entry["unproven"] for entry in found] == [[], [embedding], []]
+    assert [len(entry["differing"]) for entry in found] == [0, 0, 1]
 
 
 def test_probes_notice_other_weights(checkpoints):

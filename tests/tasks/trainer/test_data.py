@@ -16,7 +16,7 @@ from tasks.losses.config import DirectConfig, PolicyGradientConfig, SftConfig, T
 from tasks.losses.needs import CreditNeeds, Needs
 from tasks.trainer.config import OptimizerSettings
 from tasks.trainer.data import forward_batch, from_rollouts, loss_denominators
-from tasks.trainer.engine import deepspeed_config
+from tasks.trainer.deepspeed_file import deepspeed_config
 from tasks.trainer.topk_lists import TopK, UnionTopK
 
 CPU = torch.device("cpu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from overriding_jobs import SpoiltGradient
 
@@ -17,3 +19,11 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(trainers: dict[int, Wor
         first, bad, after = kind["norms"]
         assert first > 0 and bad is None and after > 0, kind
         assert kind["same"] == [True, False], kind
+
+
+def test_ranks_meet_in_the_workers_folder_whatever_its_name(trainers: dict[int, Worker]) -> None:
+    """The fixture's folder has `#`, `?`, `%` and a space in its name: nothing is written to a path cut at one of them."""
+    meeting = trainers[2]._folder / "ranks"
+    assert meeting.is_file() and "#" in str(meeting)
+    cut = Path(str(meeting).partition("#")[0])
+    assert [path.name for path in cut.parent.glob(f"{cut.name}*")] == [trainers[2]._folder.parent.name]

@@ -1,0 +1,425 @@
+"""What can be known about a run before an engine starts. `opd check` reports all of it; a run does the same checks before its
+first stage that needs a worker.
+
+A check is a function from `Known` to the texts of what it found. A plugin that serves a role itself is not checked for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from flows.experiment import Experiment, size_problems
+from storage.errors import ConfigError, InputError
+from storage.store import Artifact, Store
+from tasks.engines.hf_folder import (
+    attention,
+    changed_logits,
+    check_stop_ids,
+    dropout_fields,
+    model_rows,
+    positions,
+    read_config,
+    stop_token_ids,
+    text_config,
+)
+from tasks.inputs.tokenizers import load_tokenizer
+from tasks.rollout import prompts_for_round
+from tasks.trainer.config import LoraSettings, OptimizerSettings
+from tasks.trainer.deepspeed_file import deepspeed_config
+from tasks.workers.jobs import ROLES
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig
+
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Head sizes of vLLM's attention on CPU (`CPUAttentionBackend.get_supported_head_sizes`)."""
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that a check found. `refused`: the run would fail."""
+
+    text: str
+    refused: bool = False
+
+
+@dataclass(frozen=True)
+class Model:
+    """One side's checkpoint folder."""
+
+    side: Literal["student", "teacher"]
+    path: Path
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        return read_config(self.path)
+
+    @cached_property
+    def rows(self) -> int:
+        return model_rows(self.path)
+
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        """The model's modules without weights. InputError where transformers cannot build them."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with torch.device("meta"):
+                model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                    self.config, attn_implementation=attention(self.config), trust_remote_code=False
+                )
+        except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ZeroDivisionError) as error:
+            raise InputError(
+                f"{self.path}: config.json describes no model ({type(error).__name__}: {error})"
+            ) from error
+        return model
+
+    @cached_property
+    def linear_layers(self) -> set[str]:
+        """Last parts of the names of the layers that can have an adapter, the output head not among them."""
+        from torch import nn
+        from transformers.pytorch_utils import Conv1D
+
+        head = self.skeleton.get_output_embeddings()  # type: ignore[operator]  # a PreTrainedModel
+        layers = ((n, m) for n, m in self.skeleton.named_modules() if isinstance(m, nn.Linear | Conv1D))
+        return {name.rpartition(".")[2] for name, layer in layers if layer is not head}
+
+
+@dataclass(frozen=True)
+class Known:
+    """Both models, before any warm-up, and the prepared prompts."""
+
+    experiment: Experiment
+    student: Model
+    teacher: Model
+    prompts: pa.Table
+    """Columns prompt_id, split, token_ids, teacher_token_ids, completion_token_ids."""
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        """The models that transformers loads: the teacher only with the local backend."""
+        local = self.experiment.supervise.teacher.kind == "local"
+        return (self.student, self.teacher) if local else (self.student,)
+
+    def of_split(self, split: str) -> pa.Table:
+        return self.prompts.filter(pc.equal(self.prompts["split"], split))
+
+    @classmethod
+    def of(cls, experiment: Experiment, store: Store, student: Artifact, teacher: Artifact, prompts: Artifact) -> Known:
+        columns = ["prompt_id", "split", "token_ids", "teacher_token_ids", "completion_token_ids"]
+        return cls(
+            experiment,
+            Model("student", store.materialize(student)),
+            Model("teacher", store.materialize(teacher)),
+            store.read_table(prompts, "prompts", columns=columns),
+        )
+
+
+Found = Iterator[Finding]
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+def installed(known: Known) -> Found:
+    """Packages that the workers import."""
+    extra = known.experiment.runtime.device.replace("cuda", "gpu")
+    for package, role in (
+        ("vllm", "sampler"),
+        ("transformers", "scorer"),
+        ("deepspeed", "trainer"),
+        ("torch", "scorer"),
+    ):
+        if _ours(role) and importlib.util.find_spec(package) is None:
+            yield Finding(f"{package} is not installed, the {role} needs it: make setup EXTRA={extra}", refused=True)
+
+
+def compilers(known: Known) -> Found:
+    """g++ and ninja, where something is compiled on this machine: on CPU vLLM's graphs."""
+    runtime = known.experiment.runtime
+    if runtime.device == "cpu" and runtime.sampler.enforce_eager is False:
+        for program, package in (("g++", "g++"), ("ninja", "ninja")):
+            if shutil.which(program) is None:
+                yield Finding(
+                    f"runtime.sampler.enforce_eager: false compiles on this machine, but there is no {program}; install"
+                    f" {package}, or set enforce_eager: true",
+                    refused=True,
+                )
+
+
+def deepspeed_file(known: Known) -> Found:
+    """`runtime.trainer.deepspeed`, as the trainer reads it."""
+    path = known.experiment.runtime.trainer.deepspeed
+    try:
+        deepspeed_config(str(path) if path else None, known.experiment.train, 1)
+    except ConfigError as error:
+        yield Finding(str(error), refused=True)
+
+
+# --- the models ------------------------------------------------------------------------------------------------------
+
+
+def architecture(known: Known) -> Found:
+    """Whether scorer and trainer can compute with the models."""
+    for model in known.models:
+        if changed := changed_logits(model.config):
+            yield Finding(
+                f"{model.side}: {changed} in {model.path / 'config.json'} changes the logits after the output head; scoring and"
+                " training in chunks do not compute that, take another model",
+                refused=True,
+            )
+        try:
+            head, whole = model.skeleton.get_output_embeddings(), model.skeleton  # type: ignore[operator]
+        except InputError as error:
+            yield Finding(f"{model.side}: {error}", refused=True)
+            continue
+        if type(head).__name__ != "Linear" or whole.base_model is whole:
+            yield Finding(
+                f"{model.side}: {type(whole).__name__} in {model.path} has no linear output head over a backbone; take a causal"
+                " language model",
+                refused=True,
+            )
+
+
+def engine(known: Known) -> Found:
+    """Whether vLLM has the student's architecture, or can run transformers' own class of it. Reads the names in vLLM's registry
+    without importing it, which takes a quarter of a minute."""
+    package = importlib.util.find_spec("vllm")
+    if package is None or package.origin is None:
+        return  # `installed` reports it
+    registry = Path(package.origin).with_name("model_executor") / "models" / "registry.py"
+    try:
+        whole = known.student.skeleton
+    except InputError:
+        return  # `architecture` reports it
+    name = type(whole).__name__
+    if registry.is_file() and f'"{name}"' not in registry.read_text() and not whole.is_backend_compatible():  # type: ignore[operator]
+        yield Finding(f"student: vLLM has no {name} ({known.student.path}); take another model", refused=True)
+
+
+def head_size(known: Known) -> Found:
+    """vLLM's attention on CPU has kernels for some head sizes only."""
+    config = text_config(known.student.config)
+    if known.experiment.runtime.device != "cpu" or getattr(config, "kv_lora_rank", None):
+        return
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if size not in CPU_HEAD_SIZES:
+        yield Finding(
+            f"student: heads of {size} in {known.student.path / 'config.json'}, but vLLM on CPU has attention for"
+            f" {', '.join(map(str, CPU_HEAD_SIZES))} only; take another model, or a GPU",
+            refused=True,
+        )
+
+
+def dropout(known: Known) -> Found:
+    """Dropout of the checkpoint's config is off in training unless a field turns it on."""
+    e = known.experiment
+    trained: dict[str, tuple[Model, OptimizerSettings]] = {"train.dropout": (known.student, e.train)}
+    trained |= {
+        f"{model.side}.warmup.dropout": (model, warmup)
+        for model, warmup in ((known.student, e.student.warmup), (known.teacher, e.teacher.warmup))
+        if warmup is not None
+    }
+    for name, (model, settings) in trained.items():
+        if fields := dropout_fields(model.config):
+            shown = ", ".join(f"{field}: {value:g}" for field, value in fields.items())
+            acts = "acts in training" if settings.dropout else f"is off in training ({name}: true turns it on)"
+            yield Finding(f"{model.side}: {shown} of config.json {acts}")
+
+
+def adapters(known: Known) -> Found:
+    """Which layers LoRA trains."""
+    e = known.experiment
+    for name, model, settings in (
+        ("train", known.student, e.train),
+        ("student.warmup", known.student, e.student.warmup),
+        ("teacher.warmup", known.teacher, e.teacher.warmup),
+    ):
+        if settings is not None and settings.lora is not None:
+            try:
+                yield from _adapters(f"{name}.lora.target_modules", model, settings.lora)
+            except InputError:
+                return  # `architecture` reports it
+
+
+def _adapters(name: str, model: Model, lora: LoraSettings) -> Found:
+    there = model.linear_layers
+    trained = sorted(set(lora.target_modules) & there)
+    missing = sorted(set(lora.target_modules) - there)
+    available = ", ".join(sorted(there)[: 2 * _SHOWN])
+    if not trained:
+        yield Finding(
+            f"{name}: no layer of {model.path} has one of these names; its layers are {available}", refused=True
+        )
+    elif missing:
+        yield Finding(
+            f"{name}: only {', '.join(trained)} train; no layer of {model.path} is named {', '.join(missing)} (its layers are"
+            f" {available})"
+        )
+
+
+def export(known: Known) -> Found:
+    """Whether transformers can save the config that it read: every round's student has it."""
+    with tempfile.TemporaryDirectory(prefix="opd-check-") as folder:
+        try:
+            known.student.config.save_pretrained(folder)
+        except (ValueError, TypeError) as error:
+            path = known.student.path / "config.json"
+            yield Finding(f"student: transformers reads {path}, but cannot save it ({error})", refused=True)
+
+
+# --- models and prompts ----------------------------------------------------------------------------------------------
+
+
+def sizes(known: Known) -> Found:
+    """Lengths and list sizes of the config against both models."""
+    for text in size_problems(
+        known.experiment, known.student.rows, positions(known.student.config), known.teacher.rows
+    ):
+        yield Finding(text, refused=True)
+
+
+def stop_ids(known: Known) -> Found:
+    """The ids that end a completion, in both sections that sample."""
+    e, path = known.experiment, known.student.path
+    eos = load_tokenizer(path).eos_token_id
+    for section, policy in (("rollout", e.rollout.stop_token_ids), ("evaluate", e.evaluate.stop_token_ids)):
+        try:
+            check_stop_ids(stop_token_ids(path, policy, eos), known.student.rows, path, section)
+        except InputError as error:
+            yield Finding(str(error), refused=True)
+
+
+def lengths(known: Known) -> Found:
+    """Prompts with their completions against the positions of both models."""
+    e = known.experiment
+    for model in known.models:
+        limit = positions(model.config)
+        if limit is None:
+            continue
+        for section, split, room in (
+            ("rollout", "train", e.rollout.max_completion_length),
+            ("evaluate", "eval", e.evaluate.max_completion_length),
+        ):
+            # the last token of a completion is sampled, and read by no model
+            last = 0 if model.side == "student" else 1
+            rows = known.of_split(split)
+            long = rows.filter(pc.greater(_prompt_lengths(rows, model.side), limit - room + last))
+            if drawn := _drawn(known, split, rows["prompt_id"].to_pylist(), set(long["prompt_id"].to_pylist())):
+                yield Finding(
+                    f"{section}.max_completion_length: {len(drawn)} prompts of {split} (first: {drawn[0]}) with {room} tokens of"
+                    f" completion are longer than the {limit} positions of the {model.side}; lower it, or leave such prompts out"
+                    f" (prompts.{'max_teacher_prompt_length' if last else 'max_prompt_length'}: {limit - room + last})",
+                    refused=True,
+                )
+        if (e.student if model.side == "student" else e.teacher).warmup is not None:
+            rows = known.of_split("warmup")
+            whole = pc.add(_prompt_lengths(rows, "student"), _list_lengths(rows["completion_token_ids"]))
+            if count := pc.sum(pc.greater(whole, limit)).as_py():
+                yield Finding(
+                    f"{model.side}.warmup: {count} prompts with their completions are longer than the {limit} positions of the"
+                    " model; shorten or remove these rows",
+                    refused=True,
+                )
+
+
+def ids_within_rows(known: Known) -> Found:
+    """Token ids of prompts that a model has no row for: its tokenizer may have more ids than it has rows."""
+    for model in known.models:
+        own = _token_ids(known.prompts, model.side)
+        columns = {"prompt": own}
+        if (known.experiment.student if model.side == "student" else known.experiment.teacher).warmup is not None:
+            columns["completion"] = known.prompts["completion_token_ids"]
+        for what, lists in columns.items():
+            flat = pc.list_flatten(lists)
+            beyond = pc.greater_equal(flat, model.rows)
+            if pc.any(beyond).as_py():
+                at = pc.index(beyond, True).as_py()
+                prompt = known.prompts["prompt_id"][pc.list_parent_indices(lists)[at].as_py()]
+                yield Finding(
+                    f"{model.side}: {what} {prompt} of split"
+                    f" {known.prompts['split'][pc.list_parent_indices(lists)[at].as_py()]} has the token id {flat[at]}, but"
+                    f" {model.path} has {model.rows} rows; remove the token from the text, or the row",
+                    refused=True,
+                )
+
+
+def _token_ids(rows: pa.Table, side: str) -> pa.ChunkedArray:
+    """What a side reads of the prompts."""
+    return rows["token_ids"] if side == "student" else pc.coalesce(rows["teacher_token_ids"], rows["token_ids"])
+
+
+def _prompt_lengths(rows: pa.Table, side: str) -> pa.ChunkedArray:
+    return _list_lengths(_token_ids(rows, side))
+
+
+def _list_lengths(lists: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.fill_null(pc.list_value_length(lists), 0)
+
+
+def _drawn(known: Known, split: str, every: list[str], long: set[str]) -> list[str]:
+    """Those of the prompts `long` that the run reads: of the training prompts those that its rounds draw."""
+    e = known.experiment
+    if split != "train" or not long:
+        read = every if split != "eval" else every[: e.evaluate.prompts]
+        return [name for name in read if name in long]
+    found: dict[str, None] = {}
+    for round in range(1, e.policy.rounds + 1):
+        for name in prompts_for_round(every, e.seed, round, e.rollout.prompts_per_round):
+            if name in long:
+                found[name] = None
+    return list(found)
+
+
+CHECKS: tuple[tuple[Callable[[Known], Found], str | None], ...] = (
+    (installed, None),
+    (compilers, "sampler"),
+    (deepspeed_file, "trainer"),
+    (architecture, "scorer"),
+    (engine, "sampler"),
+    (head_size, "sampler"),
+    (dropout, "trainer"),
+    (adapters, "trainer"),
+    (export, "trainer"),
+    (sizes, None),
+    (stop_ids, "sampler"),
+    (lengths, "sampler"),
+    (ids_within_rows, "scorer"),
+)
+"""Every check, with the role that it is about."""
+
+
+def _ours(role: str | None, roles: Mapping[str, str] = ROLES) -> bool:
+    return role is None or roles[role].startswith("tasks.")
+
+
+def findings(known: Known) -> list[Finding]:
+    """What all checks found."""
+    return [finding for check, role in CHECKS if _ours(role) for finding in check(known)]
+
+
+def require(found: list[Finding]) -> None:
+    """InputError with every finding that refuses the run."""
+    if refused := [finding.text for finding in found if finding.refused]:
+        raise InputError("\n".join(refused))
+
+
+def preflight(known: Known, say: Callable[[str], None]) -> None:
+    """All checks; what refuses nothing is said. InputError with everything that refuses the run."""
+    found = findings(known)
+    for finding in found:
+        if not finding.refused:
+            say(finding.text)
+    require(found)

@@ -1,0 +1,177 @@
+"""What `opd check` and a run know before an engine starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import config, family, prompt_files, rewrite
+
+from flows.experiment import experiment_of
+from flows.run import preflight
+from flows.run.check import check_experiment
+from storage.errors import InputError
+
+
+def findings(folder: Path, student: Path, file: Path | None = None, **sections: Any) -> tuple[list[str], list[str]]:
+    """(notes, refusals) of a student that is its own teacher."""
+    experiment = experiment_of(config(student, student, file or prompt_files(folder), **sections), "test")
+    lines: list[str] = []
+    try:
+        lines += check_experiment(experiment, folder / "store")
+        refused = []
+    except InputError as error:
+        refused = str(error).splitlines()
+    return [line for line in lines if line.startswith("note: ")], refused
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("qwen3", {}),
+        ("gpt2", {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}),  # limits under the architecture's own names
+        ("gpt_oss", {}),  # no sdpa
+        ("gemma2", {"final_logit_softcapping": None}),
+    ],
+)
+def test_models_that_run_are_found_fit(tmp_path, kind, fields):
+    assert findings(tmp_path, family(tmp_path / kind, kind, **fields)) == ([], [])
+
+
+@pytest.mark.parametrize("text_config", [None, {"model_type": "qwen3"}])
+def test_a_text_config_without_fields_is_none(tmp_path, text_config):
+    student = family(tmp_path / "model", "qwen3")
+    rewrite(student / "config.json", text_config=text_config if text_config is None else ...)
+    assert findings(tmp_path, student) == ([], [])
+
+
+def test_limits_of_a_config_that_states_none_are_the_architectures(tmp_path):
+    """save_pretrained leaves out what equals the default, and a text part may state nothing at all."""
+    folder = tmp_path / "nested"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": {"hidden_size": 64}}))
+    from transformers import Gemma3TextConfig
+
+    from tasks.engines.hf_folder import model_rows, positions, read_config
+
+    plain = Gemma3TextConfig()
+    assert (model_rows(folder), positions(read_config(folder))) == (plain.vocab_size, plain.max_position_embeddings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "named"),
+    [
+        ("gemma2", {}, "final_logit_softcapping: 30.0"),
+        ("cohere", {}, "logit_scale: 0.0625"),
+        ("granite", {"logits_scaling": 8.0}, "logits_scaling: 8.0"),
+    ],
+)
+def test_logits_that_are_more_than_a_product_are_refused(tmp_path, kind, fields, named):
+    _, refused = findings(tmp_path, family(tmp_path / kind, kind, **fields))
+    assert len(refused) == 2 and all(named in line and "config.json" in line for line in refused)  # both sides
+
+
+def test_head_sizes_that_vllm_on_cpu_lacks_are_refused(tmp_path):
+    student = family(tmp_path / "model", "qwen3", head_dim=16)
+    assert "heads of 16" in "".join(findings(tmp_path, student)[1])
+    assert findings(tmp_path, student, runtime={"device": "cuda"}) == ([], [])
+
+
+def test_stop_ids_past_the_rows_name_the_field(tmp_path):
+    student = family(tmp_path / "model", "qwen3")
+    rewrite(student / "generation_config.json", eos_token_id=[257, 9999])
+    _, refused = findings(tmp_path, student)
+    assert [line.split(":")[0] for line in refused] == ["rollout.stop_token_ids", "evaluate.stop_token_ids"]
+    assert all("9999" in line and "[257]" in line for line in refused)
+    given = {"stop_token_ids": [257]}
+    assert findings(tmp_path, student, rollout=given, evaluate=given) == ([], [])
+
+
+def test_a_prompt_that_needs_an_id_past_the_rows_is_refused(tmp_path):
+    """The tokenizer has 261 ids; the last, <|assistant|>, ends every prompt. One that no text needs is a note of the audit."""
+    student = family(tmp_path / "model", "qwen3", vocab_size=260)
+    _, refused = findings(tmp_path, student)
+    assert len(refused) == 2 and all("token id 260" in line and "260 rows" in line for line in refused)
+    _, plain = findings(tmp_path, student, prompts={"chat_template": False})
+    assert plain == []
+
+
+def test_prompts_that_do_not_fit_the_positions_are_refused(tmp_path):
+    student = family(tmp_path / "model", "qwen3")
+    _, refused = findings(tmp_path, student, prompt_files(tmp_path, "x" * 242, "y" * 240, "z" * 239, "short"))
+    # with <|user|>, <|end|> and <|assistant|>: 245, 243 and 242 tokens of prompt, 12 of completion, 256 positions; the
+    # teacher does not read the last token
+    assert len(refused) == 1 and refused[0].startswith("rollout.max_completion_length: 1 prompts of train")
+    longer = prompt_files(tmp_path, "x" * 244, "y" * 240, "short", "shorter")
+    (student_line, teacher_line) = findings(tmp_path, student, longer)[1]
+    assert "of the student" in student_line and "of the teacher" in teacher_line
+    assert "prompts.max_prompt_length: 244" in student_line
+
+
+def test_prompts_that_no_round_draws_do_not_count(tmp_path):
+    student = family(tmp_path / "model", "qwen3")
+    texts = ["x" * 244, *(f"short {i}" for i in range(39))]
+    prompts = prompt_files(tmp_path, *texts)
+    drawn = [findings(tmp_path, student, prompts, policy={"rounds": rounds})[1] for rounds in (0, 10)]
+    assert drawn[0] == [] and len(drawn[1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "note", "refusal"),
+    [
+        ("qwen3", [], []),
+        ("phi3", ["only down_proj, o_proj train", "gate_up_proj, o_proj, qkv_proj"], []),
+        ("gpt2", [], ["no layer of", "c_attn, c_fc, c_proj"]),
+    ],
+)
+def test_lora_says_which_layers_train(tmp_path, kind, note, refusal):
+    zero = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0} if kind == "gpt2" else {}
+    train = {"samples_per_step": 4, "lr": 1e-3, "lora": {"r": 4}}
+    found = findings(tmp_path, family(tmp_path / kind, kind, **zero), train=train)
+    for expected, lines in zip((note, refusal), found, strict=True):
+        text = "".join(lines)
+        assert bool(text) == bool(expected) and all(part in text for part in expected)
+
+
+def test_dropout_is_noted_with_its_field(tmp_path):
+    student = family(tmp_path / "model", "llama", attention_dropout=0.5)
+    (note,), refused = findings(tmp_path, student)
+    assert "attention_dropout: 0.5" in note and "train.dropout" in note and refused == []
+
+
+@pytest.mark.parametrize("zero", ["{", '{"optimizer": {}}', '{"zero_optimization": {"stage": 7}}'])
+def test_a_deepspeed_file_is_read_before_anything_is_sampled(tmp_path, zero):
+    file = tmp_path / "zero.json"
+    file.write_text(zero)
+    runtime = {"device": "cpu", "trainer": {"deepspeed": str(file)}}
+    _, (line,) = findings(tmp_path, family(tmp_path / "model", "qwen3"), runtime=runtime)
+    assert str(file) in line
+
+
+def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
+    found = preflight.importlib.util.find_spec
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "vllm" else found(name))
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: None)
+    runtime = {"device": "cpu", "sampler": {"enforce_eager": False}}
+    _, refused = findings(tmp_path, family(tmp_path / "model", "qwen3"), runtime=runtime)
+    assert [line.split()[0] for line in refused if "vllm is not installed" in line] == ["vllm"]
+    assert sum("there is no g++" in line or "there is no ninja" in line for line in refused) == 2
+
+
+def test_everything_that_is_wrong_is_listed_at_once(tmp_path):
+    student = family(tmp_path / "model", "gemma2", head_dim=16)
+    rewrite(student / "generation_config.json", eos_token_id=9999)
+    _, refused = findings(tmp_path, student)
+    assert len(refused) == 2 + 1 + 2
+
+
+def test_a_run_is_refused_before_its_first_worker_starts(tmp_path):
+    from flows.run.runner import run_experiment
+
+    student = family(tmp_path / "model", "gemma2")
+    experiment = experiment_of(config(student, student, prompt_files(tmp_path)), "test")
+    with pytest.raises(InputError, match="final_logit_softcapping"):
+        run_experiment(experiment, name="x", root=tmp_path / "store", prefect=False)
+    assert [file.name for file in (tmp_path / "store" / "runs" / "x" / "logs").iterdir()] == ["run.log"]

@@ -92,8 +92,9 @@ def gc(
 ) -> None:
     """List what no run needs; with --apply, remove it. Whatever a running run, a builder or a reader uses is kept.
 
-    WHAT is rollouts, signals, trainer_state or students, the fields of a run's policy.retain; ROUNDS is a number or all. An
-    evicted artifact keeps its manifest, counts as done, and is rebuilt when a stage must read it.
+    WHAT is rollouts, signals, trainer_state or students, the fields of a run's policy.retain; ROUNDS is a number or all. Without
+    --keep each run's best round stays too. An evicted artifact keeps its manifest,
+    counts as done, and is rebuilt when a stage must read it.
 
     Exit codes: 0 done, 1 a run cannot be read (nothing is removed), 2 bad arguments, 75 another collection is running."""
     from storage.store import Store
@@ -101,7 +102,9 @@ def gc(
 
     changes = dict(_kept(text) for text in keep)
     store = Store(existing_root(root))
-    collector = Collector(store, lambda run: run_retention(run).with_changes(changes), quarantine_days)
+    collector = Collector(
+        store, lambda run: run_retention(run).with_changes(changes), quarantine_days, best=not changes
+    )
     plan = collector.plan()
     removed = collector.apply(plan) if apply else []
     if json_:

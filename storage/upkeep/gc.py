@@ -76,7 +76,8 @@ def run_retention(run: Run) -> Retention:
 
 class Collector:
     """Plans and removes. `quarantine_days`: damaged pieces older than this are removed too. `own`: a run that this process holds
-    and that has no stage under way: its retention applies, although it is running.
+    and that has no stage under way: its retention applies, although it is running. `best`: each run's
+    best round is kept.
 
     Raises CorruptArtifact if a run's files cannot be read, because its needs are then unknown."""
 
@@ -86,8 +87,9 @@ class Collector:
         retention: RetentionOf = run_retention,
         quarantine_days: float = 30.0,
         own: str | None = None,
+        best: bool = True,
     ) -> None:
-        self.store, self.root, self._own = store, store.root, own
+        self.store, self.root, self._own, self._best = store, store.root, own, best
         self._retention, self._quarantine_days = retention, quarantine_days
         self._states: dict[str, tuple[tuple[int, int, int] | None, RunState, Retention, frozenset[int]]] = {}
         self._roles: dict[Name, str | None] = {}
@@ -150,7 +152,7 @@ class Collector:
             if who is not None:
                 needs.busy[run.name] = who
             forked = {int(round) for parent, _, round in origins if parent == run.name}
-            dropped = droppable(state, retain, self._role, kept, forked) if who is None else set()
+            dropped = droppable(state, retain, self._role, kept, forked, self._best) if who is None else set()
             needs.named |= named
             needs.whole |= named - dropped
         return needs

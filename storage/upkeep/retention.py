@@ -86,14 +86,15 @@ def droppable(
     role: Callable[[Name], str | None] = role_of_stage,
     named: Collection[int] = (),
     forked: Collection[int] = (),
+    best: bool = True,
 ) -> set[Name]:
     """Artifacts whose data this run can do without; `role` gives the field of `Retention` that an artifact falls under.
 
     Rounds count back from the last finished one. Later rounds are kept, and so is what any kept round uses. Of the rounds `named`
-    everything is kept; of those where another run was `forked` and of the best round (`best_round`) student and trainer_state."""
+    everything is kept; of those where another run was `forked`, and with `best` of `best_round`, student and trainer_state."""
     finished = [round.round for round in state.rounds if round.student_sha256]
     last = max(finished, default=0)
-    models = {*forked, best_round(state)}
+    models = {*forked, *((best_round(state),) if best else ())}
     drop: set[Name] = set()
     keep: set[Name] = set()
     for round in state.rounds:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import deepspeed
@@ -122,6 +123,15 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
+def _borrowed(module: TrainModule) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """(module, parameter of another module that its forward reads): ZeRO-3 must gather these for it too."""
+    for parameter in module.loss_head.head.parameters(recurse=False):
+        yield module.loss_head, parameter
+    for user in module.modules():
+        for parameter in getattr(user, "parameters_used", list)():
+            yield user, parameter
+
+
 class Engine:
     """A DeepSpeed engine over `module` that trains `parameters` with AdamW."""
 
@@ -158,7 +168,7 @@ class Engine:
             model=module, optimizer=self.adamw, config=config, dist_init_required=False
         )
         if self.stage == 3:
-            for user, parameter in module.borrowed():
+            for user, parameter in _borrowed(module):
                 deepspeed.zero.register_external_parameter(user, parameter)
         self.engine.train()
 

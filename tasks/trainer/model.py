@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,14 +107,6 @@ class TrainModule(nn.Module):
         super().__init__()
         self.model = model
         self.loss_head = LossHead(model.get_output_embeddings(), objective, provider, cap)
-
-    def borrowed(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-        """(module, parameter of another module that its forward reads): ZeRO-3 must gather these for it too."""
-        for parameter in self.loss_head.head.parameters(recurse=False):
-            yield self.loss_head, parameter
-        for module in self.modules():
-            for parameter in getattr(module, "parameters_used", list)():
-                yield module, parameter
 
     def forward(self, batch: Forward, observe: bool) -> torch.Tensor:
         hidden_BTD = self.model.get_decoder()(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state

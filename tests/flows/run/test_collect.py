@@ -162,6 +162,7 @@ def test_the_best_round_is_by_accuracy_else_by_kl():
         ("student", f"s{n}") for n in (2, 3)
     }
     assert droppable(state, retain, named=(2,), forked=(3,)) == set()
+    assert ("student", "s1") in droppable(state, retain, best=False)  # `opd gc --keep`
 
 
 def test_what_a_fork_costs_is_the_trainings_since_the_last_kept_state():

@@ -27,12 +27,13 @@ $(VENV)/.installed-cpu: requirements/cpu.txt requirements/dev.txt pyproject.toml
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.installed-gpu: requirements/dev.txt pyproject.toml
+$(VENV)/.installed-gpu: requirements/gpu.txt requirements/dev.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed; set PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing vllm, torch (CUDA) and the rest into $(VENV) ..."
-	@$(PIP) install --upgrade "setuptools>=77"
-	@$(PIP) install --no-build-isolation -e ".[gpu]"
+	@echo "Installing pinned dependencies with CUDA builds into $(VENV) (several GB) ..."
+	@$(PIP) install --no-deps -r requirements/gpu.txt
 	@$(PIP) install --no-deps -r requirements/dev.txt
+	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: setup  ## distil a small model on this machine's CPU; 3 to 4 minutes on two idle cores

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from flows.config_file import Settled, merge, parse_override, read_layers, refuse_secrets, validate
 from storage.disk.yaml_text import dump
-from storage.errors import IdentityMismatch
+from storage.errors import ConfigError, IdentityMismatch
 from storage.identity import Identity, RunPolicy
 from storage.upkeep.retention import Retention
 from tasks.evaluate import EvaluateConfig
@@ -25,6 +25,9 @@ from tasks.supervise import SuperviseConfig, signal_problems
 from tasks.train import TrainConfig
 from tasks.warmup import WarmupConfig
 from tasks.workers.runtime import RuntimeConfig
+
+KEPT_STATES = 2
+"""Rounds whose trainer_state a new run keeps: the last, which the next round reads, and the one that it was trained from."""
 
 
 class ModelConfig(Identity):
@@ -44,7 +47,35 @@ class Policy(RunPolicy):
         description="evaluate every so many rounds, and always the last; a round left out can be evaluated later"
         " (`opd evaluate`)",
     )
-    retain: Retention = Field(default_factory=Retention, description="what `opd gc` keeps of this run's earlier rounds")
+    retain: Retention = Field(
+        default_factory=Retention,
+        description=f"what is kept of this run's earlier rounds; without trainer_state: its last {KEPT_STATES}",
+    )
+    collect: bool = Field(
+        True,
+        description="after every round remove what `retain` does not keep, as `opd gc --apply` does; off in runs that began"
+        " before this field existed",
+    )
+    keep_rounds: tuple[int, ...] = Field(
+        (),
+        description="rounds of which everything is kept. Of the best round, and of those where a fork begins, student and"
+        " trainer_state are always kept",
+    )
+    allow_mixed_dtypes: bool = Field(
+        False,
+        description="let a policy gradient train although rollout.dtype, supervise.dtype and train.dtype differ: its importance"
+        " ratios are then off by rounding before any update",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Policy:
+        if any(number < 0 for number in self.keep_rounds):
+            raise ValueError(f"policy.keep_rounds: {list(self.keep_rounds)} must be numbers of rounds, from 0 on")
+        chosen = self.retain.model_fields_set
+        if "trainer_state" not in chosen:
+            values = self.retain.model_dump() | {"trainer_state": KEPT_STATES}
+            self.retain = Retention.model_construct(_fields_set=set(chosen), **values)
+        return self
 
     def evaluates(self, round: int, last: int) -> bool:
         """Whether a round is evaluated in a call that ends with the round `last`."""
@@ -204,6 +235,27 @@ def size_problems(e: Experiment, rows: int | None, positions: int | None, teache
     return problems
 
 
+def dtype_warning(e: Experiment) -> str | None:
+    """What differs between the dtypes of the student as it is sampled, scored and trained, and why it matters; None if nothing.
+
+    Raises ConfigError for a policy gradient, unless `policy.allow_mixed_dtypes`: the ratio of the live to the rollout-time
+    student would have noise before any update."""
+    dtypes = {"rollout": e.rollout.dtype, "supervise": e.supervise.dtype, "train": e.train.dtype}
+    if len(set(dtypes.values())) == 1:
+        return None
+    shown = ", ".join(f"{section}.dtype {dtype}" for section, dtype in dtypes.items())
+    text = (
+        f"{shown}: the student that is sampled, scored and trained is not one and the same; its log-probabilities differ by"
+        " rounding before any update"
+    )
+    if e.objective.estimator == "policy_gradient" and not e.policy.allow_mixed_dtypes:
+        raise ConfigError(
+            f"{text}, which a policy gradient takes for an importance ratio. Set one dtype for all three, or accept it with"
+            " policy.allow_mixed_dtypes: true"
+        )
+    return text
+
+
 def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:
     """Read, override and validate a config. Paths in a file are relative to it, those of overrides to the working directory.
 
@@ -299,12 +351,21 @@ def _names(data: dict[str, Any]) -> list[str]:
 def as_stored(data: dict[str, Any]) -> dict[str, Any]:
     """A run's stored config. Fields that it lacks are younger than the run, and mean what the run did: where a new config has
     another default, that is set here."""
+    stored = _younger_fields(data)
+    policy = dict(data.get("policy") or {})
+    if "collect" not in policy:  # it keeps what it kept
+        policy["collect"] = False
+        policy["retain"] = {"trainer_state": None} | (policy.get("retain") or {})
+    return stored | {"policy": policy}
+
+
+def _younger_fields(data: dict[str, Any]) -> dict[str, Any]:
     train, fork = data.get("train"), data.get("fork")
     stored = dict(data)
     if isinstance(train, dict):
         stored["train"] = {"drift_estimator": "log_ratio"} | train
     if isinstance(fork, dict) and isinstance(fork.get("experiment"), dict):
-        stored["fork"] = fork | {"experiment": as_stored(fork["experiment"])}
+        stored["fork"] = fork | {"experiment": _younger_fields(fork["experiment"])}
     return stored
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +13,16 @@ from tasks.losses.config import AnyObjective
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.signals import require_usable, signal_named
 from tasks.stage import Context, Rollouts, Student, TrainerState, Work, model_inputs
-from tasks.trainer.config import TrainConfig
+from tasks.trainer.config import TrainConfig, forward_identity
 from tasks.trainer.dispatch import run_and_commit
 from tasks.workers.jobs import ArtifactRef, TrainJob, TrainOutputs, config_json
 
 __all__ = ["VERSION", "TrainConfig", "train_work"]
 
 VERSION = 1
+LARGE_MISMATCH = 0.02
+"""Mean |log-probability of the student - of the sampler| per token, in nats: engines in one 16-bit dtype stay around half of it,
+float32 engines below 1e-5."""
 
 
 def train_work(
@@ -59,6 +63,7 @@ def train_work(
     identity: dict[str, Any] = {"config": config, "objective": objective, "seed": seed, "round": round}
     identity |= dropout_identity(source, config.dropout)
     loaded = [type(signal_named(name)) for name in used]
+    identity |= forward_identity(config)
     if brought := used_plugins(plugins, "trainer", config=objective, classes=loaded):
         identity["plugins"] = brought
     outputs = {name: ArtifactSpec.of(name, VERSION, identity, inputs) for name in ("student", "trainer_state", "train")}
@@ -68,6 +73,8 @@ def train_work(
             # of another run that accepts more, or of a version that did not ask
             files = {name: context.store.shard_files(artifact, name) for name, artifact in used.items()}
             require_usable("train", files, context.runtime.scorer.max_invalid)
+        if (warning := mismatch_warning(config, objective, signals)) is not None:
+            context.say("train", f"warning: {warning}")
         job = TrainJob(
             store=str(context.store.root),
             model=str(context.store.materialize(student, "model")),
@@ -83,3 +90,20 @@ def train_work(
         run_and_commit(job, outputs, builders, context)
 
     return Work("train", outputs, build)
+
+
+def mismatch_warning(config: TrainConfig, objective: AnyObjective, signals: Mapping[str, Artifact]) -> str | None:
+    """A warning where the sampler's log-probabilities are far from the scorer's, as `sampled` has measured it, and an objective
+    that takes samples for the student's own does not correct for it; else None."""
+    if config.importance_correction.kind != "none" or not objective.requires_untruncated_sampling:
+        return None
+    metrics = signals["sampled"].meta.get("metrics") or {} if "sampled" in signals else {}
+    mean = metrics.get("sampler_mismatch_mean") or 0.0
+    if mean <= LARGE_MISMATCH:
+        return None
+    return (
+        f"the sampler's log-probabilities differ from the student's by {mean:.3f} nats per token (99%:"
+        f" {metrics.get('sampler_mismatch_p99') or math.nan:.3f}), and this objective takes the samples for the student's own;"
+        " train.importance_correction: {kind: truncated} weights the tokens for that, one dtype in rollout, supervise and train"
+        " makes it smaller"
+    )

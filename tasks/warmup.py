@@ -11,7 +11,7 @@ from tasks.inputs.models import ModelSource, dropout_identity
 from tasks.losses.config import SftConfig
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.stage import Context, Prompts, Work, model_inputs
-from tasks.trainer.config import WarmupConfig
+from tasks.trainer.config import WarmupConfig, forward_identity
 from tasks.trainer.dispatch import run_and_commit
 from tasks.workers.jobs import ArtifactRef, TrainOutputs, WarmupJob, config_json
 
@@ -40,7 +40,7 @@ def warmup_work(
         "prompts": prompts.content["prompts:warmup"],
     }
     identity: dict[str, Any] = {"config": config, "objective": objective, "seed": seed}
-    identity |= dropout_identity(source, config.dropout)
+    identity |= forward_identity(config) | dropout_identity(source, config.dropout)
     if brought := used_plugins(plugins, "trainer"):
         identity["plugins"] = brought
     outputs = {name: ArtifactSpec.of(name, VERSION, identity, inputs) for name in ("student", "warmup")}

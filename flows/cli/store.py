@@ -92,16 +92,19 @@ def gc(
 ) -> None:
     """List what no run needs; with --apply, remove it. Whatever a running run, a builder or a reader uses is kept.
 
-    WHAT is rollouts, signals, trainer_state or students, the fields of a run's policy.retain; ROUNDS is a number or all. An
-    evicted artifact keeps its manifest, counts as done, and is rebuilt when a stage must read it.
+    WHAT is rollouts, signals, trainer_state or students, the fields of a run's policy.retain; ROUNDS is a number or all. Without
+    --keep each run's best round stays too. An evicted artifact keeps its manifest,
+    counts as done, and is rebuilt when a stage must read it.
 
     Exit codes: 0 done, 1 a run cannot be read (nothing is removed), 2 bad arguments, 75 another collection is running."""
     from storage.store import Store
-    from storage.upkeep.gc import Collector, run_retention
+    from storage.upkeep.gc import Collector, run_retention, unrepeatable_note
 
     changes = dict(_kept(text) for text in keep)
     store = Store(existing_root(root))
-    collector = Collector(store, lambda run: run_retention(run).with_changes(changes), quarantine_days)
+    collector = Collector(
+        store, lambda run: run_retention(run).with_changes(changes), quarantine_days, best=not changes
+    )
     plan = collector.plan()
     removed = collector.apply(plan) if apply else []
     if json_:
@@ -109,9 +112,14 @@ def gc(
             {"kind": item.kind, "path": str(item.path.relative_to(store.root)), "bytes": item.bytes}
             for item in (removed if apply else plan.items)
         ]
-        print(json.dumps({"applied": apply, "items": items, "in_use": plan.busy}, indent=2))
+        unrepeatable = [f"{stage}/{key}" for stage, key in sorted(plan.unrepeatable)]
+        print(
+            json.dumps({"applied": apply, "items": items, "in_use": plan.busy, "unrepeatable": unrepeatable}, indent=2)
+        )
         return
     _print_plan(plan, store.root)
+    if (note := unrepeatable_note(plan.unrepeatable)) is not None:
+        out.print(note, soft_wrap=True, markup=False)
     if apply:
         left = len(plan.items) - len(removed)
         out.print(

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flows.distill import inputs
-from flows.experiment import Experiment, with_plugins
+from flows.experiment import Experiment, dtype_warning, with_plugins
 from flows.run.dates import with_date
 from flows.run.executor import Maker
 from flows.run.preflight import Known, findings, require
@@ -39,8 +39,15 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
 
     Raises ConfigError or InputError for the first problem."""
     experiment.runtime.tell_libraries()
+    mixed = dtype_warning(experiment)
     given, experiment = experiment, with_date(with_plugins(experiment), "", root)
     yield "config: valid"
+    if mixed:
+        yield f"warning: {mixed}"
+    try:
+        experiment.runtime.require_gpus()
+    except ConfigError as error:  # a config may be checked on another machine than it will run on
+        yield f"warning: not on this machine: {error}"
     for plugin in experiment.plugins:
         yield f"plugin: {plugin} ({source_place(plugin)})"
     if experiment.prompts.date != given.prompts.date:
@@ -136,7 +143,7 @@ def _verifier(experiment: Experiment, rows: pa.Table) -> Iterator[str]:
 
 def _disk(experiment: Experiment, parameters: int, root: Path) -> Iterator[str]:
     """What a whole run leaves on the disk, beside what is free there."""
-    needed = bytes_of_run(experiment, parameters)
+    needed = sum(bytes_of_run(experiment, parameters=parameters).values())
     place = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     yield (
@@ -145,7 +152,7 @@ def _disk(experiment: Experiment, parameters: int, root: Path) -> Iterator[str]:
     )
     if needed > free:
         yield (
-            "warning: all rounds may not fit on this disk; set policy.retain (how many rounds `opd gc` keeps), or another --root"
+            "warning: all rounds may not fit on this disk; set policy.retain and policy.collect (what is kept of earlier rounds), or another --root"
         )
 
 

@@ -212,13 +212,15 @@ class Maker:
         reporter: Reporter,
         run_task: RunTask = directly,
         restore: int | None = None,
+        after_round: Callable[[int], None] | None = None,
     ) -> None:
-        """`restore`: a round whose evicted artifacts are rebuilt, whether they are read or not."""
+        """`restore`: a round whose evicted artifacts are rebuilt, whether they are read or not. `after_round` is called
+        after every round in which something was built."""
         self.store, self.run, self.state = store, run, state
         self.context, self.reporter, self.run_task = context, reporter, run_task
         self.built = 0
         self.lineage = Lineage(store)
-        self._restored_round = restore
+        self._restored_round, self._after_round = restore, after_round
         self._round = RoundState(round=0)
         self._inspection: Callable[[], None] | None = None
 
@@ -244,9 +246,12 @@ class Maker:
             self.state.rounds.append(RoundState(round=number))
             self.state.rounds.sort(key=lambda r: r.round)
         self._round = next(r for r in self.state.rounds if r.round == number)
+        before = self.built
         yield self
         self.run.save(self.state)
         self.reporter.round_done(self._round)
+        if self._after_round is not None and self.built > before:
+            self._after_round(number)
 
     def ends_with(self, student: Artifact) -> None:
         self._round.student_sha256 = student.content["weights"]

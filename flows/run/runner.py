@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from flows.distill import distill
 from flows.experiment import (
     Experiment,
     as_stored,
+    dtype_warning,
     experiment_of,
     import_plugins,
     load_experiment,
@@ -28,19 +30,23 @@ from flows.run.stopping import terminating
 from storage.artifacts.checkpoints import KEPT
 from storage.disk.files import explain_full_disk
 from storage.disk.redact import redact
-from storage.errors import ConfigError, OpdError
+from storage.errors import ConfigError, CorruptArtifact, OpdError
 from storage.runs import Run, RunState
 from storage.store import Store
+from storage.upkeep.gc import Collector, unrepeatable_note
+from storage.upkeep.retention import Retention, evicted_of, rebuild_cost
 from tasks.inputs.models import CheckpointModel, parameter_count
 from tasks.stage import Context
 from tasks.trainer.dispatch import training_bytes
 from tasks.workers.metrics import StageProgress
+from tasks.workers.one_machine import refuse_launchers
 from tasks.workers.pool import WorkerPool
 
 
 def plan(experiment: Experiment, root: str | Path, rounds: int | None = None, name: str = "") -> list[PlanLine]:
     """The stages that are in the store, would run, or are pending, for the run `name`. Starts nothing."""
     planner = Planner(Store(root))
+    dtype_warning(experiment)
     experiment = with_date(with_plugins(experiment), name, root)
     distill(experiment, planner, experiment.policy.rounds if rounds is None else rounds)
     return planner.lines
@@ -78,17 +84,21 @@ def run_experiment(
     Returns the state and the number of stages built.
     Raises RunBusy when another process holds the name, IdentityMismatch when the name belongs to another experiment, and
     any error of a stage."""
+    refuse_launchers(os.environ)
     experiment.runtime.tell_libraries()
+    experiment.runtime.require_gpus()
+    mixed = dtype_warning(experiment)
     experiment = with_date(with_plugins(experiment, name), name, root)
     store = Store(root)
     run = open_run(experiment, name, root)
+    experiment = with_policy_of(run, experiment)
     reporter = reporter or SilentReporter()
     with run.lock(), terminating(), without_leftovers(store):
         log = logger(run.log_path("run"))
         state: RunState | None = None
         try:
             state, messages = mend(run, experiment, store)
-            for line in messages:
+            for line in [*messages, *([f"warning: {mixed}"] if mixed else [])]:
                 log(line)
                 reporter.note(0, "run", line)
             state.forked_from = f"{experiment.fork.run}@{experiment.fork.round}" if experiment.fork else None
@@ -105,7 +115,14 @@ def run_experiment(
                 def context(progress: StageProgress) -> Context:
                     return Context(store, experiment.runtime, pool, progress, log, experiment.plugins)
 
-                maker = Maker(store, run, state, context, reporter, restore=restore)
+                def collect(round: int) -> None:
+                    for line in collected(store, run, state):
+                        log(line)
+                        reporter.note(round, "collect", line)
+
+                # what a restore has just rebuilt must stay
+                after_round = collect if experiment.policy.collect and restore is None else None
+                maker = Maker(store, run, state, context, reporter, restore=restore, after_round=after_round)
                 if prefect:
                     from flows.prefect_.tasks import distill_in_prefect
 
@@ -137,6 +154,52 @@ def described(error: BaseException) -> str:
     """An error's message; of a bug's exception also its type."""
     text = str(error).strip()
     return text if text and isinstance(error, OpdError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def with_policy_of(run: Run, experiment: Experiment) -> Experiment:
+    """The experiment, where the run began before `policy.collect` existed without collection, unless the config asks for it."""
+    try:
+        stored = run.experiment.get("policy") or {}
+    except CorruptArtifact:  # when it began is unknown; the config is all there is
+        return experiment
+    policy = experiment.policy
+    if "collect" in stored or "collect" in policy.model_fields_set:
+        return experiment
+    before = Retention.of({"policy": stored}, f"run {run.name}").model_dump()
+    retain = Retention.model_validate(before | policy.retain.model_dump(include=policy.retain.model_fields_set))
+    return experiment.model_copy(update={"policy": policy.model_copy(update={"collect": False, "retain": retain})})
+
+
+def collected(store: Store, run: Run, state: RunState) -> list[str]:
+    """Removes what the run's retention does not keep. Returns lines that say what went, and what a replay or a fork then costs. A
+    collection that is not possible now is left to the next round."""
+    collector = Collector(store, own=run.name)
+    try:
+        plan = collector.plan_of_run(run)
+        removed = collector.apply(plan)
+    except OpdError as error:
+        return [f"warning: nothing was collected: {error}"]
+    if not removed:
+        return []
+    gone = evicted_of(store, state)
+    kinds: dict[str, list[int]] = {}
+    for round in state.rounds:
+        for record in round.stages.values():
+            for name in record.artifacts.items():
+                if name in {item.artifact for item in removed}:
+                    kinds.setdefault(name[0], []).append(round.round)
+    what = "; ".join(f"{stage} of round {', '.join(map(str, sorted(set(at))))}" for stage, at in sorted(kinds.items()))
+    lines = [f"collected {sum(item.bytes for item in removed) / 2**20:,.1f} MiB: {what} (policy.retain)"]
+    last = max((number for at in kinds.values() for number in at), default=0)
+    rounds, seconds = rebuild_cost(state, gone, last)
+    if (note := unrepeatable_note(plan.unrepeatable)) is not None:
+        lines.append(note)
+    if rounds:
+        lines.append(
+            f"a fork at round {last}, or a replay of the training of round {last + 1}, now repeats the training of round"
+            f" {', '.join(map(str, rounds))} first (about {seconds:,.0f} s); policy.keep_rounds keeps a round"
+        )
+    return lines
 
 
 @contextmanager
@@ -218,20 +281,33 @@ def refuse_full_disk(store: Store, experiment: Experiment) -> None:
 
 def bytes_per_round(e: Experiment) -> int:
     """Upper estimate of a round's rollouts and signals in bytes, uncompressed, every completion at full length."""
+    return sum(_bytes_of_tables(e).values())
+
+
+def _bytes_of_tables(e: Experiment) -> dict[str, int]:
+    """The same, by the field of `policy.retain` that they fall under."""
     tokens = e.rollout.prompts_per_round * e.rollout.num_generations * e.rollout.max_completion_length
-    per_token = 4 + 4 + 6 * 4 + sum(8 * (need.k or 0) for need in e.objective.needs().signals)
-    return tokens * per_token
+    signals = 6 * 4 + sum(8 * (need.k or 0) for need in e.objective.needs().signals)
+    return {"rollouts": tokens * (4 + 4), "signals": tokens * signals}
 
 
-def bytes_of_run(e: Experiment, parameters: int) -> int:
-    """Upper estimate of what all rounds leave on the disk under `policy.retain`: rollouts and signals uncompressed, and for every
-    round a student of so many parameters and its optimizer state."""
-    rounds, keep = e.policy.rounds, e.policy.retain
+def bytes_of_run(e: Experiment, rounds: int | None = None, parameters: int | None = None) -> dict[str, int]:
+    """Upper estimate of what the store holds of a run after `rounds` rounds (default: policy.rounds), in bytes by field of
+    `policy.retain`: of each what is kept, while the newest round is being made.
 
-    def kept(last: int | None) -> int:
-        return rounds if last is None else min(rounds, last)
-
-    student = training_bytes(parameters, e.train, 0)
-    state = training_bytes(parameters, e.train, 1) - student
-    data = kept(None if None in (keep.rollouts, keep.signals) else max(keep.rollouts or 0, keep.signals or 0))
-    return kept(keep.students) * student + kept(keep.trainer_state) * state + data * bytes_per_round(e)
+    `parameters`: of the student. Without students and trainer_state where its size is not known yet (it is initialised from an
+    architecture). With adapters every state has the frozen weights as hard links: they are counted once."""
+    rounds = e.policy.rounds if rounds is None else rounds
+    parts = _bytes_of_tables(e)
+    if parameters is None and isinstance(e.student.source, CheckpointModel):
+        parameters = parameter_count(e.student.source.path)
+    if parameters is not None:
+        student = parameters * (2 if e.train.dtype == "bfloat16" else 4)
+        parts |= {"students": student, "trainer_state": 0 if e.train.lora is not None else 12 * parameters}
+    found = {}
+    for name, size in parts.items():
+        keep = getattr(e.policy.retain, name) if e.policy.collect else None
+        found[name] = size * (rounds if keep is None else min(rounds, keep + 1))
+    if e.train.lora is not None and rounds and "students" in parts:
+        found["trainer_state"] += parts["students"]
+    return found

@@ -283,3 +283,14 @@ def scheme(path: Path | str) -> str | None:
     """`s3:` of a path that looks like a URL or another scheme (`s3://x`, `s3:/x`, `hub:me/x`); None for any other path."""
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", str(path))
     return found[0].lower() if found else None
+
+
+def link(source: Path, target: Path) -> None:
+    """Makes `target` a hard link to `source`, or a copy where that cannot be. CorruptArtifact if the source is missing."""
+    target.unlink(missing_ok=True)  # never written through: it may be a link itself
+    try:
+        os.link(source, target)
+    except FileNotFoundError as error:
+        raise CorruptArtifact(f"{source}: missing; run again, only the damaged part is rebuilt") from error
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)

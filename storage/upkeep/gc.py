@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from storage.artifacts.artifact import KEY, MANIFEST, Manifest, artifact_directory, load_manifest
+from storage.artifacts.numerics import BY_SHARD, NUMERICS
 from storage.artifacts.shards import SIDECAR
 from storage.disk.files import TEMPORARY, fsync_directory, remove, replace_atomically, utc_now
 from storage.disk.locks import alone, build_lock, holder, locked, use_lock
@@ -61,6 +62,8 @@ class Plan:
 
     items: list[Item] = field(default_factory=list)
     busy: dict[str, str] = field(default_factory=dict)
+    unrepeatable: set[Name] = field(default_factory=set)
+    """Those to be evicted that were sampled so that they cannot be made again bit for bit (`repeatable`)."""
 
     def bytes(self, kind: Kind | None = None) -> int:
         return sum(item.bytes for item in self.items if kind in (None, item.kind))
@@ -72,14 +75,23 @@ def run_retention(run: Run) -> Retention:
 
 
 class Collector:
-    """Plans and removes. `quarantine_days`: damaged pieces older than this are removed too.
+    """Plans and removes. `quarantine_days`: damaged pieces older than this are removed too. `own`: a run that this process holds
+    and that has no stage under way: its retention applies, although it is running. `best`: each run's
+    best round is kept.
 
     Raises CorruptArtifact if a run's files cannot be read, because its needs are then unknown."""
 
-    def __init__(self, store: Store, retention: RetentionOf = run_retention, quarantine_days: float = 30.0) -> None:
-        self.store, self.root = store, store.root
+    def __init__(
+        self,
+        store: Store,
+        retention: RetentionOf = run_retention,
+        quarantine_days: float = 30.0,
+        own: str | None = None,
+        best: bool = True,
+    ) -> None:
+        self.store, self.root, self._own, self._best = store, store.root, own, best
         self._retention, self._quarantine_days = retention, quarantine_days
-        self._states: dict[str, tuple[tuple[int, int, int], RunState, Retention]] = {}
+        self._states: dict[str, tuple[tuple[int, int, int] | None, RunState, Retention, frozenset[int]]] = {}
         self._roles: dict[Name, str | None] = {}
 
     def plan(self) -> Plan:
@@ -91,6 +103,24 @@ class Collector:
                 plan.items += self._of_artifact(directory, needs)
         plan.items += self._temporary()
         plan.items += self._old_quarantine()
+        self._mark(plan)
+        return plan
+
+    def _mark(self, plan: Plan) -> None:
+        for item in plan.items:
+            if item.kind == "evicted" and item.artifact is not None:
+                artifact = self.store.get(*item.artifact)
+                if artifact is not None and not repeatable(artifact.provenance):
+                    plan.unrepeatable.add(item.artifact)
+
+    def plan_of_run(self, run: Run) -> Plan:
+        """The part of a plan that is past this run's own retention: artifacts of it that no other run needs."""
+        needs = self._needs()
+        plan = Plan(busy=needs.busy)
+        for name in sorted(used(self._state(run)[0]) - needs.whole):
+            found = self._of_artifact(artifact_directory(self.root, *name), needs)
+            plan.items += [item for item in found if item.kind == "evicted"]
+        self._mark(plan)
         return plan
 
     def apply(self, plan: Plan, done: Callable[[Item], None] = lambda item: None) -> list[Item]:
@@ -114,13 +144,15 @@ class Collector:
     def _needs(self) -> _Needs:
         """The needs of all runs by their current states. A running run needs everything it names."""
         needs = _Needs()
-        for run in self._runs():
-            state, retain = self._state(run)
+        runs = [(run, *self._state(run)) for run in self._runs()]
+        origins = [state.forked_from.rpartition("@") for _, state, *_ in runs if state.forked_from]
+        for run, state, retain, kept in runs:
             named = used(state)
-            who = run.holder()
+            who = run.holder() if run.name != self._own else None
             if who is not None:
                 needs.busy[run.name] = who
-            dropped = droppable(state, retain, self._role) if who is None else set()
+            forked = {int(round) for parent, _, round in origins if parent == run.name}
+            dropped = droppable(state, retain, self._role, kept, forked, self._best) if who is None else set()
             needs.named |= named
             needs.whole |= named - dropped
         return needs
@@ -151,14 +183,14 @@ class Collector:
                 )
         return runs
 
-    def _state(self, run: Run) -> tuple[RunState, Retention]:
-        try:
-            stat = (run.directory / "state.json").stat()
-        except FileNotFoundError:
-            return run.state, self._retention(run)  # raises the error that names the repair
-        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if run.name not in self._states or self._states[run.name][0] != stamp:
-            self._states[run.name] = (stamp, run.state, self._retention(run))
+    def _state(self, run: Run) -> tuple[RunState, Retention, frozenset[int]]:
+        """State, retention and `policy.keep_rounds` of a run."""
+        stat = (run.directory / "state.json").stat() if (run.directory / "state.json").exists() else None
+        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns) if stat is not None else None
+        if stamp is None or run.name not in self._states or self._states[run.name][0] != stamp:
+            state = run.state  # raises the error that names the repair, where the file is missing or damaged
+            kept = (run.experiment.get("policy") or {}).get("keep_rounds") or ()
+            self._states[run.name] = (stamp, state, self._retention(run), frozenset(map(int, kept)))
         return self._states[run.name][1:]
 
     # --- artifacts ---------------------------------------------------------------------------------------------------
@@ -260,6 +292,30 @@ def _give_up(who: str) -> None:
     raise _HeldError(who)
 
 
+def repeatable(provenance: Mapping[str, Any]) -> bool:
+    """Whether what was made with this provenance can be made again bit for bit, as far as its settings say: on a GPU a sampler's
+    batches depend on timing, unless its engine was in process or batch-invariant."""
+    sets = [provenance.get(NUMERICS) or {}, *(entry.get("numerics") or {} for entry in provenance.get(BY_SHARD) or ())]
+    return not any(
+        "sampler_max_num_seqs" in numerics
+        and numerics.get("device") == "cuda"
+        and not (numerics.get("sampler_in_process") or numerics.get("sampler_batch_invariant"))
+        for numerics in sets
+    )
+
+
+def unrepeatable_note(names: Collection[Name]) -> str | None:
+    """A warning about rollouts that a collection removes for good; None without any."""
+    rollouts = sorted(key for stage, key in names if stage == "rollout")
+    if not rollouts:
+        return None
+    return (
+        f"warning: {len(rollouts)} rollout(s) were sampled on a GPU with neither runtime.sampler.in_process nor batch_invariant"
+        f" ({', '.join(rollouts[:3])}{', ...' if len(rollouts) > 3 else ''}): once removed they cannot be restored or replayed"
+        " bit for bit; --keep rollouts=all (or policy.retain.rollouts: null) keeps them"
+    )
+
+
 def evict(directory: Path) -> None:
     """Marks a committed artifact evicted, durably, then deletes its data. Call with its locks held."""
     manifest = load_manifest(directory)
@@ -298,8 +354,9 @@ def _files(path: Path) -> Iterator[os.stat_result]:
 
 
 def _size(path: Path) -> int:
+    """Bytes that its removal frees: a file with another hard link frees none."""
     try:
-        return sum(stat.st_size for stat in _files(path))
+        return sum(stat.st_size for stat in _files(path) if stat.st_nlink == 1)
     except FileNotFoundError:  # removed meanwhile
         return 0
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from pydantic import Field, ValidationError
 
 from storage.errors import ConfigError
 from storage.identity import RunPolicy
-from storage.runs import RunState
+from storage.runs import RunState, StageState
+from storage.store import Store
 
 Name = tuple[str, str]
 """Stage and key of an artifact."""
@@ -69,12 +70,31 @@ def role_of_stage(name: Name) -> str | None:
     return ROLES.get(name[0])
 
 
-def droppable(state: RunState, retain: Retention, role: Callable[[Name], str | None] = role_of_stage) -> set[Name]:
+def best_round(state: RunState) -> int | None:
+    """The round whose student is best by its evaluation: the highest accuracy, or without a verifier the lowest reverse KL; the
+    earliest of equals. None where no round has either."""
+    for metric, sign in (("accuracy_greedy", -1.0), ("reverse_kl", 1.0)):
+        found = [(sign * value, r.round) for r in state.rounds if (value := r.metrics.get(metric)) is not None]
+        if found:
+            return min(found)[1]
+    return None
+
+
+def droppable(
+    state: RunState,
+    retain: Retention,
+    role: Callable[[Name], str | None] = role_of_stage,
+    named: Collection[int] = (),
+    forked: Collection[int] = (),
+    best: bool = True,
+) -> set[Name]:
     """Artifacts whose data this run can do without; `role` gives the field of `Retention` that an artifact falls under.
 
-    Rounds count back from the last finished one. Later rounds are kept, and so is what any kept round uses."""
+    Rounds count back from the last finished one. Later rounds are kept, and so is what any kept round uses. Of the rounds `named`
+    everything is kept; of those where another run was `forked`, and with `best` of `best_round`, student and trainer_state."""
     finished = [round.round for round in state.rounds if round.student_sha256]
     last = max(finished, default=0)
+    models = {*forked, *((best_round(state),) if best else ())}
     drop: set[Name] = set()
     keep: set[Name] = set()
     for round in state.rounds:
@@ -82,7 +102,26 @@ def droppable(state: RunState, retain: Retention, role: Callable[[Name], str | N
             for stage, key in record.artifacts.items():
                 field = role((stage, key))
                 count = getattr(retain, field) if field is not None else None
-                kept = count is None or round.round == 0 or round.round > last - count
+                kept = count is None or round.round == 0 or round.round > last - count or round.round in named
+                kept = kept or (field in ("students", "trainer_state") and round.round in models)
                 kept = kept or record.state not in ("done", "cached")
                 (keep if kept else drop).add((stage, key))
     return drop - keep
+
+
+def evicted_of(store: Store, state: RunState) -> set[Name]:
+    """The artifacts of a run whose data was removed."""
+    found = ((name, store.get(*name)) for name in used(state))
+    return {name for name, artifact in found if artifact is not None and store.evicted(artifact) is not None}
+
+
+def rebuild_cost(state: RunState, gone: Collection[Name], round: int) -> tuple[list[int], float]:
+    """The rounds whose training must be repeated to have the trainer state of `round` again, and the seconds that these took
+    (with those of their stages that are `gone` too)."""
+    stages = {r.round: r.stages for r in state.rounds}
+    rounds: list[int] = []
+    while any(name in gone for name in stages.get(round, {}).get("train", StageState()).artifacts.items()):
+        rounds.insert(0, round)
+        round -= 1
+    again = [s for r in rounds for s in stages[r].values() if any(name in gone for name in s.artifacts.items())]
+    return rounds, sum(stage.seconds or 0.0 for stage in again)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from pathlib import Path
-
 from storage.artifacts.artifact import MANIFEST, Artifact, artifact_directory, load_manifest
-from storage.disk.files import explain_full_disk, replace_atomically
+from storage.disk.files import explain_full_disk, link, replace_atomically
 from storage.errors import CorruptArtifact
 from storage.store import Store
 
@@ -30,15 +26,5 @@ def lend(source: Store, artifact: Artifact, target: Store) -> None:
         there.mkdir(parents=True, exist_ok=True)
         for name in names:
             (there / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(here / name, there / name)
+            link(here / name, there / name)
         replace_atomically(there / MANIFEST, manifest.dump())
-
-
-def _link(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except FileNotFoundError as error:
-        raise CorruptArtifact(f"{source}: missing; run again, only the damaged part is rebuilt") from error
-    except OSError:  # another file system, or one without hard links
-        shutil.copy2(source, target)

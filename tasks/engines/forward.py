@@ -31,15 +31,23 @@ def plan_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return batches
 
 
+def placement(device: torch.device, devices: int) -> dict[str, int] | str | None:
+    """transformers' `device_map`: on a GPU the weights go from the files to it, without a copy of the model on the host; over
+    several GPUs layer by layer, by the memory that is free there. None on CPU."""
+    if device.type == "cpu":
+        return None
+    return {"": device.index or 0} if devices == 1 else "auto"
+
+
 class LoadedModel:
     """A checkpoint on the device: backbone and output head apart, so that T x V logits never exist at once.
 
     Raises InputError for a checkpoint that does not load, or whose logits are more than head times hidden state."""
 
-    def __init__(self, path: Path, dtype: str, device: torch.device) -> None:
+    def __init__(self, path: Path, dtype: str, device: torch.device, devices: int = 1) -> None:
         self.path, self.device = path, device
-        model = load_causal_lm(path, getattr(torch, dtype))
-        self._model = model.eval().requires_grad_(False).to(device)
+        model = load_causal_lm(path, getattr(torch, dtype), device_map=placement(device, devices))
+        self._model = model.eval().requires_grad_(False)
         head = self._model.get_output_embeddings()
         if head is None or self._model.base_model is self._model:
             raise InputError(f"{path}: no causal language model with an output head ({type(model).__name__})")
@@ -55,7 +63,7 @@ class LoadedModel:
         ids = torch.arange(min(_PROBE_IDS, self.rows), device=self.device)[None]
         mask = torch.ones_like(ids)
         expected = self._model(ids, attention_mask=mask, use_cache=False).logits
-        found = self.head(self._backbone(ids, mask))
+        found = self.head(self._backbone(ids, mask)).to(expected.device)
         if found.shape != expected.shape or found.shape[-1] != self.rows:
             raise InputError(f"{self.path}: logits of shape {list(expected.shape)}, but vocab_size is {self.rows}")
         limit = _PROBE_TOLERANCE.get(expected.dtype, _PROBE_TOLERANCE_LOW_PRECISION)
@@ -102,4 +110,8 @@ class LoadedModel:
             first = row * longest + len(passage.prompt) - 1
             index.append(torch.arange(first, first + len(passage.completion)))
         hidden_BTD = self._backbone(ids_BT.to(self.device), mask_BT.to(self.device))
-        return hidden_BTD.flatten(0, 1).index_select(0, torch.cat(index).to(self.device))
+        return hidden_BTD.flatten(0, 1).index_select(0, torch.cat(index).to(hidden_BTD.device))
+
+    def keep_head(self) -> None:
+        """Free all of the model but its output head."""
+        del self._model

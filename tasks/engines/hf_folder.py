@@ -161,8 +161,11 @@ def attention(config: PretrainedConfig) -> Literal["sdpa", "eager"]:
     return "sdpa" if kind._supports_sdpa and not capped else "eager"
 
 
-def load_causal_lm(path: Path, dtype: torch.dtype, *, dropout: bool = True) -> PreTrainedModel:
-    """The checkpoint's causal language model on the CPU. With `dropout` False its config says 0 for every dropout.
+def load_causal_lm(
+    path: Path, dtype: torch.dtype, *, dropout: bool = True, device_map: dict[str, int] | str | None = None
+) -> PreTrainedModel:
+    """The checkpoint's causal language model, on the CPU or where transformers' `device_map` puts it. With `dropout` False its
+    config says 0 for every dropout.
 
     InputError when it cannot be loaded."""
     from transformers import AutoModelForCausalLM
@@ -174,7 +177,12 @@ def load_causal_lm(path: Path, dtype: torch.dtype, *, dropout: bool = True) -> P
         config = without_dropout(config)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=attention(config), **SAFE_LOADING
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention(config),
+            device_map=device_map,
+            **SAFE_LOADING,
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: not a causal language model that transformers can load ({error})") from error

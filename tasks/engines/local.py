@@ -21,7 +21,8 @@ class LocalModel:
 
     def __init__(self, folder: Path, dtype: str, host: Host) -> None:
         self._device, self._chunk_tokens = torch.device(host.device), host.chunk_tokens
-        self._model: LoadedModel | None = LoadedModel(folder, dtype, self._device)
+        self._model: LoadedModel | None = LoadedModel(folder, dtype, self._device, host.devices)
+        self._ahead: dict[tuple[int, ...], Tensor] | None = None
 
     @property
     def model(self) -> LoadedModel:
@@ -56,16 +57,32 @@ class LocalModel:
     @torch.inference_mode()
     def distributions(self, passages: Sequence[Passage], vocabulary: Vocabulary) -> Iterator[Tensor]:
         """See `Teacher`."""
-        hidden_ND = self.model.hidden([self._readable(passage) for passage in passages])
+        hidden_ND = self._hidden(passages)
         unread_N = self._unread(passages)
         for start in range(0, len(hidden_ND), self._chunk_tokens):
             chunk = slice(start, start + self._chunk_tokens)
-            logprobs_NV = distributions.log_probabilities(self.model.head(hidden_ND[chunk]), vocabulary.rows)
+            logits_NV = self.model.head(hidden_ND[chunk]).to(self._device)
+            logprobs_NV = distributions.log_probabilities(logits_NV, vocabulary.rows)
             yield logprobs_NV.masked_fill_(unread_N[chunk, None], float("nan"))
+
+    def read_ahead(self, batches: Sequence[Sequence[Passage]]) -> None:
+        """Compute the hidden states of these batches, keep them on the host, and free the model but for its output head: what is
+        asked about them later takes the memory of a head. Then it answers about these batches alone."""
+        self._ahead = {_name(batch): self.model.hidden([self._readable(p) for p in batch]).cpu() for batch in batches}
+        self.model.keep_head()
+        self._collect()
+
+    def _hidden(self, passages: Sequence[Passage]) -> Tensor:
+        if self._ahead is None:
+            return self.model.hidden([self._readable(passage) for passage in passages])
+        return self._ahead[_name(passages)].to(self._device)
 
     def close(self) -> None:
         """Free the model."""
-        self._model = None
+        self._model, self._ahead = None, None
+        self._collect()
+
+    def _collect(self) -> None:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -82,6 +99,11 @@ class LocalModel:
             foreign = np.array(passage.completion, np.int64) >= self.model.rows
             found.append(np.cumsum(foreign) - foreign > 0)
         return torch.from_numpy(np.concatenate(found)).to(self._device)
+
+
+def _name(passages: Sequence[Passage]) -> tuple[int, ...]:
+    """A batch, by its passages: the same objects are asked about again."""
+    return tuple(map(id, passages))
 
 
 def _tensor(arrays: Sequence[Sequence[int] | np.ndarray], device: torch.device) -> Tensor:

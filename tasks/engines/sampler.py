@@ -44,7 +44,7 @@ from tasks.engines.hf_folder import (
     stop_token_ids,
     text_config,
 )
-from tasks.engines.weight_proof import StaleWeights, judge_probes, judge_weights
+from tasks.engines.weight_proof import StaleWeights, judge_probes, judge_weights, one_reference
 from tasks.engines.writing import Writing
 from tasks.inputs.tokenizers import load_tokenizer
 from tasks.rollout_config import Dtype
@@ -171,7 +171,8 @@ class Sampler:
     """Serves sampling jobs from one engine, kept warm between jobs and between weights.
 
     Settings: device (cpu|cuda), threads, tensor_parallel_size, gpu_memory_utilization, kv_cache_gib (CPU),
-    enforce_eager (null: on CPU only), max_num_seqs, verify_weights (full|checksums), batched_tokens, retries."""
+    enforce_eager (null: on CPU only), max_num_seqs, verify_weights (full|checksums), batched_tokens, retries, in_process
+    (null: on CPU only), batch_invariant, number (of this worker)."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -187,7 +188,11 @@ class Sampler:
         self._reloads = True
         """Whether weights of this architecture can be reloaded in place, as far as is known."""
         self._stopped_by: list[int] | None = None
+        within = settings.get("in_process")
+        self.in_process = self.on_cpu if within is None else bool(within)
         _prepare_environment(self.on_cpu, self.eager, int(settings.get("threads", 1)))
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not self.in_process))
+        os.environ["VLLM_BATCH_INVARIANT"] = str(int(bool(settings.get("batch_invariant"))))
 
     def handle(self, job: SampleJob, link: Link) -> SampleResult:
         """Sample and write shards until the supervisor has no more. Raises InputError for prompts that do not fit the model,
@@ -344,7 +349,13 @@ class Sampler:
         sampling, stop_ids = shard.item.sampling, shard.stop_ids
         params = [self._params(sampling, ask.seed, ask.max_tokens, stop_ids) for ask in asks.values()]
         texts = [{"prompt_token_ids": list(ask.tokens)} for ask in asks.values()]
+        # an engine in a process of its own begins with the first request: pause it, so that all enter at one step
+        pause = not self.in_process and len(asks) > 1
+        if pause:
+            self.llm.sleep(level=0, mode="keep")
         names = self.llm.enqueue(texts, params, use_tqdm=False)
+        if pause:
+            self.llm.wake_up(tags=["scheduling"])
         return {str(name): (shard, position) for name, position in zip(names, asks, strict=True)}
 
     def _step(self, waiting: dict[str, tuple[OpenShard, int]]) -> list[tuple[OpenShard, int, Any]]:
@@ -440,8 +451,9 @@ class Sampler:
         reports = self.llm.collective_rpc("opd_compare_weights", args=(str(path),))
         self.proof = {"method": "full" if full else "checksums", **judge_weights(reports, path, need_all=not full)}
         self.llm.reset_prefix_cache()  # its contents were computed with the old weights
-        if full:
-            self.proof |= self._probe(path, dtype)
+        if full and (int(self.settings.get("number", 0)) == 0 or self.proof["params_unproven"]):
+            with one_reference(path):
+                self.proof |= self._probe(path, dtype)
 
     def _probe(self, path: Path, dtype: str) -> dict[str, Any]:
         vocabulary = self._vocabulary
@@ -593,7 +605,6 @@ def _prepare_environment(on_cpu: bool, eager: bool, threads: int) -> None:
     if not on_cpu:
         return
     os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: deterministic, and no second import of 15 s
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # workers share cores with others; the count is what matters
         "OMP_NUM_THREADS": str(threads),
     }

@@ -15,7 +15,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import numpy as np
@@ -37,13 +37,19 @@ from tasks.engines.teacher import (
     WarmModels,
     backend_of,
 )
+from tasks.inputs.models import parameter_count
+from tasks.rollout_config import Dtype
 from tasks.signals import Shard, Values, Wanted, signal_named
 from tasks.workers.jobs import ArtifactRef, KLJob, KLShard, ModelRef, ScoreJob, ScoreResult, ScoreShard, ShardDone
 from tasks.workers.main import Link
 
+if TYPE_CHECKING:
+    from tasks.engines.local import LocalModel
+
 Report = Callable[[int], None]
 """Called with the samples of a shard that are scored."""
 LOCAL = LocalTeacher()
+_WEIGHTS_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,13 @@ class Scorer:
         if cuda and not torch.cuda.is_available():
             raise ConfigError("runtime.device: cuda, but this torch finds no GPU; see make setup EXTRA=gpu")
         self.batch_tokens = int(settings.get("batch_tokens", 8192))
-        self.models = WarmModels(Host("cuda" if cuda else "cpu", int(settings.get("head_chunk_tokens", 1024))))
+        self.passes: int | None = settings.get("passes")
+        host = Host(
+            "cuda" if cuda else "cpu",
+            int(settings.get("head_chunk_tokens", 1024)),
+            int(settings.get("devices_per_worker", 1)),
+        )
+        self.models = WarmModels(host)
         self._stores: dict[str, Store] = {}
         self._vocabularies: dict[tuple[str, str], int] = {}
         self._teacher_prompts: tuple[str, dict[str, list[int]]] = ("", {})
@@ -172,17 +184,29 @@ class Scorer:
                 f" {shared} ids"
             )
         described = {"student": job.student, "teacher": job.teacher}
-        models = self.models.get(described, wanted.models, job.dtype, backend)
+        alike = (job.student.weights, job.student.architecture) == (job.teacher.weights, job.teacher.architecture)
+        two = len(wanted.models) == 2 and backend.kind == LOCAL.kind and not alike
+        apart = two and self._passes(job) == 2
+        first = (self.models.opened(described, job.dtype, backend) or ["student"])[0]
+        models = self.models.get(described, [first] if apart else wanted.models, job.dtype, backend)
         vocabularies = {"student": Vocabulary(student_rows, shared), "teacher": Vocabulary(shared, shared)}
-        read = {name: [_passage(name, sample) for sample in samples] for name in models}
+        read = {name: [_passage(name, sample) for sample in samples] for name in wanted.models}
+        lengths = [max(len(passages[index].inputs) for passages in read.values()) for index in range(len(samples))]
+        batches = plan_batches(lengths, self.batch_tokens)
+        if "student" in read:
+            _refuse_foreign(samples, student_rows)
         for name, model in models.items():
-            if name == "student":
-                _refuse_foreign(samples, student_rows)
             model.check(read[name], [f"{name}, {sample.name}" for sample in samples])
+        if apart:
+            # the one that is open reads all first, so that every shard loads one model
+            ahead = cast("LocalModel", models[first])
+            ahead.read_ahead([[read[first][index] for index in batch] for batch in batches])
+            [second] = set(wanted.models) - {first}
+            models |= self.models.get(described, [second], job.dtype, backend)
+            models[second].check(read[second], [f"{second}, {sample.name}" for sample in samples])
         values: Values = {}
         done = 0
-        lengths = [max(len(passages[index].inputs) for passages in read.values()) for index in range(len(samples))]
-        for batch in plan_batches(lengths, self.batch_tokens):
+        for batch in batches:
             passages = {name: [found[index] for index in batch] for name, found in read.items()}
             for name, arrays in _answers(models, passages, vocabularies, wanted).items():
                 column = values.setdefault(name, [np.empty(0)] * len(samples))
@@ -190,13 +214,28 @@ class Scorer:
                     column[index] = array
             done += len(batch)
             progress(done)
+        if apart:
+            self.models.close(models[first])
         return values
+
+    def _passes(self, job: ScoreJob | KLJob) -> int:
+        """How often a shard is read: 2 where student and teacher are not to be in memory together."""
+        if self.passes is not None or self.models.host.device == "cpu":
+            return self.passes or 1
+        memory = sum(torch.cuda.get_device_properties(at).total_memory for at in range(torch.cuda.device_count()))
+        sizes = [parameter_count(Path(model.path)) for model in (job.student, job.teacher)]
+        return 1 if fit_together(sizes, job.dtype, memory) else 2
 
     def _rows(self, model: ModelRef, backend: TeacherBackend) -> int:
         key = (model.architecture, backend.model_dump_json())
         if key not in self._vocabularies:
             self._vocabularies[key] = backend.rows(Path(model.path))
         return self._vocabularies[key]
+
+
+def fit_together(parameters: Sequence[int], dtype: Dtype, memory: int) -> bool:
+    """Whether models of these sizes leave a quarter of `memory` (bytes) for activations and logits."""
+    return sum(parameters) * (4 if dtype == "float32" else 2) <= _WEIGHTS_SHARE * memory
 
 
 def _report(link: Link, before: int, done: int) -> None:

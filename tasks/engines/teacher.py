@@ -104,6 +104,8 @@ class Host:
     device: str
     chunk_tokens: int
     """completion tokens whose logits may exist at once"""
+    devices: int = 1
+    """GPUs over which a model is spread"""
 
 
 class TeacherBackend(Kind):
@@ -179,17 +181,31 @@ class WarmModels:
         self, models: Mapping[str, ModelRef], names: Sequence[str], dtype: str, teacher: TeacherBackend
     ) -> dict[str, Teacher]:
         """Those of a job's models that are named. Opened models that the job does not describe are closed first."""
-        backends = {name: teacher if name == "teacher" else LocalTeacher() for name in models}
-        keys = {
-            name: (model.weights, model.architecture, dtype, backends[name].model_dump_json())
-            for name, model in models.items()
-        }
+        keys = self._keys(models, dtype, teacher)
         self.free(keep=list(keys.values()))
         for name in names:
             if keys[name] not in self._models:
-                self._models[keys[name]] = backends[name].open(Path(models[name].path), dtype, self.host)
+                backend = teacher if name == "teacher" else LocalTeacher()
+                self._models[keys[name]] = backend.open(Path(models[name].path), dtype, self.host)
                 self.loads += 1
         return {name: self._models[keys[name]] for name in names}
+
+    def opened(self, models: Mapping[str, ModelRef], dtype: str, teacher: TeacherBackend) -> list[str]:
+        """Those of a job's models that are open."""
+        return [name for name, key in self._keys(models, dtype, teacher).items() if key in self._models]
+
+    @staticmethod
+    def _keys(models: Mapping[str, ModelRef], dtype: str, teacher: TeacherBackend) -> dict[str, tuple[str, ...]]:
+        backends = {name: teacher if name == "teacher" else LocalTeacher() for name in models}
+        return {
+            name: (model.weights, model.architecture, dtype, backends[name].model_dump_json())
+            for name, model in models.items()
+        }
+
+    def close(self, model: Teacher) -> None:
+        """Close one model."""
+        for key in [key for key, other in self._models.items() if other is model]:
+            self._models.pop(key).close()
 
     def free(self, keep: Sequence[tuple[str, ...]] = ()) -> None:
         """Close all models but these."""

@@ -5,12 +5,17 @@ checksums, and as cheap). The weights to compare are those that the engine *mult
 its linear layers into a private layout and drops the original, so there the weight is read back by sending the identity matrix
 through the layer, which returns it exactly. This also catches an output head that kept its packed copy of old tied embeddings.
 Then a few tokens are sampled and their log-probabilities compared with a transformers forward in float32: that needs no
-knowledge of the engine's layout."""
+knowledge of the engine's layout. It needs the whole model in float32 on the host, so the first sampler alone does it, and others
+only where the comparison left something unproven, one at a time."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import fcntl
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,6 +37,9 @@ TOLERANCE_LOW_PRECISION = 0.5
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 """Ends of the names of the tensor that a tied output head shares."""
 _ROWS = 256
+_EXPERTS = ("w13_weight", "w2_weight")
+_EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+"""What checkpoints call the three matrices of an expert."""
 _SHOWN = 5
 
 
@@ -60,12 +68,16 @@ def compare_weights(model: nn.Module, path: Path) -> dict[str, Any]:
     compared = elements = 0
     differing: list[str] = []
     unproven: list[str] = []
+    known: set[str] = set()
     for name, module in model.named_modules():
-        for parameter in ("weight", "bias"):
+        of_experts = _experts(module, name, checkpoint) if hasattr(module, "w13_weight") else {}
+        for parameter in (*of_experts, "weight", "bias"):
             if not isinstance(getattr(module, parameter, None), torch.Tensor):
                 continue
             full = f"{name}.{parameter}"
-            for how, actual, expected in _pairs(module, name, parameter, packed, checkpoint):
+            known.add(full)
+            pairs = of_experts.get(parameter) or _pairs(module, name, parameter, packed, checkpoint)
+            for how, actual, expected in pairs:
                 if expected is None or actual.numel() != expected.numel():
                     unproven.append(full)
                     continue
@@ -81,7 +93,6 @@ def compare_weights(model: nn.Module, path: Path) -> dict[str, Any]:
                     )  # the checkpoint's values in another order: the probes show whether it is the right one
                 else:
                     differing.append(f"{full}{how} (up to {(mine - theirs).abs().max().item():.3g})")
-    known = {f"{name}.{p}" for name, _ in model.named_modules() for p in ("weight", "bias")}
     unproven += [name for name, _ in model.named_parameters() if name not in known]
     return {
         "compared": compared,
@@ -123,6 +134,9 @@ class _Checkpoint:
         with safe_open(file, framework="pt") as tensors:
             return tensors.get_tensor(key)
 
+    def has(self, name: str) -> bool:
+        return name in self._files
+
     def unread(self) -> list[str]:
         return sorted(name for name in self._files if name not in self._read and "rotary_emb" not in name)
 
@@ -158,6 +172,58 @@ def _pairs(
     if embedding:
         held = held[: expected.shape[0]]  # rows past the vocabulary are padding
     yield "", held, expected
+
+
+def _experts(
+    module: nn.Module, name: str, checkpoint: _Checkpoint
+) -> dict[str, list[tuple[str, torch.Tensor, torch.Tensor | None]]]:
+    """The same for the two fused weights of a layer of experts, (experts, 2 x inner, hidden) and (experts, hidden, inner).
+
+    Their layout in the engine depends on device and kernel, so the checkpoint's tensors are laid out by the code that laid
+    out the engine's. Without an expected tensor: experts spread over ranks, quantised, or stored under names not known here."""
+    held = {parameter: getattr(module, parameter) for parameter in _EXPERTS}
+    try:
+        expected = _laid_out(module, name.removesuffix(".routed_experts"), checkpoint)
+    except Exception:  # private code of vLLM and its kernels: what it does not do leaves the weights unproven
+        traceback.print_exc()
+        expected = None
+    return {
+        parameter: [(" as laid out for its kernel", held[parameter], expected[at] if expected else None)]
+        for at, parameter in enumerate(_EXPERTS)
+    }
+
+
+def _laid_out(module: Any, prefix: str, checkpoint: _Checkpoint) -> list[torch.Tensor] | None:
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import convert_to_unquantized_kernel_format
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    method: Any = module.quant_method
+    if not isinstance(method, UnquantizedFusedMoEMethod) or module.moe_config.moe_parallel_config.use_ep:
+        return None
+    where, count = module.moe_config.moe_parallel_config, module.moe_config.num_experts
+    for gate, up, down in _EXPERT_NAMES:
+        names = [[f"{prefix}.{expert}.{part}.weight" for part in (gate, up, down)] for expert in range(count)]
+        if all(checkpoint.has(part) for parts in names for part in parts):
+            break
+    else:
+        return None
+    like = module.w13_weight
+    upper, lower = list[torch.Tensor](), list[torch.Tensor]()
+    for parts in names:
+        first, second, third = (cast(torch.Tensor, checkpoint.get(part)).to(like.device, like.dtype) for part in parts)
+        cut = [matrix.chunk(where.tp_size, dim=0)[where.tp_rank] for matrix in (first, second)]
+        upper.append(torch.cat(cut))
+        lower.append(third.chunk(where.tp_size, dim=1)[where.tp_rank])
+    config = copy.copy(module.moe_config)
+    w13, w2 = convert_to_unquantized_kernel_format(
+        method.unquantized_backend, moe_config=config, w13_weight=torch.stack(upper), w2_weight=torch.stack(lower)
+    )
+    layer = nn.Module()  # stands in for the engine's layer, which must not change
+    layer.moe_config, layer.activation = config, module.activation
+    layer.w13_weight, layer.w2_weight = (nn.Parameter(weight, requires_grad=False) for weight in (w13, w2))
+    kernel: Any = method.moe_kernel
+    copy.copy(kernel.fused_experts).process_weights_after_loading(layer)
+    return [layer.w13_weight, layer.w2_weight]
 
 
 def read_back(module: nn.Module, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -231,6 +297,15 @@ def judge_weights(reports: list[dict[str, Any]], path: Path, need_all: bool) -> 
         "elements_compared": sum(report["elements"] for report in reports),
         "params_unproven": len(unproven),
     }
+
+
+@contextmanager
+def one_reference(path: Path) -> Iterator[None]:
+    """In the block no other process of this machine holds a float32 copy of this checkpoint for its probes."""
+    with (path / "config.json").open("rb") as file:
+        with suppress(OSError):  # a file system without locks: then they only need more memory
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def reference_logprobs(path: Path, sequences: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:

@@ -166,6 +166,11 @@ class Signal(ABC):
         """What is wrong with asking for it with this k."""
         if (k is None) == self.listed:
             return f"objective: the signal {self.name!r} {'needs' if self.listed else 'takes no'} k"
+        if k is not None and k > LARGEST_K:
+            return (
+                f"objective.support.k: {k} candidates per token, but a stored list has at most {LARGEST_K} (column valid of"
+                f" {self.name!r} is int16); use kind: teacher_topk with a smaller k and outside: bucket"
+            )
         return None
 
     def bytes_per_token(self, k: int | None) -> int:
@@ -176,6 +181,8 @@ class Signal(ABC):
         )
 
 
+LARGEST_K = 2**15 - 1
+"""Entries of a stored list: `valid` counts them as int16."""
 SIGNALS: dict[str, Signal] = {}
 
 

@@ -71,7 +71,10 @@ ImportanceCorrection = Annotated[NoCorrection | TruncatedCorrection, Field(discr
 
 
 class LoraSettings(Identity):
-    """Trains low-rank adapters (PEFT) instead of the weights; the exported student has them merged."""
+    """Trains low-rank adapters (PEFT) instead of the weights; the exported student has them merged.
+
+    With dtype bfloat16 the forward computes with the merged weight, rounded as in the export, so that the trained student is the
+    exported one. A round logs `export_error` and `update_rounded_away` (docs/gpu.md)."""
 
     r: int = Field(16, ge=1, description="rank")
     alpha: float = Field(32.0, gt=0, description="scale: adapters are multiplied by alpha / r")
@@ -116,6 +119,12 @@ class OptimizerSettings(Identity):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: {list(self.betas)} must be two numbers in [0, 1)")
         return self
+
+
+def forward_identity(settings: OptimizerSettings) -> dict[str, str]:
+    """What enters a training's key beside its config, where the meaning has changed since a release: with LoRA in 16 bits the
+    forward computes with the merged and rounded weights, as they are exported (before: with separate adapters)."""
+    return {"lora_forward": "merged"} if settings.lora is not None and settings.dtype != "float32" else {}
 
 
 MaskReasonName = Literal["special_token", "truncated", "teacher_prefix", "unmapped"]

@@ -19,6 +19,8 @@ from tasks.trainer.config import OptimizerSettings, TrainConfig, WarmupConfig
 from tasks.workers.jobs import ArtifactRef, CheckpointPlace, TrainJob, TrainOutputs, TrainResult, WarmupJob
 from tasks.workers.metrics import Metrics, left_out, summary
 
+_MUCH = 0.9
+"""Share of an adapters' update lost to rounding that is worth a warning."""
 _TREES = {"student": "model", "trainer_state": "state"}
 
 
@@ -71,6 +73,12 @@ def run_and_commit(
         )
     if invalid := result.metrics.get("invalid_tokens"):
         context.log(f"warning: {job.stage}: {invalid:.0f} completion tokens have invalid values and were left out")
+    if (hidden := result.metrics.get("update_rounded_away") or 0.0) > _MUCH:
+        context.say(
+            job.stage,
+            f"warning: train.dtype: bfloat16 cannot represent {hidden:.0%} of the adapters' update; the student is what training"
+            " computed with, but it moves in few weights. dtype: float32 or a larger lr keeps more of the update",
+        )
     weights = weights_digest(exported)
     if earlier is not None:
         _require_same_weights(job, earlier, weights, list(builders), last)

@@ -8,21 +8,27 @@ from __future__ import annotations
 import importlib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate import init_empty_weights
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
 from deepspeed.utils import set_log_level_from_string
+from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from tasks.trainer.config import OptimizerSettings
 from tasks.trainer.data import Forward
 from tasks.trainer.deepspeed_file import deepspeed_config
-from tasks.trainer.model import TrainModule
+from tasks.trainer.model import TrainModule, load_model
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -73,6 +79,59 @@ def _import_muon() -> None:
             os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
+def load_for(config_path: str | None, settings: OptimizerSettings, path: Path) -> PreTrainedModel:
+    """The checkpoint in `path` (`load_model`), at ZeRO stage 3 in pieces: every parameter is partitioned over the ranks as it is
+    made, and filled by rank 0 from the checkpoint's memory map, so that no rank ever holds the whole model. Then collective."""
+    config = deepspeed_config(config_path, settings, 1)
+    if config["zero_optimization"]["stage"] != 3:
+        return load_model(path, settings.dtype, settings.dropout)
+    held = HfDeepSpeedConfig(config)  # transformers keeps a weak reference and asks whether it lives
+    try:
+        model = load_model(path, settings.dtype, settings.dropout)
+    finally:
+        unset_hf_deepspeed_config()
+        del held
+    _restore_buffers(model, path)
+    return model
+
+
+def _restore_buffers(model: PreTrainedModel, path: Path) -> None:
+    """Gives a model that was loaded in pieces the buffers of a whole one: DeepSpeed makes every tensor in the model's dtype, also
+    the frequencies of rotary positions, which are float32 in any model (bfloat16 ones are wrong from some hundred tokens on)."""
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        whole = type(model)._from_config(model.config, dtype=model.dtype)
+    stored = {name: file for file in path.glob("*.safetensors") for name in _names(file)}
+    places = dict(model.named_modules())
+    for name, buffer in whole.named_buffers():
+        if name in stored:
+            with safe_open(stored[name], framework="pt") as tensors:
+                buffer = tensors.get_tensor(name).to(buffer.dtype)
+        parent, _, own = name.rpartition(".")
+        module = places[parent]
+        module.register_buffer(
+            own, buffer.to(module._buffers[own].device), own not in module._non_persistent_buffers_set
+        )
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, also of one that ZeRO-3 holds in pieces."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _borrowed(module: TrainModule) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """(module, parameter of another module that its forward reads): ZeRO-3 must gather these for it too."""
+    for parameter in module.loss_head.head.parameters(recurse=False):
+        yield module.loss_head, parameter
+    for user in module.modules():
+        for parameter in getattr(user, "parameters_used", list)():
+            yield user, parameter
+
+
 class Engine:
     """A DeepSpeed engine over `module` that trains `parameters` with AdamW."""
 
@@ -84,13 +143,13 @@ class Engine:
         config_path: str | None,
         device: torch.device,
     ) -> None:
-        count = sum(parameter.numel() for parameter in parameters.values())
+        count = sum(full_shape(parameter).numel() for parameter in parameters.values())
         config = deepspeed_config(config_path, settings, count)
         self.stage: int = config["zero_optimization"]["stage"]
         self.parameters, self.device, self.settings = parameters, device, settings
         self.world = dist.get_world_size()
-        matrices = [p for p in parameters.values() if p.ndim >= 2]
-        others = [p for p in parameters.values() if p.ndim < 2]
+        matrices = [p for p in parameters.values() if len(full_shape(p)) >= 2]
+        others = [p for p in parameters.values() if len(full_shape(p)) < 2]
         groups = [
             {"params": group, "weight_decay": decay}
             for group, decay in ((matrices, settings.weight_decay), (others, 0.0))
@@ -109,9 +168,8 @@ class Engine:
             model=module, optimizer=self.adamw, config=config, dist_init_required=False
         )
         if self.stage == 3:
-            head = module.loss_head.head  # owned by the model and also used by the loss head, so gathered there too
-            for parameter in head.parameters(recurse=False):
-                deepspeed.zero.register_external_parameter(module.loss_head, parameter)
+            for user, parameter in _borrowed(module):
+                deepspeed.zero.register_external_parameter(user, parameter)
         self.engine.train()
 
     def accumulate(self, batch: Forward, observe: bool, last: bool) -> float:

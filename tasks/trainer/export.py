@@ -7,13 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from storage.errors import InputError
 from tasks.trainer.config import LoraSettings
-from tasks.trainer.model import add_adapters, load_model
+from tasks.trainer.model import load_model
 
 _COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", "")
 """Suffixes of files that are copied: tokenizer, template, generation config, licence. No pickle, no code."""
@@ -26,23 +27,32 @@ def export_student(
     masters: Iterable[tuple[str, torch.Tensor]],
     dtype: str,
     lora: LoraSettings | None,
-) -> None:
+    trained: Iterable[tuple[str, torch.Tensor, torch.Tensor]] = (),
+) -> dict[str, float]:
     """Writes the trained model into the empty folder `target`.
 
     `base` is the checkpoint that training started from (architecture; with LoRA also the frozen weights), `companions`
     the student whose tokenizer, chat template and generation config are copied. `masters` are (name, float32 tensor);
-    they are rounded to `dtype` once, after adapters have been merged in float32.
-    Raises InputError if the student has no tokenizer."""
+    they are rounded to `dtype` once; adapters are merged first (lora.py). `trained`, with LoRA: see `lora.trained_weights`.
+    Returns metrics, with LoRA: `export_error`, |exported - trained| / |update|, and `update_rounded_away`, the share of the
+    update that `dtype` cannot represent. Raises InputError if the student has no tokenizer."""
+    metrics = dict[str, float]()
     model = load_model(base, dtype)  # with its own dropout, which its config keeps
     if lora is not None:
+        from tasks.trainer.lora import Norms, add_adapters, merge_adapters  # peft's import takes a second
+
         add_adapters(model, lora)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in masters:
             parameters[name].data = tensor.to(torch.float32 if lora is not None else parameters[name].dtype)
         if lora is not None:
-            model = _merged(model)
+            metrics["update_rounded_away"], apart = merge_adapters(model), Norms()
+            for name, weight, before in trained:
+                apart.add(cast(torch.Tensor, model.get_submodule(name).weight), weight, before)
+            metrics["export_error"] = apart.ratio
     _save(model, model.state_dict(), target, companions)
+    return metrics
 
 
 def rehearse_export(model: PreTrainedModel, companions: Path) -> None:
@@ -90,18 +100,3 @@ def _saveable(generation: GenerationConfig | None) -> GenerationConfig:
 def _is_copied(file: Path) -> bool:
     ours = file.name == "config.json" or file.name.endswith(".index.json")
     return file.is_file() and file.suffix in _COMPANIONS and not ours
-
-
-def _merged(model: PreTrainedModel) -> PreTrainedModel:
-    """Merges every adapter into its weight, in float32, and removes the adapter layers."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoraLayer):
-            below = layer.get_base_layer()
-            weight = below.weight
-            delta = layer.get_delta_weight("default")  # type: ignore[attr-defined]  # peft declares it in subclasses
-            weight.data = (weight.float() + delta.float()).to(weight.dtype)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, below)
-    return model

@@ -9,32 +9,20 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import socket
 import sys
+from collections.abc import Sequence
 
 
 def launch_command(
-    processes: int, device: str, port: int, devices: list[int] | None = None
+    processes: int, device: str, port: int, gpus: Sequence[str] = ()
 ) -> tuple[list[str], dict[str, str]]:
     """The command line and the additional environment that start a trainer of `processes` ranks.
 
-    `device` is "cpu" or "cuda". `devices` are the GPU ids of the ranks; None takes the first that CUDA_VISIBLE_DEVICES
-    of this process names, or 0, 1, ... Raises ValueError if fewer GPUs are named than processes."""
-    visible: list[int | str]
-    if device == "cpu":
-        visible = list(range(processes))  # the launcher takes the number of ranks from this list, also on CPU
-    elif devices is not None:
-        visible = list(devices)
-    else:
-        named = [item for item in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if item]
-        visible = list(named) if named else list(range(processes))
-    if len(visible) < processes:
-        raise ValueError(
-            f"runtime.trainer.processes: {processes} ranks need as many GPUs, but only {len(visible)} are named"
-            f" ({', '.join(map(str, visible))}); name more in runtime.trainer.devices or lower processes"
-        )
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": visible[:processes]}).encode()).decode()
+    `device` is "cpu" or "cuda"; `gpus` (cuda): the GPU of each rank, as CUDA_VISIBLE_DEVICES names it."""
+    # the launcher takes the number of ranks from this list, also on CPU, and makes CUDA_VISIBLE_DEVICES of it
+    visible = list(range(processes)) if device == "cpu" else list(gpus)
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": visible}).encode()).decode()
     argv = [
         sys.executable,
         "-m",

@@ -14,7 +14,6 @@ from tasks.engines.hf_folder import changed_logits, load_causal_lm
 from tasks.losses.build import Objective
 from tasks.losses.head import HeadProvider
 from tasks.losses.types import StudentView, TokenBatch
-from tasks.trainer.config import LoraSettings
 from tasks.trainer.data import Forward
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -35,27 +34,6 @@ def load_model(path: Path, dtype: str, dropout: bool = True) -> PreTrainedModel:
         )
     model.config.use_cache = False
     return model.train()
-
-
-def add_adapters(model: PreTrainedModel, lora: LoraSettings) -> None:
-    """Adds LoRA layers to `model` in place; only they stay trainable. Uses torch's global generator.
-
-    Raises ConfigError if no layer has one of the names."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only divides it by r; its annotation is too narrow
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
-        bias="none",
-    )
-    try:
-        inject_adapter_in_model(config, model)
-    except ValueError as error:
-        raise ConfigError(f"train.lora.target_modules: {error}") from error
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

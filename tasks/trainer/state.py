@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import (
@@ -25,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from storage.disk.files import link
 from storage.errors import CorruptArtifact, InputError
 from tasks.trainer.engine import MOMENTS, Engine
 
@@ -88,9 +91,18 @@ def files(directory: Path) -> list[Path]:
 
 
 def load_weights(tensors: Tensors, parameters: dict[str, nn.Parameter]) -> None:
-    """Fills the parameters (before DeepSpeed takes them) from the master weights, rounded to their dtype."""
+    """Fills the parameters (before DeepSpeed takes them) from the master weights, rounded to their dtype. Collective where they
+    are in pieces already."""
     for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[f"master/{name}"])
+        with whole(parameter):
+            if not hasattr(parameter, "ds_id") or dist.get_rank() == 0:
+                parameter.data.copy_(tensors[f"master/{name}"])
+
+
+def whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    """In the block a parameter that ZeRO-3 holds in pieces is whole; what rank 0 changes is kept."""
+    in_pieces = hasattr(parameter, "ds_id")
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if in_pieces else nullcontext()
 
 
 def load(tensors: Tensors, engine: Engine, step: int) -> None:
@@ -102,8 +114,9 @@ def load(tensors: Tensors, engine: Engine, step: int) -> None:
     dist.barrier()
 
 
-def save(directory: Path, engine: Engine, state: TrainerState, base: Path | None) -> None:
-    """Writes the tree. Collective; rank 0 writes. `base` is the folder of the frozen weights, with LoRA."""
+def save(directory: Path, engine: Engine, state: TrainerState, base: Path | None, store: Path) -> None:
+    """Writes the tree. Collective; rank 0 writes. `base` is the folder of the frozen weights, with LoRA: its files are hard links
+    where they are in the `store`, whose files never change, and copies of a user's own."""
     for kind in _KINDS:
         tensors = {f"{kind}/{name}": tensor for name, tensor in full_tensors(engine, kind)}
         if dist.get_rank() == 0:
@@ -112,9 +125,10 @@ def save(directory: Path, engine: Engine, state: TrainerState, base: Path | None
     if dist.get_rank() == 0:
         if base is not None:
             (directory / "base").mkdir(exist_ok=True)  # an earlier attempt may have made it
+            ours = base.resolve().is_relative_to(store.resolve())
             for file in sorted(base.iterdir()):
                 if file.name == "config.json" or ".safetensors" in file.name:
-                    shutil.copyfile(file, directory / "base" / file.name)
+                    (link if ours else shutil.copyfile)(file, directory / "base" / file.name)
         (directory / "trainer.json").write_text(state.model_dump_json(indent=2) + "\n")
 
 

@@ -6,7 +6,7 @@ warm worker and in a fresh one."""
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter
+from torch import nn
 
 from storage.errors import InputError
 from storage.identity import derive_seed
@@ -29,11 +30,11 @@ from tasks.trainer import state
 from tasks.trainer.batching import Step, plan_steps
 from tasks.trainer.config import OptimizerSettings, TrainConfig, TruncatedCorrection, WarmupConfig
 from tasks.trainer.data import Samples, from_prompts, from_rollouts
-from tasks.trainer.engine import Engine, start
+from tasks.trainer.engine import Engine, load_for, start
 from tasks.trainer.export import export_student, rehearse_export
 from tasks.trainer.loop import Plan, pinned, run_steps
 from tasks.trainer.midround import Keeper
-from tasks.trainer.model import TrainModule, add_adapters, load_model, trainable
+from tasks.trainer.model import TrainModule, trainable
 from tasks.workers.jobs import ArtifactRef, TrainJob, TrainResult, WarmupJob
 from tasks.workers.main import Link
 from tasks.workers.metrics import Progress, summarised
@@ -92,10 +93,12 @@ class Trainer:
         refuse_lost_steps(training.samples, steps, job.round)
         keeper = Keeper(job, runtime["checkpoint_minutes"])
         midway = keeper.find(len(steps), progress)
-        model = load_model(base, settings.dtype, settings.dropout)
+        model = load_for(runtime["deepspeed"], settings, base)
         if dist.get_rank() == 0:
             rehearse_export(model, student)
         if settings.lora is not None:
+            from tasks.trainer.lora import add_adapters  # peft's import takes a second
+
             add_adapters(model, settings.lora)
         parameters = trainable(model)
         tensors: state.Tensors | None = None
@@ -139,25 +142,26 @@ class Trainer:
                 midway.rows if midway is not None else [],
                 partial(keeper.step_done, engine, own),
             )
-            self._write(job, engine, rows, settings, base, student)
+            exported = self._write(job, engine, model, rows, settings, base, student)
         finally:
             engine.close()
             del engine, module, model, parameters
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return _summary(rows, training.samples)
+        return _summary(rows, training.samples, exported)
 
     def _write(
         self,
         job: TrainJob | WarmupJob,
         engine: Engine,
+        model: nn.Module,
         rows: list[dict[str, Any]],
         settings: OptimizerSettings,
         base: Path,
         student: Path,
-    ) -> None:
-        outputs = job.outputs
+    ) -> dict[str, float]:
+        outputs, metrics = job.outputs, dict[str, float]()
         if outputs.trainer_state:
             now = state.TrainerState(
                 step=rows[-1]["step"],
@@ -165,17 +169,27 @@ class Trainer:
                 lr=rows[-1]["lr"],
                 lora=settings.lora.model_dump(mode="json") if settings.lora else None,
             )
-            state.save(Path(outputs.trainer_state), engine, now, base if settings.lora else None)
+            frozen = base if settings.lora else None
+            state.save(Path(outputs.trainer_state), engine, now, frozen, Path(job.store))
         if outputs.student:
-            masters = state.full_tensors(engine, "master")
+            masters, target = state.full_tensors(engine, "master"), Path(outputs.student)
+            trained: Iterator[Any] = iter(())
+            if settings.lora is not None:
+                from tasks.trainer.lora import require_trained, trained_weights
+
+                trained = trained_weights(model)
             if dist.get_rank() == 0:
-                export_student(Path(outputs.student), base, student, masters, settings.dtype, settings.lora)
+                metrics = export_student(target, base, student, masters, settings.dtype, settings.lora, trained)
             else:
-                list(masters)  # the ranks gather together
+                for _ in (*masters, *trained):  # the ranks gather together
+                    pass
+            if settings.lora is not None and dist.get_rank() == 0:
+                require_trained(metrics["export_error"], float(self.settings["max_export_error"]))
         if outputs.steps and dist.get_rank() == 0:
             table = pa.Table.from_pylist(rows, schema=schema_for("training_steps"))
             writer = Store(job.store).shard_writer(outputs.steps.stage, outputs.steps.key)
             writer.write_shard("training_steps", 0, table)
+        return metrics
 
 
 def _train_job(job: TrainJob, store: Store) -> TrainingJob:
@@ -241,7 +255,7 @@ def _table(store: Store, where: ArtifactRef, table: str) -> pa.Table:
     return store.read_table(store.require(where.stage, where.key), table)
 
 
-def _summary(rows: list[dict[str, Any]], samples: Samples) -> TrainResult:
+def _summary(rows: list[dict[str, Any]], samples: Samples, exported: dict[str, float]) -> TrainResult:
     tokens = sum(row["tokens"] for row in rows)
     loss = sum(row["loss"] * row["tokens"] for row in rows) / max(1, tokens)
     metrics = {
@@ -251,5 +265,6 @@ def _summary(rows: list[dict[str, Any]], samples: Samples) -> TrainResult:
         "empty_steps": float(sum(row["tokens"] == 0 for row in rows)),
         "invalid_tokens": samples.invalid,
         **summarised(rows),
+        **exported,
     }
     return TrainResult(len(rows), rows[-1]["step"], metrics)

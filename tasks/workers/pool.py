@@ -13,12 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import storage.errors
 from storage.disk.files import remove_leftovers
 from tasks.plugins import loaded_digests
 from tasks.workers import jobs
+from tasks.workers.devices import Role
 from tasks.workers.metrics import Metrics, Progress, silent
 from tasks.workers.process import Items, Worker, WorkerDied, WorkerFailed, temporary_folders
 from tasks.workers.runtime import RuntimeConfig
@@ -246,7 +247,7 @@ class WorkerPool:
         return {"sampler": self.runtime.sampler.workers, "scorer": self.runtime.scorer.workers}.get(role, 1)
 
     def _worker(self, role: str, number: int) -> Worker:
-        settings = self._settings(role)
+        settings = self._settings(role) | {"number": number}
         key = (role, number, json.dumps(settings, sort_keys=True))
         with self._lock:
             for other in [k for k in self._workers if k[:2] == key[:2] and (k != key or not self._workers[k].alive)]:
@@ -295,33 +296,15 @@ class WorkerPool:
             "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", _inductor_cache()),
             "OPD_WORKER_SETTINGS": json.dumps(settings),
         }
-        devices = self._devices(role, number)
-        if devices is not None:
-            env["CUDA_VISIBLE_DEVICES"] = devices
+        gpus = self.runtime.gpus(cast(Role, role))
+        mine = [gpu for rank in gpus for gpu in rank] if role == "trainer" else gpus[number]
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
         if role == "trainer":
             from tasks.trainer.launch import free_port, launch_command
 
-            world = self.runtime.trainer.processes
-            argv, more = launch_command(world, self.runtime.device, free_port(), self.runtime.trainer.devices)
-            return argv, env | more, world
+            argv, more = launch_command(len(gpus), self.runtime.device, free_port(), mine)
+            return argv, env | more, len(gpus)
         return [sys.executable, "-m", "tasks.workers.main", role], env, 1
-
-    def _devices(self, role: str, number: int) -> str | None:
-        own = getattr(self.runtime, role)
-        if self.runtime.device == "cpu":
-            return ""
-        if own.devices is None:
-            return None if self._count(role) == 1 else str(number)
-        if role == "trainer":
-            return ",".join(map(str, own.devices))
-        width = getattr(own, "tensor_parallel_size", 1)
-        mine = own.devices[number * width : (number + 1) * width]
-        if len(mine) < width:
-            raise storage.errors.ConfigError(
-                f"runtime.{role}.devices: {len(own.devices)} GPUs named, but worker {number} of {own.workers} needs"
-                f" {width}; name at least {own.workers * width}"
-            )
-        return ",".join(map(str, mine))
 
 
 class _Shared:

@@ -12,33 +12,60 @@ from pydantic import Field, model_validator
 
 from storage.errors import ConfigError
 from storage.identity import Runtime
+from tasks.workers.devices import Role, assign, gpu_count, visible_gpus
+
+Devices = list[int | str] | None
+"""Of `devices`: places in the list of GPUs that this process may use (its CUDA_VISIBLE_DEVICES), or entries of it."""
+_DEVICES = (
+    "of the GPUs that CUDA_VISIBLE_DEVICES lists (or of all): places in that list, or its entries (GPU-..., MIG-...);"
+)
 
 
 class SamplerRuntime(Runtime):
     """vLLM workers, which write completions."""
 
-    devices: list[int] | None = Field(None, description="GPU ids to spread over; null means all that are visible")
+    devices: Devices = Field(None, description=f"{_DEVICES} null means the first workers x tensor_parallel_size")
     workers: int = Field(1, ge=1, description="data-parallel engines")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs per engine")
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="fraction of a GPU's memory an engine may take")
     kv_cache_gib: float = Field(1, gt=0, description="key-value cache on CPU, GiB")
     enforce_eager: bool | None = Field(None, description="no CUDA graphs; null means: on CPU only")
     max_num_seqs: int = Field(256, ge=1, description="sequences decoded together")
+    in_process: bool | None = Field(
+        None,
+        description="vLLM's engine core in the worker's own process (VLLM_ENABLE_V1_MULTIPROCESSING=0): what is decoded together"
+        " then follows from the requests alone, not from timing; null: on CPU only",
+    )
+    batch_invariant: bool = Field(
+        False,
+        description="VLLM_BATCH_INVARIANT=1: results do not depend on what is decoded together; slower, GPUs of compute"
+        " capability 9.0 or higher. On a GPU rollouts can be replayed and restored with this or with in_process",
+    )
     retries: int = Field(
         2,
         ge=0,
         description="times a shard is sampled again, with its seeds, after an unusable completion or a failed engine",
     )
     verify_weights: Literal["full", "checksums"] = Field(
-        "full", description="proof after a weight change: parameter checksums, and (full) log-probability probes"
+        "full",
+        description="proof after a weight change: every parameter is compared, and (full) log-probabilities of probes; these need"
+        " the student in float32 on the host, once per machine at a time",
     )
 
 
 class ScorerRuntime(Runtime):
     """transformers workers, which score completions under student and teacher."""
 
-    devices: list[int] | None = Field(None, description="GPU ids to spread over; null means all that are visible")
+    devices: Devices = Field(None, description=f"{_DEVICES} null means the first workers x devices_per_worker")
     workers: int = Field(1, ge=1, description="data-parallel scorers")
+    devices_per_worker: int = Field(
+        1, ge=1, description="GPUs per scorer; a model that does not fit one is spread over them, layer by layer"
+    )
+    passes: Literal[1, 2] | None = Field(
+        None,
+        description="2: student and teacher are loaded one after the other, for each shard; the first one's hidden states wait on"
+        " the host, and results are equal bit for bit. null: 2 where their weights would fill over 3/4 of a worker's GPUs",
+    )
     batch_tokens: int = Field(8192, ge=1, description="tokens (padding included) per forward")
     head_chunk_tokens: int = Field(1024, ge=1, description="completion tokens per output-head chunk: bounds T x V")
     max_invalid: float = Field(
@@ -53,12 +80,20 @@ class ScorerRuntime(Runtime):
 class TrainerRuntime(Runtime):
     """DeepSpeed ranks, which train the student."""
 
-    devices: list[int] | None = Field(None, description="GPU ids of the ranks; null means the first `processes`")
+    devices: Devices = Field(None, description=f"{_DEVICES} null means the first `processes`")
     processes: int = Field(1, ge=1, description="data-parallel ranks")
     micro_batch_tokens: int = Field(8192, ge=1, description="tokens per forward/backward of one rank")
     head_chunk_tokens: int = Field(1024, ge=1, description="completion tokens per output-head chunk")
-    deepspeed: Path | None = Field(None, description="DeepSpeed JSON (ZeRO stage, offload); null means ZeRO-0")
+    deepspeed: Path | None = Field(
+        None, description="DeepSpeed JSON (ZeRO stage, offload); null means ZeRO-0, in bfloat16 ZeRO-1 (docs/gpu.md)"
+    )
     activation_checkpointing: bool = Field(False, description="recompute activations in backward to save memory")
+    max_export_error: float = Field(
+        0.01,
+        ge=0,
+        description="with LoRA: largest |exported - trained| / |update| of the weights; above it the training fails. Adapters are"
+        " merged before rounding in both, so it is 0 up to the order of sums",
+    )
     checkpoint_minutes: float | None = Field(
         10, ge=0, description="minutes of training between checkpoints inside a round; 0: after every step; null: none"
     )
@@ -104,7 +139,28 @@ class RuntimeConfig(Runtime):
             self.device = "cuda" if gpu_visible() else "cpu"
         if self.keep_warm is None:
             self.keep_warm = self.device == "cpu"
+        if self.sampler.in_process is None:
+            self.sampler.in_process = self.device == "cpu"
+        if self.sampler.batch_invariant and self.device == "cpu":
+            raise ValueError(
+                "sampler.batch_invariant: vLLM has such kernels for GPUs only, and runtime.device is cpu; set it false"
+            )
         return self
+
+    def gpus(self, role: Role) -> list[list[str]]:
+        """The GPUs of each worker of a role (for the trainer: of each rank), as its CUDA_VISIBLE_DEVICES names them. ConfigError
+        for too few; empty lists on CPU."""
+        workers = self.trainer.processes if role == "trainer" else getattr(self, role).workers
+        width = {"sampler": self.sampler.tensor_parallel_size, "scorer": self.scorer.devices_per_worker}.get(role, 1)
+        if self.device == "cpu":
+            return [[] for _ in range(workers)]
+        visible = visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), gpu_count())
+        return assign(role, getattr(self, role).devices, workers, width, visible)
+
+    def require_gpus(self) -> None:
+        """ConfigError where this machine has fewer GPUs than a role needs."""
+        for role in ("sampler", "scorer", "trainer"):
+            self.gpus(role)
 
     def tell_libraries(self) -> None:
         """Set this process's environment for the device, before a library warns that it found no GPU."""
@@ -136,6 +192,11 @@ class RuntimeConfig(Runtime):
                 "sampler_enforce_eager": self.sampler.enforce_eager,
                 "sampler_kv_cache_gib": self.sampler.kv_cache_gib,
             }
+            if self.device == "cuda":  # on CPU the engine is in process, and old records lack both
+                found |= {
+                    "sampler_in_process": self.sampler.in_process,
+                    "sampler_batch_invariant": self.sampler.batch_invariant,
+                }
         return found
 
     def with_numerics(self, recorded: Mapping[str, Any], folder: Path) -> RuntimeConfig:
@@ -144,6 +205,8 @@ class RuntimeConfig(Runtime):
         A DeepSpeed configuration is written to `folder`. Raises ConfigError for one that was recorded by name alone and
         is not the one of this runtime."""
         data = self.model_dump()
+        if recorded.get("device", self.device) != self.device:
+            data["sampler"] |= {"in_process": None, "batch_invariant": False}  # those of the other device
         for name, path in _FIELDS.items():
             if name in recorded and name != "deepspeed_config":
                 place = data
@@ -188,6 +251,8 @@ _FIELDS = {
     "sampler_tensor_parallel_size": ("sampler", "tensor_parallel_size"),
     "sampler_enforce_eager": ("sampler", "enforce_eager"),
     "sampler_kv_cache_gib": ("sampler", "kv_cache_gib"),
+    "sampler_in_process": ("sampler", "in_process"),
+    "sampler_batch_invariant": ("sampler", "batch_invariant"),
 }
 """Recorded numerics -> the fields that they came from."""
 
@@ -201,6 +266,6 @@ def _read_json(path: Path | None) -> Any:
 
 
 def gpu_visible() -> bool:
-    """Whether an NVIDIA device node exists and is not hidden; asks no CUDA library (that would take its memory)."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
-    return not hidden and Path("/dev/nvidiactl").exists() and any(Path("/dev").glob("nvidia[0-9]*"))
+    """Whether this machine has an NVIDIA GPU that CUDA_VISIBLE_DEVICES does not hide."""
+    count = gpu_count()
+    return bool(count and visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), count))

@@ -180,6 +180,7 @@ def launch_trainer(processes: int, log: Path, plugins: Sequence[str] = (), **env
         "deepspeed": None,
         "activation_checkpointing": False,
         "checkpoint_minutes": None,
+        "max_export_error": 0.01,
         "plugins": ["trainer_with_overrides", *plugins],
         "plugin_path": str(CHECKOUT / "tests" / "plugins"),
     }

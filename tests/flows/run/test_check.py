@@ -11,7 +11,7 @@ import pytest
 import yaml
 from places import TINY
 
-from flows.experiment import experiment_of, load_experiment
+from flows.experiment import Experiment, experiment_of, load_experiment
 from flows.run.check import check_experiment
 from flows.run.runner import bytes_of_run, bytes_per_round, run_experiment
 from storage.errors import ConfigError, InputError
@@ -161,14 +161,18 @@ def test_prompts_without_the_answer_that_a_verifier_needs_are_counted(tmp_path):
     check(tmp_path, f"prompts.eval={source}", "evaluate.verifier=null")
 
 
+def total(experiment: Experiment) -> int:
+    return sum(bytes_of_run(experiment, parameters=1000).values())
+
+
 def test_the_disk_of_all_rounds_is_set_against_what_is_free(tmp_path):
     one = load_experiment(TINY, ["policy.rounds=1"])
     many = load_experiment(TINY, ["policy.rounds=10"])
-    kept = load_experiment(
-        TINY, ["policy.rounds=10", "policy.retain={students: 1, trainer_state: 1, signals: 1, rollouts: 1}"]
-    )
-    assert bytes_of_run(many, 1000) == 10 * bytes_of_run(one, 1000) == 10 * bytes_of_run(kept, 1000)
-    assert bytes_of_run(one, 1000) == bytes_per_round(one) + 4 * 1000 + 12 * 1000
+    retain = "policy.retain={students: 1, trainer_state: 1, signals: 1, rollouts: 1}"
+    kept = load_experiment(TINY, ["policy.rounds=10", "policy.collect=true", retain])
+    assert total(one) == bytes_per_round(one) + 4 * 1000 + 12 * 1000
+    assert total(many) == 10 * total(one)
+    assert total(kept) == 2 * total(one)  # the newest round is made before the one before is collected
     assert "warning: all rounds may not fit" in check(tmp_path, "policy.rounds=1000000000")
 
 

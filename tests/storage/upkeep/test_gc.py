@@ -24,7 +24,7 @@ from storage.disk.locks import locked
 from storage.errors import ConfigError, CorruptArtifact, Evicted, RunBusy
 from storage.runs import RoundState, Run, RunState, StageState
 from storage.store import Artifact, Store
-from storage.upkeep.gc import Collector, evict
+from storage.upkeep.gc import Collector, evict, repeatable, unrepeatable_note
 from storage.upkeep.retention import Retention, droppable
 
 
@@ -370,3 +370,35 @@ collector.apply(plan)
     assert again.verify(old) == again.verify(student) == []
     assert isinstance(again.read_table(old, "mask"), pa.Table)
     return ended.returncode
+
+
+GPU = {"device": "cuda", "sampler_max_num_seqs": 8, "sampler_in_process": False, "sampler_batch_invariant": False}
+
+
+@pytest.mark.parametrize(
+    ("provenance", "expected"),
+    [
+        ({"numerics": GPU}, False),
+        ({"numerics": GPU | {"sampler_in_process": True}}, True),
+        ({"numerics": GPU | {"sampler_batch_invariant": True}}, True),
+        ({"numerics": {"device": "cuda", "sampler_max_num_seqs": 8}}, False),  # a record of before these fields
+        ({"numerics": {"device": "cpu", "sampler_max_num_seqs": 8}}, True),
+        ({"numerics": {"device": "cuda", "scorer_batch_tokens": 8}}, True),  # nothing was sampled
+        ({"numerics_by_shard": [{"shards": [0], "numerics": None}, {"shards": [1], "numerics": GPU}]}, False),
+        ({}, True),
+    ],
+)
+def test_rollouts_of_a_gpu_are_repeatable_with_either_setting(provenance: dict, expected: bool) -> None:
+    assert repeatable(provenance) == expected
+
+
+def test_a_plan_names_rollouts_that_could_not_be_restored(store: Store) -> None:
+    spec = ArtifactSpec.of("rollout", 1, {"n": 1}, {})
+    with store.building(spec) as builder:
+        builder.write_shard("mask", 0, rows(0))
+        artifact = builder.commit(tables={"mask": 1}, provenance={"numerics": GPU})
+    run_of(store, "one", {1: [name(artifact)], 2: []})
+    for keep, expected in ((0, {name(artifact)}), (5, set())):
+        plan = Collector(store, lambda run, keep=keep: Retention(rollouts=keep)).plan()
+        assert plan.unrepeatable == expected
+    assert unrepeatable_note({name(artifact)}) is not None and unrepeatable_note({("mask", "a")}) is None

@@ -15,6 +15,8 @@ from msgspec import structs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+import tasks.engines.sampler
+import tasks.engines.weight_proof
 from flows.run.preflight import CPU_HEAD_SIZES
 from storage.artifacts.artifact import ArtifactSpec
 from storage.artifacts.batches import unfinished_batches
@@ -491,3 +493,26 @@ def test_stop_ids_come_from_tokenizer_and_generation_config(checkpoints, tmp_pat
     (folder / "generation_config.json").write_text("{}")
     with pytest.raises(InputError, match="no end-of-sequence"):
         stop_token_ids(folder, "eos", None)
+
+
+def test_only_the_first_sampler_loads_a_reference_where_everything_was_compared(sampler, checkpoints, monkeypatch):
+    """The reference is the whole student in float32 on the host: eight samplers must not each hold one."""
+    loads = []
+    real = tasks.engines.weight_proof.reference_logprobs
+    monkeypatch.setattr(
+        tasks.engines.weight_proof, "reference_logprobs", lambda *given: loads.append(given) or real(*given)
+    )
+    ask(sampler, checkpoints["one"], [prompt(0)], [0])
+    for number, expected in ((0, 1), (1, 0), (7, 0)):
+        monkeypatch.setitem(sampler.settings, "number", number)
+        loads.clear()
+        sampler.prove(checkpoints["one"], "float32")
+        assert len(loads) == expected and sampler.proof["params_unproven"] == 0
+        assert ("probe_tokens" in sampler.proof) == bool(expected)
+    # what cannot be compared is probed by every sampler
+    judged = tasks.engines.sampler.judge_weights
+    monkeypatch.setattr(
+        tasks.engines.sampler, "judge_weights", lambda *given, **named: judged(*given, **named) | {"params_unproven": 1}
+    )
+    sampler.prove(checkpoints["one"], "float32")
+    assert len(loads) == 1

@@ -14,8 +14,8 @@ from scoring import SAMPLING, VOCABULARY, described, model_folder, nucleus_logpr
 
 from storage.errors import InputError
 from tasks.engines import distributions
-from tasks.engines.forward import plan_batches
-from tasks.engines.scorer import Sample, Scorer
+from tasks.engines.forward import placement, plan_batches
+from tasks.engines.scorer import Sample, Scorer, fit_together
 from tasks.signals import Ask, Wanted
 from tasks.workers.jobs import ArtifactRef, KLJob
 
@@ -278,3 +278,34 @@ def test_logits_that_are_no_product_are_refused(models, tmp_path):
     )  # fmt: skip
     with pytest.raises(InputError, match="final_logit_softcapping"):
         score({**models, "gemma": tmp_path / "gemma"}, [Sample("s", [1], [2])], teacher="gemma")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("teacher", ["teacher", "wider", "student"])
+def test_two_passes_are_equal_bit_for_bit(models, samples, teacher, dtype):
+    """Shard after shard: one model is loaded per shard, and the two are never in memory together."""
+    once = score(models, samples, teacher=teacher, dtype=dtype, batch_tokens=40, head_chunk_tokens=5)
+    scorer = Scorer({"threads": 1, "passes": 2, "batch_tokens": 40, "head_chunk_tokens": 5})
+    for shard in range(3):
+        found = scorer.score(job(models, "student", teacher, dtype), samples, ALL, lambda done: None)
+        assert found.keys() == once.keys()
+        for name, arrays in once.items():
+            assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(found[name], arrays, strict=True)), name
+        assert scorer.models.loads == (1 if teacher == "student" else 2 + shard)
+        assert len(scorer.models._models) == 1
+    only = scorer.score(job(models, "student", teacher, dtype), samples, Wanted(Ask(logprobs=True)), lambda done: None)
+    assert all(np.array_equal(a, b) for a, b in zip(only["student_logprobs"], once["student_logprobs"], strict=True))
+
+
+def test_passes_follow_from_the_memory_of_the_gpus():
+    billion, gib = 10**9, 2**30
+    assert fit_together([2 * billion, 8 * billion], "bfloat16", 80 * gib)
+    assert not fit_together([2 * billion, 32 * billion], "bfloat16", 80 * gib)
+    assert fit_together([2 * billion, 32 * billion], "bfloat16", 2 * 80 * gib)
+    assert not fit_together([2 * billion, 15 * billion], "float32", 80 * gib)
+
+
+def test_weights_go_straight_to_their_gpus():
+    assert placement(torch.device("cpu"), 1) is None and placement(torch.device("cpu"), 4) is None
+    assert placement(torch.device("cuda"), 1) == {"": 0} and placement(torch.device("cuda", 2), 1) == {"": 2}
+    assert placement(torch.device("cuda"), 4) == "auto"

@@ -1,0 +1,55 @@
+"""Proof of a mixture of experts' weights, on a real vLLM engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from tasks.engines.sampler import Sampler
+from tasks.engines.weight_proof import StaleWeights
+
+
+def make_experts(folder: Path, inner: int) -> Path:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=264, hidden_size=64, intermediate_size=96, moe_intermediate_size=inner, num_hidden_layers=2, num_experts=4,
+        num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=2, head_dim=32, max_position_embeddings=64,
+        tie_word_embeddings=False, eos_token_id=257, initializer_range=0.1,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", [32, 40])  # 40: the kernel pads it
+def test_experts_are_compared_without_probes(tmp_path, inner):
+    """What the kernel multiplies with is compared, in its own layout; one changed weight of one expert is found."""
+    path = make_experts(tmp_path / "model", inner)
+    sampler = Sampler(
+        {"device": "cpu", "threads": 1, "kv_cache_gib": 0.125, "max_num_seqs": 4, "verify_weights": "checksums"}
+    )
+    try:
+        sampler._build(path, "float32", 32)
+        sampler._vocabulary = 264
+        sampler.prove(path, "float32")
+        assert sampler.proof["params_unproven"] == 0 and "probe_tokens" not in sampler.proof
+        elements = sum(tensor.numel() for tensor in load_file(path / "model.safetensors").values())
+        assert (
+            sampler.proof["elements_compared"] >= elements
+        )  # the linear layers' packed copies and their padding on top
+        tensors = load_file(path / "model.safetensors")
+        for name in ("model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.0.mlp.experts.3.down_proj.weight"):
+            other = tmp_path / name
+            other.mkdir()
+            (other / "config.json").write_bytes((path / "config.json").read_bytes())
+            changed = tensors[name].clone()
+            changed[3, 5] += 1e-3
+            save_file(tensors | {name: changed}, other / "model.safetensors")
+            with pytest.raises(StaleWeights, match=r"layers\.\d\.mlp\.experts"):
+                sampler.prove(other, "float32")
+    finally:
+        sampler.close()

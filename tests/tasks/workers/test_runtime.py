@@ -1,0 +1,50 @@
+"""Settings of samplers that decide whether rollouts can be repeated: recorded with a GPU's rollouts, and put to vLLM."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from pydantic import ValidationError
+
+from tasks.engines.sampler import Sampler
+from tasks.workers.runtime import RuntimeConfig
+
+
+def test_they_are_recorded_on_a_gpu_alone(tmp_path):
+    names = {"sampler_in_process", "sampler_batch_invariant"}
+    assert not names & RuntimeConfig(device="cpu").numerics().keys()
+    gpu = RuntimeConfig.model_validate({"device": "cuda", "sampler": {"in_process": True, "batch_invariant": True}})
+    assert all(gpu.numerics("sampler")[name] is True for name in names)
+    assert not names & gpu.numerics("trainer", "scorer").keys()
+    assert RuntimeConfig(device="cuda").numerics("sampler")["sampler_in_process"] is False
+    again = RuntimeConfig(device="cuda").with_numerics(gpu.numerics(), tmp_path)
+    assert again.sampler == gpu.sampler
+    assert RuntimeConfig(device="cuda").with_numerics({"device": "cpu"}, tmp_path).sampler.in_process is True
+
+
+def test_batch_invariance_without_a_gpu_is_refused():
+    with pytest.raises(ValidationError, match="batch_invariant"):
+        RuntimeConfig.model_validate({"device": "cpu", "sampler": {"batch_invariant": True}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "multiprocessing", "invariant"),
+    [
+        ({"device": "cpu"}, "0", "0"),
+        ({"device": "cuda"}, "1", "0"),
+        ({"device": "cuda", "in_process": True}, "0", "0"),
+        ({"device": "cuda", "in_process": False, "batch_invariant": True}, "1", "1"),
+    ],
+)
+def test_vllm_gets_what_is_recorded_whatever_the_users_environment(settings, multiprocessing, invariant, monkeypatch):
+    before = dict(os.environ)
+    try:
+        for other in ("0", "1"):
+            os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": other, "VLLM_BATCH_INVARIANT": other}
+            Sampler(settings)
+            assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == multiprocessing
+            assert os.environ["VLLM_BATCH_INVARIANT"] == invariant
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

@@ -152,7 +152,8 @@ def _disk(experiment: Experiment, parameters: int, root: Path) -> Iterator[str]:
     )
     if needed > free:
         yield (
-            "warning: all rounds may not fit on this disk; set policy.retain and policy.collect (what is kept of earlier rounds), or another --root"
+            "warning: all rounds may not fit on this disk; set policy.retain and policy.collect (what is kept of earlier"
+            " rounds), or another --root"
         )
 
 

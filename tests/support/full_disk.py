@@ -21,7 +21,9 @@ from storage.store import Store
 from tasks.stage import Work
 
 LARGE = 1 << 30
-START, SERVER = "start", "Prefect's server"
+START, BETWEEN = "between stages"
+"""Remembered file hashes are written there, where there is room."""
+SERVER = "start", "Prefect's server"
 """What comes before the first stage."""
 FREED = "--- space is freed"
 
@@ -59,7 +61,7 @@ class Stages:
             if not late:
                 shrink(stage)
             made = make(maker, label, work, inputs)
-            enter("between stages")
+            enter(BETWEEN)
             return made
 
         def requiring(store: Store, needed: int, purpose: str = "") -> None:

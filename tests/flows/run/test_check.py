@@ -176,7 +176,7 @@ def test_the_disk_of_all_rounds_is_set_against_what_is_free(tmp_path):
     assert "warning: all rounds may not fit" in check(tmp_path, "policy.rounds=1000000000")
 
 
-def test_a_deepspeed_file_that_cannot_be_read_is_named(tmp_path):
+def test_a_deepspeed_file_that_cannot_be_read_is_named(tmp_path, own_workers):
     (tmp_path / "bad.json").write_text("{")
     for name in ("bad.json", "none.json"):
         with pytest.raises(InputError, match=rf"runtime\.trainer\.deepspeed: .*{name}"):

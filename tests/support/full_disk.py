@@ -21,10 +21,10 @@ from storage.store import Store
 from tasks.stage import Work
 
 LARGE = 1 << 30
-START, BETWEEN = "between stages"
-"""Remembered file hashes are written there, where there is room."""
-SERVER = "start", "Prefect's server"
+START, SERVER = "start", "Prefect's server"
 """What comes before the first stage."""
+BETWEEN = "between stages"
+"""Remembered file hashes are written there, where there is room."""
 FREED = "--- space is freed"
 
 

@@ -153,19 +153,18 @@ def test_repeated_batches_count_only_what_they_write(pool: WorkerPool, tmp_path:
     assert counted == sorted(counted) and {4, 6, 7, 10} <= set(counted)
 
 
-def test_a_sampler_that_got_no_shard_does_not_say_what_ended_completions(pool: WorkerPool, tmp_path: Path) -> None:
+def test_a_sampler_that_got_no_shard_does_not_say_what_ended_completions(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
-    share = pool.share
+    runtime = RuntimeConfig(device="cpu", threads=1, sampler=SamplerRuntime(workers=2))
+    with WorkerPool(runtime, tmp_path / "logs", ("scripted_company",), str(PLUGINS)) as two:
+        share = two.share
 
-    def beside_an_idle_one(role, job, *rest, **more):
-        results, answers = share(role, job, *rest, **more)
-        return results, [pool._do(role, 1, job, silent, None), *answers]
+        def beside_an_idle_one(role, job, *rest, **more):
+            results, answers = share(role, job, *rest, **more)
+            return results, [two._do(role, 1, job, silent, None), *answers]
 
-    pool.share = beside_an_idle_one  # type: ignore[method-assign]
-    try:
-        assert stage.build(pool).meta["stop_token_ids"] == [7]
-    finally:
-        del pool.share  # type: ignore[method-assign]
+        two.share = beside_an_idle_one  # type: ignore[method-assign]
+        assert stage.build(two).meta["stop_token_ids"] == [7]
 
 
 @pytest.mark.promise(13, "a disturbed batch: each damaged shard is sampled again as it was")

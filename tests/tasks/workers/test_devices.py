@@ -109,7 +109,7 @@ def environments(tmp_path, monkeypatch, variable, runtime):
     return found
 
 
-def test_workers_get_parts_of_the_users_own_list(tmp_path, monkeypatch):
+def test_workers_get_parts_of_the_users_own_list(tmp_path, monkeypatch, own_workers):
     runtime = {
         "sampler": {"workers": 2, "tensor_parallel_size": 2},
         "scorer": {"workers": 2, "devices_per_worker": 2},

@@ -15,6 +15,7 @@ from tasks.engines.teacher import TEACHERS
 from tasks.losses.credit import CREDITS
 from tasks.losses.token_weights import TOKEN_WEIGHTS
 from tasks.signals import SIGNALS
+from tasks.trainer import launch
 from tasks.workers import jobs
 
 
@@ -26,6 +27,7 @@ def plugin_path() -> Iterator[None]:
         for registry in (BEHAVIOURS, CREDITS, TEACHERS, TOKEN_WEIGHTS):
             patch.setattr(registry, "classes", dict(registry.classes))
         patch.setattr(jobs, "ROLES", dict(jobs.ROLES))
+        patch.setattr(launch, "launch_command", launch.launch_command)
         patch.setattr(plugins, "_registered", list(plugins._registered))
         patch.setattr(plugins, "_loaded", dict(plugins._loaded))
         patch.syspath_prepend(PLUGINS)

@@ -423,7 +423,7 @@ def test_jobs_are_such_as_the_sampler_reads(shared):
     job, items = next((job, items) for role, job, items in shared.bench.workers.jobs[::-1] if role == "sampler")
     sampler = Sampler({"device": "cpu", "threads": 1})
     loaded: list[Any] = []
-    sampler._load = lambda *arguments: loaded.append(arguments) or (_ for _ in ()).throw(InterruptedError)
+    sampler.engine.load = lambda *arguments: loaded.append(arguments) or (_ for _ in ()).throw(InterruptedError)
     with pytest.raises(InterruptedError):
         sampler.handle(job, Feed(items))
     ((path, weights, dtype, length),) = loaded

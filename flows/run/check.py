@@ -143,7 +143,7 @@ def _verifier(experiment: Experiment, rows: pa.Table) -> Iterator[str]:
 
 def _disk(experiment: Experiment, parameters: int, root: Path) -> Iterator[str]:
     """What a whole run leaves on the disk, beside what is free there."""
-    needed = sum(bytes_of_run(experiment, parameters=parameters).values())
+    needed = sum(bytes_of_run(experiment, parameters).values())
     place = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     yield (

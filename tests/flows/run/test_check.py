@@ -162,7 +162,7 @@ def test_prompts_without_the_answer_that_a_verifier_needs_are_counted(tmp_path):
 
 
 def total(experiment: Experiment) -> int:
-    return sum(bytes_of_run(experiment, parameters=1000).values())
+    return sum(bytes_of_run(experiment, 1000).values())
 
 
 def test_the_disk_of_all_rounds_is_set_against_what_is_free(tmp_path):

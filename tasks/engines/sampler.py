@@ -39,6 +39,7 @@ from tasks.engines.hf_folder import (
     check_length,
     check_stop_ids,
     model_rows,
+    other_architecture,
     positions,
     read_config,
     stop_token_ids,
@@ -510,6 +511,8 @@ class Sampler:
                 "gpu_memory_utilization": float(setting("gpu_memory_utilization", 0.85)),
                 "tensor_parallel_size": int(setting("tensor_parallel_size", 1)),
             }
+        if name := other_architecture(read_config(path)):
+            machine["hf_overrides"] = {"architectures": [name]}
         self.llm = LLM(
             model=str(path),
             skip_tokenizer_init=True,

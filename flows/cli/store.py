@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=example("opd verify demo"))(verify)
     app.command(epilog=example("opd gc --keep rollouts=2 --keep signals=2 --apply"))(gc)
     app.command(epilog=example("opd restore demo --round 1"))(restore)
-    app.command(epilog=example("opd replay demo --round 2"))(replay)
+    app.command(epilog=example("opd replay demo --round 5"))(replay)
 
 
 def verify(

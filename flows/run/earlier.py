@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flows.experiment import Experiment, as_stored, experiment_of
 from storage.errors import OpdError
 from storage.runs import Run, RunState
 from storage.store import Artifact, Store
+
+if TYPE_CHECKING:  # the commands that only read a store import no config
+    from flows.experiment import Experiment
 
 
 def outdated(state: RunState, root: Path) -> list[str]:
@@ -18,6 +21,8 @@ def outdated(state: RunState, root: Path) -> list[str]:
     An identity has a field for each such change, only where the change matters (`prepare_work`, `train_work`). So what lacks
     the field, and would have it now, is outdated. Nothing is said of what cannot be read (a model or a prompt file that is
     gone). transformers is loaded at most once per tokenizer (the store remembers the answer), and for models with dropout."""
+    from flows.experiment import as_stored, experiment_of
+
     store = Store(root)
     with suppress(OpdError):  # an unreadable experiment is reported by the command that needs it
         experiment = experiment_of(as_stored(Run.open(root, state.name).experiment), f"run {state.name}")

@@ -206,9 +206,12 @@ def collected(store: Store, run: Run, state: RunState) -> list[str]:
     if (note := unrepeatable_note(plan.unrepeatable)) is not None:
         lines.append(note)
     if rounds:
+        cost = (
+            f" (about {seconds:,.0f} s)" if seconds >= 0.5 else ""
+        )  # stages found in the store have no time in this run
         lines.append(
             f"a fork at round {last}, or a replay of the training of round {last + 1}, now repeats the training of round"
-            f" {', '.join(map(str, rounds))} first (about {seconds:,.0f} s); policy.keep_rounds keeps a round"
+            f"{'s' if len(rounds) > 1 else ''} {', '.join(map(str, rounds))} first{cost}; policy.keep_rounds keeps a round"
         )
     return lines
 

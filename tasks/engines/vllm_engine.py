@@ -18,7 +18,7 @@ from storage.artifacts.digests import weights_digest
 from storage.errors import ConfigError, InputError, OpdError
 from storage.identity import derive_seed
 from tasks.behaviours import Draw, Drawn
-from tasks.engines.hf_folder import model_rows, positions, read_config, text_config
+from tasks.engines.hf_folder import model_rows, other_architecture, positions, read_config, text_config
 from tasks.engines.weight_proof import StaleWeights, judge_probes, judge_weights, one_reference
 from tasks.inputs.tokenizers import load_tokenizer
 from tasks.rollout_config import Dtype
@@ -237,6 +237,8 @@ class VllmEngine:
                 "gpu_memory_utilization": float(setting("gpu_memory_utilization", 0.85)),
                 "tensor_parallel_size": int(setting("tensor_parallel_size", 1)),
             }
+        if name := other_architecture(read_config(path)):
+            machine["hf_overrides"] = {"architectures": [name]}
         self.llm = LLM(
             model=str(path),
             skip_tokenizer_init=True,

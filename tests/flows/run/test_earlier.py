@@ -13,6 +13,7 @@ import pytest
 from opd_cli import OPD
 from places import CHECKOUT, DATA, TINY
 
+from flows.cli.options import console
 from flows.cli.report import report
 from flows.experiment import Experiment, load_experiment
 from flows.run.earlier import outdated
@@ -91,7 +92,7 @@ def test_trainings_that_an_earlier_version_made_otherwise(tmp_path, fields, fiel
     state = run_of(tmp_path, load_experiment(TINY, fields), [{}, {"train": old}, {"train": old}, {"train": new}])
     (reason,) = outdated(state, tmp_path)
     assert reason.startswith("train of round 1, train of round 2: ") and text in reason
-    (line,) = [str(part) for part in report(state, tmp_path) if text in str(part)]
+    (line,) = [str(part) for part in report(state, tmp_path, None, console()) if text in str(part)]
     assert "resume old" in line and "\n" not in line
 
 

@@ -170,17 +170,38 @@ def live_dropout(source: CheckpointModel | HubModel | ArchitectureModel) -> dict
         config = config_of(source.config)
         return {} if config is None else dropout_fields(config)
     if isinstance(source, CheckpointModel):
-        return dropout_fields(read_config(source.path))
+        return _folder_dropout(source.path)
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(source.repo, "config.json", revision=source.revision)
-    return dropout_fields(read_config(Path(found).parent)) if isinstance(found, str) else {}
+    return _folder_dropout(Path(found).parent) if isinstance(found, str) else {}
+
+
+def _folder_dropout(folder: Path) -> dict[str, float]:
+    fields = read_json(folder / "config.json")
+    if isinstance(fields.get("model_type"), str) and not _may_drop(fields):
+        return {}  # without importing transformers
+    return dropout_fields(read_config(folder))
+
+
+def _may_drop(fields: dict[str, Any]) -> bool:
+    """Whether a config.json, or one nested in it, states dropout, or is of a type that has it by default."""
+    nested = [value for value in fields.values() if isinstance(value, dict)]
+    return (
+        fields.get("model_type") in DROPOUT_BY_DEFAULT
+        or bool(random_fields(fields))
+        or any(_may_drop(part) for part in nested)
+    )
+
+
+DROPOUT = "dropout"
+"""Field of a training's identity, beside its config."""
 
 
 def dropout_identity(source: CheckpointModel | HubModel | ArchitectureModel | None, dropout: bool) -> dict[str, str]:
     """What a training's identity has because the dropout of the model's config is off. Empty where the config has none: earlier
     versions trained with dropout, so only these results differ."""
-    return {"dropout": "off"} if source is not None and not dropout and live_dropout(source) else {}
+    return {DROPOUT: "off"} if source is not None and not dropout and live_dropout(source) else {}
 
 
 # --- a folder of the user's ------------------------------------------------------------------------------------------

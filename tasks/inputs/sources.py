@@ -95,6 +95,10 @@ class Row:
     teacher_id: str | None = None
 
 
+READING = "reading"
+"""Field of a source's identity: see `corrected`."""
+
+
 def source_identity(source: FileSource | AdditionSource, memo: Path | None = None) -> dict[str, Any]:
     """The source's part of a key: a generator's fields; for files their content instead of their path.
 
@@ -111,7 +115,7 @@ def source_identity(source: FileSource | AdditionSource, memo: Path | None = Non
     if source.last_turn_is_completion:
         identity["last_turn_is_completion"] = True
     if reading := corrected(source):
-        identity["reading"] = reading
+        identity[READING] = reading
     return identity
 
 

@@ -138,7 +138,8 @@ def _verifier(experiment: Experiment, rows: pa.Table) -> Iterator[str]:
     except OpdError as error:
         raise ConfigError(str(error)) from error
     name = f"{config.target} ({function_place(config)[1]})" if isinstance(config, FunctionVerifier) else config.kind
-    yield f"verifier: {name}; tried on prompt {chosen.prompt_id!r} with its bare answer as the completion: {verdict}"
+    found = "correct" if verdict else "not correct (right where a pattern or a format is asked for, else a mistake)"
+    yield f"verifier: {name}; a completion that is exactly the answer of prompt {chosen.prompt_id!r} would count as {found}"
 
 
 def _disk(experiment: Experiment, parameters: int, root: Path) -> Iterator[str]:

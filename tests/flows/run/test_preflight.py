@@ -308,3 +308,14 @@ def test_a_key_that_occurs_twice_in_a_deepspeed_file_is_refused(tmp_path, text):
     (tmp_path / "ds.json").write_text("[]")
     with pytest.raises(ConfigError, match="not an object"):
         deepspeed_config(str(tmp_path / "ds.json"), OptimizerSettings(lr=1e-4), 1)
+
+
+def test_a_full_support_of_two_folders_needs_no_k(tmp_path):
+    """The smaller vocabulary of the two; a folder that cannot be read leaves it open, and the error says where to look."""
+    student, teacher = family(tmp_path / "s", "qwen3"), family(tmp_path / "t", "qwen3", vocab_size=272)
+    fields = config(student, teacher, prompt_files(tmp_path))
+    fields["objective"] = {"estimator": "direct", "divergence": {"kind": "reverse_kl"}, "support": {"kind": "full"}}
+    assert experiment_of(fields, "test").objective.support.k == 264
+    (teacher / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"support\.k: required, but missing; the smaller vocab_size"):
+        experiment_of(fields, "test")

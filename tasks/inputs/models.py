@@ -23,7 +23,7 @@ from storage.artifacts.digests import (
     weights_digest,
 )
 from storage.artifacts.trees import external_files
-from storage.errors import ConfigError, InputError, did_you_mean
+from storage.errors import RELATIVE, ConfigError, InputError, did_you_mean
 from storage.identity import Identity, derive_seed
 from storage.store import ArtifactSpec, Builder
 from tasks.engines.hf_folder import config_of, dropout_fields, model_rows, random_fields, read_config, read_json
@@ -207,7 +207,7 @@ def dropout_identity(source: CheckpointModel | HubModel | ArchitectureModel | No
 def check_checkpoint(directory: Path) -> None:
     """Raises InputError unless the folder has config.json, safetensors and a loadable tokenizer."""
     if not directory.is_dir():
-        raise InputError(f"{directory}: no such checkpoint folder (a config's relative paths start from its folder)")
+        raise InputError(f"{directory}: no such checkpoint folder; {RELATIVE}")
     if not (directory / "config.json").is_file():
         adapter = (directory / "adapter_config.json").is_file()
         raise InputError(

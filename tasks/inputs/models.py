@@ -221,8 +221,8 @@ def check_checkpoint(directory: Path) -> None:
     if pickles and not any(directory.glob("*.safetensors")):
         raise InputError(f"{pickles[0]}: pickled weights are not loaded; save the checkpoint as safetensors")
     _check_architecture(directory / "config.json")
-    weight_files(directory)
     load_tokenizer(directory)
+    weight_files(directory)
 
 
 def _check_architecture(path: Path) -> None:

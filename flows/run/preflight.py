@@ -246,8 +246,17 @@ def engine(known: Known) -> Found:
             " installed; take the text model of this family, or install torchvision",
             refused=True,
         )
-    if registry.is_file() and f'"{name}"' not in registry.read_text() and not whole.is_backend_compatible():  # type: ignore[operator]
-        yield Finding(f"student: vLLM has no {name} ({known.student.path}); take another model", refused=True)
+    if registry.is_file():
+        models, _, former = registry.read_text().partition("\n_PREVIOUSLY_SUPPORTED_MODELS")
+        runs = f'"{name}"' in models or whole.is_backend_compatible()  # type: ignore[operator]
+        if not runs or f'"{name}"' in former.partition("}")[0]:
+            yield Finding(f"student: vLLM has no {name} ({known.student.path}); take another model", refused=True)
+    if known.experiment.runtime.device == "cpu" and getattr(whole, "_is_stateful", False):
+        yield Finding(
+            f"student: {name} ({known.student.path}) keeps a recurrent state, which vLLM on CPU cannot run with prompts in one"
+            " piece; take a model with attention only, or a GPU",
+            refused=True,
+        )
 
 
 def has_vision(config: PretrainedConfig) -> bool:

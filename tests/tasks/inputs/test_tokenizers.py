@@ -92,7 +92,7 @@ def test_differing_ids_are_refused_or_masked(student, teacher):
     masked = audit_tokenizers(student, teacher, MASK)
     assert (masked.verdict, masked.masked_ids) == ("masked", (258,))
     assert masked.mismatched[0].student == "<|system|>" and masked.mismatched[0].teacher == "<|think|>"
-    assert "id 258: student '<|system|>', teacher '<|think|>'" in str(masked)
+    assert "id 258: student '<|system|>', special; teacher '<|think|>', special: masked" in str(masked)
 
 
 def test_another_end_of_sequence_masks_both_ends(student, teacher):

@@ -215,7 +215,8 @@ def _stop_problems(e: Experiment) -> list[str]:
     if e.prompts.tokenizers.stop_ids != "merge":
         return []
     problems = [
-        f"{section}.stop_token_ids: prompts.tokenizers.stop_ids: merge stops on the ids of both models; leave stop_token_ids at eos"
+        f"{section}.stop_token_ids: with prompts.tokenizers.stop_ids: merge completions end with the ids of both models; leave it"
+        " at eos"
         for section, ids in (("rollout", e.rollout.stop_token_ids), ("evaluate", e.evaluate.stop_token_ids))
         if ids != "eos"
     ]

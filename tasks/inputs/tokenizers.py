@@ -321,8 +321,14 @@ def _merged_stops(student: _Side, teacher: _Side) -> tuple[tuple[int, ...], list
 
 
 def _mapped(sides: tuple[_Side, _Side], mismatched: list[Mismatch]) -> set[int]:
-    """Differing ids that are a special token of both."""
-    return {item.id for item in mismatched if all(item.id in side.special and item.id in side.names for side in sides)}
+    """Differing ids that are a special token of both, where neither name is another id of the other's."""
+    student, teacher = (set(side.names.values()) for side in sides)
+    return {
+        item.id
+        for item in mismatched
+        if item.student not in teacher and item.teacher not in student
+        if all(item.id in side.special and item.id in side.names for side in sides)
+    }
 
 
 def _extended(

@@ -190,7 +190,8 @@ def replay(
     have the stage's inputs: for train, the round's rollouts and signals, and the previous round's student and
     trainer_state. All files and all columns except wall seconds are compared.
 
-    A stage whose shards were made with different settings cannot be replayed; the message lists them.
+    A stage whose shards were made with different settings cannot be replayed; the message lists them. Equal bits need a
+    processor of the same kind (provenance.processor in a manifest); on another one the message says how far numbers are apart.
 
     Exit codes: 0 identical, 1 different, not replayable, or an input is evicted or damaged, 2 no such run or round."""
     from flows.run.replay import replay_round
@@ -208,8 +209,18 @@ def replay(
             table.add_row(result.stage, result.artifact, verdict, f"{result.seconds:.1f}")
         out.print(table)
     problems = [f"{result.artifact}: {line}" for result in results for line in result.differences]
+    problems += [
+        f"{result.artifact}: numbers are at most {result.largest_difference:.3g} apart"
+        for result in results
+        if result.largest_difference is not None
+    ]
     if problems:
         problems.insert(0, f"round {round} of {name!r} was not reproduced:")
+    if others := {result.other_processor for result in results if result.other_processor}:
+        problems.append(
+            f"the recorded round was made on {sorted(others)[0]}: sums of another processor round otherwise, so compare on one"
+            " of the same kind"
+        )
     if mixed := [f"{result.artifact}: {result.unrepeatable}" for result in results if result.unrepeatable]:
         problems += [
             f"round {round} of {name!r} cannot be replayed; its shards were made with different settings:",

@@ -350,6 +350,16 @@ def _two_vocabularies(mismatched: list[Mismatch], ours: TokenizerFacts, theirs: 
     )
 
 
+def _elsewhere(student: _Side, teacher: _Side, item: Mismatch) -> str:
+    """The ids under which the other tokenizer has a token's name."""
+    found = []
+    for whose, name, other in (("teacher", item.student, teacher), ("student", item.teacher, student)):
+        at = next((index for index, token in other.names.items() if token == name), None)
+        if name is not None and at is not None:
+            found.append(f"{name!r} is id {at} of the {whose}")
+    return f" ({', '.join(found)}; ids are not renumbered)" if found else ""
+
+
 def _explained(
     sides: tuple[_Side, _Side],
     policy: TokenizerPolicy,
@@ -368,14 +378,13 @@ def _explained(
         elif item.id in mapped:
             yield f"{what}: mapped (one token under two names)"
         elif item.id in masked:
-            more = (
-                "; on_mismatch: map keeps it in the loss"
-                if both_special
-                else f"; objective.support_exclude_ids: [{item.id}] takes it out of both distributions too"
-                if item.student is None
-                else ""
+            more = "; on_mismatch: map keeps it in the loss" if both_special else _elsewhere(student, teacher, item)
+            if item.student is None and not more:
+                more = f"; objective.support_exclude_ids: [{item.id}] takes it out of both distributions too"
+            left_out = item.id >= student.facts.rows
+            yield f"{what}: " + (
+                "never sampled, and no part of any distribution" if left_out else f"masked where it is sampled{more}"
             )
-            yield f"{what}: masked where it is sampled{more}"
         else:
             choices = "mask leaves it out of the loss" + (", map keeps it" if both_special else "")
             yield f"{what}: to be settled by prompts.tokenizers.on_mismatch ({choices})"

@@ -215,6 +215,7 @@ def test_an_end_past_the_rows_of_the_other_model(student, tmp_path):
     assert "id 261: student no token (a padding row); teacher '<|fill261|>', special: masked" in str(audit)
     assert "support_exclude_ids: [261]" in str(audit)
     assert "300 '<|stop|>', special" in str(audit)
+    assert "id 264: student no token and no row; teacher '<|fill264|>', special: never sampled" in str(audit)
     with pytest.raises(InputError, match="past the teacher's 264 rows"):
         audit_tokenizers(larger, student, policy).require()
 
@@ -260,6 +261,7 @@ def test_a_name_at_two_ids_is_not_mapped(student, teacher):
     edit(teacher / "tokenizer.json", swap)
     audit = audit_tokenizers(student, teacher, TokenizerPolicy(on_mismatch="map"))
     assert (audit.verdict, audit.masked_ids) == ("masked", (258, 259))
+    assert "('<|system|>' is id 259 of the teacher, '<|user|>' is id 259 of the student" in str(audit)
 
 
 def test_what_is_stored_of_an_audit_has_no_field_that_0_1_0_had_not(student, teacher):

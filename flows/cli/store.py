@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from flows.cli.options import Json, Root, RunName, console, example, existing_root
+from flows.cli.options import Json, Root, RunName, console, example, existing_root, grid
 from flows.run.hints import DEFAULT_ROOT, opd_command
 from storage.errors import ConfigError, InputError, OpdError
 from storage.runs import Run
@@ -32,7 +31,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=example("opd verify demo"))(verify)
     app.command(epilog=example("opd gc --keep rollouts=2 --keep signals=2 --apply"))(gc)
     app.command(epilog=example("opd restore demo --round 1"))(restore)
-    app.command(epilog=example("opd replay demo --round 2"))(replay)
+    app.command(epilog=example("opd replay demo --round 5"))(replay)
 
 
 def verify(
@@ -202,7 +201,7 @@ def replay(
     if json_:
         print(json.dumps([result.as_json() for result in results], indent=2))
     else:
-        table = Table("stage", "artifact", "", "seconds")
+        table = grid("stage", "artifact", "", "seconds")
         for result in results:
             verdict = "[green]identical[/]" if not result.differences else "[red]differs[/]"
             verdict = "[yellow]cannot be replayed[/]" if result.unrepeatable else verdict
@@ -276,7 +275,7 @@ def _print_plan(plan: Plan, root: Path) -> None:
     if not plan.items:
         out.print("nothing to remove: every artifact is needed by a run")
     else:
-        table = Table("kind", "what", "bytes", title="removable", title_justify="left")
+        table = grid("kind", "what", "bytes", title="removable", title_justify="left")
         for item in sorted(plan.items, key=lambda item: (list(MEANING).index(item.kind), item.path)):
             table.add_row(item.kind, str(item.path.relative_to(root)), _size(item.bytes))
         out.print(table)

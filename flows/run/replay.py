@@ -123,7 +123,7 @@ def _require_inputs(run: Run, origin: Origin, lost: list[Rebuild]) -> None:
         names = ", ".join(f"{stage} of round {number}" for number, stage in direct)
         commands = [f"opd restore {run.name} --round {number}" for number in sorted({number for number, _ in direct})]
         raise Evicted(
-            f"a replay of {origin.label} of round {origin.round} needs {names}, which `opd gc` removed.\n"
+            f"a replay of {origin.label} of round {origin.round} needs {names}, which policy.retain or `opd gc` removed.\n"
             f"rebuild with: {' && '.join(commands)}\n"
             "to keep replays possible, policy.retain must keep rollouts and signals of the round, and trainer_state and"
             " students of the round before"

@@ -42,7 +42,7 @@ def distill(
             )  # fmt: skip
             made = do(
                 "train", train_work, now.train,
-                objective=now.objective, student=student, state=state, rollouts=rollouts, signals=signals,
+                objective=now.objective, student=student, state=state, rollouts=rollouts, signals=signals, prompts=prompts,
                 seed=seed, round=number, source=now.student.source, plugins=plugins,
             )  # fmt: skip
             student, state = Student(made["student"]), TrainerState(made["trainer_state"])

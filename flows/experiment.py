@@ -201,11 +201,30 @@ def cross_problems(e: Experiment) -> list[str]:
             f"objective: a sampled estimator needs exact samples of the student, but {' and '.join(truncated)}; set"
             " rollout.top_p: 1, top_k: 0, temperature: 1 (no importance weight restores tokens that were cut off)"
         )
+    problems += _stop_problems(e)
     for name, model in (("student", e.student), ("teacher", e.teacher)):
         if model.warmup is not None and e.prompts.warmup is None:
             problems.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
     problems += signal_problems(e.supervise, e.objective.needs().signals)
     problems += size_problems(e, *declared_sizes(e.student.source), declared_sizes(e.teacher.source)[0])
+    return problems
+
+
+def _stop_problems(e: Experiment) -> list[str]:
+    """What cannot be with merged stop ids."""
+    if e.prompts.tokenizers.stop_ids != "merge":
+        return []
+    problems = [
+        f"{section}.stop_token_ids: with prompts.tokenizers.stop_ids: merge completions end with the ids of both models; leave it"
+        " at eos"
+        for section, ids in (("rollout", e.rollout.stop_token_ids), ("evaluate", e.evaluate.stop_token_ids))
+        if ids != "eos"
+    ]
+    if not e.supervise.teacher.capabilities.merges_stop_ids:
+        problems.append(
+            f"supervise.teacher: kind {e.supervise.teacher.kind} cannot count several stop ids as one, which"
+            " prompts.tokenizers.stop_ids: merge asks for; choose kind: local, or stop_ids: mask"
+        )
     return problems
 
 

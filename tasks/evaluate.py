@@ -22,7 +22,17 @@ from tasks.inputs.verifiers import ExactMatch, FunctionVerifier, VerifierConfig,
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.rollout_config import Dtype, StopTokenIds
 from tasks.sharded import ShardedStage
-from tasks.stage import Context, Prompts, Student, Teacher, Work, model_inputs, prompt_inputs
+from tasks.stage import (
+    Context,
+    Prompts,
+    Student,
+    Teacher,
+    Work,
+    merged_stop_ids,
+    model_inputs,
+    prompt_inputs,
+    stop_inputs,
+)
 from tasks.workers.jobs import ArtifactRef, KLJob, KLShard, ModelRef, Request, SampleJob, SampleShard, Sampling
 
 VERSION = 1
@@ -148,7 +158,7 @@ def evaluate_work(
         inputs |= {f"teacher:{part}": teacher.content[part] for part in ("weights", "architecture")}
     if f"prompts:{SPLIT}" not in prompts.content:
         raise _nothing_held_out()
-    inputs |= prompt_inputs(prompts, SPLIT)
+    inputs |= prompt_inputs(prompts, SPLIT) | stop_inputs(prompts)
     source = None if config.verifier is None else verifier_digest(config.verifier)
     roles = ("sampler", "scorer") if config.generations("kl") else ("sampler",)
     used = used_plugins(plugins, *roles, config=config)
@@ -184,7 +194,7 @@ def _build(
     prompts: Artifact,
     seed: int,
 ) -> None:
-    plan = plan_shards(_held_out(ctx.store, prompts), config, seed)
+    plan, stops = plan_shards(_held_out(ctx.store, prompts), config, seed), merged_stop_ids(prompts)
     sizes = [len(shard.samples) for shard in plan]
     stage = ShardedStage(ctx, STAGE, sizes, {TABLE: builder}, ("sampler", "scorer"))
     between = builder.intermediate()
@@ -204,8 +214,9 @@ def _build(
             log_table=TABLE,
             intermediate=True,
         )
+        merged = {"stop_token_ids": stops, "merged": True} if stops else {}
         shards = {
-            number: SampleShard(number, Sampling(**config.sampling(shard.mode)), shard.requests(seed))
+            number: SampleShard(number, Sampling(**config.sampling(shard.mode) | merged), shard.requests(seed))
             for number, shard in enumerate(plan)
         }
         for number in unsampled:
@@ -224,6 +235,7 @@ def _build(
             student=ModelRef.of(ctx.store, student),
             teacher=ModelRef.of(ctx.store, teacher),
             dtype=config.dtype,
+            stop_ids=stops,
         )
         items = [KLShard(number, sizes[number]) for number in unscored]
         stage.run("scorer", score, items, written=lambda number: _scored(between, number))

@@ -28,6 +28,7 @@ from tasks.inputs.shipped import load_pair, load_tokenizer, read_otherwise
 from tasks.inputs.sources import FileSource, PromptSource, Row, read_rows, source_identity
 from tasks.inputs.templates import ClockRead, refuse_random, render
 from tasks.inputs.tokenizers import TokenizerAudit, TokenizerPolicy, audit_tokenizers, vocabulary_rows
+from tasks.signals.signal import STOP_IDS
 from tasks.stage import LOADING, Context, Work
 
 VERSION = 1
@@ -193,9 +194,12 @@ def prepare(config: PrepareConfig, student: Path, teacher: Path | None, context:
         if audit.verdict != "identical":
             context.log(str(audit))
         audit.require()
+        for warning in audit.warnings:
+            context.say("prepare", f"warning: {warning}")
     own, others = (load_tokenizer(student), None) if teacher is None else load_pair(student, teacher)
     renderer = _Renderer(config, own, others, audit)
     taken = _Taken(config.equal_ids)
+    stops = set() if audit is None else set(audit.stop_ids)
     columns: dict[str, list[Any]] = {name: [] for name in schema_for("prompts").names}
     filtered: dict[str, dict[str, int]] = {}
     warnings: list[str] = []
@@ -205,6 +209,7 @@ def prepare(config: PrepareConfig, student: Path, teacher: Path | None, context:
         left_out: Counter[str] = Counter()
         kept = 0
         for done, (row, prompt) in enumerate(renderer.render(rows), start=1):
+            _refuse_inner_stop(row, prompt, stops)
             reason = taken.reason(split, row, prompt) or renderer.too_long(prompt)
             if reason is not None:
                 left_out[reason] += 1
@@ -244,6 +249,18 @@ class _Prompt:
     token_ids: list[int]
     teacher_token_ids: list[int] | None
     completion_token_ids: list[int] | None
+
+
+def _refuse_inner_stop(row: Row, prompt: _Prompt, stops: set[int]) -> None:
+    """InputError for a completion that has a merged stop id before its end: the student would learn it as an ordinary token."""
+    if stops and prompt.completion_token_ids is not None:
+        for place, token in enumerate(prompt.completion_token_ids[:-1]):
+            if token in stops:
+                raise InputError(
+                    f"{row.where}: token {place} of its completion is the stop id {token}, before the completion's end. An"
+                    " ordinary token there (a turn's end, say) cannot be merged with the stop ids; shorten the completion, or set"
+                    " prompts.tokenizers.stop_ids: mask"
+                )
 
 
 class _Renderer:
@@ -456,12 +473,14 @@ def _commit(builder: Builder, prepared: Prepared, changes: dict[str, tuple[str, 
     shards = {name: _write(builder, name, getattr(prepared, name)) for name in ("prompts", "vocabulary")}
     prompts, audit = prepared.prompts, prepared.audit
     found: dict[str, pa.Table] = {split: prompts.filter(pc.equal(prompts["split"], split)) for split in SPLITS}
-    audited = None if audit is None else audit.model_dump(mode="json")
+    audited = None if audit is None else audit.record()
+    stops = [] if audit is None else list(audit.stop_ids)
     builder.commit(
         content={
             **{f"prompts:{split}": table_digest(found[split]) for split in prepared.filtered},
             "audit": hashlib.sha256(canonical_json(audited).encode("ascii")).hexdigest(),
             **{name: value for name, (value, _) in changes.items() if name == LOADING},
+            **({STOP_IDS: canonical_json(stops)} if stops else {}),
         },
         meta={
             "prompts": {split: rows.num_rows for split, rows in found.items()},

@@ -17,7 +17,16 @@ from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.rollout_config import RolloutConfig
 from tasks.sharded import ShardedStage, distinct
-from tasks.stage import Context, Prompts, Student, Work, model_inputs, prompt_inputs
+from tasks.stage import (
+    Context,
+    Prompts,
+    Student,
+    Work,
+    merged_stop_ids,
+    model_inputs,
+    prompt_inputs,
+    stop_inputs,
+)
 from tasks.workers.jobs import ArtifactRef, ModelRef, Request, SampleJob, SampleShard, Sampling, config_json
 
 VERSION = 1
@@ -49,7 +58,7 @@ def rollout_work(
     Raises InputError when a prompt with its completion exceeds the student's positions."""
     # all that a completion depends on; the checkpoint's generation config decides which tokens "eos" means
     inputs = model_inputs(student, "student:")
-    inputs |= prompt_inputs(prompts, SPLIT)
+    inputs |= prompt_inputs(prompts, SPLIT) | stop_inputs(prompts)
     used = used_plugins(plugins, "sampler", config=config)
     identity = _RolloutIdentity(config=config, seed=seed, round=round, plugins=used)
     spec = ArtifactSpec.of(STAGE, VERSION, identity, inputs)
@@ -102,7 +111,8 @@ def _build(
     stage = ShardedStage(ctx, STAGE, [len(requests) for requests in plan], {TABLE: builder}, ("sampler",))
     results = []
     if stage.missing:
-        sampling = Sampling(**config.sampling())
+        stops = merged_stop_ids(prompts)
+        sampling = Sampling(**config.sampling() | ({"stop_token_ids": stops, "merged": True} if stops else {}))
         job = SampleJob(
             store=str(ctx.store.root),
             target=ArtifactRef(builder.stage, builder.key),

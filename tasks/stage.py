@@ -5,11 +5,13 @@ executor decides whether anything needs to be built at all."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NewType
 
 from storage.store import Artifact, ArtifactSpec, Builder, Store
+from tasks.signals.signal import STOP_IDS
 from tasks.workers.metrics import StageProgress
 from tasks.workers.pool import WorkerPool
 from tasks.workers.runtime import RuntimeConfig
@@ -70,6 +72,17 @@ def model_inputs(artifact: Artifact, prefix: str = "") -> dict[str, str]:
 LOADING = "tokenizer_loading"
 """Field of identities and contents; it is there only where versions up to 0.1.0 read a tokenizer otherwise than its file says
 (`tasks/inputs/shipped.py`), so that their results are not found again. Its one value is `file`."""
+
+
+def merged_stop_ids(prompts: Artifact | None) -> list[int]:
+    """The stop ids that are one category for student and teacher, first the student's own; empty where nothing is merged."""
+    found = None if prompts is None else prompts.content.get(STOP_IDS)
+    return [] if found is None else [int(index) for index in json.loads(found)]
+
+
+def stop_inputs(prompts: Artifact | None) -> dict[str, str]:
+    """The content by which merged stop ids enter the keys of stages whose results depend on them; empty without."""
+    return {STOP_IDS: prompts.content[STOP_IDS]} if prompts is not None and STOP_IDS in prompts.content else {}
 
 
 def prompt_inputs(prompts: Artifact, split: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ from tasks.rollout_config import Dtype
 from tasks.sharded import ShardedStage
 from tasks.signals import Inputs, Written, require_usable, signal_named
 from tasks.signals.mask import SpecialTokens, mask_rules
-from tasks.stage import Context, Prompts, Rollouts, Student, Teacher, Work
+from tasks.stage import Context, Prompts, Rollouts, Student, Teacher, Work, merged_stop_ids
 from tasks.workers.jobs import (
     ArtifactRef,
     MaskRules,
@@ -195,6 +195,7 @@ def _job(ctx: Context, inputs: Inputs, builders: Mapping[str, Builder]) -> Score
         backend=config_json(inputs.settings.teacher),
         mask=mask,
         flags=flags,
+        stop_ids=merged_stop_ids(inputs.prompts),
     )
 
 

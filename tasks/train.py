@@ -12,7 +12,17 @@ from tasks.inputs.models import ModelSource, dropout_identity
 from tasks.losses.config import AnyObjective
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.signals import require_usable, signal_named
-from tasks.stage import Context, Rollouts, Student, TrainerState, Work, model_inputs
+from tasks.stage import (
+    Context,
+    Prompts,
+    Rollouts,
+    Student,
+    TrainerState,
+    Work,
+    merged_stop_ids,
+    model_inputs,
+    stop_inputs,
+)
 from tasks.trainer.config import TrainConfig, forward_identity
 from tasks.trainer.dispatch import run_and_commit
 from tasks.workers.jobs import ArtifactRef, TrainJob, TrainOutputs, config_json
@@ -36,12 +46,13 @@ def train_work(
     round: int,
     source: ModelSource | None = None,
     plugins: Mapping[str, str] = NO_PLUGINS,
+    prompts: Prompts | None = None,
 ) -> Work:
     """Work with the outputs `student` (tree model), `trainer_state` (tree state) and `train` (table training_steps).
 
     Steps, learning rate and moments go on from `state`; without one they start at step 0 from the student's weights.
     `source`: of the first student, whose config says whether dropout is to be turned off. `plugins`: the run's, name -> digest of
-    the source.
+    the source. `prompts`: they say which stop ids are merged.
     Raises InputError when the state belongs to another student, or a signal that the objective needs is not given."""
     needed = {need.name: need for need in objective.needs().signals}
     missing = sorted(set(needed) - set(signals))
@@ -58,6 +69,7 @@ def train_work(
         "rollouts": rollouts.content["rollouts"],
     }
     inputs |= {f"signal:{name}": artifact.content[name] for name, artifact in used.items()}
+    inputs |= stop_inputs(prompts)
     if state is not None:
         inputs["state"] = state.content["state"]
     identity: dict[str, Any] = {"config": config, "objective": objective, "seed": seed, "round": round}
@@ -86,6 +98,7 @@ def train_work(
             seed=seed,
             round=round,
             outputs=TrainOutputs(),
+            stop_ids=merged_stop_ids(prompts),
         )
         run_and_commit(job, outputs, builders, context)
 

@@ -38,6 +38,7 @@ from tasks.engines.hf_folder import (
 from tasks.evaluate import rank_of
 from tasks.inputs.tokenizers import load_tokenizer
 from tasks.rollout import prompts_for_round
+from tasks.stage import merged_stop_ids
 from tasks.trainer.config import LoraSettings, OptimizerSettings
 from tasks.trainer.deepspeed_file import deepspeed_config
 from tasks.workers import jobs
@@ -112,6 +113,8 @@ class Known:
     teacher: Model
     prompts: pa.Table
     """Columns prompt_id, split, token_ids, teacher_token_ids, completion_token_ids."""
+    merged: tuple[int, ...] = ()
+    """The stop ids that are one category for both models."""
 
     @property
     def models(self) -> tuple[Model, ...]:
@@ -130,6 +133,7 @@ class Known:
             Model("student", store.materialize(student)),
             Model("teacher", store.materialize(teacher)),
             store.read_table(prompts, "prompts", columns=columns),
+            tuple(merged_stop_ids(prompts)),
         )
 
 
@@ -357,6 +361,18 @@ def stop_ids(known: Known) -> Found:
             check_stop_ids(stop_token_ids(path, policy, eos), known.student.rows, path, section)
         except InputError as error:
             yield Finding(str(error), refused=True)
+    if inner := sorted(set(known.merged) & set(e.objective.needs().credit.segment_ends)):
+        yield Finding(
+            f"objective.advantage: {inner} end segments inside of completions and are among the merged stop ids"
+            f" {list(known.merged)}; take other delimiters, or prompts.tokenizers.stop_ids: mask",
+            refused=True,
+        )
+    if gone := sorted(set(known.merged[1:]) & set(getattr(e.objective, "support_exclude_ids", ()))):
+        yield Finding(
+            f"objective.support_exclude_ids: {gone} are merged with the stop id {known.merged[0]}, so no list has them; remove"
+            " them, or set prompts.tokenizers.stop_ids: mask",
+            refused=True,
+        )
 
 
 def lengths(known: Known) -> Found:

@@ -6,17 +6,22 @@ counted by the caller, never repaired."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from tasks.losses.stop_ids import merge_scores
 from tasks.signals.tables import LOGPROB_MAX
 
 _INF = float("inf")
 
 
-def log_probabilities(logits_NV: Tensor, rows: int | None = None) -> Tensor:
-    """log softmax over the first `rows` rows (all by default), in float32. May reuse the memory of the logits."""
-    logits_NV = logits_NV[:, :rows].to(torch.promote_types(logits_NV.dtype, torch.float32))
+def log_probabilities(logits_NV: Tensor, rows: int | None = None, stop_ids: Sequence[int] = ()) -> Tensor:
+    """log softmax over the first `rows` rows (all by default), in float32. May reuse the memory of the logits. `stop_ids` are
+    merged before, so that those past `rows` count too."""
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    logits_NV = merge_scores(logits_NV, stop_ids)[:, :rows]
     normaliser_N = logits_NV.logsumexp(-1)
     broken_N = ~normaliser_N.isfinite()
     logprobs_NV = logits_NV.sub_(normaliser_N[:, None])

@@ -13,6 +13,7 @@ from torch import Tensor
 from tasks.engines import distributions
 from tasks.engines.forward import LoadedModel
 from tasks.engines.teacher import Host, Passage, Vocabulary
+from tasks.losses.stop_ids import merge_ids
 from tasks.signals import Ask, Values
 
 
@@ -40,16 +41,30 @@ class LocalModel:
         vocabulary: Vocabulary,
         given: Mapping[int, Sequence[np.ndarray]],
     ) -> Values:
-        """See `Teacher`. One forward of the passages; logits of `chunk_tokens` tokens exist at a time."""
+        """See `Teacher`. One forward of the passages; logits of `chunk_tokens` tokens exist at a time.
+
+        The distribution sampled from is that of single ids, as the sampler records it: it is never merged."""
         ids_N = _tensor([passage.completion for passage in passages], self._device)
+        merged_N = merge_ids(ids_N, vocabulary.stop_ids)
         given_NK = {k: _tensor(given[k], self._device) for k in ask.on}
         parts: dict[str, list[np.ndarray]] = {}
         start = 0
         with torch.inference_mode():
-            for logprobs_NV in self.distributions(passages, vocabulary):
-                chunk = slice(start, start := start + len(logprobs_NV))
+            for logits_NV, unread_N1 in self._logits(passages):
+                chunk = slice(start, start := start + len(logits_NV))
                 some = {k: ids_NK[chunk] for k, ids_NK in given_NK.items()}
-                for name, value in _quantities(logprobs_NV, ids_N[chunk], ask, vocabulary.shared, some).items():
+                single_NV = logits_NV.clone() if ask.sampling and vocabulary.stop_ids else None
+                logprobs_NV = distributions.log_probabilities(logits_NV, vocabulary.rows, vocabulary.stop_ids)
+                logprobs_NV.masked_fill_(unread_N1, float("nan"))
+                found = _quantities(logprobs_NV, merged_N[chunk], ask, vocabulary.shared, some)
+                if ask.sampling:
+                    if single_NV is not None:
+                        logprobs_NV = distributions.log_probabilities(single_NV, vocabulary.rows)
+                        logprobs_NV.masked_fill_(unread_N1, float("nan"))
+                    found["behaviour_logprobs"], found["outside"] = distributions.sampling_logprobs(
+                        logprobs_NV, ids_N[chunk], **ask.sampling
+                    )
+                for name, value in found.items():
                     parts.setdefault(name, []).append(value.cpu().numpy())
         edges = np.cumsum([len(passage.completion) for passage in passages])[:-1]
         return {name: np.split(np.concatenate(arrays), edges) for name, arrays in parts.items()}
@@ -57,13 +72,17 @@ class LocalModel:
     @torch.inference_mode()
     def distributions(self, passages: Sequence[Passage], vocabulary: Vocabulary) -> Iterator[Tensor]:
         """See `Teacher`."""
+        for logits_NV, unread_N1 in self._logits(passages):
+            logprobs_NV = distributions.log_probabilities(logits_NV, vocabulary.rows, vocabulary.stop_ids)
+            yield logprobs_NV.masked_fill_(unread_N1, float("nan"))
+
+    def _logits(self, passages: Sequence[Passage]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(logits_NV, unread_N1) of a chunk of tokens at a time."""
         hidden_ND = self._hidden(passages)
         unread_N = self._unread(passages)
         for start in range(0, len(hidden_ND), self._chunk_tokens):
             chunk = slice(start, start + self._chunk_tokens)
-            logits_NV = self.model.head(hidden_ND[chunk]).to(self._device)
-            logprobs_NV = distributions.log_probabilities(logits_NV, vocabulary.rows)
-            yield logprobs_NV.masked_fill_(unread_N[chunk, None], float("nan"))
+            yield self.model.head(hidden_ND[chunk]).to(self._device), unread_N[chunk, None]
 
     def read_ahead(self, batches: Sequence[Sequence[Passage]]) -> None:
         """Compute the hidden states of these batches, keep them on the host, and free the model but for its output head: what is
@@ -113,16 +132,12 @@ def _tensor(arrays: Sequence[Sequence[int] | np.ndarray], device: torch.device) 
 def _quantities(
     logprobs_NV: Tensor, ids_N: Tensor, ask: Ask, shared: int, given_NK: Mapping[int, Tensor]
 ) -> dict[str, Tensor]:
-    """What is asked of one chunk."""
+    """What is asked of one chunk, but for the distribution sampled from."""
     found: dict[str, Tensor] = {}
     if ask.logprobs:
         found["logprobs"] = distributions.of_tokens(logprobs_NV, ids_N[:, None])[:, 0]
     if ask.entropy:
         found["entropy"] = distributions.entropy(logprobs_NV)
-    if ask.sampling:
-        found["behaviour_logprobs"], found["outside"] = distributions.sampling_logprobs(
-            logprobs_NV, ids_N, **ask.sampling
-        )
     for k in sorted(ask.top):
         ids_NK, top_NK, valid_N = distributions.top(logprobs_NV, k, shared)
         found |= {f"top{k}_ids": ids_NK, f"top{k}_logprobs": top_NK, f"top{k}_valid": valid_N}

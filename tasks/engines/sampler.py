@@ -85,7 +85,7 @@ class OpenShard:
                     "prefix_length": self.completions[position].prefix_length,
                     "finish_reason": self.completions[position].finish_reason,
                     "seed": request.seed,
-                    "completion_text": text(self.completions[position].token_ids),
+                    "completion_text": text(_written_on(self.completions[position], self.item.sampling)),
                     "reward": None,
                 }
                 for position, request in enumerate(self.item.requests)
@@ -219,6 +219,8 @@ class Sampler:
     def _stop_ids(self, job: SampleJob, sampling: Sampling) -> list[int]:
         """The ids that end a completion. InputError for ids that the model does not have."""
         found = stop_token_ids(Path(job.model.path), sampling.stop_token_ids, self.engine.tokenizer.eos_token_id)
+        if sampling.merged:  # the teacher's may be past the student's rows
+            found = [index for index in found if index < self.engine.vocabulary]
         check_stop_ids(found, self.engine.vocabulary, Path(job.model.path), job.target.stage)
         self._stopped_by = found
         return found
@@ -317,3 +319,11 @@ def _prompt_tokens(store: Store, job: SampleJob) -> dict[str, list[int]]:
     table = store.read_table(artifact, "prompts", columns=["prompt_id", "split", "token_ids"])
     table = table.filter(pc.equal(table["split"], job.split))
     return dict(zip(table["prompt_id"].to_pylist(), table["token_ids"].to_pylist(), strict=True))
+
+
+def _written_on(completion: Completion, sampling: Sampling) -> list[int]:
+    """The tokens of a completion's text: with merged stop ids it ends with the student's own, whichever was sampled."""
+    ids = completion.token_ids
+    if not (sampling.merged and completion.finish_reason == "stop" and ids[-1] in sampling.stop_token_ids):
+        return ids
+    return [*ids[:-1], int(sampling.stop_token_ids[0])]

@@ -40,6 +40,7 @@ from tasks.engines.teacher import (
 from tasks.inputs.models import parameter_count
 from tasks.rollout_config import Dtype
 from tasks.signals import Shard, Values, Wanted, signal_named
+from tasks.signals.stop_ids import counted
 from tasks.workers.jobs import ArtifactRef, KLJob, KLShard, ModelRef, ScoreJob, ScoreResult, ScoreShard, ShardDone
 from tasks.workers.main import Link
 
@@ -123,6 +124,7 @@ class Scorer:
         if job.flags is not None:
             flags = store.read_shard(store.require(job.flags.stage, job.flags.key), "sampled", item.shard)
         rules = msgspec.structs.asdict(job.mask) if job.mask is not None else {}
+        rollouts = counted(rollouts, job.stop_ids)
         for output in item.outputs:
             signal = signals[output.table]
             rows = signal.table(Shard(rollouts, values, output.k, output.encoding, rules, flags))
@@ -189,7 +191,11 @@ class Scorer:
         apart = two and self._passes(job) == 2
         first = (self.models.opened(described, job.dtype, backend) or ["student"])[0]
         models = self.models.get(described, [first] if apart else wanted.models, job.dtype, backend)
-        vocabularies = {"student": Vocabulary(student_rows, shared), "teacher": Vocabulary(shared, shared)}
+        stops = tuple(job.stop_ids)
+        vocabularies = {
+            "student": Vocabulary(student_rows, shared, stops),
+            "teacher": Vocabulary(shared, shared, stops),
+        }
         read = {name: [_passage(name, sample) for sample in samples] for name in wanted.models}
         lengths = [max(len(passages[index].inputs) for passages in read.values()) for index in range(len(samples))]
         batches = plan_batches(lengths, self.batch_tokens)

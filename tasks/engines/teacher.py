@@ -39,10 +39,12 @@ class Passage:
 @dataclass(frozen=True)
 class Vocabulary:
     """Ids of a distribution: it is normalised over the first `rows`; top lists hold only ids below `shared`, which student and
-    teacher both have."""
+    teacher both have. `stop_ids`: one category, which the first of them stands for (`losses/stop_ids.py`); of these also ids
+    past `rows` count."""
 
     rows: int
     shared: int
+    stop_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Capabilities:
     """log-probabilities of ids that the caller chooses, and the mass of all others"""
     full_distribution: bool = True
     """`Teacher.distributions`: what an exact KL is computed from"""
+    merges_stop_ids: bool = False
+    """counts `Vocabulary.stop_ids` as one category in all its answers"""
 
     def lacking(self, wanted: Wanted) -> list[str]:
         """What of `wanted` the backend cannot answer about the teacher."""
@@ -139,7 +143,7 @@ class LocalTeacher(TeacherBackend):
     """transformers loads the checkpoint in the scorer's own process: every quantity, exact."""
 
     kind: Literal["local"] = "local"
-    capabilities = Capabilities()
+    capabilities = Capabilities(merges_stop_ids=True)
 
     def rows(self, folder: Path) -> int:
         from tasks.engines.hf_folder import model_rows

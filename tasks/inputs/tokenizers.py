@@ -7,14 +7,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from storage.errors import InputError
-from storage.identity import Identity
-from tasks.engines.hf_folder import declared, model_rows, read_generation, token_ids
+from storage.identity import Identity, canonical_json, omit_at
+from tasks.engines.hf_folder import declared, model_rows, read_generation, stop_token_ids, token_ids
 from tasks.inputs.shipped import load_pair
 from tasks.inputs.shipped import load_tokenizer as load_tokenizer
 
@@ -40,8 +42,17 @@ _SHOWN = 8
 class TokenizerPolicy(Identity):
     """What to do if the student's and the teacher's tokenizers differ."""
 
-    on_mismatch: Literal["refuse", "mask"] = Field(
-        "refuse", description="ids with different tokens, or different ends of sequence: refuse, or mask such tokens"
+    on_mismatch: Literal["refuse", "mask", "map"] = Field(
+        "refuse",
+        description="ids with different tokens, or different ends of sequence: refuse, or mask such tokens; map: an id that is a"
+        " special token of both is one token under two names and stays in the loss, others are masked",
+    )
+    stop_ids: Literal["mask", "merge"] | None = Field(
+        None,
+        description="different ends of sequence: mask them (then nothing teaches when to stop), or merge the ids that end a"
+        " completion of either model into one category of both distributions, on each of which samplers stop; null: as"
+        " on_mismatch says",
+        json_schema_extra=omit_at(None),
     )
     on_template_mismatch: Literal["refuse", "student", "teacher"] = Field(
         "refuse",
@@ -86,7 +97,7 @@ class Mismatch(_Record):
     teacher: str | None
 
 
-Verdict = Literal["identical", "compatible", "masked", "refused"]
+Verdict = Literal["identical", "compatible", "merged", "masked", "refused"]
 
 
 class TokenizerAudit(_Record):
@@ -107,6 +118,29 @@ class TokenizerAudit(_Record):
     """Completion tokens with these ids get the mask reason UNMAPPED; empty unless the verdict is `masked`."""
     teacher_renders: bool
     """Whether the teacher reads prompts in its own template (policy `teacher`) instead of the student's."""
+    stop_ids: tuple[int, ...] = ()
+    """Merged stop ids, first the student's own, which stands for the category; empty where nothing is merged."""
+    explained: tuple[str, ...] = Field((), exclude=True)
+    """For people: each difference, what is done about it, and what to set. Not stored."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the policy costs."""
+        ours, theirs = set(self.student.stop_ids), set(self.teacher.stop_ids)
+        ends = [token.id for token in (self.student.eos, self.teacher.eos) if token is not None]
+        if self.verdict != "masked" or not set(self.masked_ids) & {*ours, *theirs, *ends}:
+            return []
+        return [
+            "the ends of completions are masked, so nothing teaches the student when to stop, and its completions may grow to the"
+            " limit; prompts.tokenizers.stop_ids: merge counts the stop ids of both models as one category"
+        ]
+
+    def record(self) -> dict[str, Any]:
+        """As it is stored, and enters keys. Fields younger than version 0.1.0 are there only where they say something."""
+        stored = self.model_dump(mode="json") | {"policy": json.loads(canonical_json(self.policy))}
+        if not self.stop_ids:
+            del stored["stop_ids"]
+        return stored
 
     def require(self) -> None:
         """Raises InputError if the verdict is `refused`."""
@@ -127,10 +161,10 @@ class TokenizerAudit(_Record):
             )
         lines += [f"  refused: {problem}" for problem in self.problems]
         lines += [f"  note: {note}" for note in self.notes]
-        for item in self.mismatched:
-            lines.append(f"  id {item.id}: student {item.student!r}, teacher {item.teacher!r}")
+        lines += [f"  {line}" for line in self.explained]
         if self.mismatches > len(self.mismatched):
             lines.append(f"  ... and {self.mismatches - len(self.mismatched)} more ids")
+        lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
 
@@ -188,7 +222,22 @@ def audit_tokenizers(
         for index in sorted(names[0].keys() | names[1].keys())
         if names[0].get(index) != names[1].get(index)
     ]
-    problems, notes, masked = _judge_ids(policy, facts[0], facts[1], mismatched)
+    sides = _Side(folders[0], student, facts[0], names[0]), _Side(folders[1], teacher, facts[1], names[1])
+    stops, problems = _merged_stops(*sides) if policy.stop_ids == "merge" else ((), [])
+    mapped = _mapped(sides, mismatched) if policy.on_mismatch == "map" else set()
+    settled = mapped | set(stops)
+    found, notes, masked = _judge_ids(
+        policy, facts[0], facts[1], [item for item in mismatched if item.id not in settled], bool(stops)
+    )
+    problems += found
+    if _extended(student, teacher, facts[0], facts[1], mismatched):
+        problems = [_two_vocabularies(mismatched, facts[0], facts[1])]
+    if mapped:
+        notes.append(f"{len(mapped)} ids are special tokens with two names: mapped, each is one token for both")
+    if stops:
+        notes.append(
+            f"completions end with any of {list(stops)}: merged into one category, which {stops[0]} stands for"
+        )
     rendering = _rendering_differences(student, teacher, facts[0], facts[1])
     if rendering and policy.on_template_mismatch == "refuse":
         problems.append(
@@ -200,34 +249,189 @@ def audit_tokenizers(
         problems.append(
             f"the same ids, but text is split differently, e.g. {text!r}; take a teacher with the same tokenizer"
         )
-    notes += _harmless(student, teacher, facts[0], facts[1])
-    verdict: Verdict = "refused" if problems else "masked" if masked else "compatible" if notes else "identical"
+    notes += _harmless(student, teacher, facts[0], facts[1], bool(stops))
+    verdict: Verdict = "compatible" if notes else "identical"
+    if problems or masked or stops:
+        verdict = "refused" if problems else "masked" if masked else "merged"
     return TokenizerAudit(
         student=facts[0], teacher=facts[1], policy=policy, verdict=verdict,
         mismatches=len(mismatched), mismatched=tuple(mismatched[:_SHOWN]),
         problems=tuple(problems), notes=tuple(notes),
         masked_ids=tuple(sorted(masked)) if verdict == "masked" else (),
         teacher_renders=bool(rendering) and policy.on_template_mismatch == "teacher",
+        stop_ids=() if problems else stops,
+        explained=tuple(_explained(sides, policy, mismatched[:_SHOWN], masked, mapped, set(stops))),
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Side:
+    """One model's tokenizer while it is compared."""
+
+    folder: Path
+    tokenizer: Any
+    facts: TokenizerFacts
+    names: dict[int, str]
+
+    @cached_property
+    def special(self) -> set[int]:
+        return special_ids(self.tokenizer)
+
+    @cached_property
+    def stops(self) -> list[int]:
+        """The ids that end its completions: its tokenizer's end of sequence first. InputError when there is none."""
+        own = self.facts.eos
+        found = stop_token_ids(self.folder, "eos", None if own is None else own.id)
+        return sorted(found, key=lambda index: (own is None or index != own.id, index))
+
+    def says(self, index: int) -> str:
+        """What an id is here."""
+        if index not in self.names:
+            return "no token (a padding row)" if index < self.facts.rows else "no token and no row"
+        name = self.names[index]
+        text = self.tokenizer.decode([index], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        shown = repr(name) if text in (name, "\N{REPLACEMENT CHARACTER}") else f"{name!r} (text {text!r})"
+        return f"{shown}, special" if index in self.special else shown
+
+
+def _merged_stops(student: _Side, teacher: _Side) -> tuple[tuple[int, ...], list[str]]:
+    """(the merged stop ids, the student's own first; problems). No ids where there is only one."""
+    try:
+        ours, theirs = student.stops, teacher.stops
+    except InputError as error:
+        return (), [f"prompts.tokenizers.stop_ids: merge needs the stop ids of both models, but {error}"]
+    own = ours[0]
+    merged = (own, *sorted({*ours, *theirs} - {own}))
+    problems = []
+    if own >= teacher.facts.rows:
+        problems.append(
+            f"prompts.tokenizers.stop_ids: merge: the student's end of sequence {student.says(own)} (id {own}) is past the"
+            f" teacher's {teacher.facts.rows} rows, so no list of the teacher can name the category; pad the teacher's embedding"
+            " to the student's rows, or set stop_ids: mask"
+        )
+    for stop, side, other in (*((i, student, teacher) for i in ours), *((i, teacher, student) for i in theirs)):
+        name, whose = ("teacher", "student") if side is student else ("student", "teacher")
+        if stop not in other.stops and stop in other.names and stop not in other.special:
+            problems.append(
+                f"prompts.tokenizers.stop_ids: merge: id {stop} ends completions of the {whose}, but is ordinary text of the"
+                f" {name} ({other.says(stop)}), so counting it as a stop would be wrong inside a completion; take it out of"
+                f" eos_token_id in the {whose}'s generation_config.json, or set stop_ids: mask"
+            )
+    return merged if len(merged) > 1 else (), problems
+
+
+def _mapped(sides: tuple[_Side, _Side], mismatched: list[Mismatch]) -> set[int]:
+    """Differing ids that are a special token of both, where neither name is another id of the other's."""
+    student, teacher = (set(side.names.values()) for side in sides)
+    return {
+        item.id
+        for item in mismatched
+        if item.student not in teacher and item.teacher not in student
+        if all(item.id in side.special and item.id in side.names for side in sides)
+    }
+
+
+def _extended(
+    student: Any, teacher: Any, ours: TokenizerFacts, theirs: TokenizerFacts, mismatched: list[Mismatch]
+) -> bool:
+    """Whether one vocabulary has many tokens beside those of the other and splits text by them, or many ids differ."""
+    several = [item for item in mismatched if item.student is not None and item.teacher is not None]
+    limit = MASKED_SHARE_LIMIT * max(ours.tokens, theirs.tokens)
+    return len(several) > limit or (len(mismatched) > limit and _split_difference(student, teacher) is not None)
+
+
+def _two_vocabularies(mismatched: list[Mismatch], ours: TokenizerFacts, theirs: TokenizerFacts) -> str:
+    first = mismatched[0]
+    return (
+        f"{len(mismatched):,} of {max(ours.tokens, theirs.tokens):,} ids stand for different tokens (the first: id {first.id},"
+        f" {first.student!r} for the student, {first.teacher!r} for the teacher): these are two vocabularies, and a token of the"
+        " one has no log-probability under the other; take a teacher with the student's tokenizer (distillation across"
+        " tokenizers is not implemented)"
+    )
+
+
+def _elsewhere(student: _Side, teacher: _Side, item: Mismatch) -> str:
+    """The ids under which the other tokenizer has a token's name."""
+    found = []
+    for whose, name, other in (("teacher", item.student, teacher), ("student", item.teacher, student)):
+        at = next((index for index, token in other.names.items() if token == name), None)
+        if name is not None and at is not None:
+            found.append(f"{name!r} is id {at} of the {whose}")
+    return f" ({', '.join(found)}; ids are not renumbered)" if found else ""
+
+
+def _explained(
+    sides: tuple[_Side, _Side],
+    policy: TokenizerPolicy,
+    shown: list[Mismatch],
+    masked: set[int],
+    mapped: set[int],
+    stops: set[int],
+) -> Iterable[str]:
+    """A line per difference: what the id is in either tokenizer, what is done, and what to set."""
+    student, teacher = sides
+    for item in shown:
+        what = f"id {item.id}: student {student.says(item.id)}; teacher {teacher.says(item.id)}"
+        both_special = bool(_mapped(sides, [item]))
+        if item.id in stops:
+            yield f"{what}: merged with the other stop ids"
+        elif item.id in mapped:
+            yield f"{what}: mapped (one token under two names)"
+        elif item.id in masked:
+            more = "; on_mismatch: map keeps it in the loss" if both_special else _elsewhere(student, teacher, item)
+            if item.student is None and not more:
+                more = f"; objective.support_exclude_ids: [{item.id}] takes it out of both distributions too"
+            left_out = item.id >= student.facts.rows
+            yield f"{what}: " + (
+                "never sampled, and no part of any distribution" if left_out else f"masked where it is sampled{more}"
+            )
+        else:
+            choices = "mask leaves it out of the loss" + (", map keeps it" if both_special else "")
+            yield f"{what}: to be settled by prompts.tokenizers.on_mismatch ({choices})"
+    try:
+        ends = student.stops, teacher.stops
+    except InputError:
+        return  # reported where they are needed
+    if ends[0] == ends[1] and not stops:
+        return
+    for name, side in (("student", student), ("teacher", teacher)):
+        yield f"completions of the {name} end with {', '.join(f'{index} {side.says(index)}' for index in side.stops)}"
+    if stops:
+        yield (
+            "these ids are merged: one category in both distributions, which samplers stop on; rollouts keep the id that was"
+            " sampled, texts end with the student's own"
+        )
+    elif not masked:
+        yield "rollouts stop on the student's ids; prompts.tokenizers.stop_ids: merge counts those of both as one category"
+
+
 def _judge_ids(
-    policy: TokenizerPolicy, student: TokenizerFacts, teacher: TokenizerFacts, mismatched: list[Mismatch]
+    policy: TokenizerPolicy,
+    student: TokenizerFacts,
+    teacher: TokenizerFacts,
+    mismatched: list[Mismatch],
+    ends_settled: bool,
 ) -> tuple[list[str], list[str], set[int]]:
     """(problems, notes, ids to mask) from the differing ids and the ends of sequence."""
     found, masked = [], {item.id for item in mismatched}
     if mismatched:
         found.append(f"{len(mismatched)} ids stand for different tokens")
-    if student.eos != teacher.eos:
+    ends: set[int] = set()
+    if student.eos != teacher.eos and not ends_settled:
         found.append(f"sequences end with {_name(student.eos)} for the student, {_name(teacher.eos)} for the teacher")
-        masked |= {token.id for token in (student.eos, teacher.eos) if token}
+        ends = {token.id for token in (student.eos, teacher.eos) if token}
+        masked |= ends
     if not found:
         return [], [], set()
-    if len(mismatched) > MASKED_SHARE_LIMIT * max(student.tokens, teacher.tokens):
-        return [f"{found[0]}: these are two vocabularies; take a teacher with the student's tokenizer"], [], set()
-    if policy.on_mismatch == "refuse":
+    open_ids = bool(mismatched) and not (policy.stop_ids == "mask" and {item.id for item in mismatched} <= ends)
+    open_ends = bool(ends) and policy.stop_ids != "mask"
+    if policy.on_mismatch == "refuse" and (open_ids or open_ends):
+        also = "; prompts.tokenizers.stop_ids: merge counts both ends as one, so that the student learns to stop"
         return (
-            [f"{'; '.join(found)} (prompts.tokenizers.on_mismatch: mask leaves such tokens out of the loss)"],
+            [
+                f"{'; '.join(found)} (prompts.tokenizers.on_mismatch: mask leaves such tokens out of the loss"
+                f"{also if open_ends else ''})"
+            ],
             [],
             set(),
         )
@@ -268,7 +472,9 @@ def _split_difference(student: Any, teacher: Any) -> str | None:
     return None
 
 
-def _harmless(student: Any, teacher: Any, ours: TokenizerFacts, theirs: TokenizerFacts) -> Iterable[str]:
+def _harmless(
+    student: Any, teacher: Any, ours: TokenizerFacts, theirs: TokenizerFacts, ends_settled: bool
+) -> Iterable[str]:
     if ours.rows != theirs.rows:
         yield f"{ours.rows} and {theirs.rows} rows: what is past the tokens is padding"
     for side, facts in (("student", ours), ("teacher", theirs)):
@@ -281,7 +487,7 @@ def _harmless(student: Any, teacher: Any, ours: TokenizerFacts, theirs: Tokenize
         yield f"padding is {_name(ours.pad)} and {_name(theirs.pad)}: no completion holds it"
     if ours.bos != theirs.bos:
         yield f"BOS is {_name(ours.bos)} and {_name(theirs.bos)}"
-    if ours.eos == theirs.eos and set(ours.stop_ids) != set(theirs.stop_ids):
+    if ours.eos == theirs.eos and set(ours.stop_ids) != set(theirs.stop_ids) and not ends_settled:
         yield f"generation stops at {list(ours.stop_ids)} and {list(theirs.stop_ids)}: the rollout's stop ids decide"
     both = special_ids(student) ^ special_ids(teacher)
     if both:

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from tasks.losses.needs import StudentRequest
+from tasks.losses.stop_ids import merge_ids, merge_listed, merge_rows, merge_scores
 from tasks.losses.support import listed_mask
 from tasks.losses.types import StudentView, TokenBatch, lowest, required, working
 
@@ -63,7 +64,10 @@ class ChunkedHead:
         ids_MK = lists[0]
         n = hidden_ND.shape[0]
         if ids_MK is not None and not request.whole_vocabulary and self._rows_apply(head, ids_MK.shape[-1]):
-            scores_MK = _row_scores(hidden_MD, head, ids_MK, self.chunk_tokens)
+            assert isinstance(head, nn.Linear)
+            wanted = merge_rows(ids_MK, request.stop_ids, head.out_features)
+            scores_MK = _row_scores(hidden_MD, head, wanted, self.chunk_tokens)
+            scores_MK = merge_listed(scores_MK, ids_MK, request.stop_ids)
             return StudentView(support_logprobs_NK=_spread(scores_MK, kept_M, n))
         tokens_M = batch.token_ids_N.index_select(0, kept_M)
 
@@ -99,8 +103,9 @@ def from_logits(
 
     listed_NK: which ids of the support count; teacher_NK: which of them are the teacher's own list. The tail is a
     logsumexp over the complement of the support: it neither cancels as 1 - sum does nor makes NaN where nothing lies
-    outside. Entropy is -sum p log p, with 0 log 0 = 0."""
-    raw = working(logits_NV)
+    outside. Entropy is -sum p log p, with 0 log 0 = 0. Stop ids are merged before anything else."""
+    raw = merge_scores(working(logits_NV), request.stop_ids)
+    token_ids_N = merge_ids(token_ids_N, request.stop_ids)
     token = entropy = normaliser = scores = tail = overlap = None
     if request.token_logprobs or request.entropy:
         raw_normaliser = raw.logsumexp(-1)

@@ -26,7 +26,8 @@ class StudentRequest:
     `overlap` the share of the teacher's list among as many top entries of the student (where the support holds that
     list: not for `student_topk`); both imply the full vocabulary, as do `token_logprobs` and `entropy`. `exclude_ids`
     do not exist for support, normaliser and tail of tokens whose support lists them; elsewhere they are ids like any
-    other. `token_logprobs` and `entropy` ignore them."""
+    other. `token_logprobs` and `entropy` ignore them. `stop_ids` are one category, everywhere (`losses/stop_ids.py`); a
+    support never lists another than the first of them."""
 
     support: SupportKind | None = None
     token_logprobs: bool = False
@@ -35,6 +36,7 @@ class StudentRequest:
     entropy: bool = False
     overlap: bool = False
     exclude_ids: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()
 
     @property
     def whole_vocabulary(self) -> bool:

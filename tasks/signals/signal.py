@@ -22,6 +22,9 @@ from tasks.rollout_config import Dtype
 from tasks.signals.wanted import Values, Wanted
 
 SPLIT = "train"
+STOP_IDS = "stop_ids"
+"""Content of prepared prompts, there only where the stop ids of student and teacher are merged: a JSON list of the ids, first the
+one that stands for all."""
 """The split of the prompts that rollouts answer."""
 _NOT_SIGNALS = {"model", "prepare", "warmup", "rollout", "train", "student", "trainer_state", "evaluate"}
 _BYTES = {pa.int16(): 2, pa.int32(): 4, pa.float32(): 4, pa.int64(): 8, pa.float64(): 8}
@@ -149,6 +152,8 @@ class Signal(ABC):
         contents = {"rollouts": inputs.rollouts.content["rollouts"]}
         contents["prompts"] = inputs.prompts.content[f"prompts:{SPLIT}"]
         contents |= {part: inputs.prompts.content[part] for part in self.prompt_parts}
+        if STOP_IDS in inputs.prompts.content:
+            contents[STOP_IDS] = inputs.prompts.content[STOP_IDS]
         for who, model in (("student", inputs.student), ("teacher", inputs.teacher)):
             parts = ("weights", "architecture") if who in models else ("architecture",)
             contents |= {f"{who}:{part}": model.content[part] for part in parts}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,12 +54,21 @@ class TokenStats:
 
 
 class LossHead(nn.Module):
-    """Hidden states of the completion tokens in, the micro-batch's share of the loss out."""
+    """Hidden states of the completion tokens in, the micro-batch's share of the loss out. `stop_ids` are one category."""
 
-    def __init__(self, head: nn.Module, objective: Objective, provider: HeadProvider, cap: float | None) -> None:
+    def __init__(
+        self,
+        head: nn.Module,
+        objective: Objective,
+        provider: HeadProvider,
+        cap: float | None,
+        stop_ids: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         self._head = [head]  # in a list, so that the model's layer is not registered twice
         self.objective, self.provider, self.cap = objective, provider, cap
+        self.student = replace(objective.needs.student, stop_ids=stop_ids)
+        self.metrics = replace(objective.needs.metrics, stop_ids=stop_ids)
         self.stats: TokenStats | None = None
 
     @property
@@ -70,11 +79,11 @@ class LossHead(nn.Module):
         """Scalar: sum over tokens of weight x importance weight x per-token loss (float32).
 
         With `observe`, values for metrics only are computed too, without gradient; the loss stays bit-identical."""
-        tokens, needs = batch.tokens, self.objective.needs
-        view, observed = self.provider(hidden_ND, self.head, tokens, needs.student), None
+        tokens = batch.tokens
+        view, observed = self.provider(hidden_ND, self.head, tokens, self.student), None
         if observe:
             with torch.no_grad():
-                observed = self.provider(hidden_ND.detach(), self.head, tokens, needs.metrics)
+                observed = self.provider(hidden_ND.detach(), self.head, tokens, self.metrics)
         output = self.objective(tokens, view, observed)
         per_token_N = output.per_token_N.float()
         metrics = {name: value.detach().float() for name, value in output.metrics.items()}
@@ -103,11 +112,16 @@ class TrainModule(nn.Module):
     """The module that DeepSpeed trains: backbone, hidden states at the completion's positions, output head, objective."""
 
     def __init__(
-        self, model: PreTrainedModel, objective: Objective, provider: HeadProvider, cap: float | None = None
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        provider: HeadProvider,
+        cap: float | None = None,
+        stop_ids: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.model = model
-        self.loss_head = LossHead(model.get_output_embeddings(), objective, provider, cap)
+        self.loss_head = LossHead(model.get_output_embeddings(), objective, provider, cap, stop_ids)
 
     def forward(self, batch: Forward, observe: bool) -> torch.Tensor:
         hidden_BTD = self.model.get_decoder()(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state

@@ -26,6 +26,7 @@ from tasks.engines.hf_folder import model_rows
 from tasks.losses.build import make_objective
 from tasks.losses.config import ObjectiveConfig
 from tasks.losses.head import ChunkedHead
+from tasks.signals.stop_ids import counted
 from tasks.trainer import state
 from tasks.trainer.batching import Step, plan_steps
 from tasks.trainer.config import OptimizerSettings, TrainConfig, TruncatedCorrection, WarmupConfig
@@ -56,6 +57,7 @@ class TrainingJob:
     drift_estimator: str | None = None
     stop_loss: float | None = None
     cap: float | None = None
+    stop_ids: tuple[int, ...] = ()
 
 
 class Trainer:
@@ -111,7 +113,7 @@ class Trainer:
         if runtime["activation_checkpointing"]:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         provider = ChunkedHead(int(runtime["head_chunk_tokens"]))
-        module = TrainModule(model, make_objective(training.objective), provider, training.cap)
+        module = TrainModule(model, make_objective(training.objective), provider, training.cap, training.stop_ids)
         engine = Engine(module, parameters, settings, runtime["deepspeed"], self.device)
         try:
             if tensors is not None:
@@ -199,7 +201,7 @@ def _train_job(job: TrainJob, store: Store) -> TrainingJob:
     signals = {name: _table(store, where, name) for name, where in job.signals.items()}
     reasons = [MaskReason[name.upper()] for name in config.mask_reasons]
     rows = model_rows(Path(job.model))
-    samples = from_rollouts(rollouts, signals, objective.needs(), reasons, job.seed, rows)
+    samples = from_rollouts(counted(rollouts, job.stop_ids), signals, objective.needs(), reasons, job.seed, rows)
     correction, cap = config.importance_correction, None
     if isinstance(correction, TruncatedCorrection):
         cap = correction.cap
@@ -218,6 +220,7 @@ def _train_job(job: TrainJob, store: Store) -> TrainingJob:
         max_drift=config.max_drift,
         drift_estimator=config.drift_estimator,
         cap=cap,
+        stop_ids=tuple(job.stop_ids),
     )
 
 

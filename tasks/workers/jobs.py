@@ -64,13 +64,15 @@ class ModelRef(Schema):
 
 
 class Sampling(Schema):
-    """How tokens are drawn. top_k 0 means all tokens; temperature 0 the likeliest. `stop_token_ids`: ids, or "eos"."""
+    """How tokens are drawn. top_k 0 means all tokens; temperature 0 the likeliest. `stop_token_ids`: ids, or "eos". `merged`:
+    these are the stop ids of two models, the one that texts are written with first; the student may lack others."""
 
     temperature: float
     top_p: float
     top_k: int
     max_completion_length: int
     stop_token_ids: list[int] | str
+    merged: bool = False
 
 
 class Request(Schema, array_like=True):
@@ -169,7 +171,8 @@ class ScoreJob(Schema):
     """Score rollouts under student and teacher (role scorer). Every item writes one shard of each of its outputs.
 
     `backend`: the JSON of the teacher's backend (tasks/engines/teacher.py). `flags`: a committed `sampled` that says which
-    values are invalid, where only `mask` is wanted; then no model is read."""
+    values are invalid, where only `mask` is wanted; then no model is read. `stop_ids`: one category in every distribution, named
+    by the first; empty: nothing is merged."""
 
     store: str
     rollouts: ArtifactRef
@@ -181,6 +184,7 @@ class ScoreJob(Schema):
     backend: msgspec.Raw
     mask: MaskRules | None = None
     flags: ArtifactRef | None = None
+    stop_ids: list[int] = []
 
 
 class KLShard(Schema):
@@ -192,7 +196,7 @@ class KLShard(Schema):
 
 class KLJob(Schema):
     """Exact reverse KL of sampled completions (role scorer): per intermediate shard `rollouts` of `target` one intermediate
-    shard `completion_kl`."""
+    shard `completion_kl`. `stop_ids` as in `ScoreJob`."""
 
     store: str
     target: ArtifactRef
@@ -200,6 +204,7 @@ class KLJob(Schema):
     student: ModelRef
     teacher: ModelRef
     dtype: Dtype
+    stop_ids: list[int] = []
 
 
 class ShardDone(Schema):
@@ -235,7 +240,8 @@ class CheckpointPlace(Schema):
 
 class TrainJob(Schema):
     """Train a student on rollouts and signals (role trainer; every rank gets the same job). `config` and `objective` are the
-    JSON of a TrainConfig and of an objective; `state`: folder of the trainer state to continue from, or null."""
+    JSON of a TrainConfig and of an objective; `state`: folder of the trainer state to continue from, or null; `stop_ids` as in
+    `ScoreJob`."""
 
     store: str
     model: str
@@ -248,6 +254,7 @@ class TrainJob(Schema):
     signals: dict[str, ArtifactRef]
     state: str | None = None
     checkpoints: CheckpointPlace | None = None
+    stop_ids: list[int] = []
 
     stage = "train"
 

@@ -42,6 +42,7 @@ def refused(*changes: str) -> str:
         ("train.samples_per_step=15", "train.samples_per_step", "does not divide"),
         ("objective={estimator: sft}", "objective.estimator", "student.warmup"),
         ("prompts.warmup=null", "teacher.warmup", "needs prompts.warmup"),
+        ("prompts.tokenizers.stop_ids=join", "prompts.tokenizers.stop_ids", "'mask' or 'merge'"),
     ],
 )
 def test_bad_values_are_refused_by_field_and_with_a_way_out(change, field, says):
@@ -53,6 +54,13 @@ def test_a_sampled_estimator_is_refused_with_a_nucleus_and_accepted_without():
     change = "objective={estimator: policy_gradient, divergence: {kind: reverse_kl}}"
     assert "rollout.top_p is 0.9" in refused(change)
     load_experiment(TINY, [change, "rollout.top_p=1"])
+
+
+def test_merged_stop_ids_are_those_of_both_models():
+    merge = "prompts.tokenizers.stop_ids=merge"
+    load_experiment(TINY, [merge])
+    for section in ("rollout", "evaluate"):
+        assert f"{section}.stop_token_ids" in refused(merge, f"{section}.stop_token_ids=[257]")
 
 
 def test_renormalising_one_category_is_refused_with_its_reason():

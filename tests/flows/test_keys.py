@@ -225,6 +225,21 @@ def test_golden_keys(store: Store) -> None:
     )
 
 
+@pytest.mark.promise(12, "golden keys of merged stop ids")
+def test_golden_keys_of_merged_stop_ids(store: Store) -> None:
+    """Merged ids are in the key of each stage whose result depends on them: all but models, warm-ups and prepare, where the
+    policy is."""
+    experiment = Experiment.model_validate(merge(GOLDEN, {"prompts": {"tokenizers": {"stop_ids": "merge"}}}))
+    keys = keys_of(experiment, store, stop_ids="[257,256]")
+    assert keys == json.loads((DATA / "golden_keys_merge.json").read_text()), json.dumps(keys, indent=1)
+    plain = json.loads((DATA / "golden_keys.json").read_text())
+    same = {place.split("/")[1] for place in keys if keys[place] == plain[place]}
+    assert same == {"model", "model_teacher", "warmup", "warmup_teacher"}
+    assert (
+        len({json.dumps(keys_of(experiment, store, stop_ids=ids)) for ids in ("[257,256]", "[256,257]", "[1,2]")}) == 3
+    )
+
+
 EARLIER = [json.loads(line) for line in (DATA / "v0.1" / "keys.jsonl").read_text().splitlines()]
 """Every recipe, study method and scene as version 0.1.0 read it, with the keys that it computed."""
 

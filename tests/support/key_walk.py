@@ -63,10 +63,11 @@ PLUGGED: dict[str, set[str]] = {
 
 class Keys:
     """An executor that takes every stage for made, with contents that depend on its place alone: what a key depends on
-    beside them is the config. `found`: "round/label/output" -> key."""
+    beside them is the config. `found`: "round/label/output" -> key. `prepared`: further contents of `prepare`."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, prepared: dict[str, str] | None = None) -> None:
         self.store, self.found, self._round = store, dict[str, str](), 0
+        self._prepared = prepared or {}
 
     def __call__(self, label: str, make: Any, *args: Any, **inputs: Any) -> dict[str, Artifact]:
         made = {}
@@ -74,6 +75,7 @@ class Keys:
             place = f"{self._round}/{label}/{name}"
             self.found[place] = spec.key
             content = {part: hashlib.sha256(f"{place}:{part}".encode()).hexdigest() for part in PARTS}
+            content |= self._prepared if label == "prepare" else {}
             made[name] = Artifact(
                 stage=spec.stage, key=spec.key, content=content, rows={}, identity=spec.identity, inputs=spec.inputs,
                 created="", seconds=0,
@@ -92,9 +94,9 @@ class Keys:
     def inspect(self, *inputs: Any) -> None: ...
 
 
-def keys_of(experiment: Experiment, store: Store, rounds: int = 2) -> dict[str, str]:
+def keys_of(experiment: Experiment, store: Store, rounds: int = 2, **prepared: str) -> dict[str, str]:
     """Every stage's keys, also of stages that read what nobody made yet."""
-    keys = Keys(store)
+    keys = Keys(store, prepared)
     distill(experiment, keys, rounds)
     return keys.found
 

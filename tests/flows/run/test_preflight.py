@@ -85,6 +85,23 @@ def test_logits_that_are_more_than_a_product_are_refused(tmp_path, kind, fields,
     assert len(refused) == 2 and all(named in line and "config.json" in line for line in refused)  # both sides
 
 
+def test_ids_that_are_merged_are_no_ids_of_their_own(tmp_path):
+    student = family(tmp_path / "model", "qwen3")
+    experiment = experiment_of(config(student, student, prompt_files(tmp_path)), "test")
+    changed = experiment.objective.model_copy(update={"support_exclude_ids": (258, 257)})
+    known = preflight.Known(
+        experiment.model_copy(update={"objective": changed}),
+        preflight.Model("student", student),
+        preflight.Model("teacher", student),
+        None,
+        merged=(257, 258),
+    )
+    (found,) = preflight.stop_ids(known)
+    assert found.refused and found.text.startswith(
+        "objective.support_exclude_ids: [258] are merged with the stop id 257"
+    )
+
+
 def test_head_sizes_that_vllm_on_cpu_lacks_are_refused(tmp_path):
     student = family(tmp_path / "model", "qwen3", head_dim=16)
     assert "heads of 16" in "".join(findings(tmp_path, student)[1])

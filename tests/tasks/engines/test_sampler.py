@@ -203,6 +203,18 @@ def test_greedy_takes_the_likeliest_token_and_stops_at_explicit_ids(sampler, che
     assert stopped["token_ids"] == free["token_ids"][:end] and stopped["finish_reason"] == "stop"
 
 
+def test_merged_stop_ids_all_end_a_completion_and_its_text_ends_with_the_first(sampler, checkpoints):
+    path, ids = checkpoints["one"], prompt(3)
+    (free,) = ask(sampler, path, [ids], [0], temperature=0)
+    stop = free["token_ids"][2]
+    end = free["token_ids"].index(stop) + 1
+    how = {"temperature": 0, "stop_token_ids": [EOS, stop, 999], "merged": True}  # 999: only the teacher has it
+    (stopped,) = ask(sampler, path, [ids], [0], **how)
+    assert stopped["token_ids"] == free["token_ids"][:end] and stopped["finish_reason"] == "stop"
+    text = load_tokenizer(path).decode([*free["token_ids"][: end - 1], EOS], skip_special_tokens=True)
+    assert stopped["text"] == text != load_tokenizer(path).decode(free["token_ids"][:end], skip_special_tokens=True)
+
+
 def test_long_prompts_are_never_cut_into_pieces(sampler, checkpoints):
     prompts = [prompt(i, 100) for i in range(8)]  # 128 tokens fit one engine step
     completions = ask(sampler, checkpoints["one"], prompts, list(range(8)))

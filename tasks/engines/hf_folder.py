@@ -162,10 +162,15 @@ def attention(config: PretrainedConfig) -> Literal["sdpa", "eager"]:
 
 
 def load_causal_lm(
-    path: Path, dtype: torch.dtype, *, dropout: bool = True, device_map: dict[str, int] | str | None = None
+    path: Path,
+    dtype: torch.dtype,
+    *,
+    dropout: bool = True,
+    device_map: dict[str, int] | str | None = None,
+    quantization: Any = None,
 ) -> PreTrainedModel:
     """The checkpoint's causal language model, on the CPU or where transformers' `device_map` puts it. With `dropout` False its
-    config says 0 for every dropout.
+    config says 0 for every dropout. `quantization`: transformers' config for weights of fewer bits.
 
     InputError when it cannot be loaded."""
     from transformers import AutoModelForCausalLM
@@ -182,6 +187,7 @@ def load_causal_lm(
             dtype=dtype,
             attn_implementation=attention(config),
             device_map=device_map,
+            **({} if quantization is None else {"quantization_config": quantization}),
             **SAFE_LOADING,
         )
     except (OSError, ValueError, KeyError) as error:

@@ -1,4 +1,5 @@
-"""The sampler: a warm vLLM engine that writes completions. The only module that imports vLLM.
+"""The sampler: a warm vLLM engine that writes completions. Only this module and
+`vllm_teacher.py` import vLLM.
 
 A job (`SampleJob`) is open: the engine gets the next shard's requests as soon as it has free slots, so that it stays full until
 the stage has no more shards, and every shard is written when its last completion is there. What one engine decodes from the
@@ -190,7 +191,7 @@ class Sampler:
         self._stopped_by: list[int] | None = None
         within = settings.get("in_process")
         self.in_process = self.on_cpu if within is None else bool(within)
-        _prepare_environment(self.on_cpu, self.eager, int(settings.get("threads", 1)))
+        prepare_environment(self.on_cpu, self.eager, int(settings.get("threads", 1)))
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not self.in_process))
         os.environ["VLLM_BATCH_INVARIANT"] = str(int(bool(settings.get("batch_invariant"))))
 
@@ -489,7 +490,7 @@ class Sampler:
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        _quieten()
+        quieten()
         if self.on_cpu and not current_platform.is_cpu():
             raise ConfigError("runtime.device: cpu, but the installed vllm is built for GPUs; see make setup EXTRA=cpu")
         if not self.on_cpu and current_platform.is_cpu():
@@ -585,13 +586,13 @@ def _means_something(record: logging.LogRecord) -> bool:
     return record.levelno > logging.WARNING or _HARMLESS[record.name] not in record.getMessage()
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Silence warnings that mean nothing here. By filters: every engine configures vLLM's logging anew, which resets levels."""
     for name in _HARMLESS:
         logging.getLogger(name).addFilter(_means_something)  # added once, however often it is called
 
 
-def _prepare_environment(on_cpu: bool, eager: bool, threads: int) -> None:
+def prepare_environment(on_cpu: bool, eager: bool, threads: int) -> None:
     """Must come before the first import of vLLM, which reads these once."""
     os.environ |= {
         "VLLM_NO_USAGE_STATS": "1",

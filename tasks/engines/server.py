@@ -251,17 +251,12 @@ def _read_place(
 ) -> tuple[float, list[int], list[float]]:
     if place is None or token not in place:
         raise _Malformed(f"token {at} of a sequence has no log-probability of the token {token} itself")
-    own = _value(place[token])
-    if len(place) <= k:  # the token itself comes on top, unless it is among the candidates
-        others = [entry for other, entry in place.items() if other != token]
-        among = len(place) == k and (place[token].rank or 0) <= k and len(others) == k - 1
-        if not among:
-            raise _Malformed(f"token {at} of a sequence has {len(place)} candidates, asked for {k}")
-        kept = dict(place)
-    else:
-        kept = {other: entry for other, entry in place.items() if other != token}
-        if len(kept) != k:
-            raise _Malformed(f"token {at} of a sequence has {len(kept)} candidates, asked for {k}")
+    own, rank = _value(place[token]), place[token].rank
+    # the token itself comes on top of the candidates, unless it is one of them
+    among = rank <= k if rank is not None else len(place) == k
+    kept = {other: entry for other, entry in place.items() if among or other != token}
+    if len(kept) != k:
+        raise _Malformed(f"token {at} of a sequence has {len(kept)} candidates, asked for {k}")
     order = sorted(kept.items(), key=lambda pair: (-_value(pair[1]), pair[1].rank or 0))
     values = [_value(entry) for _, entry in order]
     if values and (values[0] > LOGPROB_MAX or sum(map(math.exp, values)) > 1 + LOGPROB_MAX):

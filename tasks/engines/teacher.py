@@ -126,6 +126,8 @@ class Host:
 class TeacherBackend(Kind):
     """How a teacher is asked. Part of the keys of what is scored with it, unless it is plainly `local`."""
 
+    equation: ClassVar[str] = "as its capabilities say (docs/signals.md)"
+    paper: ClassVar[str] = ""
     capabilities: ClassVar[Capabilities]
     loads_here: ClassVar[bool] = False
     """Whether the scorer loads the teacher with transformers, as it does the student"""
@@ -159,6 +161,7 @@ def register(cls: type[B]) -> type[B]:
 class LocalTeacher(TeacherBackend):
     """transformers loads the checkpoint in the scorer's own process: every quantity, exact."""
 
+    equation = "log q(v) of every id v"
     kind: Literal["local"] = "local"
     quantization: Literal["none", "int8"] = Field(
         "none",
@@ -181,6 +184,7 @@ class LocalTeacher(TeacherBackend):
 
 
 _LISTS = Capabilities(entropy="list", given_ids=False, full_distribution=False)
+_OF_A_LIST = "log q(v) of the K ids with the largest q, and of y; q(rest) = 1 - q(S)"
 _ENTROPY_K = Field(20, ge=1, description="candidates of the list that an entropy is computed from")
 
 
@@ -188,6 +192,7 @@ _ENTROPY_K = Field(20, ge=1, description="candidates of the list that an entropy
 class VllmTeacher(TeacherBackend):
     """vLLM loads the checkpoint in the scorer's own process: lists of its likeliest tokens, and the sampled one."""
 
+    equation = _OF_A_LIST
     kind: Literal["vllm"] = "vllm"
     entropy_k: int = _ENTROPY_K
     capabilities = _LISTS
@@ -207,6 +212,7 @@ class VllmTeacher(TeacherBackend):
 class ServerTeacher(TeacherBackend):
     """A `vllm serve` that runs elsewhere (`runtime.scorer.server`): as `vllm`, up to the server's --max-logprobs."""
 
+    equation = _OF_A_LIST
     kind: Literal["server"] = "server"
     model: str = Field(min_length=1, description="name under which the server offers the teacher (--served-model-name)")
     dtype: Dtype | None = Field(

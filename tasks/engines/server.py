@@ -401,7 +401,7 @@ def refuse_other(
 # --- the teacher -----------------------------------------------------------------------------------------------------
 
 
-class ServedModel:
+class ServerModel:
     """A `Teacher` behind a server. ConfigError for a server that cannot give what the config says, OtherTeacher for another
     model, TeacherServerError when it gives no answer."""
 
@@ -439,7 +439,9 @@ class ServedModel:
             listed = read_answer(data, sequences, [PROBE_TOKENS - 1] * PROBES, 0)
         except (_Refused, _Failed, _Malformed) as error:
             self._give_up("the probes of the model", error)
-        return [float(value) for one in listed for value in one.logprobs_T]
+        return _finite(
+            [float(value) for one in listed for value in one.logprobs_T], f"the server's {self.backend.model!r}"
+        )
 
     def _prove(self, url: str | None = None) -> None:
         refuse_other(self._expected, self._answers_to_probes(url), self._dtype, self.backend, self._record)
@@ -540,4 +542,13 @@ def _of_checkpoint(folder: Path, dtype: str, host: Host, rows: int) -> list[floa
         found = model.score(passages, Ask(logprobs=True), Vocabulary(rows, rows), {})
     finally:
         model.close()
-    return [float(value) for array in found["logprobs"] for value in array]
+    return _finite([float(value) for array in found["logprobs"] for value in array], str(folder))
+
+
+def _finite(values: list[float], what: str) -> list[float]:
+    """The log-probabilities of the probes; InputError for a model that gives none to ids of its own vocabulary."""
+    if not all(map(math.isfinite, values)):
+        raise InputError(
+            f"supervise.teacher: {what} gives log-probabilities that are not finite to ids of its vocabulary"
+        )
+    return values

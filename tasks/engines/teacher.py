@@ -227,9 +227,9 @@ class ServerTeacher(TeacherBackend):
         return model_rows(folder)
 
     def open(self, folder: Path, dtype: str, host: Host) -> Teacher:
-        from tasks.engines.server import ServedModel
+        from tasks.engines.server import ServerModel
 
-        return ServedModel(folder, self.dtype or dtype, host, self)
+        return ServerModel(folder, self.dtype or dtype, host, self)
 
     def record(self, store: Path, weights: str) -> dict[str, Any]:
         from tasks.engines.server import recorded

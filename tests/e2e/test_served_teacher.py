@@ -19,7 +19,7 @@ from storage.runs import Run
 from storage.store import Store
 from tasks.engines.hf_folder import model_rows
 from tasks.engines.local import LocalModel
-from tasks.engines.server import ServedModel, offers
+from tasks.engines.server import ServerModel, offers
 from tasks.engines.teacher import Host, Passage, ServerTeacher, Vocabulary
 from tasks.signals import Ask
 from tasks.workers.runtime import TeacherServerRuntime
@@ -48,7 +48,7 @@ def test_values_are_those_of_the_local_teacher(server, folder, tmp_path):
     backend = ServerTeacher(model=NAME, entropy_k=rows)
     (offer,) = offers(backend, TeacherServerRuntime(urls=(server.url,)), rows)
     assert (offer.rows, offer.longest, offer.length) == (rows, rows, 64)
-    served, local = ServedModel(folder, "float32", host, backend), LocalModel(folder, "float32", host)
+    served, local = ServerModel(folder, "float32", host, backend), LocalModel(folder, "float32", host)
     asked = [Passage(tokens("prompt", i, length=3 + i), tokens("completion", i, length=20)) for i in range(6)]
     ask = Ask(logprobs=True, entropy=True, top=frozenset([8]))
     served.check(asked, [str(i) for i in range(6)])
@@ -78,6 +78,7 @@ def result(root: Path) -> tuple[str | None, dict[str, dict[str, str]]]:
     return state.rounds[1].student_sha256, signals
 
 
+@pytest.mark.timeout(3600)  # six commands and two starts of the server
 def test_a_server_that_is_killed_and_started_again_changes_nothing(server, prepared_root):
     undisturbed, killed = prepared_root("undisturbed"), prepared_root("killed")
     assert f"teacher: {server.url} serves '{NAME}'" in opd("check", *arguments(server), root=undisturbed).stdout

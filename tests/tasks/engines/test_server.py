@@ -14,7 +14,7 @@ from teacher_server import TeacherServer
 from storage.errors import ConfigError, CorruptArtifact, InputError
 from tasks.engines.listed import ROUNDING
 from tasks.engines.local import LocalModel
-from tasks.engines.server import RECORDS, OtherTeacher, ServedModel, TeacherServerError
+from tasks.engines.server import RECORDS, OtherTeacher, ServerModel, TeacherServerError
 from tasks.engines.teacher import Host, Passage, ServerTeacher, Vocabulary
 from tasks.signals import Ask
 
@@ -47,18 +47,18 @@ def server(folders: dict[str, Path]) -> Iterator[TeacherServer]:
     made.kill()
 
 
-def opened(server: TeacherServer, folder: Path, store: Path, *others: TeacherServer, **settings) -> ServedModel:
+def opened(server: TeacherServer, folder: Path, store: Path, *others: TeacherServer, **settings) -> ServerModel:
     backend = ServerTeacher(model=server.name, entropy_k=settings.pop("entropy_k", 20))
     urls = [server.url, *(other.url for other in others)]
     access = {"urls": urls, "retries": 3, "backoff": 0.01, "timeout": 20, "sequences": 2, "concurrency": 3} | settings
     weights = settings.pop("weights", "weights of the teacher")
     access.pop("weights", None)
-    return ServedModel(
+    return ServerModel(
         folder, "float32", Host("cpu", 64, settings={"server": access}, weights=weights, store=store), backend
     )
 
 
-def score(model: ServedModel, asked: list[Passage], ask: Ask = SMALL, vocabulary: Vocabulary | None = None):
+def score(model: ServerModel, asked: list[Passage], ask: Ask = SMALL, vocabulary: Vocabulary | None = None):
     model.check(asked, [f"teacher, sample {i}" for i in range(len(asked))])
     return model.score(asked, ask, vocabulary or Vocabulary(ROWS, ROWS), {})
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from storage.errors import ConfigError, OpdError
-from tasks.engines.hf_folder import model_rows, positions, read_config
+from tasks.engines.hf_folder import model_rows, other_architecture, positions, read_config
 from tasks.engines.listed import Listed, candidates, readable, unfold, values_of
-from tasks.engines.sampler import prepare_environment, quieten
 from tasks.engines.server import refuse_unreadable
 from tasks.engines.teacher import Host, Passage, Vocabulary
+from tasks.engines.vllm_engine import prepare_environment, quieten
 from tasks.engines.weight_proof import judge_weights
 from tasks.rollout_config import Dtype
 from tasks.signals import Ask, Values
@@ -102,6 +102,8 @@ class VllmModel:
                 "gpu_memory_utilization": float(self._host.settings.get("teacher_memory_utilization", 0.5)),
                 "tensor_parallel_size": self._host.devices,
             }
+        if name := other_architecture(read_config(self.folder)):
+            machine["hf_overrides"] = {"architectures": [name]}
         self._llm = LLM(
             model=str(self.folder),
             skip_tokenizer_init=True,

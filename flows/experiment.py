@@ -14,8 +14,9 @@ from storage.disk.yaml_text import dump
 from storage.errors import ConfigError, IdentityMismatch
 from storage.identity import Identity, RunPolicy
 from storage.upkeep.retention import Retention
+from tasks.engines.teacher import ServerTeacher
 from tasks.evaluate import EvaluateConfig
-from tasks.inputs.models import ModelSource, declared_sizes, vocabulary_rows_of
+from tasks.inputs.models import ModelSource, ServedModel, declared_sizes, vocabulary_rows_of
 from tasks.inputs.verifiers import verifier_digest
 from tasks.losses.config import FullSupport, ObjectiveConfig
 from tasks.plugins import beside, changed, load_plugins, refuse_hidden, search_in
@@ -206,6 +207,7 @@ def cross_problems(e: Experiment) -> list[str]:
         if model.warmup is not None and e.prompts.warmup is None:
             problems.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
     problems += signal_problems(e.supervise, e.objective.needs().signals)
+    problems += served_problems(e)
     problems += size_problems(e, *declared_sizes(e.student.source), declared_sizes(e.teacher.source)[0])
     return problems
 
@@ -225,6 +227,30 @@ def _stop_problems(e: Experiment) -> list[str]:
             f"supervise.teacher: kind {e.supervise.teacher.kind} cannot count several stop ids as one, which"
             " prompts.tokenizers.stop_ids: merge asks for; choose kind: local, or stop_ids: mask"
         )
+    return problems
+
+
+def served_problems(e: Experiment) -> list[str]:
+    """What cannot be done with a model whose weights are not on this machine."""
+    problems: list[str] = []
+    if isinstance(e.student.source, ServedModel):
+        problems.append(
+            "student.source: kind served is for a teacher; the student is trained, so its weights must be here"
+        )
+    if isinstance(e.teacher.source, ServedModel):
+        if not isinstance(e.supervise.teacher, ServerTeacher):
+            problems.append(
+                f"teacher.source: kind served has no weights, which supervise.teacher: {e.supervise.teacher.kind} reads; set"
+                " supervise.teacher: {kind: server, model: NAME}, or give a checkpoint"
+            )
+        if e.teacher.warmup is not None:
+            problems.append("teacher.warmup: kind served has no weights to train; leave the warm-up out")
+        if e.evaluate.generations("kl"):
+            problems.append(
+                "evaluate.kl_prompts: the exact reverse KL reads the teacher's whole distribution from its weights, which"
+                " teacher.source kind served does not have; set evaluate.kl_prompts: 0 (then it is not measured), or give a"
+                " checkpoint as teacher.source"
+            )
     return problems
 
 

@@ -151,7 +151,8 @@ def _build(builders: dict[str, Builder], ctx: Context, inputs: Inputs) -> None:
     for name, builder in sorted(builders.items()):
         meta = {}
         if not builder.repairing:  # over all shards, including those of an earlier, interrupted attempt
-            meta = signal_named(name).meta(Written(builder.finished(name, len(sizes)), ctx.store, rollouts))
+            meta = dict(signal_named(name).meta(Written(builder.finished(name, len(sizes)), ctx.store, rollouts)))
+            meta |= inputs.settings.teacher.record(ctx.store.root, inputs.teacher.content["weights"])
         if meta.get("reasons", {}).get("invalid_value"):
             ctx.log(
                 f"warning: {meta['reasons']['invalid_value']} tokens have invalid values; they are masked (reason 16)"

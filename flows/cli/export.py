@@ -18,6 +18,7 @@ from storage.runs import RoundState, Run
 
 if TYPE_CHECKING:
     from storage.artifacts.artifact import TreeRecord
+    from storage.store import Store
 
 
 def register(app: typer.Typer) -> None:
@@ -31,10 +32,12 @@ def export(
         Path, typer.Argument(metavar="DIR", help="a new or empty folder", show_default=False, callback=local)
     ],
     round: Annotated[int | None, typer.Option("--round", min=0, help="round (default: the last)")] = None,
+    teacher: Annotated[bool, typer.Option("--teacher", help="the teacher instead, after its warm-up")] = False,
     json_: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Copy a round's student to DIR: a Hugging Face checkpoint (safetensors, tokenizer, configs).
+    """Copy a round's student to DIR: a Hugging Face checkpoint (safetensors, tokenizer, configs). With --teacher: the run's
+    teacher, for example to serve it.
 
     The hash of every file and of the weights is verified; the hash of the weights is printed. DIR appears complete or not at
     all.
@@ -44,8 +47,11 @@ def export(
     from storage.store import Store
 
     run = Run.open(root, name)
-    chosen = _round(run, round)
     store = Store(existing_root(root))
+    if teacher:
+        _export_teacher(run, store, directory, json_)
+        return
+    chosen = _round(run, round)
     artifact = student_of(store, chosen)
     if artifact is None:
         raise CorruptArtifact(
@@ -59,6 +65,26 @@ def export(
         typer.echo(json.dumps({"run": name, "round": chosen.round, "directory": str(directory), "student_sha256": sha}))
         return
     typer.echo(f"student of {name!r} round {chosen.round} is in {directory}\nweights sha256: {sha}")
+
+
+def _export_teacher(run: Run, store: Store, directory: Path, json_: bool) -> None:
+    from flows.cli.report import tree_of
+
+    stages = run.state.rounds[0].stages if run.state.rounds else {}
+    found = [
+        (kind, stages[label].artifacts[kind])
+        for label, kind in (("warmup_teacher", "student"), ("model_teacher", "model"))
+        if label in stages and kind in stages[label].artifacts
+    ]
+    artifact = store.get(*found[0]) if found else None
+    if artifact is None or "weights" not in artifact.content:
+        raise InputError(f"run {run.name!r} has made no teacher yet; see: opd status {run.name}")
+    _refuse_unless_free(directory)
+    sha = _copy(store.materialize(artifact), tree_of(store, artifact)[1], directory, artifact.content["weights"])
+    if json_:
+        typer.echo(json.dumps({"run": run.name, "directory": str(directory), "teacher_sha256": sha}))
+        return
+    typer.echo(f"teacher of {run.name!r} is in {directory}\nweights sha256: {sha}")
 
 
 def _round(run: Run, number: int | None) -> RoundState:

@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 from flows.config_file import CHECKOUT, CONFIGS
 from flows.experiment import load_experiment
 from tasks.behaviours import BEHAVIOURS
+from tasks.engines.teacher import TEACHERS
 from tasks.losses.axes import FullSupport, SampledToken, StudentCandidates, TopkSupport
 from tasks.losses.config import DirectConfig, PolicyGradientConfig, SftConfig
 from tasks.losses.credit import CREDITS
@@ -98,7 +99,8 @@ def catalogue() -> list[Entry]:
     found += [_of_class(kind, "credit", c) for kind, c in CREDITS.classes.items()]
     found += [_of_class(kind, "trust region", c) for kind, c in TRUST_REGIONS.classes.items()]
     found += [_of_class(kind, "token weight", c) for kind, c in TOKEN_WEIGHTS.classes.items()]
-    return found + [_of_class(kind, "behaviour", c) for kind, c in BEHAVIOURS.classes.items()]
+    found += [_of_class(kind, "behaviour", c) for kind, c in BEHAVIOURS.classes.items()]
+    return found + [_of_class(kind, "teacher backend", c) for kind, c in TEACHERS.classes.items()]
 
 
 def axes(entries: list[Entry]) -> list[str]:
@@ -154,8 +156,11 @@ def _outside(kind: str, equation: str) -> Entry:
 def _recipe(path: Path) -> Entry:
     header = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     about = " ".join(header)
-    objective = load_experiment(path).objective
+    experiment = load_experiment(path)
+    objective = experiment.objective
     made_of = _parts(objective)
+    if (backend := experiment.supervise.teacher).kind != "local":
+        made_of.append(("teacher backend", backend.kind, backend.equation))
     equations = [f"{axis} {name}: {equation}" for axis, name, equation in made_of]
     return Entry(
         name=path.stem,

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flows.experiment import Experiment, size_problems
-from storage.errors import ConfigError, CorruptArtifact, InputError
+from storage.errors import ConfigError, CorruptArtifact, InputError, OpdError
 from storage.store import Artifact, Store
 from tasks.engines.hf_folder import (
     attention,
@@ -35,9 +35,12 @@ from tasks.engines.hf_folder import (
     stop_token_ids,
     text_config,
 )
+from tasks.engines.teacher import QUANTIZATION_NEEDS, ServerTeacher, VllmTeacher
 from tasks.evaluate import rank_of
+from tasks.inputs.models import ServedModel
 from tasks.inputs.tokenizers import load_tokenizer
 from tasks.rollout import prompts_for_round
+from tasks.signals import signal_named
 from tasks.stage import merged_stop_ids
 from tasks.trainer.config import LoraSettings, OptimizerSettings
 from tasks.trainer.deepspeed_file import deepspeed_config
@@ -118,9 +121,16 @@ class Known:
 
     @property
     def models(self) -> tuple[Model, ...]:
-        """The models that transformers loads: the teacher only with the local backend."""
-        local = self.experiment.supervise.teacher.kind == "local"
-        return (self.student, self.teacher) if local else (self.student,)
+        """The models that transformers loads: the teacher with the local backend, and for the exact KL of evaluations."""
+        e = self.experiment
+        for_kl = e.evaluate.generations("kl") and not isinstance(e.teacher.source, ServedModel)
+        return (self.student, self.teacher) if e.supervise.teacher.loads_here or for_kl else (self.student,)
+
+    @property
+    def in_vllm(self) -> tuple[Model, ...]:
+        """The models that vLLM loads."""
+        teacher = self.experiment.supervise.teacher
+        return (self.student, self.teacher) if isinstance(teacher, VllmTeacher) else (self.student,)
 
     def of_split(self, split: str) -> pa.Table:
         return self.prompts.filter(pc.equal(self.prompts["split"], split))
@@ -154,6 +164,44 @@ def installed(known: Known) -> Found:
     ):
         if _ours(role) and importlib.util.find_spec(package) is None:
             yield Finding(f"{package} is not installed, the {role} needs it: make setup EXTRA={extra}", refused=True)
+    quantization = getattr(known.experiment.supervise.teacher, "quantization", "none")
+    if quantization == "int8" and importlib.util.find_spec("bitsandbytes") is None:
+        yield Finding(QUANTIZATION_NEEDS, refused=True)
+
+
+def teacher_server(known: Known) -> Found:
+    """What the teacher's server can give, against what the objective needs. Asks every server, with a short timeout."""
+    e, backend = known.experiment, known.experiment.supervise.teacher
+    if not isinstance(backend, ServerTeacher):
+        return
+    from tasks.engines.server import offers
+
+    try:
+        found = offers(backend, e.runtime.scorer.server, known.teacher.rows, brief=True)
+    except OpdError as error:
+        yield Finding(str(error), refused=True)
+        return
+    needs = [(need, signal_named(need.name).wanted(need.k, {}).teacher) for need in e.objective.needs().signals]
+    rows = known.of_split("train")
+    longest = (pc.max(_prompt_lengths(rows, "teacher")).as_py() or 0) + e.rollout.max_completion_length + 1
+    for offer in found:
+        yield Finding(f"teacher: {offer}")
+        for need, ask in needs:
+            k = max([*ask.top, backend.entropy_k if ask.entropy else 0], default=0)
+            if offer.longest is not None and min(k, known.teacher.rows) > offer.longest:
+                yield Finding(
+                    f"supervise.teacher: {offer.url} gives {offer.longest} candidates, but the signal {need.name!r} needs {k}"
+                    f" ({'supervise.teacher.entropy_k' if k not in ask.top else 'the objective'}); start it with --max-logprobs"
+                    f" {k} (or -1)",
+                    refused=True,
+                )
+        if offer.length is not None and longest > offer.length:
+            yield Finding(
+                f"supervise.teacher: {offer.url} reads {offer.length:,} tokens, but the longest prompt with a whole completion"
+                f" and the one token that a server generates has {longest:,}; start it with --max-model-len {longest}, or lower"
+                " rollout.max_completion_length or prompts.max_prompt_length",
+                refused=True,
+            )
 
 
 def programs(known: Known) -> Found:
@@ -239,28 +287,31 @@ def engine(known: Known) -> Found:
     if package is None or package.origin is None:
         return  # `installed` reports it
     registry = Path(package.origin).with_name("model_executor") / "models" / "registry.py"
-    try:
-        whole = known.student.skeleton
-    except InputError:
-        return  # `architecture` reports it
-    name = type(whole).__name__
-    if has_vision(known.student.config) and importlib.util.find_spec("torchvision") is None:
-        yield Finding(
-            f"student: {name} ({known.student.path}) reads images too, and vLLM imports torchvision for it, which is not"
-            " installed; take the text model of this family, or install torchvision",
-            refused=True,
-        )
-    if registry.is_file():
-        models, _, former = registry.read_text().partition("\n_PREVIOUSLY_SUPPORTED_MODELS")
-        runs = f'"{name}"' in models or whole.is_backend_compatible()  # type: ignore[operator]
-        if not runs or f'"{name}"' in former.partition("}")[0]:
-            yield Finding(f"student: vLLM has no {name} ({known.student.path}); take another model", refused=True)
-    if known.experiment.runtime.device == "cpu" and getattr(whole, "_is_stateful", False):
-        yield Finding(
-            f"student: {name} ({known.student.path}) keeps a recurrent state, which vLLM on CPU cannot run with prompts in one"
-            " piece; take a model with attention only, or a GPU",
-            refused=True,
-        )
+    for model in known.in_vllm:
+        try:
+            whole = model.skeleton
+        except InputError as error:
+            if model not in known.models:  # else `architecture` reports it
+                yield Finding(f"{model.side}: {error}", refused=True)
+            continue
+        name = type(whole).__name__
+        if has_vision(model.config) and importlib.util.find_spec("torchvision") is None:
+            yield Finding(
+                f"{model.side}: {name} ({model.path}) reads images too, and vLLM imports torchvision for it, which is not"
+                " installed; take the text model of this family, or install torchvision",
+                refused=True,
+            )
+        if registry.is_file():
+            models, _, former = registry.read_text().partition("\n_PREVIOUSLY_SUPPORTED_MODELS")
+            runs = f'"{name}"' in models or whole.is_backend_compatible()  # type: ignore[operator]
+            if not runs or f'"{name}"' in former.partition("}")[0]:
+                yield Finding(f"{model.side}: vLLM has no {name} ({model.path}); take another model", refused=True)
+        if known.experiment.runtime.device == "cpu" and getattr(whole, "_is_stateful", False):
+            yield Finding(
+                f"{model.side}: {name} ({model.path}) keeps a recurrent state, which vLLM on CPU cannot run with prompts in one"
+                " piece; take a model with attention only, or a GPU",
+                refused=True,
+            )
 
 
 def has_vision(config: PretrainedConfig) -> bool:
@@ -270,18 +321,21 @@ def has_vision(config: PretrainedConfig) -> bool:
 
 def head_size(known: Known) -> Found:
     """vLLM's attention on CPU has kernels for some head sizes only."""
-    config = text_config(known.student.config)
-    width, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
-    size = getattr(config, "head_dim", None)
-    if size is None and isinstance(width, int) and isinstance(heads, int):
-        size = width // heads
-    latent = getattr(config, "kv_lora_rank", None)  # attention of another kind, with other kernels
-    if known.experiment.runtime.device == "cpu" and not latent and isinstance(size, int) and size not in CPU_HEAD_SIZES:
-        yield Finding(
-            f"student: heads of {size} in {known.student.path / 'config.json'}, but vLLM on CPU has attention for"
-            f" {', '.join(map(str, CPU_HEAD_SIZES))} only; take another model, or a GPU",
-            refused=True,
-        )
+    if known.experiment.runtime.device != "cpu":
+        return
+    for model in known.in_vllm:
+        config = text_config(model.config)
+        width, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
+        size = getattr(config, "head_dim", None)
+        if size is None and isinstance(width, int) and isinstance(heads, int):
+            size = width // heads
+        latent = getattr(config, "kv_lora_rank", None)  # attention of another kind, with other kernels
+        if not latent and isinstance(size, int) and size not in CPU_HEAD_SIZES:
+            yield Finding(
+                f"{model.side}: heads of {size} in {model.path / 'config.json'}, but vLLM on CPU has attention for"
+                f" {', '.join(map(str, CPU_HEAD_SIZES))} only; take another model, or a GPU",
+                refused=True,
+            )
 
 
 def dropout(known: Known) -> Found:
@@ -461,6 +515,7 @@ def _drawn(known: Known, split: str, every: list[str], long: set[str]) -> list[s
 
 CHECKS: tuple[tuple[Callable[[Known], Found], str], ...] = (
     (installed, "sampler"),
+    (teacher_server, "scorer"),
     (programs, "sampler"),
     (deepspeed_file, "trainer"),
     (architecture, "scorer"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,9 +10,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from storage.errors import InputError
+from storage.errors import ConfigError, InputError
 from tasks.engines.hf_folder import changed_logits, load_causal_lm, model_rows, positions
-from tasks.engines.teacher import Passage
+from tasks.engines.teacher import QUANTIZATION_NEEDS, Passage
 
 _PROBE_IDS = 4
 _PROBE_TOLERANCE = {torch.float32: 1e-4}
@@ -39,14 +40,33 @@ def placement(device: torch.device, devices: int) -> dict[str, int] | str | None
     return {"": device.index or 0} if devices == 1 else "auto"
 
 
+def quantization_config(kind: str) -> Any:
+    """transformers' config for weights in 8 bits; the output head stays as it is. None for "none". ConfigError where the library
+    is missing."""
+    if kind == "none":
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(QUANTIZATION_NEEDS)
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
 class LoadedModel:
     """A checkpoint on the device: backbone and output head apart, so that T x V logits never exist at once.
 
     Raises InputError for a checkpoint that does not load, or whose logits are more than head times hidden state."""
 
-    def __init__(self, path: Path, dtype: str, device: torch.device, devices: int = 1) -> None:
+    def __init__(
+        self, path: Path, dtype: str, device: torch.device, devices: int = 1, quantization: str = "none"
+    ) -> None:
         self.path, self.device = path, device
-        model = load_causal_lm(path, getattr(torch, dtype), device_map=placement(device, devices))
+        model = load_causal_lm(
+            path,
+            getattr(torch, dtype),
+            device_map=placement(device, devices),
+            quantization=quantization_config(quantization),
+        )
         self._model = model.eval().requires_grad_(False)
         head = self._model.get_output_embeddings()
         if head is None or self._model.base_model is self._model:

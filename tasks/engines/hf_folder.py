@@ -181,10 +181,15 @@ def other_architecture(config: PretrainedConfig) -> str | None:
 
 
 def load_causal_lm(
-    path: Path, dtype: torch.dtype, *, dropout: bool = True, device_map: dict[str, int] | str | None = None
+    path: Path,
+    dtype: torch.dtype,
+    *,
+    dropout: bool = True,
+    device_map: dict[str, int] | str | None = None,
+    quantization: Any = None,
 ) -> PreTrainedModel:
     """The checkpoint's causal language model, on the CPU or where transformers' `device_map` puts it. With `dropout` False its
-    config says 0 for every dropout.
+    config says 0 for every dropout. `quantization`: transformers' config for weights of fewer bits.
 
     InputError when it cannot be loaded."""
     from transformers import AutoModelForCausalLM
@@ -194,7 +199,13 @@ def load_causal_lm(
     config = read_config(path)
     if not dropout:
         config = without_dropout(config)
-    options = {"attn_implementation": attention(config), "device_map": device_map, "ignore_mismatched_sizes": True}
+    options: dict[str, Any] = {
+        "attn_implementation": attention(config),
+        "device_map": device_map,
+        "ignore_mismatched_sizes": True,
+    }
+    if quantization is not None:
+        options["quantization_config"] = quantization
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True, **options, **SAFE_LOADING

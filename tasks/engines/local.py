@@ -20,9 +20,9 @@ from tasks.signals import Ask, Values
 class LocalModel:
     """A `Teacher` over a checkpoint. InputError for a checkpoint that does not load (see `LoadedModel`)."""
 
-    def __init__(self, folder: Path, dtype: str, host: Host) -> None:
+    def __init__(self, folder: Path, dtype: str, host: Host, quantization: str = "none") -> None:
         self._device, self._chunk_tokens = torch.device(host.device), host.chunk_tokens
-        self._model: LoadedModel | None = LoadedModel(folder, dtype, self._device, host.devices)
+        self._model: LoadedModel | None = LoadedModel(folder, dtype, self._device, host.devices, quantization)
         self._ahead: dict[tuple[int, ...], Tensor] | None = None
 
     @property

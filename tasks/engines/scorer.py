@@ -13,7 +13,7 @@ import json
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -80,6 +80,7 @@ class Scorer:
             "cuda" if cuda else "cpu",
             int(settings.get("head_chunk_tokens", 1024)),
             int(settings.get("devices_per_worker", 1)),
+            settings,
         )
         self.models = WarmModels(host)
         self._stores: dict[str, Store] = {}
@@ -186,8 +187,9 @@ class Scorer:
                 f" {shared} ids"
             )
         described = {"student": job.student, "teacher": job.teacher}
+        self.models.host = replace(self.models.host, store=Path(job.store))
         alike = (job.student.weights, job.student.architecture) == (job.teacher.weights, job.teacher.architecture)
-        two = len(wanted.models) == 2 and backend.kind == LOCAL.kind and not alike
+        two = len(wanted.models) == 2 and backend.loads_here and not alike
         apart = two and self._passes(job) == 2
         first = (self.models.opened(described, job.dtype, backend) or ["student"])[0]
         models = self.models.get(described, [first] if apart else wanted.models, job.dtype, backend)

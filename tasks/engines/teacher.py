@@ -7,20 +7,29 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 import numpy as np
+from pydantic import Field
 
 from storage.errors import ConfigError
+from storage.identity import omit_at
 from tasks.losses.registry import Kind, Registry
+from tasks.rollout_config import Dtype
 from tasks.signals import Ask, Values, Wanted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tasks.workers.jobs import ModelRef
+
+
+QUANTIZATION_NEEDS = (
+    "supervise.teacher.quantization: int8 needs the package bitsandbytes, which is not installed (it is in no pinned list:"
+    " pip install bitsandbytes); or set quantization: none"
+)
 
 
 @dataclass(frozen=True)
@@ -110,12 +119,22 @@ class Host:
     """completion tokens whose logits may exist at once"""
     devices: int = 1
     """GPUs over which a model is spread"""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """`runtime.scorer`, for a backend's own part of it, and `threads`"""
+    weights: str = ""
+    """content digest of the model that is opened"""
+    store: Path | None = None
+    """root of the job's store, for what a backend must find again"""
 
 
 class TeacherBackend(Kind):
-    """How a teacher is asked. Part of the keys of what is scored with it, unless it is `local`."""
+    """How a teacher is asked. Part of the keys of what is scored with it, unless it is plainly `local`."""
 
+    equation: ClassVar[str] = "as its capabilities say (docs/signals.md)"
+    paper: ClassVar[str] = ""
     capabilities: ClassVar[Capabilities]
+    loads_here: ClassVar[bool] = False
+    """Whether the scorer loads the teacher with transformers, as it does the student"""
 
     @abstractmethod
     def rows(self, folder: Path) -> int:
@@ -124,6 +143,10 @@ class TeacherBackend(Kind):
     @abstractmethod
     def open(self, folder: Path, dtype: str, host: Host) -> Teacher:
         """Open the model at `folder`."""
+
+    def record(self, store: Path, weights: str) -> dict[str, Any]:
+        """What signals made with it record in `meta` about the model with this content digest."""
+        return {}
 
 
 TEACHERS: Registry[TeacherBackend] = Registry("teacher backend")
@@ -142,8 +165,16 @@ def register(cls: type[B]) -> type[B]:
 class LocalTeacher(TeacherBackend):
     """transformers loads the checkpoint in the scorer's own process: every quantity, exact."""
 
+    equation = "log q(v) of every id v"
     kind: Literal["local"] = "local"
+    quantization: Literal["none", "int8"] = Field(
+        "none",
+        description="int8: linear layers in 8 bits by bitsandbytes, which must be installed; about half the memory of"
+        " bfloat16, and other values than the checkpoint's",
+        json_schema_extra=omit_at("none"),
+    )
     capabilities = Capabilities(merges_stop_ids=True)
+    loads_here = True
 
     def rows(self, folder: Path) -> int:
         from tasks.engines.hf_folder import model_rows
@@ -153,7 +184,61 @@ class LocalTeacher(TeacherBackend):
     def open(self, folder: Path, dtype: str, host: Host) -> Teacher:
         from tasks.engines.local import LocalModel
 
-        return LocalModel(folder, dtype, host)
+        return LocalModel(folder, dtype, host, self.quantization)
+
+
+_LISTS = Capabilities(entropy="list", given_ids=False, full_distribution=False)
+_OF_A_LIST = "log q(v) of the K ids with the largest q, and of y; q(rest) = 1 - q(S)"
+_ENTROPY_K = Field(20, ge=1, description="candidates of the list that an entropy is computed from")
+
+
+@register
+class VllmTeacher(TeacherBackend):
+    """vLLM loads the checkpoint in the scorer's own process: lists of its likeliest tokens, and the sampled one."""
+
+    equation = _OF_A_LIST
+    kind: Literal["vllm"] = "vllm"
+    entropy_k: int = _ENTROPY_K
+    capabilities = _LISTS
+
+    def rows(self, folder: Path) -> int:
+        from tasks.engines.hf_folder import model_rows
+
+        return model_rows(folder)
+
+    def open(self, folder: Path, dtype: str, host: Host) -> Teacher:
+        from tasks.engines.vllm_teacher import VllmModel
+
+        return VllmModel(folder, cast("Dtype", dtype), host, self.entropy_k)
+
+
+@register
+class ServerTeacher(TeacherBackend):
+    """A `vllm serve` that runs elsewhere (`runtime.scorer.server`): as `vllm`, up to the server's --max-logprobs."""
+
+    equation = _OF_A_LIST
+    kind: Literal["server"] = "server"
+    model: str = Field(min_length=1, description="name under which the server offers the teacher (--served-model-name)")
+    dtype: Dtype | None = Field(
+        None, description="the server's --dtype: how far its answers may vary; null: that of supervise.dtype"
+    )
+    entropy_k: int = _ENTROPY_K
+    capabilities = _LISTS
+
+    def rows(self, folder: Path) -> int:
+        from tasks.engines.hf_folder import model_rows
+
+        return model_rows(folder)
+
+    def open(self, folder: Path, dtype: str, host: Host) -> Teacher:
+        from tasks.engines.server import ServerModel
+
+        return ServerModel(folder, self.dtype or dtype, host, self)
+
+    def record(self, store: Path, weights: str) -> dict[str, Any]:
+        from tasks.engines.server import recorded
+
+        return {"teacher_server": recorded(store, weights, self)}
 
 
 if TYPE_CHECKING:
@@ -190,7 +275,8 @@ class WarmModels:
         for name in names:
             if keys[name] not in self._models:
                 backend = teacher if name == "teacher" else LocalTeacher()
-                self._models[keys[name]] = backend.open(Path(models[name].path), dtype, self.host)
+                host = replace(self.host, weights=models[name].weights)
+                self._models[keys[name]] = backend.open(Path(models[name].path), dtype, host)
                 self.loads += 1
         return {name: self._models[keys[name]] for name in names}
 
@@ -198,11 +284,16 @@ class WarmModels:
         """Those of a job's models that are open."""
         return [name for name, key in self._keys(models, dtype, teacher).items() if key in self._models]
 
-    @staticmethod
-    def _keys(models: Mapping[str, ModelRef], dtype: str, teacher: TeacherBackend) -> dict[str, tuple[str, ...]]:
+    def _keys(self, models: Mapping[str, ModelRef], dtype: str, teacher: TeacherBackend) -> dict[str, tuple[str, ...]]:
         backends = {name: teacher if name == "teacher" else LocalTeacher() for name in models}
         return {
-            name: (model.weights, model.architecture, dtype, backends[name].model_dump_json())
+            name: (
+                model.weights,
+                model.architecture,
+                dtype,
+                backends[name].model_dump_json(),
+                "" if backends[name].loads_here else str(self.host.store),
+            )
             for name, model in models.items()
         }
 

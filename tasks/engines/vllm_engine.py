@@ -1,5 +1,6 @@
 """One warm vLLM engine, kept between jobs and between weights: loads a checkpoint, proves that the engine computes with it, takes
-requests and steps. The only module that imports vLLM (`weight_proof.py` runs inside its workers)."""
+requests and steps. Only this module and
+`vllm_teacher.py` import vLLM (`weight_proof.py` runs inside its workers)."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ class VllmEngine:
         self._shape: dict[str, Any] = {}
         self._reloads = True
         """Whether weights of this architecture can be reloaded in place, as far as is known."""
-        _prepare_environment(self.on_cpu, self.eager, int(settings.get("threads", 1)))
+        prepare_environment(self.on_cpu, self.eager, int(settings.get("threads", 1)))
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not self.in_process))
         os.environ["VLLM_BATCH_INVARIANT"] = str(int(bool(settings.get("batch_invariant"))))
 
@@ -216,7 +217,7 @@ class VllmEngine:
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        _quieten()
+        quieten()
         if self.on_cpu and not current_platform.is_cpu():
             raise ConfigError("runtime.device: cpu, but the installed vllm is built for GPUs; see make setup EXTRA=cpu")
         if not self.on_cpu and current_platform.is_cpu():
@@ -306,13 +307,13 @@ def _means_something(record: logging.LogRecord) -> bool:
     return record.levelno > logging.WARNING or _HARMLESS[record.name] not in record.getMessage()
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Silence warnings that mean nothing here. By filters: every engine configures vLLM's logging anew, which resets levels."""
     for name in _HARMLESS:
         logging.getLogger(name).addFilter(_means_something)  # added once, however often it is called
 
 
-def _prepare_environment(on_cpu: bool, eager: bool, threads: int) -> None:
+def prepare_environment(on_cpu: bool, eager: bool, threads: int) -> None:
     """Must come before the first import of vLLM, which reads these once."""
     os.environ |= {
         "VLLM_NO_USAGE_STATS": "1",

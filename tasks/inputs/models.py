@@ -1,6 +1,7 @@
 """Model sources: a checkpoint folder, the Hub at a pinned revision, or an architecture with new weights.
 
-All three become a `model` artifact with the tree `model`: safetensors, configs, tokenizer files and chat template."""
+All become a `model` artifact with the tree `model`: safetensors, configs, tokenizer files and chat template. A model that is
+served elsewhere has no safetensors here."""
 
 from __future__ import annotations
 
@@ -101,16 +102,31 @@ class ArchitectureModel(Identity):
         return value
 
 
-ModelSource = Annotated[CheckpointModel | HubModel | ArchitectureModel, Field(discriminator="kind")]
+class ServedModel(Identity):
+    """A model whose weights are elsewhere, behind a server: config.json and tokenizer of a folder, and a name for the weights.
+    For a teacher with supervise.teacher: {kind: server}."""
+
+    kind: Literal["served"] = "served"
+    path: Path = Field(description="folder with config.json, tokenizer and generation_config.json, without weights")
+    revision: str = Field(
+        min_length=1,
+        description="names the weights that the server has (a commit, a digest); it stands for their content in keys",
+    )
 
 
-def model_work(source: CheckpointModel | HubModel | ArchitectureModel, seed: int, *, memo: Path | None = None) -> Work:
+Source = CheckpointModel | HubModel | ArchitectureModel | ServedModel
+ModelSource = Annotated[Source, Field(discriminator="kind")]
+
+
+def model_work(source: Source, seed: int, *, memo: Path | None = None) -> Work:
     """Work with the output `model`. `seed` is the run's and used for new weights only.
 
     `memo`: folder that remembers hashes of unchanged files. A checkpoint's folder is checked and hashed here, at planning:
     InputError if weights in safetensors, config.json or the tokenizer are missing."""
     if isinstance(source, CheckpointModel):
         return _checkpoint(source, memo)
+    if isinstance(source, ServedModel):
+        return _served(source, memo)
     if isinstance(source, HubModel):
         spec = ArtifactSpec.of("model", VERSION, source, {})
         return _work(spec, lambda builder, context: _build_hub(source, builder, context))
@@ -125,10 +141,10 @@ def _work(spec: ArtifactSpec, build: Callable[[Builder, Context], None]) -> Work
     return Work(stage="model", outputs={"model": spec}, build=run)
 
 
-def tokenizer_folder(source: CheckpointModel | HubModel | ArchitectureModel) -> Path | None:
+def tokenizer_folder(source: Source) -> Path | None:
     """A folder with the source's tokenizer files, before the model is made; None where there is none. Those of the Hub are
     downloaded."""
-    if isinstance(source, CheckpointModel):
+    if isinstance(source, CheckpointModel | ServedModel):
         return source.path
     if isinstance(source, ArchitectureModel):
         return source.tokenizer.path if isinstance(source.tokenizer, FolderTokenizer) else None
@@ -139,7 +155,7 @@ def tokenizer_folder(source: CheckpointModel | HubModel | ArchitectureModel) -> 
         return None
 
 
-def declared_sizes(source: CheckpointModel | HubModel | ArchitectureModel) -> tuple[int | None, int | None]:
+def declared_sizes(source: Source) -> tuple[int | None, int | None]:
     """(vocabulary rows, positions) as an architecture's fields state them; None where they do not, and for folders: what their
     config.json says is checked by `flows.run.preflight`."""
     if not isinstance(source, ArchitectureModel):
@@ -181,7 +197,7 @@ DROPOUT_BY_DEFAULT = {
 """Types of causal language models whose config has dropout where its fields do not state it."""
 
 
-def live_dropout(source: CheckpointModel | HubModel | ArchitectureModel) -> dict[str, float]:
+def live_dropout(source: Source) -> dict[str, float]:
     """The fields by which the model's config drops values in training, and that are not 0. Empty for a Hub model that is not in
     the local cache."""
     if isinstance(source, ArchitectureModel):
@@ -189,7 +205,7 @@ def live_dropout(source: CheckpointModel | HubModel | ArchitectureModel) -> dict
             return {}  # without importing transformers, for every plan asks
         config = config_of(source.config)
         return {} if config is None else dropout_fields(config)
-    if isinstance(source, CheckpointModel):
+    if isinstance(source, CheckpointModel | ServedModel):
         return _folder_dropout(source.path)
     folder = _cached(source)
     return {} if folder is None else _folder_dropout(folder)
@@ -216,7 +232,7 @@ DROPOUT = "dropout"
 """Field of a training's identity, beside its config."""
 
 
-def dropout_identity(source: CheckpointModel | HubModel | ArchitectureModel | None, dropout: bool) -> dict[str, str]:
+def dropout_identity(source: Source | None, dropout: bool) -> dict[str, str]:
     """What a training's identity has because the dropout of the model's config is off. Empty where the config has none: earlier
     versions trained with dropout, so only these results differ."""
     return {DROPOUT: "off"} if source is not None and not dropout and live_dropout(source) else {}
@@ -270,18 +286,43 @@ def _checkpoint(source: CheckpointModel, memo: Path | None) -> Work:
     directory = source.path.resolve()
     check_checkpoint(directory)
     weights_digest(directory, memo)  # refuses a folder without weights or with a truncated file
-    files = {path.relative_to(directory).as_posix(): file_sha256(path, memo) for path in external_files(directory)}
-    # The artifact records this folder with this content, so the path enters its key. Stages that read the model depend on
-    # the content alone.
-    place = hashlib.sha256(os.fsencode(directory)).hexdigest()
-    digest = files_digest(files)
-    spec = ArtifactSpec.of("model", VERSION, {"kind": "checkpoint"}, {"files": digest, "place": place})
+    inputs = _in_place(directory, memo)
+    spec = ArtifactSpec.of("model", VERSION, {"kind": "checkpoint"}, inputs)
 
     def build(builder: Builder, context: Context) -> None:
         context.log(f"model: {directory} is read in place; its files are hashed")
         builder.external("model", directory)
         meta = {"source": "checkpoint", "parameters": parameter_count(directory)}
-        builder.commit(meta=meta, expected={"model": digest})
+        builder.commit(meta=meta, expected={"model": inputs["files"]})
+
+    return _work(spec, build)
+
+
+def _in_place(directory: Path, memo: Path | None) -> dict[str, str]:
+    """The inputs of an artifact that is a folder of the user's. It records this folder with this content, so the path enters its
+    key. Stages that read the model depend on the content alone."""
+    files = {path.relative_to(directory).as_posix(): file_sha256(path, memo) for path in external_files(directory)}
+    return {"files": files_digest(files), "place": hashlib.sha256(os.fsencode(directory)).hexdigest()}
+
+
+def _served(source: ServedModel, memo: Path | None) -> Work:
+    directory = source.path.resolve()
+    check_checkpoint(directory)
+    if any(directory.glob("*.safetensors")):
+        raise InputError(
+            f"{directory}: has weights, so {{kind: checkpoint, path: {directory}}} describes it, and their content enters keys;"
+            " kind: served is for a folder without weights"
+        )
+    inputs = _in_place(directory, memo)
+    spec = ArtifactSpec.of("model", VERSION, {"kind": "served", "revision": source.revision}, inputs)
+    weights = hashlib.sha256(f"served {source.revision}".encode()).hexdigest()
+
+    def build(builder: Builder, context: Context) -> None:
+        context.log(
+            f"model: {directory} is read in place; its weights are those of a server, revision {source.revision}"
+        )
+        builder.external("model", directory)
+        builder.commit(content={"weights": weights}, meta={"source": "served"}, expected={"model": inputs["files"]})
 
     return _work(spec, build)
 

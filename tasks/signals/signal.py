@@ -14,6 +14,7 @@ import pyarrow as pa
 from storage.artifacts.artifact import Retained, check_name
 from storage.artifacts.shards import read_parquet
 from storage.errors import ConfigError, InputError
+from storage.identity import canonical_json
 from storage.schemas import TABLES, TableSchema
 from storage.store import Artifact, ArtifactSpec, Store
 from tasks.losses.registry import require_methods
@@ -27,6 +28,8 @@ STOP_IDS = "stop_ids"
 one that stands for all."""
 """The split of the prompts that rollouts answer."""
 _NOT_SIGNALS = {"model", "prepare", "warmup", "rollout", "train", "student", "trainer_state", "evaluate"}
+_PLAINLY_LOCAL = '{"kind":"local"}'
+"""The backend that is left out of keys."""
 _BYTES = {pa.int16(): 2, pa.int32(): 4, pa.float32(): 4, pa.int64(): 8, pa.float64(): 8}
 
 
@@ -159,7 +162,7 @@ class Signal(ABC):
             contents |= {f"{who}:{part}": model.content[part] for part in parts}
         identity = {"dtype": inputs.settings.dtype, **self.identity(inputs, k)}
         backend = inputs.settings.teacher if "teacher" in models else None
-        if backend is not None and backend.kind != "local":
+        if backend is not None and canonical_json(backend) != _PLAINLY_LOCAL:
             identity["teacher"] = backend
         if used := used_plugins(inputs.plugins, "scorer", config=backend, classes=(type(self),)):
             identity["plugins"] = used

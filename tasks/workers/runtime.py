@@ -7,8 +7,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from storage.errors import ConfigError
 from storage.identity import Runtime
@@ -53,6 +54,39 @@ class SamplerRuntime(Runtime):
     )
 
 
+class TeacherServerRuntime(Runtime):
+    """How a teacher behind vLLM servers is reached (`supervise.teacher: {kind: server}`)."""
+
+    urls: tuple[str, ...] = Field(
+        (),
+        description="addresses, for example http://10.0.0.5:8000; those that serve the teacher's name share the requests. No keys"
+        " in them",
+    )
+    key_variable: str = Field(
+        "OPD_TEACHER_API_KEY",
+        pattern=r"^[A-Za-z_]\w*$",
+        description="name of the environment variable with the key of the servers (--api-key); not set: no key is sent",
+    )
+    concurrency: int = Field(8, ge=1, description="requests of one scorer at once")
+    sequences: int = Field(
+        4, ge=1, description="sequences of one request; one that fails is halved, down to the sequence that fails"
+    )
+    timeout: float = Field(300, gt=0, description="seconds without an answer after which a request has failed")
+    retries: int = Field(
+        6, ge=0, description="times that a request is sent again; waits begin with `backoff` and double, up to 60 s"
+    )
+    backoff: float = Field(1.0, ge=0, description="seconds before the first repetition")
+
+    @field_validator("urls")
+    @classmethod
+    def _addresses(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+                raise ValueError(f"{url!r} is no address of a server; write http://HOST:PORT or https://HOST")
+        return tuple(url.rstrip("/").removesuffix("/v1") for url in urls)
+
+
 class ScorerRuntime(Runtime):
     """transformers workers, which score completions under student and teacher."""
 
@@ -68,6 +102,10 @@ class ScorerRuntime(Runtime):
     )
     batch_tokens: int = Field(8192, ge=1, description="tokens (padding included) per forward")
     head_chunk_tokens: int = Field(1024, ge=1, description="completion tokens per output-head chunk: bounds T x V")
+    teacher_memory_utilization: float = Field(
+        0.5, gt=0, le=1, description="fraction of a GPU's memory for the engine of supervise.teacher: {kind: vllm}"
+    )
+    server: TeacherServerRuntime = TeacherServerRuntime()
     max_invalid: float = Field(
         0.01,
         ge=0,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from places import CONFIGS
+from vllm_server import VllmServer
 
-from flows.experiment import load_experiment
+from flows.experiment import Experiment, load_experiment
 from flows.run.runner import run_experiment
+from storage.store import Store
 from tasks.workers.pool import WorkerPool
 
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
@@ -32,12 +35,30 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Wor
 @pytest.mark.parametrize("recipe", RECIPES, ids=[path.stem for path in RECIPES])
 def test_two_rounds_of_a_recipe_bring_the_student_nearer(shared, recipe):
     root, workers = shared
-    experiment = load_experiment(recipe)
-    state, _ = run_experiment(experiment, name=recipe.stem, root=root, rounds=2, prefect=False, workers=workers)
+    with ready(recipe, root, workers) as experiment:
+        state, _ = run_experiment(experiment, name=recipe.stem, root=root, rounds=2, prefect=False, workers=workers)
     kl = [r.metrics["reverse_kl"] for r in state.rounds]
     reason = KL_DOES_NOT_FALL.get(recipe.stem)
     assert len(kl) == 3
     assert (kl[2] < kl[0]) == (reason is None), f"reverse KL by round: {kl}"
+
+
+@contextmanager
+def ready(recipe: Path, root: Path, workers: WorkerPool) -> Iterator[Experiment]:
+    """A recipe's experiment; that of a served teacher with a server of the demo's teacher, as docs/teachers.md starts one."""
+    if recipe.stem != "served-teacher":
+        yield load_experiment(recipe)
+        return
+    demo = load_experiment(CONFIGS / "quickstart.yaml")
+    state, _ = run_experiment(demo, name="the-demos-teacher", root=root, rounds=0, prefect=False, workers=workers)
+    store = Store(root)
+    teacher = store.require("student", state.rounds[0].stages["warmup_teacher"].artifacts["student"])
+    server = VllmServer(store.materialize(teacher), root.parent / "server.log", "demo-teacher")
+    try:
+        urls = f"runtime.scorer.server.urls=[{server.url}]"
+        yield load_experiment(recipe, [urls])
+    finally:
+        server.kill()
 
 
 def test_the_exceptions_name_recipes():

@@ -17,7 +17,7 @@ from flows.experiment import Experiment, Fork, load_experiment
 from flows.study.spec import load_study
 from storage.identity import Identity, RunPolicy, Runtime
 from storage.store import Store
-from tasks.inputs.models import CheckpointModel, FolderTokenizer, HubModel
+from tasks.inputs.models import CheckpointModel, FolderTokenizer, HubModel, ServedModel
 from tasks.inputs.sources import FileSource
 from tasks.inputs.verifiers import FunctionVerifier
 from tasks.losses.config import SftConfig
@@ -51,6 +51,8 @@ SCENES: list[dict[str, Any]] = [
     {"train": {"importance_correction": {"kind": "truncated"}}, "objective": NORMALISED},
     {"train": {"max_drift": 0.5}},
     {"evaluate": {"num_generations": 1, "verifier": {"kind": "math_verify"}}},
+    {"supervise": {"teacher": {"kind": "vllm"}}},
+    {"supervise": {"teacher": {"kind": "server", "model": "teacher"}}},
     {"objective": {"support": {"kind": "student_topk", "k": 8}}},
     {"objective": {"support": {"kind": "full", "k": 264}}},
     {
@@ -67,7 +69,7 @@ SCENES: list[dict[str, Any]] = [
 """Configs laid over the golden one, so that between them every field of every model is somewhere. Variants on an axis
 whose fields all have defaults (divergences, trust regions, token weights) are found and added by `scenes`."""
 
-ELSEWHERE = {CheckpointModel, FolderTokenizer, FileSource, HubModel, FunctionVerifier, SftConfig, Fork}
+ELSEWHERE = {CheckpointModel, FolderTokenizer, FileSource, HubModel, ServedModel, FunctionVerifier, SftConfig, Fork}
 """What needs files, a user's code, or is never part of an experiment: their own tests show what of them enters keys."""
 ALONE = {("ModelConfig", "source"), ("ArchitectureModel", "tokenizer"), ("Experiment", "fork"), ("FullSupport", "k")}
 """Fields whose other variants are such, though the fields inside are changed one by one; the k of a full support has no
@@ -238,6 +240,21 @@ def test_golden_keys_of_merged_stop_ids(store: Store) -> None:
     assert (
         len({json.dumps(keys_of(experiment, store, stop_ids=ids)) for ids in ("[257,256]", "[256,257]", "[1,2]")}) == 3
     )
+
+
+BACKENDS = json.loads((DATA / "golden_keys_backends.json").read_text())
+"""Config of `supervise.teacher` (JSON) -> place -> key, of the places whose key is not that of the local teacher."""
+
+
+@pytest.mark.promise(12, "golden keys of teacher backends")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_golden_keys_of_teacher_backends(store: Store, backend: str) -> None:
+    local = keys_of(Experiment.model_validate(GOLDEN), store)
+    data = merge(GOLDEN, {"supervise": {"teacher": json.loads(backend)}})
+    keys = keys_of(Experiment.model_validate(data), store)
+    other = {place: key for place, key in keys.items() if local[place] != key}
+    assert other == BACKENDS[backend], f"these are the new ones:\n{json.dumps({backend: other}, indent=1)}"
+    assert {place.split("/")[2] for place in other} == {"sampled", "mask", "teacher_topk"}
 
 
 EARLIER = [json.loads(line) for line in (DATA / "v0.1" / "keys.jsonl").read_text().splitlines()]

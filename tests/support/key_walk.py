@@ -38,6 +38,7 @@ DEPENDS: dict[str, set[str]] = {
     "supervise.dtype": SIGNALS,
     "supervise.encoding": {"teacher_topk", "student_topk"},
     "supervise.special_tokens": {"mask"},
+    "supervise.teacher": {"sampled", "mask", "teacher_topk"},  # those that ask the teacher something
     "objective": {"train"},
     "train": {"train"},
     "evaluate": {"evaluate"},

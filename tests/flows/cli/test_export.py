@@ -10,7 +10,7 @@ import pytest
 
 from flows.cli.app import main
 from storage.artifacts.digests import weights_digest
-from storage.runs import Run
+from storage.runs import Run, StageState
 
 
 @pytest.fixture
@@ -58,6 +58,21 @@ def test_an_empty_folder_is_filled_and_json_says_where(export, example_store, tm
         "directory": str(target),
         "student_sha256": recorded(example_store, 2),
     }
+
+
+def test_the_teacher_is_copied_after_its_warm_up(export, example_store, tmp_path):
+    target = tmp_path / "teacher"
+    code, _, err = export("demo", target, "--teacher")
+    assert code == 2 and "has made no teacher yet" in err and not target.exists()
+    run = Run.open(example_store, "demo")
+    with run.lock():
+        state = run.state
+        made = state.rounds[1].stages["train"].artifacts["student"]  # any other checkpoint
+        state.rounds[0].stages["warmup_teacher"] = StageState(state="done", artifacts={"student": made})
+        run.save(state)
+    code, out, err = export("demo", target, "--teacher")
+    assert (code, err) == (0, "")
+    assert weights_digest(target) == recorded(example_store, 1) and recorded(example_store, 1) in out
 
 
 def test_changing_the_copy_leaves_the_store_alone(export, example_store, tmp_path):

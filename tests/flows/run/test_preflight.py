@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import config, family, prompt_files, rewrite
 from safetensors.torch import load_file, save_file
+from teacher_server import TeacherServer
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -336,3 +337,120 @@ def test_a_full_support_of_two_folders_needs_no_k(tmp_path):
     (teacher / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"support\.k: required, but missing; the smaller vocab_size"):
         experiment_of(fields, "test")
+
+
+# --- the teacher's backend -------------------------------------------------------------------------------------------
+
+
+def served(server: TeacherServer, **fields: Any) -> dict[str, Any]:
+    return {
+        "supervise": {"teacher": {"kind": "server", "model": "teacher", **fields}},
+        "runtime": {"device": "cpu", "scorer": {"server": {"urls": [server.url]}}},
+    }
+
+
+def checked(folder: Path, student: Path, teacher: Any, **sections: Any) -> tuple[list[str], str]:
+    """(notes, refusal)."""
+    data = config(student, student, prompt_files(folder))
+    data["teacher"] = {"source": teacher}
+    for name, values in sections.items():
+        data[name] = {**data.get(name, {}), **values}
+    lines: list[str] = []
+    try:
+        lines += check_experiment(experiment_of(data, "test"), folder / "store")
+    except (ConfigError, InputError) as error:
+        return lines, str(error)
+    return [line for line in lines if line.startswith("note: ")], ""
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    return family(tmp_path / "student", "qwen3", 0), family(tmp_path / "teacher", "qwen3", 1)
+
+
+def test_the_teachers_server_is_asked_what_it_can_give(tmp_path, pair):
+    student, teacher = pair
+    source = {"kind": "checkpoint", "path": str(teacher)}
+    server = TeacherServer(teacher, longest=30)
+    try:
+        notes, refused = checked(tmp_path, student, source, **served(server))
+        assert not refused
+        assert f"teacher: {server.url} serves 'teacher': sequences of up to 256 tokens" in notes[0]
+        assert "the 30 likeliest tokens" in notes[0] and "not: log-probabilities of given ids" in notes[0]
+        _, refused = checked(tmp_path, student, source, **served(server, entropy_k=31))
+        assert "gives 30 candidates, but the signal 'sampled' needs 31 (supervise.teacher.entropy_k)" in refused
+        assert "--max-logprobs 31" in refused
+        wide = {"estimator": "direct", "support": {"kind": "teacher_topk", "k": 40}}
+        _, refused = checked(tmp_path, student, source, **served(server), objective=wide)
+        assert "the signal 'teacher_topk' needs 40 (the objective)" in refused
+        _, refused = checked(tmp_path, student, source, **served(server, model="other"))
+        assert "serve 'teacher', not 'other'" in refused
+        server.length = 20
+        _, refused = checked(tmp_path, student, source, **served(server))
+        assert "reads 20 tokens, but the longest prompt with a whole completion" in refused
+    finally:
+        server.kill()
+    _, refused = checked(tmp_path, student, source, **served(server))
+    assert "no answer from the teacher's server" in refused and "runtime.scorer.server.urls" in refused
+
+
+def test_a_teacher_without_weights_needs_a_server_and_no_exact_kl(tmp_path, pair):
+    student, teacher = pair
+    source = {"kind": "served", "path": str(teacher), "revision": "1"}
+    server = TeacherServer(teacher)
+    try:
+        no_kl = {"evaluate": {"max_completion_length": 12, "kl_prompts": 0}}
+        _, refused = checked(tmp_path, student, source, **served(server), **no_kl)
+        assert "has weights, so {kind: checkpoint" in refused
+        for file in teacher.glob("*.safetensors"):
+            file.unlink()
+        assert checked(tmp_path, student, source, **served(server), **no_kl)[1] == ""
+        assert "set evaluate.kl_prompts: 0" in checked(tmp_path, student, source, **served(server))[1]
+        assert (
+            "kind served has no weights, which supervise.teacher: local reads"
+            in checked(tmp_path, student, source, **no_kl)[1]
+        )
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("support", ["student_topk", "union"])
+@pytest.mark.parametrize("backend", [{"kind": "server", "model": "teacher"}, {"kind": "vllm"}])
+def test_objectives_that_lists_cannot_serve_are_refused_at_load(tmp_path, backend, support):
+    data = config(tmp_path, tmp_path, tmp_path / "prompts.jsonl", objective={"support": {"kind": support, "k": 4}})
+    experiment_of(data, "test")
+    data["supervise"] = {"teacher": backend}
+    with pytest.raises(
+        ConfigError, match=rf"supervise\.teacher: kind {backend['kind']} cannot give .* which the signal"
+    ):
+        experiment_of(data, "test")
+
+
+@pytest.mark.parametrize(
+    ("server", "why"),
+    [
+        ({"urls": ["10.0.0.5:8000"]}, "is no address of a server"),
+        ({"urls": ["http://user:pw@10.0.0.5:8000"]}, "user and password in a URL"),
+        ({"urls": ["http://h:1?api_key=abcdefgh"]}, "secret"),
+        ({"api_key": "abc"}, "unknown field"),
+        ({"retries": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_addresses_that_are_none_and_keys_in_a_config_are_refused(tmp_path, server, why):
+    data = config(tmp_path, tmp_path, tmp_path / "prompts.jsonl", runtime={"scorer": {"server": server}})
+    with pytest.raises(ConfigError, match=why):
+        experiment_of(data, "test")
+
+
+def test_eight_bits_need_their_library(tmp_path, pair):
+    student, teacher = pair
+    source = {"kind": "checkpoint", "path": str(teacher)}
+    _, refused = checked(tmp_path, student, source, supervise={"teacher": {"kind": "local", "quantization": "int8"}})
+    assert "supervise.teacher.quantization: int8 needs the package bitsandbytes" in refused
+
+
+def test_a_teacher_in_vllm_is_checked_as_the_student_is(tmp_path):
+    student, teacher = family(tmp_path / "student", "qwen3"), family(tmp_path / "teacher", "qwen3", head_dim=48)
+    source = {"kind": "checkpoint", "path": str(teacher)}
+    assert "teacher: heads of 48" in checked(tmp_path, student, source, supervise={"teacher": {"kind": "vllm"}})[1]
+    assert checked(tmp_path, student, source)[1] == ""

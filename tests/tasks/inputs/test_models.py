@@ -12,7 +12,7 @@ from small_models import ARCHITECTURE, Bench, checkpoint
 
 from storage.errors import ConfigError, InputError
 from storage.store import Store
-from tasks.inputs.models import ArchitectureModel, CheckpointModel, HubModel, ModelSource, model_work
+from tasks.inputs.models import ArchitectureModel, CheckpointModel, HubModel, ModelSource, ServedModel, model_work
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +186,34 @@ def test_revision_must_be_given():
 def test_architecture_needs_a_type():
     with pytest.raises(ValidationError, match="model_type is missing"):
         ArchitectureModel(config={"hidden_size": 32})
+
+
+# --- a model whose weights are elsewhere -----------------------------------------------------------------------------
+
+
+def test_a_served_model_has_its_revision_for_weights(bench, model, tmp_path):
+    folder = tmp_path / "described"
+    shutil.copytree(model, folder)
+    with pytest.raises(InputError, match=r"has weights, so .*kind: checkpoint"):
+        model_work(ServedModel(path=folder, revision="a"), 0)
+    (folder / "model.safetensors").unlink()
+    first, second = (bench.build(model_work(ServedModel(path=folder, revision=name), 0)) for name in ("a", "b"))
+    whole = bench.build(model_work(CheckpointModel(path=model), 0))
+    assert bench.store.materialize(first) == folder.resolve()
+    assert len({artifact.content["weights"] for artifact in (first, second, whole)}) == 3
+    for part in ("architecture", "tokenizer", "generation"):
+        assert first.content[part] == second.content[part] == whole.content[part]
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    assert bench.build(model_work(ServedModel(path=moved, revision="a"), 0)).content == first.content
+
+
+def test_a_changed_folder_of_a_served_model_is_another_model(bench, model, tmp_path):
+    folder = tmp_path / "described"
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    artifact = bench.build(model_work(ServedModel(path=folder, revision="a"), 0))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    assert key(ServedModel(path=folder, revision="a")) != artifact.key
+    with pytest.raises(InputError, match=r"config\.json"):
+        bench.store.materialize(artifact)

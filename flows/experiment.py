@@ -141,11 +141,13 @@ class Experiment(BaseModel):
         return self.model_dump(mode="json", exclude={"runtime", "policy"})
 
     def at(self, round: int) -> Experiment:
-        """The experiment that applies to a round: the parent's for rounds up to a fork."""
+        """The experiment that applies to a round: the parent's for rounds up to a fork, and with the behaviour that holds at the
+        round's first optimizer step (of rounds of `steps_per_round`, also where max_drift ended some early)."""
         if self.fork is not None and round <= self.fork.round:
             parent = Experiment.model_validate(self.fork.experiment)
             return parent.model_copy(update={"runtime": self.runtime}).at(round)
-        return self
+        step = max(round - 1, 0) * self.steps_per_round
+        return self.model_copy(update={"rollout": self.rollout.at(step)})
 
     @property
     def steps_per_round(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from storage.identity import Identity, omit_at
 from tasks.behaviours import BehaviourField
@@ -50,6 +50,16 @@ class RolloutConfig(Identity):
         description="who writes the tokens; a name or {kind: ..., its fields}",
         json_schema_extra=omit_at({"kind": "student"}),
     )
+
+    @model_validator(mode="after")
+    def _fits_behaviour(self) -> RolloutConfig:
+        if problems := self.behaviour.problems(self):
+            raise ValueError("; ".join(problems))
+        return self
+
+    def at(self, step: int) -> RolloutConfig:
+        """This config for a round whose first optimizer step is `step` (from 0): with the behaviour that holds then."""
+        return self.model_copy(update={"behaviour": self.behaviour.at(step)})
 
     def sampling(self) -> dict[str, Any]:
         """The fields of `tasks.workers.jobs.Sampling`, as JSON."""

@@ -83,11 +83,12 @@ class Request(Schema, array_like=True):
 
 
 class SampleShard(Schema):
-    """Item: the completions of one shard."""
+    """Item: the completions of one shard, and which of the job's tables it lacks; null: `rollouts`."""
 
     shard: int
     sampling: Sampling
     requests: list[Request]
+    tables: list[str] | None = None
 
     @property
     def size(self) -> int:
@@ -98,7 +99,8 @@ class SampleJob(Schema):
     """Sample completions of prompts (role sampler). Every shard becomes one of the table `rollouts` in the unfinished artifact
     `target`; with `intermediate` in its folder of intermediate shards, which no manifest names.
 
-    `behaviour` is the JSON of who writes the tokens (tasks/behaviours). `longest` is the length in tokens of the longest prompt
+    `behaviour` is the JSON of who writes the tokens (tasks/behaviours), `values` where shards of its own table go, `teacher` the
+    teacher and `drafts` the completions that it reads. `longest` is the length in tokens of the longest prompt
     with its completion, over all shards of the stage. `batch`
     repeats a recorded batch: item i is added at the engine's step `batch[i]`, and only the shards `write` are written."""
 
@@ -113,6 +115,9 @@ class SampleJob(Schema):
     """The table whose batches are recorded: the one that the stage commits."""
     intermediate: bool = False
     behaviour: msgspec.Raw = msgspec.Raw(b'{"kind":"student"}')
+    values: ArtifactRef | None = None
+    teacher: ModelRef | None = None
+    drafts: ArtifactRef | None = None
     batch: list[int] | None = None
     write: list[int] | None = None
     share: int | None = None

@@ -74,7 +74,7 @@ def _section(name: str, model: dict[str, Any]) -> str:
 def _type(info: dict[str, Any]) -> str:
     if "$ref" in info:
         name = info["$ref"].rsplit("/", 1)[-1]
-        return f"[{name}](#{name.lower()})"
+        return f"[{name}](#{name.lower()})" if name != "Fork" else name  # no section: users do not write it
     if "const" in info:
         return f"`{info['const']}`"
     if "enum" in info:

@@ -321,6 +321,11 @@ class ScoreQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def teacher_stop_ids(self) -> list[int]:
+        """The ids that end a completion for the teacher."""
+        return self._pair.teacher_stop_ids
+
     def begin(self) -> None:
         """Start a batch: what it gives must not depend on an earlier one."""
         self._waiting.clear()

@@ -189,25 +189,58 @@ def cross_problems(e: Experiment) -> list[str]:
         for name, value, plain in (
             ("top_p", e.rollout.top_p, 1.0),
             ("top_k", e.rollout.top_k or 0, 0),
+            ("min_p", e.rollout.min_p, 0),
             ("temperature", e.rollout.temperature, 1.0),
         )
         if value != plain
     ]
-    if not e.rollout.behaviour.exact and e.objective.requires_untruncated_sampling:
-        problems.append(
-            f"rollout.behaviour: with {e.rollout.behaviour.kind!r} the student does not draw every token, but this objective's"
-            " sampled estimator needs exact samples of the student; use behaviour: student, or a direct objective"
-        )
-    if truncated and e.objective.requires_untruncated_sampling:
-        problems.append(
-            f"objective: a sampled estimator needs exact samples of the student, but {' and '.join(truncated)}; set"
-            " rollout.top_p: 1, top_k: 0, temperature: 1 (no importance weight restores tokens that were cut off)"
-        )
+    problems += sampling_problems(e, truncated)
     for name, model in (("student", e.student), ("teacher", e.teacher)):
         if model.warmup is not None and e.prompts.warmup is None:
             problems.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
     problems += signal_problems(e.supervise, e.objective.needs().signals)
     problems += size_problems(e, *declared_sizes(e.student.source), declared_sizes(e.teacher.source)[0])
+    return problems
+
+
+def sampling_problems(e: Experiment, truncated: Sequence[str]) -> list[str]:
+    """What does not fit together of how rollouts are drawn (`truncated`: fields that cut the student's distribution off) and an
+    estimator that takes the samples for the student's own."""
+    problems, behaviour, objective = [], e.rollout.behaviour, e.objective
+    correction = e.train.importance_correction.kind
+    weighted = correction == "biased_truncated" and behaviour.weighable
+    if not objective.requires_untruncated_sampling:
+        if correction == "biased_truncated":
+            problems.append(
+                "train.importance_correction: biased_truncated weights samples for a sampled estimator, and this objective is"
+                " none: an expectation needs no weights; take kind: none or truncated"
+            )
+        return problems
+    if weighted:
+        if not getattr(objective, "center", True):
+            problems.append(
+                "objective.center: false, but train.importance_correction: biased_truncated cannot see outside the nucleus, so"
+                " that the part of a constant advantage does not vanish; set center: true"
+            )
+        if objective.exact_samples:
+            problems.append(
+                "objective.advantage: opd_plus is unbiased for exact samples of the student alone, which the weights of"
+                " train.importance_correction: biased_truncated are not; take advantage: stop_gradient, or rollout.top_p: 1"
+            )
+        return problems
+    if not behaviour.exact:
+        weigh = ", or weight the tokens with train.importance_correction: {kind: biased_truncated}"
+        problems.append(
+            f"rollout.behaviour: with {behaviour.kind!r} the student does not draw every token, but this objective's"
+            " sampled estimator needs exact samples of the student; use behaviour: student, or a direct objective"
+            + (weigh if behaviour.weighable else "")
+        )
+    if truncated:
+        problems.append(
+            f"objective: a sampled estimator needs exact samples of the student, but {' and '.join(truncated)}; set"
+            " rollout.top_p: 1, top_k: 0, temperature: 1 (no importance weight restores tokens that were cut off;"
+            " train.importance_correction: {kind: biased_truncated} accepts that)"
+        )
     return problems
 
 

@@ -73,7 +73,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Scored:
-    """The answer: by name what the behaviour's `digest` made, tensors (N, ...) on the host, a row for each position."""
+    """The answer: by name what the behaviour's `digest` made, tensors (N, ...) on its device, a row for each position."""
 
     values: Mapping[str, Any]
 
@@ -110,6 +110,9 @@ class Behaviour(Kind):
     paper: ClassVar[str] = ""
     exact: ClassVar[bool] = False
     """Whether every token is drawn from the student: what sampled estimators need."""
+    weighable: ClassVar[bool] = False
+    """Whether `sampling_logprobs` are of distributions that importance weights lead back from to the student's: every token was
+    drawn, from what can be any token of the student's."""
     reads: ClassVar[frozenset[Read]] = frozenset()
     """What it needs beside the student. Only this enters the rollouts' key and is loaded."""
     table: ClassVar[TableSchema | None] = None
@@ -148,7 +151,7 @@ class Behaviour(Kind):
 BEHAVIOURS: Registry[Behaviour] = Registry("behaviour")
 register = BEHAVIOURS.register
 
-from tasks.behaviours import student  # noqa: E402, F401  # registers itself
+from tasks.behaviours import student, trust_region  # noqa: E402, F401  # they register themselves
 
 if TYPE_CHECKING:
     BehaviourField = Behaviour

@@ -286,10 +286,9 @@ class Pair:
                     torch.nn.functional.pad(logprobs_NV, (0, lacking), value=-math.inf) if lacking else logprobs_NV
                 )
             made = digest(*both)
-            host = {name: tensor.cpu() for name, tensor in made.items()}
             start = 0
             for place, count in zip(places, counts, strict=True):
-                yield place, Scored({name: tensor[start : start + count] for name, tensor in host.items()})
+                yield place, Scored({name: tensor[start : start + count] for name, tensor in made.items()})
                 start += count
 
     def _chunks(self, parts: Mapping[Place, Mapping[str, _Part]]) -> Iterator[list[Place]]:

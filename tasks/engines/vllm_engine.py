@@ -122,6 +122,7 @@ class VllmEngine:
             temperature=sampling.temperature,
             top_p=1.0 if greedy else sampling.top_p,
             top_k=0 if greedy else sampling.top_k,
+            min_p=0.0 if greedy else sampling.min_p,
             seed=None if greedy else seed,
             max_tokens=max_tokens,
             stop_token_ids=list(stop_ids),

@@ -64,13 +64,14 @@ class ModelRef(Schema):
 
 
 class Sampling(Schema):
-    """How tokens are drawn. top_k 0 means all tokens; temperature 0 the likeliest. `stop_token_ids`: ids, or "eos"."""
+    """How tokens are drawn. top_k 0 and min_p 0 mean all tokens; temperature 0 the likeliest. `stop_token_ids`: ids, or "eos"."""
 
     temperature: float
     top_p: float
     top_k: int
     max_completion_length: int
     stop_token_ids: list[int] | str
+    min_p: float = 0.0
 
 
 class Request(Schema, array_like=True):
@@ -141,6 +142,7 @@ class ScoringDistribution(Schema):
     temperature: float
     top_p: float
     top_k: int
+    min_p: float = 0.0
 
 
 class MaskRules(Schema):

@@ -12,6 +12,7 @@ from tasks.evaluate import evaluate_work
 from tasks.inputs.models import model_work
 from tasks.prepare import prepare_work
 from tasks.rollout import rollout_work
+from tasks.rollout_config import RolloutConfig
 from tasks.stage import Prompts, Rollouts, Student, Teacher, TrainerState
 from tasks.supervise import supervise_work
 from tasks.train import train_work
@@ -32,7 +33,8 @@ def distill(
             seed, plugins = now.seed, now.plugin_sources
             made = do(
                 "rollout", rollout_work, now.rollout,
-                student=student, prompts=prompts, seed=seed, round=number, plugins=plugins,
+                student=student, prompts=prompts, seed=seed, round=number,
+                teacher=read_by(now.rollout, teacher), plugins=plugins,
             )  # fmt: skip
             rollouts = Rollouts(made["rollout"])
             signals = do(
@@ -53,6 +55,11 @@ def distill(
             )  # fmt: skip
             round.ends_with(student)
     return student
+
+
+def read_by(rollout: RolloutConfig, teacher: Teacher) -> Teacher | None:
+    """The teacher, if this round's behaviour reads it: what is not read is neither loaded, nor restored when it was evicted."""
+    return teacher if "teacher" in rollout.behaviour.reads else None
 
 
 def begin(experiment: Experiment, do: Executor, evaluated: Callable[[int], bool]) -> tuple[Student, Teacher, Prompts]:

@@ -142,11 +142,13 @@ class Experiment(BaseModel):
         return self.model_dump(mode="json", exclude={"runtime", "policy"})
 
     def at(self, round: int) -> Experiment:
-        """The experiment that applies to a round: the parent's for rounds up to a fork."""
+        """The experiment that applies to a round: the parent's for rounds up to a fork, and with the behaviour that holds at the
+        round's first optimizer step (of rounds of `steps_per_round`, also where max_drift ended some early)."""
         if self.fork is not None and round <= self.fork.round:
             parent = Experiment.model_validate(self.fork.experiment)
             return parent.model_copy(update={"runtime": self.runtime}).at(round)
-        return self
+        step = max(round - 1, 0) * self.steps_per_round
+        return self.model_copy(update={"rollout": self.rollout.at(step)})
 
     @property
     def steps_per_round(self) -> int:
@@ -188,20 +190,12 @@ def cross_problems(e: Experiment) -> list[str]:
         for name, value, plain in (
             ("top_p", e.rollout.top_p, 1.0),
             ("top_k", e.rollout.top_k or 0, 0),
+            ("min_p", e.rollout.min_p, 0),
             ("temperature", e.rollout.temperature, 1.0),
         )
         if value != plain
     ]
-    if not e.rollout.behaviour.exact and e.objective.requires_untruncated_sampling:
-        problems.append(
-            f"rollout.behaviour: with {e.rollout.behaviour.kind!r} the student does not draw every token, but this objective's"
-            " sampled estimator needs exact samples of the student; use behaviour: student, or a direct objective"
-        )
-    if truncated and e.objective.requires_untruncated_sampling:
-        problems.append(
-            f"objective: a sampled estimator needs exact samples of the student, but {' and '.join(truncated)}; set"
-            " rollout.top_p: 1, top_k: 0, temperature: 1 (no importance weight restores tokens that were cut off)"
-        )
+    problems += sampling_problems(e, truncated)
     problems += _stop_problems(e)
     for name, model in (("student", e.student), ("teacher", e.teacher)):
         if model.warmup is not None and e.prompts.warmup is None:
@@ -226,6 +220,47 @@ def _stop_problems(e: Experiment) -> list[str]:
         problems.append(
             f"supervise.teacher: kind {e.supervise.teacher.kind} cannot count several stop ids as one, which"
             " prompts.tokenizers.stop_ids: merge asks for; choose kind: local, or stop_ids: mask"
+        )
+    return problems
+
+
+def sampling_problems(e: Experiment, truncated: Sequence[str]) -> list[str]:
+    """What does not fit together of how rollouts are drawn (`truncated`: fields that cut the student's distribution off) and an
+    estimator that takes the samples for the student's own."""
+    problems, behaviour, objective = [], e.rollout.behaviour, e.objective
+    correction = e.train.importance_correction.kind
+    weighted = correction == "biased_truncated" and behaviour.weighable
+    if not objective.requires_untruncated_sampling:
+        if correction == "biased_truncated":
+            problems.append(
+                "train.importance_correction: biased_truncated weights samples for a sampled estimator, and this objective is"
+                " none: an expectation needs no weights; take kind: none or truncated"
+            )
+        return problems
+    if weighted:
+        if not getattr(objective, "center", True):
+            problems.append(
+                "objective.center: false, but train.importance_correction: biased_truncated cannot see outside the nucleus, so"
+                " that the part of a constant advantage does not vanish; set center: true"
+            )
+        if objective.exact_samples:
+            problems.append(
+                "objective.advantage: opd_plus is unbiased for exact samples of the student alone, which the weights of"
+                " train.importance_correction: biased_truncated are not; take advantage: stop_gradient, or rollout.top_p: 1"
+            )
+        return problems
+    if not behaviour.exact:
+        weigh = ", or weight the tokens with train.importance_correction: {kind: biased_truncated}"
+        problems.append(
+            f"rollout.behaviour: with {behaviour.kind!r} the student does not draw every token, but this objective's"
+            " sampled estimator needs exact samples of the student; use behaviour: student, or a direct objective"
+            + (weigh if behaviour.weighable else "")
+        )
+    if truncated:
+        problems.append(
+            f"objective: a sampled estimator needs exact samples of the student, but {' and '.join(truncated)}; set"
+            " rollout.top_p: 1, top_k: 0, temperature: 1 (no importance weight restores tokens that were cut off;"
+            " train.importance_correction: {kind: biased_truncated} accepts that)"
         )
     return problems
 

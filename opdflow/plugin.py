@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from storage.schemas import Column, TableSchema
 from tasks import behaviours as _behaviours
-from tasks.behaviours import Behaviour, Completion, Draw, Drawn, Start
+from tasks.behaviours import Behaviour, Completion, Draw, Drawn, Score, Scored, Start, Stops
 from tasks.engines import teacher as _teacher
 from tasks.engines.teacher import Capabilities, Host, Passage, Teacher, TeacherBackend, Vocabulary
 from tasks.losses import credit as _credit
@@ -36,9 +36,9 @@ from tasks.workers.jobs import Schema, register_role, register_schema
 
 __all__ = [
     "Ask", "Behaviour", "Capabilities", "Column", "Completion", "Credit", "CreditContext", "CreditNeeds", "CreditTerms",
-    "Divergence", "Draw", "Drawn", "Host", "Passage", "Schema", "Shard", "SideTerm", "Signal", "SignalNeed", "Start",
-    "TableSchema", "Teacher", "TeacherBackend", "TokenWeight", "TrustRegion", "Values", "Vocabulary", "Wanted", "Weighable",
-    "Written", "register", "register_role", "register_schema",
+    "Divergence", "Draw", "Drawn", "Host", "Passage", "Schema", "Score", "Scored", "Shard", "SideTerm", "Signal",
+    "SignalNeed", "Start", "Stops", "TableSchema", "Teacher", "TeacherBackend", "TokenWeight", "TrustRegion", "Values",
+    "Vocabulary", "Wanted", "Weighable", "Written", "register", "register_role", "register_schema",
 ]  # fmt: skip
 
 C = TypeVar("C", bound=type)

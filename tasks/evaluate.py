@@ -243,7 +243,7 @@ def _build(
     meta = {} if builder.repairing else _meta(builder, len(plan))
     if lost := meta.get("invalid_kl"):
         ctx.log(f"warning: the KL of {lost} completions is not finite; reverse_kl leaves them out")
-    stage.commit(TABLE, meta, sampled=True)
+    stage.commit(TABLE, meta, stage.batches(TABLE))
 
 
 def _held_out(store: Store, prompts: Artifact) -> list[Prompt]:

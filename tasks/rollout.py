@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
+from storage.artifacts.batches import BATCHES
 from storage.artifacts.shards import read_parquet
-from storage.errors import InputError
+from storage.errors import ConfigError, InputError
 from storage.identity import Identity, derive_seed, omit_at
 from storage.query.figures import errors_of, sums
 from storage.store import Artifact, ArtifactSpec, Builder, Store
+from tasks.behaviours import Behaviour, Read
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.rollout_config import RolloutConfig
 from tasks.sharded import ShardedStage, distinct
@@ -21,6 +25,7 @@ from tasks.stage import (
     Context,
     Prompts,
     Student,
+    Teacher,
     Work,
     merged_stop_ids,
     model_inputs,
@@ -30,6 +35,8 @@ from tasks.stage import (
 from tasks.workers.jobs import ArtifactRef, ModelRef, Request, SampleJob, SampleShard, Sampling, config_json
 
 VERSION = 1
+VALUES_VERSION = 1
+"""Of the tables of behaviours."""
 STAGE = "rollout"
 TABLE = "rollouts"
 SPLIT = "train"
@@ -49,24 +56,57 @@ def rollout_work(
     seed: int,
     round: int,
     plugins: Mapping[str, str] = NO_PLUGINS,
+    teacher: Teacher | None = None,
+    drafts: Artifact | None = None,
 ) -> Work:
     """The rollouts of one round (from 1): `prompts_per_round` prompts of the split train, `num_generations` each.
-    `plugins`: the run's, name -> digest of the source.
+    `plugins`: the run's, name -> digest of the source. `teacher` and `drafts` (completions that the teacher wrote) enter the key
+    and are read only where the behaviour reads them; `config.behaviour` is the one that holds for the round (`Behaviour.at`).
 
     Output "rollout": table rollouts; meta: metrics (mean_length in tokens and clipped_ratio, with their errors as in an
-    evaluation; tokens), proofs of the engines' weights.
-    Raises InputError when a prompt with its completion exceeds the student's positions."""
+    evaluation; tokens), proofs of the engines' weights. Where the behaviour has a table of its own, that is a second output of
+    the table's name with the same shards; meta: metrics of the behaviour.
+    Raises InputError when a prompt with its completion exceeds the student's positions, ConfigError without what the behaviour
+    reads."""
     # all that a completion depends on; the checkpoint's generation config decides which tokens "eos" means
     inputs = model_inputs(student, "student:")
     inputs |= prompt_inputs(prompts, SPLIT) | stop_inputs(prompts)
+    behaviour = config.behaviour
+    read = Reads(
+        _needed(behaviour, "teacher", teacher),
+        _needed(behaviour, "drafts", drafts),
+    )
+    if read.teacher is not None:
+        inputs |= model_inputs(read.teacher, "teacher:")
+    if read.drafts is not None:
+        inputs |= {f"drafts:{name}": digest for name, digest in read.drafts.content.items()}
     used = used_plugins(plugins, "sampler", config=config)
     identity = _RolloutIdentity(config=config, seed=seed, round=round, plugins=used)
-    spec = ArtifactSpec.of(STAGE, VERSION, identity, inputs)
+    outputs = {STAGE: ArtifactSpec.of(STAGE, VERSION, identity, inputs)}
+    if (table := behaviour.table) is not None:
+        version = VALUES_VERSION
+        outputs[table.name] = ArtifactSpec.of(table.name, version, identity, inputs, (table,), "rollouts")
 
     def build(builders: dict[str, Builder], ctx: Context) -> None:
-        _build(builders[STAGE], ctx, config, student, prompts, seed, round)
+        _build(builders, ctx, config, student, prompts, seed, round, read, outputs[STAGE])
 
-    return Work(STAGE, {STAGE: spec}, build)
+    return Work(STAGE, outputs, build)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What the round's behaviour reads beside the student."""
+
+    teacher: Artifact | None = None
+    drafts: Artifact | None = None
+
+
+def _needed(behaviour: Behaviour, what: Read, given: Artifact | None) -> Artifact | None:
+    if what not in behaviour.reads:
+        return None
+    if given is None:
+        raise ConfigError(f"rollout.behaviour: {behaviour.kind!r} reads the {what}, but this stage was given none")
+    return given
 
 
 def prompts_for_round(prompt_ids: Sequence[str], seed: int, round: int, prompts_per_round: int) -> list[str]:
@@ -104,34 +144,61 @@ def plan_samples(chosen: Sequence[str], config: RolloutConfig, seed: int, round:
 
 
 def _build(
-    builder: Builder, ctx: Context, config: RolloutConfig, student: Artifact, prompts: Artifact, seed: int, round: int
+    builders: dict[str, Builder],
+    ctx: Context,
+    config: RolloutConfig,
+    student: Artifact,
+    prompts: Artifact,
+    seed: int,
+    round: int,
+    read: Reads,
+    rollouts: ArtifactSpec,
 ) -> None:
+    """Sample what is missing of the rollouts and of the behaviour's own table: one sampling writes both."""
+    behaviour = config.behaviour
     lengths = _prompt_lengths(ctx.store, prompts)
     plan = plan_samples(prompts_for_round(list(lengths), seed, round, config.prompts_per_round), config, seed, round)
-    stage = ShardedStage(ctx, STAGE, [len(requests) for requests in plan], {TABLE: builder}, ("sampler",))
+    tables = {TABLE if name == STAGE else name: builder for name, builder in builders.items()}
+    first = TABLE if TABLE in tables else next(iter(tables))
+    stage = ShardedStage(ctx, STAGE, [len(requests) for requests in plan], tables, ("sampler",))
+    committed = ctx.store.get(rollouts.stage, rollouts.key) if first != TABLE else None
+    recorded = committed.provenance if committed is not None else None
     results = []
     if stage.missing:
         stops = merged_stop_ids(prompts)
         sampling = Sampling(**config.sampling() | ({"stop_token_ids": stops, "merged": True} if stops else {}))
+        values = tables.get(behaviour.table.name) if behaviour.table is not None else None
         job = SampleJob(
             store=str(ctx.store.root),
-            target=ArtifactRef(builder.stage, builder.key),
+            target=ArtifactRef(tables[first].stage, tables[first].key),
             prompts=ArtifactRef.of(prompts),
             split=SPLIT,
             model=ModelRef.of(ctx.store, student),
             dtype=config.dtype,
             longest=max(lengths[r.prompt_id] for shard in plan for r in shard) + config.max_completion_length,
-            log_table=TABLE,
-            behaviour=config_json(config.behaviour),
+            log_table=first,
+            behaviour=config_json(behaviour),
+            values=ArtifactRef(values.stage, values.key) if values is not None else None,
+            teacher=ModelRef.of(ctx.store, read.teacher) if read.teacher is not None else None,
+            drafts=ArtifactRef.of(read.drafts) if read.drafts is not None else None,
         )
-        shards = {number: SampleShard(number, sampling, requests) for number, requests in enumerate(plan)}
-        results = stage.sample(TABLE, job, shards, stage.missing)
-    meta = {
-        "metrics": _metrics(builder, 0 if builder.repairing else len(plan)),
-        "stop_token_ids": next((r.stop_token_ids for r in results if r.stop_token_ids is not None), None),
-        "weight_proofs": distinct([result.proof for result in results]),
-    }
-    stage.commit(TABLE, meta, sampled=True)
+        lacking = {number: [name for name in tables if number in stage.absent[name]] for number in stage.missing}
+        shards = {n: SampleShard(n, sampling, requests, lacking.get(n)) for n, requests in enumerate(plan)}
+        results = stage.sample(first, job, shards, stage.missing, recorded)
+    batches = {BATCHES: recorded.get(BATCHES)} if recorded is not None else stage.batches(first)
+    # the rollouts come last: until then they keep the record of the batches that both are of
+    for name in sorted(tables, key=lambda name: name == TABLE):
+        whole = 0 if tables[name].repairing else len(plan)
+        if name == TABLE:
+            meta: dict[str, Any] = {
+                "metrics": _metrics(tables[name], whole),
+                "stop_token_ids": next((r.stop_token_ids for r in results if r.stop_token_ids is not None), None),
+                "weight_proofs": distinct([result.proof for result in results]),
+            }
+        else:
+            rows = [row for path in tables[name].finished(name, whole) for row in read_parquet(path).to_pylist()]
+            meta = {"metrics": dict(behaviour.metrics(rows))} if rows else {}
+        stage.commit(name, meta, batches)
 
 
 def _prompt_lengths(store: Store, prompts: Artifact) -> dict[str, int]:

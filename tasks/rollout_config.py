@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from storage.identity import Identity, omit_at
 from tasks.behaviours import BehaviourField
@@ -34,6 +34,13 @@ class RolloutConfig(Identity):
         1.0, gt=0, le=1, description="sample from the smallest set of tokens with this probability; 1: all"
     )
     top_k: int = Field(0, ge=0, description="sample from this many likeliest tokens; 0: all")
+    min_p: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="sample from tokens at least this share as likely as the likeliest one; 0: all",
+        json_schema_extra=omit_at(0.0),
+    )
     num_generations: int = Field(1, ge=1, description="completions per prompt")
     max_completion_length: int = Field(256, ge=1, description="tokens of a completion; longer ones are cut (clipped)")
     stop_token_ids: StopTokenIds = Field(
@@ -51,7 +58,17 @@ class RolloutConfig(Identity):
         json_schema_extra=omit_at({"kind": "student"}),
     )
 
+    @model_validator(mode="after")
+    def _fits_behaviour(self) -> RolloutConfig:
+        if problems := self.behaviour.problems(self):
+            raise ValueError("; ".join(problems))
+        return self
+
+    def at(self, step: int) -> RolloutConfig:
+        """This config for a round whose first optimizer step is `step` (from 0): with the behaviour that holds then."""
+        return self.model_copy(update={"behaviour": self.behaviour.at(step)})
+
     def sampling(self) -> dict[str, Any]:
         """The fields of `tasks.workers.jobs.Sampling`, as JSON."""
-        fields = {"temperature", "top_p", "top_k", "max_completion_length", "stop_token_ids"}
+        fields = {"temperature", "top_p", "top_k", "min_p", "max_completion_length", "stop_token_ids"}
         return self.model_dump(mode="json", include=fields)

@@ -59,15 +59,21 @@ class ShardedStage:
         return found
 
     def sample(
-        self, table: str, job: SampleJob, shards: Mapping[int, SampleShard], missing: Sequence[int]
+        self,
+        table: str,
+        job: SampleJob,
+        shards: Mapping[int, SampleShard],
+        missing: Sequence[int],
+        recorded: Mapping[str, Any] | None = None,
     ) -> list[SampleResult]:
         """Have samplers write the `missing` shards. A shard whose rows are recorded is sampled again in its batch, so that it
         is equal bit for bit, and each of these batches on one worker; all other shards share one queue, and each worker samples
-        one batch."""
+        one batch. `recorded`: the provenance that has the batches, where it is not `table`'s own."""
         builder = self._outputs[table]
         between = builder.intermediate()
         written = (lambda shard: between.read("rollouts", shard) is not None) if job.intermediate else self._written
-        again = builder.batches_to_repeat(table, missing, self.ctx.recorded.get((builder.stage, builder.key)))
+        recorded = self.ctx.recorded.get((builder.stage, builder.key), recorded)
+        again = builder.batches_to_repeat(table, missing, recorded)
         results = self._repeat(job, shards, again, written)
         repeated = {shard for batch in again for shard in batch.shards}
         if rest := [shards[shard] for shard in missing if shard not in repeated]:
@@ -108,12 +114,16 @@ class ShardedStage:
     def _written(self, shard: int) -> bool:
         return all(shard not in builder.missing(name, len(self.sizes)) for name, builder in self._outputs.items())
 
-    def commit(self, table: str, meta: Mapping[str, Any], sampled: bool = False) -> None:
-        """Publish a table, with the numerics of its shards (and where it was `sampled` their batches) in the provenance. A
+    def batches(self, table: str) -> dict[str, Any]:
+        """The batches that the shards of a sampled table were in, for `commit`."""
+        return self._outputs[table].batches(table, len(self.sizes))
+
+    def commit(self, table: str, meta: Mapping[str, Any], batches: Mapping[str, Any] | None = None) -> None:
+        """Publish a table, with the numerics of its shards (and where they were sampled their `batches`) in the provenance. A
         repaired artifact keeps what was recorded."""
         builder, count = self._outputs[table], len(self.sizes)
         self.ctx.progress(self._total, self._total, "samples")
-        provenance = builder.shard_numerics(table, count) | (builder.batches(table, count) if sampled else {})
+        provenance = builder.shard_numerics(table, count) | dict(batches or {})
         builder.commit(meta=meta, tables={table: count}, provenance=provenance)
 
 

@@ -4,7 +4,7 @@ exist, and commits; workers run the models. One pass of the models writes all mi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
@@ -56,6 +56,8 @@ class Sampling(Protocol):
     def top_p(self) -> float: ...
     @property
     def top_k(self) -> int: ...
+    @property
+    def min_p(self) -> float: ...
 
 
 def supervise_work(
@@ -78,7 +80,9 @@ def supervise_work(
     made = tuple({need.name: need for need in needs}.values())
     if problems := signal_problems(config, made):
         raise ConfigError("; ".join(problems))
-    how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    how: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    if sampling.min_p:  # younger than version 0.1: left out of keys at 0
+        how["min_p"] = sampling.min_p
     context = Inputs(config, rollouts, student, teacher, prompts, how, plugins)
     outputs: dict[str, ArtifactSpec] = {need.name: signal_named(need.name).spec(context, need.k) for need in made}
     shared: dict[str, str] = {}

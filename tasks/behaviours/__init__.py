@@ -2,35 +2,54 @@
 
 A behaviour is a config (`rollout.behaviour`) and a generator. For one completion `write` yields what the engine is to continue
 (`Draw`), is sent what the engine drew (`Drawn`), may ask again, and returns the `Completion`. The sampler runs all
-completions of a shard at once; each may take as many turns as it likes."""
+completions of a shard at once; each may take as many turns as it likes.
+
+One that reads the teacher may yield a `Score` too: it asks student and teacher for the distributions of the tokens that follow
+some prefixes, and is sent a `Scored`. The sampler collects the scores that completions wait for, gives both models their tokens
+in one forward, and calls `digest` once for all of them.
+
+What a behaviour does may depend on the optimizer step (`at`). Keys hold the behaviour that holds for a round."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Generator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from storage.errors import ConfigError
+from storage.schemas import TableSchema
 from tasks.losses.registry import Kind, Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Read = Literal["teacher", "drafts", "completions"]
+"""What a behaviour may need beside the student: the teacher's weights in the sampler's process; completions that the teacher
+wrote in advance; completions that came with the prompts."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """One completion to write: token ids of its prompt, the most tokens that it may have, and its seed."""
+    """One completion to write: token ids of its prompt, the most tokens that it may have, its seed, and the ids that end a
+    completion for the student, and (where the behaviour reads it) for the teacher."""
 
     prompt: tuple[int, ...]
     max_tokens: int
     seed: int
+    stop_ids: tuple[int, ...] = ()
+    teacher_stop_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What the student's engine is to continue: token ids (the prompt's included), at most so many new ones, the draw's seed."""
+    """What the student's engine is to continue: token ids (the prompt's included), at most so many new ones, the draw's seed, and
+    ids that end this draw beside those that end every completion."""
 
     tokens: tuple[int, ...]
     max_tokens: int
     seed: int
+    stops: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,14 +62,45 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class Score:
+    """What student and teacher are to read: the first tokens of a completion (without the prompt, of which each model has its
+    own). Asked for are the distributions of the token that follows its first `after` tokens, its first `after` + 1, and so on, up
+    to all of them: N = len(tokens) - after + 1."""
+
+    tokens: tuple[int, ...]
+    after: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The answer: by name what the behaviour's `digest` made, tensors (N, ...) on its device, a row for each position."""
+
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stops:
+    """The ids that end a completion for the student, and for the teacher."""
+
+    student: tuple[int, ...]
+    teacher: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Completion:
     """A completion: T token ids with one log-probability each under the distribution that they were really drawn from (0 for
-    a token that was not drawn), stop or length, and how many leading tokens the student did not write."""
+    a token that was not drawn), stop or length, and how many leading tokens the student did not write. `values`: by name the
+    cells of the behaviour's own table (`Behaviour.table`), without `sample_id`."""
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str
     prefix_length: int = 0
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+Ask = Draw | Score
+Answer = Drawn | Scored
 
 
 class Behaviour(Kind):
@@ -60,10 +110,37 @@ class Behaviour(Kind):
     paper: ClassVar[str] = ""
     exact: ClassVar[bool] = False
     """Whether every token is drawn from the student: what sampled estimators need."""
+    weighable: ClassVar[bool] = False
+    """Whether `sampling_logprobs` are of distributions that importance weights lead back from to the student's: every token was
+    drawn, from what can be any token of the student's."""
+    reads: ClassVar[frozenset[Read]] = frozenset()
+    """What it needs beside the student. Only this enters the rollouts' key and is loaded."""
+    table: ClassVar[TableSchema | None] = None
+    """A table of its own beside `rollouts`, one row per sample, made with them: an artifact of the table's name, with the shards
+    of the rollouts. Its first column is `sample_id`; lists have one entry per token. Set `prefixed`."""
 
     @abstractmethod
-    def write(self, start: Start) -> Generator[Draw, Drawn, Completion]:
-        """Write one completion. Must depend on nothing but `start` and the answers: it is repeated in replays."""
+    def write(self, start: Start) -> Generator[Any, Any, Completion]:
+        """Write one completion: yields a `Draw` and is sent a `Drawn`, or a `Score` and is sent a `Scored`. Must depend on
+        nothing but `start` and the answers: it is repeated in replays."""
+
+    def at(self, step: int) -> Behaviour:
+        """The behaviour that holds for a round whose first optimizer step is `step` (from 0), without schedules: what the
+        rollouts' key holds. It may be another kind, and may read less."""
+        return self
+
+    def digest(self, student_NV: Tensor, teacher_NV: Tensor, stops: Stops) -> Mapping[str, Tensor]:
+        """What `write` is sent of the distributions that it asked for, by name, a row for each of N: log-probabilities
+        (temperature 1) over V ids, those of both models. Called for many completions at once; runs where the models do."""
+        return {"student": student_NV, "teacher": teacher_NV}
+
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, float | None]:
+        """What the round's metrics say of the rows of its own table."""
+        return {}
+
+    def problems(self, sampling: Any) -> list[str]:
+        """What does not fit the fields beside it in `rollout` (a `RolloutConfig`), by field, and what to do."""
+        return []
 
     @property
     def label(self) -> Literal["student", "blended", "teacher"]:
@@ -74,7 +151,7 @@ class Behaviour(Kind):
 BEHAVIOURS: Registry[Behaviour] = Registry("behaviour")
 register = BEHAVIOURS.register
 
-from tasks.behaviours import student  # noqa: E402, F401  # registers itself
+from tasks.behaviours import student, trust_region  # noqa: E402, F401  # they register themselves
 
 if TYPE_CHECKING:
     BehaviourField = Behaviour

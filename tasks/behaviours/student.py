@@ -15,6 +15,7 @@ class StudentWrites(Behaviour):
     kind: Literal["student"] = "student"
     equation: ClassVar[str] = "y_t ~ p(. | x, y_<t), after temperature, top-k and top-p"
     exact: ClassVar[bool] = True
+    weighable: ClassVar[bool] = True
 
     def write(self, start: Start) -> Generator[Draw, Drawn, Completion]:
         answer = yield Draw(start.prompt, start.max_tokens, start.seed)

@@ -6,6 +6,7 @@ counted by the caller, never repaired."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -77,22 +78,27 @@ def reverse_kl(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
 
 
 def sampling_logprobs(
-    logprobs_NV: Tensor, ids_N: Tensor, temperature: float, top_p: float, top_k: int
+    logprobs_NV: Tensor, ids_N: Tensor, temperature: float, top_p: float, top_k: int, min_p: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """(logprobs_N, outside_N): log-probabilities of sampled tokens under the distribution that vLLM samples from.
 
-    As there: logits / temperature; then top-k, ties with the k-th kept; then top-p on what is left, renormalised: a
+    As there: logits / temperature; then min-p: a token stays if it is at least min_p times as likely as the likeliest; then
+    top-k, ties with the k-th kept; then top-p on what is left, renormalised: a
     token stays if the mass of those likelier than it is below top_p. Temperature 0 is the distribution of the model
     itself, as the sampler records it. A token that was sampled belongs to the set; where this model's rounding puts it
     just outside (`outside_N`), it is taken in and the mass grows by it."""
     token_N1 = ids_N[:, None]
-    if temperature == 0 or (temperature == 1 and top_p == 1 and not 0 < top_k < logprobs_NV.shape[-1]):
+    whole = top_p == 1 and min_p == 0 and not 0 < top_k < logprobs_NV.shape[-1]
+    if temperature == 0 or (temperature == 1 and whole):
         return of_tokens(logprobs_NV, token_N1)[:, 0], torch.zeros_like(ids_N, dtype=torch.bool)
     scaled_NV = logprobs_NV / temperature
     chosen_N = scaled_NV.gather(-1, token_N1)[:, 0]
     least_N = torch.full_like(chosen_N, -_INF)
+    if min_p > 0:
+        least_N = scaled_NV.max(-1).values + math.log(min_p)
+        scaled_NV.masked_fill_(scaled_NV < least_N[:, None], -_INF)
     if 0 < top_k < scaled_NV.shape[-1]:
-        least_N = scaled_NV.topk(top_k, dim=-1).values[:, -1]
+        least_N = torch.maximum(least_N, scaled_NV.topk(top_k, dim=-1).values[:, -1])
         scaled_NV.masked_fill_(scaled_NV < least_N[:, None], -_INF)
     if top_p < 1:
         ordered_NV = scaled_NV.sort(dim=-1).values

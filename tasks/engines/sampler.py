@@ -17,21 +17,24 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from storage.artifacts.batches import BatchLog
 from storage.errors import InputError, OpdError
-from storage.schemas import schema_for
+from storage.schemas import TableSchema, schema_for
 from storage.store import Store
-from tasks.behaviours import Behaviour, Completion, Draw, Drawn, Start, behaviour_of
+from tasks.behaviours import Answer, Behaviour, Completion, Draw, Start, behaviour_of
 from tasks.engines.hf_folder import check_length, check_stop_ids, stop_token_ids
 from tasks.engines.vllm_engine import SamplingFailed, VllmEngine, drawn, problem_of
 from tasks.engines.writing import Writing
 from tasks.workers.jobs import SampleJob, SampleResult, SampleShard, Sampling, ShardDone
 from tasks.workers.main import Link
+
+if TYPE_CHECKING:
+    from tasks.engines.pair import Pair, ScoreQueue
 
 _SHOWN = 5
 """Samples that an error lists."""
@@ -93,6 +96,16 @@ class OpenShard:
             schema=schema_for("rollouts"),
         )
 
+    def values(self, table: TableSchema) -> pa.Table:
+        """Rows of the behaviour's own table."""
+        return pa.Table.from_pylist(
+            [
+                {"sample_id": request.sample_id, **self.completions[position].values}
+                for position, request in enumerate(self.item.requests)
+            ],
+            schema=table.arrow,
+        )
+
 
 class Intake:
     """Gives a batch its shards: first those to be retried, then the job's. In a repeated batch each is given at its recorded
@@ -147,6 +160,8 @@ class Sampler:
         self.settings = settings
         self.engine = VllmEngine(settings)
         self._stopped_by: list[int] | None = None
+        self._pair: Pair | None = None
+        self._scores: ScoreQueue | None = None
 
     def handle(self, job: SampleJob, link: Link) -> SampleResult:
         """Sample and write shards until the supervisor has no more. Raises InputError for prompts that do not fit the model,
@@ -155,7 +170,9 @@ class Sampler:
         store = Store(job.store)
         writer = store.shard_writer(job.target.stage, job.target.key)
         target = writer.intermediate() if job.intermediate else writer
+        values = store.shard_writer(job.values.stage, job.values.key) if job.values is not None else None
         prompts = _prompt_tokens(store, job)
+        teacher_prompts = _prompt_tokens(store, job, "teacher_token_ids") if job.teacher is not None else {}
         behaviour = behaviour_of(json.loads(bytes(job.behaviour)))
         wanted = set(job.write) if job.write is not None else None
         slots = int(self.settings.get("max_num_seqs", 256))
@@ -165,6 +182,7 @@ class Sampler:
         done = passes = 0
         while not intake.empty:
             self._prepare(job)
+            self._scores = self._open_scores(job, behaviour, prompts, teacher_prompts)
             log = BatchLog(writer.path, job.log_table) if job.batch is None else None
             failed: list[OpenShard] = []
             passes += 1
@@ -186,7 +204,12 @@ class Sampler:
                     continue
                 if log is not None:
                     log.writing(number)
-                target.write_shard("rollouts", number, shard.rows(prompts, behaviour, self._text))
+                tables = shard.item.tables or ["rollouts"]
+                if "rollouts" in tables:
+                    target.write_shard("rollouts", number, shard.rows(prompts, behaviour, self._text))
+                own = behaviour.table
+                if values is not None and own is not None and own.name in tables:
+                    values.write_shard(own.name, number, shard.values(own), own)
                 done += shard.item.size
                 link.done(ShardDone(number, shard.item.size))
                 if wanted is not None:
@@ -205,7 +228,8 @@ class Sampler:
         return SampleResult(self._stopped_by, self.engine.proof)
 
     def close(self) -> None:
-        """Shut the engine down."""
+        """Shut the engine down, and free the models beside it."""
+        self._free_pair()
         self.engine.close()
 
     # --- a batch ---------------------------------------------------------------------------------------------------
@@ -215,6 +239,25 @@ class Sampler:
         path = Path(job.model.path)
         check_length(path, job.longest)
         self.engine.load(path, job.model.weights, job.dtype, job.longest)
+
+    def _open_scores(
+        self, job: SampleJob, behaviour: Behaviour, prompts: dict[str, list[int]], teacher: dict[str, list[int]]
+    ) -> ScoreQueue | None:
+        """The two models beside the engine, where the behaviour reads the teacher. They are freed where it does not."""
+        if job.teacher is None:
+            self._free_pair()
+            return None
+        from tasks.engines.pair import Pair, ScoreQueue  # torch comes with the engine, whose environment is set by now
+
+        self._pair = self._pair or Pair(self.settings)
+        with self.engine.outside():
+            self._pair.load(job.model, job.teacher, job.dtype)
+        return ScoreQueue(self._pair, behaviour, prompts, teacher)
+
+    def _free_pair(self) -> None:
+        pair, self._pair, self._scores = self._pair, None, None
+        if pair is not None:
+            pair.close()
 
     def _stop_ids(self, job: SampleJob, sampling: Sampling) -> list[int]:
         """The ids that end a completion. InputError for ids that the model does not have."""
@@ -241,10 +284,13 @@ class Sampler:
         self.engine.clear_cache()
         waiting: dict[str, tuple[OpenShard, int]] = {}
         unfinished: dict[int, OpenShard] = {}
+        scores = self._scores
+        if scores is not None:
+            scores.begin()
         step = 0
         try:
             while True:
-                while (item := intake.take(step, len(waiting))) is not None:
+                while (item := intake.take(step, len(waiting) + self._asked)) is not None:
                     if log is not None:
                         log.add(item.shard, step)
                     shard = unfinished[item.shard] = OpenShard(item, self._stop_ids(job, item.sampling))
@@ -255,12 +301,15 @@ class Sampler:
                         shard.problems[position] = problem
                     else:
                         waiting |= self._go_on(shard, {position: drawn(output)})
+                if scores is not None and not waiting:
+                    for shard, position, scored in scores.answers():
+                        waiting |= self._go_on(shard, {position: scored})
                 step += 1
                 link.progress(done + sum(len(shard.completions) for shard in unfinished.values()), 0)
                 for number in [number for number, shard in unfinished.items() if shard.complete]:
                     done += len(unfinished[number].completions)
                     yield unfinished.pop(number)
-                if not waiting and intake.empty:
+                if not waiting and not self._asked and intake.empty:
                     return
         except GeneratorExit:
             self.engine.abort(waiting)
@@ -282,18 +331,28 @@ class Sampler:
             prompt = prompts[request.prompt_id]
             if not prompt:
                 raise InputError(f"sampler: prompt {request.prompt_id!r} has no tokens; prepare filters these")
-            start = Start(tuple(prompt), limit, request.seed)
+            teacher_stops = tuple(self._scores.teacher_stop_ids) if self._scores is not None else ()
+            start = Start(tuple(prompt), limit, request.seed, tuple(shard.stop_ids), teacher_stops)
             shard.writers[position] = Writing(behaviour, start, request.sample_id, self.engine.vocabulary, longest)
 
-    def _go_on(self, shard: OpenShard, answers: Mapping[int, Drawn | None]) -> dict[str, tuple[OpenShard, int]]:
+    @property
+    def _asked(self) -> int:
+        """Completions that wait for a score."""
+        return len(self._scores) if self._scores is not None else 0
+
+    def _go_on(self, shard: OpenShard, answers: Mapping[int, Answer | None]) -> dict[str, tuple[OpenShard, int]]:
         """Let completions of a shard take their next turn; what they ask for goes to the engine. Returns as `_enqueue`."""
         asks: dict[int, Draw] = {}
         for position, answer in answers.items():
             turn = shard.writers[position].turn(answer)
             if isinstance(turn, Draw):
                 asks[position] = turn
-            else:
+            elif isinstance(turn, Completion):
                 shard.completions[position] = turn
+                if self._scores is not None:
+                    self._scores.end(shard, position)
+            elif self._scores is not None:
+                self._scores.add(shard, position, turn)
         return self._enqueue(shard, asks) if asks else {}
 
     def _enqueue(self, shard: OpenShard, asks: dict[int, Draw]) -> dict[str, tuple[OpenShard, int]]:
@@ -313,12 +372,14 @@ class Sampler:
         return text
 
 
-def _prompt_tokens(store: Store, job: SampleJob) -> dict[str, list[int]]:
-    """prompt_id -> the student's tokens, of the job's split."""
+def _prompt_tokens(store: Store, job: SampleJob, of: str = "token_ids") -> dict[str, list[int]]:
+    """prompt_id -> the student's tokens, or the teacher's (`of` teacher_token_ids), of the job's split."""
     artifact = store.require(job.prompts.stage, job.prompts.key)
-    table = store.read_table(artifact, "prompts", columns=["prompt_id", "split", "token_ids"])
+    columns = list(dict.fromkeys(["prompt_id", "split", "token_ids", of]))
+    table = store.read_table(artifact, "prompts", columns=columns)
     table = table.filter(pc.equal(table["split"], job.split))
-    return dict(zip(table["prompt_id"].to_pylist(), table["token_ids"].to_pylist(), strict=True))
+    tokens = pc.coalesce(table[of], table["token_ids"])  # null: equal to the student's
+    return dict(zip(table["prompt_id"].to_pylist(), tokens.to_pylist(), strict=True))
 
 
 def _written_on(completion: Completion, sampling: Sampling) -> list[int]:

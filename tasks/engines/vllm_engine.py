@@ -86,7 +86,10 @@ class VllmEngine:
 
     def enqueue(self, asks: Sequence[Draw], sampling: Sampling, stop_ids: Sequence[int]) -> list[str]:
         """Give the engine these requests. Returns its name of each."""
-        params = [self._params(sampling, ask.seed, ask.max_tokens, stop_ids) for ask in asks]
+        ends = [sorted({*stop_ids, *ask.stops}) for ask in asks]
+        params = [
+            self._params(sampling, ask.seed, ask.max_tokens, stops) for ask, stops in zip(asks, ends, strict=True)
+        ]
         texts = [{"prompt_token_ids": list(ask.tokens)} for ask in asks]
         # an engine in a process of its own begins with the first request: pause it, so that all enter at one step
         pause = not self.in_process and len(asks) > 1
@@ -120,6 +123,7 @@ class VllmEngine:
             temperature=sampling.temperature,
             top_p=1.0 if greedy else sampling.top_p,
             top_k=0 if greedy else sampling.top_k,
+            min_p=0.0 if greedy else sampling.min_p,
             seed=None if greedy else seed,
             max_tokens=max_tokens,
             stop_token_ids=list(stop_ids),
@@ -197,13 +201,13 @@ class VllmEngine:
             if (problem := problem_of(output, vocabulary)) is not None:
                 raise SamplingFailed(f"a probe after a weight change failed: {problem}")
         sequences = [(prompt, [int(t) for t in out.token_ids]) for prompt, out in zip(prompts, outputs, strict=True)]
-        with self._outside_engine():
+        with self.outside():
             held = self.proof["params_unproven"] == 0
             result = judge_probes(path, sequences, [logprobs_of(output) for output in outputs], dtype, held)
         self.llm.reset_prefix_cache()
         return result
 
-    def _outside_engine(self) -> AbstractContextManager[None]:
+    def outside(self) -> AbstractContextManager[None]:
         """In the block transformers' models can be built in this process: for architectures without a model of its own vLLM
         decorates transformers' class, which then needs a vLLM config, here one that compiles nothing."""
         from vllm.config import CompilationConfig, CompilationMode, set_current_vllm_config

@@ -10,8 +10,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from pyarrow.types import is_list
+
 from storage.errors import OpdError
-from tasks.behaviours import Behaviour, Completion, Draw, Drawn, Start
+from tasks.behaviours import Answer, Ask, Behaviour, Completion, Draw, Score, Start
 
 
 class BehaviourFailed(OpdError):
@@ -27,8 +29,8 @@ class Writing:
         self.vocabulary, self.longest = vocabulary, longest
         self._generator = behaviour.write(start)
 
-    def turn(self, answer: Drawn | None = None) -> Draw | Completion:
-        """What is to be drawn next, or the completion. `answer`: what the last draw gave, None at the first turn.
+    def turn(self, answer: Answer | None = None) -> Ask | Completion:
+        """What is to be drawn or scored next, or the completion. `answer`: what the last one gave, None at the first turn.
 
         Raises BehaviourFailed, and OpdErrors of the behaviour as they are."""
         try:
@@ -39,8 +41,12 @@ class Writing:
             raise
         except Exception as error:
             raise self._failed(f"{type(error).__name__}: {error}", error) from error
+        if isinstance(given, Score):
+            return self._score(given)
         if not isinstance(given, Draw):
-            raise self._failed(f"it must yield a Draw, found {type(given).__name__}")
+            raise self._failed(f"it must yield a Draw or a Score, found {type(given).__name__}")
+        if given.stops:
+            self._check_ids("Draw.stops", given.stops)
         self._check_ids("Draw.tokens", given.tokens)
         if not isinstance(given.max_tokens, int) or given.max_tokens < 1:
             raise self._failed(f"Draw.max_tokens is {given.max_tokens!r}; ask for at least one token")
@@ -48,6 +54,20 @@ class Writing:
             raise self._failed(
                 f"a Draw of {len(given.tokens)} tokens and at most {given.max_tokens} new ones has {length}; the engine has"
                 f" room for {self.longest} (longest prompt and rollout.max_completion_length)"
+            )
+        return given
+
+    def _score(self, given: Score) -> Score:
+        if "teacher" not in self.behaviour.reads:
+            raise self._failed("it yields a Score, but does not say that it reads the teacher (Behaviour.reads)")
+        if given.tokens:
+            self._check_ids("Score.tokens", given.tokens)
+        length = len(given.tokens)
+        if not isinstance(given.after, int) or not 0 <= given.after <= length:
+            raise self._failed(f"Score.after is {given.after!r}, of {length} tokens")
+        if length >= self.start.max_tokens:
+            raise self._failed(
+                f"a Score of what follows {length} tokens; a completion has at most {self.start.max_tokens} tokens"
             )
         return given
 
@@ -64,7 +84,26 @@ class Writing:
             raise self._failed(f"Completion.finish_reason is {made.finish_reason!r}; it must be stop or length")
         if not 0 <= made.prefix_length <= length:
             raise self._failed(f"Completion.prefix_length is {made.prefix_length}, of {length} tokens")
+        self._check_values(made)
         return made
+
+    def _check_values(self, made: Completion) -> None:
+        """The cells of the behaviour's own table: its columns, and in lists one value per token."""
+        table = self.behaviour.table
+        columns = {column.name: column for column in table.columns if column.name != "sample_id"} if table else {}
+        if made.values.keys() != columns.keys():
+            raise self._failed(
+                f"Completion.values has {', '.join(made.values) or 'nothing'}; its table has {', '.join(columns) or 'none'}"
+            )
+        for name, value in made.values.items():
+            if value is None:
+                if not columns[name].nullable:
+                    raise self._failed(f"Completion.values[{name!r}] is None, but its column is not nullable")
+            elif is_list(columns[name].type):
+                if len(value) != len(made.token_ids) or not all(map(math.isfinite, value)):
+                    raise self._failed(f"Completion.values[{name!r}] must be {len(made.token_ids)} finite numbers")
+            elif isinstance(value, int | float) and not math.isfinite(value):
+                raise self._failed(f"Completion.values[{name!r}] is {value}, no finite number")
 
     def _check_ids(self, what: str, ids: Sequence[int]) -> None:
         wrong = [token for token in ids if not isinstance(token, int) or not 0 <= token < self.vocabulary]

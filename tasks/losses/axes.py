@@ -99,6 +99,11 @@ class Normalised(Identity):
         return self
 
     @property
+    def exact_samples(self) -> bool:
+        """Whether it holds for exact samples alone, so that importance weights do not make up for others."""
+        return False
+
+    @property
     def requires_untruncated_sampling(self) -> bool:
         """Whether rollouts must be exact samples of the student: top-p 1, no top-k, temperature 1."""
         return False

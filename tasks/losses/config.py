@@ -238,6 +238,11 @@ class PolicyGradientConfig(Weighted):
         return self
 
     @property
+    def exact_samples(self) -> bool:
+        """Whether the advantage is derived for exact samples, so that importance weights do not make up for others."""
+        return self.advantage.exact_samples
+
+    @property
     def requires_untruncated_sampling(self) -> bool:
         """Whether rollouts must be exact samples of the student, which a sampled token's advantage needs: its constants
         vanish only under exact sampling from p (OPD+, 2606.01039), and no importance weight restores tokens outside a

@@ -56,7 +56,7 @@ class Inputs:
     teacher: Artifact
     prompts: Artifact
     sampling: dict[str, Any]
-    """temperature, top_p, top_k of the rollouts"""
+    """temperature, top_p, top_k of the rollouts, and min_p where it is not 0"""
     plugins: Mapping[str, str]
     """the run's plugins, name -> digest of the source"""
 

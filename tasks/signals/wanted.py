@@ -33,7 +33,7 @@ class Ask:
     on: frozenset[int] = frozenset()
     """for each of these k: its log-probabilities of the ids in the other model's list of k"""
     sampling: Mapping[str, Any] | None = None
-    """temperature, top_p, top_k: log-probabilities under the distribution sampled from"""
+    """temperature, top_p, top_k, min_p: log-probabilities under the distribution sampled from"""
 
     def __str__(self) -> str:
         """What is asked, for people."""

@@ -67,7 +67,22 @@ class TruncatedCorrection(Identity):
     cap: float = Field(2.0, gt=0, description="largest weight of a token")
 
 
-ImportanceCorrection = Annotated[NoCorrection | TruncatedCorrection, Field(discriminator="kind")]
+class BiasedTruncatedCorrection(Identity):
+    """Each token's loss is weighted by min(cap, exp(student_logprob - sampling_logprob)), detached: the rollout-time student at
+    temperature 1 over the whole vocabulary, against the distribution sampled from.
+
+    For sampled estimators whose rollouts were not drawn from the student itself: cut off by top-p, top-k or min-p, at another
+    temperature, or blended (TRB). Biased under a cut: it cannot see the tokens outside the nucleus, which have no samples, so the
+    gradient lacks their part; inside, the weights restore the student's proportions. The part of a constant advantage does not
+    vanish then, so `objective.center` is required; refused with `opd_plus`, whose advantage holds for exact samples alone."""
+
+    kind: Literal["biased_truncated"] = "biased_truncated"
+    cap: float = Field(2.0, gt=0, description="largest weight of a token")
+
+
+ImportanceCorrection = Annotated[
+    NoCorrection | TruncatedCorrection | BiasedTruncatedCorrection, Field(discriminator="kind")
+]
 
 
 class LoraSettings(Identity):

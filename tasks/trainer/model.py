@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -61,12 +62,12 @@ class LossHead(nn.Module):
         head: nn.Module,
         objective: Objective,
         provider: HeadProvider,
-        cap: float | None,
+        weights: Weights | None,
         stop_ids: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self._head = [head]  # in a list, so that the model's layer is not registered twice
-        self.objective, self.provider, self.cap = objective, provider, cap
+        self.objective, self.provider, self.weights = objective, provider, weights
         self.student = replace(objective.needs.student, stop_ids=stop_ids)
         self.metrics = replace(objective.needs.metrics, stop_ids=stop_ids)
         self.stats: TokenStats | None = None
@@ -88,9 +89,8 @@ class LossHead(nn.Module):
         per_token_N = output.per_token_N.float()
         metrics = {name: value.detach().float() for name, value in output.metrics.items()}
         weight_N = batch.weight_N
-        if self.cap is not None:
-            assert tokens.behaviour_logprobs_N is not None and tokens.sampling_logprobs_N is not None
-            importance_N = (tokens.behaviour_logprobs_N - tokens.sampling_logprobs_N).exp().clamp(max=self.cap)
+        if self.weights is not None:
+            importance_N = self.weights(tokens)
             metrics["importance_weight_mean"] = importance_N
             weight_N = weight_N * importance_N
         log_ratio_N = _log_ratio(tokens, observed or view)
@@ -100,6 +100,19 @@ class LossHead(nn.Module):
         stats = (per_token_N.detach(), tokens.loss_mask_N, tokens.sample_N, metrics, log_ratio_N)
         self.stats = TokenStats(*stats)
         return (weight_N * per_token_N).sum()
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Importance weights of tokens: min(cap, exp(`over` - sampling log-probability))."""
+
+    over: Literal["behaviour_logprobs", "student_logprobs"]
+    cap: float
+
+    def __call__(self, tokens: TokenBatch) -> torch.Tensor:
+        over_N = tokens.behaviour_logprobs_N if self.over == "behaviour_logprobs" else tokens.student_logprobs_N
+        assert over_N is not None and tokens.sampling_logprobs_N is not None
+        return (over_N - tokens.sampling_logprobs_N).exp().clamp(max=self.cap)
 
 
 def _log_ratio(tokens: TokenBatch, view: StudentView) -> torch.Tensor | None:
@@ -116,12 +129,12 @@ class TrainModule(nn.Module):
         model: PreTrainedModel,
         objective: Objective,
         provider: HeadProvider,
-        cap: float | None = None,
+        weights: Weights | None = None,
         stop_ids: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.model = model
-        self.loss_head = LossHead(model.get_output_embeddings(), objective, provider, cap, stop_ids)
+        self.loss_head = LossHead(model.get_output_embeddings(), objective, provider, weights, stop_ids)
 
     def forward(self, batch: Forward, observe: bool) -> torch.Tensor:
         hidden_BTD = self.model.get_decoder()(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
@@ -29,13 +29,13 @@ from tasks.losses.head import ChunkedHead
 from tasks.signals.stop_ids import counted
 from tasks.trainer import state
 from tasks.trainer.batching import Step, plan_steps
-from tasks.trainer.config import OptimizerSettings, TrainConfig, TruncatedCorrection, WarmupConfig
+from tasks.trainer.config import NoCorrection, OptimizerSettings, TrainConfig, TruncatedCorrection, WarmupConfig
 from tasks.trainer.data import Samples, from_prompts, from_rollouts
 from tasks.trainer.engine import Engine, load_for, start
 from tasks.trainer.export import export_student, rehearse_export
 from tasks.trainer.loop import Plan, pinned, run_steps
 from tasks.trainer.midround import Keeper
-from tasks.trainer.model import TrainModule, trainable
+from tasks.trainer.model import TrainModule, Weights, trainable
 from tasks.workers.jobs import ArtifactRef, TrainJob, TrainResult, WarmupJob
 from tasks.workers.main import Link
 from tasks.workers.metrics import Progress, summarised
@@ -56,7 +56,7 @@ class TrainingJob:
     max_drift: float | None = None
     drift_estimator: str | None = None
     stop_loss: float | None = None
-    cap: float | None = None
+    weights: Weights | None = None
     stop_ids: tuple[int, ...] = ()
 
 
@@ -113,7 +113,7 @@ class Trainer:
         if runtime["activation_checkpointing"]:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         provider = ChunkedHead(int(runtime["head_chunk_tokens"]))
-        module = TrainModule(model, make_objective(training.objective), provider, training.cap, training.stop_ids)
+        module = TrainModule(model, make_objective(training.objective), provider, training.weights, training.stop_ids)
         engine = Engine(module, parameters, settings, runtime["deepspeed"], self.device)
         try:
             if tensors is not None:
@@ -202,12 +202,14 @@ def _train_job(job: TrainJob, store: Store) -> TrainingJob:
     reasons = [MaskReason[name.upper()] for name in config.mask_reasons]
     rows = model_rows(Path(job.model))
     samples = from_rollouts(counted(rollouts, job.stop_ids), signals, objective.needs(), reasons, job.seed, rows)
-    correction, cap = config.importance_correction, None
-    if isinstance(correction, TruncatedCorrection):
-        cap = correction.cap
-        if "behaviour_logprobs" not in samples.floats:
+    correction, weights = config.importance_correction, None
+    if not isinstance(correction, NoCorrection):
+        over: Literal["behaviour_logprobs", "student_logprobs"]
+        over = "behaviour_logprobs" if isinstance(correction, TruncatedCorrection) else "student_logprobs"
+        weights = Weights(over, correction.cap)
+        if over not in samples.floats:
             raise InputError(
-                "train.importance_correction: truncated needs sampled.behaviour_logprobs, which are null;"
+                f"train.importance_correction: {correction.kind} needs sampled.{over}, which are null or were not asked for;"
                 " let supervise compute them"
             )
     return TrainingJob(
@@ -219,7 +221,7 @@ def _train_job(job: TrainJob, store: Store) -> TrainingJob:
         metrics_every=config.metrics_every,
         max_drift=config.max_drift,
         drift_estimator=config.drift_estimator,
-        cap=cap,
+        weights=weights,
         stop_ids=tuple(job.stop_ids),
     )
 

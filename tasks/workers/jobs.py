@@ -64,8 +64,8 @@ class ModelRef(Schema):
 
 
 class Sampling(Schema):
-    """How tokens are drawn. top_k 0 means all tokens; temperature 0 the likeliest. `stop_token_ids`: ids, or "eos". `merged`:
-    these are the stop ids of two models, the one that texts are written with first; the student may lack others."""
+    """How tokens are drawn. top_k 0 and min_p 0 mean all tokens; temperature 0 the likeliest. `stop_token_ids`: ids, or "eos".
+    `merged`: these are the stop ids of two models, the one that texts are written with first; the student may lack others."""
 
     temperature: float
     top_p: float
@@ -73,6 +73,7 @@ class Sampling(Schema):
     max_completion_length: int
     stop_token_ids: list[int] | str
     merged: bool = False
+    min_p: float = 0.0
 
 
 class Request(Schema, array_like=True):
@@ -85,11 +86,12 @@ class Request(Schema, array_like=True):
 
 
 class SampleShard(Schema):
-    """Item: the completions of one shard."""
+    """Item: the completions of one shard, and which of the job's tables it lacks; null: `rollouts`."""
 
     shard: int
     sampling: Sampling
     requests: list[Request]
+    tables: list[str] | None = None
 
     @property
     def size(self) -> int:
@@ -100,7 +102,8 @@ class SampleJob(Schema):
     """Sample completions of prompts (role sampler). Every shard becomes one of the table `rollouts` in the unfinished artifact
     `target`; with `intermediate` in its folder of intermediate shards, which no manifest names.
 
-    `behaviour` is the JSON of who writes the tokens (tasks/behaviours). `longest` is the length in tokens of the longest prompt
+    `behaviour` is the JSON of who writes the tokens (tasks/behaviours), `values` where shards of its own table go, `teacher` the
+    teacher and `drafts` the completions that it reads. `longest` is the length in tokens of the longest prompt
     with its completion, over all shards of the stage. `batch`
     repeats a recorded batch: item i is added at the engine's step `batch[i]`, and only the shards `write` are written."""
 
@@ -115,6 +118,9 @@ class SampleJob(Schema):
     """The table whose batches are recorded: the one that the stage commits."""
     intermediate: bool = False
     behaviour: msgspec.Raw = msgspec.Raw(b'{"kind":"student"}')
+    values: ArtifactRef | None = None
+    teacher: ModelRef | None = None
+    drafts: ArtifactRef | None = None
     batch: list[int] | None = None
     write: list[int] | None = None
     share: int | None = None
@@ -138,6 +144,7 @@ class ScoringDistribution(Schema):
     temperature: float
     top_p: float
     top_k: int
+    min_p: float = 0.0
 
 
 class MaskRules(Schema):

@@ -21,10 +21,10 @@ class Company(scripted_sampler.Scripted):
         return super().handle(job, Reporting(link, job.store))
 
     def _prepare(self, job):
-        fresh = self.llm is None
+        fresh = self.engine.llm is None
         super()._prepare(job)
         if fresh:
-            self.llm.__class__ = Engine
+            self.engine.llm.__class__ = Engine
 
 
 class Engine(scripted_sampler.Engine):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,7 +24,13 @@ SEED, ROUND = 5, 2
 class Stage:
     """A store with a student and seven prompts, and rollouts of them: three shards of four, four and two samples."""
 
-    def __init__(self, root: Path, checkpoint: Path | None = None, config: RolloutConfig = CONFIG) -> None:
+    def __init__(
+        self,
+        root: Path,
+        checkpoint: Path | None = None,
+        config: RolloutConfig = CONFIG,
+        teacher: Path | None = None,
+    ) -> None:
         self.store = Store(root / "store")
         with self.store.building(ArtifactSpec.of("model", 1, {}, {})) as builder:
             folder = builder.directory("model")
@@ -32,6 +41,11 @@ class Stage:
             else:
                 shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
             self.student = builder.commit()
+        self.teacher = self.student
+        if teacher is not None:
+            with self.store.building(ArtifactSpec.of("model", 1, {"teacher": True}, {})) as builder:
+                shutil.copytree(teacher, builder.directory("model"), dirs_exist_ok=True)
+                self.teacher = builder.commit()
         rows = [
             {"prompt_id": f"p{i}", "split": "eval" if i == 7 else "train", "text": "x", "token_ids": [i, i + 1]}
             for i in range(8)
@@ -40,7 +54,7 @@ class Stage:
         with self.store.building(ArtifactSpec.of("prepare", 1, {}, {})) as builder:
             builder.write_shard("prompts", 0, table)
             self.prompts = builder.commit(content={"prompts:train": "p", "prompts:eval": "e"})
-        self.work = rollout_work(config, self.student, self.prompts, seed=SEED, round=ROUND)
+        self.work = rollout_work(config, self.student, self.prompts, seed=SEED, round=ROUND, teacher=self.teacher)
         self.spec = self.work.outputs["rollout"]
         chosen = prompts_for_round([f"p{i}" for i in range(7)], SEED, ROUND, config.prompts_per_round)
         self.shards = plan_samples(chosen, config, SEED, ROUND)
@@ -56,6 +70,22 @@ class Stage:
             self.work.build({"rollout": builder}, self.context(pool))
             assert builder.committed is not None
             return builder.committed
+
+    def build_all(self, pool: WorkerPool, recorded: Mapping[str, Artifact] | None = None) -> dict[str, Artifact]:
+        """All outputs, as an executor builds them: those that are missing. `recorded`: artifacts of another store that are
+        repeated in their batches."""
+        context = self.context(pool)
+        if recorded is not None:
+            provenance = {(artifact.stage, artifact.key): artifact.provenance for artifact in recorded.values()}
+            context = replace(context, recorded=provenance)
+        with ExitStack() as stack:
+            builders = {
+                name: stack.enter_context(self.store.building(spec)) for name, spec in self.work.outputs.items()
+            }
+            missing = {name: builder for name, builder in builders.items() if builder.committed is None}
+            if missing:
+                self.work.build(missing, context)
+            return {name: builder.committed for name, builder in builders.items() if builder.committed is not None}
 
     def noted(self, name: str) -> list[int]:
         """The numbers that the scripted sampler has noted in a file since the last call."""

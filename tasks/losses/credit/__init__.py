@@ -113,6 +113,8 @@ class CreditTerms:
 class Credit(Kind):
     """How much each token is pushed up or down."""
 
+    exact_samples: ClassVar[bool] = False
+    """whether it is derived for exact samples of the student, which no importance weight stands in for"""
     sampled_only: ClassVar[bool] = True
     """whether it is defined for the sampled token alone, not for a list of candidates"""
 

@@ -17,6 +17,7 @@ class OpdPlus(Credit):
     kind: Literal["opd_plus"] = "opd_plus"
     equation = "delta = w_f(u) = -f(u) + u f'(u)"
     paper = "2606.01039"
+    exact_samples = True
     sampled_only = False
 
     def delta_at_one(self, divergence: Divergence) -> float:

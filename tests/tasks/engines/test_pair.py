@@ -1,0 +1,194 @@
+"""Student and teacher beside the sampler: what they give in parts is what they give whole, and real rollouts by both samplers."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from rollout_stage import Stage
+from small_models import checkpoint
+
+from storage.artifacts.artifact import Artifact
+from storage.artifacts.digests import weights_digest
+from storage.errors import InputError
+from storage.query.catalog import Catalog
+from tasks.behaviours import Score
+from tasks.engines.hf_folder import load_causal_lm
+from tasks.engines.pair import CachedModel, Pair, Reading
+from tasks.rollout_config import RolloutConfig
+from tasks.workers.jobs import ModelRef
+from tasks.workers.pool import WorkerPool
+from tasks.workers.runtime import RuntimeConfig, SamplerRuntime
+
+FAR = {"initializer_range": 0.6}
+EPSILON = 0.05
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: checkpoint(root / name, seed, **FAR) for seed, name in enumerate(("student", "teacher"))}
+
+
+def pair_of(models: dict[str, Path], **settings) -> Pair:
+    pair = Pair({"device": "cpu", **settings})
+    refs = [ModelRef(str(models[name]), weights_digest(models[name]), "") for name in ("student", "teacher")]
+    pair.load(*refs, "float32")
+    return pair
+
+
+def whole(path: Path, prompt: list[int], tokens: tuple[int, ...], after: int) -> torch.Tensor:
+    with torch.inference_mode():
+        logits = load_causal_lm(path, torch.float32).eval()(torch.tensor([[*prompt, *tokens]])).logits[0]
+    return logits[len(prompt) - 1 + after :].log_softmax(-1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"score_cache_gib": 1e-6}, {"score_batch_tokens": 8, "score_chunk_tokens": 4}],
+    ids=["together", "hardly any cache", "one by one"],
+)
+def test_parts_give_what_the_whole_gives(models, settings):
+    """Three completions of unequal length go on by blocks, of which a random part is rejected."""
+    pair = pair_of(models, **settings)
+    assert all(model.keeps for _, model in pair._models.values())
+    draw = random.Random(1)
+    prompts = {(0, at): [draw.randrange(250) for _ in range(3 + 4 * at)] for at in range(3)}
+    teacher_prompts = {place: prompt[1:] for place, prompt in prompts.items()}
+    texts: dict = {place: [] for place in prompts}
+    for _ in range(4):
+        asked = {
+            place: Reading(
+                prompts[place],
+                teacher_prompts[place],
+                Score((*texts[place], *(draw.randrange(250) for _ in range(draw.randrange(5)))), len(texts[place])),
+            )
+            for place in prompts
+        }
+        found = dict(pair.answers(asked, lambda student, teacher: {"student": student, "teacher": teacher}))
+        assert list(found) == list(asked)
+        for place, reading in asked.items():
+            for who, read in (("student", prompts), ("teacher", teacher_prompts)):
+                expected = whole(models[who], read[place], reading.score.tokens, reading.score.after)
+                torch.testing.assert_close(found[place].values[who], expected, atol=2e-5, rtol=1e-4)
+            kept = draw.randrange(len(reading.score.tokens) - reading.score.after + 1)
+            texts[place] = [*reading.score.tokens[: reading.score.after + kept], draw.randrange(250)]
+
+
+def test_a_model_whose_cache_cannot_be_cut_reads_everything_again(models, monkeypatch):
+    """A model that sees keys by their place in the cache, as sliding windows do."""
+    plain = CachedModel._cache
+
+    def shifted(self, parts, common, past):
+        return plain(self, parts, [max(0, keep - 1) for keep in common], past)
+
+    monkeypatch.setattr(CachedModel, "_cache", shifted)
+    model = CachedModel(models["student"], "float32", torch.device("cpu"), 2**20)
+    assert not model.keeps
+    pair = pair_of(models)
+    reading = Reading([1, 2, 3], [1, 2, 3], Score((4, 5), 1))
+    ((_, scored),) = pair.answers({(0, 0): reading}, lambda student, teacher: {"student": student})
+    torch.testing.assert_close(
+        scored.values["student"], whole(models["student"], [1, 2, 3], (4, 5), 1), atol=2e-5, rtol=1e-4
+    )
+
+
+def test_weights_that_are_not_the_jobs_are_refused(models):
+    wrong = ModelRef(str(models["teacher"]), "0" * 64, "")
+    right = ModelRef(str(models["student"]), weights_digest(models["student"]), "")
+    with pytest.raises(InputError, match="the weights' digest is"):
+        Pair({"device": "cpu"}).load(right, wrong, "float32")
+
+
+def config(**behaviour) -> RolloutConfig:
+    return RolloutConfig(
+        num_generations=2, prompts_per_round=5, shard_prompts=2, max_completion_length=12,
+        behaviour={"kind": "trb", "epsilon": EPSILON, "block": 4, **behaviour},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    sampler = SamplerRuntime(kv_cache_gib=0.125, max_num_seqs=8)
+    runtime = RuntimeConfig(device="cpu", threads=1, retries=0, sampler=sampler)
+    with WorkerPool(runtime, tmp_path_factory.mktemp("logs")) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def blended(models, pool, tmp_path_factory) -> tuple[Stage, dict[str, Artifact]]:
+    stage = Stage(tmp_path_factory.mktemp("blended"), models["student"], config(), models["teacher"])
+    return stage, stage.build_all(pool)
+
+
+def test_no_row_spends_more_than_epsilon(blended):
+    stage, made = blended
+    assert set(made) == {"rollout", "blending"} and made["rollout"].rows == {"rollouts": 10}
+    query = Catalog(stage.store).query
+    (row,) = query(
+        f"""SELECT count(*) AS n, bool_and(list_max(b.kl) <= {EPSILON}) AS within, max(list_max(b.kl)) AS most,
+        bool_and(len(b.kl) = len(r.completion_token_ids) AND len(b.beta) = len(b.kl)) AS aligned,
+        bool_and(behaviour = 'blended' AND prefix_length = 0) AS marked, sum(b.accepted) AS accepted, sum(b.drafted) AS drafted
+        FROM rollouts r JOIN blending b USING (sample_id)"""
+    ).to_pylist()
+    assert row["n"] == 10 and row["within"] and row["aligned"] and row["marked"]
+    assert row["most"] > 0.9 * EPSILON  # the models are far apart: the budget is used
+    assert 0 < row["accepted"] <= row["drafted"]
+    metrics = made["blending"].meta["metrics"]
+    assert metrics["acceptance"] == row["accepted"] / row["drafted"] > 1 - math.sqrt(EPSILON / 2) - 0.15
+    assert metrics["kl_max"] == row["most"] and metrics["draft_tv"] < 1e-3
+
+
+def test_the_log_probabilities_are_those_of_mu(blended, models):
+    """Read by transformers alone, token by token."""
+    from tasks.behaviours import Stops
+    from tasks.behaviours.trust_region import TrustRegionBlending
+
+    stage, made = blended
+    rollouts = stage.store.read_table(made["rollout"], "rollouts").to_pylist()
+    spent = stage.store.read_table(made["blending"], "blending").to_pylist()
+    for row, values in list(zip(rollouts, spent, strict=True))[:3]:
+        prompt, ids = row["prompt_token_ids"], row["completion_token_ids"]
+        both = [whole(models[who], prompt, tuple(ids[:-1]), 0) for who in ("student", "teacher")]
+        made_of = TrustRegionBlending(epsilon=EPSILON).digest(*both, Stops((257,), (257,)))
+        expected = made_of["mu"].gather(1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(row["sampling_logprobs"]), expected, atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(torch.tensor(values["beta"]), made_of["beta"], atol=2e-3, rtol=1e-3)
+
+
+def test_a_lost_shard_and_a_replay_come_out_bit_for_bit(blended, models, pool, tmp_path):
+    stage, made = blended
+    rows = {
+        name: stage.store.read_table(made[name], table)
+        for name, table in (("rollout", "rollouts"), ("blending", "blending"))
+    }
+    again = Stage(tmp_path / "again", models["student"], config(), models["teacher"])
+    replayed = again.build_all(pool, made)
+    assert {name: artifact.content for name, artifact in replayed.items()} == {n: a.content for n, a in made.items()}
+    # damage one shard of each
+    for name, table, shard in (("rollout", "rollouts", 0), ("blending", "blending", 2)):
+        path = again.store.shard_files(replayed[name], table)[shard]
+        path.write_bytes(b"damaged")
+        repaired = again.build_all(pool)
+        assert repaired[name].content == made[name].content
+        assert again.store.read_table(repaired[name], table).equals(rows[name])
+
+
+def test_lock_step_reads_both_models_and_drafts_nothing(models, pool, tmp_path):
+    stage = Stage(tmp_path / "lock", models["student"], config(sampler="lock_step"), models["teacher"])
+    made = stage.build_all(pool)
+    values = stage.store.read_table(made["blending"], "blending").to_pylist()
+    assert all(row["drafted"] is None and row["accepted_lengths"] is None for row in values)
+    assert 0 < max(max(row["kl"]) for row in values) <= EPSILON
+
+
+def test_without_a_trust_region_rows_are_those_of_plain_sampling(models, pool, tmp_path):
+    plain = RolloutConfig(**{**config().model_dump(), "behaviour": "student"})
+    first = Stage(tmp_path / "plain", models["student"], plain, models["teacher"]).build_all(pool)
+    annealed = config(anneal_steps=3).at(3)
+    second = Stage(tmp_path / "annealed", models["student"], annealed, models["teacher"]).build_all(pool)
+    assert list(second) == ["rollout"] and second["rollout"].key == first["rollout"].key
+    assert second["rollout"].content == first["rollout"].content

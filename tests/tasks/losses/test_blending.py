@@ -1,0 +1,126 @@
+"""The solver of trust-region blending: reference values, limits, and properties over arbitrary distributions."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from places import DATA
+
+from tasks.losses.blending import acceptance, blend, draw, merge_ids, residual
+
+REFERENCE = json.loads(Path(os.environ.get("OPD_REFERENCE", DATA / "objectives.json")).read_text())
+INF = float("inf")
+
+
+def reference_logprobs() -> tuple[torch.Tensor, ...]:
+    return tuple(
+        torch.tensor(REFERENCE[name], dtype=torch.float64).log_softmax(-1)
+        for name in ("student_logits", "teacher_logits")
+    )
+
+
+@pytest.mark.parametrize("case", REFERENCE["trust_region_blending"], ids=lambda case: f"eps{case['epsilon']}")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 2e-4)])
+def test_it_agrees_with_numbers_made_apart_from_it(case, dtype, tolerance):
+    student, teacher = (logprobs.to(dtype) for logprobs in reference_logprobs())
+    found = blend(student, teacher, case["epsilon"])
+    expected = case["per_position"]
+    assert len(expected) == len(student)
+    np.testing.assert_allclose(
+        found.beta_N, [p["beta"] for p in expected], atol=tolerance * 10 if dtype == torch.float32 else tolerance
+    )
+    np.testing.assert_allclose(found.logprobs_NV.exp(), [p["mu"] for p in expected], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(found.kl_N, [p["kl"] for p in expected], rtol=0, atol=tolerance)
+
+
+def distributions(rows: int = 3, size: int = 6):
+    logits = st.lists(
+        st.one_of(st.floats(-8, 8), st.floats(-80, 80), st.just(-INF)), min_size=size, max_size=size
+    ).filter(lambda row: max(row) > -INF)
+    return st.lists(logits, min_size=rows, max_size=rows).map(lambda x: torch.tensor(x, dtype=torch.float32))
+
+
+@settings(deadline=None, max_examples=150)
+@given(distributions(), distributions(), st.floats(0, 5), st.floats(0, 5), st.booleans())
+def test_what_holds_for_every_pair(student_logits, teacher_logits, epsilon, more, double):
+    dtype = torch.float64 if double else torch.float32
+    student, teacher = (x.to(dtype).log_softmax(-1) for x in (student_logits, teacher_logits))
+    found, wider = blend(student, teacher, epsilon), blend(student, teacher, epsilon + more)
+    assert bool((found.kl_N.double() <= epsilon).all()) and bool((found.kl_N >= 0).all())
+    assert bool(((found.beta_N >= 0) & (found.beta_N <= 1)).all())
+    torch.testing.assert_close(found.logprobs_NV.exp().sum(-1), torch.ones(3, dtype=dtype))
+    assert bool((wider.beta_N >= found.beta_N - 1e-5).all())
+    assert bool((wider.kl_N >= found.kl_N - 1e-4).all())
+    mu, p = found.logprobs_NV.double().exp(), student.double().exp()
+    spent = torch.where(mu > 0, mu * (found.logprobs_NV.double() - student.double()), 0).sum(-1)
+    torch.testing.assert_close(spent, found.kl_N.double(), atol=2e-4, rtol=1e-3)
+    # Pinsker: what bounds how often a draft is rejected
+    assert bool(((mu - p).abs().sum(-1) / 2 <= math.sqrt(epsilon / 2) + 1e-3).all())
+
+
+@settings(deadline=None, max_examples=50)
+@given(distributions(), distributions())
+def test_the_limits_are_exact(student_logits, teacher_logits):
+    student, teacher = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    none = blend(student, teacher, 0)
+    assert torch.equal(none.logprobs_NV, student) and not none.beta_N.any() and not none.kl_N.any()
+    whole = torch.where(teacher > -INF, teacher.exp() * (teacher - student), 0).sum(-1)
+    finite = whole.isfinite()
+    everything = blend(student, teacher, float(whole[finite].max()) + 0.01 if finite.any() else 1.0)
+    assert torch.equal(everything.logprobs_NV[finite], teacher[finite]) and bool((everything.beta_N[finite] == 1).all())
+    same = blend(student, student, 0.01)
+    assert torch.equal(same.logprobs_NV, student) and not same.kl_N.any()
+
+
+def test_distributions_without_a_common_id_give_the_student():
+    student = torch.tensor([[0.5, 0.5, 0.0, 0.0]]).log()
+    teacher = torch.tensor([[0.0, 0.0, 0.5, 0.5]]).log()
+    found = blend(student, teacher, 10.0)
+    assert torch.equal(found.logprobs_NV, student) and float(found.beta_N) == float(found.kl_N) == 0
+    # half of the student's mass is common: any beta above 0 costs log 2
+    partly = torch.tensor([[0.5, 0.0, 0.5, 0.0]]).log()
+    assert float(blend(student, partly, 0.69).beta_N) == 0
+    wide = blend(student, partly, 0.70)
+    assert 0.99 < float(wide.beta_N) < 1 and wide.logprobs_NV.exp().tolist() == [[1.0, 0.0, 0.0, 0.0]]
+    with pytest.raises(ValueError, match="negative"):
+        blend(student, teacher, -1e-9)
+
+
+def test_the_solution_is_the_largest_that_fits():
+    student, teacher = (
+        torch.randn(200, 50, generator=torch.Generator().manual_seed(seed)).double().mul(3).log_softmax(-1)
+        for seed in (1, 2)
+    )
+    for epsilon in (1e-4, 0.01, 0.3):
+        found = blend(student, teacher, epsilon)
+        assert bool((found.beta_N < 1).all())
+        torch.testing.assert_close(found.kl_N, torch.full_like(found.kl_N, epsilon), rtol=1e-8, atol=0)
+        blended = (student + found.beta_N[:, None] * (teacher - student)).log_softmax(-1)
+        torch.testing.assert_close(found.logprobs_NV, blended)
+
+
+def test_merged_ids_share_one_mass():
+    logprobs = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
+    merged = merge_ids(logprobs, [1, 3, 9], 3)
+    torch.testing.assert_close(merged.exp(), torch.tensor([[0.1, 0.0, 0.3, 0.6]]))
+    assert merge_ids(logprobs, [3], 3) is logprobs and merge_ids(logprobs, [3, 7], 3) is logprobs
+
+
+def test_draws_by_a_uniform_number():
+    weights = torch.tensor([0.0, 2.0, 0.0, 6.0, 0.0])
+    found = [draw(weights, u) for u in (0.0, 0.2499, 0.25, 0.5, 1 - 2**-53)]
+    assert found == [1, 1, 3, 3, 3]
+    assert acceptance(-INF, -1.0) == 0 and acceptance(-1.0, -INF) == 1 and acceptance(-2.0, -1.0) == math.exp(-1)
+    p = torch.tensor([0.5, 0.5]).log()
+    torch.testing.assert_close(
+        residual(torch.tensor([0.8, 0.2]).log(), p), torch.tensor([0.3, 0.0], dtype=torch.float64)
+    )
+    torch.testing.assert_close(residual(p, p), torch.tensor([0.5, 0.5], dtype=torch.float64))

@@ -34,8 +34,8 @@ from tasks.engines.hf_folder import (
     text_config,
 )
 from tasks.evaluate import rank_of
+from tasks.inputs.rounds import prompts_for_round
 from tasks.inputs.tokenizers import load_tokenizer
-from tasks.rollout import prompts_for_round
 from tasks.trainer.config import LoraSettings, OptimizerSettings
 from tasks.trainer.deepspeed_file import deepspeed_config
 from tasks.workers import jobs

@@ -8,12 +8,14 @@ from functools import partial
 from flows.experiment import Experiment, ModelConfig
 from flows.run.executor import Executor
 from storage.store import Artifact
+from tasks.behaviours.drafts import ReadsDrafts
+from tasks.draft import draft_work
 from tasks.evaluate import evaluate_work
 from tasks.inputs.models import model_work
 from tasks.prepare import prepare_work
 from tasks.rollout import rollout_work
 from tasks.rollout_config import RolloutConfig
-from tasks.stage import Prompts, Rollouts, Student, Teacher, TrainerState
+from tasks.stage import Drafts, Prompts, Rollouts, Student, Teacher, TrainerState
 from tasks.supervise import supervise_work
 from tasks.train import train_work
 from tasks.warmup import warmup_work
@@ -31,10 +33,11 @@ def distill(
         now = experiment.at(number)
         with do.round(number) as round:
             seed, plugins = now.seed, now.plugin_sources
+            drafts = drafted(experiment, number, teacher=teacher, prompts=prompts, do=do)
             made = do(
                 "rollout", rollout_work, now.rollout,
                 student=student, prompts=prompts, seed=seed, round=number,
-                teacher=read_by(now.rollout, teacher), plugins=plugins,
+                teacher=read_by(now.rollout, teacher), drafts=drafts, plugins=plugins,
             )  # fmt: skip
             rollouts = Rollouts(made["rollout"])
             signals = do(
@@ -60,6 +63,22 @@ def distill(
 def read_by(rollout: RolloutConfig, teacher: Teacher) -> Teacher | None:
     """The teacher, if this round's behaviour reads it: what is not read is neither loaded, nor restored when it was evicted."""
     return teacher if "teacher" in rollout.behaviour.reads else None
+
+
+def drafted(e: Experiment, round: int, *, teacher: Teacher, prompts: Prompts, do: Executor) -> Drafts | None:
+    """The completions that the teacher writes once for all rounds, where this round's behaviour reads them."""
+    now = e.at(round)
+    rollout, rounds = e.draft_plan(round)
+    behaviour = rollout.behaviour
+    if not isinstance(behaviour, ReadsDrafts) or "drafts" not in now.rollout.behaviour.reads:
+        return None
+    length = behaviour.draft_length(rollout.max_completion_length)
+    made = do(
+        "draft", draft_work, behaviour.drafts,
+        rollout=rollout, teacher=teacher, prompts=prompts, seed=now.seed, rounds=rounds, max_length=length,
+        plugins=now.plugin_sources,
+    )  # fmt: skip
+    return Drafts(made["draft"])
 
 
 def begin(experiment: Experiment, do: Executor, evaluated: Callable[[int], bool]) -> tuple[Student, Teacher, Prompts]:

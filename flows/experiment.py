@@ -145,10 +145,28 @@ class Experiment(BaseModel):
         """The experiment that applies to a round: the parent's for rounds up to a fork, and with the behaviour that holds at the
         round's first optimizer step (of rounds of `steps_per_round`, also where max_drift ended some early)."""
         if self.fork is not None and round <= self.fork.round:
-            parent = Experiment.model_validate(self.fork.experiment)
-            return parent.model_copy(update={"runtime": self.runtime}).at(round)
+            return self._parent.at(round)
         step = max(round - 1, 0) * self.steps_per_round
         return self.model_copy(update={"rollout": self.rollout.at(step)})
+
+    @functools.cached_property
+    def _parent(self) -> Experiment:
+        assert self.fork is not None
+        return Experiment.model_validate(self.fork.experiment).model_copy(update={"runtime": self.runtime})
+
+    def draft_plan(self, round: int) -> tuple[RolloutConfig, int | None]:
+        """The rollout's config whose drafts a round reads, with its schedules, and the last round that reads them (None where no
+        round is the last, 0 without any)."""
+        if self.fork is not None and round <= self.fork.round:
+            return self._parent.draft_plan(round)
+        behaviour, number = self.rollout.behaviour, 1
+        if "drafts" in behaviour.at(behaviour.last_change).reads:
+            return self.rollout, None
+        while number * self.steps_per_round < behaviour.last_change:
+            number += 1
+        while number and "drafts" not in self.at(number).rollout.behaviour.reads:
+            number -= 1
+        return self.rollout, number
 
     @property
     def steps_per_round(self) -> int:
@@ -197,6 +215,7 @@ def cross_problems(e: Experiment) -> list[str]:
     ]
     problems += sampling_problems(e, truncated)
     problems += _stop_problems(e)
+    problems += prefix_problems(e)
     for name, model in (("student", e.student), ("teacher", e.teacher)):
         if model.warmup is not None and e.prompts.warmup is None:
             problems.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
@@ -287,6 +306,26 @@ def served_problems(e: Experiment) -> list[str]:
                 " checkpoint as teacher.source"
             )
     return problems
+
+
+def prefix_problems(e: Experiment) -> list[str]:
+    """Whether tokens that the student did not write are trained on by an objective that cannot use them, or not at all."""
+    behaviour = e.rollout.behaviour
+    if not behaviour.prefixes or e.objective.needs().takes_prefixes:
+        return []
+    left_out = "teacher_prefix" in e.train.mask_reasons
+    if left_out and not behaviour.draws:
+        return [
+            "train.mask_reasons: teacher_prefix leaves out every token of these rollouts, none of which the student writes; take"
+            " it out of the list"
+        ]
+    if not left_out and e.objective.estimator == "policy_gradient":
+        return [
+            "objective.estimator: a policy gradient needs the probability with which the student drew each token, but with"
+            f" rollout.behaviour {behaviour.kind!r} others wrote some; put teacher_prefix into train.mask_reasons, take a trust"
+            " region with a term for prefixes (tropd), or use estimator: direct"
+        ]
+    return []
 
 
 def size_problems(e: Experiment, rows: int | None, positions: int | None, teacher_rows: int | None) -> list[str]:

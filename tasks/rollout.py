@@ -17,7 +17,10 @@ from storage.errors import ConfigError, InputError
 from storage.identity import Identity, derive_seed, omit_at
 from storage.query.figures import errors_of, sums
 from storage.store import Artifact, ArtifactSpec, Builder, Store
-from tasks.behaviours import Behaviour, Read
+from tasks.behaviours import Behaviour, Completion, Read, Start
+from tasks.engines.drafts import Drafted, draft_of, read_drafts, require_drafts
+from tasks.engines.writing import Writing, rollout_rows, text_of
+from tasks.inputs.rounds import SPLIT, prompts_for_round
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.rollout_config import RolloutConfig
 from tasks.sharded import ShardedStage, distinct
@@ -39,7 +42,6 @@ VALUES_VERSION = 1
 """Of the tables of behaviours."""
 STAGE = "rollout"
 TABLE = "rollouts"
-SPLIT = "train"
 
 
 class _RolloutIdentity(Identity):
@@ -69,9 +71,11 @@ def rollout_work(
     Raises InputError when a prompt with its completion exceeds the student's positions, ConfigError without what the behaviour
     reads."""
     # all that a completion depends on; the checkpoint's generation config decides which tokens "eos" means
-    inputs = model_inputs(student, "student:")
-    inputs |= prompt_inputs(prompts, SPLIT) | stop_inputs(prompts)
     behaviour = config.behaviour
+    inputs = model_inputs(student, "student:")
+    if not behaviour.draws:  # its tokenizer decodes the texts
+        inputs = {"student:tokenizer": inputs["student:tokenizer"]}
+    inputs |= prompt_inputs(prompts, SPLIT) | stop_inputs(prompts)
     read = Reads(
         _needed(behaviour, "teacher", teacher),
         _needed(behaviour, "drafts", drafts),
@@ -79,7 +83,7 @@ def rollout_work(
     if read.teacher is not None:
         inputs |= model_inputs(read.teacher, "teacher:")
     if read.drafts is not None:
-        inputs |= {f"drafts:{name}": digest for name, digest in read.drafts.content.items()}
+        inputs["drafts"] = read.drafts.content["drafts"]
     used = used_plugins(plugins, "sampler", config=config)
     identity = _RolloutIdentity(config=config, seed=seed, round=round, plugins=used)
     outputs = {STAGE: ArtifactSpec.of(STAGE, VERSION, identity, inputs)}
@@ -107,25 +111,6 @@ def _needed(behaviour: Behaviour, what: Read, given: Artifact | None) -> Artifac
     if given is None:
         raise ConfigError(f"rollout.behaviour: {behaviour.kind!r} reads the {what}, but this stage was given none")
     return given
-
-
-def prompts_for_round(prompt_ids: Sequence[str], seed: int, round: int, prompts_per_round: int) -> list[str]:
-    """The prompts of a round (from 1), in order: consecutive slices of a seeded permutation, with a new one for each epoch.
-
-    A pure function of its arguments and independent of the order of `prompt_ids`. A round that crosses the end of an
-    epoch may have a prompt twice."""
-    if round < 1:
-        raise ValueError(f"round {round}: rollouts begin with round 1")
-    ids = sorted(set(prompt_ids))
-    if not ids:
-        raise InputError(f"no prompt of the split {SPLIT!r} is left to roll out; see what prepare filtered")
-    start = (round - 1) * prompts_per_round
-    chosen: list[str] = []
-    while len(chosen) < prompts_per_round:
-        epoch, offset = divmod(start + len(chosen), len(ids))
-        order = [name for _, name in sorted((derive_seed(seed, "prompts", epoch, name), name) for name in ids)]
-        chosen += order[offset : offset + prompts_per_round - len(chosen)]
-    return chosen
 
 
 def plan_samples(chosen: Sequence[str], config: RolloutConfig, seed: int, round: int) -> list[list[Request]]:
@@ -164,7 +149,19 @@ def _build(
     committed = ctx.store.get(rollouts.stage, rollouts.key) if first != TABLE else None
     recorded = committed.provenance if committed is not None else None
     results = []
-    if stage.missing:
+    source = _written_before(behaviour, prompts, read)
+    foreign = [int(token) for token in (prompts.meta.get("audit") or {}).get("masked_ids", ())] if read.drafts else []
+    drafts: Drafted = {}
+    if source is not None:
+        drafts = read_drafts(ctx.store, source, SPLIT, foreign)
+        require_drafts(drafts, [request for shard in plan for request in shard])
+    if not behaviour.draws:
+        for number in stage.missing:
+            builder = tables[TABLE]
+            builder.write_shard(
+                TABLE, number, _without_engine(config, plan[number], drafts, ctx.store, student, prompts)
+            )
+    elif stage.missing:
         stops = merged_stop_ids(prompts)
         sampling = Sampling(**config.sampling() | ({"stop_token_ids": stops, "merged": True} if stops else {}))
         values = tables.get(behaviour.table.name) if behaviour.table is not None else None
@@ -180,12 +177,14 @@ def _build(
             behaviour=config_json(behaviour),
             values=ArtifactRef(values.stage, values.key) if values is not None else None,
             teacher=ModelRef.of(ctx.store, read.teacher) if read.teacher is not None else None,
-            drafts=ArtifactRef.of(read.drafts) if read.drafts is not None else None,
+            drafts=source,
+            foreign=foreign,
         )
         lacking = {number: [name for name in tables if number in stage.absent[name]] for number in stage.missing}
         shards = {n: SampleShard(n, sampling, requests, lacking.get(n)) for n, requests in enumerate(plan)}
         results = stage.sample(first, job, shards, stage.missing, recorded)
     batches = {BATCHES: recorded.get(BATCHES)} if recorded is not None else stage.batches(first)
+    batches = batches if behaviour.draws else {}
     # the rollouts come last: until then they keep the record of the batches that both are of
     for name in sorted(tables, key=lambda name: name == TABLE):
         whole = 0 if tables[name].repairing else len(plan)
@@ -199,6 +198,43 @@ def _build(
             rows = [row for path in tables[name].finished(name, whole) for row in read_parquet(path).to_pylist()]
             meta = {"metrics": dict(behaviour.metrics(rows))} if rows else {}
         stage.commit(name, meta, batches)
+
+
+def _written_before(behaviour: Behaviour, prompts: Artifact, read: Reads) -> ArtifactRef | None:
+    """Where completions are that were written before; None for a behaviour that reads none."""
+    if read.drafts is not None:
+        return ArtifactRef.of(read.drafts)
+    return ArtifactRef.of(prompts) if "completions" in behaviour.reads else None
+
+
+def _without_engine(
+    config: RolloutConfig,
+    requests: Sequence[Request],
+    drafts: Drafted,
+    store: Store,
+    student: Artifact,
+    prompts: Artifact,
+) -> pa.Table:
+    """Rows of a shard for which the student draws nothing."""
+    from tasks.inputs.shipped import load_tokenizer
+
+    tokenizer = load_tokenizer(store.materialize(student))
+    table = store.read_table(prompts, "prompts", columns=["prompt_id", "split", "token_ids"])
+    table = table.filter(pc.equal(table["split"], SPLIT))
+    tokens = dict(zip(table["prompt_id"].to_pylist(), table["token_ids"].to_pylist(), strict=True))
+    completions = []
+    for request in requests:
+        ids = tuple(tokens[request.prompt_id])
+        start = Start(ids, config.max_completion_length, request.seed, draft=draft_of(drafts, request))
+        made = Writing(config.behaviour, start, request.sample_id, len(tokenizer), len(ids) + start.max_tokens).turn()
+        if not isinstance(made, Completion):
+            raise InputError(
+                f"rollout.behaviour: {config.behaviour.kind!r} asks for an engine, but says that it draws nothing"
+            )
+        completions.append(made)
+    return rollout_rows(
+        requests, tokens, completions, config.behaviour, lambda made: text_of(tokenizer, made.token_ids)
+    )
 
 
 def _prompt_lengths(store: Store, prompts: Artifact) -> dict[str, int]:

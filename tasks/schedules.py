@@ -25,6 +25,11 @@ class Schedule(Identity):
 
     @property
     @abstractmethod
+    def last_change(self) -> int:
+        """The step from which the value stays as it is."""
+
+    @property
+    @abstractmethod
     def bounds(self) -> tuple[float, float]:
         """The least and the largest value that it takes."""
 
@@ -37,6 +42,10 @@ class ConstantSchedule(Schedule):
 
     def value(self, step: int) -> float:
         return self.initial
+
+    @property
+    def last_change(self) -> int:
+        return 0
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -56,6 +65,10 @@ class _Annealed(Schedule):
     def value(self, step: int) -> float:
         left = self.share(min(max(step - self.start, 0), self.steps) / self.steps)
         return self.final + (self.initial - self.final) * left
+
+    @property
+    def last_change(self) -> int:
+        return self.start + self.steps
 
     @property
     def bounds(self) -> tuple[float, float]:

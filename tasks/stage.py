@@ -56,6 +56,8 @@ Student = NewType("Student", Artifact)
 Teacher = NewType("Teacher", Artifact)
 Prompts = NewType("Prompts", Artifact)
 """The artifact of `prepare`."""
+Drafts = NewType("Drafts", Artifact)
+"""Completions of training prompts that the teacher wrote once."""
 Rollouts = NewType("Rollouts", Artifact)
 TrainerState = NewType("TrainerState", Artifact)
 

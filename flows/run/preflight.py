@@ -38,8 +38,8 @@ from tasks.engines.hf_folder import (
 from tasks.engines.teacher import QUANTIZATION_NEEDS, ServerTeacher, VllmTeacher
 from tasks.evaluate import rank_of
 from tasks.inputs.models import ServedModel
+from tasks.inputs.rounds import prompts_for_round
 from tasks.inputs.tokenizers import load_tokenizer
-from tasks.rollout import prompts_for_round
 from tasks.signals import signal_named
 from tasks.stage import merged_stop_ids
 from tasks.trainer.config import LoraSettings, OptimizerSettings

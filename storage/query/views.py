@@ -26,6 +26,7 @@ _STR, _INT, _LONG, _FLOAT, _DOUBLE = pa.string(), pa.int32(), pa.int64(), pa.flo
 SIGNALS = ("sampled", "teacher_topk", "student_topk", "mask")
 _TABLES_OF = {
     "prepare": ("prompts", "vocabulary"),
+    "draft": ("drafts",),
     "rollout": ("rollouts",),
     "train": ("training_steps",),
     "warmup": ("training_steps",),
@@ -111,6 +112,7 @@ def _signal_columns(schema: TableSchema) -> dict[str, Column]:
 _ALL = (
     View("prompts", TABLES["prompts"].doc, (_RUN, _ARTIFACT, *TABLES["prompts"].columns), ("prompts",)),
     View("vocabulary", TABLES["vocabulary"].doc, (_RUN, _ARTIFACT, *TABLES["vocabulary"].columns), ("vocabulary",)),
+    View("drafts", TABLES["drafts"].doc, (_RUN, _ARTIFACT, *TABLES["drafts"].columns), ("drafts",)),
     View("rollouts", TABLES["rollouts"].doc, (_RUN, _ROUND, _ARTIFACT, *TABLES["rollouts"].columns), ("rollouts",)),
     View(
         "supervision",

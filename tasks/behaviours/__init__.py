@@ -24,21 +24,35 @@ from tasks.losses.registry import Kind, Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
+Label = Literal["student", "blended", "teacher"]
+"""Who wrote a completion: the column `behaviour` of rollouts."""
 Read = Literal["teacher", "drafts", "completions"]
 """What a behaviour may need beside the student: the teacher's weights in the sampler's process; completions that the teacher
 wrote in advance; completions that came with the prompts."""
 
 
 @dataclass(frozen=True)
+class Draft:
+    """A completion that was written before: T token ids that the student has too, their log-probabilities under the
+    distribution that they were drawn from (0 where it is not known), stop or length."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
 class Start:
     """One completion to write: token ids of its prompt, the most tokens that it may have, its seed, and the ids that end a
-    completion for the student, and (where the behaviour reads it) for the teacher."""
+    completion for the student, and (where the behaviour reads it) for the teacher; where it reads drafts or completions, the one
+    for this sample."""
 
     prompt: tuple[int, ...]
     max_tokens: int
     seed: int
     stop_ids: tuple[int, ...] = ()
     teacher_stop_ids: tuple[int, ...] = ()
+    draft: Draft | None = None
 
 
 @dataclass(frozen=True)
@@ -90,13 +104,15 @@ class Stops:
 class Completion:
     """A completion: T token ids with one log-probability each under the distribution that they were really drawn from (0 for
     a token that was not drawn), stop or length, and how many leading tokens the student did not write. `values`: by name the
-    cells of the behaviour's own table (`Behaviour.table`), without `sample_id`."""
+    cells of the behaviour's own table (`Behaviour.table`), without `sample_id`. `label`: who wrote it, where that is not the
+    behaviour's label."""
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str
     prefix_length: int = 0
     values: Mapping[str, Any] = field(default_factory=dict)
+    label: Label | None = None
 
 
 Ask = Draw | Score
@@ -109,12 +125,12 @@ class Behaviour(Kind):
     equation: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     exact: ClassVar[bool] = False
-    """Whether every token is drawn from the student: what sampled estimators need."""
+    """Whether every token after a completion's prefix is drawn from the student: what sampled estimators need."""
+    prefixes: ClassVar[bool] = False
+    """Whether completions may begin with tokens that the student did not write (`Completion.prefix_length`)."""
     weighable: ClassVar[bool] = False
     """Whether `sampling_logprobs` are of distributions that importance weights lead back from to the student's: every token was
     drawn, from what can be any token of the student's."""
-    reads: ClassVar[frozenset[Read]] = frozenset()
-    """What it needs beside the student. Only this enters the rollouts' key and is loaded."""
     table: ClassVar[TableSchema | None] = None
     """A table of its own beside `rollouts`, one row per sample, made with them: an artifact of the table's name, with the shards
     of the rollouts. Its first column is `sample_id`; lists have one entry per token. Set `prefixed`."""
@@ -123,6 +139,21 @@ class Behaviour(Kind):
     def write(self, start: Start) -> Generator[Any, Any, Completion]:
         """Write one completion: yields a `Draw` and is sent a `Drawn`, or a `Score` and is sent a `Scored`. Must depend on
         nothing but `start` and the answers: it is repeated in replays."""
+
+    @property
+    def reads(self) -> frozenset[Read]:
+        """What it needs beside the student. Only this enters the rollouts' key and is loaded."""
+        return frozenset()
+
+    @property
+    def draws(self) -> bool:
+        """Whether the student's engine draws any token; if not, the student is not in the rollouts' key."""
+        return True
+
+    @property
+    def last_change(self) -> int:
+        """The optimizer step from which `at` gives the same."""
+        return 0
 
     def at(self, step: int) -> Behaviour:
         """The behaviour that holds for a round whose first optimizer step is `step` (from 0), without schedules: what the
@@ -143,15 +174,15 @@ class Behaviour(Kind):
         return []
 
     @property
-    def label(self) -> Literal["student", "blended", "teacher"]:
-        """The value of the column `behaviour` of rollouts."""
+    def label(self) -> Label:
+        """Who writes the completions."""
         return "student"
 
 
 BEHAVIOURS: Registry[Behaviour] = Registry("behaviour")
 register = BEHAVIOURS.register
 
-from tasks.behaviours import student, trust_region  # noqa: E402, F401  # they register themselves
+from tasks.behaviours import mixture, student, teacher_prefix, trust_region  # noqa: E402, F401  # they register themselves
 
 if TYPE_CHECKING:
     BehaviourField = Behaviour

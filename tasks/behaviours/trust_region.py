@@ -65,7 +65,6 @@ class TrustRegionBlending(Behaviour):
     equation: ClassVar[str] = "y_t ~ mu, mu ~ p^(1-b) q^b, b = max { b in [0,1] : KL(mu||p) <= epsilon }"
     paper: ClassVar[str] = "2605.31159"
     weighable: ClassVar[bool] = True
-    reads: ClassVar[frozenset[Read]] = frozenset({"teacher"})
     table: ClassVar[TableSchema | None] = BLENDING
 
     epsilon: float = Field(
@@ -88,6 +87,10 @@ class TrustRegionBlending(Behaviour):
     @property
     def label(self) -> Literal["student", "blended", "teacher"]:
         return "blended"
+
+    @property
+    def reads(self) -> frozenset[Read]:
+        return frozenset({"teacher"})
 
     def at(self, step: int) -> Behaviour:
         """With this step's epsilon; at 0 the student writes."""

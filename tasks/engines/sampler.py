@@ -27,9 +27,10 @@ from storage.errors import InputError, OpdError
 from storage.schemas import TableSchema, schema_for
 from storage.store import Store
 from tasks.behaviours import Answer, Behaviour, Completion, Draw, Start, behaviour_of
+from tasks.engines.drafts import Drafted, draft_of, load_drafts
 from tasks.engines.hf_folder import check_length, check_stop_ids, stop_token_ids
 from tasks.engines.vllm_engine import SamplingFailed, VllmEngine, drawn, problem_of
-from tasks.engines.writing import Writing
+from tasks.engines.writing import Writing, rollout_rows, text_of
 from tasks.workers.jobs import SampleJob, SampleResult, SampleShard, Sampling, ShardDone
 from tasks.workers.main import Link
 
@@ -75,25 +76,13 @@ class OpenShard:
 
     def rows(self, prompts: dict[str, list[int]], behaviour: Behaviour, text: Callable[[list[int]], str]) -> pa.Table:
         """Rows of the table `rollouts`. `text` decodes token ids."""
-        return pa.Table.from_pylist(
-            [
-                {
-                    "sample_id": request.sample_id,
-                    "prompt_id": request.prompt_id,
-                    "sample_index": request.sample_index,
-                    "prompt_token_ids": prompts[request.prompt_id],
-                    "completion_token_ids": self.completions[position].token_ids,
-                    "sampling_logprobs": self.completions[position].logprobs,
-                    "behaviour": behaviour.label,
-                    "prefix_length": self.completions[position].prefix_length,
-                    "finish_reason": self.completions[position].finish_reason,
-                    "seed": request.seed,
-                    "completion_text": text(_written_on(self.completions[position], self.item.sampling)),
-                    "reward": None,
-                }
-                for position, request in enumerate(self.item.requests)
-            ],
-            schema=schema_for("rollouts"),
+        completions = [self.completions[position] for position in range(self.item.size)]
+        return rollout_rows(
+            self.item.requests,
+            prompts,
+            completions,
+            behaviour,
+            lambda made: text(_written_on(made, self.item.sampling)),
         )
 
     def values(self, table: TableSchema) -> pa.Table:
@@ -162,6 +151,7 @@ class Sampler:
         self._stopped_by: list[int] | None = None
         self._pair: Pair | None = None
         self._scores: ScoreQueue | None = None
+        self._drafts: Drafted = {}
 
     def handle(self, job: SampleJob, link: Link) -> SampleResult:
         """Sample and write shards until the supervisor has no more. Raises InputError for prompts that do not fit the model,
@@ -171,7 +161,8 @@ class Sampler:
         writer = store.shard_writer(job.target.stage, job.target.key)
         target = writer.intermediate() if job.intermediate else writer
         values = store.shard_writer(job.values.stage, job.values.key) if job.values is not None else None
-        prompts = _prompt_tokens(store, job)
+        prompts = _prompt_tokens(store, job, "teacher_token_ids" if job.reader == "teacher" else "token_ids")
+        self._drafts = load_drafts(store, job)
         teacher_prompts = _prompt_tokens(store, job, "teacher_token_ids") if job.teacher is not None else {}
         behaviour = behaviour_of(json.loads(bytes(job.behaviour)))
         wanted = set(job.write) if job.write is not None else None
@@ -204,9 +195,10 @@ class Sampler:
                     continue
                 if log is not None:
                     log.writing(number)
-                tables = shard.item.tables or ["rollouts"]
-                if "rollouts" in tables:
-                    target.write_shard("rollouts", number, shard.rows(prompts, behaviour, self._text))
+                tables = shard.item.tables or [job.table]
+                if job.table in tables:
+                    rows = shard.rows(prompts, behaviour, self._text)
+                    target.write_shard(job.table, number, rows.select(schema_for(job.table).names))
                 own = behaviour.table
                 if values is not None and own is not None and own.name in tables:
                     values.write_shard(own.name, number, shard.values(own), own)
@@ -332,7 +324,14 @@ class Sampler:
             if not prompt:
                 raise InputError(f"sampler: prompt {request.prompt_id!r} has no tokens; prepare filters these")
             teacher_stops = tuple(self._scores.teacher_stop_ids) if self._scores is not None else ()
-            start = Start(tuple(prompt), limit, request.seed, tuple(shard.stop_ids), teacher_stops)
+            start = Start(
+                tuple(prompt),
+                limit,
+                request.seed,
+                tuple(shard.stop_ids),
+                teacher_stops,
+                draft_of(self._drafts, request),
+            )
             shard.writers[position] = Writing(behaviour, start, request.sample_id, self.engine.vocabulary, longest)
 
     @property
@@ -366,10 +365,7 @@ class Sampler:
         return [(*waiting.pop(name), output) for name, output in self.engine.step(waiting).items()]
 
     def _text(self, token_ids: list[int]) -> str:
-        text: str = self.engine.tokenizer.decode(
-            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
+        return text_of(self.engine.tokenizer, token_ids)
 
 
 def _prompt_tokens(store: Store, job: SampleJob, of: str = "token_ids") -> dict[str, list[int]]:

@@ -8,12 +8,16 @@ from __future__ import annotations
 import math
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import pyarrow as pa
 from pyarrow.types import is_list
 
 from storage.errors import OpdError
+from storage.schemas import schema_for
 from tasks.behaviours import Answer, Ask, Behaviour, Completion, Draw, Score, Start
+from tasks.workers.jobs import Request
 
 
 class BehaviourFailed(OpdError):
@@ -118,3 +122,38 @@ class Writing:
         return BehaviourFailed(
             f"rollout.behaviour: {self.behaviour.kind!r} ({file}{line}) failed at sample {self.name}: {problem}"
         )
+
+
+def rollout_rows(
+    requests: Sequence[Request],
+    prompts: Mapping[str, list[int]],
+    completions: Sequence[Completion],
+    behaviour: Behaviour,
+    text: Callable[[Completion], str],
+) -> pa.Table:
+    """Rows of the table `rollouts`, one per request. `prompts`: prompt_id -> token ids; `text` gives what a
+    completion reads as."""
+    rows = [
+        {
+            "sample_id": request.sample_id,
+            "prompt_id": request.prompt_id,
+            "sample_index": request.sample_index,
+            "prompt_token_ids": prompts[request.prompt_id],
+            "completion_token_ids": made.token_ids,
+            "sampling_logprobs": made.logprobs,
+            "behaviour": made.label or behaviour.label,
+            "prefix_length": made.prefix_length,
+            "finish_reason": made.finish_reason,
+            "seed": request.seed,
+            "completion_text": text(made),
+            "reward": None,
+        }
+        for request, made in zip(requests, completions, strict=True)
+    ]
+    return pa.Table.from_pylist(rows, schema=schema_for("rollouts"))
+
+
+def text_of(tokenizer: Any, token_ids: list[int]) -> str:
+    """The text of a completion, special tokens left out."""
+    text: str = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text

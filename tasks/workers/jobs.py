@@ -103,8 +103,8 @@ class SampleJob(Schema):
     `target`; with `intermediate` in its folder of intermediate shards, which no manifest names.
 
     `behaviour` is the JSON of who writes the tokens (tasks/behaviours), `values` where shards of its own table go, `teacher` the
-    teacher and `drafts` the completions that it reads. `longest` is the length in tokens of the longest prompt
-    with its completion, over all shards of the stage. `batch`
+    teacher and `drafts` the completions that it reads (an artifact with the table `drafts`, or prompts that have completions).
+    `longest` is the length in tokens of the longest prompt with its completion, over all shards of the stage. `batch`
     repeats a recorded batch: item i is added at the engine's step `batch[i]`, and only the shards `write` are written."""
 
     store: str
@@ -121,6 +121,12 @@ class SampleJob(Schema):
     values: ArtifactRef | None = None
     teacher: ModelRef | None = None
     drafts: ArtifactRef | None = None
+    foreign: list[int] = []
+    """Token ids that the student's tokenizer lacks or reads otherwise: a draft ends before the first of them."""
+    table: str = "rollouts"
+    """Table of the shards: `rollouts`, or one that has some of its columns."""
+    reader: str = "student"
+    """Whose tokens of the prompts are read: student or teacher."""
     batch: list[int] | None = None
     write: list[int] | None = None
     share: int | None = None

@@ -50,6 +50,12 @@ SCENES: list[dict[str, Any]] = [
     {"student": {"warmup": {"lora": {"r": 4}, "schedule": {"kind": "linear", "horizon_steps": 50}}}},
     {"train": {"importance_correction": {"kind": "truncated"}}, "objective": NORMALISED},
     {"train": {"max_drift": 0.5}},
+    {
+        "rollout": {"top_p": 0.9},
+        "train": {"importance_correction": {"kind": "biased_truncated"}},
+        "objective": {"estimator": "policy_gradient", "support": {"kind": "sampled"}, "advantage": "stop_gradient"},
+    },
+    {"rollout": {"top_p": 1.0, "behaviour": {"kind": "trb", "epsilon": 0.01, "anneal_steps": 50}}},
     {"evaluate": {"num_generations": 1, "verifier": {"kind": "math_verify"}}},
     {"objective": {"support": {"kind": "student_topk", "k": 8}}},
     {"objective": {"support": {"kind": "full", "k": 264}}},

@@ -35,6 +35,7 @@ DEPENDS: dict[str, set[str]] = {
     "rollout.temperature": {"rollout", "sampled"},
     "rollout.top_p": {"rollout", "sampled"},
     "rollout.top_k": {"rollout", "sampled"},
+    "rollout.min_p": {"rollout", "sampled"},
     "supervise.dtype": SIGNALS,
     "supervise.encoding": {"teacher_topk", "student_topk"},
     "supervise.special_tokens": {"mask"},

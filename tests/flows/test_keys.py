@@ -231,6 +231,18 @@ def test_golden_keys(store: Store) -> None:
     )
 
 
+AXES = json.loads((DATA / "golden_axes.json").read_text())
+"""By axis that came after 0.1: what is laid over the golden config, and the keys that differ from the golden ones."""
+
+
+@pytest.mark.promise(12, "golden keys")
+@pytest.mark.parametrize("axis", AXES)
+def test_golden_keys_of_later_axes(store: Store, axis: str) -> None:
+    plain = json.loads((DATA / "golden_keys.json").read_text())
+    keys = keys_of(Experiment.model_validate(merge(GOLDEN, AXES[axis]["over"])), store)
+    assert {place: key for place, key in keys.items() if plain.get(place) != key} == AXES[axis]["keys"]
+
+
 EARLIER = [json.loads(line) for line in (DATA / "v0.1" / "keys.jsonl").read_text().splitlines()]
 """Every recipe, study method and scene as version 0.1.0 read it, with the keys that it computed."""
 

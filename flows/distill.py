@@ -72,11 +72,9 @@ def drafted(e: Experiment, round: int, *, teacher: Teacher, prompts: Prompts, do
     behaviour = rollout.behaviour
     if not isinstance(behaviour, ReadsDrafts) or "drafts" not in now.rollout.behaviour.reads:
         return None
-    length = behaviour.draft_length(rollout.max_completion_length)
     made = do(
         "draft", draft_work, behaviour.drafts,
-        rollout=rollout, teacher=teacher, prompts=prompts, seed=now.seed, rounds=rounds, max_length=length,
-        plugins=now.plugin_sources,
+        rollout=rollout, teacher=teacher, prompts=prompts, seed=now.seed, rounds=rounds, plugins=now.plugin_sources,
     )  # fmt: skip
     return Drafts(made["draft"])
 

@@ -27,7 +27,7 @@ TABLE = "drafts"
 
 class _DraftIdentity(Identity):
     drafts: Drafts
-    max_length: int
+    max_completion_length: int
     shard_prompts: int
     dtype: str
     seed: int
@@ -43,17 +43,16 @@ def draft_work(
     prompts: Prompts,
     seed: int,
     rounds: int | None,
-    max_length: int,
     plugins: Mapping[str, str] = NO_PLUGINS,
 ) -> Work:
     """The teacher's completions of the prompts of rounds 1 to `rounds` (None: of all training prompts), `config.per_prompt`
-    each, of at most `max_length` tokens. `rollout`: dtype and shard size; `plugins`: the run's, name -> digest of the source.
+    each. `rollout`: length, dtype and shard size; `plugins`: the run's, name -> digest of the source.
 
     Output "draft": table drafts; meta: metrics (drafts, mean_length in tokens, clipped_ratio), proofs of the engines' weights.
     Raises InputError when a prompt with its completion exceeds the teacher's positions."""
     identity = _DraftIdentity(
         drafts=config,
-        max_length=max_length,
+        max_completion_length=rollout.max_completion_length,
         shard_prompts=rollout.shard_prompts,
         dtype=rollout.dtype,
         seed=seed,
@@ -65,7 +64,7 @@ def draft_work(
     spec = ArtifactSpec.of(STAGE, VERSION, identity, inputs)
 
     def build(builders: dict[str, Builder], ctx: Context) -> None:
-        _build(builders[STAGE], ctx, config, rollout, teacher, prompts, seed, rounds, max_length)
+        _build(builders[STAGE], ctx, config, rollout, teacher, prompts, seed, rounds)
 
     return Work(STAGE, {STAGE: spec}, build)
 
@@ -97,7 +96,6 @@ def _build(
     prompts: Artifact,
     seed: int,
     rounds: int | None,
-    max_length: int,
 ) -> None:
     lengths = _teacher_lengths(ctx.store, prompts)
     plan = plan_drafts(list(lengths), config, rollout, seed, rounds)
@@ -108,7 +106,7 @@ def _build(
             temperature=config.temperature,
             top_p=config.top_p,
             top_k=0,
-            max_completion_length=max_length,
+            max_completion_length=rollout.max_completion_length,
             stop_token_ids="eos",
         )
         job = SampleJob(
@@ -118,7 +116,7 @@ def _build(
             split=SPLIT,
             model=ModelRef.of(ctx.store, teacher),
             dtype=rollout.dtype,
-            longest=max(lengths[r.prompt_id] for shard in plan for r in shard) + max_length,
+            longest=max(lengths[r.prompt_id] for shard in plan for r in shard) + rollout.max_completion_length,
             log_table=TABLE,
             table=TABLE,
             reader="teacher",

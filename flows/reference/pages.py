@@ -107,9 +107,14 @@ optimizer step divided by their number (`normalisation: token`).
 A method is one choice on each axis. Entries marked [experimental] are implemented from summaries of their paper only, or are our
 own and untried at scale.
 
-Not implemented: TRB's blended rollouts (2605.31159; its loss is `rethinking-opd`) and TrOPD's teacher-written prefixes, which
-need other rollouts; TrOPD's term for prefix tokens is implemented. Off-policy training on given text is
-[sft](#estimator-sft), used by warm-ups.
+TRB (2605.31159) is the recipe [trb](#recipe-trb): the loss of [rethinking-opd](#recipe-rethinking-opd) on rollouts of the
+behaviour [trb](#behaviour-trb). Ours beyond the paper: exact sampling by drafting and verifying instead of token by token; the
+ids that end a completion for either model are one category of the blend, written as the student's own; epsilon is annealed over
+optimizer steps, and a round takes the value at its first step. A sampled estimator can train on blended or truncated rollouts
+with `train.importance_correction: {kind: biased_truncated}`, whose weights cannot see outside a nucleus.
+
+Not implemented: TrOPD's teacher-written prefixes, which need other rollouts; its term for prefix tokens is implemented.
+Off-policy training on given text is [sft](#estimator-sft), used by warm-ups.
 """
 
 

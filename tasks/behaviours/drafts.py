@@ -27,10 +27,6 @@ class ReadsDrafts(Behaviour):
 
     drafts: Drafts = Field(Drafts(), description="how the teacher writes completions for this")
 
-    def draft_length(self, max_completion_length: int) -> int:
-        """Tokens of a draft that are of use, at most."""
-        return max_completion_length
-
 
 def uniform(seed: int, stream: str) -> float:
     """A number in [0, 1) from a sample's seed and the name of the draw: the same in every batch and replay."""

@@ -58,9 +58,6 @@ class TeacherPrefix(ReadsDrafts):
         cap = int(self.cap.value(step))
         return self.model_copy(update={"cap": ConstantSchedule(initial=cap)}) if cap >= 1 else StudentWrites()
 
-    def draft_length(self, max_completion_length: int) -> int:
-        return int(self.cap.bounds[1])
-
     def problems(self, sampling: Any) -> list[str]:
         longest, most = self.cap.bounds[1], sampling.max_completion_length
         if longest < most:

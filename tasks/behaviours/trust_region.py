@@ -179,7 +179,8 @@ class TrustRegionBlending(Behaviour):
         return len(ids), excess, len(pairs)
 
     def metrics(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, float | None]:
-        """Means over tokens, the largest KL, the share of drafted tokens that were accepted, and the estimate of
+        """Means over tokens and the largest KL; acceptance: the share of tokens that are accepted drafts and no replacements,
+        1 - TV(mu, p) on average; draft_used: the share of drafted tokens that were kept; draft_tv estimates
         TV(p_draft, p_scored)."""
         betas = [value for row in rows for value in row["beta"]]
         spent = [value for row in rows for value in row["kl"]]
@@ -190,7 +191,8 @@ class TrustRegionBlending(Behaviour):
             "beta_mean": sum(betas) / len(betas),
             "kl_mean": sum(spent) / len(spent),
             "kl_max": max(spent),
-            "acceptance": accepted / drafted if drafted else None,
+            "acceptance": accepted / len(betas) if drafted else None,
+            "draft_used": accepted / drafted if drafted else None,
             "draft_tv": excess / compared if compared else None,
         }
 

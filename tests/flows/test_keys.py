@@ -37,6 +37,7 @@ VALUES: dict[tuple[str, str], Any] = {
     ("TrainConfig", "lora"): {},
     ("WarmupConfig", "lora"): {},
     ("LoraSettings", "target_modules"): ["q_proj"],
+    ("ConstantSchedule", "initial"): 3,
     ("ModelConfig", "warmup"): {"steps": 1, "lr": 1e-3},
     ("Experiment", "plugin_sources"): {"brings_nothing": "0" * 64},
 }
@@ -50,6 +51,24 @@ SCENES: list[dict[str, Any]] = [
     {"student": {"warmup": {"lora": {"r": 4}, "schedule": {"kind": "linear", "horizon_steps": 50}}}},
     {"train": {"importance_correction": {"kind": "truncated"}}, "objective": NORMALISED},
     {"train": {"max_drift": 0.5}},
+    {
+        "rollout": {"top_p": 0.9},
+        "train": {"importance_correction": {"kind": "biased_truncated"}},
+        "objective": {"estimator": "policy_gradient", "support": {"kind": "sampled"}, "advantage": "stop_gradient"},
+    },
+    {"rollout": {"top_p": 1.0, "behaviour": {"kind": "trb", "epsilon": 0.01, "anneal_steps": 50}}},
+    {"rollout": {"behaviour": {"kind": "teacher_prefix", "cap": 4}}},
+    *(
+        {
+            "rollout": {
+                "behaviour": {
+                    "kind": "mixture",
+                    "on_policy_fraction": {"kind": kind, "initial": 0.2, "final": 0.8, "steps": 50},
+                }
+            }
+        }
+        for kind in ("linear", "cosine")
+    ),
     {"evaluate": {"num_generations": 1, "verifier": {"kind": "math_verify"}}},
     {"supervise": {"teacher": {"kind": "vllm"}}},
     {"supervise": {"teacher": {"kind": "server", "model": "teacher"}}},
@@ -255,6 +274,18 @@ def test_golden_keys_of_teacher_backends(store: Store, backend: str) -> None:
     other = {place: key for place, key in keys.items() if local[place] != key}
     assert other == BACKENDS[backend], f"these are the new ones:\n{json.dumps({backend: other}, indent=1)}"
     assert {place.split("/")[2] for place in other} == {"sampled", "mask", "teacher_topk"}
+
+
+AXES = json.loads((DATA / "golden_axes.json").read_text())
+"""By axis that came after 0.1: what is laid over the golden config, and the keys that differ from the golden ones."""
+
+
+@pytest.mark.promise(12, "golden keys")
+@pytest.mark.parametrize("axis", AXES)
+def test_golden_keys_of_later_axes(store: Store, axis: str) -> None:
+    plain = json.loads((DATA / "golden_keys.json").read_text())
+    keys = keys_of(Experiment.model_validate(merge(GOLDEN, AXES[axis]["over"])), store)
+    assert {place: key for place, key in keys.items() if plain.get(place) != key} == AXES[axis]["keys"]
 
 
 EARLIER = [json.loads(line) for line in (DATA / "v0.1" / "keys.jsonl").read_text().splitlines()]

@@ -19,19 +19,24 @@ from storage.store import Artifact, Store
 
 PARTS = (
     "model", "weights", "architecture", "tokenizer", "generation", "prompts", "vocabulary", "audit", "prompts:train",
-    "prompts:eval", "prompts:warmup", "rollouts", "sampled", "mask", "teacher_topk", "student_topk", "teacher_margin", "state",
+    "prompts:eval", "prompts:warmup", "drafts", "rollouts", "sampled", "mask", "teacher_topk", "student_topk",
+    "teacher_margin", "state",
 )  # fmt: skip
 
 
 SIGNALS = {"sampled", "mask", "teacher_topk", "student_topk"}
 DEPENDS: dict[str, set[str]] = {
-    "seed": {"model", "model_teacher", "warmup", "warmup_teacher", "rollout", "train", "evaluate"},
+    "seed": {"model", "model_teacher", "warmup", "warmup_teacher", "draft", "rollout", "train", "evaluate"},
     "student.source": {"model"},
     "student.warmup": {"warmup"},
     "teacher.source": {"model_teacher"},
     "teacher.warmup": {"warmup_teacher"},
     "prompts": {"prepare"},
     "rollout": {"rollout"},
+    "rollout.dtype": {"draft", "rollout"},
+    "rollout.shard_prompts": {"draft", "rollout"},
+    "rollout.max_completion_length": {"draft", "rollout"},
+    "rollout.behaviour.drafts": {"draft", "rollout"},
     "rollout.temperature": {"rollout", "sampled"},
     "rollout.top_p": {"rollout", "sampled"},
     "rollout.top_k": {"rollout", "sampled"},
@@ -50,7 +55,7 @@ DEPENDS: dict[str, set[str]] = {
 """Longest matching field -> stages (of supervise: its signals) whose own key must change, and no other's."""
 
 PLUGGED: dict[str, set[str]] = {
-    "sampler": {"rollout", "evaluate"},
+    "sampler": {"draft", "rollout", "evaluate"},
     "scorer": SIGNALS | {"evaluate"},
     "trainer": {"train", "warmup"},
     "divergence": {"train"},

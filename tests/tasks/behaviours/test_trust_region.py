@@ -164,7 +164,9 @@ def test_what_a_completion_says_of_itself(sampler):
     assert all(0 <= length <= 2 for row in lengths for length in row)
     summed = [sum(completion.values[name] for completion in completions) for name in ("accepted", "drafted")]
     made = toy.behaviour.metrics([completion.values for completion in completions])
-    assert made["acceptance"] == summed[0] / summed[1] and made["draft_tv"] == pytest.approx(0, abs=1e-6)
+    tokens = sum(len(completion.token_ids) for completion in completions)
+    assert made["draft_used"] == summed[0] / summed[1] and made["acceptance"] == summed[0] / tokens
+    assert made["draft_tv"] == pytest.approx(0, abs=1e-6)
     assert made["kl_max"] <= 0.1 and 0 < made["beta_mean"] < 1
 
 

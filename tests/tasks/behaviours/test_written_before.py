@@ -77,7 +77,7 @@ def test_the_cap_of_a_round_is_that_of_its_first_step() -> None:
     caps = [behaviour.at(step) for step in (0, 50, 80)]
     assert [made.cap.initial for made in caps] == [40, 20, 3]
     assert behaviour.at(99) == behaviour.at(1000) == StudentWrites()
-    assert behaviour.draft_length(64) == 40 and behaviour.at(0).at(50) == behaviour.at(0)
+    assert behaviour.at(0).at(50) == behaviour.at(0)
 
 
 def test_a_share_of_the_samples_is_the_students_own() -> None:

@@ -155,7 +155,10 @@ def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
         hint = did_you_mean(str(location[-1]), known, f"known here: {', '.join(sorted(known))}")
         return f"{field}: unknown field; {hint}"
     if error["type"] == "missing":
-        return f"{field}: required, but missing"
+        hint = ""
+        if location[-2:] == ("full", "k"):
+            hint = "; the smaller vocab_size in the config.json of student and teacher (filled in where both can be read here)"
+        return f"{field}: required, but missing{hint}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "union_tag_invalid":
         allowed = [tag.strip(" '") for tag in str(error["ctx"]["expected_tags"]).split(",")]

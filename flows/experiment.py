@@ -15,7 +15,7 @@ from storage.errors import ConfigError, IdentityMismatch
 from storage.identity import Identity, RunPolicy
 from storage.upkeep.retention import Retention
 from tasks.evaluate import EvaluateConfig
-from tasks.inputs.models import ModelSource, declared_sizes
+from tasks.inputs.models import ModelSource, declared_sizes, vocabulary_rows_of
 from tasks.inputs.verifiers import verifier_digest
 from tasks.losses.config import FullSupport, ObjectiveConfig
 from tasks.plugins import beside, changed, load_plugins, refuse_hidden, search_in
@@ -165,7 +165,7 @@ def _rows(model: Any) -> int | None:
         source = TypeAdapter(ModelSource).validate_python(model.get("source") if isinstance(model, dict) else None)
     except ValidationError:
         return None
-    return declared_sizes(source)[0]
+    return vocabulary_rows_of(source)
 
 
 def cross_problems(e: Experiment) -> list[str]:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.options import PIPE_WIDTH, console, grid
-from flows.run.earlier import outdated_prompts
+from flows.run.earlier import outdated
 from flows.run.hints import opd_command
 from flows.run.shown import NOT_EVALUATED, sample_sizes, with_error
 from storage.artifacts.artifact import Artifact, TreeRecord, artifact_directory, load_manifest
@@ -42,9 +42,9 @@ _STUDENT_STAGES = (("train", "student"), ("warmup", "student"), ("model", "model
 
 def status_json(state: RunState, root: Path) -> dict[str, Any]:
     """The JSON of `opd status` and `opd run`: name, status, error, rounds with metrics (each NAME of an evaluation with NAME_se,
-    NAME_n, NAME_prompts), student digest and stages; for each stage also its evicted artifacts; `outdated`: why its prompts are
-    not those that this version makes."""
-    status = completed(Store(root), state).model_dump(mode="json") | {"outdated": outdated_prompts(state, root)}
+    NAME_n, NAME_prompts), student digest and stages; for each stage also its evicted artifacts; `outdated`: which of its
+    results an earlier version made otherwise, and why."""
+    status = completed(Store(root), state).model_dump(mode="json") | {"outdated": outdated(state, root)}
     gone = evicted(state, root)
     for round in status["rounds"]:
         for label, stage in round["stages"].items():
@@ -94,11 +94,10 @@ def report(state: RunState, root: Path, holder: str | None, out: Console) -> lis
         parts.append(Text(f"after fixing the cause, continue with: {resume}"))
     parts += [
         Text(
-            f"made by an earlier version from other prompts: {reason}. Its results are those of the old prompts; {resume}"
-            " makes them, and all that follows, again",
+            f"made otherwise by an earlier version: {reason}. {resume} makes this, and all that follows, again",
             style="red",
         )
-        for reason in outdated_prompts(state, root)
+        for reason in outdated(state, root)
     ]
     if state.rounds:
         gone = evicted(state, root)

@@ -6,6 +6,7 @@ A check is a function from `Known` to the texts of what it found. A plugin that 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 import sys
@@ -36,11 +37,13 @@ from tasks.engines.hf_folder import (
     text_config,
 )
 from tasks.evaluate import rank_of
+from tasks.inputs.models import parameter_count
 from tasks.inputs.tokenizers import load_tokenizer
 from tasks.rollout import prompts_for_round
 from tasks.trainer.config import LoraSettings, OptimizerSettings
 from tasks.trainer.deepspeed_file import deepspeed_config
 from tasks.workers import jobs
+from tasks.workers.devices import gpu_memory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes of vLLM's attention on CPU (`CPUAttentionBackend.get_supported_head_sizes`)."""
+_WEIGHTS_SHARE = 0.75
+"""Of the memory that vLLM leaves, what the weights of models beside it may take; the rest is for their KV and distributions."""
 _SHOWN = 8
 _NAMED = 3
 
@@ -168,6 +173,33 @@ def programs(known: Known) -> Found:
         )
 
 
+def beside_sampler(known: Known) -> Found:
+    """Whether the two models that a behaviour reads beside vLLM fit what that leaves of a GPU."""
+    e = known.experiment
+    if e.runtime.device != "cuda" or "teacher" not in e.rollout.behaviour.at(0).reads:
+        return
+    memory = min(gpu_memory(), default=None)
+    if memory is None:
+        return
+    width = 4 if e.rollout.dtype == "float32" else 2
+    needed = width * sum(parameter_count(model.path) for model in (known.student, known.teacher))
+    left = memory * (1 - e.runtime.sampler.gpu_memory_utilization)
+    if needed > _WEIGHTS_SHARE * left:
+        fits = max(0.0, 1 - needed / _WEIGHTS_SHARE / memory)
+        yield Finding(
+            f"rollout.behaviour: {e.rollout.behaviour.kind!r} holds student and teacher beside the engine,"
+            f" {needed / 2**30:.1f} GiB of weights in {e.rollout.dtype}, but runtime.sampler.gpu_memory_utilization"
+            f" {e.runtime.sampler.gpu_memory_utilization:g} leaves {left / 2**30:.1f} GiB of a GPU, of which"
+            f" {_WEIGHTS_SHARE:.0%} may be weights; "
+            + (
+                f"set it to {math.floor(fits * 100) / 100:g} or less"
+                if fits >= 0.1
+                else "take smaller models or a larger GPU"
+            ),
+            refused=True,
+        )
+
+
 def deepspeed_file(known: Known) -> Found:
     """`runtime.trainer.deepspeed`, as the trainer reads it."""
     path = known.experiment.runtime.trainer.deepspeed
@@ -246,8 +278,17 @@ def engine(known: Known) -> Found:
             " installed; take the text model of this family, or install torchvision",
             refused=True,
         )
-    if registry.is_file() and f'"{name}"' not in registry.read_text() and not whole.is_backend_compatible():  # type: ignore[operator]
-        yield Finding(f"student: vLLM has no {name} ({known.student.path}); take another model", refused=True)
+    if registry.is_file():
+        models, _, former = registry.read_text().partition("\n_PREVIOUSLY_SUPPORTED_MODELS")
+        runs = f'"{name}"' in models or whole.is_backend_compatible()  # type: ignore[operator]
+        if not runs or f'"{name}"' in former.partition("}")[0]:
+            yield Finding(f"student: vLLM has no {name} ({known.student.path}); take another model", refused=True)
+    if known.experiment.runtime.device == "cpu" and getattr(whole, "_is_stateful", False):
+        yield Finding(
+            f"student: {name} ({known.student.path}) keeps a recurrent state, which vLLM on CPU cannot run with prompts in one"
+            " piece; take a model with attention only, or a GPU",
+            refused=True,
+        )
 
 
 def has_vision(config: PretrainedConfig) -> bool:
@@ -437,6 +478,7 @@ def _drawn(known: Known, split: str, every: list[str], long: set[str]) -> list[s
 CHECKS: tuple[tuple[Callable[[Known], Found], str], ...] = (
     (installed, "sampler"),
     (programs, "sampler"),
+    (beside_sampler, "sampler"),
     (deepspeed_file, "trainer"),
     (architecture, "scorer"),
     (weights, "scorer"),

@@ -86,7 +86,7 @@ def sums_of(table: pa.Table) -> dict[str, Sums]:
     """By metric of `FIGURES`, from rows of `evaluations` (at least `COLUMNS`); without metrics that no sample has."""
     by_mode = {mode: table.filter(pc.equal(table["mode"], mode)) for mode in MODES}
     shape = next((rows for rows in by_mode.values() if rows.num_rows), table)
-    kl = by_mode["kl"].filter(pc.is_valid(by_mode["kl"]["reverse_kl_sum"]))
+    kl = by_mode["kl"].filter(pc.is_finite(by_mode["kl"]["reverse_kl_sum"]))
     clipped = pc.equal(shape["finish_reason"], "length")
     found = {
         "accuracy_greedy": _judged(by_mode["greedy"]),

@@ -352,7 +352,7 @@ class Views:
         parts = [
             ("accuracy_greedy", "correct::INTEGER", "1", "mode = 'greedy' AND correct IS NOT NULL"),
             ("accuracy_sampled", "correct::INTEGER", "1", "mode = 'sampled' AND correct IS NOT NULL"),
-            ("reverse_kl", "reverse_kl_sum", "tokens", "mode = 'kl' AND reverse_kl_sum IS NOT NULL"),
+            ("reverse_kl", "reverse_kl_sum", "tokens", "mode = 'kl' AND isfinite(reverse_kl_sum)"),
             ("mean_length", "tokens", "1", "mode = shape"),
             ("clipped_ratio", "(finish_reason = 'length')::INTEGER", "1", "mode = shape"),
         ]

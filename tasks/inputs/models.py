@@ -26,7 +26,7 @@ from storage.artifacts.trees import external_files
 from storage.errors import RELATIVE, ConfigError, InputError, did_you_mean
 from storage.identity import Identity, derive_seed
 from storage.store import ArtifactSpec, Builder
-from tasks.engines.hf_folder import config_of, dropout_fields, random_fields, read_config, read_json
+from tasks.engines.hf_folder import config_of, dropout_fields, model_rows, random_fields, read_config, read_json
 from tasks.inputs.shipped import load_tokenizer, read_otherwise, tokenizer_to_save
 from tasks.inputs.tokenizers import BYTE_IDS, build_byte_tokenizer
 from tasks.stage import LOADING, Context, Work
@@ -151,6 +151,26 @@ def declared_sizes(source: CheckpointModel | HubModel | ArchitectureModel) -> tu
     return rows if isinstance(rows, int) else None, positions if isinstance(positions, int) else None
 
 
+def vocabulary_rows_of(source: CheckpointModel | HubModel | ArchitectureModel) -> int | None:
+    """Rows of a model's vocabulary, before the model is made; None where they are not known: a folder that cannot be read, a
+    model of the Hub that is not in the local cache."""
+    if isinstance(source, ArchitectureModel):
+        return declared_sizes(source)[0]
+    folder = source.path if isinstance(source, CheckpointModel) else _cached(source)
+    try:
+        return None if folder is None else model_rows(folder)
+    except InputError:  # reported by the stage that reads it
+        return None
+
+
+def _cached(source: HubModel) -> Path | None:
+    """The folder of a Hub model's config.json in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source.repo, "config.json", revision=source.revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
 DROPOUT_BY_DEFAULT = {
     "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "biogpt", "blenderbot", "blenderbot-small",
     "camembert", "ctrl", "data2vec-text", "electra", "emu3", "ernie", "git", "gpt-sw3", "gpt2", "gpt_bigcode",
@@ -170,17 +190,36 @@ def live_dropout(source: CheckpointModel | HubModel | ArchitectureModel) -> dict
         config = config_of(source.config)
         return {} if config is None else dropout_fields(config)
     if isinstance(source, CheckpointModel):
-        return dropout_fields(read_config(source.path))
-    from huggingface_hub import try_to_load_from_cache
+        return _folder_dropout(source.path)
+    folder = _cached(source)
+    return {} if folder is None else _folder_dropout(folder)
 
-    found = try_to_load_from_cache(source.repo, "config.json", revision=source.revision)
-    return dropout_fields(read_config(Path(found).parent)) if isinstance(found, str) else {}
+
+def _folder_dropout(folder: Path) -> dict[str, float]:
+    fields = read_json(folder / "config.json")
+    if isinstance(fields.get("model_type"), str) and not _may_drop(fields):
+        return {}  # without importing transformers
+    return dropout_fields(read_config(folder))
+
+
+def _may_drop(fields: dict[str, Any]) -> bool:
+    """Whether a config.json, or one nested in it, states dropout, or is of a type that has it by default."""
+    nested = [value for value in fields.values() if isinstance(value, dict)]
+    return (
+        fields.get("model_type") in DROPOUT_BY_DEFAULT
+        or bool(random_fields(fields))
+        or any(_may_drop(part) for part in nested)
+    )
+
+
+DROPOUT = "dropout"
+"""Field of a training's identity, beside its config."""
 
 
 def dropout_identity(source: CheckpointModel | HubModel | ArchitectureModel | None, dropout: bool) -> dict[str, str]:
     """What a training's identity has because the dropout of the model's config is off. Empty where the config has none: earlier
     versions trained with dropout, so only these results differ."""
-    return {"dropout": "off"} if source is not None and not dropout and live_dropout(source) else {}
+    return {DROPOUT: "off"} if source is not None and not dropout and live_dropout(source) else {}
 
 
 # --- a folder of the user's ------------------------------------------------------------------------------------------
@@ -203,8 +242,8 @@ def check_checkpoint(directory: Path) -> None:
     if pickles and not any(directory.glob("*.safetensors")):
         raise InputError(f"{pickles[0]}: pickled weights are not loaded; save the checkpoint as safetensors")
     _check_architecture(directory / "config.json")
-    weight_files(directory)
     load_tokenizer(directory)
+    weight_files(directory)
 
 
 def _check_architecture(path: Path) -> None:

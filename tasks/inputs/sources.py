@@ -35,6 +35,7 @@ _USUAL_NAMES = {
 """Names that other programs give to our columns; errors suggest them for `columns`."""
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 """Roles of ShareGPT's messages (`from`, `value`) that have another name here."""
+_KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 _JSONL, _PARQUET = (".jsonl", ".ndjson"), (".parquet",)
 _BATCH_ROWS = 1000
 _SHOWN = 80
@@ -95,6 +96,10 @@ class Row:
     teacher_id: str | None = None
 
 
+READING = "reading"
+"""Field of a source's identity: see `corrected`."""
+
+
 def source_identity(source: FileSource | AdditionSource, memo: Path | None = None) -> dict[str, Any]:
     """The source's part of a key: a generator's fields; for files their content instead of their path.
 
@@ -111,7 +116,7 @@ def source_identity(source: FileSource | AdditionSource, memo: Path | None = Non
     if source.last_turn_is_completion:
         identity["last_turn_is_completion"] = True
     if reading := corrected(source):
-        identity["reading"] = reading
+        identity[READING] = reading
     return identity
 
 
@@ -120,19 +125,22 @@ def data_files(path: Path) -> list[Path]:
     if not path.exists():
         raise InputError(f"{path}: no such prompt file or folder; {RELATIVE}")
     if path.is_file():
-        if path.suffix not in _JSONL + _PARQUET:
+        if path.suffix.lower() not in _JSONL + _PARQUET:
             raise InputError(
-                f"{path}: expected .jsonl or .parquet (or a dataset folder), found {path.suffix!r}{_CONVERT.get(path.suffix, '')}"
+                f"{path}: expected .jsonl or .parquet (or a dataset folder), found {path.suffix!r}"
+                f"{_CONVERT.get(path.suffix.lower(), '')}"
             )
         return [path]
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(child.name for child in path.iterdir() if child.is_dir()))
         raise InputError(f"{path}: has several splits ({splits}); use the folder of one of them")
-    patterns = ("*.arrow",) if _saved_dataset(path) else ("*.parquet", "*.jsonl", "*.ndjson")
-    files = sorted({file for pattern in patterns for file in path.rglob(pattern) if file.is_file()})
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    endings = (".arrow",) if _saved_dataset(path) else _JSONL + _PARQUET
+    files = sorted(file for file in _below(path) if file.suffix.lower() in endings)
     if not files:
-        raise InputError(f"{path}: no .parquet or .jsonl in this folder, and no dataset saved with save_to_disk")
+        others = "".join(f"; {note.partition(': ')[2]}" for note in _files_left_out(path))
+        raise InputError(
+            f"{path}: no .parquet or .jsonl in this folder, and no dataset saved with save_to_disk{others}"
+        )
     return files
 
 
@@ -146,12 +154,17 @@ def read_rows(source: FileSource | AdditionSource) -> tuple[list[Row], list[str]
     ours = _wanted(source)
     rows: list[Row] = []
     seen: set[str] = set()
+    tops = {name for theirs in ours.values() for name in (theirs, theirs.split(".")[0])}
+    notes = _RowNotes()
     for where, values, names in _records(source.path, ours):
         if source.limit is not None and len(rows) >= source.limit:
             break
         seen.update(names)
+        if isinstance(values, _Twice) and values.keys_twice & tops:
+            _refuse_twice(where, "", values)
         row = {column: _lookup(values, theirs) for column, theirs in ours.items()}
         rows.append(_row(where, row, tuple(names), source.last_turn_is_completion))
+        notes.look(rows[-1])
     if not rows:
         raise InputError(f"{source.path}: no rows")
     for column, theirs in source.columns.items():
@@ -159,8 +172,68 @@ def read_rows(source: FileSource | AdditionSource) -> tuple[list[Row], list[str]
             raise InputError(
                 f"{source.path}: no row has the column {theirs!r} (columns.{column}); found {_names(seen)}"
             )
-    read = {name for theirs in ours.values() for name in (theirs, theirs.split(".")[0])}
-    return rows, [f"{source.path}: column {name!r} is not read" for name in sorted(seen - read)]
+    unread = [f"{source.path}: column {name!r} is not read" for name in sorted(seen - tops)]
+    return rows, [*unread, *notes.texts(), *_files_left_out(source.path)]
+
+
+class _RowNotes:
+    """What in rows is allowed, and probably not meant; each with the first row."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, str] = {}
+
+    def look(self, row: Row) -> None:
+        if isinstance(row.prompt, str):
+            if _is_messages_json(row.prompt):
+                text = "prompt is the JSON of messages, and is used as text; columns: {messages: prompt} makes it a conversation"
+                self._first.setdefault(text, row.where)
+            return
+        for message in row.prompt:
+            if message["role"] not in _KNOWN_ROLES:
+                text = (
+                    f"the role {message['role']!r} is none of {', '.join(_KNOWN_ROLES)}; the template may not know it"
+                )
+                self._first.setdefault(text, row.where)
+
+    def texts(self) -> list[str]:
+        return [f"{where}: {text}" for text, where in self._first.items()]
+
+
+def _files_left_out(path: Path) -> Iterator[str]:
+    """Files of a folder that look like data, in formats that are not read."""
+    if path.is_file() or _saved_dataset(path):
+        return
+    found = [file for file in _below(path) if file.suffix.lower() in _CONVERT]
+    for ending in dict.fromkeys(file.suffix.lower() for file in found):
+        names = [file.relative_to(path).as_posix() for file in found if file.suffix.lower() == ending]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"{path}: {names[0]}{more} is not read{_CONVERT[ending]}"
+
+
+def _below(path: Path) -> list[Path]:
+    """All files in a folder, also behind links to folders, names that begin with a dot left out. InputError for a link whose
+    target is missing."""
+    found: list[Path] = []
+    entered: set[Path] = set()
+
+    def walk(folder: Path) -> None:
+        if folder.resolve() in entered:
+            return
+        entered.add(folder.resolve())
+        for child in sorted(folder.iterdir()):
+            if child.name.startswith("."):
+                continue
+            if child.is_symlink() and not child.exists():
+                raise InputError(
+                    f"{child}: a link whose target is missing ({child.readlink()}); restore it, or remove the link"
+                )
+            if child.is_dir():
+                walk(child)
+            elif child.is_file():
+                found.append(child)
+
+    walk(path)
+    return found
 
 
 def corrected(source: FileSource) -> list[str]:
@@ -176,7 +249,9 @@ def corrected(source: FileSource) -> list[str]:
     else:
         for file in data_files(source.path):
             found |= (
-                _corrected_arrow(source, ours, file) if file.suffix in _PARQUET else _corrected_json(source, ours, file)
+                _corrected_arrow(source, ours, file)
+                if file.suffix.lower() in _PARQUET
+                else _corrected_json(source, ours, file)
             )
     return sorted(found)
 
@@ -190,9 +265,10 @@ def _corrected_arrow(source: FileSource, ours: Mapping[str, str], path: Path) ->
             batch = batch.slice(0, max(0, source.limit - rows))
         rows += batch.num_rows
         for column, theirs in ours.items():
-            if theirs not in batch.column_names:
+            top, *parts = [theirs] if theirs in batch.column_names else theirs.split(".")
+            values = _field(batch[top], parts) if top in batch.column_names else None
+            if values is None:
                 continue
-            values = batch[theirs]
             if column in _SCALARS and pa.types.is_floating(values.type):
                 pairs = zip(values.to_pylist(), _plain_values(column, values), strict=True)
                 if any(old is not None and str(old) != _number(new) for old, new in pairs):
@@ -204,7 +280,8 @@ def _corrected_arrow(source: FileSource, ours: Mapping[str, str], path: Path) ->
 
 def _corrected_json(source: FileSource, ours: Mapping[str, str], path: Path) -> set[str]:
     names = [ours[column] for column in _SCALARS if column in ours]
-    spelled = b"|".join(re.escape(json.dumps(name, ensure_ascii=False).encode()) for name in names)
+    keys = {key for name in names for key in (name, name.rpartition(".")[2])}
+    spelled = b"|".join(re.escape(json.dumps(key, ensure_ascii=False).encode()) for key in sorted(keys))
     number = re.compile(b"(?:" + spelled + rb")\s*:\s*-?(?:\d+\.\d|\d+[eE]|NaN|Infinity)")
     with open(path, "rb") as file:
         if path.stat().st_size == 0:
@@ -215,7 +292,7 @@ def _corrected_json(source: FileSource, ours: Mapping[str, str], path: Path) -> 
     for count, (_, values, _) in enumerate(_json_records(path)):
         if source.limit is not None and count >= source.limit:
             break
-        floats = (value for name in names if isinstance(value := values.get(name), float))
+        floats = (value for name in names if isinstance(value := _lookup(values, name), float))
         if any(str(value) != _number(value) for value in floats):
             return {"numbers"}
     return set()
@@ -278,7 +355,7 @@ def _records(path: Path, ours: Mapping[str, str]) -> Iterator[tuple[str, dict[st
         yield from _arrow_records(path, ours)
         return
     for file in data_files(path):
-        yield from _arrow_records(file, ours) if file.suffix in _PARQUET else _json_records(file)
+        yield from _arrow_records(file, ours) if file.suffix.lower() in _PARQUET else _json_records(file)
 
 
 def _arrow_batches(path: Path, ours: Mapping[str, str]) -> Iterator[tuple[pa.Table, Sequence[str]]]:
@@ -316,11 +393,28 @@ def _arrow_records(path: Path, ours: Mapping[str, str]) -> Iterator[tuple[str, d
         for name in batch.column_names:
             try:
                 columns[name] = _plain_values(role.get(name, ""), batch[name])
+                for theirs, column in role.items():
+                    if theirs.startswith(f"{name}.") and theirs not in batch.column_names:
+                        field = _field(batch[name], theirs.split(".")[1:])
+                        if field is not None:
+                            columns[theirs] = _plain_values(column, field)
             except UnicodeDecodeError:
                 raise _not_utf8(path, start, name, batch[name]) from None
         for index in range(batch.num_rows):
             yield f"{path}, row {start + index}", {name: values[index] for name, values in columns.items()}, names
         start += batch.num_rows
+
+
+def _field(values: pa.ChunkedArray, parts: Sequence[str]) -> pa.ChunkedArray | None:
+    """A field inside a column of structs, null where a struct above it is; None where the type has no such field."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for part in parts:
+        if not pa.types.is_struct(values.type) or values.type.get_field_index(part) < 0:
+            return None
+        values = pc.struct_field(values, part)
+    return values
 
 
 def _plain_values(column: str, values: pa.ChunkedArray) -> list[Any]:
@@ -367,7 +461,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any], Sequence[st
                 raise InputError(f"{where}: the file is UTF-16; save it as UTF-8")
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             try:
-                values = json.loads(line.decode("utf-8", "surrogateescape"))
+                values = json.loads(line.decode("utf-8", "surrogateescape"), object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: not JSON ({error}), found {_show(line)}") from error
             if not isinstance(values, dict):
@@ -375,13 +469,46 @@ def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any], Sequence[st
             yield where, values, tuple(values)
 
 
+class _Twice(dict[str, Any]):
+    """A JSON object with a key that occurs twice. A reader keeps one of the values, and nobody knows whether the right one."""
+
+    keys_twice: frozenset[str]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    names = [name for name, _ in pairs]
+    twice = _Twice(found)
+    twice.keys_twice = frozenset(name for name in names if names.count(name) > 1)
+    return twice
+
+
+def _refuse_twice(where: str, place: str, value: Any) -> None:
+    if isinstance(value, _Twice):
+        keys = ", ".join(repr(name) for name in sorted(value.keys_twice))
+        raise InputError(f"{where}: {place or 'the row'} has the key {keys} twice; remove one of them")
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _refuse_twice(where, f"{place}.{name}", item)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_twice(where, f"{place}[{index}]", item)
+
+
 def _row(where: str, values: Mapping[str, Any], found: tuple[str, ...] = (), split_last: bool = False) -> Row:
     values = {column: None if _is_nan(value) else value for column, value in values.items()}
     for column, value in values.items():
         _refuse_undecodable(where, column, value)
+        _refuse_twice(where, column, value)
+        if isinstance(value, bytes):
+            raise InputError(f"{where}: {column} is bytes, not text; cast the column to string")
     prompt, messages = values.get("prompt"), values.get("messages")
     if prompt is not None and messages is not None:
         raise InputError(f"{where}: has both a prompt and messages; keep one of them")
+    if prompt is None and messages is None and {"prompt", "messages"} & set(found):
+        raise InputError(f"{where}: its prompt is null; remove this row")
     if prompt is None and messages is None:
         raise InputError(f"{where}: neither a prompt nor messages; found {_names(found)}{_way_out(found)}")
     if prompt is not None and not isinstance(prompt, (str, list)):
@@ -457,10 +584,11 @@ def _is_messages_json(value: Any) -> bool:
 def _messages(where: str, column: str, value: Any) -> list[dict[str, Any]]:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json.loads(value, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: {column} is text but not JSON ({error}), found {_show(value)}") from error
         _refuse_undecodable(where, column, value)
+        _refuse_twice(where, column, value)
     if not isinstance(value, list) or not value:
         raise InputError(f"{where}: {column} must be a list of messages, found {_show(value)}")
     return [_message(where, f"{column}[{index}]", message) for index, message in enumerate(value)]
@@ -469,7 +597,8 @@ def _messages(where: str, column: str, value: Any) -> list[dict[str, Any]]:
 def _message(where: str, place: str, message: Any) -> dict[str, Any]:
     """A message with a role and a text content. Fields that are null are left out."""
     if isinstance(message, dict) and "role" not in message and isinstance(message.get("from"), str):
-        role = _ROLES.get(message["from"], message["from"])
+        role = message["from"].lower()
+        role = _ROLES.get(role, role)
         message = {"role": role, "content": message.get("value"), **_rest(message, "from", "value")}
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise InputError(f"{where}: {place} must have a role and a text content, found {_show(message)}")
@@ -516,7 +645,7 @@ def _split_last(
         )
     if completion is not None:
         raise InputError(f"{where}: has a completion, and {column} ends with an assistant's turn; keep one of them")
-    if len(messages) == 1 or "tool_calls" in messages[-1]:
+    if len(messages) == 1 or messages[-1].get("tool_calls"):
         what = "is nothing but an assistant's turn" if len(messages) == 1 else "ends with tool calls, which are no text"
         raise InputError(f"{where}: {column} {what}; remove this row")
     return messages[:-1], messages[-1]["content"]
@@ -526,7 +655,7 @@ def _completion(where: str, value: Any) -> str | None:
     """Text, or the text of a list with one message of the assistant's."""
     if isinstance(value, list) and len(value) == 1:
         message = _message(where, "completion[0]", value[0])
-        if message["role"] == "assistant" and "tool_calls" not in message:
+        if message["role"] == "assistant" and not message.get("tool_calls"):
             return str(message["content"])
     return _text(where, "completion", value)
 

@@ -136,10 +136,14 @@ class OptimizerSettings(Identity):
         return self
 
 
+FORWARD = "lora_forward"
+"""Field of a training's identity, beside its config."""
+
+
 def forward_identity(settings: OptimizerSettings) -> dict[str, str]:
     """What enters a training's key beside its config, where the meaning has changed since a release: with LoRA in 16 bits the
     forward computes with the merged and rounded weights, as they are exported (before: with separate adapters)."""
-    return {"lora_forward": "merged"} if settings.lora is not None and settings.dtype != "float32" else {}
+    return {FORWARD: "merged"} if settings.lora is not None and settings.dtype != "float32" else {}
 
 
 MaskReasonName = Literal["special_token", "truncated", "teacher_prefix", "unmapped"]

@@ -31,8 +31,10 @@ def deepspeed_config(path: str | None, settings: OptimizerSettings, parameters: 
     config: dict[str, Any] = {}
     if path is not None:
         try:
-            config = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
+            config = json.loads(Path(path).read_text("utf-8-sig"), object_pairs_hook=_without_duplicates)
+            if not isinstance(config, dict):
+                raise ValueError("not an object")
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"runtime.trainer.deepspeed: {path} is not a readable JSON file ({error})") from error
     for key, instead in _OURS.items():
         if key in config:
@@ -59,3 +61,13 @@ def deepspeed_config(path: str | None, settings: OptimizerSettings, parameters: 
         "gradient_clipping": (settings.max_grad_norm or 0.0) if stage else 0.0,
     }
     return config
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. ValueError for a key that occurs twice: all but the last of its values would be lost."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {name!r} occurs twice in one object, remove one of them")
+        found[name] = value
+    return found

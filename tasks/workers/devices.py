@@ -5,6 +5,7 @@ entries of this list and never anything else: on a shared machine the others bel
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -21,14 +22,18 @@ def visible_gpus(variable: str | None, count: int) -> list[str]:
     """The GPUs that a process may use, as CUDA reads its CUDA_VISIBLE_DEVICES (`variable`; None: not set): ids, UUIDs or MIG
     instances. `count`: GPUs of the machine.
 
-    CUDA ignores an entry -1 and all after it. ConfigError for an entry that is named twice (CUDA then shows no GPU at all)."""
+    CUDA ignores an entry that it does not know (-1, a number of no GPU, NoDevFiles) and all after it. ConfigError for one that is
+    named twice (CUDA then shows no GPU at all)."""
     if variable is None:
         return [str(number) for number in range(count)]
     found: list[str] = []
     for entry in (part.strip() for part in variable.split(",")):
-        if not entry or entry.startswith("-"):
+        if entry.isdecimal() and (not count or int(entry) < count):
+            found.append(str(int(entry)))
+        elif entry.startswith(_UUIDS):
+            found.append(entry)
+        else:
             break
-        found.append(entry)
     if twice := sorted({entry for entry in found if found.count(entry) > 1}):
         raise ConfigError(f"CUDA_VISIBLE_DEVICES: {variable} names {twice[0]} twice; name every GPU once")
     return found
@@ -86,6 +91,16 @@ def _shows(visible: Sequence[str]) -> str:
     return f"{len(visible)} {'is' if len(visible) == 1 else 'are'} visible" + (
         f" ({', '.join(visible)})" if visible else ""
     )
+
+
+def gpu_memory() -> list[int]:
+    """Bytes of memory of each GPU of this machine, as nvidia-smi says; empty where it cannot be asked."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return [int(line) * 2**20 for line in answer.split()]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
 
 
 def gpu_count() -> int:

@@ -12,13 +12,17 @@ import pytest
 import torch
 from families import config, family, prompt_files, rewrite
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flows.experiment import experiment_of
 from flows.run import preflight
 from flows.run.check import check_experiment
-from storage.errors import InputError
+from storage.errors import ConfigError, InputError
 from tasks.engines.hf_folder import load_causal_lm, other_architecture, read_config
 from tasks.inputs.models import parameter_count
+from tasks.trainer.config import OptimizerSettings
+from tasks.trainer.deepspeed_file import deepspeed_config
 
 pytestmark = pytest.mark.usefixtures("own_workers")
 
@@ -268,3 +272,77 @@ def test_the_engine_gets_the_class_that_scorer_and_trainer_load(tmp_path, named,
     student = family(tmp_path / "model", "qwen3")
     rewrite(student / "config.json", architectures=named)
     assert other_architecture(read_config(student)) == other
+
+
+def _other_family(place: Path, kind: str, **fields: Any) -> Path:
+    """A student of an architecture that docs/models.md does not have, with the tokenizer of one that it has."""
+    student = family(place, "qwen3")
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](vocab_size=264, **fields), dtype=torch.float32)
+    model.save_pretrained(student)
+    return student
+
+
+def test_an_architecture_that_vllm_had_once_is_refused(tmp_path):
+    fields = {"d_model": 64, "n_layers": 2, "n_heads": 2, "max_seq_len": 256}
+    _, refused = findings(tmp_path, _other_family(tmp_path / "model", "mpt", **fields))
+    assert any("vLLM has no MptForCausalLM" in line for line in refused)
+
+
+def test_a_recurrent_state_is_refused_on_cpu(tmp_path):
+    fields = {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "bos_token_id": None, "eos_token_id": 257}
+    _, refused = findings(tmp_path, _other_family(tmp_path / "model", "mamba", **fields))
+    assert len(refused) == 1 and "recurrent state" in refused[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"zero_optimization": {"stage": 0}, "zero_optimization": {"stage": 1}}',
+        '{"zero_optimization": {"stage": 0, "stage": 1}}',
+    ],
+)
+def test_a_key_that_occurs_twice_in_a_deepspeed_file_is_refused(tmp_path, text):
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"ds\.json.*key '(zero_optimization|stage)' occurs twice"):
+        deepspeed_config(str(tmp_path / "ds.json"), OptimizerSettings(lr=1e-4), 1)
+    (tmp_path / "ds.json").write_text("[]")
+    with pytest.raises(ConfigError, match="not an object"):
+        deepspeed_config(str(tmp_path / "ds.json"), OptimizerSettings(lr=1e-4), 1)
+
+
+def test_a_full_support_of_two_folders_needs_no_k(tmp_path):
+    """The smaller vocabulary of the two; a folder that cannot be read leaves it open, and the error says where to look."""
+    student, teacher = family(tmp_path / "s", "qwen3"), family(tmp_path / "t", "qwen3", vocab_size=272)
+    fields = config(student, teacher, prompt_files(tmp_path))
+    fields["objective"] = {"estimator": "direct", "divergence": {"kind": "reverse_kl"}, "support": {"kind": "full"}}
+    assert experiment_of(fields, "test").objective.support.k == 264
+    (teacher / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"support\.k: required, but missing; the smaller vocab_size"):
+        experiment_of(fields, "test")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "found"),
+    [
+        ([80.0], None),
+        ([2.5, 80.0], "set it to 0.46 or less"),  # the smallest GPU counts
+        ([1.2], "take smaller models or a larger GPU"),
+        ([], None),  # not known
+    ],
+)
+def test_models_beside_the_engine_must_fit_what_it_leaves(tmp_path, monkeypatch, sizes, found):
+    """`sizes`: of the GPUs, in weights of both models."""
+    student = family(tmp_path / "model", "qwen3")
+    rollout = {"behaviour": "trb", "top_p": 1.0, "max_completion_length": 8}
+    experiment = experiment_of(config(student, student, prompt_files(tmp_path), rollout=rollout), "test")
+    experiment.runtime.device, experiment.runtime.sampler.gpu_memory_utilization = "cuda", 0.5
+    weights = 2 * 4 * parameter_count(student)
+    monkeypatch.setattr(preflight, "gpu_memory", lambda: [int(size * weights) for size in sizes])
+    model = preflight.Model("student", student)
+    known = preflight.Known(experiment, model, model, None)
+    texts = [finding.text for finding in preflight.beside_sampler(known) if finding.refused]
+    assert len(texts) == (found is not None)
+    if found:
+        assert found in texts[0] and "runtime.sampler.gpu_memory_utilization 0.5" in texts[0]
+    experiment.runtime.device = "cpu"
+    assert not list(preflight.beside_sampler(known))

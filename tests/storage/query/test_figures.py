@@ -128,13 +128,15 @@ def test_sums_of_rows_leave_out_what_was_not_judged_or_is_not_finite() -> None:
         row("a", "kl", 0, reverse_kl_sum=2.0, tokens=4, finish_reason="length"),
         row("a", "kl", 1, reverse_kl_sum=None, tokens=9),
         row("b", "kl", 0, reverse_kl_sum=1.0, tokens=2),
+        row("b", "kl", 1, reverse_kl_sum=math.nan, tokens=9, finish_reason="length"),
+        row("b", "kl", 2, reverse_kl_sum=math.inf, tokens=1),
     )
     found = sums_of(rows)
     assert found.keys() == {"accuracy_greedy", "reverse_kl", "mean_length", "clipped_ratio"}
     errors = errors_of(found)
-    assert (errors["accuracy_greedy_n"], errors["reverse_kl_n"], errors["mean_length_n"]) == (2, 2, 3)
+    assert (errors["accuracy_greedy_n"], errors["reverse_kl_n"], errors["mean_length_n"]) == (2, 2, 5)
     assert (errors["mean_length_prompts"], errors["reverse_kl_se"]) == (2, 0.0)
     assert errors["accuracy_greedy_se"] == pytest.approx(0.5)
-    assert found["clipped_ratio"].value == pytest.approx(1 / 3) and found["mean_length"].value == 5
+    assert found["clipped_ratio"].value == pytest.approx(2 / 5) and found["mean_length"].value == 5
     assert figure([sums_of(table(row("a", "greedy", correct=True)))["accuracy_greedy"]]) == Figure(1.0, None, 1, 1)
     assert sums_of(table()) == {}

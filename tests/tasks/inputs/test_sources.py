@@ -226,3 +226,81 @@ def test_formats_of_others_are_read_or_refused_with_the_field_to_set(tmp_path):
         assert f"columns: {{prompt: {name}}}" in refusal(lines(tmp_path / "b.jsonl", {name: "q", "answer": "a"}))
     (tmp_path / "c.json").write_text("[]")
     assert "one JSON object per line" in refusal(tmp_path / "c.json")
+
+
+def test_a_conversation_and_an_answer_inside_another_column_are_read_like_those_of_their_own(tmp_path):
+    """Nulls that Arrow made, and numbers in single precision."""
+    talks = [[*ASK, call(city="Oslo")], [*ASK, call(zone="CET")]]
+    single = pa.array([{"gt": 0.1}, {"gt": 2.0}], pa.struct([("gt", pa.float32())]))
+    fields: dict[str, Any] = {"columns": {"messages": "x.talk", "answer": "r.gt"}}
+    for talk in talks:
+        talk.append({"role": "tool", "content": "t"})
+    nested = parquet(tmp_path / "a.parquet", pa.table({"x": [{"talk": talk} for talk in talks], "r": single}))
+    found = rows(nested, **fields)
+    assert [row.prompt for row in found] == talks and [row.answer for row in found] == ["0.1", "2"]
+    assert corrected(FileSource(path=nested, **fields)) == ["nulls", "numbers"]
+    file = lines(tmp_path / "a.jsonl", {"prompt": "a", "r": {"gt": 2.0}})
+    assert corrected(FileSource(path=file, columns={"answer": "r.gt"})) == ["numbers"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"prompt": "a", "answer": "1", "answer": "2"}', "the row has the key 'answer' twice"),
+        ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "messages[0] has the key 'content' twice"),
+        (
+            json.dumps({"messages": '[{"role": "user", "role": "tool", "content": "a"}]'}),
+            "messages[0] has the key 'role' twice",
+        ),
+    ],
+)
+def test_a_key_that_occurs_twice_is_refused(tmp_path, line, says):
+    assert f"a.jsonl:1: {says}" in refusal(lines(tmp_path / "a.jsonl", line + "\n"))
+
+
+def test_a_key_twice_in_a_column_that_is_not_read_is_no_matter(tmp_path):
+    assert (
+        rows(lines(tmp_path / "a.jsonl", '{"prompt": "a", "junk": {"b": 1, "b": 2}, "c": 1, "c": 2}\n'))[0].prompt
+        == "a"
+    )
+
+
+def test_files_behind_links_are_read_and_a_broken_link_is_refused(tmp_path):
+    folder, outside = tmp_path / "d", tmp_path / "outside"
+    folder.mkdir()
+    outside.mkdir()
+    lines(folder / "a.jsonl", {"prompt": "a"})
+    lines(outside / "b.jsonl", {"prompt": "b"})
+    (folder / "more").symlink_to(outside)
+    (outside / "round").symlink_to(folder)  # leads back
+    assert [row.prompt for row in rows(folder)] == ["a", "b"]
+    (folder / "gone.jsonl").symlink_to(tmp_path / "nothing.jsonl")
+    assert "gone.jsonl: a link whose target is missing" in refusal(folder)
+
+
+def test_files_of_other_formats_in_a_folder_are_reported(tmp_path):
+    lines(tmp_path / "A.JSONL", {"prompt": "a"})
+    (tmp_path / "b.jsonl.gz").write_bytes(b"")
+    found, warnings = read_rows(FileSource(path=tmp_path))
+    assert [row.prompt for row in found] == ["a"] and ["b.jsonl.gz is not read" in text for text in warnings] == [True]
+    (tmp_path / "A.JSONL").unlink()
+    assert "b.jsonl.gz is not read; unpack it first" in refusal(tmp_path)
+
+
+def test_roles_and_texts_that_are_probably_not_meant_are_reported_once(tmp_path):
+    talk = [{"from": "Human", "value": "q"}, {"from": "function_call", "value": "{}"}, {"from": "Human", "value": "r"}]
+    text = json.dumps(ASK)
+    source = FileSource(path=lines(tmp_path / "a.jsonl", *[{"messages": talk}] * 2, *[{"prompt": text}] * 2))
+    found, warnings = read_rows(source)
+    assert [message["role"] for message in found[0].prompt] == ["user", "function_call", "user"]
+    assert [text.partition(": ")[0] for text in warnings] == [f"{source.path}:1", f"{source.path}:3"]
+    assert "'function_call'" in warnings[0] and "columns: {messages: prompt}" in warnings[1]
+
+
+def test_no_tool_calls_may_be_an_empty_list_and_a_null_prompt_is_called_one(tmp_path):
+    turn = {"role": "assistant", "content": "a", "tool_calls": []}
+    file = lines(tmp_path / "a.jsonl", {"messages": [*ASK, turn]}, {"prompt": "b", "completion": [turn]})
+    assert [row.completion for row in rows(file, last_turn_is_completion=True)] == ["a", "a"]
+    assert "b.jsonl:2: its prompt is null" in refusal(lines(tmp_path / "b.jsonl", {"prompt": "a"}, {"prompt": None}))
+    table = pa.table({"prompt": pa.array([b"a"], pa.binary())})
+    assert "prompt is bytes" in refusal(parquet(tmp_path / "c.parquet", table))

@@ -27,6 +27,11 @@ UUIDS = ["GPU-1111aaaa-0000", "GPU-1111bbbb-0000", "GPU-2222cccc-0000", "MIG-333
         ("", 8, []),
         ("-1", 8, []),
         ("2,-1,3", 8, ["2"]),  # CUDA stops at the first entry that is none
+        ("0,9,1", 8, ["0"]),
+        ("0,01", 8, ["0", "1"]),
+        ("NoDevFiles", 8, []),
+        ("0,none,1", 8, ["0"]),
+        ("0", 0, ["0"]),  # how many there are is not known everywhere
         ("MIG-3333dddd-0000,GPU-1111aaaa-0000", 0, ["MIG-3333dddd-0000", "GPU-1111aaaa-0000"]),
     ],
 )

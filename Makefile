@@ -8,7 +8,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup demo study test test-full faults lint clean
+.PHONY: help setup demo study test test-full faults bench lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -51,6 +51,9 @@ test-full: setup  ## the test suite with the long tests
 faults: setup  ## all fault tests in full (docs/reliability.md); takes hours, can be stopped and continued
 	@$(BIN)/python -m pytest -m "faults or promise"; code=$$?; \
 	  $(BIN)/python tests/support/fault_table.py docs/reliability.md; exit $$code
+
+bench: setup  ## speed of blended sampling relative to plain sampling; minutes on two idle cores
+	@$(BIN)/python benchmarks/blending.py
 
 lint: setup  ## style, types and import contracts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -6,6 +6,7 @@ A check is a function from `Known` to the texts of what it found. A plugin that 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 import sys
@@ -37,14 +38,19 @@ from tasks.engines.hf_folder import (
 )
 from tasks.engines.teacher import QUANTIZATION_NEEDS, ServerTeacher, VllmTeacher
 from tasks.evaluate import rank_of
+<<<<<<< HEAD
 from tasks.inputs.models import ServedModel
 from tasks.inputs.rounds import prompts_for_round
+=======
+from tasks.inputs.models import parameter_count
+>>>>>>> bf9f3dd5408ca31e215726f175fd4b3f6b5e2512
 from tasks.inputs.tokenizers import load_tokenizer
 from tasks.signals import signal_named
 from tasks.stage import merged_stop_ids
 from tasks.trainer.config import LoraSettings, OptimizerSettings
 from tasks.trainer.deepspeed_file import deepspeed_config
 from tasks.workers import jobs
+from tasks.workers.devices import gpu_memory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,6 +58,8 @@ if TYPE_CHECKING:
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes of vLLM's attention on CPU (`CPUAttentionBackend.get_supported_head_sizes`)."""
+_WEIGHTS_SHARE = 0.75
+"""Of the memory that vLLM leaves, what the weights of models beside it may take; the rest is for their KV and distributions."""
 _SHOWN = 8
 _NAMED = 3
 
@@ -216,6 +224,33 @@ def programs(known: Known) -> Found:
         yield Finding(
             f"runtime.sampler.enforce_eager: false compiles on this machine, but there is no {compiler}; install it, or set"
             " enforce_eager: true",
+            refused=True,
+        )
+
+
+def beside_sampler(known: Known) -> Found:
+    """Whether the two models that a behaviour reads beside vLLM fit what that leaves of a GPU."""
+    e = known.experiment
+    if e.runtime.device != "cuda" or "teacher" not in e.rollout.behaviour.at(0).reads:
+        return
+    memory = min(gpu_memory(), default=None)
+    if memory is None:
+        return
+    width = 4 if e.rollout.dtype == "float32" else 2
+    needed = width * sum(parameter_count(model.path) for model in (known.student, known.teacher))
+    left = memory * (1 - e.runtime.sampler.gpu_memory_utilization)
+    if needed > _WEIGHTS_SHARE * left:
+        fits = max(0.0, 1 - needed / _WEIGHTS_SHARE / memory)
+        yield Finding(
+            f"rollout.behaviour: {e.rollout.behaviour.kind!r} holds student and teacher beside the engine,"
+            f" {needed / 2**30:.1f} GiB of weights in {e.rollout.dtype}, but runtime.sampler.gpu_memory_utilization"
+            f" {e.runtime.sampler.gpu_memory_utilization:g} leaves {left / 2**30:.1f} GiB of a GPU, of which"
+            f" {_WEIGHTS_SHARE:.0%} may be weights; "
+            + (
+                f"set it to {math.floor(fits * 100) / 100:g} or less"
+                if fits >= 0.1
+                else "take smaller models or a larger GPU"
+            ),
             refused=True,
         )
 
@@ -517,6 +552,7 @@ CHECKS: tuple[tuple[Callable[[Known], Found], str], ...] = (
     (installed, "sampler"),
     (teacher_server, "scorer"),
     (programs, "sampler"),
+    (beside_sampler, "sampler"),
     (deepspeed_file, "trainer"),
     (architecture, "scorer"),
     (weights, "scorer"),

@@ -239,7 +239,9 @@ class Pair:
                 raise InputError(f"{path}: the weights' digest is {actual[:16]}…, the job asks for {ref.weights[:16]}…")
             self._models[who] = ((ref.weights, dtype), CachedModel(path, dtype, self._device, self._budget))
         path = Path(teacher.path)
-        self.teacher_stop_ids = stop_token_ids(path, "eos", load_tokenizer(path).eos_token_id)
+        rows = self._models["student"][1].rows
+        ends = stop_token_ids(path, "eos", load_tokenizer(path).eos_token_id)
+        self.teacher_stop_ids = [token for token in ends if token < rows]  # others the student cannot write
 
     def begin(self) -> None:
         """Forget what was read: what a batch gives must not depend on an earlier one."""

@@ -5,6 +5,7 @@ entries of this list and never anything else: on a shared machine the others bel
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -90,6 +91,16 @@ def _shows(visible: Sequence[str]) -> str:
     return f"{len(visible)} {'is' if len(visible) == 1 else 'are'} visible" + (
         f" ({', '.join(visible)})" if visible else ""
     )
+
+
+def gpu_memory() -> list[int]:
+    """Bytes of memory of each GPU of this machine, as nvidia-smi says; empty where it cannot be asked."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return [int(line) * 2**20 for line in answer.split()]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
 
 
 def gpu_count() -> int:

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from places import CHECKOUT, TINY
+from places import CHECKOUT, DATA, TINY
 
-from flows.config_file import parse_override, read_yaml
+from flows.config_file import merge, parse_override, read_yaml
 from flows.experiment import Experiment, load_experiment
 from flows.reference.pages import PAGES
 from flows.study.spec import load_study, nested
@@ -320,3 +321,46 @@ def test_a_variant_without_its_kind_names_the_kinds(tmp_path):
 def test_text_that_is_no_path_stays_as_it_is():
     found = load_experiment(TINY, ["prompts.chat_template_kwargs={path: a/b}"])
     assert found.prompts.chat_template_kwargs == {"path": "a/b"}
+
+
+SAMPLED = {"estimator": "policy_gradient", "divergence": {"kind": "reverse_kl"}, "advantage": "stop_gradient"}
+BIASED = {"importance_correction": {"kind": "biased_truncated"}}
+TRB = {"kind": "trb", "epsilon": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("over", "refusal"),
+    [
+        ({"objective": SAMPLED, "train": BIASED}, None),
+        ({"objective": SAMPLED, "train": BIASED, "rollout": {"temperature": 0.8, "min_p": 0.1, "top_k": 50}}, None),
+        ({"objective": SAMPLED, "train": BIASED, "rollout": {"top_p": 1.0, "behaviour": TRB}}, None),
+        ({"objective": SAMPLED}, r"rollout\.top_p is 0\.9.* biased_truncated\} accepts that"),
+        ({"objective": SAMPLED, "rollout": {"top_p": 1.0, "min_p": 0.1}}, r"rollout\.min_p is 0\.1"),
+        ({"objective": SAMPLED, "rollout": {"top_p": 1.0, "behaviour": TRB}}, r"with 'trb'.*, or weight the tokens"),
+        ({"objective": SAMPLED | {"center": False}, "train": BIASED}, r"objective\.center: false.*outside the nucleus"),
+        ({"objective": SAMPLED | {"advantage": "opd_plus"}, "train": BIASED}, r"objective\.advantage: opd_plus"),
+        ({"train": BIASED}, r"train\.importance_correction: biased_truncated weights samples"),
+    ],
+)
+def test_weights_for_samples_that_are_not_the_students(over: dict[str, Any], refusal: str | None) -> None:
+    data = merge(yaml.safe_load((DATA / "golden.yaml").read_text()), {"rollout": {"top_p": 0.9}})
+    data = merge({**data, "objective": over["objective"]} if "objective" in over else data, over)
+    if refusal is None:
+        Experiment.model_validate(data)
+        return
+    with pytest.raises(ValueError, match=refusal):
+        Experiment.model_validate(data)
+
+
+def test_a_round_has_the_behaviour_of_its_first_step() -> None:
+    data = merge(
+        yaml.safe_load((DATA / "golden.yaml").read_text()),
+        {"rollout": {"top_p": 1.0, "behaviour": TRB | {"anneal_steps": 10}}},
+    )
+    experiment = Experiment.model_validate(data)
+    steps = experiment.steps_per_round
+    for round in range(1, 12):
+        behaviour = experiment.at(round).rollout.behaviour
+        left = 0.01 * (1 - min(1, (round - 1) * steps / 10))
+        assert getattr(behaviour, "epsilon", 0) == pytest.approx(left) and (behaviour.kind == "trb") == (left > 0)
+    assert experiment.rollout.behaviour.anneal_steps == 10  # the run's own config keeps the schedule

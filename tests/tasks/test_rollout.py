@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter
 
 import pytest
@@ -10,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from places import PLUGINS
 from pydantic import ValidationError
+from registries import plugin_path
 from rollout_stage import CONFIG, Stage
 
 from storage.artifacts.artifact import Artifact, load_manifest
-from storage.errors import InputError
+from storage.errors import ConfigError, InputError, OpdError
+from tasks.behaviours import behaviour_of
+from tasks.plugins import load_plugins
 from tasks.rollout import RolloutConfig, plan_samples, prompts_for_round, rollout_work
 from tasks.workers.pool import WorkerDied, WorkerPool
 from tasks.workers.runtime import RuntimeConfig, SamplerRuntime
@@ -213,3 +217,84 @@ def test_shards_made_with_other_settings_are_kept_and_the_manifest_says_which(tm
     assert (first["shards"], second["shards"]) == ([0, 1], [2])
     assert (first["numerics"], second["numerics"]) == (pool.runtime.numerics("sampler"), smaller.numerics("sampler"))
     assert not list((stage.store.root / "artifacts" / "rollout" / stage.spec.key).glob("*made-at*"))
+
+
+def tabled(root, wrong: str = "") -> Stage:
+    return Stage(root, config=CONFIG.model_copy(update={"behaviour": behaviour_of({"kind": "tabled", "wrong": wrong})}))
+
+
+@pytest.fixture(scope="module")
+def tabled_pool(tmp_path_factory):
+    runtime = RuntimeConfig(device="cpu", threads=1, retries=0, sampler=SamplerRuntime(max_num_seqs=1))
+    with plugin_path():
+        load_plugins(["tabled"])
+        logs = tmp_path_factory.mktemp("tabled")
+        with WorkerPool(runtime, logs, ("scripted_sampler", "tabled"), str(PLUGINS)) as pool:
+            yield pool
+
+
+def test_a_behaviours_table_is_made_and_mended_with_the_rollouts(tmp_path, tabled_pool):
+    whole = tabled(tmp_path / "whole")
+    made = whole.build_all(tabled_pool)
+    assert list(made) == ["rollout", "surprise"] and made["surprise"].rows == {"surprise": 10}
+    assert load_manifest(whole.store.root / "artifacts" / "surprise" / made["surprise"].key).retention == "rollouts"
+    assert made["surprise"].provenance["batches"] == made["rollout"].provenance["batches"]
+    rows = whole.store.read_table(made["rollout"], "rollouts").to_pylist()
+    cells = whole.store.read_table(made["surprise"], "surprise").to_pylist()
+    assert [c["sample_id"] for c in cells] == [r["sample_id"] for r in rows]
+    assert [c["nats"] for c in cells] == [[-p for p in r["sampling_logprobs"]] for r in rows]
+    assert made["surprise"].meta["metrics"] == {"surprise_max": max(max(c["nats"]) for c in cells)}
+
+    broken = tabled(tmp_path / "broken")
+    (broken.store.root / "die-before-shard").write_text("2")
+    with pytest.raises(WorkerDied):
+        broken.build_all(tabled_pool)
+    broken.done()
+    (broken.store.root / "die-before-shard").unlink()
+    # a shard of the table alone is lost before anything is committed
+    folder = broken.store.root / "artifacts" / "surprise" / broken.work.outputs["surprise"].key
+    next(folder.glob("surprise-00001-*.parquet")).unlink()
+    resumed = broken.build_all(tabled_pool)
+    assert {name: artifact.content for name, artifact in resumed.items()} == {n: a.content for n, a in made.items()}
+    assert sorted(set(broken.done())) == [0, 1, 2]  # shard 1 in the batch that it was in
+
+    # both are damaged in different shards: each gets back what it lost
+    broken.store.shard_files(resumed["rollout"], "rollouts")[0].write_bytes(b"x")
+    broken.store.shard_files(resumed["surprise"], "surprise")[2].write_bytes(b"x")
+    mended = broken.build_all(tabled_pool)
+    assert {name: artifact.content for name, artifact in mended.items()} == {n: a.content for n, a in made.items()}
+
+    # the whole table is gone: it is made again from the batches that the rollouts recorded
+    shutil.rmtree(folder)
+    again = broken.build_all(tabled_pool)
+    assert again["surprise"].content == made["surprise"].content
+    assert again["surprise"].provenance["batches"] == again["rollout"].provenance["batches"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("missing", "has nats; its table has nats, draws"),
+        ("short", r"values\['nats'\] must be \d finite numbers"),
+        ("nan", r"values\['nats'\] must be \d finite numbers"),
+    ],
+)
+def test_cells_that_do_not_fit_the_table_are_refused(tmp_path, tabled_pool, wrong, message):
+    with pytest.raises(OpdError, match=f"'tabled'.*tabled.py.*{message}"):
+        tabled(tmp_path, wrong).build_all(tabled_pool)
+
+
+def test_what_a_behaviour_reads_enters_the_key_and_nothing_else_does():
+    student, other = (artifact("model", weights=w, architecture="a", tokenizer="t") for w in "st")
+    prompts = artifact("prepare", **{"prompts:train": "p"})
+    blended = RolloutConfig(behaviour={"kind": "trb", "epsilon": 0.01})
+
+    def work(config, teacher):
+        return rollout_work(config, student, prompts, 1, 1, teacher=teacher)
+
+    with pytest.raises(ConfigError, match=r"rollout\.behaviour: 'trb' reads the teacher"):
+        work(blended, None)
+    keys = [{name: spec.key for name, spec in work(blended, teacher).outputs.items()} for teacher in (student, other)]
+    assert all(keys[0][name] != keys[1][name] for name in ("rollout", "blending"))
+    plain = RolloutConfig()
+    assert work(plain, other).outputs == work(plain, None).outputs and list(work(plain, other).outputs) == ["rollout"]

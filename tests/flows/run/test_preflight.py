@@ -339,6 +339,7 @@ def test_a_full_support_of_two_folders_needs_no_k(tmp_path):
         experiment_of(fields, "test")
 
 
+<<<<<<< HEAD
 # --- the teacher's backend -------------------------------------------------------------------------------------------
 
 
@@ -454,3 +455,30 @@ def test_a_teacher_in_vllm_is_checked_as_the_student_is(tmp_path):
     source = {"kind": "checkpoint", "path": str(teacher)}
     assert "teacher: heads of 48" in checked(tmp_path, student, source, supervise={"teacher": {"kind": "vllm"}})[1]
     assert checked(tmp_path, student, source)[1] == ""
+=======
+@pytest.mark.parametrize(
+    ("sizes", "found"),
+    [
+        ([80.0], None),
+        ([2.5, 80.0], "set it to 0.46 or less"),  # the smallest GPU counts
+        ([1.2], "take smaller models or a larger GPU"),
+        ([], None),  # not known
+    ],
+)
+def test_models_beside_the_engine_must_fit_what_it_leaves(tmp_path, monkeypatch, sizes, found):
+    """`sizes`: of the GPUs, in weights of both models."""
+    student = family(tmp_path / "model", "qwen3")
+    rollout = {"behaviour": "trb", "top_p": 1.0, "max_completion_length": 8}
+    experiment = experiment_of(config(student, student, prompt_files(tmp_path), rollout=rollout), "test")
+    experiment.runtime.device, experiment.runtime.sampler.gpu_memory_utilization = "cuda", 0.5
+    weights = 2 * 4 * parameter_count(student)
+    monkeypatch.setattr(preflight, "gpu_memory", lambda: [int(size * weights) for size in sizes])
+    model = preflight.Model("student", student)
+    known = preflight.Known(experiment, model, model, None)
+    texts = [finding.text for finding in preflight.beside_sampler(known) if finding.refused]
+    assert len(texts) == (found is not None)
+    if found:
+        assert found in texts[0] and "runtime.sampler.gpu_memory_utilization 0.5" in texts[0]
+    experiment.runtime.device = "cpu"
+    assert not list(preflight.beside_sampler(known))
+>>>>>>> bf9f3dd5408ca31e215726f175fd4b3f6b5e2512

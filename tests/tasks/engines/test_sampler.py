@@ -26,6 +26,7 @@ from storage.errors import InputError
 from storage.identity import derive_seed
 from storage.schemas import schema_for
 from storage.store import Store
+from tasks.engines import distributions
 from tasks.engines.hf_folder import stop_token_ids
 from tasks.engines.sampler import Sampler
 from tasks.engines.vllm_engine import SamplingFailed
@@ -180,6 +181,25 @@ def test_sampling_logprobs_are_of_the_truncated_distribution(sampler, checkpoint
         torch.testing.assert_close(torch.tensor(completion["logprobs"]).double(), expected, atol=1e-4, rtol=0)
         assert completion["finish_reason"] == ("stop" if tokens[-1] == EOS else "length")
         assert EOS not in tokens[:-1]
+
+
+def test_min_p_is_recorded_as_it_was_sampled(sampler, checkpoints):
+    path, prompts = checkpoints["one"], [prompt(i) for i in range(8)]
+    how = {"temperature": 0.9, "top_p": 0.8, "top_k": 0, "min_p": 0.1}
+    cut = 0
+    for completion, ids in zip(ask(sampler, path, prompts, list(range(8)), **how), prompts, strict=True):
+        logits_TV = logits_of(path, ids, completion["token_ids"]).double() / 0.9
+        probs_TV = logits_TV.softmax(-1)
+        kept_TV = logits_TV.masked_fill(probs_TV < 0.1 * probs_TV.amax(-1, keepdim=True), -torch.inf)
+        cut += int((truncated_logprobs(kept_TV, 1.0, 0.8) != truncated_logprobs(logits_TV, 1.0, 0.8)).any())
+        chosen_N = torch.tensor(completion["token_ids"])
+        expected = truncated_logprobs(kept_TV, 1.0, 0.8).gather(1, chosen_N[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion["logprobs"]).double(), expected, atol=1e-4, rtol=0)
+        logprobs_NV = logits_of(path, ids, completion["token_ids"]).log_softmax(-1)
+        scored, outside = distributions.sampling_logprobs(logprobs_NV, chosen_N, **how)  # the scorer means the same
+        torch.testing.assert_close(scored.double(), expected, atol=1e-4, rtol=0)
+        assert not outside.any()
+    assert cut, "min_p cut nothing off that top_p left"
 
 
 def test_top_k_bounds_what_is_sampled(sampler, checkpoints):

@@ -247,6 +247,21 @@ def test_importance_weights_are_truncated_ratios(train: Train, world: World) -> 
         assert step["loss"] == pytest.approx((weight * loss).mean(), rel=1e-5)
 
 
+def test_biased_weights_lead_back_to_the_student(train: Train, world: World) -> None:
+    """The student at temperature 1 over the distribution sampled from, whatever shaped that."""
+    settings = config(samples_per_step=12, importance_correction={"kind": "biased_truncated", "cap": 1.2})
+    sampled = world.store.read_table(world.signals["sampled"], "sampled").to_pylist()[::-1]
+    weights, losses = [], []
+    for row, found, keep in zip(world.samples, sampled, kept(world), strict=True):
+        student, sampling = np.array(found["student_logprobs"]), np.array(row["sampling_logprobs"])
+        weights.append(np.minimum(np.exp(student - sampling), 1.2)[keep])
+        losses.append((student - np.array(found["teacher_logprobs"]))[keep])
+    weight, loss = np.concatenate(weights), np.concatenate(losses)
+    [step] = train(settings, 1, objective=PolicyGradientConfig(advantage="stop_gradient")).rows
+    assert step["importance_weight_mean"] == pytest.approx(weight.mean(), rel=1e-5)
+    assert step["loss"] == pytest.approx((weight * loss).mean(), rel=1e-5)
+
+
 @pytest.mark.parametrize("normalisation", ["sequence", "constant"])
 def test_other_normalisations_are_global_too(train: Train, world: World, normalisation: str) -> None:
     length = 30 if normalisation == "constant" else None

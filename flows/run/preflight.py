@@ -38,12 +38,8 @@ from tasks.engines.hf_folder import (
 )
 from tasks.engines.teacher import QUANTIZATION_NEEDS, ServerTeacher, VllmTeacher
 from tasks.evaluate import rank_of
-<<<<<<< HEAD
-from tasks.inputs.models import ServedModel
+from tasks.inputs.models import ServedModel, parameter_count
 from tasks.inputs.rounds import prompts_for_round
-=======
-from tasks.inputs.models import parameter_count
->>>>>>> bf9f3dd5408ca31e215726f175fd4b3f6b5e2512
 from tasks.inputs.tokenizers import load_tokenizer
 from tasks.signals import signal_named
 from tasks.stage import merged_stop_ids

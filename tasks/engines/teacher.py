@@ -224,7 +224,6 @@ class ServerTeacher(TeacherBackend):
     )
     entropy_k: int = _ENTROPY_K
     capabilities = _LISTS
-    reads_checkpoint = False
 
     def rows(self, folder: Path) -> int:
         from tasks.engines.hf_folder import model_rows

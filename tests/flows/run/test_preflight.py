@@ -339,7 +339,6 @@ def test_a_full_support_of_two_folders_needs_no_k(tmp_path):
         experiment_of(fields, "test")
 
 
-<<<<<<< HEAD
 # --- the teacher's backend -------------------------------------------------------------------------------------------
 
 
@@ -455,7 +454,8 @@ def test_a_teacher_in_vllm_is_checked_as_the_student_is(tmp_path):
     source = {"kind": "checkpoint", "path": str(teacher)}
     assert "teacher: heads of 48" in checked(tmp_path, student, source, supervise={"teacher": {"kind": "vllm"}})[1]
     assert checked(tmp_path, student, source)[1] == ""
-=======
+
+
 @pytest.mark.parametrize(
     ("sizes", "found"),
     [
@@ -481,4 +481,3 @@ def test_models_beside_the_engine_must_fit_what_it_leaves(tmp_path, monkeypatch,
         assert found in texts[0] and "runtime.sampler.gpu_memory_utilization 0.5" in texts[0]
     experiment.runtime.device = "cpu"
     assert not list(preflight.beside_sampler(known))
->>>>>>> bf9f3dd5408ca31e215726f175fd4b3f6b5e2512

@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 from flows.config_file import CHECKOUT, CONFIGS
 from flows.experiment import load_experiment
 from tasks.behaviours import BEHAVIOURS
+from tasks.inputs.teachers import SELF_TEACHERS
 from tasks.losses.axes import FullSupport, SampledToken, StudentCandidates, TopkSupport
 from tasks.losses.config import DirectConfig, PolicyGradientConfig, SftConfig
 from tasks.losses.credit import CREDITS
@@ -98,7 +99,8 @@ def catalogue() -> list[Entry]:
     found += [_of_class(kind, "credit", c) for kind, c in CREDITS.classes.items()]
     found += [_of_class(kind, "trust region", c) for kind, c in TRUST_REGIONS.classes.items()]
     found += [_of_class(kind, "token weight", c) for kind, c in TOKEN_WEIGHTS.classes.items()]
-    return found + [_of_class(kind, "behaviour", c) for kind, c in BEHAVIOURS.classes.items()]
+    found += [_of_class(kind, "behaviour", c) for kind, c in BEHAVIOURS.classes.items()]
+    return found + [_of_class(kind, "teacher", c) for kind, c in SELF_TEACHERS.items()]
 
 
 def axes(entries: list[Entry]) -> list[str]:

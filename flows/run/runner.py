@@ -275,7 +275,9 @@ def refuse_full_disk(store: Store, experiment: Experiment) -> None:
     needed, source = bytes_per_round(experiment), experiment.student.source
     if isinstance(source, CheckpointModel):
         states = 1 if experiment.runtime.trainer.checkpoint_minutes is None else KEPT + 2
-        needed += training_bytes(parameter_count(source.path), experiment.train, states)
+        needed += training_bytes(
+            parameter_count(source.path), experiment.train, states, experiment.teacher.average is not None
+        )
     store.require_space(needed, "one round")
 
 
@@ -303,11 +305,16 @@ def bytes_of_run(e: Experiment, rounds: int | None = None, parameters: int | Non
         parameters = parameter_count(e.student.source.path)
     if parameters is not None:
         student = parameters * (2 if e.train.dtype == "bfloat16" else 4)
-        parts |= {"students": student, "trainer_state": 0 if e.train.lora is not None else 12 * parameters}
+        averaged = e.teacher.average is not None
+        parts |= {
+            "students": student,
+            "trainer_state": 0 if e.train.lora is not None else (16 if averaged else 12) * parameters,
+        }
+        parts["trainer_state"] += student if averaged else 0
     found = {}
     for name, size in parts.items():
         keep = getattr(e.policy.retain, name) if e.policy.collect else None
         found[name] = size * (rounds if keep is None else min(rounds, keep + 1))
     if e.train.lora is not None and rounds and "students" in parts:
-        found["trainer_state"] += parts["students"]
+        found["trainer_state"] += parts["students"]  # the frozen weights
     return found

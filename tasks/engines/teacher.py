@@ -112,6 +112,9 @@ class TeacherBackend(Kind):
     """How a teacher is asked. Part of the keys of what is scored with it, unless it is `local`."""
 
     capabilities: ClassVar[Capabilities]
+    reads_checkpoint: ClassVar[bool] = True
+    """Whether it answers with the weights in the folder that it opens. A server that has its own sets this to False, and cannot
+    be asked about a teacher that changes from round to round."""
 
     @abstractmethod
     def rows(self, folder: Path) -> int:

@@ -23,7 +23,9 @@ from tasks.signals.wanted import Values, Wanted
 
 SPLIT = "train"
 """The split of the prompts that rollouts answer."""
-_NOT_SIGNALS = {"model", "prepare", "warmup", "rollout", "train", "student", "trainer_state", "evaluate"}
+_NOT_SIGNALS = {
+    "model", "prepare", "warmup", "rollout", "train", "student", "trainer_state", "teacher_ema", "evaluate",
+}  # fmt: skip
 _BYTES = {pa.int16(): 2, pa.int32(): 4, pa.float32(): 4, pa.int64(): 8, pa.float64(): 8}
 
 

@@ -219,11 +219,13 @@ class ScoreResult(Schema):
 
 
 class TrainOutputs(Schema):
-    """Empty folders for student and trainer_state, and the artifact of the table training_steps; null: not wanted."""
+    """Empty folders for student, trainer_state and teacher_ema, and the artifact of the table training_steps; null: not
+    wanted."""
 
     student: str | None = None
     trainer_state: str | None = None
     steps: ArtifactRef | None = None
+    teacher_ema: str | None = None
 
 
 class CheckpointPlace(Schema):
@@ -235,7 +237,8 @@ class CheckpointPlace(Schema):
 
 class TrainJob(Schema):
     """Train a student on rollouts and signals (role trainer; every rank gets the same job). `config` and `objective` are the
-    JSON of a TrainConfig and of an objective; `state`: folder of the trainer state to continue from, or null."""
+    JSON of a TrainConfig and of an objective; `state`: folder of the trainer state to continue from, or null; `average`: the JSON
+    of the EmaStudent that is kept, or null."""
 
     store: str
     model: str
@@ -248,6 +251,7 @@ class TrainJob(Schema):
     signals: dict[str, ArtifactRef]
     state: str | None = None
     checkpoints: CheckpointPlace | None = None
+    average: msgspec.Raw | None = None
 
     stage = "train"
 
@@ -267,6 +271,7 @@ class WarmupJob(Schema):
     stage = "warmup"
     round = 0
     state = None
+    average = None
 
 
 class TrainResult(Schema):

@@ -38,6 +38,8 @@ VALUES: dict[tuple[str, str], Any] = {
     ("WarmupConfig", "lora"): {},
     ("LoraSettings", "target_modules"): ["q_proj"],
     ("ModelConfig", "warmup"): {"steps": 1, "lr": 1e-3},
+    ("TeacherConfig", "warmup"): {"steps": 1, "lr": 1e-3},
+    ("TeacherConfig", "context"): "{answer} {prompt}",
     ("Experiment", "plugin_sources"): {"brings_nothing": "0" * 64},
 }
 """Another value of a field whose type alone does not tell one: (model, field) -> value. A new field whose test fails
@@ -50,6 +52,7 @@ SCENES: list[dict[str, Any]] = [
     {"student": {"warmup": {"lora": {"r": 4}, "schedule": {"kind": "linear", "horizon_steps": 50}}}},
     {"train": {"importance_correction": {"kind": "truncated"}}, "objective": NORMALISED},
     {"train": {"max_drift": 0.5}},
+    {"teacher": {"source": {"kind": "ema", "decay": 0.9}, "warmup": None, "context": "{solution}\n{prompt}"}},
     {"evaluate": {"num_generations": 1, "verifier": {"kind": "math_verify"}}},
     {"objective": {"support": {"kind": "student_topk", "k": 8}}},
     {"objective": {"support": {"kind": "full", "k": 264}}},
@@ -69,7 +72,10 @@ whose fields all have defaults (divergences, trust regions, token weights) are f
 
 ELSEWHERE = {CheckpointModel, FolderTokenizer, FileSource, HubModel, FunctionVerifier, SftConfig, Fork}
 """What needs files, a user's code, or is never part of an experiment: their own tests show what of them enters keys."""
-ALONE = {("ModelConfig", "source"), ("ArchitectureModel", "tokenizer"), ("Experiment", "fork"), ("FullSupport", "k")}
+ALONE = {
+    ("ModelConfig", "source"), ("TeacherConfig", "source"), ("ArchitectureModel", "tokenizer"),
+    ("Experiment", "fork"), ("FullSupport", "k"),
+}  # fmt: skip
 """Fields whose other variants are such, though the fields inside are changed one by one; the k of a full support has no
 other value, being the vocabulary's."""
 
@@ -223,6 +229,21 @@ def test_golden_keys(store: Store) -> None:
         " `json_schema_extra=omit_at(value)`; if a stage's meaning changed, these are the new ones:\n"
         + json.dumps(keys, indent=1)
     )
+
+
+@pytest.mark.promise(12, "golden keys")
+def test_golden_keys_of_self_teachers(store: Store) -> None:
+    """Contents are held fixed, so what differs from the golden keys is what a kind and a context change themselves."""
+    golden = json.loads((DATA / "golden_keys.json").read_text())
+    recorded = json.loads((DATA / "golden_keys_self_teacher.json").read_text())
+    found = {}
+    for source in ({"kind": "initial"}, {"kind": "previous_round"}, {"kind": "ema"}, {"kind": "ema", "per": "step"}):
+        over = {"teacher": {"source": source, "warmup": None, "context": "{answer} {prompt}"}}
+        keys = keys_of(Experiment.model_validate(merge(GOLDEN, over)), store)
+        found[json.dumps(source)] = {place: key for place, key in sorted(keys.items()) if golden.get(place) != key}
+        assert {place.split("/")[1] for place in golden.keys() - keys.keys()} == {"model_teacher", "warmup_teacher"}
+        assert {place for place in keys if golden.get(place) == keys[place]} >= {"0/model/model", "1/rollout/rollout"}
+    assert found == recorded, json.dumps(found, indent=1)
 
 
 EARLIER = [json.loads(line) for line in (DATA / "v0.1" / "keys.jsonl").read_text().splitlines()]

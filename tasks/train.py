@@ -16,7 +16,7 @@ from tasks.signals import require_usable, signal_named
 from tasks.stage import Context, Rollouts, Student, TrainerState, Work, model_inputs
 from tasks.trainer.config import TrainConfig, forward_identity
 from tasks.trainer.dispatch import run_and_commit
-from tasks.workers.jobs import ArtifactRef, TrainJob, TrainOutputs, config_json
+from tasks.workers.jobs import ArtifactRef, TrainJob, TrainOutputs, WeightAverage, config_json
 
 __all__ = ["VERSION", "TrainConfig", "train_work"]
 
@@ -93,7 +93,7 @@ def train_work(
             seed=seed,
             round=round,
             outputs=TrainOutputs(),
-            average=None if average is None else config_json(average),
+            average=None if average is None else WeightAverage(average.decay, average.per),
         )
         run_and_commit(job, outputs, builders, context)
 

@@ -92,7 +92,7 @@ class Trainer:
             job.seed, job.round, len(training.samples), training.samples_per_step, training.total_samples
         )
         refuse_lost_steps(training.samples, steps, job.round)
-        average = None if job.average is None else EmaStudent.model_validate_json(bytes(job.average))
+        average = None if job.average is None else EmaStudent(decay=job.average.decay, per=job.average.per)
         keeper = Keeper(job, runtime["checkpoint_minutes"])
         midway = keeper.find(len(steps), progress)
         model = load_for(runtime["deepspeed"], settings, base)

@@ -9,7 +9,7 @@ it has written (`Done`)."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, Union, dataclass_transform
+from typing import Any, Literal, TypeVar, Union, dataclass_transform
 
 import msgspec
 from pydantic import BaseModel
@@ -235,10 +235,17 @@ class CheckpointPlace(Schema):
     numerics: msgspec.Raw
 
 
+class WeightAverage(Schema):
+    """The fields of `tasks.inputs.teachers.EmaStudent`."""
+
+    decay: float
+    per: Literal["round", "step"]
+
+
 class TrainJob(Schema):
     """Train a student on rollouts and signals (role trainer; every rank gets the same job). `config` and `objective` are the
-    JSON of a TrainConfig and of an objective; `state`: folder of the trainer state to continue from, or null; `average`: the JSON
-    of the EmaStudent that is kept, or null."""
+    JSON of a TrainConfig and of an objective; `state`: folder of the trainer state to continue from, or null; `average`: of the
+    weights, which is kept for a teacher, or null."""
 
     store: str
     model: str
@@ -251,7 +258,7 @@ class TrainJob(Schema):
     signals: dict[str, ArtifactRef]
     state: str | None = None
     checkpoints: CheckpointPlace | None = None
-    average: msgspec.Raw | None = None
+    average: WeightAverage | None = None
 
     stage = "train"
 

@@ -201,7 +201,7 @@ class Trainer(Engine):
             Path(outputs.trainer_state, "used.json").write_text(json.dumps(used))
         for folder, what in (
             (outputs.student, (chain,)),
-            (outputs.teacher_ema, (chain, bytes(job.average or b"").decode())),
+            (outputs.teacher_ema, (chain, str(job.average))),
         ):
             if folder:
                 for name in ("config.json", "tokenizer.json"):

@@ -87,9 +87,15 @@ def weights_of_student(world: World, like: Tensors) -> Tensors:
     return {name: found[name].float() for name in like}
 
 
-def test_per_round_the_last_step_alone_counts_and_rounds_go_on(world: World, trainers: dict[int, Worker]) -> None:
+@pytest.fixture(scope="module")
+def first(world: World, trainers: dict[int, Worker]) -> Made:
+    return make(work_of(world, settings(), EmaStudent(decay=0.9)), world.store, trainers[1], "rounds")
+
+
+def test_per_round_the_last_step_alone_counts_and_rounds_go_on(
+    world: World, trainers: dict[int, Worker], first: Made
+) -> None:
     average = EmaStudent(decay=0.9)
-    first = make(work_of(world, settings(), average), world.store, trainers[1], "rounds")
     start = averaged(weights_of_student(world, first.tensors("master")), first.tensors("master"), 0.9)
     assert_equal(first.tensors("ema"), start)
     second = make(work_of(world, settings(), average, first, 2), world.store, trainers[1], "rounds")
@@ -102,9 +108,10 @@ def test_per_round_the_last_step_alone_counts_and_rounds_go_on(world: World, tra
 
 
 @pytest.mark.parametrize(("ranks", "zero"), [(1, None), (2, "zero2"), (2, "zero3")])
-def test_no_topology_changes_a_bit(world: World, trainers: dict[int, Worker], ranks: int, zero: str | None) -> None:
+def test_no_topology_changes_a_bit(
+    world: World, trainers: dict[int, Worker], first: Made, ranks: int, zero: str | None
+) -> None:
     """Weights that stand still, so that three updates are known whatever the ranks."""
-    first = make(work_of(world, settings(), EmaStudent(decay=0.9)), world.store, trainers[1], "rounds")
     runtime = {} if zero is None else {"deepspeed": str(ZERO / f"{zero}.json")}
     work = work_of(world, FROZEN, EmaStudent(decay=0.7, per="step"), first, 2)
     made = make(work, world.store, trainers[ranks], f"still {ranks} {zero}", **runtime)

@@ -390,8 +390,8 @@ def served_problems(e: Experiment) -> list[str]:
             problems.append("teacher.warmup: kind served has no weights to train; leave the warm-up out")
         if e.rollout.behaviour.reads & {"teacher", "drafts"}:
             problems.append(
-                f"rollout.behaviour: with {e.rollout.behaviour.kind!r} the sampler loads the teacher, but teacher.source kind served"
-                " has no weights; give a checkpoint, or take behaviour: student"
+                f"rollout.behaviour: with {e.rollout.behaviour.kind!r} the sampler loads the teacher, but teacher.source kind"
+                " served has no weights; give a checkpoint, or take behaviour: student"
             )
         if e.evaluate.generations("kl"):
             problems.append(

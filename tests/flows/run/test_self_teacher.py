@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import scripted_run
 from in_process import go, gone
+from key_walk import Keys
 
 from flows.distill import distill
 from flows.experiment import Experiment
@@ -61,6 +62,54 @@ def test_a_round_is_scored_by_the_teacher_after_the_one_before(tmp_path: Path, s
     assert ("teacher_ema" in Run.open(root, "one").state.rounds[1].stages["train"].artifacts) == (
         source["kind"] == "ema"
     )
+
+
+class Given(Keys):
+    """What the stages were given as teacher and drafts: (round, label) -> place of the artifact, "round/label/output"."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.given: dict[tuple[int, str], dict[str, str]] = {}
+
+    def __call__(self, label: str, make: Any, *args: Any, **inputs: Any) -> dict[str, Artifact]:
+        places = {key: place for place, key in reversed(self.found.items())}  # the first place of a key
+        found = {name: places[inputs[name].key] for name in ("teacher", "drafts") if inputs.get(name) is not None}
+        self.given[self._round, label] = found
+        return super().__call__(label, make, *args, **inputs)
+
+    stored = __call__
+
+
+def given(store: Path, source: dict[str, Any], behaviour: dict[str, Any]) -> dict[tuple[int, str], dict[str, str]]:
+    e = experiment(source, 2)
+    data = e.model_dump(mode="json")
+    data["rollout"] |= {"behaviour": behaviour}
+    stages = Given(Store(store))
+    distill(Experiment.model_validate(data), stages, 2)
+    return stages.given
+
+
+@pytest.mark.parametrize(
+    ("source", "second"),
+    [
+        ({"kind": "initial"}, "0/model/model"),
+        ({"kind": "previous_round"}, "1/train/student"),
+        ({"kind": "ema"}, "1/train/teacher_ema"),
+    ],
+)
+def test_a_blend_is_with_the_teacher_that_scores_the_round(tmp_path: Path, source: dict[str, Any], second: str) -> None:
+    found = given(tmp_path, source, {"kind": "trb", "epsilon": 0.01})
+    for label in ("rollout", "supervise"):
+        assert found[1, label]["teacher"] == "0/model/model"
+        assert found[2, label]["teacher"] == second
+    assert found[2, "evaluate"]["teacher"] == second
+
+
+def test_the_initial_student_writes_its_drafts_once(tmp_path: Path) -> None:
+    found = given(tmp_path, {"kind": "initial"}, {"kind": "teacher_prefix", "cap": 3})
+    for number in (1, 2):
+        assert found[number, "draft"] == {"teacher": "0/model/model"}
+        assert found[number, "rollout"] == {"drafts": "1/draft/draft"}
 
 
 def test_averages_are_kept_as_trainer_states_are_and_made_again_equal(tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from flows.experiment import Experiment, ModelConfig
-from flows.run.executor import Executor
+from flows.experiment import Experiment, ModelConfig, TeacherConfig
+from flows.run.executor import Executor, Made
 from storage.store import Artifact
 from tasks.behaviours.drafts import ReadsDrafts
 from tasks.draft import draft_work
 from tasks.evaluate import evaluate_work
 from tasks.inputs.models import model_work
+from tasks.inputs.teachers import EmaStudent, PreviousRound, TeacherSource, is_self
 from tasks.prepare import prepare_work
 from tasks.rollout import rollout_work
 from tasks.rollout_config import RolloutConfig
@@ -48,7 +49,7 @@ def distill(
             made = do(
                 "train", train_work, now.train,
                 objective=now.objective, student=student, state=state, rollouts=rollouts, signals=signals, prompts=prompts,
-                seed=seed, round=number, source=now.student.source, plugins=plugins,
+                seed=seed, round=number, source=now.student.source, average=now.teacher.average, plugins=plugins,
             )  # fmt: skip
             student, state = Student(made["student"]), TrainerState(made["trainer_state"])
             evaluate = do if evaluated(number) else do.stored
@@ -57,6 +58,7 @@ def distill(
                 student=student, teacher=teacher, prompts=prompts, seed=seed, plugins=plugins,
             )  # fmt: skip
             round.ends_with(student)
+            teacher = next_teacher(now.teacher.source, teacher, made)
     return student
 
 
@@ -79,14 +81,22 @@ def drafted(e: Experiment, round: int, *, teacher: Teacher, prompts: Prompts, do
     return Drafts(made["draft"])
 
 
+def next_teacher(source: TeacherSource, teacher: Teacher, made: Made) -> Teacher:
+    """The teacher of the round after one that was scored by `teacher` and whose training made `made`."""
+    if isinstance(source, PreviousRound):
+        return Teacher(made["student"])
+    return Teacher(made["teacher_ema"]) if isinstance(source, EmaStudent) else teacher
+
+
 def begin(experiment: Experiment, do: Executor, evaluated: Callable[[int], bool]) -> tuple[Student, Teacher, Prompts]:
     """Round 0: the two models, the prompts, the warm-ups, and the student's metrics before distillation."""
     first = experiment.at(0)
     with do.round(0) as round:
         student_model, teacher_model, prompts = inputs(first, do)
         do.inspect(experiment, student_model, teacher_model, prompts)
-        teacher = Teacher(warmed("warmup_teacher", first.teacher, teacher_model, prompts, first, do))
+        given = warmed("warmup_teacher", first.teacher, teacher_model, prompts, first, do)
         student = Student(warmed("warmup", first.student, student_model, prompts, first, do))
+        teacher = Teacher(student if is_self(first.teacher.source) else given)
         evaluate = do if evaluated(0) else do.stored
         evaluate(
             "evaluate", evaluate_work, first.evaluate,
@@ -97,23 +107,27 @@ def begin(experiment: Experiment, do: Executor, evaluated: Callable[[int], bool]
 
 
 def inputs(first: Experiment, do: Executor) -> tuple[Artifact, Artifact, Prompts]:
-    """Student model, teacher model and prompts, before anything is trained."""
+    """Student model, teacher model and prompts, before anything is trained. A teacher that is the student has no other model."""
     memo, seed = do.store.memo, first.seed
-    student_model = do("model", model_work, first.student.source, seed=seed, memo=memo)["model"]
-    teacher_model = do("model_teacher", model_work, first.teacher.source, seed=seed, memo=memo)["model"]
+    student_model = teacher_model = do("model", model_work, first.student.source, seed=seed, memo=memo)["model"]
+    if not is_self(first.teacher.source):
+        teacher_model = do("model_teacher", model_work, first.teacher_source, seed=seed, memo=memo)["model"]
     prepared = do(
         "prepare", prepare_work, first.prompts,
-        student_model=student_model, teacher_model=teacher_model, memo=memo, store=do.store,
+        student_model=student_model, teacher_model=teacher_model, memo=memo, store=do.store, contexts=first.contexts,
     )  # fmt: skip
     return student_model, teacher_model, Prompts(prepared["prepare"])
 
 
-def warmed(label: str, config: ModelConfig, model: Artifact, prompts: Prompts, e: Experiment, do: Executor) -> Artifact:
+def warmed(
+    label: str, config: ModelConfig | TeacherConfig, model: Artifact, prompts: Prompts, e: Experiment, do: Executor
+) -> Artifact:
     """The model after its warm-up, or as it came."""
     if config.warmup is None:
         return model
+    source = e.teacher_source if isinstance(config, TeacherConfig) else config.source
     made = do(
         label, warmup_work, config.warmup,
-        model=model, prompts=prompts, seed=e.seed, source=config.source, plugins=e.plugin_sources,
+        model=model, prompts=prompts, seed=e.seed, source=source, plugins=e.plugin_sources,
     )  # fmt: skip
     return made["student"]

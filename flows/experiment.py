@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from flows.config_file import Settled, merge, parse_override, read_layers, refuse_secrets, validate
 from storage.disk.yaml_text import dump
 from storage.errors import ConfigError, IdentityMismatch
-from storage.identity import Identity, RunPolicy
+from storage.identity import Identity, RunPolicy, omit_at
 from storage.upkeep.retention import Retention
 from tasks.engines.teacher import ServerTeacher
 from tasks.evaluate import EvaluateConfig
+from tasks.inputs.contexts import columns_of
 from tasks.inputs.models import ModelSource, ServedModel, declared_sizes, vocabulary_rows_of
+from tasks.inputs.teachers import SELF_TEACHERS, EmaStudent, InitialStudent, TeacherSource, is_self
 from tasks.inputs.verifiers import verifier_digest
 from tasks.losses.config import FullSupport, ObjectiveConfig
 from tasks.plugins import beside, changed, load_plugins, refuse_hidden, search_in
@@ -36,6 +38,42 @@ class ModelConfig(Identity):
 
     source: ModelSource = Field(description="a folder, a pinned Hub revision, or an architecture to initialise")
     warmup: WarmupConfig | None = Field(None, description="supervised fine-tuning before distillation (cold start)")
+
+
+class TeacherConfig(Identity):
+    """The teacher: a model, or the student itself at an earlier time; and what it reads beside the prompt."""
+
+    source: TeacherSource = Field(
+        description="a model as for the student, or the student itself: initial, previous_round, ema (docs/teachers.md)"
+    )
+    warmup: WarmupConfig | None = Field(None, description="supervised fine-tuning before distillation (cold start)")
+    context: str | None = Field(
+        None,
+        description="a template over {prompt}, {answer}, {solution} and {hint} that becomes the user's turn which the teacher"
+        " reads; null: it reads what the student reads. Where prompts are plain text it ends with {prompt}",
+        json_schema_extra=omit_at(None),
+    )
+
+    @field_validator("context")
+    @classmethod
+    def _template(cls, value: str | None) -> str | None:
+        if value is not None and not columns_of(value):
+            raise ValueError("context: it names no column; write {prompt}, {answer}, {solution} or {hint}, or null")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> TeacherConfig:
+        if self.warmup is not None and is_self(self.source):
+            raise ValueError(
+                f"teacher.warmup: a teacher of kind {self.source.kind} is the student itself; set student.warmup, and"
+                " teacher.warmup: null"
+            )
+        return self
+
+    @property
+    def average(self) -> EmaStudent | None:
+        """What the trainer keeps for this teacher."""
+        return self.source if isinstance(self.source, EmaStudent) else None
 
 
 class Policy(RunPolicy):
@@ -100,7 +138,7 @@ class Experiment(BaseModel):
 
     seed: int = Field(0, ge=0, description="makes every other seed")
     student: ModelConfig
-    teacher: ModelConfig
+    teacher: TeacherConfig
     prompts: PrepareConfig
     rollout: RolloutConfig
     supervise: SuperviseConfig = Field(default_factory=SuperviseConfig)
@@ -125,7 +163,8 @@ class Experiment(BaseModel):
             return data
         if support.get("kind") != "full" or "k" in support:
             return data
-        rows = [_rows(data.get(side)) for side in ("student", "teacher")]
+        sides = ("student",) if _is_students(data.get("teacher")) else ("student", "teacher")
+        rows = [_rows(data.get(side)) for side in sides]
         if None in rows:
             return data
         return data | {"objective": {**objective, "support": {**support, "k": min(filter(None, rows))}}}
@@ -169,6 +208,19 @@ class Experiment(BaseModel):
         return self.rollout, number
 
     @property
+    def teacher_source(self) -> ModelSource:
+        """Where the teacher's weights come from when the run begins."""
+        source: Any = self.student.source if is_self(self.teacher.source) else self.teacher.source
+        return cast(ModelSource, source)
+
+    @property
+    def contexts(self) -> dict[str, str]:
+        """Split -> template of what the teacher reads. The held-out prompts have one if the evaluation asks the teacher."""
+        splits = ("train", "eval") if self.evaluate.generations("kl") else ("train",)
+        template, sources = self.teacher.context, self.prompts.sources()
+        return {} if template is None else {split: template for split in splits if split in sources}
+
+    @property
     def steps_per_round(self) -> int:
         samples = self.rollout.prompts_per_round * self.rollout.num_generations * self.train.epochs_per_round
         return samples // self.train.samples_per_step
@@ -185,6 +237,12 @@ def _rows(model: Any) -> int | None:
     except ValidationError:
         return None
     return vocabulary_rows_of(source)
+
+
+def _is_students(teacher: Any) -> bool:
+    """Whether a teacher's section, not validated yet, names the student itself."""
+    source = teacher.get("source") if isinstance(teacher, dict) else None
+    return isinstance(source, dict) and source.get("kind") in SELF_TEACHERS
 
 
 def cross_problems(e: Experiment) -> list[str]:
@@ -221,7 +279,38 @@ def cross_problems(e: Experiment) -> list[str]:
             problems.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
     problems += signal_problems(e.supervise, e.objective.needs().signals)
     problems += served_problems(e)
-    problems += size_problems(e, *declared_sizes(e.student.source), declared_sizes(e.teacher.source)[0])
+    problems += size_problems(e, *declared_sizes(e.student.source), declared_sizes(e.teacher_source)[0])
+    problems += teacher_problems(e)
+    return problems
+
+
+def teacher_problems(e: Experiment) -> list[str]:
+    """What of the teacher does not fit the rest."""
+    problems: list[str] = []
+    own, context = is_self(e.teacher.source), e.teacher.context
+    if own and not e.supervise.teacher.reads_checkpoint:
+        problems.append(
+            f"supervise.teacher: kind {e.supervise.teacher.kind} answers with weights of its own, but teacher.source"
+            f" {e.teacher.source.kind} is this run's student; choose kind: local"
+        )
+    if own and not isinstance(e.teacher.source, InitialStudent) and "drafts" in e.rollout.behaviour.reads:
+        problems.append(
+            f"rollout.behaviour: {e.rollout.behaviour.kind!r} reads completions that the teacher writes once for all rounds, but"
+            f" teacher.source {e.teacher.source.kind} is another model in every round; set teacher.source: {{kind: initial}}, or"
+            " take a behaviour that reads no drafts"
+        )
+    if context is not None and not e.prompts.chat_template and not context.endswith("{prompt}"):
+        problems.append(
+            "teacher.context: with prompts.chat_template: false a completion continues the text itself, so the template must end"
+            f" with {{prompt}}, and it is {context!r}"
+        )
+    if e.fork is not None:
+        before = TeacherConfig.model_validate(e.fork.experiment.get("teacher"))
+        if before != e.teacher and (own or is_self(before.source) or before.context != context):
+            problems.append(
+                f"teacher: a fork keeps the teacher of {e.fork.run!r}: prompts, and the average of an ema, come from its rounds;"
+                " start a run of its own for another one (finished stages that it shares are found in the store)"
+            )
     return problems
 
 
@@ -299,6 +388,11 @@ def served_problems(e: Experiment) -> list[str]:
             )
         if e.teacher.warmup is not None:
             problems.append("teacher.warmup: kind served has no weights to train; leave the warm-up out")
+        if e.rollout.behaviour.reads & {"teacher", "drafts"}:
+            problems.append(
+                f"rollout.behaviour: with {e.rollout.behaviour.kind!r} the sampler loads the teacher, but teacher.source kind"
+                " served has no weights; give a checkpoint, or take behaviour: student"
+            )
         if e.evaluate.generations("kl"):
             problems.append(
                 "evaluate.kl_prompts: the exact reverse KL reads the teacher's whole distribution from its weights, which"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from storage.schemas import schema_for
 from storage.store import ArtifactSpec, Builder, Store
 from tasks.inputs.addition import AdditionSource
 from tasks.inputs.completions import continued, depends_on_context
+from tasks.inputs.contexts import privileged_columns, teacher_prompt
 from tasks.inputs.shipped import load_pair, load_tokenizer, read_otherwise
 from tasks.inputs.sources import FileSource, PromptSource, Row, read_rows, source_identity
 from tasks.inputs.templates import ClockRead, refuse_random, render
@@ -39,6 +40,7 @@ _BATCH = 1_000
 _SHOWN_ROWS = 3
 CHECKED = "changed_since_0_1"
 """Entry of the meta data by which prompts of this version are told from those of 0.1.0, which may be wrong."""
+NO_CONTEXTS: Mapping[str, str] = {}
 _TEMPLATE_ARGUMENTS = (
     "conversation",
     "messages",
@@ -120,14 +122,18 @@ def prepare_work(
     *,
     memo: Path | None = None,
     store: Store | None = None,
+    contexts: Mapping[str, str] = NO_CONTEXTS,
 ) -> Work:
     """Work with the output `prepare`: tables `prompts` and `vocabulary`.
 
     Content: `prompts:train` and so on (digest of the rows of each configured split) and `audit`. Meta: prompts
     and `filtered` (by reason) per split, `warnings`, `longest_prompt` in tokens, `audit`. `memo`: folder that
     remembers hashes of unchanged files. `store`: where the models' folders are found; what versions up to 0.1.0 made of
-    them otherwise gets another key. Raises InputError for an unreadable source, here or when built."""
+    them otherwise gets another key. `contexts`: split -> template of what the teacher reads (tasks/inputs/contexts.py).
+    Raises InputError for an unreadable source, here or when built."""
     identity = json.loads(canonical_json(config))
+    if contexts:
+        identity["contexts"] = dict(contexts)
     contents = {split: source_identity(source, memo) for split, source in config.sources().items()}
     inputs = {"tokenizer": _tokenizer_content(student_model)}
     if teacher_model is not None:
@@ -148,7 +154,7 @@ def prepare_work(
             context.say("prepare", reason)
         student = context.store.materialize(student_model)
         teacher = None if teacher_model is None else context.store.materialize(teacher_model)
-        prepared = prepare(config, student, teacher, context)
+        prepared = prepare(config, student, teacher, context, contexts)
         for split, source in config.sources().items():
             if source_identity(source, memo) != contents[split]:
                 raise InputError(f"{split}: {getattr(source, 'path', source)} changed while it was read; run again")
@@ -187,7 +193,13 @@ class Prepared:
     audit: TokenizerAudit | None
 
 
-def prepare(config: PrepareConfig, student: Path, teacher: Path | None, context: Context) -> Prepared:
+def prepare(
+    config: PrepareConfig,
+    student: Path,
+    teacher: Path | None,
+    context: Context,
+    contexts: Mapping[str, str] = NO_CONTEXTS,
+) -> Prepared:
     """Read, filter, render and tokenise all splits with the tokenizers of two checkpoint folders."""
     audit = None if teacher is None else audit_tokenizers(student, teacher, config.tokenizers)
     if audit is not None:
@@ -204,7 +216,10 @@ def prepare(config: PrepareConfig, student: Path, teacher: Path | None, context:
     filtered: dict[str, dict[str, int]] = {}
     warnings: list[str] = []
     for split, source in config.sources().items():
-        rows, notes = read_rows(source)
+        template = contexts.get(split)
+        rows, notes = read_rows(source, privileged_columns(template))
+        if template is not None:
+            rows = [replace(row, teacher_prompt=teacher_prompt(row, template)) for row in rows]
         warnings += [f"{split}: {note}" for note in notes]
         left_out: Counter[str] = Counter()
         kept = 0

@@ -9,6 +9,7 @@ from typing import Any
 from storage.errors import InputError
 from storage.store import Artifact, ArtifactSpec, Builder
 from tasks.inputs.models import ModelSource, dropout_identity
+from tasks.inputs.teachers import EmaStudent
 from tasks.losses.config import AnyObjective
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.signals import require_usable, signal_named
@@ -25,7 +26,7 @@ from tasks.stage import (
 )
 from tasks.trainer.config import TrainConfig, forward_identity
 from tasks.trainer.dispatch import run_and_commit
-from tasks.workers.jobs import ArtifactRef, TrainJob, TrainOutputs, config_json
+from tasks.workers.jobs import ArtifactRef, TrainJob, TrainOutputs, WeightAverage, config_json
 
 __all__ = ["VERSION", "TrainConfig", "train_work"]
 
@@ -45,10 +46,12 @@ def train_work(
     seed: int,
     round: int,
     source: ModelSource | None = None,
+    average: EmaStudent | None = None,
     plugins: Mapping[str, str] = NO_PLUGINS,
     prompts: Prompts | None = None,
 ) -> Work:
-    """Work with the outputs `student` (tree model), `trainer_state` (tree state) and `train` (table training_steps).
+    """Work with the outputs `student` (tree model), `trainer_state` (tree state), `train` (table training_steps) and, with an
+    `average`, `teacher_ema` (tree model): the average of the student's weights after this round, which `trainer_state` holds.
 
     Steps, learning rate and moments go on from `state`; without one they start at step 0 from the student's weights.
     `source`: of the first student, whose config says whether dropout is to be turned off. `plugins`: the run's, name -> digest of
@@ -78,7 +81,11 @@ def train_work(
     identity |= forward_identity(config)
     if brought := used_plugins(plugins, "trainer", config=objective, classes=loaded):
         identity["plugins"] = brought
-    outputs = {name: ArtifactSpec.of(name, VERSION, identity, inputs) for name in ("student", "trainer_state", "train")}
+    names = ["student", "trainer_state", "train"]
+    if average is not None:
+        identity["teacher_ema"] = average
+        names.append("teacher_ema")
+    outputs = {name: ArtifactSpec.of(name, VERSION, identity, inputs) for name in names}
 
     def build(builders: dict[str, Builder], context: Context) -> None:
         if not context.recorded and not any(builder.repairing for builder in builders.values()):
@@ -99,6 +106,7 @@ def train_work(
             round=round,
             outputs=TrainOutputs(),
             stop_ids=merged_stop_ids(prompts),
+            average=None if average is None else WeightAverage(average.decay, average.per),
         )
         run_and_commit(job, outputs, builders, context)
 

@@ -18,6 +18,7 @@ from flows.config_file import CHECKOUT, CONFIGS
 from flows.experiment import load_experiment
 from tasks.behaviours import BEHAVIOURS
 from tasks.engines.teacher import TEACHERS
+from tasks.inputs.teachers import SELF_TEACHERS
 from tasks.losses.axes import FullSupport, SampledToken, StudentCandidates, TopkSupport
 from tasks.losses.config import DirectConfig, PolicyGradientConfig, SftConfig
 from tasks.losses.credit import CREDITS
@@ -100,7 +101,8 @@ def catalogue() -> list[Entry]:
     found += [_of_class(kind, "trust region", c) for kind, c in TRUST_REGIONS.classes.items()]
     found += [_of_class(kind, "token weight", c) for kind, c in TOKEN_WEIGHTS.classes.items()]
     found += [_of_class(kind, "behaviour", c) for kind, c in BEHAVIOURS.classes.items()]
-    return found + [_of_class(kind, "teacher backend", c) for kind, c in TEACHERS.classes.items()]
+    found += [_of_class(kind, "teacher backend", c) for kind, c in TEACHERS.classes.items()]
+    return found + [_of_class(kind, "teacher", c) for kind, c in SELF_TEACHERS.items()]
 
 
 def axes(entries: list[Entry]) -> list[str]:

@@ -24,6 +24,7 @@ from storage.store import Artifact, Store
 from tasks.evaluate import Prompt, plan_shards
 from tasks.inputs.models import CheckpointModel, model_work, parameter_count
 from tasks.inputs.sources import FileSource
+from tasks.inputs.teachers import is_self
 from tasks.inputs.tokenizers import audit_tokenizers, load_tokenizer
 from tasks.inputs.verifiers import FunctionVerifier, function_place, verify
 from tasks.plugins import source_place
@@ -66,7 +67,9 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
                 return Context(store, experiment.runtime, workers, progress, lambda line: None)
 
             maker = Maker(store, run, run.state, context, SilentReporter())
-            student, teacher = (maker_model(experiment, maker, side) for side in ("student", "teacher"))
+            student = teacher = maker_model(experiment, maker, "student")
+            if not is_self(experiment.teacher.source):
+                teacher = maker_model(experiment, maker, "teacher")
             yield from _same_model(experiment, student, teacher)
             audit = audit_tokenizers(
                 store.materialize(student), store.materialize(teacher), experiment.prompts.tokenizers
@@ -76,7 +79,8 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
             _, _, prompts = inputs(experiment, maker)
             yield from _prompts(prompts)
             rows = store.read_table(prompts, "prompts")
-            yield from _lengths_and_example(rows, load_tokenizer(store.materialize(student)))
+            tokenizers = [load_tokenizer(store.materialize(model)) for model in (student, teacher)]
+            yield from _lengths_and_example(rows, *tokenizers)
             yield from _verifier(experiment, rows)
             parameters = parameter_count(store.materialize(student))
             found = findings(Known.of(experiment, store, student, teacher, prompts))
@@ -102,12 +106,15 @@ def _require_files(experiment: Experiment) -> None:
 
 
 def _same_model(experiment: Experiment, student: Artifact, teacher: Artifact) -> Iterator[str]:
+    if is_self(experiment.teacher.source):
+        yield f"teacher: the student itself ({experiment.teacher.source.kind}); no other model is loaded"
+        return
     same = student.content.get("weights") is not None and student.content["weights"] == teacher.content.get("weights")
     if same and experiment.student.warmup == experiment.teacher.warmup:
         yield "warning: student and teacher are the same model, so there is nothing to distil (every loss is 0)"
 
 
-def _lengths_and_example(rows: pa.Table, tokenizer: Any) -> Iterator[str]:
+def _lengths_and_example(rows: pa.Table, tokenizer: Any, teachers: Any) -> Iterator[str]:
     """Per split the lengths in tokens, and the first prompt as the models read it, special tokens included."""
     for split in dict.fromkeys(rows["split"].to_pylist()):
         found = rows.filter(pc.equal(rows["split"], split))
@@ -117,9 +124,13 @@ def _lengths_and_example(rows: pa.Table, tokenizer: Any) -> Iterator[str]:
                 middle, high = (round(q) for q in pc.quantile(lengths, [0.5, 0.95]).to_pylist())
                 most = pc.max(lengths).as_py()
                 yield f"lengths of {split}{reader}: p50 {middle:,}, p95 {high:,}, max {most:,} tokens"
-        ids = found["token_ids"][0].as_py()
-        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        yield f"first prompt of {split}, {len(ids):,} tokens: {_shortened(repr(text))}"
+        for column, reader, own in (
+            ("token_ids", "", tokenizer),
+            ("teacher_token_ids", " as the teacher reads it", teachers),
+        ):
+            if (ids := found[column][0].as_py()) is not None:
+                text = own.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                yield f"first prompt of {split}{reader}, {len(ids):,} tokens: {_shortened(repr(text))}"
 
 
 def _shortened(text: str) -> str:

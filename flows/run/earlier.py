@@ -65,7 +65,7 @@ def _trainings(experiment: Experiment, state: RunState, store: Store) -> Iterato
     for round in state.rounds:
         now = experiment.at(round.round)
         for label, config, source in (
-            ("warmup_teacher", now.teacher.warmup, now.teacher.source),
+            ("warmup_teacher", now.teacher.warmup, now.teacher_source),
             ("warmup", now.student.warmup, now.student.source),
             ("train", now.train, now.student.source),
         ):

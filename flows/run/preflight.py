@@ -40,6 +40,7 @@ from tasks.engines.teacher import QUANTIZATION_NEEDS, ServerTeacher, VllmTeacher
 from tasks.evaluate import rank_of
 from tasks.inputs.models import ServedModel, parameter_count
 from tasks.inputs.rounds import prompts_for_round
+from tasks.inputs.teachers import is_self
 from tasks.inputs.tokenizers import load_tokenizer
 from tasks.signals import signal_named
 from tasks.stage import merged_stop_ids
@@ -514,6 +515,16 @@ def ids_within_rows(known: Known) -> Found:
                 )
 
 
+def self_teacher(known: Known) -> Found:
+    """A teacher that is the student and reads the same prompts."""
+    source, rows = known.experiment.teacher.source, known.of_split("train")
+    if is_self(source) and rows["teacher_token_ids"].null_count == rows.num_rows:
+        yield Finding(
+            f"teacher: it is the student itself ({source.kind}) and reads what the student reads, so there is nothing to distil;"
+            " give it more with teacher.context"
+        )
+
+
 def _token_ids(rows: pa.Table, side: str) -> pa.ChunkedArray:
     """What a side reads of the prompts."""
     return rows["token_ids"] if side == "student" else pc.coalesce(rows["teacher_token_ids"], rows["token_ids"])
@@ -561,6 +572,7 @@ CHECKS: tuple[tuple[Callable[[Known], Found], str], ...] = (
     (stop_ids, "sampler"),
     (lengths, "sampler"),
     (ids_within_rows, "scorer"),
+    (self_teacher, "scorer"),
 )
 """Every check, with the role that it is about."""
 

@@ -289,7 +289,9 @@ def refuse_full_disk(store: Store, experiment: Experiment) -> None:
     needed, source = bytes_per_round(experiment), experiment.student.source
     if isinstance(source, CheckpointModel):
         states = 1 if experiment.runtime.trainer.checkpoint_minutes is None else KEPT + 2
-        needed += training_bytes(parameter_count(source.path), experiment.train, states)
+        needed += training_bytes(
+            parameter_count(source.path), experiment.train, states, experiment.teacher.average is not None
+        )
     store.require_space(needed, "one round")
 
 
@@ -309,14 +311,17 @@ def bytes_of_run(e: Experiment, parameters: int) -> dict[str, int]:
     """Upper estimate of what the store holds of a run after all its rounds, in bytes by field of `policy.retain`: of each what is
     kept, while the newest round is being made.
 
-    `parameters`: of the student. With adapters every state has the frozen weights as hard links: they are counted once."""
+    `parameters`: of the student. With adapters every state has the frozen weights as hard links: they are counted once. An
+    average of the weights counts with trainer_state, and so does its export."""
     rounds, parts = e.policy.rounds, _bytes_of_tables(e)
     student = parameters * (2 if e.train.dtype == "bfloat16" else 4)
-    parts |= {"students": student, "trainer_state": 0 if e.train.lora is not None else 12 * parameters}
+    averaged = e.teacher.average is not None
+    state = 0 if e.train.lora is not None else (16 if averaged else 12) * parameters
+    parts |= {"students": student, "trainer_state": state + (student if averaged else 0)}
     found = {}
     for name, size in parts.items():
         keep = getattr(e.policy.retain, name) if e.policy.collect else None
         found[name] = size * (rounds if keep is None else min(rounds, keep + 1))
     if e.train.lora is not None and rounds:
-        found["trainer_state"] += parts["students"]
+        found["trainer_state"] += parts["students"]  # the frozen weights
     return found

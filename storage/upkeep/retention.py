@@ -22,6 +22,7 @@ ROLES = {
     "student_topk": "signals",
     "mask": "signals",
     "trainer_state": "trainer_state",
+    "teacher_ema": "trainer_state",
     "student": "students",
 }
 """Stage of an artifact -> the field of `Retention` that it falls under. For other stages the manifest may name a
@@ -38,7 +39,8 @@ class Retention(RunPolicy):
     trainer_state: int | None = Field(
         None,
         ge=1,
-        description="last rounds whose optimizer state is kept; null: all. The next round reads the last one",
+        description="last rounds whose optimizer state, and teacher_ema where the teacher is one, is kept; null: all. The next"
+        " round reads the last one",
     )
     students: int | None = Field(None, ge=1, description="last rounds whose student is kept; null: all")
 

@@ -135,6 +135,9 @@ class TeacherBackend(Kind):
     capabilities: ClassVar[Capabilities]
     loads_here: ClassVar[bool] = False
     """Whether the scorer loads the teacher with transformers, as it does the student"""
+    reads_checkpoint: ClassVar[bool] = True
+    """Whether it answers with the weights in the folder that it opens. A server that has its own sets this to False, and cannot
+    be asked about a teacher that is made by the run."""
 
     @abstractmethod
     def rows(self, folder: Path) -> int:
@@ -224,6 +227,7 @@ class ServerTeacher(TeacherBackend):
     )
     entropy_k: int = _ENTROPY_K
     capabilities = _LISTS
+    reads_checkpoint = False
 
     def rows(self, folder: Path) -> int:
         from tasks.engines.hf_folder import model_rows

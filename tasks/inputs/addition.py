@@ -3,6 +3,8 @@
     prompt       4821+1357=
     completion   1+7+0=08 2+5+0=07 8+3+0=11 4+1+1=06#06178
 
+    solution     the completion, for `teacher.context`
+
 From the last digit to the first: both digits, the carry, their sum in two digits; after `#` the result. All prompts have
 equal length, and so do all completions. A small transformer learns the task in a few hundred steps."""
 
@@ -12,9 +14,9 @@ import random
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from storage.identity import Identity
+from storage.identity import Identity, omit_at
 
 ANSWER_PATTERN = r"#(\d+)$"
 """Finds the result in a completion (for the `exact_match` verifier)."""
@@ -27,6 +29,24 @@ class AdditionSource(Identity):
     digits: int = Field(4, ge=1, le=12, description="digits of both numbers; no leading zeros")
     count: int = Field(ge=1, description="number of different prompts")
     seed: int = Field(0, ge=0, description="seed of the prompts; splits never share a prompt, whatever their seeds")
+    context: str | None = Field(
+        None,
+        description="a template over {prompt}, {answer} and {solution} that every second prompt is put into: a warm-up with it"
+        " teaches a new model to read such a `teacher.context`",
+        json_schema_extra=omit_at(None),
+    )
+
+    @field_validator("context")
+    @classmethod
+    def _template(cls, value: str | None) -> str | None:
+        try:
+            if value is not None:
+                value.format(prompt="", answer="", solution="")
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"context: {value!r} is no template over {{prompt}}, {{answer}} and {{solution}} ({error})"
+            ) from None
+        return value
 
     @model_validator(mode="after")
     def _enough_pairs(self) -> AdditionSource:
@@ -61,14 +81,17 @@ def answer(left: int, right: int, digits: int) -> str:
 
 
 def additions(source: AdditionSource) -> Iterator[dict[str, str]]:
-    """Rows with prompt, answer and completion: `count` different pairs, a pure function of the source's fields."""
+    """Rows with prompt, answer, completion and solution: `count` different pairs, a pure function of the source's fields."""
     low, high = bounds(source.digits)
     width = high - low + 1
     draw = random.Random(f"addition/{source.digits}/{source.seed}")
-    for pair in draw.sample(range(width * width), source.count):
+    for number, pair in enumerate(draw.sample(range(width * width), source.count)):
         left, right = low + pair // width, low + pair % width
-        yield {
+        row = {
             "prompt": f"{left}+{right}=",
             "answer": answer(left, right, source.digits),
-            "completion": scratchpad(left, right, source.digits),
+            "solution": scratchpad(left, right, source.digits),
         }
+        if source.context is not None and number % 2:
+            row["prompt"] = source.context.format(**row)
+        yield row | {"completion": row["solution"]}

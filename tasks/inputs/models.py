@@ -243,6 +243,12 @@ def dropout_identity(source: Source | None, dropout: bool) -> dict[str, str]:
 
 def check_checkpoint(directory: Path) -> None:
     """Raises InputError unless the folder has config.json, safetensors and a loadable tokenizer."""
+    check_folder(directory)
+    weight_files(directory)
+
+
+def check_folder(directory: Path) -> None:
+    """Raises InputError unless the folder has config.json and a loadable tokenizer, and no weights of another form."""
     if not directory.is_dir():
         raise InputError(f"{directory}: no such checkpoint folder; {RELATIVE}")
     if not (directory / "config.json").is_file():
@@ -259,7 +265,6 @@ def check_checkpoint(directory: Path) -> None:
         raise InputError(f"{pickles[0]}: pickled weights are not loaded; save the checkpoint as safetensors")
     _check_architecture(directory / "config.json")
     load_tokenizer(directory)
-    weight_files(directory)
 
 
 def _check_architecture(path: Path) -> None:
@@ -307,7 +312,7 @@ def _in_place(directory: Path, memo: Path | None) -> dict[str, str]:
 
 def _served(source: ServedModel, memo: Path | None) -> Work:
     directory = source.path.resolve()
-    check_checkpoint(directory)
+    check_folder(directory)
     if any(directory.glob("*.safetensors")):
         raise InputError(
             f"{directory}: has weights, so {{kind: checkpoint, path: {directory}}} describes it, and their content enters keys;"

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 COLUMNS = ("prompt", "messages", "answer", "id", "completion", "teacher_prompt", "teacher_id")
-_SCALARS = ("answer", "id", "teacher_id")
+PRIVILEGED = ("solution", "hint")
+"""Columns that are read only where `teacher.context` uses them."""
+_SCALARS = ("answer", "id", "teacher_id", *PRIVILEGED)
 """Columns whose numbers are written as text."""
 _CONVERSATIONS = ("prompt", "messages", "teacher_prompt")
 """Columns that may hold a list of messages."""
@@ -47,8 +49,8 @@ class FileSource(Identity):
     """Rows of a JSONL or Parquet file, of a folder of these, or of a folder written by `datasets.save_to_disk`.
 
     Columns: prompt (text, or a list of messages) or messages (list of {role, content}, or its JSON); optionally answer, id,
-    completion, teacher_prompt (text or messages), teacher_id. Null, NaN and missing mean the same. In a folder, names that
-    begin with a dot are left out."""
+    completion, teacher_prompt (text or messages), teacher_id, and for `teacher.context` solution and hint. Null, NaN and missing
+    mean the same. In a folder, names that begin with a dot are left out."""
 
     kind: Literal["file"] = "file"
     path: Path = Field(description="file or folder; its content, not its path, enters the identity")
@@ -68,8 +70,9 @@ class FileSource(Identity):
     @classmethod
     def _known_columns(cls, value: dict[str, str]) -> dict[str, str]:
         for column in value:
-            if column not in COLUMNS:
-                raise ValueError(f"columns: {column!r} is not a column of prompts; columns: {', '.join(COLUMNS)}")
+            if column not in COLUMNS + PRIVILEGED:
+                known = ", ".join(COLUMNS + PRIVILEGED)
+                raise ValueError(f"columns: {column!r} is not a column of prompts; columns: {known}")
         return value
 
 
@@ -94,6 +97,8 @@ class Row:
     completion: str | None = None
     teacher_prompt: str | list[dict[str, Any]] | None = None
     teacher_id: str | None = None
+    solution: str | None = None
+    hint: str | None = None
 
 
 READING = "reading"
@@ -144,14 +149,14 @@ def data_files(path: Path) -> list[Path]:
     return files
 
 
-def read_rows(source: FileSource | AdditionSource) -> tuple[list[Row], list[str]]:
-    """All rows of a source, and warnings about unused columns.
+def read_rows(source: FileSource | AdditionSource, privileged: Sequence[str] = ()) -> tuple[list[Row], list[str]]:
+    """All rows of a source, and warnings about unused columns. `privileged`: which of `PRIVILEGED` are read.
 
     Raises InputError, naming file and line (of Parquet and datasets: row), for malformed rows and undecodable text."""
     if isinstance(source, AdditionSource):
         named = ((f"addition {index}", values) for index, values in enumerate(additions(source)))
         return [_row(where, values) for where, values in named], []
-    ours = _wanted(source)
+    ours = _wanted(source, privileged)
     rows: list[Row] = []
     seen: set[str] = set()
     tops = {name for theirs in ours.values() for name in (theirs, theirs.split(".")[0])}
@@ -320,12 +325,12 @@ def _has_nulls(values: pa.Array) -> bool:
     return pa.types.is_map(values.type) and len(values.drop_null()) > 0
 
 
-def _wanted(source: FileSource) -> dict[str, str]:
+def _wanted(source: FileSource, privileged: Sequence[str] = ()) -> dict[str, str]:
     """Our column -> its name in the file. A name that `columns` gives to another column is not read under its own as well."""
     given = set(source.columns.values())
     return {
         column: source.columns.get(column, column)
-        for column in COLUMNS
+        for column in (*COLUMNS, *privileged)
         if column in source.columns or column not in given
     }
 
@@ -532,6 +537,8 @@ def _row(where: str, values: Mapping[str, Any], found: tuple[str, ...] = (), spl
         completion=completion,
         teacher_prompt=teacher,
         teacher_id=_scalar(where, "teacher_id", values.get("teacher_id")),
+        solution=_scalar(where, "solution", values.get("solution")),
+        hint=_scalar(where, "hint", values.get("hint")),
     )
 
 

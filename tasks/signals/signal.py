@@ -27,7 +27,9 @@ STOP_IDS = "stop_ids"
 """Content of prepared prompts, there only where the stop ids of student and teacher are merged: a JSON list of the ids, first the
 one that stands for all."""
 """The split of the prompts that rollouts answer."""
-_NOT_SIGNALS = {"model", "prepare", "warmup", "draft", "rollout", "train", "student", "trainer_state", "evaluate"}
+_NOT_SIGNALS = {
+    "model", "prepare", "warmup", "draft", "rollout", "train", "student", "trainer_state", "teacher_ema", "evaluate",
+}  # fmt: skip
 _PLAINLY_LOCAL = '{"kind":"local"}'
 """The backend that is left out of keys."""
 _BYTES = {pa.int16(): 2, pa.int32(): 4, pa.float32(): 4, pa.int64(): 8, pa.float64(): 8}

@@ -21,15 +21,15 @@ from tasks.workers.metrics import Metrics, left_out, summary
 
 _MUCH = 0.9
 """Share of an adapters' update lost to rounding that is worth a warning."""
-_TREES = {"student": "model", "trainer_state": "state"}
+_TREES = {"student": "model", "trainer_state": "state", "teacher_ema": "model"}
 
 
 def run_and_commit(
     job: TrainJob | WarmupJob, specs: Mapping[str, ArtifactSpec], builders: Mapping[str, Builder], context: Context
 ) -> None:
-    """Runs the job on the trainer and commits the outputs in `builders`: the trees `student` and `trainer_state`, and the table
-    training_steps of any other. Training is atomic: if any output is missing it reruns, and must reproduce the outputs that
-    exist.
+    """Runs the job on the trainer and commits the outputs in `builders`: the trees `student`, `trainer_state` and `teacher_ema`,
+    and the table training_steps of any other. Training is atomic: if any output is missing it reruns, and must reproduce the
+    outputs that exist.
 
     Raises ConfigError, before training, if the others were made at other numerics; CorruptArtifact, before committing
     anything, if the new student's weights differ from theirs."""
@@ -45,7 +45,8 @@ def run_and_commit(
             steps = ArtifactRef(builder.stage, builder.key) if builder.missing("training_steps", 1) else None
     # an existing student is exported again, for comparison
     exported = folders.get("student") or str(next(iter(builders.values())).scratch())
-    outputs = TrainOutputs(student=exported, trainer_state=folders.get("trainer_state"), steps=steps)
+    others = {name: folder for name, folder in folders.items() if name != "student"}
+    outputs = TrainOutputs(student=exported, steps=steps, **others)
     context.log(f"{job.stage}: {job.model}")
     earlier = _earlier(specs, builders, context)
     if earlier is not None:
@@ -87,7 +88,7 @@ def run_and_commit(
     for name in order:
         if name == "student":
             builders[name].commit(meta=meta, provenance=provenance)
-        elif name == "trainer_state":
+        elif name in _TREES:
             builders[name].commit(meta=meta | belongs, provenance=provenance)
         else:
             own = meta | belongs | {"metrics": result.metrics}
@@ -95,8 +96,8 @@ def run_and_commit(
 
 
 def _weights(artifact: Artifact) -> str | None:
-    """Digest of the trained weights, from any output of the training."""
-    return artifact.content.get("weights") or artifact.meta.get("student_weights")
+    """Digest of the student's weights, from any output of the training."""
+    return artifact.meta.get("student_weights") or artifact.content.get("weights")
 
 
 def _earlier(specs: Mapping[str, ArtifactSpec], builders: Mapping[str, Builder], context: Context) -> Artifact | None:
@@ -143,11 +144,11 @@ def _beside(job: TrainJob | WarmupJob) -> str:
     return f"If that is impossible, repeat the round in another run: {command}"
 
 
-def training_bytes(parameters: int, settings: OptimizerSettings, states: int) -> int:
+def training_bytes(parameters: int, settings: OptimizerSettings, states: int, averaged: bool = False) -> int:
     """Upper estimate of a job's output in bytes: the student in its dtype, and `states` times float32 weights and two moments
-    of all `parameters` (not with adapters)."""
-    student = parameters * (2 if settings.dtype == "bfloat16" else 4)
-    return student if settings.lora is not None else student + states * 12 * parameters
+    of all `parameters` (not with adapters). `averaged`: with an average in each state, and exported."""
+    student = parameters * (2 if settings.dtype == "bfloat16" else 4) * (2 if averaged else 1)
+    return student if settings.lora is not None else student + states * (16 if averaged else 12) * parameters
 
 
 def _require_space(job: TrainJob | WarmupJob, state: bool, context: Context) -> None:
@@ -155,5 +156,5 @@ def _require_space(job: TrainJob | WarmupJob, state: bool, context: Context) -> 
     config: type[OptimizerSettings] = TrainConfig if isinstance(job, TrainJob) else WarmupConfig
     settings = config.model_validate_json(bytes(job.config))
     states = state + (KEPT + 1 if context.runtime.trainer.checkpoint_minutes is not None else 0)
-    needed = training_bytes(parameter_count(Path(job.model)), settings, states)
+    needed = training_bytes(parameter_count(Path(job.model)), settings, states, job.average is not None)
     context.store.require_space(needed, f"{job.stage}: student, optimizer state, checkpoints")

@@ -26,9 +26,11 @@ from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from storage.artifacts.digests import weight_files
+from tasks.inputs.teachers import EmaStudent
 from tasks.trainer.config import OptimizerSettings
 from tasks.trainer.data import Forward
 from tasks.trainer.deepspeed_file import deepspeed_config
+from tasks.trainer.ema import Ema
 from tasks.trainer.model import TrainModule, load_model
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -147,6 +149,7 @@ class Engine:
         count = sum(full_shape(parameter).numel() for parameter in parameters.values())
         config = deepspeed_config(config_path, settings, count)
         self.stage: int = config["zero_optimization"]["stage"]
+        self.ema: Ema | None = None
         self.parameters, self.device, self.settings = parameters, device, settings
         self.world = dist.get_world_size()
         matrices = [p for p in parameters.values() if len(full_shape(p)) >= 2]
@@ -211,7 +214,7 @@ class Engine:
 
         Also needed for a new training: DeepSpeed links moments to parameters after the first parameter group's step, and
         those of a second group would never be linked."""
-        for flat in self._flat_masters():
+        for flat in self.masters():
             on = flat.device if self.device.type == "cuda" else "cpu"
             moments = {name: torch.zeros_like(flat, memory_format=torch.preserve_format) for name in MOMENTS}
             self.adamw.state[flat] = {"step": torch.tensor(float(step), device=on), **moments}
@@ -219,7 +222,7 @@ class Engine:
         if link is not None:
             link()
 
-    def _flat_masters(self) -> list[torch.Tensor]:
+    def masters(self) -> list[torch.Tensor]:
         """The tensors with AdamW moments on this rank: the parameters, or flat float32 partitions."""
         if self.stage == 0:
             return list(self.parameters.values())
@@ -228,6 +231,10 @@ class Engine:
             if hasattr(optimizer, name):
                 return list(getattr(optimizer, name))
         raise RuntimeError(f"DeepSpeed's {type(optimizer).__name__} has no known attribute with its float32 weights")
+
+    def average(self, source: EmaStudent) -> None:
+        """Keep an average of the weights from here on."""
+        self.ema = Ema(source, self.masters())
 
     def close(self) -> None:
         """Removes DeepSpeed's hooks and frees its buffers. The next job builds a new engine."""

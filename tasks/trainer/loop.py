@@ -98,6 +98,8 @@ def run_steps(
                 f"the gradient is not finite at {where}, though the loss is ({tally.loss:.6g}); no weight has changed;"
                 f" samples: {names}"
             )
+        if engine.ema is not None:
+            engine.ema.step_done()
         table.append(
             {
                 "step": now,
@@ -128,6 +130,8 @@ def run_steps(
             break
         if number + 1 < len(plan.steps):
             keep(table)
+    if engine.ema is not None:
+        engine.ema.round_done()
     return table
 
 

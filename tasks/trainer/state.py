@@ -1,15 +1,15 @@
 """The trainer's state between rounds, independent of ranks and ZeRO stage: float32 master weights and AdamW's moments.
 
 It loads into any ZeRO stage and any number of ranks, bit for bit. Layout of the tree: `master.safetensors`,
-`exp_avg.safetensors`, `exp_avg_sq.safetensors` (tensors `<kind>/<parameter name>`), `trainer.json`, and with LoRA
-`base/`: the frozen weights that the adapters belong to. No pickle."""
+`exp_avg.safetensors`, `exp_avg_sq.safetensors` (tensors `<kind>/<parameter name>`), `trainer.json`, with a teacher of kind ema
+`ema.safetensors`, and with LoRA `base/`: the frozen weights that the adapters belong to. No pickle."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,12 @@ from storage.disk.files import link
 from storage.errors import CorruptArtifact, InputError
 from tasks.trainer.engine import MOMENTS, Engine
 
-_KINDS = ("master", *MOMENTS)
+EMA = "ema"
+
+
+def kinds(averaged: bool) -> tuple[str, ...]:
+    """Names of the state's tensors per parameter; `averaged`: the trainer keeps an average for a teacher."""
+    return ("master", *MOMENTS, *((EMA,) if averaged else ()))
 
 
 class TrainerState(BaseModel):
@@ -67,7 +72,9 @@ class Tensors:
 
     CorruptArtifact if a file cannot be read, or if the tensors do not match the parameters."""
 
-    def __init__(self, files: Sequence[Path], parameters: dict[str, nn.Parameter]) -> None:
+    def __init__(
+        self, files: Sequence[Path], parameters: dict[str, nn.Parameter], kinds: Sequence[str] = kinds(False)
+    ) -> None:
         self._of: dict[str, Any] = {}
         for path in files:
             try:
@@ -75,7 +82,7 @@ class Tensors:
             except Exception as error:  # the Rust reader raises its own type
                 raise CorruptArtifact(f"{path}: not readable ({error})") from error
             self._of |= dict.fromkeys(opened.keys(), opened)
-        odd = sorted(set(self._of) ^ {f"{kind}/{name}" for kind in _KINDS for name in parameters})
+        odd = sorted(set(self._of) ^ {f"{kind}/{name}" for kind in kinds for name in parameters})
         if odd:
             raise CorruptArtifact(
                 f"{files[0].parent}: its tensors are not the model's parameters ({len(odd)} differ, first {odd[0]!r})"
@@ -85,9 +92,9 @@ class Tensors:
         return self._of[name].get_tensor(name)
 
 
-def files(directory: Path) -> list[Path]:
+def files(directory: Path, averaged: bool) -> list[Path]:
     """The safetensors files of a trainer state."""
-    return [directory / f"{kind}.safetensors" for kind in _KINDS]
+    return [directory / f"{kind}.safetensors" for kind in kinds(averaged)]
 
 
 def load_weights(tensors: Tensors, parameters: dict[str, nn.Parameter]) -> None:
@@ -106,18 +113,19 @@ def whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
 
 
 def load(tensors: Tensors, engine: Engine, step: int) -> None:
-    """Sets master weights, moments and step count of every rank's partition exactly. Collective."""
+    """Sets master weights, moments, step count and average of every rank's partition exactly. Collective."""
     engine.make_moments(step)
-    for kind in _KINDS:
-        for name, parameter in engine.parameters.items():
-            _set(engine, parameter, kind, tensors[f"{kind}/{name}"])
+    for kind in kinds(engine.ema is not None):
+        with _readable(engine, kind) as held:
+            for name, parameter in engine.parameters.items():
+                _set(engine, parameter, held, tensors[f"{kind}/{name}"])
     dist.barrier()
 
 
 def save(directory: Path, engine: Engine, state: TrainerState, base: Path | None, store: Path) -> None:
     """Writes the tree. Collective; rank 0 writes. `base` is the folder of the frozen weights, with LoRA: its files are hard links
     where they are in the `store`, whose files never change, and copies of a user's own."""
-    for kind in _KINDS:
+    for kind in kinds(engine.ema is not None):
         tensors = {f"{kind}/{name}": tensor for name, tensor in full_tensors(engine, kind)}
         if dist.get_rank() == 0:
             save_file(tensors, directory / f"{kind}.safetensors")
@@ -138,23 +146,35 @@ def share(engine: Engine) -> dict[str, torch.Tensor]:
     world, rank = dist.get_world_size(), dist.get_rank()
     return {
         f"{kind}/{name}": tensor
-        for kind in _KINDS
+        for kind in kinds(engine.ema is not None)
         for name, tensor in _gathered(engine, kind, lambda number: number % world == rank)
     }
 
 
 def full_tensors(engine: Engine, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, float32 tensor on the CPU) of every trained parameter: `master`, `exp_avg` or `exp_avg_sq`.
+    """(name, float32 tensor on the CPU) of every trained parameter: `master`, `exp_avg`, `exp_avg_sq` or `ema`.
 
     Collective; only rank 0 gets the tensors, other ranks get nothing."""
     return _gathered(engine, kind, lambda number: dist.get_rank() == 0)
 
 
 def _gathered(engine: Engine, kind: str, keeps: Callable[[int], bool]) -> Iterator[tuple[str, torch.Tensor]]:
-    for number, (name, parameter) in enumerate(engine.parameters.items()):
-        tensor = _get(engine, parameter, kind)
-        if keeps(number):
-            yield name, tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+    with _readable(engine, kind) as held:
+        for number, (name, parameter) in enumerate(engine.parameters.items()):
+            tensor = _get(engine, parameter, held)
+            if keeps(number):
+                yield name, tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+@contextmanager
+def _readable(engine: Engine, kind: str) -> Iterator[str]:
+    """In the block tensors of this kind are where the name that it yields says: the average takes the masters' place."""
+    if kind != EMA:
+        yield kind
+        return
+    assert engine.ema is not None
+    with engine.ema.in_masters():
+        yield "master"
 
 
 def _set(engine: Engine, parameter: nn.Parameter, kind: str, value: torch.Tensor) -> None:

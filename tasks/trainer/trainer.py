@@ -23,6 +23,7 @@ from storage.identity import derive_seed
 from storage.schemas import MaskReason, schema_for
 from storage.store import Store
 from tasks.engines.hf_folder import model_rows
+from tasks.inputs.teachers import EmaStudent
 from tasks.losses.build import make_objective
 from tasks.losses.config import ObjectiveConfig
 from tasks.losses.head import ChunkedHead
@@ -93,6 +94,7 @@ class Trainer:
             job.seed, job.round, len(training.samples), training.samples_per_step, training.total_samples
         )
         refuse_lost_steps(training.samples, steps, job.round)
+        average = None if job.average is None else EmaStudent(decay=job.average.decay, per=job.average.per)
         keeper = Keeper(job, runtime["checkpoint_minutes"])
         midway = keeper.find(len(steps), progress)
         model = load_for(runtime["deepspeed"], settings, base)
@@ -105,9 +107,10 @@ class Trainer:
         parameters = trainable(model)
         tensors: state.Tensors | None = None
         if midway is not None:
-            tensors = state.Tensors(midway.files, parameters)
+            tensors = state.Tensors(midway.files, parameters, state.kinds(average is not None))
         elif resumed is not None:
-            tensors = state.Tensors(state.files(resumed), parameters)
+            averaged = average is not None
+            tensors = state.Tensors(state.files(resumed, averaged), parameters, state.kinds(averaged))
         if tensors is not None:
             state.load_weights(tensors, parameters)
         if runtime["activation_checkpointing"]:
@@ -116,6 +119,8 @@ class Trainer:
         module = TrainModule(model, make_objective(training.objective), provider, training.weights, training.stop_ids)
         engine = Engine(module, parameters, settings, runtime["deepspeed"], self.device)
         try:
+            if average is not None:
+                engine.average(average)
             if tensors is not None:
                 state.load(tensors, engine, midway.state.step if midway is not None else first_step)
             else:
@@ -187,6 +192,13 @@ class Trainer:
                     pass
             if settings.lora is not None and dist.get_rank() == 0:
                 require_trained(metrics["export_error"], float(self.settings["max_export_error"]))
+        if outputs.teacher_ema:
+            masters, target = state.full_tensors(engine, state.EMA), Path(outputs.teacher_ema)
+            if dist.get_rank() == 0:
+                export_student(target, base, student, masters, settings.dtype, settings.lora)
+            else:
+                for _ in masters:
+                    pass
         if outputs.steps and dist.get_rank() == 0:
             table = pa.Table.from_pylist(rows, schema=schema_for("training_steps"))
             writer = Store(job.store).shard_writer(outputs.steps.stage, outputs.steps.key)

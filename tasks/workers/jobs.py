@@ -9,7 +9,7 @@ it has written (`Done`)."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, Union, dataclass_transform
+from typing import Any, Literal, TypeVar, Union, dataclass_transform
 
 import msgspec
 from pydantic import BaseModel
@@ -237,11 +237,13 @@ class ScoreResult(Schema):
 
 
 class TrainOutputs(Schema):
-    """Empty folders for student and trainer_state, and the artifact of the table training_steps; null: not wanted."""
+    """Empty folders for student, trainer_state and teacher_ema, and the artifact of the table training_steps; null: not
+    wanted."""
 
     student: str | None = None
     trainer_state: str | None = None
     steps: ArtifactRef | None = None
+    teacher_ema: str | None = None
 
 
 class CheckpointPlace(Schema):
@@ -251,10 +253,17 @@ class CheckpointPlace(Schema):
     numerics: msgspec.Raw
 
 
+class WeightAverage(Schema):
+    """The fields of `tasks.inputs.teachers.EmaStudent`."""
+
+    decay: float
+    per: Literal["round", "step"]
+
+
 class TrainJob(Schema):
     """Train a student on rollouts and signals (role trainer; every rank gets the same job). `config` and `objective` are the
     JSON of a TrainConfig and of an objective; `state`: folder of the trainer state to continue from, or null; `stop_ids` as in
-    `ScoreJob`."""
+    `ScoreJob`; `average`: of the weights, which is kept for a teacher, or null."""
 
     store: str
     model: str
@@ -268,6 +277,7 @@ class TrainJob(Schema):
     state: str | None = None
     checkpoints: CheckpointPlace | None = None
     stop_ids: list[int] = []
+    average: WeightAverage | None = None
 
     stage = "train"
 
@@ -287,6 +297,7 @@ class WarmupJob(Schema):
     stage = "warmup"
     round = 0
     state = None
+    average = None
 
 
 class TrainResult(Schema):

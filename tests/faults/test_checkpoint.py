@@ -20,6 +20,7 @@ from storage.artifacts.checkpoints import CHECKPOINT, RECORD
 from storage.disk import failpoints
 from storage.errors import OpdError
 from storage.store import Store
+from tasks.inputs.teachers import EmaStudent
 from tasks.losses.config import AnyObjective, DirectConfig, ObjectiveConfig, TopkSupport
 from tasks.stage import Work
 from tasks.train import train_work
@@ -42,6 +43,11 @@ SETUPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "LoRA": (LORA, {"deepspeed": str(ZERO / "zero1.json")}),
 }
 """What is trained how: (training settings, runtime settings)."""
+AVERAGES = {
+    "average per step": EmaStudent(per="step"),
+    "average per round": EmaStudent(decay=0.5),
+}
+"""What the trainer keeps for a teacher of kind ema."""
 
 
 def recipe_objective(path: Path) -> AnyObjective:
@@ -79,7 +85,8 @@ class Bench:
     def work(self, setup: str) -> Work:
         config = TrainConfig.model_validate(SETTINGS | SETUPS.get(setup, ({}, {}))[0])
         world, objective = self.world, RECIPES.get(setup, BUCKET)
-        return train_work(config, objective, world.student, None, world.rollouts, world.signals, 0, 1)
+        inputs = (world.student, None, world.rollouts, world.signals)
+        return train_work(config, objective, *inputs, 0, 1, average=AVERAGES.get(setup))
 
     def train(self, setup: str, worker: Worker, tag: str, minutes: float | None = 0, **runtime: Any) -> Made:
         """`runtime` may have `said`, a list that gets what is logged, also where the job fails."""
@@ -134,7 +141,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, trainers: dict[int, Worker])
 
 @pytest.mark.parametrize(
     "setup",
-    [*SETUPS, *(pytest.param(name, marks=() if name in SHORT else pytest.mark.slow) for name in RECIPES)],
+    [*SETUPS, *AVERAGES, *(pytest.param(name, marks=() if name in SHORT else pytest.mark.slow) for name in RECIPES)],
 )
 def test_a_round_that_stops_goes_on_bit_for_bit(bench: Bench, setup: str) -> None:
     """A warm trainer, stopped by an error after some step, twice."""

@@ -64,6 +64,50 @@ def test_merged_stop_ids_are_those_of_both_models():
         assert f"{section}.stop_token_ids" in refused(merge, f"{section}.stop_token_ids=[257]")
 
 
+PREFIX = "rollout.behaviour={kind: teacher_prefix, cap: 2}"
+DRAFTED = "rollout.behaviour={kind: mixture, on_policy_fraction: 0.5}"
+GIVEN = "rollout.behaviour={kind: mixture, on_policy_fraction: 0.5, completions: prompts}"
+
+
+@pytest.mark.parametrize("kind", ["initial", "previous_round", "ema"])
+def test_a_teacher_that_changes_by_round_writes_no_drafts(kind):
+    own = [f"teacher.source={{kind: {kind}}}", "teacher.warmup=null", "rollout.top_p=1"]
+    for behaviour in (PREFIX, DRAFTED):
+        if kind == "initial":
+            load_experiment(TINY, [*own, behaviour])
+        else:
+            message = refused(*own, behaviour)
+            assert (
+                f"teacher.source {kind} is another model in every round; set teacher.source: {{kind: initial}}"
+                in message
+            )
+    load_experiment(TINY, [*own, GIVEN])
+    load_experiment(TINY, [*own, "rollout.behaviour={kind: trb}"])
+
+
+@pytest.mark.parametrize("kind", ["initial", "previous_round", "ema"])
+def test_a_server_is_not_asked_about_this_runs_student(kind):
+    own = [f"teacher.source={{kind: {kind}}}", "teacher.warmup=null"]
+    message = refused(*own, "supervise.teacher={kind: server, model: teacher}")
+    assert f"supervise.teacher: kind server answers with weights of its own, but teacher.source {kind}" in message
+    load_experiment(TINY, [*own, "supervise.teacher={kind: vllm}"])
+
+
+def test_a_sampler_loads_no_teacher_without_weights(tmp_path):
+    served = [
+        f"teacher.source={{kind: served, path: {tmp_path}, revision: '1'}}",
+        "teacher.warmup=null",
+        "supervise.teacher={kind: server, model: teacher}",
+        "evaluate.kl_prompts=0",
+        "rollout.top_p=1",
+    ]
+    load_experiment(TINY, [*served, GIVEN])
+    for behaviour in (PREFIX, DRAFTED, "rollout.behaviour={kind: trb}"):
+        assert "the sampler loads the teacher, but teacher.source kind served has no weights" in refused(
+            *served, behaviour
+        )
+
+
 def test_renormalising_one_category_is_refused_with_its_reason():
     assert "identically" in refused("objective.support={kind: teacher_topk, k: 1, outside: renormalize}")
 

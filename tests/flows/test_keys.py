@@ -41,6 +41,8 @@ VALUES: dict[tuple[str, str], Any] = {
     ("TeacherPrefix", "cap"): 7,
     ("Mixture", "on_policy_fraction"): 0.7,
     ("ModelConfig", "warmup"): {"steps": 1, "lr": 1e-3},
+    ("TeacherConfig", "warmup"): {"steps": 1, "lr": 1e-3},
+    ("TeacherConfig", "context"): "{answer} {prompt}",
     ("Experiment", "plugin_sources"): {"brings_nothing": "0" * 64},
 }
 """Another value of a field whose type alone does not tell one: (model, field) -> value. A new field whose test fails
@@ -71,6 +73,7 @@ SCENES: list[dict[str, Any]] = [
         }
         for kind in ("linear", "cosine")
     ),
+    {"teacher": {"source": {"kind": "ema", "decay": 0.9}, "warmup": None, "context": "{solution}\n{prompt}"}},
     {"evaluate": {"num_generations": 1, "verifier": {"kind": "math_verify"}}},
     {"supervise": {"teacher": {"kind": "vllm"}}},
     {"supervise": {"teacher": {"kind": "server", "model": "teacher"}}},
@@ -92,7 +95,10 @@ whose fields all have defaults (divergences, trust regions, token weights) are f
 
 ELSEWHERE = {CheckpointModel, FolderTokenizer, FileSource, HubModel, ServedModel, FunctionVerifier, SftConfig, Fork}
 """What needs files, a user's code, or is never part of an experiment: their own tests show what of them enters keys."""
-ALONE = {("ModelConfig", "source"), ("ArchitectureModel", "tokenizer"), ("Experiment", "fork"), ("FullSupport", "k")}
+ALONE = {
+    ("ModelConfig", "source"), ("TeacherConfig", "source"), ("ArchitectureModel", "tokenizer"),
+    ("Experiment", "fork"), ("FullSupport", "k"),
+}  # fmt: skip
 """Fields whose other variants are such, though the fields inside are changed one by one; the k of a full support has no
 other value, being the vocabulary's."""
 
@@ -288,6 +294,21 @@ def test_golden_keys_of_later_axes(store: Store, axis: str) -> None:
     plain = json.loads((DATA / "golden_keys.json").read_text())
     keys = keys_of(Experiment.model_validate(merge(GOLDEN, AXES[axis]["over"])), store)
     assert {place: key for place, key in keys.items() if plain.get(place) != key} == AXES[axis]["keys"]
+
+
+@pytest.mark.promise(12, "golden keys")
+def test_golden_keys_of_self_teachers(store: Store) -> None:
+    """Contents are held fixed, so what differs from the golden keys is what a kind and a context change themselves."""
+    golden = json.loads((DATA / "golden_keys.json").read_text())
+    recorded = json.loads((DATA / "golden_keys_self_teacher.json").read_text())
+    found = {}
+    for source in ({"kind": "initial"}, {"kind": "previous_round"}, {"kind": "ema"}, {"kind": "ema", "per": "step"}):
+        over = {"teacher": {"source": source, "warmup": None, "context": "{answer} {prompt}"}}
+        keys = keys_of(Experiment.model_validate(merge(GOLDEN, over)), store)
+        found[json.dumps(source)] = {place: key for place, key in sorted(keys.items()) if golden.get(place) != key}
+        assert {place.split("/")[1] for place in golden.keys() - keys.keys()} == {"model_teacher", "warmup_teacher"}
+        assert {place for place in keys if golden.get(place) == keys[place]} >= {"0/model/model", "1/rollout/rollout"}
+    assert found == recorded, json.dumps(found, indent=1)
 
 
 EARLIER = [json.loads(line) for line in (DATA / "v0.1" / "keys.jsonl").read_text().splitlines()]

@@ -199,11 +199,14 @@ class Trainer(Engine):
             link.progress(number, len(steps))
         if outputs.trainer_state:
             Path(outputs.trainer_state, "used.json").write_text(json.dumps(used))
-        if outputs.student:
-            target = Path(outputs.student)
-            for name in ("config.json", "tokenizer.json"):
-                shutil.copyfile(Path(job.model, name), target / name)
-            save_file({"weight": draw(chain).random(VALUES, np.float32)}, target / "model.safetensors")
+        for folder, what in (
+            (outputs.student, (chain,)),
+            (outputs.teacher_ema, (chain, str(job.average))),
+        ):
+            if folder:
+                for name in ("config.json", "tokenizer.json"):
+                    shutil.copyfile(Path(job.model, name), Path(folder, name))
+                save_file({"weight": draw(*what).random(VALUES, np.float32)}, Path(folder, "model.safetensors"))
         if outputs.steps:
             writer = store.shard_writer(outputs.steps.stage, outputs.steps.key)
             writer.write_shard("training_steps", 0, pa.Table.from_pylist(rows, schema=schema_for("training_steps")))

@@ -11,8 +11,13 @@ from typing import Any
 import scripted_run
 from feed import InProcessPool
 
+from flows.experiment import Experiment
+from flows.run.progress import SilentReporter
 from flows.run.runner import run_experiment
 from storage.artifacts import shards
+from storage.runs import Run
+from storage.store import Store
+from storage.upkeep.retention import evicted_of
 
 sys.path.insert(0, str(scripted_run.PLUGINS))
 
@@ -37,3 +42,28 @@ def run(root: Path, rounds: int = scripted_run.ROUNDS) -> list[tuple[str, Any, l
     e = scripted_run.experiment(rounds)
     run_experiment(e, name=scripted_run.NAME, root=root, prefect=False, workers=pool)  # type: ignore[arg-type]
     return pool.jobs
+
+
+def go(root: Path, e: Experiment, name: str = "one", **more: Any) -> list[str]:
+    """What the run said."""
+    said: list[str] = []
+
+    class Reporter(SilentReporter):
+        def note(self, round: int, label: str, text: str) -> None:
+            said.append(text)
+
+    pool: Any = InProcess()
+    run_experiment(e, name=name, root=root, prefect=False, workers=pool, reporter=Reporter(), **more)
+    return said
+
+
+def gone(root: Path, name: str = "one") -> dict[str, list[int]]:
+    """Stage -> rounds whose data was removed."""
+    state = Run.open(root, name).state
+    lost = evicted_of(Store(root), state)
+    found: dict[str, set[int]] = {}
+    for round in state.rounds:
+        for stage in round.stages.values():
+            for artifact in set(stage.artifacts.items()) & lost:
+                found.setdefault(artifact[0], set()).add(round.round)
+    return {stage: sorted(rounds) for stage, rounds in found.items()}

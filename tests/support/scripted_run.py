@@ -34,6 +34,7 @@ from storage.schemas import schema_for
 from storage.store import Store
 from tasks.inputs.addition import additions
 from tasks.inputs.models import model_work
+from tasks.inputs.teachers import is_self
 from tasks.prepare import prepare_work
 
 WITHOUT_PANDAS = Path(__file__).resolve().parent / "without_pandas"
@@ -69,11 +70,12 @@ def experiment(rounds: int = ROUNDS) -> Experiment:
     return Experiment.model_validate(EXPERIMENT | {"policy": {"rounds": rounds}})
 
 
-def prepare_root(root: Path) -> Path:
+def prepare_root(root: Path, e: Experiment | None = None) -> Path:
     """A store with both models and the prompts, which need no fault of their own: no engine and no tokenizer is loaded."""
-    store, e = Store(root), experiment()
+    store, e = Store(root), e or experiment()
     models = []
-    for number, side in enumerate((e.student, e.teacher)):
+    own = is_self(e.teacher.source)
+    for number, side in enumerate((e.student,) if own else (e.student, e.teacher)):
         with store.building(model_work(side.source, e.seed).outputs["model"]) as builder:
             folder = builder.directory("model")
             save_file({"weight": np.full(2048, number, "float32")}, folder / "model.safetensors")
@@ -97,7 +99,8 @@ def prepare_root(root: Path) -> Path:
         for who in ("student", "teacher")
         for i in range(261)
     ]
-    with store.building(prepare_work(e.prompts, *models).outputs["prepare"]) as builder:
+    both = (models[0], models[-1])
+    with store.building(prepare_work(e.prompts, *both, contexts=e.contexts).outputs["prepare"]) as builder:
         builder.write_shard("prompts", 0, prompts)
         builder.write_shard("vocabulary", 0, pa.Table.from_pylist(words, schema=schema_for("vocabulary")))
         split = lambda name: table_digest(pa.Table.from_pylist([r for r in rows if r["split"] == name]))  # noqa: E731

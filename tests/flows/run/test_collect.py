@@ -5,47 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import in_process
 import pytest
 import scripted_run
 import yaml
+from in_process import go, gone
 
 from flows.experiment import Experiment, experiment_of
-from flows.run.progress import SilentReporter
-from flows.run.runner import bytes_of_run, fork_experiment, resume_experiment, run_experiment
+from flows.run.runner import bytes_of_run, fork_experiment, resume_experiment
 from storage.errors import ConfigError
 from storage.runs import RoundState, Run, RunState, StageState, _experiment
-from storage.store import Store
-from storage.upkeep.retention import Retention, best_round, droppable, evicted_of, rebuild_cost
+from storage.upkeep.retention import Retention, best_round, droppable, rebuild_cost
 
 
 def experiment(rounds: int, **policy: Any) -> Experiment:
     return Experiment.model_validate(scripted_run.EXPERIMENT | {"policy": {"rounds": rounds} | policy})
-
-
-def go(root: Path, e: Experiment, name: str = "one", **more: Any) -> list[str]:
-    """What the run said."""
-    said: list[str] = []
-
-    class Reporter(SilentReporter):
-        def note(self, round: int, label: str, text: str) -> None:
-            said.append(text)
-
-    pool: Any = in_process.InProcess()
-    run_experiment(e, name=name, root=root, prefect=False, workers=pool, reporter=Reporter(), **more)
-    return said
-
-
-def gone(root: Path, name: str = "one") -> dict[str, list[int]]:
-    """Stage -> rounds whose data was removed."""
-    state = Run.open(root, name).state
-    lost = evicted_of(Store(root), state)
-    found: dict[str, set[int]] = {}
-    for round in state.rounds:
-        for stage in round.stages.values():
-            for artifact in set(stage.artifacts.items()) & lost:
-                found.setdefault(artifact[0], set()).add(round.round)
-    return {stage: sorted(rounds) for stage, rounds in found.items()}
 
 
 @pytest.fixture

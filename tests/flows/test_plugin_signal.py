@@ -30,6 +30,7 @@ from flows.reference.pages import signals as signals_page
 from flows.run.runner import run_experiment
 from storage.artifacts.artifact import MANIFEST
 from storage.errors import ConfigError, StoreError
+from storage.runs import Run
 from storage.store import Artifact, Store
 from storage.upkeep.gc import Collector
 from storage.upkeep.retention import Retention
@@ -135,7 +136,9 @@ def called(root: Path, *args: object, plugins: bool = False) -> subprocess.Compl
 
 
 def of_run(store: Store) -> list[Artifact]:
-    return store.list("teacher_margin")
+    rounds = Run.open(store.root, "margin").state.rounds
+    keys = [round.stages["supervise"].artifacts["teacher_margin"] for round in rounds if round.round]
+    return [store.require("teacher_margin", key) for key in keys]
 
 
 def test_it_is_queried_verified_and_collected_where_the_plugin_is_gone(root: Path) -> None:

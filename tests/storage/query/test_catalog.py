@@ -7,14 +7,16 @@ import os
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from storage.artifacts.artifact import artifact_directory
+from storage.artifacts.artifact import ArtifactSpec, artifact_directory
 from storage.errors import CorruptArtifact, Evicted
 from storage.query.catalog import Catalog, QueryRefused
 from storage.query.figures import difference, evaluation_of, read_sums
 from storage.query.views import VIEWS
 from storage.runs import RoundState, Run, StageState
+from storage.schemas import schema_for
 from storage.store import Store
 from storage.upkeep.gc import evict
 
@@ -41,8 +43,16 @@ def test_every_view_exists_and_is_empty_in_an_empty_store(view, tmp_path):
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_every_view_has_the_declared_columns_when_it_has_rows(view, catalog):
-    table = catalog.query(f"SELECT * FROM {view}")
+def test_every_view_has_the_declared_columns_when_it_has_rows(view, example_store):
+    store = Store(example_store)
+    with store.building(ArtifactSpec.of("draft", 1, {}, {})) as builder:
+        draft = {
+            "sample_id": "p0/draft/0", "prompt_id": "p0", "sample_index": 0, "prompt_token_ids": [1], "completion_token_ids": [2],
+            "sampling_logprobs": [-0.5], "finish_reason": "stop", "seed": 1, "completion_text": "x",
+        }  # fmt: skip
+        builder.write_shard("drafts", 0, pa.Table.from_pylist([draft], schema_for("drafts")))
+        builder.commit()
+    table = Catalog(store).query(f"SELECT * FROM {view}")
     assert table.num_rows > 0
     assert table.schema.equals(VIEWS[view].arrow)
     assert "artifact" in table.column_names
@@ -245,7 +255,7 @@ def test_a_limit_that_is_none_is_refused(catalog):
 
 
 def test_unknown_names_are_answered_with_the_views(catalog):
-    with pytest.raises(QueryRefused, match="views: prompts, vocabulary, rollouts"):
+    with pytest.raises(QueryRefused, match="views: prompts, vocabulary, drafts, rollouts"):
         catalog.query("SELECT * FROM rolouts")
 
 

@@ -18,9 +18,11 @@ from tasks.evaluate import EvaluateConfig
 from tasks.inputs.models import ModelSource, declared_sizes
 from tasks.inputs.verifiers import verifier_digest
 from tasks.losses.config import FullSupport, ObjectiveConfig
+from tasks.mixture import MixtureConfig
 from tasks.plugins import beside, changed, load_plugins, refuse_hidden, search_in
 from tasks.prepare import PrepareConfig
 from tasks.rollout_config import RolloutConfig
+from tasks.routing import NAME
 from tasks.supervise import SuperviseConfig, signal_problems
 from tasks.train import TrainConfig
 from tasks.warmup import WarmupConfig
@@ -99,7 +101,15 @@ class Experiment(BaseModel):
 
     seed: int = Field(0, ge=0, description="makes every other seed")
     student: ModelConfig
-    teacher: ModelConfig
+    teacher: ModelConfig | None = Field(None, description="the model to learn from; or several: `teachers`")
+    teachers: dict[str, ModelConfig] = Field(
+        {},
+        description="several models to learn from, by name, instead of `teacher`: each prompt's `teacher_id` names its own, or a"
+        " `mixture` of all teaches every prompt",
+    )
+    mixture: MixtureConfig | None = Field(
+        None, description="let all `teachers` teach every prompt, by an average of their distributions"
+    )
     prompts: PrepareConfig
     rollout: RolloutConfig
     supervise: SuperviseConfig = Field(default_factory=SuperviseConfig)
@@ -124,7 +134,12 @@ class Experiment(BaseModel):
             return data
         if support.get("kind") != "full" or "k" in support:
             return data
-        rows = [_rows(data.get(side)) for side in ("student", "teacher")]
+        several = data.get("teachers")
+        models = [
+            data.get("student"),
+            *(several.values() if isinstance(several, dict) and several else [data.get("teacher")]),
+        ]
+        rows = [_rows(model) for model in models]
         if None in rows:
             return data
         return data | {"objective": {**objective, "support": {**support, "k": min(filter(None, rows))}}}
@@ -146,6 +161,17 @@ class Experiment(BaseModel):
             parent = Experiment.model_validate(self.fork.experiment)
             return parent.model_copy(update={"runtime": self.runtime}).at(round)
         return self
+
+    @property
+    def taught_by(self) -> dict[str | None, ModelConfig]:
+        """The teachers by name; None: the only one."""
+        one: dict[str | None, ModelConfig] = {} if self.teacher is None else {None: self.teacher}
+        return one or {name: model for name, model in self.teachers.items()}  # noqa: C416  (for its wider type of key)
+
+    @property
+    def routed(self) -> bool:
+        """Whether each prompt names its own teacher."""
+        return bool(self.teachers) and self.mixture is None
 
     @property
     def steps_per_round(self) -> int:
@@ -201,16 +227,53 @@ def cross_problems(e: Experiment) -> list[str]:
             f"objective: a sampled estimator needs exact samples of the student, but {' and '.join(truncated)}; set"
             " rollout.top_p: 1, top_k: 0, temperature: 1 (no importance weight restores tokens that were cut off)"
         )
-    for name, model in (("student", e.student), ("teacher", e.teacher)):
+    problems += teacher_problems(e)
+    for name, model in (("student", e.student), *((teacher_field(who), model) for who, model in e.taught_by.items())):
         if model.warmup is not None and e.prompts.warmup is None:
             problems.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
     problems += signal_problems(e.supervise, e.objective.needs().signals)
-    problems += size_problems(e, *declared_sizes(e.student.source), declared_sizes(e.teacher.source)[0])
+    problems += size_problems(
+        e, *declared_sizes(e.student.source), *(declared_sizes(model.source)[0] for model in e.taught_by.values())
+    )
     return problems
 
 
-def size_problems(e: Experiment, rows: int | None, positions: int | None, teacher_rows: int | None) -> list[str]:
-    """What does not fit models of these sizes: the student's vocabulary rows and positions, the teacher's rows; None: unknown."""
+def teacher_field(name: str | None) -> str:
+    """The field of a teacher's section, by its name (None: the only one)."""
+    return "teacher" if name is None else f"teachers.{name}"
+
+
+def teacher_label(stage: str, name: str | None) -> str:
+    """What a stage is called for a teacher: `warmup_teacher`, with several `warmup_teacher_NAME`."""
+    return stage if name is None else f"{stage}_{name}"
+
+
+def teacher_problems(e: Experiment) -> list[str]:
+    """What is wrong with the choice of one teacher, of several, or of a mixture."""
+    problems = []
+    if e.teacher is not None and e.teachers:
+        problems.append(
+            "teacher, teachers: both are given; use `teacher` for one, or `teachers` by name (and teacher: null)"
+        )
+    if e.teacher is None and not e.teachers:
+        problems.append("teacher: required, but missing (or several by name: `teachers`)")
+    for name in e.teachers:
+        if not NAME.fullmatch(name):
+            problems.append(
+                f"teachers: {name!r} is no name; use letters, digits, '.', '-' and '_', at most 64, a letter or digit first"
+            )
+    if e.mixture is not None:
+        problems += e.mixture.problems(e.teachers)
+        if not e.supervise.teacher.capabilities.full_distribution:
+            problems.append(
+                f"mixture: averages the teachers' whole distributions, which supervise.teacher: kind {e.supervise.teacher.kind}"
+                " does not give; use kind: local, or remove `mixture` and give each prompt a teacher_id"
+            )
+    return problems
+
+
+def size_problems(e: Experiment, rows: int | None, positions: int | None, *teacher_rows: int | None) -> list[str]:
+    """What does not fit models of these sizes: the student's rows and positions, each teacher's rows; None: unknown."""
     problems: list[str] = []
     for section, length in (
         ("rollout", e.rollout.max_completion_length),
@@ -226,12 +289,20 @@ def size_problems(e: Experiment, rows: int | None, positions: int | None, teache
             side = getattr(e.objective, "side", None)
             where = "trust_region" if side is not None and side.support.k == need.k else "support"
             problems.append(f"objective.{where}.k: {need.k} is above the vocabulary of {rows}")
-    support, sizes = getattr(e.objective, "support", None), (rows, teacher_rows)
-    if isinstance(support, FullSupport) and all(sizes) and support.k < (least := min(filter(None, sizes))):
-        problems.append(
-            f"objective.support.k: full support means every id, but k is {support.k} and the vocabulary has {least}"
-            f" rows; set k: {least}, or take kind: teacher_topk with outside: bucket"
-        )
+    support = getattr(e.objective, "support", None)
+    if isinstance(support, FullSupport) and rows and all(teacher_rows):
+        known = [other for other in teacher_rows if other]
+        shared = {min(rows, other) for other in known} if e.routed else {min([rows, *known])}
+        if len(shared) > 1:
+            problems.append(
+                f"objective.support: full support means every id, but the teachers share {' and '.join(map(str, sorted(shared)))}"
+                " of them with the student; take kind: teacher_topk with outside: bucket"
+            )
+        elif support.k < (least := min(shared)):
+            problems.append(
+                f"objective.support.k: full support means every id, but k is {support.k} and the vocabulary has {least}"
+                f" rows; set k: {least}, or take kind: teacher_topk with outside: bucket"
+            )
     return problems
 
 

@@ -117,8 +117,8 @@ def _round_table(run: str, state: RoundState) -> None:
     from prefect.artifacts import create_table_artifact
 
     def own(label: str, metric: str) -> bool:
-        stage = next((name for name in state.stages if metric.startswith(f"{name}_")), "evaluate")
-        return stage == label
+        found = [name for name in state.stages if metric.startswith(f"{name}_")]
+        return max(found, key=len, default="evaluate") == label
 
     rows = [
         {

@@ -19,7 +19,10 @@ def outdated_prompts(state: RunState, root: Path) -> list[str]:
     made = _made(state, store, "prepare", "prepare")
     if not made or "changed_since_0_1" in made[0].meta:
         return []
-    models = [artifact for label in ("model", "model_teacher") for artifact in _made(state, store, label, "model")]
+    labels = [label for round in state.rounds if round.round == 0 for label in sorted(round.stages)]
+    models = [
+        artifact for label in labels if label.startswith("model") for artifact in _made(state, store, label, "model")
+    ]
     folders = [store.folder(model) for model in models]
     with suppress(OpdError):  # an unreadable folder or experiment is reported by the command that needs it
         from flows.experiment import experiment_of

@@ -13,7 +13,7 @@ _NAMES = {"accuracy_greedy": "accuracy", "accuracy_sampled": "sampled accuracy",
 _NAMES |= {"mean_length": "length", "clipped_ratio": "clipped"}
 
 
-_UNITS = {"train": "steps", "warmup": "steps", "warmup_teacher": "steps"}
+_UNITS = {"train": "steps", "warmup": "steps"}
 _UNITS |= dict.fromkeys(("rollout", "supervise", "evaluate"), "samples")
 
 
@@ -23,9 +23,9 @@ def amount(label: str, stage: StageState) -> str:
     rows = stage.rows or 0
     if not rows:
         return ""
-    if label == "supervise" and (signals := len(stage.artifacts)) > 1:
+    if label.startswith("supervise") and (signals := len(stage.artifacts)) > 1:
         return f"{rows // signals:,} samples, {signals} signals"
-    return f"{rows:,} {_UNITS.get(label, 'rows')}"
+    return f"{rows:,} {next((unit for stage, unit in _UNITS.items() if label.startswith(stage)), 'rows')}"
 
 
 def all_with_errors(metrics: Mapping[str, float | None], form: str) -> dict[str, str]:

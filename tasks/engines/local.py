@@ -41,18 +41,8 @@ class LocalModel:
         given: Mapping[int, Sequence[np.ndarray]],
     ) -> Values:
         """See `Teacher`. One forward of the passages; logits of `chunk_tokens` tokens exist at a time."""
-        ids_N = _tensor([passage.completion for passage in passages], self._device)
-        given_NK = {k: _tensor(given[k], self._device) for k in ask.on}
-        parts: dict[str, list[np.ndarray]] = {}
-        start = 0
-        with torch.inference_mode():
-            for logprobs_NV in self.distributions(passages, vocabulary):
-                chunk = slice(start, start := start + len(logprobs_NV))
-                some = {k: ids_NK[chunk] for k, ids_NK in given_NK.items()}
-                for name, value in _quantities(logprobs_NV, ids_N[chunk], ask, vocabulary.shared, some).items():
-                    parts.setdefault(name, []).append(value.cpu().numpy())
-        edges = np.cumsum([len(passage.completion) for passage in passages])[:-1]
-        return {name: np.split(np.concatenate(arrays), edges) for name, arrays in parts.items()}
+        chunks = self.distributions(passages, vocabulary)
+        return answers(chunks, passages, ask, vocabulary, given, self._device)
 
     @torch.inference_mode()
     def distributions(self, passages: Sequence[Passage], vocabulary: Vocabulary) -> Iterator[Tensor]:
@@ -99,6 +89,29 @@ class LocalModel:
             foreign = np.array(passage.completion, np.int64) >= self.model.rows
             found.append(np.cumsum(foreign) - foreign > 0)
         return torch.from_numpy(np.concatenate(found)).to(self._device)
+
+
+def answers(
+    chunks: Iterator[Tensor],
+    passages: Sequence[Passage],
+    ask: Ask,
+    vocabulary: Vocabulary,
+    given: Mapping[int, Sequence[np.ndarray]],
+    device: torch.device,
+) -> Values:
+    """What `Teacher.score` returns, from the log-probabilities (N, rows) of the passages' tokens, a chunk at a time."""
+    ids_N = _tensor([passage.completion for passage in passages], device)
+    given_NK = {k: _tensor(given[k], device) for k in ask.on}
+    parts: dict[str, list[np.ndarray]] = {}
+    start = 0
+    with torch.inference_mode():
+        for logprobs_NV in chunks:
+            chunk = slice(start, start := start + len(logprobs_NV))
+            some = {k: ids_NK[chunk] for k, ids_NK in given_NK.items()}
+            for name, value in _quantities(logprobs_NV, ids_N[chunk], ask, vocabulary.shared, some).items():
+                parts.setdefault(name, []).append(value.cpu().numpy())
+    edges = np.cumsum([len(passage.completion) for passage in passages])[:-1]
+    return {name: np.split(np.concatenate(arrays), edges) for name, arrays in parts.items()}
 
 
 def _name(passages: Sequence[Passage]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from rich.text import Text
 from flows.cli.options import console
 from flows.run.earlier import outdated_prompts
 from flows.run.hints import opd_command
-from flows.run.shown import NOT_EVALUATED, sample_sizes, with_error
+from flows.run.shown import NOT_EVALUATED, by_teacher, sample_sizes, with_error
 from storage.artifacts.artifact import Artifact, TreeRecord, artifact_directory, load_manifest
 from storage.artifacts.trees import tree_directory
 from storage.errors import CorruptArtifact, InputError, StoreError
@@ -104,6 +104,12 @@ def report(state: RunState, root: Path, holder: str | None = None) -> list[Table
         gone = evicted(state, root)
         state = completed(Store(root), state)
         parts.append(_rounds(state, gone))
+        headings, rows = by_teacher(state.rounds)
+        if rows:
+            table = Table(*headings)
+            for row in rows:
+                table.add_row(*row)
+            parts.append(table)
         sizes = sample_sizes(state.rounds, _EVALUATED)
         parts.append(Text(f"{_LEGEND}: {sizes}" if sizes else _LEGEND, style="dim"))
         if any(round.unevaluated for round in state.rounds):

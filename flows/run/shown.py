@@ -28,6 +28,35 @@ def amount(label: str, stage: StageState) -> str:
     return f"{rows:,} {next((unit for stage, unit in _UNITS.items() if label.startswith(stage)), 'rows')}"
 
 
+BY_TEACHER = (
+    ("accuracy", "accuracy_greedy", "{:.1%}"),
+    ("sampled", "accuracy_sampled", "{:.1%}"),
+    ("reverse KL", "reverse_kl", "{:.4f}"),
+    ("training loss", "train_loss", "{:.4f}"),
+    ("training reverse KL", "train_reverse_kl", "{:.4f}"),
+    ("trained tokens", "train_tokens", "{:,.0f}"),
+)
+"""Heading, metric (its value for a teacher is METRIC/TEACHER), form."""
+
+
+def by_teacher(rounds: Iterable[RoundState]) -> tuple[list[str], list[list[str]]]:
+    """(headings, rows) of a table with a row per round and teacher; no rows where there is one teacher."""
+    rounds = list(rounds)
+    shown = [f for f in BY_TEACHER if any(name.startswith(f"{f[1]}/") for round in rounds for name in round.metrics)]
+    rows = []
+    for round in sorted(rounds, key=lambda round: round.round):
+        names = {name.partition("/")[2] for name in round.metrics if name.startswith(("eval_tokens/", "train_tokens/"))}
+        rows += [
+            [
+                str(round.round),
+                name,
+                *(with_error(round.metrics, f"{metric}/{name}", form) for _, metric, form in shown),
+            ]
+            for name in sorted(names)
+        ]
+    return ["round", "teacher", *(heading for heading, _, _ in shown)], rows
+
+
 def all_with_errors(metrics: Mapping[str, float | None], form: str) -> dict[str, str]:
     """Every metric that has a value as text, its error and number of samples beside it instead of as metrics."""
     beside = {f"{name}_{part}" for name in metrics if f"{name}_n" in metrics for part in ("se", "n", "prompts")}

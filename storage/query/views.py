@@ -354,7 +354,8 @@ class Views:
         offset = f"sum(length(v.written)) OVER ({sample} CURRENT ROW) - length(v.written)"
         return (
             f"SELECT e.*, v.token, CASE WHEN {written} = completion_text THEN {offset} END AS text_offset"
-            f' FROM (SELECT run, "round", rollouts.artifact, sample_id, teacher, completion_text, {position}, {exploded} {samples})'
+            f' FROM (SELECT run, "round", rollouts.artifact, sample_id, teacher, completion_text, {position}, {exploded}'
+            f" {samples})"
             " AS e LEFT JOIN (SELECT run, id AS token_id, any_value(coalesce(text, token)) AS token,"
             " any_value(CASE WHEN special THEN '' ELSE text END) AS written"
             f" FROM ({self._rows('vocabulary')}) WHERE tokenizer = 'student' GROUP BY ALL) AS v USING (run, token_id)"

@@ -42,7 +42,10 @@ BY_TEACHER = (
 def by_teacher(rounds: Iterable[RoundState]) -> tuple[list[str], list[list[str]]]:
     """(headings, rows) of a table with a row per round and teacher; no rows where there is one teacher."""
     rounds = list(rounds)
-    shown = [f for f in BY_TEACHER if any(name.startswith(f"{f[1]}/") for round in rounds for name in round.metrics)]
+    known = {
+        name.partition("/")[0] for r in rounds for name, value in r.metrics.items() if "/" in name and value is not None
+    }
+    shown = [field for field in BY_TEACHER if field[1] in known]
     rows = []
     for round in sorted(rounds, key=lambda round: round.round):
         names = {name.partition("/")[2] for name in round.metrics if name.startswith(("eval_tokens/", "train_tokens/"))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -21,6 +21,9 @@ _ROUNDING = 1e-6
 class MixtureConfig(Identity):
     """Teachers that teach every prompt together. q is the teacher's distribution, q_i that of teacher i, w_i its weight:
     `logprobs` gives log q = sum_i w_i log q_i - log Z (a geometric mean, normalised by Z); `probs` q = sum_i w_i q_i."""
+
+    equation: ClassVar[str] = "log q = sum_i w_i log q_i - log Z (logprobs), or q = sum_i w_i q_i (probs)"
+    paper: ClassVar[str] = ""
 
     weights: dict[str, float] = Field(description="by name of `teachers`; positive, with the sum 1")
     average: Literal["logprobs", "probs"] = Field(

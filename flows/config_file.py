@@ -238,7 +238,7 @@ class Settled:
 
     def __init__(self, folder: Path, where: str, keep_untyped: bool = False) -> None:
         """`keep_untyped`: numbers of fields without a type keep their text, for a later call that knows the type."""
-        self.folder, self.where, self.keep_untyped = folder, where, keep_untyped
+        self.folder, self.where, self.keep_untyped = folder.absolute(), where, keep_untyped
 
     def fields(self, data: Any, models: list[type[BaseModel]], place: str = "") -> Any:
         """A mapping of fields, or the short form of one: the name of a kind, a path, or the value of the only required field."""

@@ -306,12 +306,15 @@ def size_problems(e: Experiment, rows: int | None, positions: int | None, *teach
     return problems
 
 
+_WITH_DTYPE = ("rollout", "supervise", "train")
+
+
 def dtype_warning(e: Experiment) -> str | None:
     """What differs between the dtypes of the student as it is sampled, scored and trained, and why it matters; None if nothing.
 
     Raises ConfigError for a policy gradient, unless `policy.allow_mixed_dtypes`: the ratio of the live to the rollout-time
     student would have noise before any update."""
-    dtypes = {"rollout": e.rollout.dtype, "supervise": e.supervise.dtype, "train": e.train.dtype}
+    dtypes = {section: getattr(e, section).dtype for section in _WITH_DTYPE}
     if len(set(dtypes.values())) == 1:
         return None
     shown = ", ".join(f"{section}.dtype {dtype}" for section, dtype in dtypes.items())
@@ -427,6 +430,8 @@ def as_stored(data: dict[str, Any]) -> dict[str, Any]:
     if "collect" not in policy:  # it keeps what it kept
         policy["collect"] = False
         policy["retain"] = {"trainer_state": None} | (policy.get("retain") or {})
+    if "allow_mixed_dtypes" not in policy:  # it trained with them
+        policy["allow_mixed_dtypes"] = len({(data.get(section) or {}).get("dtype") for section in _WITH_DTYPE}) > 1
     return stored | {"policy": policy}
 
 

@@ -60,6 +60,10 @@ class RunBusy(OpdError):
         return type(self), (str(self), self.holder)
 
 
+RELATIVE = "a relative path in a config starts at the config's folder, one in --set at the working directory"
+"""For messages about a path that does not exist."""
+
+
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
     """`did you mean 'NEAREST'?` for the known name closest to `name`, or `otherwise` if none is close."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

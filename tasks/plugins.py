@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -67,7 +68,7 @@ def refuse_hidden(name: str, folders: Iterable[Path]) -> None:
 
 def load_plugins(modules: Iterable[str], search: str | None = None) -> dict[str, str]:
     """Imports the modules, with the folder `search` first on the path, and returns the digest of each source as this process
-    imported it, even if the file has changed since. ConfigError for a missing module."""
+    imported it, even if the file has changed since. ConfigError for a module that is missing or cannot be imported."""
     if search and search not in sys.path:
         sys.path.insert(0, search)
     found = {}
@@ -77,11 +78,22 @@ def load_plugins(modules: Iterable[str], search: str | None = None) -> dict[str,
             _loading.append(name)
             try:
                 importlib.import_module(name)
+            except Exception as error:
+                raise ConfigError(
+                    f"plugins: module {name!r} fails on import ({_where(error, name)}{type(error).__name__}: {error})"
+                ) from error
             finally:
                 _loading.pop()
             _loaded[name] = digest
         found[name] = _loaded[name]
     return found
+
+
+def _where(error: Exception, name: str) -> str:
+    """`FILE:LINE: ` of the plugin's last frame in the traceback; empty where it has none (a syntax error names its own)."""
+    place = source_place(name)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(place)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
 
 
 def loaded_digests(modules: Iterable[str]) -> dict[str, str]:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from flows.cli.options import Json, Root, RunName, console, example, existing_root
+from flows.cli.options import Json, Root, RunName, console, example, existing_root, grid
 from flows.run.hints import DEFAULT_ROOT
 from storage.errors import InputError, did_you_mean
 from storage.runs import RoundState, Run, RunState
 
+COMPARED = "± is one standard error over prompts; not told apart: the 95% interval contains 0"
 POLL_SECONDS = 0.5
 """How often `opd logs --follow` looks for new lines."""
 
@@ -71,7 +71,7 @@ def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
     if not states:
         typer.echo(f"no runs in {root}; start one with: opd run CONFIG")
         return
-    table = Table("run", "status", "round", "accuracy", "reverse KL", "evicted", "changed")
+    table = grid("run", "status", "round", "accuracy", "reverse KL", "evicted", "changed (UTC)")
     for state in states:
         last = _last(state, root)
         cells = ["", ""]
@@ -87,7 +87,7 @@ def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
             str(last.round) if last else "",
             *cells,
             f"of {len(gone[state.name])} rounds" if gone[state.name] else "",
-            state.updated,
+            state.updated[:16].replace("T", " "),
         )
     console().print(table)
 
@@ -103,7 +103,7 @@ def compare(
     """Paired differences between evaluations, on the prompts that both have, with standard errors clustered by prompt.
 
     One run: each evaluated round minus the one before. Several: each further one minus the first, a run without @ROUND at its
-    last evaluated round. Not told apart: the 95% interval has 0 in it. In SQL: the view `differences`.
+    last evaluated round. Not told apart: the 95% interval contains 0. In SQL: the view `differences`.
 
     Exit codes: 0 shown, 1 damaged evaluations, 2 no such run or round, or not evaluated."""
     from flows.run.compare import compared, evaluated_rounds, point
@@ -123,9 +123,7 @@ def compare(
         return
     forms = {"accuracy_greedy": "{:.1%}", "accuracy_sampled": "{:.1%}", "reverse_kl": "{:.4f}"}
     shown = [metric for metric in forms if any(metric in line.figures for line in found)]
-    table = Table(
-        "difference", *shown, "prompts", caption="± is one standard error over prompts", caption_justify="left"
-    )
+    table = grid("difference", *shown, "prompts", caption=COMPARED, caption_justify="left")
     for line in found:
         cells = [apart(line.figures[m], forms[m]) if m in line.figures else "" for m in shown]
         table.add_row(f"{line.one} - {line.other}", *cells, line.prompts)

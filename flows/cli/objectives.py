@@ -51,15 +51,14 @@ def objectives(
 def _list(out: Console, entries: list[Entry]) -> None:
     for axis in axes(entries):
         table = Table(title=f"[bold]{axis}[/]", title_justify="left", box=None, header_style="dim", pad_edge=False)
-        for column in ("name", "description", "paper", "defaults"):
-            table.add_column(column)
-        for entry in entries:
-            if entry.axis == axis:
-                mark = " [yellow](experimental)[/]" if entry.experimental else ""
-                shown = (
-                    "" if axis in ("recipe", "estimator") else ", ".join(f"{f.name} {f.default}" for f in entry.fields)
-                )
-                table.add_row(entry.label, escape(entry.summary) + mark, ", ".join(entry.papers), escape(shown))
+        own = [entry for entry in entries if entry.axis == axis]
+        with_defaults = axis not in ("recipe", "estimator") and any(entry.fields for entry in own)
+        for column in ("name", "description", "paper", *(["defaults"] if with_defaults else [])):
+            table.add_column(column, overflow="fold")
+        for entry in own:
+            mark = " [yellow](experimental)[/]" if entry.experimental else ""
+            shown = [escape(", ".join(f"{f.name} {f.default}" for f in entry.fields))] if with_defaults else []
+            table.add_row(entry.label, escape(entry.summary) + mark, ", ".join(entry.papers), *shown)
         out.print(table)
         out.print()
     out.print("Run a recipe: opd run configs/recipes/NAME.yaml. Equations and fields: opd objectives NAME")

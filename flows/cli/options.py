@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from storage.disk.files import scheme
 from storage.errors import InputError
@@ -36,6 +37,10 @@ OTHERWISE = "give a folder (a name with a colon: as an absolute path)"
 Root = Annotated[Path, typer.Option("--root", envvar="OPD_ROOT", help="the store's folder", callback=local)]
 Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="override a field, e.g. train.lr=1e-4")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
+SetOfRun = Annotated[
+    list[str],
+    typer.Option("--set", metavar="FIELD=VALUE", help="a field of runtime or policy, e.g. policy.rounds=8"),
+]
 RunName = Annotated[str, typer.Argument(metavar="NAME", help="a run's name", show_default=False)]
 
 
@@ -49,6 +54,14 @@ def existing_root(root: Path) -> Path:
     if not (root / "artifacts").is_dir():
         raise InputError(f"{root}: no store in this folder; set the store's folder with --root or OPD_ROOT")
     return root
+
+
+def grid(*headings: str, **options: Any) -> Table:
+    """A table whose cells wrap where the terminal is narrow: a name or a key that was cut off could not be used."""
+    table = Table(**options)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
 
 
 def console() -> Console:

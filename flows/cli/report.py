@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.cli.options import console
+from flows.cli.options import PIPE_WIDTH, console, grid
 from flows.run.earlier import outdated_prompts
 from flows.run.hints import opd_command
 from flows.run.shown import NOT_EVALUATED, by_teacher, sample_sizes, with_error
@@ -81,11 +81,11 @@ def evicted(state: RunState, root: Path) -> dict[tuple[int, str], list[str]]:
 def print_report(state: RunState, root: Path, holder: str | None = None, out: Console | None = None) -> None:
     """The report on standard output."""
     out = out or console()
-    for part in report(state, root, holder):
+    for part in report(state, root, holder, out):
         out.print(part, soft_wrap=isinstance(part, Text))  # paths and commands stay on one line, for copying
 
 
-def report(state: RunState, root: Path, holder: str | None = None) -> list[Table | Text]:
+def report(state: RunState, root: Path, holder: str | None, out: Console) -> list[Table | Text]:
     """Of a failed run the error, its time and the way on; then the table of rounds, the student's folder and useful commands."""
     parts: list[Table | Text] = [_heading(state, root, holder)]
     resume = opd_command(root, "resume", state.name)
@@ -103,10 +103,10 @@ def report(state: RunState, root: Path, holder: str | None = None) -> list[Table
     if state.rounds:
         gone = evicted(state, root)
         state = completed(Store(root), state)
-        parts.append(_rounds(state, gone))
+        parts += _rounds(state, gone, out)
         headings, rows = by_teacher(state.rounds)
         if rows:
-            table = Table(*headings)
+            table = grid(*headings)
             for row in rows:
                 table.add_row(*row)
             parts.append(table)
@@ -119,7 +119,10 @@ def report(state: RunState, root: Path, holder: str | None = None) -> list[Table
             first = min(round for round, _ in gone)
             again = opd_command(root, "restore", state.name, "--round", str(first))
             parts.append(
-                Text(f"evicted: removed by opd gc; rebuilt when a stage reads it, or by: {again}", style="dim")
+                Text(
+                    f"evicted: removed by policy.retain or opd gc; rebuilt when a stage reads it, or by: {again}",
+                    style="dim",
+                )
             )
     if why is None:
         parts += [_trouble(round.round, label, stage) for round, label, stage in _failed(state)]
@@ -202,20 +205,26 @@ def _heading(state: RunState, root: Path, holder: str | None) -> Text:
     return line
 
 
-def _rounds(state: RunState, gone: dict[tuple[int, str], list[str]]) -> Table:
+def _rounds(state: RunState, gone: dict[tuple[int, str], list[str]], out: Console) -> list[Table | Text]:
+    """The table of rounds. Where it is wider than `out`, the seconds of the stages follow it, a line per round."""
     shown = [f for f in _METRICS if any(r.metrics.get(f[1]) is not None for r in state.rounds)]
-    table = Table("round")
+    rounds = sorted(state.rounds, key=lambda r: r.round)
+    times = [_stages(round, {label for number, label in gone if number == round.round}) for round in rounds]
+    table, narrow = grid("round"), grid("round")
     for heading, _, _ in shown:
         table.add_column(heading, justify="right")
+        narrow.add_column(heading, justify="right", overflow="fold")
     table.add_column("seconds per stage")
-    for round in sorted(state.rounds, key=lambda r: r.round):
+    for round, time in zip(rounds, times, strict=True):
         metrics = [with_error(round.metrics, metric, form) for _, metric, form in shown]
         if round.unevaluated and shown and shown[0][1] in FIGURES:
             metrics[0] = NOT_EVALUATED
-        table.add_row(
-            str(round.round), *metrics, _stages(round, {label for number, label in gone if number == round.round})
-        )
-    return table
+        table.add_row(str(round.round), *metrics, time)
+        narrow.add_row(str(round.round), *metrics)
+    if out.measure(table, options=out.options.update(max_width=PIPE_WIDTH)).maximum <= out.width:
+        return [table]
+    lines = [Text.assemble(f"  round {round.round}: ", time) for round, time in zip(rounds, times, strict=True)]
+    return [narrow, Text("seconds per stage:"), *lines]
 
 
 def _stages(round: RoundState, gone: set[str]) -> Text:

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows.cli.options import Json, Root, RunName, Set, console, example
+from flows.cli.options import Json, Root, RunName, Set, SetOfRun, console, example, grid
 from flows.run.hints import DEFAULT_ROOT, opd_command, with_resume_hint
 from storage.errors import ConfigError, InputError, OpdError
 from storage.runs import Run
@@ -72,7 +72,7 @@ def run(
 
 def resume(
     name: RunName,
-    set_: Set = [],  # noqa: B006
+    set_: SetOfRun = [],  # noqa: B006
     rounds: Rounds = None,
     no_prefect: NoPrefect = False,
     json_: Json = False,
@@ -156,6 +156,9 @@ def evaluate(
     if missing := sorted(set(round) - set(known)):
         raise InputError(f"run {name!r}: round {missing[0]} is not trained yet; trained are {known or 'none'}")
     wanted = set(round) or {r.round for r in held.state.rounds if r.unevaluated}
+    if not wanted and not json_:
+        out.print(f"nothing to do: run {name!r} left out no evaluation (policy.evaluate_every)")
+        return
     last = max(known, default=0)
     _go(stored_experiment(held), name, root, last, True, json_, wanted.__contains__)
 
@@ -195,7 +198,7 @@ def _plan_table(name: str, lines: list[PlanLine]) -> Table:
         "run": "would run",
         "pending": "waits for an earlier stage",
     }
-    table = Table("round", "stage", "", "key", title=f"plan of {name}", title_justify="left")
+    table = grid("round", "stage", "state", "key", title=f"plan of {name}", title_justify="left")
     for line in lines:
         keys = ", ".join(f"{stage}/{key}" for stage, key in line.keys.items())
         what = meaning[line.state]

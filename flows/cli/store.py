@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from flows.cli.options import Json, Root, RunName, console, example, existing_root
+from flows.cli.options import Json, Root, RunName, console, example, existing_root, grid
 from flows.run.hints import DEFAULT_ROOT, opd_command
 from storage.errors import ConfigError, InputError, OpdError
 from storage.runs import Run
@@ -32,7 +31,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=example("opd verify demo"))(verify)
     app.command(epilog=example("opd gc --keep rollouts=2 --keep signals=2 --apply"))(gc)
     app.command(epilog=example("opd restore demo --round 1"))(restore)
-    app.command(epilog=example("opd replay demo --round 2"))(replay)
+    app.command(epilog=example("opd replay demo --round 5"))(replay)
 
 
 def verify(
@@ -190,7 +189,8 @@ def replay(
     have the stage's inputs: for train, the round's rollouts and signals, and the previous round's student and
     trainer_state. All files and all columns except wall seconds are compared.
 
-    A stage whose shards were made with different settings cannot be replayed; the message lists them.
+    A stage whose shards were made with different settings cannot be replayed; the message lists them. Equal bits need a
+    processor of the same kind (provenance.processor in a manifest); on another one the message says how far numbers are apart.
 
     Exit codes: 0 identical, 1 different, not replayable, or an input is evicted or damaged, 2 no such run or round."""
     from flows.run.replay import replay_round
@@ -201,15 +201,25 @@ def replay(
     if json_:
         print(json.dumps([result.as_json() for result in results], indent=2))
     else:
-        table = Table("stage", "artifact", "", "seconds")
+        table = grid("stage", "artifact", "", "seconds")
         for result in results:
             verdict = "[green]identical[/]" if not result.differences else "[red]differs[/]"
             verdict = "[yellow]cannot be replayed[/]" if result.unrepeatable else verdict
             table.add_row(result.stage, result.artifact, verdict, f"{result.seconds:.1f}")
         out.print(table)
     problems = [f"{result.artifact}: {line}" for result in results for line in result.differences]
+    problems += [
+        f"{result.artifact}: numbers are at most {result.largest_difference:.3g} apart"
+        for result in results
+        if result.largest_difference is not None
+    ]
     if problems:
         problems.insert(0, f"round {round} of {name!r} was not reproduced:")
+    if others := {result.other_processor for result in results if result.other_processor}:
+        problems.append(
+            f"the recorded round was made on {sorted(others)[0]}: sums of another processor round otherwise, so compare on one"
+            " of the same kind"
+        )
     if mixed := [f"{result.artifact}: {result.unrepeatable}" for result in results if result.unrepeatable]:
         problems += [
             f"round {round} of {name!r} cannot be replayed; its shards were made with different settings:",
@@ -265,7 +275,7 @@ def _print_plan(plan: Plan, root: Path) -> None:
     if not plan.items:
         out.print("nothing to remove: every artifact is needed by a run")
     else:
-        table = Table("kind", "what", "bytes", title="removable", title_justify="left")
+        table = grid("kind", "what", "bytes", title="removable", title_justify="left")
         for item in sorted(plan.items, key=lambda item: (list(MEANING).index(item.kind), item.path)):
             table.add_row(item.kind, str(item.path.relative_to(root)), _size(item.bytes))
         out.print(table)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.cli.options import Root, console, example, local
+from flows.cli.options import Root, console, example, grid, local
 from flows.run.hints import DEFAULT_ROOT, opd_command
 from flows.run.progress import LineReporter, round_line
 from storage.errors import OpdError
@@ -75,8 +75,8 @@ def study(
         raise typer.Exit(130) from None
     rows = read_rows(plan, root, known)
     written = write_files(plan, rows, folder)
-    for grid in grids(plan, rows):
-        out.print(_table(grid))
+    for result in grids(plan, rows):
+        out.print(_table(result))
     out.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
     if built == 0:
         out.print("nothing to do: every run of this study is in the store")
@@ -106,10 +106,10 @@ class StudyReporter(LineReporter):
         self._made = False
 
 
-def _table(grid: Grid) -> Table:
-    title = Text.assemble((grid.title, "bold"), f" ({grid.note})")
-    table = Table(*grid.header, title=title, title_justify="left", title_style="")
-    for line in grid.lines:
+def _table(result: Grid) -> Table:
+    title = Text.assemble((result.title, "bold"), f" ({result.note})")
+    table = grid(*result.header, title=title, title_justify="left", title_style="")
+    for line in result.lines:
         table.add_row(*map(Text, line))
     return table
 
@@ -118,7 +118,7 @@ def _dry_run(plan: StudyPlan, root: Path) -> None:
     from flows.study.results import best_lrs, read_rows
 
     lrs = best_lrs(plan, read_rows(plan, root))
-    table = Table("run", "method", "seed", "lr", "rounds", "stages in the store", "would run or wait")
+    table = grid("run", "method", "seed", "lr", "rounds", "in the store", "to run")
     ready = {run.name: run for run in plan.method_runs(lrs)}
     for run in (*plan.sweep_runs(), *plan.method_runs()):
         known = ready.get(run.name, run)

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.options import console as terminal
+from flows.cli.options import grid
 from storage.query.views import View, Views, duckdb_type
 
 SHOWN_ROWS = 200
@@ -35,7 +36,7 @@ def print_columns(view: View, as_json: bool, as_csv: bool, file: TextIO) -> None
 
 
 def _print_view(console: Console, view: View) -> None:
-    table = Table("column", "type", "meaning", title=f"[bold]{view.name}[/]: {view.doc}", title_justify="left")
+    table = grid("column", "type", "meaning", title=f"[bold]{view.name}[/]: {view.doc}", title_justify="left")
     for column in view.columns:
         table.add_row(Text(column.name), Text(duckdb_type(column.type)), Text(column.doc))
     console.print(table)
@@ -45,7 +46,7 @@ def print_table(table: pa.Table, console: Console) -> None:
     """The first rows as a table, and the number of rows left out."""
     shown = Table()
     for name in table.column_names:
-        shown.add_column(Text(name))
+        shown.add_column(Text(name), overflow="fold")
     for row in rows(table.slice(0, SHOWN_ROWS)):
         shown.add_row(*(Text(_cell(value)) for value in row.values()))
     console.print(shown)

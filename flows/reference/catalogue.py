@@ -100,7 +100,7 @@ def catalogue() -> list[Entry]:
     found += [_of_class(kind, "trust region", c) for kind, c in TRUST_REGIONS.classes.items()]
     found += [_of_class(kind, "token weight", c) for kind, c in TOKEN_WEIGHTS.classes.items()]
     found += [_of_class(kind, "behaviour", c) for kind, c in BEHAVIOURS.classes.items()]
-    return found + [_ROUTED, _of_class("mixture", "teacher", MixtureConfig)]
+    return [*found, _ROUTED, _of_class("mixture", "teacher", MixtureConfig)]
 
 
 _ROUTED = Entry(

@@ -18,11 +18,12 @@ from flows.run.executor import Maker
 from flows.run.preflight import Known, findings, require
 from flows.run.progress import SilentReporter
 from flows.run.runner import bytes_of_run, bytes_per_round
-from storage.errors import ConfigError, InputError, OpdError
+from storage.errors import RELATIVE, ConfigError, InputError, OpdError
 from storage.runs import Run
 from storage.store import Artifact, Store
 from tasks.evaluate import Prompt, plan_shards
-from tasks.inputs.models import model_work, parameter_count
+from tasks.inputs.models import CheckpointModel, model_work, parameter_count
+from tasks.inputs.sources import FileSource
 from tasks.inputs.tokenizers import load_tokenizer
 from tasks.inputs.verifiers import FunctionVerifier, function_place, verify
 from tasks.plugins import source_place
@@ -49,6 +50,7 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
         experiment.runtime.require_gpus()
     except ConfigError as error:  # a config may be checked on another machine than it will run on
         yield f"warning: not on this machine: {error}"
+    _require_files(experiment)
     for plugin in experiment.plugins:
         yield f"plugin: {plugin} ({source_place(plugin)})"
     if experiment.prompts.date != given.prompts.date:
@@ -93,6 +95,18 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
         " rollouts and signals before compression"
     )
     yield from _disk(experiment, parameters, Path(root))
+
+
+def _require_files(experiment: Experiment) -> None:
+    """InputError that lists every model folder and prompt file that is not there, if there are several; reading stops at the
+    first."""
+    sources: dict[str, Any] = {"student.source": experiment.student.source}
+    sources |= {f"{teacher_field(name)}.source": model.source for name, model in experiment.taught_by.items()}
+    sources |= {f"prompts.{split}": getattr(experiment.prompts, split) for split in ("train", "eval", "warmup")}
+    paths = {f"{field}.path": s.path for field, s in sources.items() if isinstance(s, CheckpointModel | FileSource)}
+    missing = [f"{field}: {path}" for field, path in paths.items() if not Path(path).exists()]
+    if len(missing) > 1:
+        raise InputError("\n".join([f"{len(missing)} files or folders do not exist; {RELATIVE}", *missing]))
 
 
 def _same_model(experiment: Experiment, student: Artifact, teachers: Mapping[str | None, Artifact]) -> Iterator[str]:
@@ -170,12 +184,23 @@ def _verifier(experiment: Experiment, rows: pa.Table) -> Iterator[str]:
     except OpdError as error:
         raise ConfigError(str(error)) from error
     name = f"{config.target} ({function_place(config)[1]})" if isinstance(config, FunctionVerifier) else config.kind
-    yield f"verifier: {name}; tried on prompt {chosen.prompt_id!r} with its bare answer as the completion: {verdict}"
+    if chosen.answer is None:
+        yield f"verifier: {name}; it judges an empty completion as {_judged(verdict)} (no prompt has an answer)"
+        return
+    hint = "" if verdict else "; that is right if it expects more than the bare answer, a marker for example"
+    yield (
+        f"verifier: {name}; it judges the completion {_shortened(repr(chosen.answer))}, the answer of prompt"
+        f" {chosen.prompt_id!r} alone, as {_judged(verdict)}{hint}"
+    )
+
+
+def _judged(verdict: bool) -> str:
+    return "correct" if verdict else "wrong"
 
 
 def _disk(experiment: Experiment, parameters: int, root: Path) -> Iterator[str]:
     """What a whole run leaves on the disk, beside what is free there."""
-    needed = sum(bytes_of_run(experiment, parameters=parameters).values())
+    needed = sum(bytes_of_run(experiment, parameters).values())
     place = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     yield (
@@ -204,6 +229,8 @@ def _prompts(prompts: Artifact) -> Iterator[str]:
     for split, count in counts.items():
         dropped = (prompts.meta.get("filtered") or {}).get(split) or {}
         left_out = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items() if number)
+        if not count and not left_out:  # this split has no source
+            continue
         yield f"prompts: {count:,} for {split}" + (f" (left out: {left_out})" if left_out else "")
     for note in (prompts.meta.get("changed_since_0_1") or {}).values():
         yield f"note: {note}"

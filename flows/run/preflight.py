@@ -20,15 +20,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flows.experiment import Experiment, size_problems, teacher_field
-from storage.errors import ConfigError, InputError
+from storage.errors import ConfigError, CorruptArtifact, InputError
 from storage.store import Artifact, Store
 from tasks.engines.hf_folder import (
     attention,
     changed_logits,
     check_stop_ids,
+    check_weights,
     dropout_fields,
     model_rows,
     positions,
+    quantized,
     read_config,
     stop_token_ids,
     text_config,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes of vLLM's attention on CPU (`CPUAttentionBackend.get_supported_head_sizes`)."""
 _SHOWN = 8
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Model:
                 model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                     self.config, attn_implementation=attention(self.config), trust_remote_code=False
                 )
-        except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ImportError, ZeroDivisionError) as error:
+        except Exception as error:  # whatever the architecture's own code raises for these fields
             raise InputError(
                 f"{self.path}: config.json describes no model ({type(error).__name__}: {error})"
             ) from error
@@ -203,6 +206,12 @@ def deepspeed_file(known: Known) -> Found:
 
 def architecture(known: Known) -> Found:
     """Whether scorer and trainer can compute with the models."""
+    if method := quantized(known.student.config):
+        yield Finding(
+            f"student: {known.student.path / 'config.json'} has a quantization_config ({method}); quantized weights cannot be"
+            " trained, take the checkpoint that they were made from",
+            refused=True,
+        )
     for model in known.models:
         if changed := changed_logits(model.config):
             yield Finding(
@@ -223,6 +232,26 @@ def architecture(known: Known) -> Found:
             )
 
 
+def weights(known: Known) -> Found:
+    """Whether the files hold the tensors that config.json describes, of names and shapes; their values are not read."""
+    for model in known.models:
+        try:
+            model.skeleton  # noqa: B018 (raises what `architecture` reports)
+        except InputError:
+            continue
+        try:
+            unused = check_weights(model.path)
+        except (InputError, CorruptArtifact) as error:
+            yield Finding(f"{model.side}: {error}", refused=True)
+            continue
+        if unused:
+            more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
+            yield Finding(
+                f"{model.side}: tensors of {model.path} that its architecture does not use, and that no student will have:"
+                f" {', '.join(unused[:_NAMED])}{more}"
+            )
+
+
 def engine(known: Known) -> Found:
     """Whether vLLM has the student's architecture, or can run transformers' own class of it. Reads the names in vLLM's registry
     without importing it, which takes a quarter of a minute."""
@@ -235,8 +264,19 @@ def engine(known: Known) -> Found:
     except InputError:
         return  # `architecture` reports it
     name = type(whole).__name__
+    if has_vision(known.student.config) and importlib.util.find_spec("torchvision") is None:
+        yield Finding(
+            f"student: {name} ({known.student.path}) reads images too, and vLLM imports torchvision for it, which is not"
+            " installed; take the text model of this family, or install torchvision",
+            refused=True,
+        )
     if registry.is_file() and f'"{name}"' not in registry.read_text() and not whole.is_backend_compatible():  # type: ignore[operator]
         yield Finding(f"student: vLLM has no {name} ({known.student.path}); take another model", refused=True)
+
+
+def has_vision(config: PretrainedConfig) -> bool:
+    """Whether a model has a part that reads images."""
+    return getattr(config, "vision_config", None) is not None
 
 
 def head_size(known: Known) -> Found:
@@ -433,6 +473,7 @@ CHECKS: tuple[tuple[Callable[[Known], Found], str], ...] = (
     (programs, "sampler"),
     (deepspeed_file, "trainer"),
     (architecture, "scorer"),
+    (weights, "scorer"),
     (engine, "sampler"),
     (head_size, "sampler"),
     (dropout, "trainer"),

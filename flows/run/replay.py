@@ -20,6 +20,7 @@ from flows.run.hints import opd_command
 from flows.run.lineage import Origin, Rebuild, rebuild
 from flows.run.runner import logger, stored_experiment
 from flows.run.stopping import terminating
+from storage.artifacts.artifact import provenance
 from storage.artifacts.numerics import NUMERICS, several
 from storage.artifacts.verify import Verified, move_damaged, verify_artifact
 from storage.disk.files import temporary_name, unique
@@ -28,7 +29,7 @@ from storage.errors import ConfigError, CorruptArtifact, Evicted, InputError
 from storage.identity import canonical_json
 from storage.runs import Run, StageState
 from storage.store import Artifact, Store
-from storage.upkeep.compare import differences
+from storage.upkeep.compare import Differences, differences
 from storage.upkeep.gc import HELD, KEPT_REPLAY
 from storage.upkeep.transfer import lend
 from tasks.stage import Context
@@ -46,6 +47,10 @@ class Replayed:
     artifact: str
     differences: tuple[str, ...]
     seconds: float
+    largest_difference: float | None = None
+    """The largest absolute difference of two numbers, where nothing but numbers differs."""
+    other_processor: str | None = None
+    """The processor that made the recorded one, where it is not that of this machine."""
     unrepeatable: str | None = None
     """Why it was not repeated: its shards were made at different numerics (a stage continued with another runtime); lists
     them"""
@@ -124,7 +129,7 @@ def _require_inputs(run: Run, origin: Origin, lost: list[Rebuild]) -> None:
         names = ", ".join(f"{stage} of round {number}" for number, stage in direct)
         commands = [f"opd restore {run.name} --round {number}" for number in sorted({number for number, _ in direct})]
         raise Evicted(
-            f"a replay of {origin.label} of round {origin.round} needs {names}, which `opd gc` removed.\n"
+            f"a replay of {origin.label} of round {origin.round} needs {names}, which policy.retain or `opd gc` removed.\n"
             f"rebuild with: {' && '.join(commands)}\n"
             "to keep replays possible, policy.retain must keep rollouts and signals of the round, and trainer_state and"
             " students of the round before"
@@ -174,7 +179,7 @@ def _replay(
     for name, artifact in sorted(origin.made.items()):
         if why := several(artifact.provenance):
             tell(f"{origin.label} of round {origin.round}: {artifact.stage}/{artifact.key} cannot be replayed: {why}")
-            results.append(Replayed(origin.label, f"{artifact.stage}/{artifact.key}", (), 0.0, why))
+            results.append(Replayed(origin.label, f"{artifact.stage}/{artifact.key}", (), 0.0, unrepeatable=why))
         else:
             sets.setdefault(canonical_json(artifact.provenance.get(NUMERICS) or {}), {})[name] = artifact
     for number, (recorded, artifacts) in enumerate(sets.items()):  # signals may have been made at different numerics
@@ -210,15 +215,15 @@ def _make(
         )
         made = rebuild(origin.work, artifacts, context)
     seconds = time.monotonic() - started
-    return [
-        Replayed(
-            origin.label,
-            f"{artifact.stage}/{artifact.key}",
-            tuple(differences(artifact, store, made[name], scratch)),
-            seconds,
-        )
-        for name, artifact in artifacts.items()
-    ]
+    compared = {name: differences(artifact, store, made[name], scratch) for name, artifact in artifacts.items()}
+    return [_replayed(origin.label, artifact, compared[name], seconds) for name, artifact in artifacts.items()]
+
+
+def _replayed(label: str, recorded: Artifact, found: Differences, seconds: float) -> Replayed:
+    then, here = recorded.provenance.get("processor"), provenance()["processor"]
+    other = f"{then}; this machine has {here}" if found and then not in (None, here) else None
+    name = f"{recorded.stage}/{recorded.key}"
+    return Replayed(label, name, found.lines, seconds, found.largest, other)
 
 
 def _runtime(recorded: dict[str, Any], runtime: RuntimeConfig, overrides: list[str], folder: Path) -> RuntimeConfig:

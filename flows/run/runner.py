@@ -46,10 +46,16 @@ from tasks.workers.pool import WorkerPool
 def plan(experiment: Experiment, root: str | Path, rounds: int | None = None, name: str = "") -> list[PlanLine]:
     """The stages that are in the store, would run, or are pending, for the run `name`. Starts nothing."""
     planner = Planner(Store(root))
+    experiment = with_policy_of(name, root, experiment)
     dtype_warning(experiment)
     experiment = with_date(with_plugins(experiment), name, root)
     distill(experiment, planner, experiment.policy.rounds if rounds is None else rounds)
     return planner.lines
+
+
+def existing_run(name: str, root: str | Path) -> Run | None:
+    """The run of that name, if there is one."""
+    return next((run for run in Run.list(root) if run.name == name), None) if Path(root).is_dir() else None
 
 
 def open_run(experiment: Experiment, name: str, root: str | Path) -> Run:
@@ -57,7 +63,7 @@ def open_run(experiment: Experiment, name: str, root: str | Path) -> Run:
 
     Raises IdentityMismatch when the name belongs to another experiment or a plugin changed, CorruptArtifact when both of the
     run's records of the experiment are damaged."""
-    existing = next((run for run in Run.list(root) if run.name == name), None)
+    existing = existing_run(name, root)
     if existing is not None and stands_for(existing, experiment):
         return existing
     return Run.create(root, name, experiment.model_dump(mode="json"), experiment.identity())
@@ -87,11 +93,11 @@ def run_experiment(
     refuse_launchers(os.environ)
     experiment.runtime.tell_libraries()
     experiment.runtime.require_gpus()
+    experiment = with_policy_of(name, root, experiment)
     mixed = dtype_warning(experiment)
     experiment = with_date(with_plugins(experiment, name), name, root)
     store = Store(root)
     run = open_run(experiment, name, root)
-    experiment = with_policy_of(run, experiment)
     reporter = reporter or SilentReporter()
     with run.lock(), terminating(), without_leftovers(store):
         log = logger(run.log_path("run"))
@@ -156,18 +162,23 @@ def described(error: BaseException) -> str:
     return text if text and isinstance(error, OpdError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
-def with_policy_of(run: Run, experiment: Experiment) -> Experiment:
-    """The experiment, where the run began before `policy.collect` existed without collection, unless the config asks for it."""
+def with_policy_of(name: str, root: str | Path, experiment: Experiment) -> Experiment:
+    """The experiment. Fields of `policy` that are younger than the run `name`, and that the config does not set, are as
+    `as_stored` reads them."""
+    run = existing_run(name, root)
+    if run is None:
+        return experiment
     try:
-        stored = run.experiment.get("policy") or {}
+        stored = run.experiment
     except CorruptArtifact:  # when it began is unknown; the config is all there is
         return experiment
-    policy = experiment.policy
-    if "collect" in stored or "collect" in policy.model_fields_set:
-        return experiment
-    before = Retention.of({"policy": stored}, f"run {run.name}").model_dump()
-    retain = Retention.model_validate(before | policy.retain.model_dump(include=policy.retain.model_fields_set))
-    return experiment.model_copy(update={"policy": policy.model_copy(update={"collect": False, "retain": retain})})
+    policy, then = experiment.policy, as_stored(stored)["policy"]
+    younger = then.keys() - (stored.get("policy") or {}).keys() - policy.model_fields_set
+    changes = {field: then[field] for field in younger - {"retain"}}
+    if "collect" in younger:  # it keeps what it kept, but for what the config says of it
+        chosen = policy.retain.model_dump(include=policy.retain.model_fields_set)
+        changes["retain"] = Retention.model_validate(then["retain"] | chosen)
+    return experiment.model_copy(update={"policy": policy.model_copy(update=changes)})
 
 
 def collected(store: Store, run: Run, state: RunState) -> list[str]:
@@ -195,9 +206,12 @@ def collected(store: Store, run: Run, state: RunState) -> list[str]:
     if (note := unrepeatable_note(plan.unrepeatable)) is not None:
         lines.append(note)
     if rounds:
+        cost = (
+            f" (about {seconds:,.0f} s)" if seconds >= 0.5 else ""
+        )  # stages found in the store have no time in this run
         lines.append(
             f"a fork at round {last}, or a replay of the training of round {last + 1}, now repeats the training of round"
-            f" {', '.join(map(str, rounds))} first (about {seconds:,.0f} s); policy.keep_rounds keeps a round"
+            f"{'s' if len(rounds) > 1 else ''} {', '.join(map(str, rounds))} first{cost}; policy.keep_rounds keeps a round"
         )
     return lines
 
@@ -291,23 +305,18 @@ def _bytes_of_tables(e: Experiment) -> dict[str, int]:
     return {"rollouts": tokens * (4 + 4), "signals": tokens * signals}
 
 
-def bytes_of_run(e: Experiment, rounds: int | None = None, parameters: int | None = None) -> dict[str, int]:
-    """Upper estimate of what the store holds of a run after `rounds` rounds (default: policy.rounds), in bytes by field of
-    `policy.retain`: of each what is kept, while the newest round is being made.
+def bytes_of_run(e: Experiment, parameters: int) -> dict[str, int]:
+    """Upper estimate of what the store holds of a run after all its rounds, in bytes by field of `policy.retain`: of each what is
+    kept, while the newest round is being made.
 
-    `parameters`: of the student. Without students and trainer_state where its size is not known yet (it is initialised from an
-    architecture). With adapters every state has the frozen weights as hard links: they are counted once."""
-    rounds = e.policy.rounds if rounds is None else rounds
-    parts = _bytes_of_tables(e)
-    if parameters is None and isinstance(e.student.source, CheckpointModel):
-        parameters = parameter_count(e.student.source.path)
-    if parameters is not None:
-        student = parameters * (2 if e.train.dtype == "bfloat16" else 4)
-        parts |= {"students": student, "trainer_state": 0 if e.train.lora is not None else 12 * parameters}
+    `parameters`: of the student. With adapters every state has the frozen weights as hard links: they are counted once."""
+    rounds, parts = e.policy.rounds, _bytes_of_tables(e)
+    student = parameters * (2 if e.train.dtype == "bfloat16" else 4)
+    parts |= {"students": student, "trainer_state": 0 if e.train.lora is not None else 12 * parameters}
     found = {}
     for name, size in parts.items():
         keep = getattr(e.policy.retain, name) if e.policy.collect else None
         found[name] = size * (rounds if keep is None else min(rounds, keep + 1))
-    if e.train.lora is not None and rounds and "students" in parts:
+    if e.train.lora is not None and rounds:
         found["trainer_state"] += parts["students"]
     return found

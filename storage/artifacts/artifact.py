@@ -260,8 +260,31 @@ def provenance() -> dict[str, Any]:
         "libraries": libraries,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "processor": processor(),
         "host": socket.gethostname(),
     }
+
+
+def processor() -> str:
+    """The kind of this machine's processor, and of its NVIDIA GPUs where there are any: libraries choose their kernels by them,
+    so equal bits need equal ones."""
+    parts = ("model name", "cpu family", "model", "stepping")
+    fields = _fields(Path("/proc/cpuinfo"))
+    kinds = [" ".join(fields[part] for part in parts if part in fields) or platform.processor() or platform.machine()]
+    for gpu in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        if (name := _fields(gpu).get("Model")) not in (None, *kinds):
+            kinds.append(str(name))
+    return " + ".join(kinds)
+
+
+def _fields(path: Path) -> dict[str, str]:
+    """The first block of "name : value" lines of a file under /proc; empty where there is none."""
+    try:
+        block = path.read_text(errors="replace").split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in block.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _commit() -> str | None:

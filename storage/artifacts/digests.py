@@ -159,6 +159,27 @@ def _safetensors_files(directory: Path) -> list[Path]:
     return files
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """The files that transformers reads a checkpoint's weights from: those of the index, else model.safetensors alone.
+
+    InputError if there are none under these names."""
+    files, alone = _safetensors_files(directory), directory / "model.safetensors"
+    if (directory / "model.safetensors.index.json").is_file():
+        return files
+    if alone in files:
+        return [alone]
+    raise InputError(
+        f"{directory}: has {files[0].name}, but neither model.safetensors nor model.safetensors.index.json, so it is not known"
+        " which files belong to the model; save it again with save_pretrained"
+    )
+
+
+def tensor_shapes(directory: Path) -> dict[str, list[int]]:
+    """name -> shape of every tensor in `weight_files`, from the files' headers. CorruptArtifact for a malformed one."""
+    kinds = ((name, kind) for path in weight_files(directory) for name, kind, _ in _header(path))
+    return {name: json.loads(kind[kind.index("[") :]) for name, kind in kinds}
+
+
 _Tensor = tuple[Path, int, int]  # file, first byte, number of bytes
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,34 +21,51 @@ _SHOWN = 5
 _NUMBERS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 
-def differences(recorded: Artifact, store: Store, made: Artifact, scratch: Store) -> list[str]:
-    """Report lines, the digests first; empty if the contents are equal. If the recorded data is evicted, only the digests are
-    compared."""
+@dataclass(frozen=True)
+class Differences:
+    """What differs, a line each, the digests first. `largest`: the largest absolute difference of two numbers, where nothing
+    but numbers differs; else null."""
+
+    lines: tuple[str, ...] = ()
+    largest: float | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.lines)
+
+
+_Line = tuple[str, float]
+"""A line of the report, and how far numbers are apart; infinite where something else differs."""
+
+
+def differences(recorded: Artifact, store: Store, made: Artifact, scratch: Store) -> Differences:
+    """How the content of `made` differs from the recorded one. If the recorded data is evicted, only the digests are compared."""
     parts = sorted(
         part
         for part in recorded.content.keys() | made.content.keys()
         if recorded.content.get(part) != made.content.get(part)
     )
     if not parts:
-        return []
-    lines = [
+        return Differences()
+    digests = [
         f"{part}: {made.content.get(part, 'absent')[:16]} instead of {recorded.content.get(part, 'absent')[:16]}"
         for part in parts
     ]
     if store.evicted(recorded) is not None:
-        return [*lines, "the recorded data is evicted, so only the digests were compared"]
+        return Differences((*digests, "the recorded data is evicted, so only the digests were compared"))
+    lines: list[_Line] = []
     for table in sorted(recorded.rows.keys() & made.rows.keys() & set(parts)):
         lines += _tables(table, store.read_table(recorded, table), scratch.read_table(made, table))
     before, after = _trees(store, recorded), _trees(scratch, made)
     for name in sorted(before.keys() & after.keys()):
         lines += _files(*before[name], *after[name])
-    return lines
+    largest = max((apart for _, apart in lines), default=math.inf)
+    return Differences((*digests, *(text for text, _ in lines)), largest if math.isfinite(largest) else None)
 
 
-def _tables(name: str, before: pa.Table, after: pa.Table) -> Iterator[str]:
+def _tables(name: str, before: pa.Table, after: pa.Table) -> Iterator[_Line]:
     before, after = without_measured(name, before), without_measured(name, after)
     if before.num_rows != after.num_rows:
-        yield f"{name}: {after.num_rows} rows instead of {before.num_rows}"
+        yield f"{name}: {after.num_rows} rows instead of {before.num_rows}", math.inf
         return
     for column in before.column_names:
         if table_digest(before.select([column])) == table_digest(after.select([column])):
@@ -54,7 +73,19 @@ def _tables(name: str, before: pa.Table, after: pa.Table) -> Iterator[str]:
         pairs = enumerate(zip(before[column].to_pylist(), after[column].to_pylist(), strict=True))
         rows = [(row, old, new) for row, (old, new) in pairs if repr(old) != repr(new)]
         row, old, new = rows[0]
-        yield f"{name}.{column}: {len(rows)} of {before.num_rows} rows, first row {row}: {_short(new)} not {_short(old)}"
+        text = (
+            f"{name}.{column}: {len(rows)} of {before.num_rows} rows, first row {row}: {_short(new)} not {_short(old)}"
+        )
+        yield text, max(_values_apart(old, new) for _, old, new in rows)
+
+
+def _values_apart(old: object, new: object) -> float:
+    """The largest difference of two numbers or of two lists of numbers; infinite for anything else."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return max((_values_apart(*pair) for pair in zip(old, new, strict=True)), default=0.0)
+    if isinstance(old, float) and isinstance(new, float):
+        return 0.0 if repr(old) == repr(new) else abs(old - new)
+    return 0.0 if old == new else math.inf
 
 
 def _short(value: object) -> str:
@@ -70,44 +101,46 @@ def _trees(store: Store, artifact: Artifact) -> dict[str, tuple[Path, TreeRecord
     return {name: (tree_directory(directory, tree), tree) for name, tree in manifest.trees.items()}
 
 
-def _files(base: Path, before: TreeRecord, other: Path, after: TreeRecord) -> Iterator[str]:
+def _files(base: Path, before: TreeRecord, other: Path, after: TreeRecord) -> Iterator[_Line]:
     old, new = ({file.path: file.sha256 for file in tree.files} for tree in (before, after))
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) == new.get(name):
             continue
         if name not in old or name not in new:
-            yield f"{name}: {'only in the recorded one' if name in old else 'not in the recorded one'}"
+            yield f"{name}: {'only in the recorded one' if name in old else 'not in the recorded one'}", math.inf
         elif name.endswith(".safetensors"):
             yield from _tensors(base / name, other / name)
         else:
-            yield f"{name}: other bytes"
+            yield f"{name}: other bytes", math.inf
 
 
-def _tensors(before: Path, after: Path) -> Iterator[str]:
+def _tensors(before: Path, after: Path) -> Iterator[_Line]:
     old, new = tensors_of(before), tensors_of(after)
-    different = 0
+    different, largest = 0, 0.0
     for name in sorted(old.keys() | new.keys()):
         if name not in old or name not in new or old[name][0] != new[name][0]:
             shapes = [tensors[name][0] if name in tensors else "absent" for tensors in (new, old)]
-            line = f"{before.name}: {name} is {shapes[0]} instead of {shapes[1]}"
+            line, apart = f"{before.name}: {name} is {shapes[0]} instead of {shapes[1]}", math.inf
         else:
             kind, first = old[name]
             second = new[name][1]
             if first == second:
                 continue
-            line = f"{before.name}: {name} {_apart(kind, first, second)}"
-        different += 1
+            text, apart = _tensor_apart(kind, first, second)
+            line = f"{before.name}: {name} {text}"
+        different, largest = different + 1, max(largest, apart)
         if different <= _SHOWN:
-            yield line
+            yield line, apart
     if different > _SHOWN:
-        yield f"{before.name}: {different} of {len(old.keys() | new.keys())} tensors differ"
+        yield f"{before.name}: {different} of {len(old.keys() | new.keys())} tensors differ", largest
     if different == 0:
-        yield f"{before.name}: equal tensors in another layout"
+        yield f"{before.name}: equal tensors in another layout", math.inf
 
 
-def _apart(kind: str, first: bytes, second: bytes) -> str:
+def _tensor_apart(kind: str, first: bytes, second: bytes) -> _Line:
     form = _NUMBERS.get(kind.partition("[")[0])
     if form is None:
-        return f"{kind}: other bytes"
+        return f"{kind}: other bytes", math.inf
     a, b = (np.frombuffer(data, form).astype(np.float64) for data in (first, second))
-    return f"{kind}: {int((a != b).sum())} of {a.size} values, at most {np.abs(a - b).max():.3g} apart"
+    apart = float(np.nan_to_num(np.abs(a - b), nan=np.inf).max())
+    return f"{kind}: {int((a != b).sum())} of {a.size} values, at most {apart:.3g} apart", apart

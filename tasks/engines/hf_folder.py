@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from storage.artifacts.digests import tensor_shapes
 from storage.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,14 +30,22 @@ _OTHER_HEADS = ("classif", "summary")
 
 
 def read_config(path: Path) -> PretrainedConfig:
-    """config.json as transformers reads it, with the architecture's defaults. InputError when it cannot be read."""
+    """config.json as transformers reads it, with the architecture's defaults. InputError when it cannot be read, or has a part
+    `text_config` although its architecture has none."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise InputError(f"{path}: transformers cannot read its config ({error})") from error
+        empty = [name for name, value in read_json(path / "config.json").items() if value is None]
+        hint = f"; these fields are null, remove them: {', '.join(sorted(empty))}" if empty else ""
+        raise InputError(f"{path}: transformers cannot read its config ({error}){hint}") from error
+    for name in ("text_config", "decoder", "generator"):
+        if isinstance(getattr(config, name, None), dict):  # of an architecture with such a part it would be a config
+            raise InputError(
+                f"{path / 'config.json'}: a {config.model_type} model has no part {name}; remove the field, or correct model_type"
+            )
     return config
 
 
@@ -161,6 +170,16 @@ def attention(config: PretrainedConfig) -> Literal["sdpa", "eager"]:
     return "sdpa" if kind._supports_sdpa and not capped else "eager"
 
 
+def other_architecture(config: PretrainedConfig) -> str | None:
+    """The class of the causal language model of this type, where `architectures` of config.json (by which vLLM chooses) names
+    another one or none; None where they agree."""
+    from transformers import AutoModelForCausalLM
+
+    kind: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    name: str | None = None if kind is None else kind.__name__
+    return None if name in (config.architectures or ())[:1] else name
+
+
 def load_causal_lm(
     path: Path, dtype: torch.dtype, *, dropout: bool = True, device_map: dict[str, int] | str | None = None
 ) -> PreTrainedModel:
@@ -175,24 +194,90 @@ def load_causal_lm(
     config = read_config(path)
     if not dropout:
         config = without_dropout(config)
+    options = {"attn_implementation": attention(config), "device_map": device_map, "ignore_mismatched_sizes": True}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention(config),
-            device_map=device_map,
-            **SAFE_LOADING,
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, **options, **SAFE_LOADING
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"{path}: not a causal language model that transformers can load ({error})") from error
+    _require_weights(path, found[1])
+    model: PreTrainedModel = found[0]
     return model
+
+
+def check_weights(path: Path) -> list[str]:
+    """Names of the checkpoint's tensors that its architecture does not use. Reads the headers of the files only.
+
+    InputError as for `load_causal_lm`, which would otherwise notice after an engine has started."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    shapes = tensor_shapes(path)
+    config = read_config(path)
+    options = {"attn_implementation": attention(config), "device_map": "meta", "ignore_mismatched_sizes": True}
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity(50)  # its report repeats what is raised here
+    try:
+        kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        _, report = kind.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if quantized(config) and not isinstance(error, ImportError):
+            return []  # its tensors have names and shapes of their own, and may need their device
+        raise InputError(f"{path}: not a causal language model that transformers can load ({error})") from error
+    finally:
+        logging.set_verbosity(level)
+    if quantized(config):
+        return []
+    _require_weights(path, report)
+    return sorted(report["unexpected_keys"])
+
+
+def quantized(config: PretrainedConfig) -> str | None:
+    """How a checkpoint's weights are quantized (`quantization_config.quant_method`); None where they are not."""
+    found: Any = getattr(config, "quantization_config", None)
+    if not found:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+def _require_weights(path: Path, report: Mapping[str, Any]) -> None:
+    """InputError for tensors that the files lack or have in another shape: transformers makes random ones in their place."""
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"{path}: {len(missing)} tensors that config.json describes are in none of its files (the first: {missing[0]});"
+            " random ones would take their place. Save the model again"
+        )
+    if other := sorted(report["mismatched_keys"]):
+        name, stored, described = other[0]
+        raise InputError(
+            f"{path}: {len(other)} tensors have another shape than config.json describes (the first: {name} is {list(stored)},"
+            f" described as {list(described)}); take the config.json that belongs to the weights"
+        )
 
 
 def read_generation(path: Path) -> dict[str, Any] | None:
     """generation_config.json; None where there is none. InputError when it is not a JSON object."""
     source = path / "generation_config.json"
     return read_json(source) if source.is_file() else None
+
+
+def token_ids(value: Any, path: Path) -> list[int]:
+    """`eos_token_id` of a checkpoint, a number, a list or null, as a list. InputError, naming the folder, for anything else."""
+    given = value if isinstance(value, list) else [value]
+    try:
+        found = [int(token) for token in given if token is not None]
+        if any(isinstance(token, bool) or int(token) != float(token) for token in given if token is not None):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise InputError(
+            f"{path}: eos_token_id (generation_config.json or config.json) is {value!r}, neither a token id nor a list of these"
+        ) from None
+    return found
 
 
 def stop_token_ids(path: Path, policy: str | Sequence[int], tokenizer_eos: int | None) -> list[int]:
@@ -202,8 +287,7 @@ def stop_token_ids(path: Path, policy: str | Sequence[int], tokenizer_eos: int |
         return sorted({int(token) for token in policy})
     generation = read_generation(path)
     named = declared(path, "eos_token_id") if generation is None else generation.get("eos_token_id")
-    ids = {int(token) for token in (named if isinstance(named, list) else [named]) if token is not None}
-    ids |= {tokenizer_eos} if tokenizer_eos is not None else set()
+    ids = {*token_ids(named, path), *([] if tokenizer_eos is None else [tokenizer_eos])}
     if not ids:
         raise InputError(f"stop_token_ids: {path} names no end-of-sequence token; give the ids explicitly")
     return sorted(ids)

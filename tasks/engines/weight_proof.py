@@ -23,7 +23,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from storage.errors import InputError, OpdError
+from storage.artifacts.digests import weight_files
+from storage.errors import OpdError
 from tasks.engines.hf_folder import load_causal_lm
 
 if TYPE_CHECKING:
@@ -109,10 +110,7 @@ class _Checkpoint:
     def __init__(self, path: Path, mapper: Any) -> None:
         self._files: dict[str, tuple[str, str]] = {}
         rename = _renamer(mapper)
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise InputError(f"{path}: no *.safetensors in it; the engine's weights cannot be proven without")
-        for file in files:
+        for file in weight_files(path):
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (no mapping: it iterates by keys() only)
                     if (mapped := rename(name)) is not None:

@@ -5,6 +5,7 @@ All three become a `model` artifact with the tree `model`: safetensors, configs,
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable
@@ -13,9 +14,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from storage.artifacts.digests import file_sha256, files_digest, tokenizer_digest, weights_digest
+from storage.artifacts.digests import (
+    file_sha256,
+    files_digest,
+    tensor_shapes,
+    tokenizer_digest,
+    weight_files,
+    weights_digest,
+)
 from storage.artifacts.trees import external_files
-from storage.errors import ConfigError, InputError, did_you_mean
+from storage.errors import RELATIVE, ConfigError, InputError, did_you_mean
 from storage.identity import Identity, derive_seed
 from storage.store import ArtifactSpec, Builder
 from tasks.engines.hf_folder import config_of, dropout_fields, random_fields, read_config, read_json
@@ -181,7 +189,7 @@ def dropout_identity(source: CheckpointModel | HubModel | ArchitectureModel | No
 def check_checkpoint(directory: Path) -> None:
     """Raises InputError unless the folder has config.json, safetensors and a loadable tokenizer."""
     if not directory.is_dir():
-        raise InputError(f"{directory}: no such checkpoint folder (a config's relative paths start from its folder)")
+        raise InputError(f"{directory}: no such checkpoint folder; {RELATIVE}")
     if not (directory / "config.json").is_file():
         adapter = (directory / "adapter_config.json").is_file()
         raise InputError(
@@ -195,6 +203,7 @@ def check_checkpoint(directory: Path) -> None:
     if pickles and not any(directory.glob("*.safetensors")):
         raise InputError(f"{pickles[0]}: pickled weights are not loaded; save the checkpoint as safetensors")
     _check_architecture(directory / "config.json")
+    weight_files(directory)
     load_tokenizer(directory)
 
 
@@ -354,14 +363,4 @@ def transformers_config(fields: dict[str, Any], tokenizer: Any) -> Any:
 
 def parameter_count(directory: Path) -> int:
     """Number of parameters in a checkpoint's safetensors, from their headers."""
-    from safetensors import safe_open
-
-    total = 0
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                size = 1
-                for length in tensors.get_slice(name).get_shape():
-                    size *= length
-                total += size
-    return total
+    return sum(math.prod(shape) for shape in tensor_shapes(directory).values())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from storage.artifacts.digests import file_sha256
-from storage.errors import InputError
+from storage.errors import RELATIVE, InputError
 from storage.identity import Identity, canonical_json, omit_at
 from tasks.inputs.addition import AdditionSource, additions
 
@@ -118,7 +118,7 @@ def source_identity(source: FileSource | AdditionSource, memo: Path | None = Non
 def data_files(path: Path) -> list[Path]:
     """The files to read, in order. InputError if there are none or their type is unknown."""
     if not path.exists():
-        raise InputError(f"{path}: no such prompt file or folder (a config's relative paths start from its folder)")
+        raise InputError(f"{path}: no such prompt file or folder; {RELATIVE}")
     if path.is_file():
         if path.suffix not in _JSONL + _PARQUET:
             raise InputError(

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from storage.errors import InputError
 from storage.identity import Identity
-from tasks.engines.hf_folder import declared, model_rows, read_generation
+from tasks.engines.hf_folder import declared, model_rows, read_generation, token_ids
 from tasks.inputs.shipped import load_pair
 from tasks.inputs.shipped import load_tokenizer as load_tokenizer
 
@@ -244,7 +244,7 @@ def _facts(directory: Path, tokenizer: Any) -> TokenizerFacts:
         eos=_named(names, tokenizer.eos_token_id),
         bos=_named(names, tokenizer.bos_token_id),
         pad=_named(names, tokenizer.pad_token_id),
-        stop_ids=tuple(stops if isinstance(stops, list) else [] if stops is None else [stops]),
+        stop_ids=tuple(token_ids(stops, directory)),
         chat_template=hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else None,
         special=len(special_ids(tokenizer)),
     )

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+from storage.artifacts.digests import weight_files
 from tasks.trainer.config import OptimizerSettings
 from tasks.trainer.data import Forward
 from tasks.trainer.deepspeed_file import deepspeed_config
@@ -100,7 +101,7 @@ def _restore_buffers(model: PreTrainedModel, path: Path) -> None:
     the frequencies of rotary positions, which are float32 in any model (bfloat16 ones are wrong from some hundred tokens on)."""
     with init_empty_weights(include_buffers=False), no_init_weights():
         whole = type(model)._from_config(model.config, dtype=model.dtype)
-    stored = {name: file for file in path.glob("*.safetensors") for name in _names(file)}
+    stored = {name: file for file in weight_files(path) for name in _names(file)}
     places = dict(model.named_modules())
     for name, buffer in whole.named_buffers():
         if name in stored:

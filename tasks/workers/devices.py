@@ -51,8 +51,9 @@ def assign(
         each = f" of {width} GPUs each ({_WIDTH_FIELD[role]})" if width > 1 else ""
         named = f"runtime.{role}.devices names {len(chosen)}" if devices is not None else _shows(visible)
         more = "name more in runtime." + role + ".devices" if devices is not None else _MORE
+        need = "needs 1 GPU" if workers * width == 1 else f"need {workers * width} GPUs"
         raise ConfigError(
-            f"runtime.{role}.{_COUNT_FIELD[role]}: {workers}{each} need {workers * width} GPUs of this machine, but {named};"
+            f"runtime.{role}.{_COUNT_FIELD[role]}: {workers}{each} {need} of this machine, but {named};"
             f" {more}, or lower {_COUNT_FIELD[role]}" + (f" or {_WIDTH_FIELD[role]}" if width > 1 else "")
         )
     return [chosen[number * width : (number + 1) * width] for number in range(workers)]

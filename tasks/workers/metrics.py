@@ -26,7 +26,6 @@ class StageProgress(Protocol):
     def __call__(self, done: int, total: int, unit: str, metrics: Metrics | None = None) -> None: ...
 
 
-_ENTROPY = ("student_entropy", "teacher_entropy")
 _LOG_RATIO = ("log_ratio_p05", "log_ratio_p50", "log_ratio_p95")
 _Words = tuple[str, tuple[str, ...], str]
 """Label, the metrics shown together under it, and the format of each."""
@@ -36,17 +35,18 @@ _LONG: tuple[_Words, ...] = (
     ("teacher mass", ("teacher_mass",), "{:.1%}"),
     ("student mass", ("student_mass",), "{:.1%}"),
     ("overlap", ("overlap_ratio",), "{:.2f}"),
-    ("entropy", _ENTROPY, "{:.2f}"),
+    ("entropy", ("student_entropy",), "{:.2f}"),
+    ("teacher entropy", ("teacher_entropy",), "{:.2f}"),
     ("outliers", ("outlier_fraction",), "{:.1%}"),
     ("clipped", ("clip_fraction",), "{:.1%}"),
-    ("log-ratio p5/50/95", _LOG_RATIO, "{:.2f}"),
+    ("log-ratio p5/50/95", _LOG_RATIO, "{:z.2f}"),
     ("drift", ("drift",), "{:.3g}"),
 )
 _SHORT: tuple[_Words, ...] = (
     ("loss", ("loss",), "{:.4g}"),
     ("grad", ("grad_norm",), "{:.3g}"),
     ("mass", ("teacher_mass", "student_mass"), "{:.0%}"),
-    ("H", _ENTROPY, "{:.2f}"),
+    ("H", ("student_entropy", "teacher_entropy"), "{:.2f}"),
     ("clip", ("clip_fraction",), "{:.0%}"),
     ("out", ("outlier_fraction",), "{:.0%}"),
     ("overlap", ("overlap_ratio",), "{:.2f}"),
@@ -58,7 +58,7 @@ _AFTER = SHOWN[2:]
 
 
 def words(metrics: Metrics) -> str:
-    """One line with every known metric; entropies are those of the student / the teacher."""
+    """One line with every known metric; entropy without a name is that of the model in training."""
     return "  ".join(_parts(metrics, _LONG))
 
 

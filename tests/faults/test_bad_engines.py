@@ -25,7 +25,7 @@ from storage.errors import InputError
 from storage.runs import Run
 from storage.schemas import MaskReason
 from storage.store import Store
-from tasks.engines.sampler import SamplingFailed
+from tasks.engines.vllm_engine import SamplingFailed
 from tasks.trainer.batching import plan_steps
 from tasks.trainer.data import Samples, from_rollouts
 from tasks.trainer.trainer import refuse_lost_steps

@@ -7,8 +7,9 @@ from places import TINY
 
 from flows.experiment import dtype_warning, load_experiment
 from flows.run.check import check_experiment
-from flows.run.runner import plan, run_experiment
+from flows.run.runner import fork_experiment, plan, resume_experiment, run_experiment, with_policy_of
 from storage.errors import ConfigError
+from storage.runs import Run
 from tasks.signals import signal_named
 from tasks.train import mismatch_warning
 
@@ -31,6 +32,22 @@ def test_a_policy_gradient_is_refused_where_one_dtype_differs(tmp_path, odd):
     accepted = load_experiment(TINY, [*mixed, "policy.allow_mixed_dtypes=true"])
     assert "train.dtype" in (dtype_warning(accepted) or "")
     assert accepted.identity() == experiment.identity()
+
+
+def test_a_run_that_began_before_the_refusal_goes_on(tmp_path):
+    """By resume, by its config, in a plan and a fork; a run of one dtype gets no permission by its age."""
+    experiment = load_experiment(TINY, [*SAMPLED, *BFLOAT[:2], "policy.rounds=0"])
+    for name, stored in (("mixed", experiment), ("equal", load_experiment(TINY, [*SAMPLED, "policy.rounds=0"]))):
+        data = stored.model_dump(mode="json")
+        del data["policy"]["allow_mixed_dtypes"]
+        Run.create(tmp_path, name, data, stored.identity())
+    assert "train.dtype" in (dtype_warning(resume_experiment("mixed", tmp_path, [])) or "")
+    plan(experiment, tmp_path, name="mixed")
+    assert with_policy_of("mixed", tmp_path, experiment).policy.allow_mixed_dtypes
+    assert fork_experiment("mixed", 0, tmp_path, []).policy.allow_mixed_dtypes
+    with pytest.raises(ConfigError, match=r"policy\.allow_mixed_dtypes"):
+        plan(load_experiment(TINY, [*SAMPLED, *BFLOAT[:2], "policy.allow_mixed_dtypes=false"]), tmp_path, name="mixed")
+    assert not resume_experiment("equal", tmp_path, []).policy.allow_mixed_dtypes
 
 
 @pytest.mark.parametrize("odd", range(3))

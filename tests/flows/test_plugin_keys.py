@@ -176,3 +176,13 @@ def test_a_run_keeps_its_plugins_and_a_plan_shows_what_a_new_one_changes(tmp_pat
 
 def with_digests(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update={"plugin_sources": plugins.load_plugins(experiment.plugins)})
+
+
+def test_a_plugin_that_fails_on_import_is_refused_with_its_file_and_line(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "fails_on_import.py"
+    path.write_text("class Mine:\n    pass\n\n\nraise TypeError('it lacks a method')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        plugins.load_plugins(["fails_on_import"])
+    assert "'fails_on_import' fails on import" in str(refused.value)
+    assert f"{path}:5: TypeError: it lacks a method" in str(refused.value)

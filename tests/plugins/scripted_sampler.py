@@ -25,25 +25,24 @@ register_role("sampler", f"{__name__}:Scripted")
 
 class Scripted(Sampler):
     def _prepare(self, job):
-        self.proof = {"weights": job.model.weights}
-        if self.llm is None:
-            self.llm = Engine(Path(job.store))
-            self._tokenizer = SimpleNamespace(decode=lambda ids, **_: f"text {sum(ids)}", eos_token_id=7)
-            self._vocabulary = 256
-        self.llm.store = Path(job.store)
+        engine = self.engine
+        engine.proof = {"weights": job.model.weights}
+        engine._params = lambda sampling, seed, max_tokens, stop_ids: SimpleNamespace(seed=seed, limit=max_tokens)
+        if engine.llm is None:
+            engine.llm = Engine(Path(job.store))
+            engine.tokenizer = SimpleNamespace(decode=lambda ids, **_: f"text {sum(ids)}", eos_token_id=7)
+            engine.vocabulary = 256
+        engine.llm.store = Path(job.store)
 
     def _stop_ids(self, job, sampling):
         self._stopped_by = [7]
         return [7]
 
-    def _params(self, sampling, seed, max_tokens, stop_ids):
-        return SimpleNamespace(seed=seed, limit=max_tokens)
-
     def _begin(self, shard, *how):
-        deadly = self.llm.store / "die-before-shard"
+        deadly = self.engine.llm.store / "die-before-shard"
         if deadly.exists() and int(deadly.read_text()) == shard.item.shard:
             os.kill(os.getpid(), signal.SIGKILL)
-        self.llm.note("shards-done", str(shard.item.shard))
+        self.engine.llm.note("shards-done", str(shard.item.shard))
         return super()._begin(shard, *how)
 
 

@@ -293,6 +293,19 @@ class Scored:
         raise KeyboardInterrupt
 
 
+def made_again(world: World, spoil: Any, whole: Artifact) -> list[tuple[str, list[int]]]:
+    """Role and shards of the jobs by which an evaluation that stopped, and was then spoilt, becomes `whole`."""
+    pool = world.bench.workers
+    scorer = pool.handlers["scorer"]
+    pool.handlers["scorer"] = Scored(scorer, spoil)
+    with pytest.raises(KeyboardInterrupt):
+        world.make()
+    pool.handlers["scorer"] = scorer
+    before = len(pool.jobs)
+    assert world.make().content == whole.content
+    return [(role, [item.shard for item in items]) for role, _, items in pool.jobs[before:]]
+
+
 def test_completions_that_are_sampled_again_are_scored_again(world):
     """The sums of lost completions are left; they are spoilt here, and must not be joined to the new ones."""
     whole = World(world.root / "other").make()
@@ -304,19 +317,7 @@ def test_completions_that_are_sampled_again_are_scored_again(world):
         between.write_shard("completion_kl", 6, spoilt)
         between.forget("rollouts", 6)
 
-    pool = world.bench.workers
-    scorer = pool.handlers["scorer"]
-    pool.handlers["scorer"] = Scored(scorer, spoil)
-    with pytest.raises(KeyboardInterrupt):
-        world.make()
-    pool.handlers["scorer"] = scorer
-    before = len(pool.jobs)
-    again = world.make()
-    assert again.content == whole.content
-    assert [(role, [item.shard for item in items]) for role, _, items in pool.jobs[before:]] == [
-        ("sampler", [6]),
-        ("scorer", [6]),
-    ]
+    assert made_again(world, spoil, whole) == [("sampler", [6]), ("scorer", [6])]
 
 
 @pytest.mark.parametrize("rows", ["others", "fewer", "another order"])
@@ -332,15 +333,7 @@ def test_sums_of_other_completions_are_made_again(world, rows):
             taken[rows] = sums.set_column(0, sums.schema.field(0), names)
         between.write_shard("completion_kl", 6, taken[rows])
 
-    pool = world.bench.workers
-    scorer = pool.handlers["scorer"]
-    pool.handlers["scorer"] = Scored(scorer, spoil)
-    with pytest.raises(KeyboardInterrupt):
-        world.make()
-    pool.handlers["scorer"] = scorer
-    before = len(pool.jobs)
-    assert world.make().content == whole.content
-    assert [(role, [item.shard for item in items]) for role, _, items in pool.jobs[before:]] == [("scorer", [6])]
+    assert made_again(world, spoil, whole) == [("scorer", [6])]
 
 
 def test_a_repair_that_goes_on_at_other_numerics_samples_again(world, monkeypatch):
@@ -423,7 +416,7 @@ def test_jobs_are_such_as_the_sampler_reads(shared):
     job, items = next((job, items) for role, job, items in shared.bench.workers.jobs[::-1] if role == "sampler")
     sampler = Sampler({"device": "cpu", "threads": 1})
     loaded: list[Any] = []
-    sampler._load = lambda *arguments: loaded.append(arguments) or (_ for _ in ()).throw(InterruptedError)
+    sampler.engine.load = lambda *arguments: loaded.append(arguments) or (_ for _ in ()).throw(InterruptedError)
     with pytest.raises(InterruptedError):
         sampler.handle(job, Feed(items))
     ((path, weights, dtype, length),) = loaded

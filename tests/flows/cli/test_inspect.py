@@ -142,6 +142,20 @@ def test_status_shows_rounds_the_student_and_three_commands(opd, example_store_o
     assert all(c.split()[0].endswith("opd") and str(example_store_once) in c for c in commands)
 
 
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_narrow_terminal_cuts_nothing_off(opd, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    wide = opd("status", "demo").out
+    table, lines = wide.split("round 0 is the student")[0], wide.splitlines()
+    assert "…" not in table
+    shown = [line for line in lines if line.startswith(("┃", "│"))]
+    assert len({len(line) for line in shown}) == 1 and len(shown[0]) <= width
+    stages = [line for line in lines if "rollout 2.0" in line]
+    assert stages and all(("supervise" in line and "train" in line) for line in stages), "on one line each"
+    for command in (["ls"], ["query", "demo", "rounds"], ["compare", "demo"]):
+        assert "…" not in opd(*command).out
+
+
 def test_the_commands_that_status_proposes_work(opd, tmp_path):
     import shlex
 

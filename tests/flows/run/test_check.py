@@ -111,7 +111,7 @@ def test_a_verifier_beside_its_config_is_found_tried_and_remembered(tmp_path, ta
     assert experiment.runtime.modules == (task,)
     text = "\n".join(check_experiment(experiment, tmp_path / "store"))
     tried = next(line for line in text.splitlines() if line.startswith("verifier"))
-    assert str(task / "task_beside.py") in tried and tried.endswith("True")
+    assert str(task / "task_beside.py") in tried and tried.endswith("as correct")
     sys.path.remove(str(task))
     sys.modules.pop("task_beside")
     resumed = experiment_of(experiment.model_dump(mode="json"), "a run")  # as `opd resume` reads it, from anywhere
@@ -162,7 +162,7 @@ def test_prompts_without_the_answer_that_a_verifier_needs_are_counted(tmp_path):
 
 
 def total(experiment: Experiment) -> int:
-    return sum(bytes_of_run(experiment, parameters=1000).values())
+    return sum(bytes_of_run(experiment, 1000).values())
 
 
 def test_the_disk_of_all_rounds_is_set_against_what_is_free(tmp_path):
@@ -181,3 +181,19 @@ def test_a_deepspeed_file_that_cannot_be_read_is_named(tmp_path, own_workers):
     for name in ("bad.json", "none.json"):
         with pytest.raises(InputError, match=rf"runtime\.trainer\.deepspeed: .*{name}"):
             check(tmp_path, f"runtime.trainer.deepspeed={tmp_path / name}")
+
+
+def test_all_files_that_do_not_exist_are_listed_at_once(tmp_path):
+    models = [
+        f"{side}={{source: {{kind: checkpoint, path: {tmp_path / side}}}, warmup: null}}"
+        for side in ("student", "teacher")
+    ]
+    with pytest.raises(InputError) as refused:
+        check(tmp_path, *models, f"prompts.eval={tmp_path / 'eval.jsonl'}")
+    first, *lines = str(refused.value).splitlines()
+    assert first.startswith("3 files or folders do not exist")
+    assert lines == [
+        f"student.source.path: {tmp_path / 'student'}",
+        f"teacher.source.path: {tmp_path / 'teacher'}",
+        f"prompts.eval.path: {tmp_path / 'eval.jsonl'}",
+    ]

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import config, family, prompt_files, rewrite
+from safetensors.torch import load_file, save_file
 
 from flows.experiment import experiment_of
 from flows.run import preflight
 from flows.run.check import check_experiment
 from storage.errors import InputError
+from tasks.engines.hf_folder import load_causal_lm, other_architecture, read_config
+from tasks.inputs.models import parameter_count
 
 pytestmark = pytest.mark.usefixtures("own_workers")
 
@@ -180,3 +186,85 @@ def test_a_run_is_refused_before_its_first_worker_starts(tmp_path):
     with pytest.raises(InputError, match="final_logit_softcapping"):
         run_experiment(experiment, name="x", root=tmp_path / "store", prefect=False)
     assert [file.name for file in (tmp_path / "store" / "runs" / "x" / "logs").iterdir()] == ["run.log"]
+
+
+def _tensors(folder: Path, change) -> None:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def test_tensors_that_the_files_lack_are_refused_by_check_and_by_the_loader(tmp_path):
+    """transformers would put random ones in their place, in the teacher too, and the run would end well."""
+    student, lost = family(tmp_path / "model", "qwen3"), "model.layers.0.mlp.up_proj.weight"
+    _tensors(student, lambda found: {name: tensor for name, tensor in found.items() if name != lost})
+    _, refused = findings(tmp_path, student)
+    assert [line.partition(":")[0] for line in refused] == ["student", "teacher"] and all(lost in r for r in refused)
+    with pytest.raises(InputError, match=re.escape(lost)):
+        load_causal_lm(student, torch.float32)
+
+
+def test_tensors_of_another_shape_are_refused_and_unused_ones_noted(tmp_path):
+    student = family(tmp_path / "model", "qwen3")
+    _tensors(student, lambda found: found | {"model.layers.9.mlp.up_proj.weight": torch.zeros(2)})
+    notes, refused = findings(tmp_path, student)
+    assert len(notes) == 2 and "model.layers.9.mlp.up_proj.weight" in notes[0] and not refused
+    rewrite(student / "config.json", intermediate_size=96)
+    with pytest.raises(InputError, match="another shape"):
+        load_causal_lm(student, torch.float32)
+    _, refused = findings(tmp_path, student)
+    assert len(refused) == 2 and "[64, 128]" in refused[0] and "[64, 96]" in refused[0]
+
+
+def test_files_without_the_index_that_says_which_belong_to_the_model_are_refused(tmp_path):
+    student = family(tmp_path / "model", "qwen3")
+    (student / "model.safetensors").rename(student / "model-00001-of-00002.safetensors")
+    _, refused = findings(tmp_path, student)
+    assert "model.safetensors.index.json" in refused[0]
+
+
+def test_a_second_copy_of_the_weights_is_not_read(tmp_path):
+    """Mistral's folders have consolidated.safetensors beside the model's own files."""
+    student = family(tmp_path / "model", "qwen3")
+    count = parameter_count(student)
+    shutil.copyfile(student / "model.safetensors", student / "consolidated.safetensors")
+    assert parameter_count(student) == count
+
+
+def test_quantized_weights_cannot_be_trained(tmp_path):
+    student = family(tmp_path / "model", "qwen3")
+    rewrite(student / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    _, refused = findings(tmp_path, student)
+    assert any("quantization_config (fp8)" in line for line in refused)
+
+
+def test_a_field_that_no_module_can_be_built_from_is_refused_without_a_traceback(tmp_path):
+    student = family(tmp_path / "model", "qwen3")
+    rewrite(student / "config.json", pad_token_id=9999)
+    _, refused = findings(tmp_path, student)
+    assert "Padding_idx" in refused[0]
+
+
+@pytest.mark.parametrize(("value", "field"), [({}, "text_config"), (None, "auto_map")])
+def test_a_field_that_transformers_cannot_read_is_named(tmp_path, value, field):
+    student = family(tmp_path / "model", "qwen3")
+    rewrite(student / "config.json", **{field: value})
+    _, refused = findings(tmp_path, student)
+    assert field in refused[0]
+
+
+def test_stop_ids_of_a_checkpoint_are_numbers_or_null(tmp_path):
+    student = family(tmp_path / "model", "qwen3")
+    (student / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, None]}))
+    assert findings(tmp_path, student) == ([], [])
+    (student / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, "end"]}))
+    _, refused = findings(tmp_path, student)
+    assert "eos_token_id" in refused[0] and "'end'" in refused[0]
+
+
+@pytest.mark.parametrize(
+    ("named", "other"), [(["Qwen3ForCausalLM"], None), (None, "Qwen3ForCausalLM"), (["LlamaModel"], "Qwen3ForCausalLM")]
+)
+def test_the_engine_gets_the_class_that_scorer_and_trainer_load(tmp_path, named, other):
+    student = family(tmp_path / "model", "qwen3")
+    rewrite(student / "config.json", architectures=named)
+    assert other_architecture(read_config(student)) == other

@@ -29,7 +29,7 @@ EVERYTHING = {
     "log_ratio_p95": 0.18,
 }
 LINE = (
-    "loss 0.08712  grad norm 1.92  teacher mass 99.1%  student mass 97.0%  overlap 0.93  entropy 0.41/0.38"
+    "loss 0.08712  grad norm 1.92  teacher mass 99.1%  student mass 97.0%  overlap 0.93  entropy 0.41  teacher entropy 0.38"
     "  outliers 25.0%  clipped 1.2%  log-ratio p5/50/95 -0.21/0.00/0.18"
 )
 ROW = dict.fromkeys(EVERYTHING) | {"log_ratio_mean": None, "step": 1}
@@ -49,7 +49,7 @@ def console(width: int = 100, terminal: bool = False) -> tuple[Console, io.Strin
 def test_only_what_exists_is_shown() -> None:
     assert words(EVERYTHING) == LINE
     assert words({"loss": 2.0, "teacher_mass": None, "unknown": 1.0}) == "loss 2"
-    assert words({"student_entropy": 0.5}) == "entropy 0.50/-"
+    assert words({"student_entropy": 0.5}) == "entropy 0.50"
     assert words({}) == ""
 
 

@@ -90,6 +90,12 @@ def test_a_recipe_lies_over_the_studys_base_and_the_studys_fields_over_both(tmp_
     assert plan.experiment("forward", 0, 1e-2).train.lr == 1e-2
 
 
+@pytest.mark.parametrize(("folder", "path"), [(".", "configs/study.yaml"), ("configs", "study.yaml")])
+def test_a_study_is_read_by_a_path_relative_to_the_working_directory(monkeypatch, folder, path):
+    monkeypatch.chdir(CHECKOUT / folder)
+    assert load_study(path).study.base == CHECKOUT / "configs" / "quickstart.yaml"
+
+
 def test_the_studys_own_configs_fit_its_rounds_and_have_equal_budgets():
     plan = load_study(CHECKOUT / "configs" / "study.yaml")
     experiments = [plan.experiment(name, 0, None) for name in plan.study.methods]

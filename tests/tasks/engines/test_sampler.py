@@ -15,7 +15,7 @@ from msgspec import structs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-import tasks.engines.sampler
+import tasks.engines.vllm_engine
 import tasks.engines.weight_proof
 from flows.run.preflight import CPU_HEAD_SIZES
 from storage.artifacts.artifact import ArtifactSpec
@@ -27,7 +27,8 @@ from storage.identity import derive_seed
 from storage.schemas import schema_for
 from storage.store import Store
 from tasks.engines.hf_folder import stop_token_ids
-from tasks.engines.sampler import Sampler, SamplingFailed
+from tasks.engines.sampler import Sampler
+from tasks.engines.vllm_engine import SamplingFailed
 from tasks.engines.weight_proof import StaleWeights, compare_weights, judge_probes
 from tasks.inputs.tokenizers import load_tokenizer
 from tasks.workers.jobs import ArtifactRef, ModelRef, Request, SampleJob, SampleResult, SampleShard, Sampling
@@ -215,9 +216,9 @@ def test_long_prompts_are_never_cut_into_pieces(sampler, checkpoints):
 def test_a_weight_change_is_proven(sampler, checkpoints):
     ids, seeds = [prompt(1)], [5]
     before = ask(sampler, checkpoints["one"], ids, seeds)
-    engine = sampler.llm
+    engine = sampler.engine.llm
     rows, other = make(sampler, checkpoints["two"], ids, seeds)
-    assert sampler.llm is engine and other.proof["change"] == "reloaded"
+    assert sampler.engine.llm is engine and other.proof["change"] == "reloaded"
     assert other.proof["weights"] == weights_digest(checkpoints["two"])
     # per layer q, k, v fused, o, gate and up fused, down; four norms; then the last norm, embedding, and the output
     # head as it is kept and as it is multiplied with
@@ -230,7 +231,7 @@ def test_a_weight_change_is_proven(sampler, checkpoints):
 def test_an_engine_with_stale_weights_is_caught(sampler, checkpoints):
     ask(sampler, checkpoints["one"], [prompt(0)], [0])
     with pytest.raises(StaleWeights, match="parameters differ"):
-        sampler.prove(checkpoints["two"], "float32")
+        sampler.engine.prove(checkpoints["two"], "float32")
 
     def nudge(model):
         model.model.layers[1].mlp.down_proj.cpu_linear = (
@@ -239,15 +240,15 @@ def test_an_engine_with_stale_weights_is_caught(sampler, checkpoints):
             )
         )
 
-    sampler.llm.apply_model(nudge)  # packed weights: only what the layer computes can tell
+    sampler.engine.llm.apply_model(nudge)  # packed weights: only what the layer computes can tell
     with pytest.raises(StaleWeights, match=r"layers\.1\.mlp\.down_proj\.weight as multiplied with"):
-        sampler.prove(checkpoints["one"], "float32")
+        sampler.engine.prove(checkpoints["one"], "float32")
 
     ask(sampler, checkpoints["two"], [prompt(0)], [0])
-    sampler.llm.apply_model(lambda model: model.model.norm.weight.data.mul_(1.001))
+    sampler.engine.llm.apply_model(lambda model: model.model.norm.weight.data.mul_(1.001))
     with pytest.raises(StaleWeights, match=r"model\.norm\.weight"):
-        sampler.prove(checkpoints["two"], "float32")
-    sampler._weights = None  # what a failed change leaves
+        sampler.engine.prove(checkpoints["two"], "float32")
+    sampler.engine._weights = None  # what a failed change leaves
     ask(sampler, checkpoints["two"], [prompt(0)], [0])
 
 
@@ -255,7 +256,7 @@ def test_an_engine_with_stale_weights_is_caught(sampler, checkpoints):
 def test_an_engine_that_a_reload_left_stale_is_built_anew(sampler, checkpoints, monkeypatch, reload):
     fresh = ask(sampler, checkpoints["two"], [prompt(0)], [0])
     ask(sampler, checkpoints["one"], [prompt(0)], [0])
-    before, rpc = sampler.llm, sampler.llm.collective_rpc
+    before, rpc = sampler.engine.llm, sampler.engine.llm.collective_rpc
 
     def deaf(name, **kw):
         if name != "reload_weights":
@@ -263,19 +264,19 @@ def test_an_engine_that_a_reload_left_stale_is_built_anew(sampler, checkpoints, 
         if reload == "raises":
             raise RuntimeError("this layer cannot be reloaded")
 
-    monkeypatch.setattr(sampler.llm, "collective_rpc", deaf)
+    monkeypatch.setattr(sampler.engine.llm, "collective_rpc", deaf)
     rows, result = make(sampler, checkpoints["two"], [prompt(0)], [0])
-    assert sampler.llm is not before and result.proof["change"] == "built"
+    assert sampler.engine.llm is not before and result.proof["change"] == "built"
     assert rows[0]["completion_token_ids"] == fresh[0]["token_ids"]
     assert rows[0]["sampling_logprobs"] == fresh[0]["logprobs"]
-    sampler._reloads = True
+    sampler.engine._reloads = True
 
 
 def test_a_job_after_a_failed_load_does_not_sample(sampler, checkpoints, monkeypatch):
     """An engine that is stale although it was built anew is refused, and the next job does not believe in it."""
     fresh = ask(sampler, checkpoints["two"], [prompt(0)], [0])
-    build = sampler._build
-    monkeypatch.setattr(sampler, "_build", lambda path, *rest: build(checkpoints["one"], *rest))
+    build = sampler.engine._build
+    monkeypatch.setattr(sampler.engine, "_build", lambda path, *rest: build(checkpoints["one"], *rest))
     sampler.close()
     with pytest.raises(StaleWeights):
         ask(sampler, checkpoints["two"], [prompt(0)], [0])
@@ -321,7 +322,7 @@ def test_weights_in_another_order_are_the_checkpoints_and_others_are_not(sampler
             finally:
                 weight.data.copy_(before)
 
-        return sampler.llm.apply_model(compare)[0]
+        return sampler.engine.llm.apply_model(compare)[0]
 
     found = [report(change) for change in (lambda w: w, lambda w: w.flip(1), lambda w: w * 1.001)]
     embedding = "model.embed_tokens.weight"
@@ -373,16 +374,16 @@ def test_an_engine_that_fails_is_built_anew_and_asked_for_its_unfinished_shards(
     path = checkpoints["one"]
     prompts, seeds = [prompt(i, 4 + i) for i in range(20)], list(range(20))
     whole = ask(sampler, path, prompts, seeds)
-    engine, step = sampler.llm, sampler._step
+    engine, step = sampler.engine.llm, sampler._step
 
     def fails(waiting):
-        if sampler.llm is engine and len(waiting) < 12:
+        if sampler.engine.llm is engine and len(waiting) < 12:
             raise RuntimeError("the engine core is dead")
         return step(waiting)
 
     monkeypatch.setattr(sampler, "_step", fails)
     assert ask(sampler, path, prompts, seeds) == whole
-    assert sampler.llm is not engine and sampler.proof["change"] == "built"
+    assert sampler.engine.llm is not engine and sampler.engine.proof["change"] == "built"
     ask(sampler, path, [prompt(0, 100)], [0])  # the new engine, too, is as long as any test needs
 
 
@@ -478,10 +479,10 @@ def test_tied_embeddings_get_a_new_engine(sampler, checkpoints):
     logits_TV = logits_of(checkpoints["tied_two"], ids[0], row["completion_token_ids"])
     assert row["completion_token_ids"] == logits_TV.argmax(-1).tolist()
     # the reason: reloaded in place, the output head keeps a packed copy of the old embeddings, and the proof says so
-    sampler.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoints["tied_one"])})
+    sampler.engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoints["tied_one"])})
     with pytest.raises(StaleWeights, match=r"lm_head\.weight as multiplied with"):
-        sampler.prove(checkpoints["tied_one"], "float32")
-    sampler._weights = None
+        sampler.engine.prove(checkpoints["tied_one"], "float32")
+    sampler.engine._weights = None
 
 
 def test_stop_ids_come_from_tokenizer_and_generation_config(checkpoints, tmp_path):
@@ -504,15 +505,17 @@ def test_only_the_first_sampler_loads_a_reference_where_everything_was_compared(
     )
     ask(sampler, checkpoints["one"], [prompt(0)], [0])
     for number, expected in ((0, 1), (1, 0), (7, 0)):
-        monkeypatch.setitem(sampler.settings, "number", number)
+        monkeypatch.setitem(sampler.engine.settings, "number", number)
         loads.clear()
-        sampler.prove(checkpoints["one"], "float32")
-        assert len(loads) == expected and sampler.proof["params_unproven"] == 0
-        assert ("probe_tokens" in sampler.proof) == bool(expected)
+        sampler.engine.prove(checkpoints["one"], "float32")
+        assert len(loads) == expected and sampler.engine.proof["params_unproven"] == 0
+        assert ("probe_tokens" in sampler.engine.proof) == bool(expected)
     # what cannot be compared is probed by every sampler
-    judged = tasks.engines.sampler.judge_weights
+    judged = tasks.engines.vllm_engine.judge_weights
     monkeypatch.setattr(
-        tasks.engines.sampler, "judge_weights", lambda *given, **named: judged(*given, **named) | {"params_unproven": 1}
+        tasks.engines.vllm_engine,
+        "judge_weights",
+        lambda *given, **named: judged(*given, **named) | {"params_unproven": 1},
     )
-    sampler.prove(checkpoints["one"], "float32")
+    sampler.engine.prove(checkpoints["one"], "float32")
     assert len(loads) == 1

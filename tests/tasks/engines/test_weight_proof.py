@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from tasks.engines.sampler import Sampler
+from tasks.engines.vllm_engine import VllmEngine
 from tasks.engines.weight_proof import StaleWeights
 
 
@@ -29,17 +29,17 @@ def make_experts(folder: Path, inner: int) -> Path:
 def test_experts_are_compared_without_probes(tmp_path, inner):
     """What the kernel multiplies with is compared, in its own layout; one changed weight of one expert is found."""
     path = make_experts(tmp_path / "model", inner)
-    sampler = Sampler(
+    engine = VllmEngine(
         {"device": "cpu", "threads": 1, "kv_cache_gib": 0.125, "max_num_seqs": 4, "verify_weights": "checksums"}
     )
     try:
-        sampler._build(path, "float32", 32)
-        sampler._vocabulary = 264
-        sampler.prove(path, "float32")
-        assert sampler.proof["params_unproven"] == 0 and "probe_tokens" not in sampler.proof
+        engine._build(path, "float32", 32)
+        engine.vocabulary = 264
+        engine.prove(path, "float32")
+        assert engine.proof["params_unproven"] == 0 and "probe_tokens" not in engine.proof
         elements = sum(tensor.numel() for tensor in load_file(path / "model.safetensors").values())
         assert (
-            sampler.proof["elements_compared"] >= elements
+            engine.proof["elements_compared"] >= elements
         )  # the linear layers' packed copies and their padding on top
         tensors = load_file(path / "model.safetensors")
         for name in ("model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.0.mlp.experts.3.down_proj.weight"):
@@ -50,6 +50,6 @@ def test_experts_are_compared_without_probes(tmp_path, inner):
             changed[3, 5] += 1e-3
             save_file(tensors | {name: changed}, other / "model.safetensors")
             with pytest.raises(StaleWeights, match=r"layers\.\d\.mlp\.experts"):
-                sampler.prove(other, "float32")
+                engine.prove(other, "float32")
     finally:
-        sampler.close()
+        engine.close()

@@ -7,7 +7,7 @@ import os
 import pytest
 from pydantic import ValidationError
 
-from tasks.engines.sampler import Sampler
+from tasks.engines.vllm_engine import VllmEngine
 from tasks.workers.runtime import RuntimeConfig
 
 
@@ -42,7 +42,7 @@ def test_vllm_gets_what_is_recorded_whatever_the_users_environment(settings, mul
     try:
         for other in ("0", "1"):
             os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": other, "VLLM_BATCH_INVARIANT": other}
-            Sampler(settings)
+            VllmEngine(settings)
             assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == multiprocessing
             assert os.environ["VLLM_BATCH_INVARIANT"] == invariant
     finally:

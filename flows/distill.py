@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
-from flows.experiment import Experiment, ModelConfig
+from flows.experiment import Experiment, ModelConfig, teacher_label
 from flows.run.executor import Executor
 from storage.store import Artifact
 from tasks.evaluate import evaluate_work
 from tasks.inputs.models import model_work
+from tasks.mixture import mixture_work
 from tasks.prepare import prepare_work
 from tasks.rollout import rollout_work
-from tasks.stage import Prompts, Rollouts, Student, Teacher, TrainerState
+from tasks.stage import Prompts, Rollouts, Student, Teacher, TrainerState, same_models
 from tasks.supervise import supervise_work
 from tasks.train import train_work
 from tasks.warmup import warmup_work
@@ -24,7 +25,7 @@ def distill(
     """Round 0 prepares and evaluates the student; every further round makes it a little more like its teacher.
     `evaluated`: which rounds are; by default those of policy.evaluate_every, and the last."""
     evaluated = evaluated or partial(experiment.policy.evaluates, last=rounds)
-    student, teacher, prompts = begin(experiment, do, evaluated)
+    student, teachers, prompts = begin(experiment, do, evaluated)
     state: TrainerState | None = None
     for number in range(1, rounds + 1):
         now = experiment.at(number)
@@ -35,15 +36,20 @@ def distill(
                 student=student, prompts=prompts, seed=seed, round=number, plugins=plugins,
             )  # fmt: skip
             rollouts = Rollouts(made["rollout"])
-            signals = do(
-                "supervise", supervise_work, now.supervise,
-                rollouts=rollouts, student=student, teacher=teacher, prompts=prompts,
-                needs=now.objective.needs().signals, sampling=now.rollout, store=do.store, plugins=plugins,
-            )  # fmt: skip
+            teacher = held(teachers)
+            signals = {
+                label: do(
+                    label, supervise_work, now.supervise,
+                    rollouts=rollouts, student=student, teacher=one, prompts=prompts, names=names,
+                    needs=now.objective.needs().signals, sampling=now.rollout, store=do.store, plugins=plugins,
+                )
+                for label, one, names in one_by_one(teacher)
+            }  # fmt: skip
             made = do(
                 "train", train_work, now.train,
                 objective=now.objective, student=student, state=state, rollouts=rollouts, signals=signals, prompts=prompts,
                 seed=seed, round=number, source=now.student.source, plugins=plugins,
+                routed=isinstance(teacher, Mapping),
             )  # fmt: skip
             student, state = Student(made["student"]), TrainerState(made["trainer_state"])
             evaluate = do if evaluated(number) else do.stored
@@ -55,13 +61,35 @@ def distill(
     return student
 
 
-def begin(experiment: Experiment, do: Executor, evaluated: Callable[[int], bool]) -> tuple[Student, Teacher, Prompts]:
-    """Round 0: the two models, the prompts, the warm-ups, and the student's metrics before distillation."""
+Taught = Teacher | Mapping[str, Teacher]
+"""The teacher of all prompts, or by name those that have prompts of their own."""
+
+
+def held(teachers: Taught) -> Taught:
+    """The teacher, or teachers, of a round: the same in every round."""
+    return teachers
+
+
+def one_by_one(teacher: Taught) -> Iterator[tuple[str, Teacher, tuple[str, ...]]]:
+    """(label of its stage, teacher, names whose prompts it has) of each pass of supervision; names of one checkpoint share it."""
+    if not isinstance(teacher, Mapping):
+        yield "supervise", teacher, ()
+        return
+    for names in same_models(teacher):
+        yield teacher_label("supervise", names[0]), teacher[names[0]], names
+
+
+def begin(experiment: Experiment, do: Executor, evaluated: Callable[[int], bool]) -> tuple[Student, Taught, Prompts]:
+    """Round 0: the models, the prompts, the warm-ups, and the student's metrics before distillation."""
     first = experiment.at(0)
     with do.round(0) as round:
-        student_model, teacher_model, prompts = inputs(first, do)
-        do.inspect(experiment, student_model, teacher_model, prompts)
-        teacher = Teacher(warmed("warmup_teacher", first.teacher, teacher_model, prompts, first, do))
+        student_model, teacher_models, prompts = inputs(first, do)
+        do.inspect(experiment, student_model, teacher_models, prompts)
+        warm = {
+            name: warmed(teacher_label("warmup_teacher", name), config, teacher_models[name], prompts, first, do, name)
+            for name, config in first.taught_by.items()
+        }
+        teacher = together(first, warm, do)
         student = Student(warmed("warmup", first.student, student_model, prompts, first, do))
         evaluate = do if evaluated(0) else do.stored
         evaluate(
@@ -72,24 +100,48 @@ def begin(experiment: Experiment, do: Executor, evaluated: Callable[[int], bool]
     return student, teacher, prompts
 
 
-def inputs(first: Experiment, do: Executor) -> tuple[Artifact, Artifact, Prompts]:
-    """Student model, teacher model and prompts, before anything is trained."""
+def together(first: Experiment, warm: Mapping[str | None, Artifact], do: Executor) -> Taught:
+    """The only teacher, several by name, or the mixture of several."""
+    named = {name: Teacher(model) for name, model in warm.items() if name is not None}
+    if not named:
+        return Teacher(warm[None])
+    if first.mixture is None:
+        return named
+    return Teacher(do("mixture", mixture_work, first.mixture, teachers=named)["mixture"])
+
+
+def inputs(first: Experiment, do: Executor) -> tuple[Artifact, dict[str | None, Artifact], Prompts]:
+    """Student model, teacher models by name (None: the only one) and prompts, before anything is trained."""
     memo, seed = do.store.memo, first.seed
     student_model = do("model", model_work, first.student.source, seed=seed, memo=memo)["model"]
-    teacher_model = do("model_teacher", model_work, first.teacher.source, seed=seed, memo=memo)["model"]
+    teacher_models = {
+        name: do(teacher_label("model_teacher", name), model_work, config.source, seed=seed, memo=memo)["model"]
+        for name, config in first.taught_by.items()
+    }
+    named = {name: model for name, model in teacher_models.items() if name is not None}
     prepared = do(
         "prepare", prepare_work, first.prompts,
-        student_model=student_model, teacher_model=teacher_model, memo=memo, store=do.store,
+        student_model=student_model, teacher_model=named or teacher_models[None], mixed=first.mixture is not None,
+        memo=memo, store=do.store,
     )  # fmt: skip
-    return student_model, teacher_model, Prompts(prepared["prepare"])
+    return student_model, teacher_models, Prompts(prepared["prepare"])
 
 
-def warmed(label: str, config: ModelConfig, model: Artifact, prompts: Prompts, e: Experiment, do: Executor) -> Artifact:
-    """The model after its warm-up, or as it came."""
+def warmed(
+    label: str,
+    config: ModelConfig,
+    model: Artifact,
+    prompts: Prompts,
+    e: Experiment,
+    do: Executor,
+    name: str | None = None,
+) -> Artifact:
+    """The model after its warm-up, or as it came. `name`: of one teacher of several."""
     if config.warmup is None:
         return model
     made = do(
         label, warmup_work, config.warmup,
         model=model, prompts=prompts, seed=e.seed, source=config.source, plugins=e.plugin_sources,
+        teacher=name if e.routed else None,
     )  # fmt: skip
     return made["student"]

@@ -19,9 +19,11 @@ from tasks.evaluate import EvaluateConfig
 from tasks.inputs.models import ModelSource, ServedModel, declared_sizes, vocabulary_rows_of
 from tasks.inputs.verifiers import verifier_digest
 from tasks.losses.config import FullSupport, ObjectiveConfig
+from tasks.mixture import MixtureConfig
 from tasks.plugins import beside, changed, load_plugins, refuse_hidden, search_in
 from tasks.prepare import PrepareConfig
 from tasks.rollout_config import RolloutConfig
+from tasks.routing import NAME
 from tasks.supervise import SuperviseConfig, signal_problems
 from tasks.train import TrainConfig
 from tasks.warmup import WarmupConfig
@@ -100,7 +102,15 @@ class Experiment(BaseModel):
 
     seed: int = Field(0, ge=0, description="makes every other seed")
     student: ModelConfig
-    teacher: ModelConfig
+    teacher: ModelConfig | None = Field(None, description="the model to learn from; or several: `teachers`")
+    teachers: dict[str, ModelConfig] = Field(
+        {},
+        description="several models to learn from, by name, instead of `teacher`: each prompt's `teacher_id` names its own, or a"
+        " `mixture` of all teaches every prompt",
+    )
+    mixture: MixtureConfig | None = Field(
+        None, description="let all `teachers` teach every prompt, by an average of their distributions"
+    )
     prompts: PrepareConfig
     rollout: RolloutConfig
     supervise: SuperviseConfig = Field(default_factory=SuperviseConfig)
@@ -125,7 +135,12 @@ class Experiment(BaseModel):
             return data
         if support.get("kind") != "full" or "k" in support:
             return data
-        rows = [_rows(data.get(side)) for side in ("student", "teacher")]
+        several = data.get("teachers")
+        models = [
+            data.get("student"),
+            *(several.values() if isinstance(several, dict) and several else [data.get("teacher")]),
+        ]
+        rows = [_rows(model) for model in models]
         if None in rows:
             return data
         return data | {"objective": {**objective, "support": {**support, "k": min(filter(None, rows))}}}
@@ -147,6 +162,17 @@ class Experiment(BaseModel):
             parent = Experiment.model_validate(self.fork.experiment)
             return parent.model_copy(update={"runtime": self.runtime}).at(round)
         return self
+
+    @property
+    def taught_by(self) -> dict[str | None, ModelConfig]:
+        """The teachers by name; None: the only one."""
+        one: dict[str | None, ModelConfig] = {} if self.teacher is None else {None: self.teacher}
+        return one or {name: model for name, model in self.teachers.items()}  # noqa: C416  (for its wider type of key)
+
+    @property
+    def routed(self) -> bool:
+        """Whether each prompt names its own teacher."""
+        return bool(self.teachers) and self.mixture is None
 
     @property
     def steps_per_round(self) -> int:
@@ -203,12 +229,15 @@ def cross_problems(e: Experiment) -> list[str]:
             " rollout.top_p: 1, top_k: 0, temperature: 1 (no importance weight restores tokens that were cut off)"
         )
     problems += _stop_problems(e)
-    for name, model in (("student", e.student), ("teacher", e.teacher)):
+    problems += teacher_problems(e)
+    for name, model in (("student", e.student), *((teacher_field(who), model) for who, model in e.taught_by.items())):
         if model.warmup is not None and e.prompts.warmup is None:
             problems.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
     problems += signal_problems(e.supervise, e.objective.needs().signals)
     problems += served_problems(e)
-    problems += size_problems(e, *declared_sizes(e.student.source), declared_sizes(e.teacher.source)[0])
+    problems += size_problems(
+        e, *declared_sizes(e.student.source), *(declared_sizes(model.source)[0] for model in e.taught_by.values())
+    )
     return problems
 
 
@@ -227,6 +256,11 @@ def _stop_problems(e: Experiment) -> list[str]:
             f"supervise.teacher: kind {e.supervise.teacher.kind} cannot count several stop ids as one, which"
             " prompts.tokenizers.stop_ids: merge asks for; choose kind: local, or stop_ids: mask"
         )
+    if e.teachers:
+        problems.append(
+            "prompts.tokenizers.stop_ids: merge makes one category of the stop ids of the student and one teacher, but there are"
+            f" several (teachers: {', '.join(e.teachers)}); set stop_ids: mask, or give one `teacher`"
+        )
     return problems
 
 
@@ -237,25 +271,72 @@ def served_problems(e: Experiment) -> list[str]:
         problems.append(
             "student.source: kind served is for a teacher; the student is trained, so its weights must be here"
         )
-    if isinstance(e.teacher.source, ServedModel):
-        if not isinstance(e.supervise.teacher, ServerTeacher):
+    server = isinstance(e.supervise.teacher, ServerTeacher)
+    if server and e.teachers:
+        problems.append(
+            "supervise.teacher: kind server asks one model of one server, but there are several"
+            f" (teachers: {', '.join(e.teachers)}); use kind: local or vllm with checkpoints, or give one `teacher`"
+        )
+    for name, model in e.taught_by.items():
+        if not isinstance(model.source, ServedModel):
+            continue
+        field = teacher_field(name)
+        if not server:
             problems.append(
-                f"teacher.source: kind served has no weights, which supervise.teacher: {e.supervise.teacher.kind} reads; set"
-                " supervise.teacher: {kind: server, model: NAME}, or give a checkpoint"
+                f"{field}.source: kind served has no weights, which supervise.teacher: {e.supervise.teacher.kind} reads; "
+                + (
+                    "set supervise.teacher: {kind: server, model: NAME}, or give a checkpoint"
+                    if name is None
+                    else "give a checkpoint"
+                )
             )
-        if e.teacher.warmup is not None:
-            problems.append("teacher.warmup: kind served has no weights to train; leave the warm-up out")
+        if model.warmup is not None:
+            problems.append(f"{field}.warmup: kind served has no weights to train; leave the warm-up out")
         if e.evaluate.generations("kl"):
             problems.append(
                 "evaluate.kl_prompts: the exact reverse KL reads the teacher's whole distribution from its weights, which"
-                " teacher.source kind served does not have; set evaluate.kl_prompts: 0 (then it is not measured), or give a"
-                " checkpoint as teacher.source"
+                f" {field}.source kind served does not have; set evaluate.kl_prompts: 0 (then it is not measured), or give a"
+                f" checkpoint as {field}.source"
             )
     return problems
 
 
-def size_problems(e: Experiment, rows: int | None, positions: int | None, teacher_rows: int | None) -> list[str]:
-    """What does not fit models of these sizes: the student's vocabulary rows and positions, the teacher's rows; None: unknown."""
+def teacher_field(name: str | None) -> str:
+    """The field of a teacher's section, by its name (None: the only one)."""
+    return "teacher" if name is None else f"teachers.{name}"
+
+
+def teacher_label(stage: str, name: str | None) -> str:
+    """What a stage is called for a teacher: `warmup_teacher`, with several `warmup_teacher_NAME`."""
+    return stage if name is None else f"{stage}_{name}"
+
+
+def teacher_problems(e: Experiment) -> list[str]:
+    """What is wrong with the choice of one teacher, of several, or of a mixture."""
+    problems = []
+    if e.teacher is not None and e.teachers:
+        problems.append(
+            "teacher, teachers: both are given; use `teacher` for one, or `teachers` by name (and teacher: null)"
+        )
+    if e.teacher is None and not e.teachers:
+        problems.append("teacher: required, but missing (or several by name: `teachers`)")
+    for name in e.teachers:
+        if not NAME.fullmatch(name):
+            problems.append(
+                f"teachers: {name!r} is no name; use letters, digits, '.', '-' and '_', at most 64, a letter or digit first"
+            )
+    if e.mixture is not None:
+        problems += e.mixture.problems(e.teachers)
+        if not e.supervise.teacher.capabilities.full_distribution:
+            problems.append(
+                f"mixture: averages the teachers' whole distributions, which supervise.teacher: kind {e.supervise.teacher.kind}"
+                " does not give; use kind: local, or remove `mixture` and give each prompt a teacher_id"
+            )
+    return problems
+
+
+def size_problems(e: Experiment, rows: int | None, positions: int | None, *teacher_rows: int | None) -> list[str]:
+    """What does not fit models of these sizes: the student's rows and positions, each teacher's rows; None: unknown."""
     problems: list[str] = []
     for section, length in (
         ("rollout", e.rollout.max_completion_length),
@@ -271,12 +352,20 @@ def size_problems(e: Experiment, rows: int | None, positions: int | None, teache
             side = getattr(e.objective, "side", None)
             where = "trust_region" if side is not None and side.support.k == need.k else "support"
             problems.append(f"objective.{where}.k: {need.k} is above the vocabulary of {rows}")
-    support, sizes = getattr(e.objective, "support", None), (rows, teacher_rows)
-    if isinstance(support, FullSupport) and all(sizes) and support.k < (least := min(filter(None, sizes))):
-        problems.append(
-            f"objective.support.k: full support means every id, but k is {support.k} and the vocabulary has {least}"
-            f" rows; set k: {least}, or take kind: teacher_topk with outside: bucket"
-        )
+    support = getattr(e.objective, "support", None)
+    if isinstance(support, FullSupport) and rows and all(teacher_rows):
+        known = [other for other in teacher_rows if other]
+        shared = {min(rows, other) for other in known} if e.routed else {min([rows, *known])}
+        if len(shared) > 1:
+            problems.append(
+                f"objective.support: full support means every id, but the teachers share {' and '.join(map(str, sorted(shared)))}"
+                " of them with the student; take kind: teacher_topk with outside: bucket"
+            )
+        elif support.k < (least := min(shared)):
+            problems.append(
+                f"objective.support.k: full support means every id, but k is {support.k} and the vocabulary has {least}"
+                f" rows; set k: {least}, or take kind: teacher_topk with outside: bucket"
+            )
     return problems
 
 

@@ -108,8 +108,8 @@ A method is one choice on each axis. Entries marked [experimental] are implement
 own and untried at scale.
 
 Not implemented: TRB's blended rollouts (2605.31159; its loss is `rethinking-opd`) and TrOPD's teacher-written prefixes, which
-need other rollouts; TrOPD's term for prefix tokens is implemented. Off-policy training on given text is
-[sft](#estimator-sft), used by warm-ups.
+need other rollouts; TrOPD's term for prefix tokens is implemented. Several teachers: [teachers.md](teachers.md). Off-policy
+training on given text is [sft](#estimator-sft), used by warm-ups.
 """
 
 

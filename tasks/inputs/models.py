@@ -167,12 +167,12 @@ def declared_sizes(source: Source) -> tuple[int | None, int | None]:
     return rows if isinstance(rows, int) else None, positions if isinstance(positions, int) else None
 
 
-def vocabulary_rows_of(source: CheckpointModel | HubModel | ArchitectureModel) -> int | None:
+def vocabulary_rows_of(source: Source) -> int | None:
     """Rows of a model's vocabulary, before the model is made; None where they are not known: a folder that cannot be read, a
     model of the Hub that is not in the local cache."""
     if isinstance(source, ArchitectureModel):
         return declared_sizes(source)[0]
-    folder = source.path if isinstance(source, CheckpointModel) else _cached(source)
+    folder = _cached(source) if isinstance(source, HubModel) else source.path
     try:
         return None if folder is None else model_rows(folder)
     except InputError:  # reported by the stage that reads it

@@ -94,5 +94,5 @@ class Sampled:
 )
 def test_a_large_gap_between_sampler_and_student_names_the_correction(mean, fields, warned):
     experiment = load_experiment(TINY, fields)
-    warning = mismatch_warning(experiment.train, experiment.objective, {"sampled": Sampled(mean)})
+    warning = mismatch_warning(experiment.train, experiment.objective, [Sampled(mean)])
     assert (warning is not None and "train.importance_correction" in warning) == warned

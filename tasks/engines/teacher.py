@@ -262,7 +262,7 @@ def opened(model: ModelRef, dtype: str, backend: TeacherBackend, host: Host) -> 
     """A job's model. ConfigError for a mixture with a backend that does not compute it."""
     if model.members is None:
         return backend.open(Path(model.path), dtype, host)
-    if not isinstance(backend, LocalTeacher):
+    if type(backend) is not LocalTeacher:
         raise ConfigError(
             f"mixture: needs supervise.teacher: {{kind: local}}, which has every teacher's whole distribution;"
             f" found {backend.kind}"

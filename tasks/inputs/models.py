@@ -241,8 +241,8 @@ def dropout_identity(source: Source | None, dropout: bool) -> dict[str, str]:
 # --- a folder of the user's ------------------------------------------------------------------------------------------
 
 
-def check_checkpoint(directory: Path) -> None:
-    """Raises InputError unless the folder has config.json, safetensors and a loadable tokenizer."""
+def check_checkpoint(directory: Path, weights: bool = True) -> None:
+    """Raises InputError unless the folder has config.json, a loadable tokenizer and, with `weights`, safetensors."""
     if not directory.is_dir():
         raise InputError(f"{directory}: no such checkpoint folder; {RELATIVE}")
     if not (directory / "config.json").is_file():
@@ -259,7 +259,8 @@ def check_checkpoint(directory: Path) -> None:
         raise InputError(f"{pickles[0]}: pickled weights are not loaded; save the checkpoint as safetensors")
     _check_architecture(directory / "config.json")
     load_tokenizer(directory)
-    weight_files(directory)
+    if weights:
+        weight_files(directory)
 
 
 def _check_architecture(path: Path) -> None:
@@ -307,7 +308,7 @@ def _in_place(directory: Path, memo: Path | None) -> dict[str, str]:
 
 def _served(source: ServedModel, memo: Path | None) -> Work:
     directory = source.path.resolve()
-    check_checkpoint(directory)
+    check_checkpoint(directory, weights=False)
     if any(directory.glob("*.safetensors")):
         raise InputError(
             f"{directory}: has weights, so {{kind: checkpoint, path: {directory}}} describes it, and their content enters keys;"

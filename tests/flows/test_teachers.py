@@ -15,12 +15,15 @@ from places import DATA
 from pydantic import ValidationError
 from rich.console import Console
 
+from flows.cli.export import export
 from flows.cli.report import report
 from flows.config_file import merge
 from flows.experiment import Experiment
+from flows.run.preflight import Known
 from flows.run.progress import SilentReporter
 from flows.run.runner import plan, run_experiment
 from flows.run.shown import by_teacher
+from storage.artifacts.digests import weights_digest
 from storage.artifacts.verify import Verified, verify_run
 from storage.errors import InputError, OpdError
 from storage.query.catalog import Catalog
@@ -57,12 +60,31 @@ def mixture(**weights: float) -> dict[str, Any]:
         ({"mixture": mixture(add=0.5, subtract=0.6)}, "sum is 1.1"),
         ({"mixture": mixture(add=1.5, subtract=-0.5)}, "is not above 0"),
         ({"mixture": mixture(add=0.5, divide=0.5)}, "`teachers` has no 'divide'; mixture.weights: teachers.subtract"),
+        (
+            {"mixture": mixture(), "supervise": {"teacher": {"kind": "vllm"}}},
+            "mixture: averages the teachers' whole distributions, which supervise.teacher: kind vllm does not give",
+        ),
+        (
+            {"supervise": {"teacher": {"kind": "server", "model": "m"}}},
+            "kind server asks one model of one server, but there are several (teachers: add, subtract)",
+        ),
+        (
+            {"teachers": {"add": {"source": {"kind": "served", "path": "folder", "revision": "1"}}}},
+            "teachers.add.source: kind served has no weights",
+        ),
     ],
 )
 def test_a_wrong_choice_of_teachers_is_refused_when_the_config_loads(change: dict[str, Any], text: str) -> None:
     with pytest.raises(ValidationError) as caught:
         Experiment.model_validate(routed() | change)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("more", [{}, {"mixture": mixture()}])
+def test_merged_stop_ids_of_several_teachers_are_refused_when_the_config_loads(more: dict[str, Any]) -> None:
+    data = routed(prompts={"tokenizers": {"stop_ids": "merge"}}) | more
+    with pytest.raises(ValidationError, match=r"stop_ids: merge makes one category.*teachers: add, subtract"):
+        Experiment.model_validate(data)
 
 
 def test_full_support_of_teachers_with_other_vocabularies_is_refused_unless_they_are_mixed() -> None:
@@ -153,7 +175,7 @@ def test_metrics_status_and_sql_name_the_teachers(tmp_path: Path, root: Path) ->
         [str(r), t] for r in range(3) for t in "ab"
     ]
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    for part in report(state, root):
+    for part in report(state, root, None, console):
         console.print(part)
     assert "teacher" in console.export_text()
     query = Catalog(Store(root)).query
@@ -295,3 +317,31 @@ def test_a_mixture_is_one_teacher_of_all_prompts(tmp_path: Path, root: Path) -> 
     assert job.names is None and [member.weight for member in job.teacher.members] in ([0.25, 0.75], [0.75, 0.25])
     assert job.teacher.average == "probs" and job.teacher.path == ""
     assert "supervise" in several.state(root).rounds[1].stages
+
+
+def test_vllm_asks_every_teacher(tmp_path: Path, root: Path) -> None:
+    """Scripted scorers; what they are told is looked at."""
+    vllm = {"kind": "vllm", "entropy_k": 3}
+    e = several.experiment(tmp_path, ROUTES, {"a": 2, "b": 3}, rounds=1, supervise={"teacher": vllm})
+    jobs = several.go(root, e).of("ScoreJob")
+    assert [(job.names, json.loads(bytes(job.backend))) for job in jobs] == [(["a"], vllm), (["b"], vllm)]
+    assert len({job.teacher.weights for job in jobs}) == 2
+    student, prompts = several.made(root, 0, "model")["model"], several.made(root, 0, "prepare")["prepare"]
+    teachers = {name: several.made(root, 0, f"model_teacher_{name}")["model"] for name in "ab"}
+    known = Known.of(e, Store(root), student, teachers, prompts)
+    assert [model.side for model in known.in_vllm] == ["student", "teachers.a", "teachers.b"]
+
+
+def test_one_of_several_teachers_is_exported_by_its_name(tmp_path: Path, root: Path) -> None:
+    several.go(root, several.experiment(tmp_path, ROUTES, {"a": 2, "b": 3}, rounds=1))
+
+    def exported(name: str | None) -> str:
+        target = tmp_path / "out" / str(name)
+        export(several.NAME, target, teacher=True, teacher_name=name, root=root)
+        return weights_digest(target)
+
+    assert exported("b") == several.made(root, 0, "model_teacher_b")["model"].content["weights"] != exported("a")
+    with pytest.raises(InputError, match="has several teachers: the teachers are a, b; choose one with --teacher-name"):
+        exported(None)
+    with pytest.raises(InputError, match="has no teacher 'c': the teachers are a, b"):
+        exported("c")

@@ -113,8 +113,10 @@ ids that end a completion for either model are one category of the blend, writte
 optimizer steps, and a round takes the value at its first step. A sampled estimator can train on blended or truncated rollouts
 with `train.importance_correction: {kind: biased_truncated}`, whose weights cannot see outside a nucleus.
 
-Not implemented: TrOPD's teacher-written prefixes, which need other rollouts; its term for prefix tokens is implemented.
-Off-policy training on given text is [sft](#estimator-sft), used by warm-ups.
+TrOPD's guidance (2606.01249) is the recipe [tropd-guided](#recipe-tropd-guided), on rollouts of the behaviour
+[teacher_prefix](#behaviour-teacher-prefix). GKD's mixture (2306.13649) and off-policy distillation are
+[gkd-mixed](#recipe-gkd-mixed) and [off-policy](#recipe-off-policy), on rollouts of the behaviour
+[mixture](#behaviour-mixture). Off-policy training on given text is [sft](#estimator-sft), used by warm-ups.
 """
 
 

@@ -23,10 +23,10 @@ from tasks.rollout_config import Dtype
 from tasks.signals.wanted import Values, Wanted
 
 SPLIT = "train"
+"""The split of the prompts that rollouts answer."""
 STOP_IDS = "stop_ids"
 """Content of prepared prompts, there only where the stop ids of student and teacher are merged: a JSON list of the ids, first the
 one that stands for all."""
-"""The split of the prompts that rollouts answer."""
 _NOT_SIGNALS = {
     "model", "prepare", "warmup", "draft", "rollout", "train", "student", "trainer_state", "teacher_ema", "evaluate",
 }  # fmt: skip

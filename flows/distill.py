@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from flows.experiment import Experiment, ModelConfig, TeacherConfig
@@ -12,11 +12,13 @@ from tasks.behaviours.drafts import ReadsDrafts
 from tasks.draft import draft_work
 from tasks.evaluate import evaluate_work
 from tasks.inputs.models import model_work
-from tasks.inputs.teachers import EmaStudent, PreviousRound, TeacherSource, is_self
+from tasks.inputs.teachers import EmaStudent, PreviousRound, SelfTeacher, is_self
+from tasks.mixture import mixture_work
 from tasks.prepare import prepare_work
 from tasks.rollout import rollout_work
 from tasks.rollout_config import RolloutConfig
-from tasks.stage import Drafts, Prompts, Rollouts, Student, Teacher, TrainerState
+from tasks.routing import teacher_label
+from tasks.stage import Drafts, Prompts, Rollouts, Student, Teacher, TrainerState, same_models
 from tasks.supervise import supervise_work
 from tasks.train import train_work
 from tasks.warmup import warmup_work
@@ -41,15 +43,19 @@ def distill(
                 teacher=read_by(now.rollout, teacher), drafts=drafts, plugins=plugins,
             )  # fmt: skip
             rollouts = Rollouts(made["rollout"])
-            signals = do(
-                "supervise", supervise_work, now.supervise,
-                rollouts=rollouts, student=student, teacher=teacher, prompts=prompts,
-                needs=now.objective.needs().signals, sampling=now.rollout, store=do.store, plugins=plugins,
-            )  # fmt: skip
+            signals = {
+                label: do(
+                    label, supervise_work, now.supervise,
+                    rollouts=rollouts, student=student, teacher=one, prompts=prompts, names=names,
+                    needs=now.objective.needs().signals, sampling=now.rollout, store=do.store, plugins=plugins,
+                )
+                for label, one, names in one_by_one(teacher)
+            }  # fmt: skip
             made = do(
                 "train", train_work, now.train,
                 objective=now.objective, student=student, state=state, rollouts=rollouts, signals=signals, prompts=prompts,
-                seed=seed, round=number, source=now.student.source, average=now.teacher.average, plugins=plugins,
+                seed=seed, round=number, source=now.student.source, average=now.averaged, plugins=plugins,
+                routed=isinstance(teacher, Mapping),
             )  # fmt: skip
             student, state = Student(made["student"]), TrainerState(made["trainer_state"])
             evaluate = do if evaluated(number) else do.stored
@@ -58,21 +64,30 @@ def distill(
                 student=student, teacher=teacher, prompts=prompts, seed=seed, plugins=plugins,
             )  # fmt: skip
             round.ends_with(student)
-            teacher = next_teacher(now.teacher.source, teacher, made)
+            teacher = next_teacher(now.self_teacher, teacher, made)
     return student
 
 
-def read_by(rollout: RolloutConfig, teacher: Teacher) -> Teacher | None:
-    """The teacher, if this round's behaviour reads it: what is not read is neither loaded, nor restored when it was evicted."""
-    return teacher if "teacher" in rollout.behaviour.reads else None
+Taught = Teacher | Mapping[str, Teacher]
+"""The teacher of all prompts, or by name those that have prompts of their own."""
 
 
-def drafted(e: Experiment, round: int, *, teacher: Teacher, prompts: Prompts, do: Executor) -> Drafts | None:
+def read_by(rollout: RolloutConfig, teacher: Taught) -> Teacher | None:
+    """The teacher, if this round's behaviour reads it: what is not read is neither loaded, nor restored when it was evicted.
+    With several teachers none does (`flows.cross_checks`)."""
+    return None if isinstance(teacher, Mapping) or "teacher" not in rollout.behaviour.reads else teacher
+
+
+def drafted(e: Experiment, round: int, *, teacher: Taught, prompts: Prompts, do: Executor) -> Drafts | None:
     """The completions that the teacher writes once for all rounds, where this round's behaviour reads them."""
     now = e.at(round)
     rollout, rounds = e.draft_plan(round)
     behaviour = rollout.behaviour
-    if not isinstance(behaviour, ReadsDrafts) or "drafts" not in now.rollout.behaviour.reads:
+    if (
+        isinstance(teacher, Mapping)
+        or not isinstance(behaviour, ReadsDrafts)
+        or "drafts" not in now.rollout.behaviour.reads
+    ):
         return None
     made = do(
         "draft", draft_work, behaviour.drafts,
@@ -81,22 +96,35 @@ def drafted(e: Experiment, round: int, *, teacher: Teacher, prompts: Prompts, do
     return Drafts(made["draft"])
 
 
-def next_teacher(source: TeacherSource, teacher: Teacher, made: Made) -> Teacher:
-    """The teacher of the round after one that was scored by `teacher` and whose training made `made`."""
+def one_by_one(teacher: Taught) -> Iterator[tuple[str, Teacher, tuple[str, ...]]]:
+    """(label of its stage, teacher, names whose prompts it has) of each pass of supervision; names of one checkpoint share it."""
+    if not isinstance(teacher, Mapping):
+        yield "supervise", teacher, ()
+        return
+    for names in same_models(teacher):
+        yield teacher_label("supervise", names[0]), teacher[names[0]], names
+
+
+def next_teacher(source: SelfTeacher | None, teacher: Taught, made: Made) -> Taught:
+    """The teacher of the round after one that was scored by `teacher` and whose training made `made`. `source`: of a teacher that
+    is the student itself."""
     if isinstance(source, PreviousRound):
         return Teacher(made["student"])
     return Teacher(made["teacher_ema"]) if isinstance(source, EmaStudent) else teacher
 
 
-def begin(experiment: Experiment, do: Executor, evaluated: Callable[[int], bool]) -> tuple[Student, Teacher, Prompts]:
-    """Round 0: the two models, the prompts, the warm-ups, and the student's metrics before distillation."""
+def begin(experiment: Experiment, do: Executor, evaluated: Callable[[int], bool]) -> tuple[Student, Taught, Prompts]:
+    """Round 0: the models, the prompts, the warm-ups, and the student's metrics before distillation."""
     first = experiment.at(0)
     with do.round(0) as round:
-        student_model, teacher_model, prompts = inputs(first, do)
-        do.inspect(experiment, student_model, teacher_model, prompts)
-        given = warmed("warmup_teacher", first.teacher, teacher_model, prompts, first, do)
+        student_model, teacher_models, prompts = inputs(first, do)
+        do.inspect(experiment, student_model, teacher_models, prompts)
+        warm = {
+            name: warmed(teacher_label("warmup_teacher", name), config, teacher_models[name], prompts, first, do, name)
+            for name, config in first.taught_by.items()
+        }
         student = Student(warmed("warmup", first.student, student_model, prompts, first, do))
-        teacher = Teacher(student if is_self(first.teacher.source) else given)
+        teacher = Teacher(student) if first.self_teacher is not None else together(first, warm, do)
         evaluate = do if evaluated(0) else do.stored
         evaluate(
             "evaluate", evaluate_work, first.evaluate,
@@ -106,28 +134,53 @@ def begin(experiment: Experiment, do: Executor, evaluated: Callable[[int], bool]
     return student, teacher, prompts
 
 
-def inputs(first: Experiment, do: Executor) -> tuple[Artifact, Artifact, Prompts]:
-    """Student model, teacher model and prompts, before anything is trained. A teacher that is the student has no other model."""
+def together(first: Experiment, warm: Mapping[str | None, Artifact], do: Executor) -> Taught:
+    """The only teacher, several by name, or the mixture of several."""
+    named = {name: Teacher(model) for name, model in warm.items() if name is not None}
+    if not named:
+        return Teacher(warm[None])
+    if first.mixture is None:
+        return named
+    return Teacher(do("mixture", mixture_work, first.mixture, teachers=named)["mixture"])
+
+
+def inputs(first: Experiment, do: Executor) -> tuple[Artifact, dict[str | None, Artifact], Prompts]:
+    """Student model, teacher models by name (None: the only one) and prompts, before anything is trained. A teacher that is the
+    student has no other model."""
     memo, seed = do.store.memo, first.seed
-    student_model = teacher_model = do("model", model_work, first.student.source, seed=seed, memo=memo)["model"]
-    if not is_self(first.teacher.source):
-        teacher_model = do("model_teacher", model_work, first.teacher_source, seed=seed, memo=memo)["model"]
+    student_model = do("model", model_work, first.student.source, seed=seed, memo=memo)["model"]
+    teacher_models = {
+        name: student_model
+        if is_self(config.source)
+        else do(teacher_label("model_teacher", name), model_work, first.source_of(config), seed=seed, memo=memo)[
+            "model"
+        ]
+        for name, config in first.taught_by.items()
+    }
+    named = {name: model for name, model in teacher_models.items() if name is not None}
     prepared = do(
         "prepare", prepare_work, first.prompts,
-        student_model=student_model, teacher_model=teacher_model, memo=memo, store=do.store, contexts=first.contexts,
+        student_model=student_model, teacher_model=named or teacher_models[None], mixed=first.mixture is not None,
+        memo=memo, store=do.store, contexts=first.contexts,
     )  # fmt: skip
-    return student_model, teacher_model, Prompts(prepared["prepare"])
+    return student_model, teacher_models, Prompts(prepared["prepare"])
 
 
 def warmed(
-    label: str, config: ModelConfig | TeacherConfig, model: Artifact, prompts: Prompts, e: Experiment, do: Executor
+    label: str,
+    config: ModelConfig | TeacherConfig,
+    model: Artifact,
+    prompts: Prompts,
+    e: Experiment,
+    do: Executor,
+    name: str | None = None,
 ) -> Artifact:
-    """The model after its warm-up, or as it came."""
+    """The model after its warm-up, or as it came. `name`: of one teacher of several."""
     if config.warmup is None:
         return model
-    source = e.teacher_source if isinstance(config, TeacherConfig) else config.source
     made = do(
         label, warmup_work, config.warmup,
-        model=model, prompts=prompts, seed=e.seed, source=source, plugins=e.plugin_sources,
+        model=model, prompts=prompts, seed=e.seed, source=e.source_of(config), plugins=e.plugin_sources,
+        teacher=name if e.routed else None,
     )  # fmt: skip
     return made["student"]

@@ -10,21 +10,22 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from flows.config_file import Settled, merge, parse_override, read_layers, refuse_secrets, validate
+from flows.cross_checks import WITH_DTYPE, cross_problems
 from storage.disk.yaml_text import dump
-from storage.errors import ConfigError, IdentityMismatch
+from storage.errors import IdentityMismatch
 from storage.identity import Identity, RunPolicy, omit_at
 from storage.upkeep.retention import Retention
-from tasks.engines.teacher import ServerTeacher
 from tasks.evaluate import EvaluateConfig
 from tasks.inputs.contexts import columns_of
-from tasks.inputs.models import ModelSource, ServedModel, declared_sizes, vocabulary_rows_of
-from tasks.inputs.teachers import SELF_TEACHERS, EmaStudent, InitialStudent, TeacherSource, is_self
+from tasks.inputs.models import ModelSource, vocabulary_rows_of
+from tasks.inputs.teachers import SELF_TEACHERS, EmaStudent, SelfTeacher, TeacherSource, is_self
 from tasks.inputs.verifiers import verifier_digest
-from tasks.losses.config import FullSupport, ObjectiveConfig
+from tasks.losses.config import ObjectiveConfig
+from tasks.mixture import MixtureConfig
 from tasks.plugins import beside, changed, load_plugins, refuse_hidden, search_in
 from tasks.prepare import PrepareConfig
 from tasks.rollout_config import RolloutConfig
-from tasks.supervise import SuperviseConfig, signal_problems
+from tasks.supervise import SuperviseConfig
 from tasks.train import TrainConfig
 from tasks.warmup import WarmupConfig
 from tasks.workers.runtime import RuntimeConfig
@@ -69,11 +70,6 @@ class TeacherConfig(Identity):
                 " teacher.warmup: null"
             )
         return self
-
-    @property
-    def average(self) -> EmaStudent | None:
-        """What the trainer keeps for this teacher."""
-        return self.source if isinstance(self.source, EmaStudent) else None
 
 
 class Policy(RunPolicy):
@@ -138,7 +134,15 @@ class Experiment(BaseModel):
 
     seed: int = Field(0, ge=0, description="makes every other seed")
     student: ModelConfig
-    teacher: TeacherConfig
+    teacher: TeacherConfig | None = Field(None, description="the model to learn from; or several: `teachers`")
+    teachers: dict[str, ModelConfig] = Field(
+        {},
+        description="several models to learn from, by name, instead of `teacher`: each prompt's `teacher_id` names its own, or a"
+        " `mixture` of all teaches every prompt",
+    )
+    mixture: MixtureConfig | None = Field(
+        None, description="let all `teachers` teach every prompt, by an average of their distributions"
+    )
     prompts: PrepareConfig
     rollout: RolloutConfig
     supervise: SuperviseConfig = Field(default_factory=SuperviseConfig)
@@ -163,8 +167,13 @@ class Experiment(BaseModel):
             return data
         if support.get("kind") != "full" or "k" in support:
             return data
-        sides = ("student",) if _is_students(data.get("teacher")) else ("student", "teacher")
-        rows = [_rows(data.get(side)) for side in sides]
+        several, one = data.get("teachers"), data.get("teacher")
+        models = [data.get("student")]
+        if isinstance(several, dict) and several:
+            models += several.values()
+        elif not _is_students(one):
+            models.append(one)
+        rows = [_rows(model) for model in models]
         if None in rows:
             return data
         return data | {"objective": {**objective, "support": {**support, "k": min(filter(None, rows))}}}
@@ -183,21 +192,23 @@ class Experiment(BaseModel):
     def at(self, round: int) -> Experiment:
         """The experiment that applies to a round: the parent's for rounds up to a fork, and with the behaviour that holds at the
         round's first optimizer step (of rounds of `steps_per_round`, also where max_drift ended some early)."""
-        if self.fork is not None and round <= self.fork.round:
-            return self._parent.at(round)
+        if self.fork is not None and self.parent is not None and round <= self.fork.round:
+            return self.parent.at(round)
         step = max(round - 1, 0) * self.steps_per_round
         return self.model_copy(update={"rollout": self.rollout.at(step)})
 
     @functools.cached_property
-    def _parent(self) -> Experiment:
-        assert self.fork is not None
+    def parent(self) -> Experiment | None:
+        """The experiment that this one was forked from."""
+        if self.fork is None:
+            return None
         return Experiment.model_validate(self.fork.experiment).model_copy(update={"runtime": self.runtime})
 
     def draft_plan(self, round: int) -> tuple[RolloutConfig, int | None]:
         """The rollout's config whose drafts a round reads, with its schedules, and the last round that reads them (None where no
         round is the last, 0 without any)."""
-        if self.fork is not None and round <= self.fork.round:
-            return self._parent.draft_plan(round)
+        if self.fork is not None and self.parent is not None and round <= self.fork.round:
+            return self.parent.draft_plan(round)
         behaviour, number = self.rollout.behaviour, 1
         if "drafts" in behaviour.at(behaviour.last_change).reads:
             return self.rollout, None
@@ -207,18 +218,39 @@ class Experiment(BaseModel):
             number -= 1
         return self.rollout, number
 
+    def source_of(self, model: ModelConfig | TeacherConfig) -> ModelSource:
+        """Where a model's weights come from when the run begins: those of a teacher that is the student, from the student's."""
+        return cast(ModelSource, self.student.source if is_self(model.source) else model.source)
+
     @property
-    def teacher_source(self) -> ModelSource:
-        """Where the teacher's weights come from when the run begins."""
-        source: Any = self.student.source if is_self(self.teacher.source) else self.teacher.source
-        return cast(ModelSource, source)
+    def self_teacher(self) -> SelfTeacher | None:
+        """The teacher's source, if the teacher is the student itself."""
+        source = None if self.teacher is None else self.teacher.source
+        return source if isinstance(source, SelfTeacher) else None
+
+    @property
+    def averaged(self) -> EmaStudent | None:
+        """What the trainer keeps for a teacher that is the student's average."""
+        return self.self_teacher if isinstance(self.self_teacher, EmaStudent) else None
 
     @property
     def contexts(self) -> dict[str, str]:
         """Split -> template of what the teacher reads. The held-out prompts have one if the evaluation asks the teacher."""
         splits = ("train", "eval") if self.evaluate.generations("kl") else ("train",)
-        template, sources = self.teacher.context, self.prompts.sources()
+        template, sources = None if self.teacher is None else self.teacher.context, self.prompts.sources()
         return {} if template is None else {split: template for split in splits if split in sources}
+
+    @property
+    def taught_by(self) -> dict[str | None, ModelConfig | TeacherConfig]:
+        """The teachers by name; None: the only one."""
+        if self.teacher is not None:
+            return {None: self.teacher}
+        return {name: model for name, model in self.teachers.items()}  # noqa: C416  (for its wider types)
+
+    @property
+    def routed(self) -> bool:
+        """Whether each prompt names its own teacher."""
+        return bool(self.teachers) and self.mixture is None
 
     @property
     def steps_per_round(self) -> int:
@@ -243,233 +275,6 @@ def _is_students(teacher: Any) -> bool:
     """Whether a teacher's section, not validated yet, names the student itself."""
     source = teacher.get("source") if isinstance(teacher, dict) else None
     return isinstance(source, dict) and source.get("kind") in SELF_TEACHERS
-
-
-def cross_problems(e: Experiment) -> list[str]:
-    """Invalid combinations of fields, each with what to do. Checked before anything starts."""
-    problems: list[str] = []
-    samples = e.rollout.prompts_per_round * e.rollout.num_generations * e.train.epochs_per_round
-    if samples % e.train.samples_per_step:
-        problems.append(
-            f"train.samples_per_step: {e.train.samples_per_step} does not divide the {samples} samples of a round"
-            " (rollout.prompts_per_round x rollout.num_generations x train.epochs_per_round)"
-        )
-    if e.objective.estimator == "sft":
-        problems.append("objective.estimator: 'sft' trains on given text and belongs to student.warmup; choose another")
-    if e.objective.needs().credit.reward:
-        problems.append(
-            "objective.advantage: this one needs a reward of each sample, and rewards come with the stage `judge`, which is"
-            " not built yet; use an advantage that needs none (`opd objectives` lists them)"
-        )
-    truncated = [
-        f"rollout.{name} is {value}"
-        for name, value, plain in (
-            ("top_p", e.rollout.top_p, 1.0),
-            ("top_k", e.rollout.top_k or 0, 0),
-            ("min_p", e.rollout.min_p, 0),
-            ("temperature", e.rollout.temperature, 1.0),
-        )
-        if value != plain
-    ]
-    problems += sampling_problems(e, truncated)
-    problems += _stop_problems(e)
-    problems += prefix_problems(e)
-    for name, model in (("student", e.student), ("teacher", e.teacher)):
-        if model.warmup is not None and e.prompts.warmup is None:
-            problems.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
-    problems += signal_problems(e.supervise, e.objective.needs().signals)
-    problems += served_problems(e)
-    problems += size_problems(e, *declared_sizes(e.student.source), declared_sizes(e.teacher_source)[0])
-    problems += teacher_problems(e)
-    return problems
-
-
-def teacher_problems(e: Experiment) -> list[str]:
-    """What of the teacher does not fit the rest."""
-    problems: list[str] = []
-    own, context = is_self(e.teacher.source), e.teacher.context
-    if own and not e.supervise.teacher.reads_checkpoint:
-        problems.append(
-            f"supervise.teacher: kind {e.supervise.teacher.kind} answers with weights of its own, but teacher.source"
-            f" {e.teacher.source.kind} is this run's student; choose kind: local"
-        )
-    if own and not isinstance(e.teacher.source, InitialStudent) and "drafts" in e.rollout.behaviour.reads:
-        problems.append(
-            f"rollout.behaviour: {e.rollout.behaviour.kind!r} reads completions that the teacher writes once for all rounds, but"
-            f" teacher.source {e.teacher.source.kind} is another model in every round; set teacher.source: {{kind: initial}}, or"
-            " take a behaviour that reads no drafts"
-        )
-    if context is not None and not e.prompts.chat_template and not context.endswith("{prompt}"):
-        problems.append(
-            "teacher.context: with prompts.chat_template: false a completion continues the text itself, so the template must end"
-            f" with {{prompt}}, and it is {context!r}"
-        )
-    if e.fork is not None:
-        before = TeacherConfig.model_validate(e.fork.experiment.get("teacher"))
-        if before != e.teacher and (own or is_self(before.source) or before.context != context):
-            problems.append(
-                f"teacher: a fork keeps the teacher of {e.fork.run!r}: prompts, and the average of an ema, come from its rounds;"
-                " start a run of its own for another one (finished stages that it shares are found in the store)"
-            )
-    return problems
-
-
-def _stop_problems(e: Experiment) -> list[str]:
-    """What cannot be with merged stop ids."""
-    if e.prompts.tokenizers.stop_ids != "merge":
-        return []
-    problems = [
-        f"{section}.stop_token_ids: with prompts.tokenizers.stop_ids: merge completions end with the ids of both models; leave it"
-        " at eos"
-        for section, ids in (("rollout", e.rollout.stop_token_ids), ("evaluate", e.evaluate.stop_token_ids))
-        if ids != "eos"
-    ]
-    if not e.supervise.teacher.capabilities.merges_stop_ids:
-        problems.append(
-            f"supervise.teacher: kind {e.supervise.teacher.kind} cannot count several stop ids as one, which"
-            " prompts.tokenizers.stop_ids: merge asks for; choose kind: local, or stop_ids: mask"
-        )
-    return problems
-
-
-def sampling_problems(e: Experiment, truncated: Sequence[str]) -> list[str]:
-    """What does not fit together of how rollouts are drawn (`truncated`: fields that cut the student's distribution off) and an
-    estimator that takes the samples for the student's own."""
-    problems, behaviour, objective = [], e.rollout.behaviour, e.objective
-    correction = e.train.importance_correction.kind
-    weighted = correction == "biased_truncated" and behaviour.weighable
-    if not objective.requires_untruncated_sampling:
-        if correction == "biased_truncated":
-            problems.append(
-                "train.importance_correction: biased_truncated weights samples for a sampled estimator, and this objective is"
-                " none: an expectation needs no weights; take kind: none or truncated"
-            )
-        return problems
-    if weighted:
-        if not getattr(objective, "center", True):
-            problems.append(
-                "objective.center: false, but train.importance_correction: biased_truncated cannot see outside the nucleus, so"
-                " that the part of a constant advantage does not vanish; set center: true"
-            )
-        if objective.exact_samples:
-            problems.append(
-                "objective.advantage: opd_plus is unbiased for exact samples of the student alone, which the weights of"
-                " train.importance_correction: biased_truncated are not; take advantage: stop_gradient, or rollout.top_p: 1"
-            )
-        return problems
-    if not behaviour.exact:
-        weigh = ", or weight the tokens with train.importance_correction: {kind: biased_truncated}"
-        problems.append(
-            f"rollout.behaviour: with {behaviour.kind!r} the student does not draw every token, but this objective's"
-            " sampled estimator needs exact samples of the student; use behaviour: student, or a direct objective"
-            + (weigh if behaviour.weighable else "")
-        )
-    if truncated:
-        problems.append(
-            f"objective: a sampled estimator needs exact samples of the student, but {' and '.join(truncated)}; set"
-            " rollout.top_p: 1, top_k: 0, temperature: 1 (no importance weight restores tokens that were cut off;"
-            " train.importance_correction: {kind: biased_truncated} accepts that)"
-        )
-    return problems
-
-
-def served_problems(e: Experiment) -> list[str]:
-    """What cannot be done with a model whose weights are not on this machine."""
-    problems: list[str] = []
-    if isinstance(e.student.source, ServedModel):
-        problems.append(
-            "student.source: kind served is for a teacher; the student is trained, so its weights must be here"
-        )
-    if isinstance(e.teacher.source, ServedModel):
-        if not isinstance(e.supervise.teacher, ServerTeacher):
-            problems.append(
-                f"teacher.source: kind served has no weights, which supervise.teacher: {e.supervise.teacher.kind} reads; set"
-                " supervise.teacher: {kind: server, model: NAME}, or give a checkpoint"
-            )
-        if e.teacher.warmup is not None:
-            problems.append("teacher.warmup: kind served has no weights to train; leave the warm-up out")
-        if e.rollout.behaviour.reads & {"teacher", "drafts"}:
-            problems.append(
-                f"rollout.behaviour: with {e.rollout.behaviour.kind!r} the sampler loads the teacher, but teacher.source kind"
-                " served has no weights; give a checkpoint, or take behaviour: student"
-            )
-        if e.evaluate.generations("kl"):
-            problems.append(
-                "evaluate.kl_prompts: the exact reverse KL reads the teacher's whole distribution from its weights, which"
-                " teacher.source kind served does not have; set evaluate.kl_prompts: 0 (then it is not measured), or give a"
-                " checkpoint as teacher.source"
-            )
-    return problems
-
-
-def prefix_problems(e: Experiment) -> list[str]:
-    """Whether tokens that the student did not write are trained on by an objective that cannot use them, or not at all."""
-    behaviour = e.rollout.behaviour
-    if not behaviour.prefixes or e.objective.needs().takes_prefixes:
-        return []
-    left_out = "teacher_prefix" in e.train.mask_reasons
-    if left_out and not behaviour.draws:
-        return [
-            "train.mask_reasons: teacher_prefix leaves out every token of these rollouts, none of which the student writes; take"
-            " it out of the list"
-        ]
-    if not left_out and e.objective.estimator == "policy_gradient":
-        return [
-            "objective.estimator: a policy gradient needs the probability with which the student drew each token, but with"
-            f" rollout.behaviour {behaviour.kind!r} others wrote some; put teacher_prefix into train.mask_reasons, take a trust"
-            " region with a term for prefixes (tropd), or use estimator: direct"
-        ]
-    return []
-
-
-def size_problems(e: Experiment, rows: int | None, positions: int | None, teacher_rows: int | None) -> list[str]:
-    """What does not fit models of these sizes: the student's vocabulary rows and positions, the teacher's rows; None: unknown."""
-    problems: list[str] = []
-    for section, length in (
-        ("rollout", e.rollout.max_completion_length),
-        ("evaluate", e.evaluate.max_completion_length),
-    ):
-        if positions and length >= positions:
-            problems.append(
-                f"{section}.max_completion_length: {length} leaves no room for a prompt in the student's"
-                f" max_position_embeddings, {positions}"
-            )
-    for need in e.objective.needs().signals:
-        if rows and need.k and need.k > rows:
-            side = getattr(e.objective, "side", None)
-            where = "trust_region" if side is not None and side.support.k == need.k else "support"
-            problems.append(f"objective.{where}.k: {need.k} is above the vocabulary of {rows}")
-    support, sizes = getattr(e.objective, "support", None), (rows, teacher_rows)
-    if isinstance(support, FullSupport) and all(sizes) and support.k < (least := min(filter(None, sizes))):
-        problems.append(
-            f"objective.support.k: full support means every id, but k is {support.k} and the vocabulary has {least}"
-            f" rows; set k: {least}, or take kind: teacher_topk with outside: bucket"
-        )
-    return problems
-
-
-_WITH_DTYPE = ("rollout", "supervise", "train")
-
-
-def dtype_warning(e: Experiment) -> str | None:
-    """What differs between the dtypes of the student as it is sampled, scored and trained, and why it matters; None if nothing.
-
-    Raises ConfigError for a policy gradient, unless `policy.allow_mixed_dtypes`: the ratio of the live to the rollout-time
-    student would have noise before any update."""
-    dtypes = {section: getattr(e, section).dtype for section in _WITH_DTYPE}
-    if len(set(dtypes.values())) == 1:
-        return None
-    shown = ", ".join(f"{section}.dtype {dtype}" for section, dtype in dtypes.items())
-    text = (
-        f"{shown}: the student that is sampled, scored and trained is not one and the same; its log-probabilities differ by"
-        " rounding before any update"
-    )
-    if e.objective.estimator == "policy_gradient" and not e.policy.allow_mixed_dtypes:
-        raise ConfigError(
-            f"{text}, which a policy gradient takes for an importance ratio. Set one dtype for all three, or accept it with"
-            " policy.allow_mixed_dtypes: true"
-        )
-    return text
 
 
 def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:
@@ -573,7 +378,7 @@ def as_stored(data: dict[str, Any]) -> dict[str, Any]:
         policy["collect"] = False
         policy["retain"] = {"trainer_state": None} | (policy.get("retain") or {})
     if "allow_mixed_dtypes" not in policy:  # it trained with them
-        policy["allow_mixed_dtypes"] = len({(data.get(section) or {}).get("dtype") for section in _WITH_DTYPE}) > 1
+        policy["allow_mixed_dtypes"] = len({(data.get(section) or {}).get("dtype") for section in WITH_DTYPE}) > 1
     return stored | {"policy": policy}
 
 

@@ -95,7 +95,7 @@ _ALL = (
     _table(
         "vocabulary",
         "The tokenizers' vocabularies, so that SQL can read tokens.",
-        _col("tokenizer", _STR, "student or teacher"),
+        _col("tokenizer", _STR, "student, teacher, or teacher:NAME where there are several"),
         _col("id", _INT, "token id"),
         _col("token", _STR, "the tokenizer's own name of the token"),
         _opt("text", _STR, "what it decodes to alone; null where that is no valid text"),
@@ -206,6 +206,19 @@ _ALL = (
             " live to rollout-time probability; low where top-p or top-k kept tokens from being sampled",
         ),
         _opt("masked_tokens", _LONG, "tokens of the step's samples that were left out of the loss"),
+    ),
+    _table(
+        "teacher_steps",
+        "One row per optimizer step and teacher, where a run has several. Means over the teacher's unmasked tokens of the step.",
+        _col("step", _LONG, "optimizer step over the whole run, from 1"),
+        _col("round", _INT, "round it belongs to"),
+        _col("teacher", _STR, "its name"),
+        _col("samples", _INT, "its samples in the step"),
+        _col("tokens", _LONG, "their unmasked tokens"),
+        _opt("loss", _DOUBLE, "objective, mean per unmasked token; null without tokens"),
+        _opt("reverse_kl", _DOUBLE, "KL(student || teacher) as the objective sees it"),
+        _opt("teacher_mass", _DOUBLE, "the teacher's probability on the support"),
+        _opt("teacher_entropy", _DOUBLE, "teacher, nats"),
     ),
     _table(
         "evaluations",

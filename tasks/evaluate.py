@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +21,7 @@ from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.inputs.verifiers import ExactMatch, FunctionVerifier, VerifierConfig, verifier_digest, verify
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.rollout_config import Dtype, StopTokenIds
+from tasks.routing import all_routes, teacher_of_prompts
 from tasks.sharded import ShardedStage
 from tasks.stage import (
     Context,
@@ -31,6 +32,7 @@ from tasks.stage import (
     merged_stop_ids,
     model_inputs,
     prompt_inputs,
+    same_models,
     stop_inputs,
 )
 from tasks.workers.jobs import ArtifactRef, KLJob, KLShard, ModelRef, Request, SampleJob, SampleShard, Sampling
@@ -104,6 +106,7 @@ class Prompt:
     token_ids: list[int]
     teacher_token_ids: list[int] | None
     answer: str | None
+    teacher_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ class Shard:
     mode: str
     prompts: tuple[Prompt, ...]
     generations: int
+    teacher: str | None = None
+    """Of completions to be scored where there are several teachers: the name of the one whose prompts these all are."""
 
     @property
     def samples(self) -> list[tuple[Prompt, int]]:
@@ -140,25 +145,33 @@ def rank_of(prompt_id: str, seed: int) -> tuple[int, str]:
 def evaluate_work(
     config: EvaluateConfig,
     student: Student,
-    teacher: Teacher,
+    teacher: Teacher | Mapping[str, Teacher],
     prompts: Prompts,
     seed: int,
     plugins: Mapping[str, str] = NO_PLUGINS,
 ) -> Work:
     """The evaluation of one student; its key leaves the round out, so an unchanged student is evaluated once.
-    `plugins`: the run's, name -> digest of the source.
+    `plugins`: the run's, name -> digest of the source. `teacher`: the teacher, or several by name; the KL of a prompt is to its
+    own.
 
     Output "evaluate": table evaluations. Meta: `metrics` accuracy_greedy and accuracy_sampled (shares of the judged
     completions, null where none was judged), reverse_kl (nats per token, exact over the vocabulary, on fresh rollouts
     at temperature 1; null where off), mean_length (tokens) and clipped_ratio of the same rollouts (else of the sampled,
     else of the greedy ones), each with its standard error over prompts NAME_se, NAME_n samples and NAME_prompts prompts
-    (`storage.query.figures`); eval_tokens (all). Raises InputError without held-out prompts."""
+    (`storage.query.figures`); eval_tokens (all). With several teachers also each of them over the prompts of one teacher, as
+    METRIC/TEACHER. Raises InputError without held-out prompts."""
     inputs = model_inputs(student, "student:")
+    several = teacher if isinstance(teacher, Mapping) else {}
+    models = {f"teacher:{name}": model for name, model in several.items()} or {"teacher": cast(Teacher, teacher)}
     if config.generations("kl"):
-        inputs |= {f"teacher:{part}": teacher.content[part] for part in ("weights", "architecture")}
+        inputs |= {
+            f"{who}:{part}": m.content[part] for who, m in models.items() for part in ("weights", "architecture")
+        }
     if f"prompts:{SPLIT}" not in prompts.content:
         raise _nothing_held_out()
     inputs |= prompt_inputs(prompts, SPLIT) | stop_inputs(prompts)
+    if several:
+        inputs["teachers"] = prompts.content[all_routes(SPLIT)]
     source = None if config.verifier is None else verifier_digest(config.verifier)
     roles = ("sampler", "scorer") if config.generations("kl") else ("sampler",)
     used = used_plugins(plugins, *roles, config=config)
@@ -166,14 +179,14 @@ def evaluate_work(
     spec = ArtifactSpec.of(STAGE, VERSION, identity, inputs)
 
     def build(builders: dict[str, Builder], ctx: Context) -> None:
-        _build(builders[STAGE], ctx, config, student, teacher, prompts, seed)
+        _build(builders[STAGE], ctx, config, student, several or {None: cast(Teacher, teacher)}, prompts, seed)
 
     return Work(STAGE, {STAGE: spec}, build)
 
 
-def plan_shards(prompts: Sequence[Prompt], config: EvaluateConfig, seed: int) -> list[Shard]:
+def plan_shards(prompts: Sequence[Prompt], config: EvaluateConfig, seed: int, routed: bool = False) -> list[Shard]:
     """All completions to request, shard by shard. A limit selects prompts by the seed, the same in every round; the prompts
-    for the KL are among them."""
+    for the KL are among them. Where prompts name their teachers (`routed`), a shard for the KL has those of one teacher."""
     order = sorted(prompts, key=lambda p: rank_of(p.prompt_id, seed))
     chosen = order[: config.prompts]
     shards = []
@@ -181,7 +194,10 @@ def plan_shards(prompts: Sequence[Prompt], config: EvaluateConfig, seed: int) ->
         mine = chosen[: config.kl_prompts] if mode == "kl" else chosen
         if count := config.generations(mode):
             size = config.shard_prompts
-            shards += [Shard(mode, tuple(mine[i : i + size]), count) for i in range(0, len(mine), size)]
+            apart = routed and mode == "kl"
+            for name in sorted({prompt.teacher_id or "" for prompt in mine}) if apart else [None]:
+                own = [prompt for prompt in mine if name is None or prompt.teacher_id == name]
+                shards += [Shard(mode, tuple(own[i : i + size]), count, name) for i in range(0, len(own), size)]
     return shards
 
 
@@ -190,11 +206,12 @@ def _build(
     ctx: Context,
     config: EvaluateConfig,
     student: Artifact,
-    teacher: Artifact,
+    teachers: Mapping[Any, Artifact],
     prompts: Artifact,
     seed: int,
 ) -> None:
-    plan, stops = plan_shards(_held_out(ctx.store, prompts), config, seed), merged_stop_ids(prompts)
+    plan = plan_shards(_held_out(ctx.store, prompts), config, seed, routed=None not in teachers)
+    stops = merged_stop_ids(prompts)
     sizes = [len(shard.samples) for shard in plan]
     stage = ShardedStage(ctx, STAGE, sizes, {TABLE: builder}, ("sampler", "scorer"))
     between = builder.intermediate()
@@ -228,31 +245,39 @@ def _build(
         for number in unscored:
             between.forget(COMPLETION_KL, number)
         ctx.workers.stage_done()  # on a GPU the scorer needs the sampler's memory; warm workers stay
-        score = KLJob(
-            store=str(ctx.store.root),
-            target=ArtifactRef(builder.stage, builder.key),
-            prompts=ArtifactRef.of(prompts),
-            student=ModelRef.of(ctx.store, student),
-            teacher=ModelRef.of(ctx.store, teacher),
-            dtype=config.dtype,
-            stop_ids=stops,
-        )
-        items = [KLShard(number, sizes[number]) for number in unscored]
-        stage.run("scorer", score, items, written=lambda number: _scored(between, number))
+        for names in same_models(teachers):  # one after the other
+            items = [KLShard(number, sizes[number]) for number in unscored if plan[number].teacher in names]
+            if not items:
+                continue
+            score = KLJob(
+                store=str(ctx.store.root),
+                target=ArtifactRef(builder.stage, builder.key),
+                prompts=ArtifactRef.of(prompts),
+                student=ModelRef.of(ctx.store, student),
+                teacher=ModelRef.of(ctx.store, teachers[names[0]]),
+                dtype=config.dtype,
+                stop_ids=stops,
+            )
+            stage.run("scorer", score, items, written=lambda number: _scored(between, number))
     _write(builder, plan, kl, config)
-    meta = {} if builder.repairing else _meta(builder, len(plan))
+    meta = {} if builder.repairing else _meta(builder, len(plan), _routes(ctx.store, prompts, teachers))
     if lost := meta.get("invalid_kl"):
         ctx.log(f"warning: the KL of {lost} completions is not finite; reverse_kl leaves them out")
     stage.commit(TABLE, meta, stage.batches(TABLE))
 
 
 def _held_out(store: Store, prompts: Artifact) -> list[Prompt]:
-    columns = ["prompt_id", "token_ids", "teacher_token_ids", "answer"]
+    columns = ["prompt_id", "token_ids", "teacher_token_ids", "answer", "teacher_id"]
     table = store.read_table(prompts, "prompts", columns=[*columns, "split"])
     table = table.filter(pc.equal(table["split"], SPLIT)).select(columns)
     if table.num_rows == 0:
         raise _nothing_held_out()
     return [Prompt(**row) for row in table.to_pylist()]
+
+
+def _routes(store: Store, prompts: Artifact, teachers: Mapping[Any, Artifact]) -> dict[str, str | None]:
+    """By prompt_id the name of its teacher; empty where there is one."""
+    return {} if None in teachers else teacher_of_prompts(store, prompts)
 
 
 def _nothing_held_out() -> InputError:
@@ -313,27 +338,38 @@ def _judge(config: EvaluateConfig, text: str, answer: str | None) -> bool | None
     return verify(config.verifier, text, answer)
 
 
-def _meta(builder: Builder, shards: int) -> dict[str, Any]:
-    """Over all shards, including those of an earlier, interrupted attempt."""
+def _meta(builder: Builder, shards: int, teacher_of: Mapping[str, str | None]) -> dict[str, Any]:
+    """Over all shards, including those of an earlier, interrupted attempt. `teacher_of`: by prompt where there are several."""
     columns = ["prompt_id", "mode", "finish_reason", "correct", "reverse_kl_sum", "tokens"]
     table = pa.concat_tables([read_parquet(path, columns) for path in builder.finished(TABLE, shards)])
+    metrics = _metrics(table)
+    names = pa.array([teacher_of[prompt] for prompt in table["prompt_id"].to_pylist()] if teacher_of else [])
+    for name in sorted(set(names.to_pylist())):
+        metrics |= _metrics(table.filter(pc.equal(names, name)), f"/{name}")
+    kl = table.filter(pc.equal(table["mode"], "kl"))
+    return {
+        "metrics": metrics,
+        "invalid_kl": kl["reverse_kl_sum"].null_count,
+        "judged": table.num_rows - table["correct"].null_count,
+    }
+
+
+def _metrics(table: pa.Table, suffix: str = "") -> dict[str, Any]:
+    """The metrics of these rows, with their errors; `suffix` ends a metric's name."""
     by_mode = {mode: table.filter(pc.equal(table["mode"], mode)) for mode in MODES}
     shape = next((by_mode[mode] for mode in ("kl", "sampled", "greedy") if by_mode[mode].num_rows), table)
     kl = by_mode["kl"].filter(pc.is_valid(by_mode["kl"]["reverse_kl_sum"]))
     tokens = pc.sum(kl["tokens"]).as_py()
-    return {
-        "metrics": {
-            "accuracy_greedy": _share(by_mode["greedy"]["correct"]),
-            "accuracy_sampled": _share(by_mode["sampled"]["correct"]),
-            "reverse_kl": pc.sum(kl["reverse_kl_sum"]).as_py() / tokens if tokens else None,
-            "mean_length": pc.mean(shape["tokens"]).as_py(),
-            "clipped_ratio": _share(pc.equal(shape["finish_reason"], "length")),
-            "eval_tokens": pc.sum(table["tokens"]).as_py(),
-            **errors_of(sums_of(table)),
-        },
-        "invalid_kl": by_mode["kl"].num_rows - kl.num_rows,
-        "judged": table.num_rows - table["correct"].null_count,
+    metrics = {
+        "accuracy_greedy": _share(by_mode["greedy"]["correct"]),
+        "accuracy_sampled": _share(by_mode["sampled"]["correct"]),
+        "reverse_kl": pc.sum(kl["reverse_kl_sum"]).as_py() / tokens if tokens else None,
+        "mean_length": pc.mean(shape["tokens"]).as_py(),
+        "clipped_ratio": _share(pc.equal(shape["finish_reason"], "length")),
+        "eval_tokens": pc.sum(table["tokens"]).as_py(),
     }
+    named = {f"{name}{suffix}": value for name, value in metrics.items()}
+    return named | errors_of({f"{name}{suffix}": of for name, of in sums_of(table).items()})
 
 
 def _share(verdicts: pa.ChunkedArray) -> float | None:

@@ -17,18 +17,19 @@ import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
 from storage.artifacts.artifact import Artifact
-from storage.artifacts.digests import table_digest
-from storage.errors import InputError
+from storage.artifacts.digests import table_digest, tokenizer_digest
+from storage.errors import InputError, did_you_mean
 from storage.identity import Identity, canonical_json, omit_at
 from storage.schemas import schema_for
 from storage.store import ArtifactSpec, Builder, Store
 from tasks.inputs.addition import AdditionSource
 from tasks.inputs.completions import continued, depends_on_context
 from tasks.inputs.contexts import privileged_columns, teacher_prompt
-from tasks.inputs.shipped import load_pair, load_tokenizer, read_otherwise
+from tasks.inputs.shipped import load_tokenizer, read_otherwise
 from tasks.inputs.sources import FileSource, PromptSource, Row, read_rows, source_identity
 from tasks.inputs.templates import ClockRead, refuse_random, render
 from tasks.inputs.tokenizers import TokenizerAudit, TokenizerPolicy, audit_tokenizers, vocabulary_rows
+from tasks.routing import ROUTED_COLUMNS, all_routes, learned_by, own_prompts, taught_by
 from tasks.signals.signal import STOP_IDS
 from tasks.stage import LOADING, Context, Work
 
@@ -118,15 +119,18 @@ class PrepareConfig(Identity):
 def prepare_work(
     config: PrepareConfig,
     student_model: Artifact,
-    teacher_model: Artifact | None,
+    teacher_model: Artifact | Mapping[str, Artifact] | None,
     *,
+    mixed: bool = False,
     memo: Path | None = None,
     store: Store | None = None,
     contexts: Mapping[str, str] = NO_CONTEXTS,
 ) -> Work:
-    """Work with the output `prepare`: tables `prompts` and `vocabulary`.
+    """Work with the output `prepare`: tables `prompts` and `vocabulary`. `teacher_model`: the teacher, or several by name. Of
+    several every prompt for training and evaluation names its own; `mixed`: all of them read every prompt.
 
-    Content: `prompts:train` and so on (digest of the rows of each configured split) and `audit`. Meta: prompts
+    Content: `prompts:train` and so on (digest of the rows of each configured split) and `audit`; where prompts name their
+    teachers also what `tasks.routing` lists, and audit and vocabulary by teacher (`audit:NAME`). Meta: prompts
     and `filtered` (by reason) per split, `warnings`, `longest_prompt` in tokens, `audit`. `memo`: folder that
     remembers hashes of unchanged files. `store`: where the models' folders are found; what versions up to 0.1.0 made of
     them otherwise gets another key. `contexts`: split -> template of what the teacher reads (tasks/inputs/contexts.py).
@@ -136,13 +140,25 @@ def prepare_work(
         identity["contexts"] = dict(contexts)
     contents = {split: source_identity(source, memo) for split, source in config.sources().items()}
     inputs = {"tokenizer": _tokenizer_content(student_model)}
-    if teacher_model is not None:
-        inputs["teacher_tokenizer"] = _tokenizer_content(teacher_model)
+    several = dict(sorted(teacher_model.items())) if isinstance(teacher_model, Mapping) else {}
+    one = None if isinstance(teacher_model, Mapping) else teacher_model
+    teachers: dict[str | None, Artifact] = {} if one is None else {None: one}
+    teachers |= {name: model for name, model in several.items()}  # noqa: C416  (for its wider type of key)
+    if one is not None:
+        inputs["teacher_tokenizer"] = _tokenizer_content(one)
         # The audit contains padding rows and stop ids, which come from the configs.
-        inputs["architectures"] = canonical_json([_architecture(student_model), _architecture(teacher_model)])
-    folders = [
-        store.folder(model) for model in (student_model, teacher_model) if store is not None and model is not None
-    ]
+        inputs["architectures"] = canonical_json([_architecture(student_model), _architecture(one)])
+    elif mixed:
+        inputs["teacher_tokenizer"] = _one_tokenizer(several)
+        inputs["architectures"] = canonical_json(
+            [_architecture(student_model), *sorted({_architecture(m) for m in several.values()})]
+        )
+    else:
+        for name, model in several.items():
+            inputs[f"teacher_tokenizer:{name}"] = _tokenizer_content(model)
+            inputs[f"architectures:{name}"] = canonical_json([_architecture(student_model), _architecture(model)])
+    models = (student_model, *teachers.values()) if store is not None else ()
+    folders = [store.folder(model) for model in models if store is not None]
     changes = changed_since_0_1(config, folders, memo)
     marks = {name: value for name, (value, _) in changes.items()}
     spec = ArtifactSpec.of("prepare", VERSION, {**identity, **contents, **marks}, inputs)
@@ -153,8 +169,8 @@ def prepare_work(
         for _, reason in changes.values():
             context.say("prepare", reason)
         student = context.store.materialize(student_model)
-        teacher = None if teacher_model is None else context.store.materialize(teacher_model)
-        prepared = prepare(config, student, teacher, context, contexts)
+        readers = {name: context.store.materialize(model) for name, model in teachers.items()}
+        prepared = prepare(config, student, readers, context, mixed, contexts)
         for split, source in config.sources().items():
             if source_identity(source, memo) != contents[split]:
                 raise InputError(f"{split}: {getattr(source, 'path', source)} changed while it was read; run again")
@@ -190,28 +206,38 @@ class Prepared:
     vocabulary: pa.Table
     filtered: dict[str, dict[str, int]]
     warnings: list[str]
-    audit: TokenizerAudit | None
+    audits: dict[str | None, TokenizerAudit]
+    """By teacher's name; None: the only one, or a mixture."""
 
 
 def prepare(
     config: PrepareConfig,
     student: Path,
-    teacher: Path | None,
+    teachers: Mapping[str | None, Path],
     context: Context,
+    mixed: bool = False,
     contexts: Mapping[str, str] = NO_CONTEXTS,
 ) -> Prepared:
-    """Read, filter, render and tokenise all splits with the tokenizers of two checkpoint folders."""
-    audit = None if teacher is None else audit_tokenizers(student, teacher, config.tokenizers)
-    if audit is not None:
+    """Read, filter, render and tokenise all splits with the tokenizers of checkpoint folders: the student's, and by name the
+    teachers' (None: the only one). Raises InputError, naming the row, where several teachers do not have every prompt once."""
+    audits = audited(student, teachers, config.tokenizers, mixed)
+    for name, audit in audits.items():
         if audit.verdict != "identical":
-            context.log(str(audit))
-        audit.require()
+            context.log(str(audit) if name is None else f"teachers.{name}: {audit}")
+        require_audit(name, audit)
         for warning in audit.warnings:
-            context.say("prepare", f"warning: {warning}")
-    own, others = (load_tokenizer(student), None) if teacher is None else load_pair(student, teacher)
-    renderer = _Renderer(config, own, others, audit)
+            context.say("prepare", f"warning: {warning}" if name is None else f"warning: teachers.{name}: {warning}")
+    own = load_tokenizer(student)
+    loaded = {tokenizer_digest(student): own}
+    readers: dict[str | None, _Reader] = {}
+    for name, audit in audits.items():
+        folder = teachers[name] if name in teachers else next(iter(teachers.values()))  # of a mixture any
+        digest = tokenizer_digest(folder)
+        loaded[digest] = loaded.get(digest) or load_tokenizer(folder)
+        readers[name] = _Reader(loaded[digest], audit)
+    renderer = _Renderer(config, own, readers)
     taken = _Taken(config.equal_ids)
-    stops = set() if audit is None else set(audit.stop_ids)
+    stops = set(audits[None].stop_ids) if None in audits else set()  # with several teachers nothing is merged
     columns: dict[str, list[Any]] = {name: [] for name in schema_for("prompts").names}
     filtered: dict[str, dict[str, int]] = {}
     warnings: list[str] = []
@@ -221,6 +247,8 @@ def prepare(
         if template is not None:
             rows = [replace(row, teacher_prompt=teacher_prompt(row, template)) for row in rows]
         warnings += [f"{split}: {note}" for note in notes]
+        for row in rows:
+            renderer.require_teacher(split, row)
         left_out: Counter[str] = Counter()
         kept = 0
         for done, (row, prompt) in enumerate(renderer.render(rows), start=1):
@@ -245,15 +273,32 @@ def prepare(
     for warning in warnings:
         context.log(f"warning: {warning}")
     vocabularies = [vocabulary_rows("student", renderer.student)]
-    if renderer.teacher is not None:
-        vocabularies.append(vocabulary_rows("teacher", renderer.teacher))
+    for name, reader in readers.items():
+        vocabularies.append(vocabulary_rows("teacher" if name is None else f"teacher:{name}", reader.tokenizer))
     return Prepared(
         prompts=pa.table(columns, schema=schema_for("prompts")),
         vocabulary=pa.concat_tables([pa.table(rows, schema=schema_for("vocabulary")) for rows in vocabularies]),
         filtered=filtered,
         warnings=warnings,
-        audit=audit,
+        audits=audits,
     )
+
+
+def audited(
+    student: Path, teachers: Mapping[str | None, Path], policy: TokenizerPolicy, mixed: bool = False
+) -> dict[str | None, TokenizerAudit]:
+    """The comparison of the student's tokenizer with each teacher's, by name. Of a mixture (`mixed`) that with the teacher of the
+    fewest rows, as None: its teachers have one tokenizer, and it is computed over the ids that all have."""
+    audits = {name: audit_tokenizers(student, folder, policy) for name, folder in teachers.items()}
+    return {None: min(audits.values(), key=lambda audit: audit.teacher.rows)} if mixed else audits
+
+
+def require_audit(name: str | None, audit: TokenizerAudit) -> None:
+    """InputError, naming the teacher, if the tokenizers do not match."""
+    try:
+        audit.require()
+    except InputError as error:
+        raise InputError(f"teachers.{name}: {error}" if name is not None else str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -278,20 +323,52 @@ def _refuse_inner_stop(row: Row, prompt: _Prompt, stops: set[int]) -> None:
                 )
 
 
-class _Renderer:
-    """Renders rows to texts and tokenises them."""
+@dataclass(frozen=True)
+class _Reader:
+    """A teacher: its tokenizer, and how that differs from the student's."""
 
-    def __init__(self, config: PrepareConfig, student: Any, teacher: Any | None, audit: TokenizerAudit | None) -> None:
+    tokenizer: Any
+    audit: TokenizerAudit
+
+    @property
+    def renders(self) -> bool:
+        return self.audit.teacher_renders
+
+    @property
+    def tokenises(self) -> bool:
+        """Otherwise both tokenizers give the same tokens."""
+        return self.renders or self.audit.verdict == "masked"
+
+
+class _Renderer:
+    """Renders rows to texts and tokenises them. `teachers`: by name; None: the one that reads all prompts."""
+
+    def __init__(self, config: PrepareConfig, student: Any, teachers: Mapping[str | None, _Reader]) -> None:
         self.config = config
         self.student = student
-        self.teacher = teacher
-        self._teacher_renders = audit is not None and audit.teacher_renders
-        # Otherwise both tokenizers give the same tokens.
-        self._teacher_tokenises = audit is not None and (self._teacher_renders or audit.verdict == "masked")
+        self.teachers = teachers
         self.notes = _Notes()
-        for side in (student, teacher if self._teacher_renders else None):
-            if side is not None:
-                refuse_random(side)
+        for side in (student, *(reader.tokenizer for reader in teachers.values() if reader.renders)):
+            refuse_random(side)
+
+    def _reader(self, row: Row) -> _Reader | None:
+        """The teacher of a row; None where there is none."""
+        return self.teachers.get(None) or self.teachers.get(row.teacher_id)
+
+    def require_teacher(self, split: str, row: Row) -> None:
+        """InputError where several teachers share the prompts, and the row names none of them. A row of the split `warmup` may
+        name none."""
+        if not self.teachers or None in self.teachers or row.teacher_id in self.teachers:
+            return
+        known = [name for name in self.teachers if name is not None]
+        if row.teacher_id is not None:
+            hint = did_you_mean(row.teacher_id, known, f"the teachers are {', '.join(known)}")
+            raise InputError(f"{row.where}: teacher_id {row.teacher_id!r} is not the name of a teacher; {hint}")
+        if split != "warmup":
+            raise InputError(
+                f"{row.where}: no teacher_id, but there are several teachers; each row of {split} names one of"
+                f" {', '.join(known)} (prompts.{split}.columns: {{teacher_id: COLUMN}} reads another column)"
+            )
 
     def render(self, rows: list[Row]) -> Iterator[tuple[Row, _Prompt]]:
         """Every row with its tokens, in order."""
@@ -303,8 +380,9 @@ class _Renderer:
             targets = self._completions(batch, texts)
             for index, row in enumerate(batch):
                 self._note_bos(self.student, row, token_ids[index])
-                if self.teacher is not None and teacher_ids[index] is not None:
-                    self._note_bos(self.teacher, row, teacher_ids[index] or [])
+                reader = self._reader(row)
+                if reader is not None and teacher_ids[index] is not None:
+                    self._note_bos(reader.tokenizer, row, teacher_ids[index] or [])
                 yield row, _Prompt(texts[index], token_ids[index], teacher_ids[index], targets[index])
 
     def _completions(self, rows: list[Row], texts: list[str]) -> list[list[int] | None]:
@@ -390,21 +468,23 @@ class _Renderer:
 
     def _teacher_tokens(self, rows: list[Row], texts: list[str], student: list[list[int]]) -> list[list[int] | None]:
         """The teacher's tokens where they differ from the student's, else None."""
-        wanted = [i for i, row in enumerate(rows) if self._teacher_tokenises or row.teacher_prompt is not None]
         result: list[list[int] | None] = [None] * len(rows)
-        if self.teacher is None or not wanted:
-            return result
-        renderer = self.teacher if self._teacher_renders else self.student
-        own = {i: rows[i].teacher_prompt or rows[i].prompt for i in wanted}
-        rendered = [
-            texts[i]
-            if renderer is self.student and rows[i].teacher_prompt is None
-            else self._text(rows[i], own[i], renderer)
-            for i in wanted
-        ]
-        tokens = self._tokens(self.teacher, rendered, [rows[i] for i in wanted])
-        for i, ids in zip(wanted, tokens, strict=True):
-            result[i] = ids if ids != student[i] else None
+        for reader in self.teachers.values():
+            mine = [i for i, row in enumerate(rows) if self._reader(row) is reader]
+            wanted = [i for i in mine if reader.tokenises or rows[i].teacher_prompt is not None]
+            if not wanted:
+                continue
+            renderer = reader.tokenizer if reader.renders else self.student
+            own = {i: rows[i].teacher_prompt or rows[i].prompt for i in wanted}
+            rendered = [
+                texts[i]
+                if renderer is self.student and rows[i].teacher_prompt is None
+                else self._text(rows[i], own[i], renderer)
+                for i in wanted
+            ]
+            tokens = self._tokens(reader.tokenizer, rendered, [rows[i] for i in wanted])
+            for i, ids in zip(wanted, tokens, strict=True):
+                result[i] = ids if ids != student[i] else None
         return result
 
 
@@ -486,14 +566,21 @@ class _Taken:
 
 def _commit(builder: Builder, prepared: Prepared, changes: dict[str, tuple[str, str]]) -> None:
     shards = {name: _write(builder, name, getattr(prepared, name)) for name in ("prompts", "vocabulary")}
-    prompts, audit = prepared.prompts, prepared.audit
+    prompts, audits = prepared.prompts, prepared.audits
     found: dict[str, pa.Table] = {split: prompts.filter(pc.equal(prompts["split"], split)) for split in SPLITS}
-    audited = None if audit is None else audit.record()
-    stops = [] if audit is None else list(audit.stop_ids)
+    dumped = {name: audit.record() for name, audit in audits.items()}
+    named = {name: audit for name, audit in dumped.items() if name is not None}
+    stops = list(audits[None].stop_ids) if None in audits else []
     builder.commit(
         content={
-            **{f"prompts:{split}": table_digest(found[split]) for split in prepared.filtered},
-            "audit": hashlib.sha256(canonical_json(audited).encode("ascii")).hexdigest(),
+            **(
+                _routed_content(prepared, found, named)
+                if named
+                else {
+                    **{f"prompts:{split}": table_digest(found[split]) for split in prepared.filtered},
+                    "audit": _audit_digest(dumped.get(None)),
+                }
+            ),
             **{name: value for name, (value, _) in changes.items() if name == LOADING},
             **({STOP_IDS: canonical_json(stops)} if stops else {}),
         },
@@ -502,11 +589,42 @@ def _commit(builder: Builder, prepared: Prepared, changes: dict[str, tuple[str, 
             "filtered": prepared.filtered,
             "warnings": prepared.warnings,
             "longest_prompt": max(_lengths(prompts["token_ids"])),
-            "audit": audited,
+            "audit": dumped.get(None),
+            **({"audits": named} if named else {}),
             CHECKED: {name: reason for name, (_, reason) in changes.items()},
         },
         tables=shards,
     )
+
+
+def _audit_digest(audit: dict[str, Any] | None) -> str:
+    return hashlib.sha256(canonical_json(audit).encode("ascii")).hexdigest()
+
+
+def _routed_content(
+    prepared: Prepared, found: Mapping[str, pa.Table], audits: Mapping[str, dict[str, Any]]
+) -> dict[str, str]:
+    """What the stages depend on where prompts name their teachers: see `tasks.routing`."""
+    content = {}
+    for split in prepared.filtered:
+        rows = found[split]
+        content[f"prompts:{split}"] = table_digest(rows.drop_columns(list(ROUTED_COLUMNS)))
+        content[all_routes(split)] = table_digest(rows.select(["prompt_id", *ROUTED_COLUMNS]))
+        for name in audits:
+            own = rows.filter(taught_by([name], rows)).select(["prompt_id", "teacher_token_ids"])
+            content[own_prompts(name, split)] = table_digest(own)
+            if split == "warmup":
+                learned = rows.filter(pc.or_kleene(pc.is_null(rows["teacher_id"]), taught_by([name], rows)))
+                content[learned_by(name)] = table_digest(learned.drop_columns(list(ROUTED_COLUMNS)))
+    for name, audit in audits.items():
+        both = pa.array(["student", f"teacher:{name}"])
+        vocabulary = prepared.vocabulary.filter(pc.is_in(prepared.vocabulary["tokenizer"], value_set=both))
+        # the name in the table is not what the teacher's signals depend on
+        renamed = pc.replace_substring(vocabulary["tokenizer"], f"teacher:{name}", "teacher")
+        at = vocabulary.column_names.index("tokenizer")
+        content[f"vocabulary:{name}"] = table_digest(vocabulary.set_column(at, "tokenizer", renamed))
+        content[f"audit:{name}"] = _audit_digest(audit)
+    return content
 
 
 def _write(builder: Builder, name: str, table: pa.Table) -> int:
@@ -525,6 +643,18 @@ def _tokenizer_content(model: Artifact) -> str:
     if "tokenizer" not in model.content:
         raise InputError(f"{model}: this model has no tokenizer; save one beside its weights")
     return model.content["tokenizer"]
+
+
+def _one_tokenizer(teachers: Mapping[str, Artifact]) -> str:
+    """The tokenizer of a mixture's teachers. InputError where they have more than one."""
+    (first, digest), *others = ((name, _tokenizer_content(model)) for name, model in teachers.items())
+    for name, other in others:
+        if other != digest:
+            raise InputError(
+                f"teachers.{name}: its tokenizer files differ from those of teachers.{first}; a mixture averages over one"
+                " vocabulary, so take teachers with one tokenizer, or remove `mixture` and give each prompt a teacher_id"
+            )
+    return digest
 
 
 def _architecture(model: Artifact) -> str:

@@ -71,6 +71,17 @@ def model_inputs(artifact: Artifact, prefix: str = "") -> dict[str, str]:
     return {f"{prefix}{part}": artifact.content[part] for part in MODEL_CONTENT if part in artifact.content}
 
 
+def same_models(models: Mapping[Any, Artifact]) -> list[tuple[Any, ...]]:
+    """The names of `models`, those of one checkpoint together: names are aliases where weights, architecture, tokenizer and
+    generation config are equal. A model that is not made yet (in a plan) stands alone."""
+    found: dict[Any, tuple[Any, ...]] = {}
+    for name, model in models.items():
+        made = isinstance(model, Artifact)
+        content = tuple(sorted(model_inputs(model).items())) if made else name
+        found[content] = (*found.get(content, ()), name)
+    return list(found.values())
+
+
 LOADING = "tokenizer_loading"
 """Field of identities and contents; it is there only where versions up to 0.1.0 read a tokenizer otherwise than its file says
 (`tasks/inputs/shipped.py`), so that their results are not found again. Its one value is `file`."""

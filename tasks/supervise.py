@@ -15,6 +15,7 @@ from tasks.engines.teacher import LocalTeacher, TeacherField
 from tasks.losses.needs import SignalNeed
 from tasks.plugins import NO_PLUGINS
 from tasks.rollout_config import Dtype
+from tasks.routing import teacher_of_prompts
 from tasks.sharded import ShardedStage
 from tasks.signals import Inputs, Written, require_usable, signal_named
 from tasks.signals.mask import SpecialTokens, mask_rules
@@ -70,9 +71,11 @@ def supervise_work(
     sampling: Sampling,
     store: Store | None = None,
     plugins: Mapping[str, str] = NO_PLUGINS,
+    names: Sequence[str] = (),
 ) -> Work:
     """The signals that an objective needs of one round's rollouts, each an artifact of its own. `plugins`: the run's, name ->
-    digest of the source.
+    digest of the source. `names`: the teacher's, where there are several (more than one: of one checkpoint); the signals then
+    have rows of its own samples only, and shards may be empty.
 
     Outputs: one per signal, of its name, with one table of that name that has the shards of the rollouts. Meta: see each
     signal. With a `store`, a committed list of more candidates serves where fewer are asked for (`Work.shared`). Raises
@@ -83,7 +86,7 @@ def supervise_work(
     how: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     if sampling.min_p:  # younger than version 0.1: left out of keys at 0
         how["min_p"] = sampling.min_p
-    context = Inputs(config, rollouts, student, teacher, prompts, how, plugins)
+    context = Inputs(config, rollouts, student, teacher, prompts, how, plugins, tuple(names))
     outputs: dict[str, ArtifactSpec] = {need.name: signal_named(need.name).spec(context, need.k) for need in made}
     shared: dict[str, str] = {}
     for need in made:
@@ -135,9 +138,9 @@ def find_topk(store: Store, spec: ArtifactSpec, k: int) -> Artifact | None:
 def _build(builders: dict[str, Builder], ctx: Context, inputs: Inputs) -> None:
     rollouts = inputs.rollouts
     k = {name: builder.spec.identity.get("k") for name, builder in builders.items()}  # a list may be longer than needed
-    sizes = [record.rows for record in ctx.store.shards(rollouts, "rollouts")]
+    sizes = _sizes(ctx.store, inputs)
     stage = ShardedStage(ctx, "supervise", sizes, builders, ("scorer",))
-    _require_space(ctx, rollouts, builders, k)
+    _require_space(ctx, inputs, builders, k, sizes)
     outputs = {
         name: SignalOutput(name, ArtifactRef(name, builder.key), k[name], inputs.settings.encoding)
         for name, builder in sorted(builders.items())
@@ -164,6 +167,16 @@ def _build(builders: dict[str, Builder], ctx: Context, inputs: Inputs) -> None:
         stage.commit(name, meta)
 
 
+def _sizes(store: Store, inputs: Inputs) -> list[int]:
+    """Samples to score per shard of the rollouts: all, or those of one teacher."""
+    records = store.shards(inputs.rollouts, "rollouts")
+    if not inputs.names:
+        return [record.rows for record in records]
+    of, names = teacher_of_prompts(store, inputs.prompts), set(inputs.names)
+    shards = (store.read_shard(inputs.rollouts, "rollouts", record.shard) for record in records)
+    return [sum(of[prompt] in names for prompt in rows["prompt_id"].to_pylist()) for rows in shards]
+
+
 def _require_usable(ctx: Context, builders: Mapping[str, Builder], shards: int) -> None:
     """Refuses signals of a broken model, and removes their shards: after a repair the models are asked again. What is made
     again (a repair, a replay) was accepted before."""
@@ -188,7 +201,8 @@ def _job(ctx: Context, inputs: Inputs, builders: Mapping[str, Builder]) -> Score
     needs_models = flags is None or set(builders) != {"mask"}
     mask = None
     if "mask" in builders:
-        mask = MaskRules(**mask_rules(ctx.store, inputs.prompts, inputs.settings.special_tokens))
+        name = inputs.names[0] if inputs.names else None
+        mask = MaskRules(**mask_rules(ctx.store, inputs.prompts, inputs.settings.special_tokens, name))
     return ScoreJob(
         store=str(ctx.store.root),
         rollouts=ArtifactRef.of(inputs.rollouts),
@@ -201,10 +215,14 @@ def _job(ctx: Context, inputs: Inputs, builders: Mapping[str, Builder]) -> Score
         mask=mask,
         flags=flags,
         stop_ids=merged_stop_ids(inputs.prompts),
+        names=list(inputs.names) or None,
     )
 
 
-def _require_space(ctx: Context, rollouts: Artifact, builders: Iterable[str], k: dict[str, int | None]) -> None:
-    tokens = rollouts.meta.get("metrics", {}).get("tokens") or 0
+def _require_space(
+    ctx: Context, inputs: Inputs, builders: Iterable[str], k: dict[str, int | None], sizes: Sequence[int]
+) -> None:
+    share = sum(sizes) / max(1, sum(inputs.rollouts.rows.values()))
+    tokens = (inputs.rollouts.meta.get("metrics", {}).get("tokens") or 0) * share
     needed = sum(signal_named(name).bytes_per_token(k[name]) for name in builders) * tokens
     ctx.store.require_space(int(needed), "the signals of this round (before compression)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from storage.errors import InputError
@@ -12,6 +12,7 @@ from tasks.inputs.models import ModelSource, dropout_identity
 from tasks.inputs.teachers import EmaStudent
 from tasks.losses.config import AnyObjective
 from tasks.plugins import NO_PLUGINS, used_plugins
+from tasks.routing import all_routes, combined
 from tasks.signals import require_usable, signal_named
 from tasks.stage import (
     Context,
@@ -42,26 +43,31 @@ def train_work(
     student: Student,
     state: TrainerState | None,
     rollouts: Rollouts,
-    signals: Mapping[str, Artifact],
+    signals: Signals,
     seed: int,
     round: int,
     source: ModelSource | None = None,
     average: EmaStudent | None = None,
     plugins: Mapping[str, str] = NO_PLUGINS,
     prompts: Prompts | None = None,
+    routed: bool = False,
 ) -> Work:
     """Work with the outputs `student` (tree model), `trainer_state` (tree state), `train` (table training_steps) and, with an
     `average`, `teacher_ema` (tree model): the average of the student's weights after this round, which `trainer_state` holds.
 
+    `signals`: by name one teacher's signals, or by any label those of several teachers, which have every sample once between
+    them. `prompts`: they say which stop ids are merged, and where they name their teachers (`routed`) whose prompt each is;
+    `train` then has the table teacher_steps.
     Steps, learning rate and moments go on from `state`; without one they start at step 0 from the student's weights.
     `source`: of the first student, whose config says whether dropout is to be turned off. `plugins`: the run's, name -> digest of
-    the source. `prompts`: they say which stop ids are merged.
+    the source.
     Raises InputError when the state belongs to another student, or a signal that the objective needs is not given."""
     needed = {need.name: need for need in objective.needs().signals}
-    missing = sorted(set(needed) - set(signals))
+    given = by_signal(signals)
+    missing = sorted(set(needed) - set(given))
     if missing:
-        raise InputError(f"train: the objective needs the signal {missing[0]!r}; given are {sorted(signals) or 'none'}")
-    used = {name: signals[name] for name in sorted(needed)}
+        raise InputError(f"train: the objective needs the signal {missing[0]!r}; given are {sorted(given) or 'none'}")
+    used = {name: given[name] for name in sorted(needed)}
     if state is not None and state.meta.get("student_weights") not in (None, student.content["weights"]):
         raise InputError(
             f"train: the trainer state {state.key} belongs to the student with weights"
@@ -71,8 +77,12 @@ def train_work(
         **model_inputs(student),
         "rollouts": rollouts.content["rollouts"],
     }
-    inputs |= {f"signal:{name}": artifact.content[name] for name, artifact in used.items()}
+    inputs |= {f"signal:{name}": combined([part.content[name] for part in parts]) for name, parts in used.items()}
     inputs |= stop_inputs(prompts)
+    if routed:
+        if prompts is None:
+            raise InputError("train: routed needs the prompts, which say whose each is")
+        inputs["teachers"] = prompts.content[all_routes("train")]
     if state is not None:
         inputs["state"] = state.content["state"]
     identity: dict[str, Any] = {"config": config, "objective": objective, "seed": seed, "round": round}
@@ -90,16 +100,19 @@ def train_work(
     def build(builders: dict[str, Builder], context: Context) -> None:
         if not context.recorded and not any(builder.repairing for builder in builders.values()):
             # of another run that accepts more, or of a version that did not ask
-            files = {name: context.store.shard_files(artifact, name) for name, artifact in used.items()}
-            require_usable("train", files, context.runtime.scorer.max_invalid)
-        if (warning := mismatch_warning(config, objective, signals)) is not None:
+            for name, parts in used.items():  # each teacher alone: a broken one is not to hide behind the others
+                for part in parts:
+                    files = {name: context.store.shard_files(part, name)}
+                    require_usable("train", files, context.runtime.scorer.max_invalid)
+        if (warning := mismatch_warning(config, objective, given.get("sampled", []))) is not None:
             context.say("train", f"warning: {warning}")
         job = TrainJob(
             store=str(context.store.root),
             model=str(context.store.materialize(student, "model")),
             state=str(context.store.materialize(state, "state")) if state is not None else None,
             rollouts=ArtifactRef.of(rollouts),
-            signals={name: ArtifactRef.of(artifact) for name, artifact in used.items()},
+            signals={name: [ArtifactRef.of(part) for part in parts] for name, parts in used.items()},
+            prompts=ArtifactRef.of(prompts) if prompts is not None and routed else None,
             config=config_json(config),
             objective=config_json(objective),
             seed=seed,
@@ -113,12 +126,25 @@ def train_work(
     return Work("train", outputs, build)
 
 
-def mismatch_warning(config: TrainConfig, objective: AnyObjective, signals: Mapping[str, Artifact]) -> str | None:
+Signals = Mapping[str, Artifact] | Mapping[str, Mapping[str, Artifact]]
+
+
+def by_signal(signals: Signals) -> dict[str, list[Artifact]]:
+    """By name of a signal the artifacts that hold it: one, or one per teacher."""
+    found: dict[str, list[Artifact]] = {}
+    for label, item in signals.items():
+        for name, artifact in [(label, item)] if isinstance(item, Artifact) else sorted(item.items()):
+            found.setdefault(name, []).append(artifact)
+    return found
+
+
+def mismatch_warning(config: TrainConfig, objective: AnyObjective, sampled: Sequence[Artifact]) -> str | None:
     """A warning where the sampler's log-probabilities are far from the scorer's, as `sampled` has measured it, and an objective
     that takes samples for the student's own does not correct for it; else None."""
     if config.importance_correction.kind != "none" or not objective.requires_untruncated_sampling:
         return None
-    metrics = signals["sampled"].meta.get("metrics") or {} if "sampled" in signals else {}
+    measured = [part.meta.get("metrics") or {} for part in sampled]
+    metrics = max(measured, key=lambda found: found.get("sampler_mismatch_mean") or 0.0, default={})
     mean = metrics.get("sampler_mismatch_mean") or 0.0
     if mean <= LARGE_MISMATCH:
         return None

@@ -10,6 +10,7 @@ from storage.store import Artifact, ArtifactSpec, Builder
 from tasks.inputs.models import ModelSource, dropout_identity
 from tasks.losses.config import SftConfig
 from tasks.plugins import NO_PLUGINS, used_plugins
+from tasks.routing import learned_by
 from tasks.stage import Context, Prompts, Work, model_inputs
 from tasks.trainer.config import WarmupConfig, forward_identity
 from tasks.trainer.dispatch import run_and_commit
@@ -27,9 +28,11 @@ def warmup_work(
     seed: int,
     source: ModelSource | None = None,
     plugins: Mapping[str, str] = NO_PLUGINS,
+    teacher: str | None = None,
 ) -> Work:
     """Work with the outputs `student` (tree model; the teacher's warm-up makes one too) and `warmup` (training_steps).
 
+    `teacher`: the model's name where it is one of several teachers: it learns the rows that name it, or none.
     `source`: of the model (see `train_work`). `plugins`: the run's, name -> digest of the source. Raises InputError when there
     are no prompts of the split `warmup`."""
     if "prompts:warmup" not in prompts.content:
@@ -37,7 +40,7 @@ def warmup_work(
     objective = SftConfig()
     inputs = {
         **model_inputs(model),
-        "prompts": prompts.content["prompts:warmup"],
+        "prompts": prompts.content["prompts:warmup" if teacher is None else learned_by(teacher)],
     }
     identity: dict[str, Any] = {"config": config, "objective": objective, "seed": seed}
     identity |= forward_identity(config) | dropout_identity(source, config.dropout)
@@ -54,6 +57,7 @@ def warmup_work(
             objective=config_json(objective),
             seed=seed,
             outputs=TrainOutputs(),
+            teacher=teacher,
         )
         run_and_commit(job, outputs, builders, context)
 

@@ -194,7 +194,8 @@ def example_store_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "sampled": commit(store, "sampled", r, sampled=[sampled(r, i) for i in range(5)]),
             "mask": commit(store, "mask", r, mask=[mask(r, i) for i in range(5)]),
         }
-        train = commit(store, "train", r, training_steps=[step(2 * r - 1, r), step(2 * r, r)])
+        by_teacher = [{"step": 2 * r, "round": r, "teacher": "only", "samples": 4, "tokens": 9}]
+        train = commit(store, "train", r, training_steps=[step(2 * r - 1, r), step(2 * r, r)], teacher_steps=by_teacher)
         stages = {
             "rollout": done(rollout=rollouts),
             "supervise": done(**signals),

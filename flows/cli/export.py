@@ -33,11 +33,15 @@ def export(
     ],
     round: Annotated[int | None, typer.Option("--round", min=0, help="round (default: the last)")] = None,
     teacher: Annotated[bool, typer.Option("--teacher", help="the teacher instead, after its warm-up")] = False,
+    teacher_name: Annotated[
+        str | None,
+        typer.Option("--teacher-name", help="of several teachers the one with this name", show_default=False),
+    ] = None,
     json_: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Copy a round's student to DIR: a Hugging Face checkpoint (safetensors, tokenizer, configs). With --teacher: the run's
-    teacher, for example to serve it.
+    teacher, for example to serve it; of several that with --teacher-name.
 
     The hash of every file and of the weights is verified; the hash of the weights is printed. DIR appears complete or not at
     all.
@@ -48,8 +52,8 @@ def export(
 
     run = Run.open(root, name)
     store = Store(existing_root(root))
-    if teacher:
-        _export_teacher(run, store, directory, json_)
+    if teacher or teacher_name is not None:
+        _export_teacher(run, store, directory, teacher_name, json_)
         return
     chosen = _round(run, round)
     artifact = student_of(store, chosen)
@@ -67,13 +71,19 @@ def export(
     typer.echo(f"student of {name!r} round {chosen.round} is in {directory}\nweights sha256: {sha}")
 
 
-def _export_teacher(run: Run, store: Store, directory: Path, json_: bool) -> None:
+def _export_teacher(run: Run, store: Store, directory: Path, name: str | None, json_: bool) -> None:
     from flows.cli.report import tree_of
 
+    names = sorted(run.experiment.get("teachers") or {})
+    if (name is None and names) or (name is not None and name not in names):
+        there = f"the teachers are {', '.join(names)}; choose one with --teacher-name" if names else "use --teacher"
+        asked = "has several teachers" if name is None else f"has no teacher {name!r}"
+        raise InputError(f"run {run.name!r} {asked}: {there}")
+    suffix = "" if name is None else f"_{name}"
     stages = run.state.rounds[0].stages if run.state.rounds else {}
     found = [
         (kind, stages[label].artifacts[kind])
-        for label, kind in (("warmup_teacher", "student"), ("model_teacher", "model"))
+        for label, kind in ((f"warmup_teacher{suffix}", "student"), (f"model_teacher{suffix}", "model"))
         if label in stages and kind in stages[label].artifacts
     ]
     artifact = store.get(*found[0]) if found else None
@@ -84,7 +94,8 @@ def _export_teacher(run: Run, store: Store, directory: Path, json_: bool) -> Non
     if json_:
         typer.echo(json.dumps({"run": run.name, "directory": str(directory), "teacher_sha256": sha}))
         return
-    typer.echo(f"teacher of {run.name!r} is in {directory}\nweights sha256: {sha}")
+    who = "teacher" if name is None else f"teacher {name}"
+    typer.echo(f"{who} of {run.name!r} is in {directory}\nweights sha256: {sha}")
 
 
 def _round(run: Run, number: int | None) -> RoundState:

@@ -12,7 +12,7 @@ from rich.text import Text
 from flows.cli.options import PIPE_WIDTH, console, grid
 from flows.run.earlier import outdated
 from flows.run.hints import opd_command
-from flows.run.shown import NOT_EVALUATED, sample_sizes, with_error
+from flows.run.shown import NOT_EVALUATED, by_teacher, sample_sizes, with_error
 from storage.artifacts.artifact import Artifact, TreeRecord, artifact_directory, load_manifest
 from storage.artifacts.trees import tree_directory
 from storage.errors import CorruptArtifact, InputError, StoreError
@@ -103,6 +103,12 @@ def report(state: RunState, root: Path, holder: str | None, out: Console) -> lis
         gone = evicted(state, root)
         state = completed(Store(root), state)
         parts += _rounds(state, gone, out)
+        headings, rows = by_teacher(state.rounds)
+        if rows:
+            table = grid(*headings)
+            for row in rows:
+                table.add_row(*row)
+            parts.append(table)
         sizes = sample_sizes(state.rounds, _EVALUATED)
         parts.append(Text(f"{_LEGEND}: {sizes}" if sizes else _LEGEND, style="dim"))
         if any(round.unevaluated for round in state.rounds):

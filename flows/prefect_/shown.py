@@ -15,7 +15,7 @@ from flows.prefect_.session import Session
 from flows.run.executor import Reporter
 from flows.run.hints import opd_command
 from flows.run.progress import LineReporter, round_line
-from flows.run.shown import NOT_EVALUATED, all_with_errors, amount, sample_sizes, with_error
+from flows.run.shown import NOT_EVALUATED, all_with_errors, amount, by_teacher, sample_sizes, with_error
 from storage.artifacts.artifact import Artifact, artifact_directory
 from storage.disk.redact import redact
 from storage.runs import RoundState, Run, RunState, StageState
@@ -117,8 +117,8 @@ def _round_table(run: str, state: RoundState) -> None:
     from prefect.artifacts import create_table_artifact
 
     def own(label: str, metric: str) -> bool:
-        stage = next((name for name in state.stages if metric.startswith(f"{name}_")), "evaluate")
-        return stage == label
+        found = [name for name in state.stages if metric.startswith(f"{name}_")]
+        return max(found, key=len, default="evaluate") == label
 
     rows = [
         {
@@ -158,6 +158,13 @@ def summary(state: RunState, root: Path, student: Artifact, configured: int) -> 
     for round, row in zip(rounds, cells, strict=True):
         if round.unevaluated and row:
             row[0] = NOT_EVALUATED
+    headings, by_name = by_teacher(rounds)
+    of_teachers = [
+        f"| {' | '.join(headings)} |",
+        "|---" * len(headings) + "|",
+        *(f"| {' | '.join(row)} |" for row in by_name),
+        "",
+    ]
     sizes = sample_sizes(rounds, columns)
     last, name = rounds[-1].round, state.name
     commands = [
@@ -175,6 +182,7 @@ def summary(state: RunState, root: Path, student: Artifact, configured: int) -> 
             "|---" * (len(columns) + 1) + "|",
             *(f"| {round.round} | {' | '.join(row)} |" for round, row in zip(rounds, cells, strict=True)),
             "",
+            *(of_teachers if by_name else ()),
             f"± is one standard error over prompts{f' ({sizes})' if sizes else ''}.",
             f"Round 0 is the student before distillation. The student of round {last}:"
             f" `{artifact_directory(root, student.stage, student.key)}`",

@@ -25,6 +25,7 @@ from tasks.losses.credit import CREDITS
 from tasks.losses.divergences import DIVERGENCES, Divergence
 from tasks.losses.token_weights import TOKEN_WEIGHTS
 from tasks.losses.trust_regions import TRUST_REGIONS
+from tasks.mixture import MixtureConfig
 
 RECIPES = CONFIGS / "recipes"
 _PAPER = re.compile(r"\b(\d{4}\.\d{5})\b")
@@ -102,7 +103,22 @@ def catalogue() -> list[Entry]:
     found += [_of_class(kind, "token weight", c) for kind, c in TOKEN_WEIGHTS.classes.items()]
     found += [_of_class(kind, "behaviour", c) for kind, c in BEHAVIOURS.classes.items()]
     found += [_of_class(kind, "teacher backend", c) for kind, c in TEACHERS.classes.items()]
-    return found + [_of_class(kind, "teacher", c) for kind, c in SELF_TEACHERS.items()]
+    found += [_of_class(kind, "teacher", c) for kind, c in SELF_TEACHERS.items()]
+    return [*found, _ROUTED, _of_class("mixture", "teacher", MixtureConfig)]
+
+
+_ROUTED = Entry(
+    name="routed",
+    axis="teacher",
+    summary="Several `teachers` by name, each with prompts of its own: a prompt's `teacher_id` names its teacher",
+    equations=("q(. | x) = q_i(. | x), i the teacher_id of the prompt x",),
+    papers=(),
+    experimental=False,
+    code="tasks/routing.py own_prompts",
+    fields=(),
+    about="Several `teachers` by name, each with prompts of its own. One signal artifact per teacher, loaded one after the other;"
+    " see docs/teachers.md.",
+)
 
 
 def axes(entries: list[Entry]) -> list[str]:
@@ -163,6 +179,9 @@ def _recipe(path: Path) -> Entry:
     made_of = _parts(objective)
     if (backend := experiment.supervise.teacher).kind != "local":
         made_of.append(("teacher backend", backend.kind, backend.equation))
+    if experiment.teachers:
+        kind = "routed" if experiment.routed else "mixture"
+        made_of.append(("teacher", kind, _ROUTED.equations[0] if experiment.routed else MixtureConfig.equation))
     equations = [f"{axis} {name}: {equation}" for axis, name, equation in made_of]
     return Entry(
         name=path.stem,

@@ -116,7 +116,8 @@ with `train.importance_correction: {kind: biased_truncated}`, whose weights cann
 TrOPD's guidance (2606.01249) is the recipe [tropd-guided](#recipe-tropd-guided), on rollouts of the behaviour
 [teacher_prefix](#behaviour-teacher-prefix). GKD's mixture (2306.13649) and off-policy distillation are
 [gkd-mixed](#recipe-gkd-mixed) and [off-policy](#recipe-off-policy), on rollouts of the behaviour
-[mixture](#behaviour-mixture). Off-policy training on given text is [sft](#estimator-sft), used by warm-ups.
+[mixture](#behaviour-mixture). Several teachers: [teachers.md](teachers.md). Off-policy training on given text is
+[sft](#estimator-sft), used by warm-ups.
 """
 
 

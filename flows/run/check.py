@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flows.cross_checks import dtype_warning
 from flows.distill import inputs
-from flows.experiment import Experiment, dtype_warning, with_plugins
+from flows.experiment import Experiment, with_plugins
 from flows.run.dates import with_date
 from flows.run.executor import Maker
 from flows.run.preflight import Known, findings, require
@@ -22,13 +23,14 @@ from storage.errors import RELATIVE, ConfigError, InputError, OpdError
 from storage.runs import Run
 from storage.store import Artifact, Store
 from tasks.evaluate import Prompt, plan_shards
-from tasks.inputs.models import CheckpointModel, model_work, parameter_count
+from tasks.inputs.models import CheckpointModel, ModelSource, model_work, parameter_count
 from tasks.inputs.sources import FileSource
-from tasks.inputs.teachers import is_self
-from tasks.inputs.tokenizers import audit_tokenizers, load_tokenizer
+from tasks.inputs.tokenizers import load_tokenizer
 from tasks.inputs.verifiers import FunctionVerifier, function_place, verify
 from tasks.plugins import source_place
-from tasks.stage import Context
+from tasks.prepare import audited, require_audit
+from tasks.routing import teacher_field
+from tasks.stage import Context, same_models
 from tasks.workers.metrics import StageProgress
 from tasks.workers.pool import WorkerPool
 
@@ -67,23 +69,27 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
                 return Context(store, experiment.runtime, workers, progress, lambda line: None)
 
             maker = Maker(store, run, run.state, context, SilentReporter())
-            student = teacher = maker_model(experiment, maker, "student")
-            if not is_self(experiment.teacher.source):
-                teacher = maker_model(experiment, maker, "teacher")
-            yield from _same_model(experiment, student, teacher)
-            audit = audit_tokenizers(
-                store.materialize(student), store.materialize(teacher), experiment.prompts.tokenizers
-            )
-            yield str(audit)
-            audit.require()
+            student = maker_model(experiment, maker, "student", experiment.student.source)
+            teachers = {
+                name: maker_model(experiment, maker, teacher_field(name), experiment.source_of(config))
+                for name, config in experiment.taught_by.items()
+            }
+            yield from _same_model(experiment, student, teachers)
+            folders = {name: store.materialize(teacher) for name, teacher in teachers.items()}
+            blended = experiment.mixture is not None
+            policy = experiment.prompts.tokenizers
+            for who, audit in audited(store.materialize(student), folders, policy, blended).items():
+                yield str(audit) if who is None else f"teachers.{who}: {audit}"
+                require_audit(who, audit)
             _, _, prompts = inputs(experiment, maker)
             yield from _prompts(prompts)
             rows = store.read_table(prompts, "prompts")
-            tokenizers = [load_tokenizer(store.materialize(model)) for model in (student, teacher)]
-            yield from _lengths_and_example(rows, *tokenizers)
+            yield from _routes(experiment, rows)
+            readers = {name: load_tokenizer(folder) for name, folder in folders.items()}
+            yield from _lengths_and_example(rows, load_tokenizer(store.materialize(student)), readers)
             yield from _verifier(experiment, rows)
             parameters = parameter_count(store.materialize(student))
-            found = findings(Known.of(experiment, store, student, teacher, prompts))
+            found = findings(Known.of(experiment, store, student, teachers, prompts))
             yield from (f"note: {finding.text}" for finding in found if not finding.refused)
             require(found)
     yield (
@@ -97,7 +103,8 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
 def _require_files(experiment: Experiment) -> None:
     """InputError that lists every model folder and prompt file that is not there, if there are several; reading stops at the
     first."""
-    sources: dict[str, Any] = {f"{side}.source": getattr(experiment, side).source for side in ("student", "teacher")}
+    sources: dict[str, Any] = {"student.source": experiment.student.source}
+    sources |= {f"{teacher_field(name)}.source": model.source for name, model in experiment.taught_by.items()}
     sources |= {f"prompts.{split}": getattr(experiment.prompts, split) for split in ("train", "eval", "warmup")}
     paths = {f"{field}.path": s.path for field, s in sources.items() if isinstance(s, CheckpointModel | FileSource)}
     missing = [f"{field}: {path}" for field, path in paths.items() if not Path(path).exists()]
@@ -105,17 +112,43 @@ def _require_files(experiment: Experiment) -> None:
         raise InputError("\n".join([f"{len(missing)} files or folders do not exist; {RELATIVE}", *missing]))
 
 
-def _same_model(experiment: Experiment, student: Artifact, teacher: Artifact) -> Iterator[str]:
-    if is_self(experiment.teacher.source):
-        yield f"teacher: the student itself ({experiment.teacher.source.kind}); no other model is loaded"
+def _same_model(experiment: Experiment, student: Artifact, teachers: Mapping[str | None, Artifact]) -> Iterator[str]:
+    if experiment.self_teacher is not None:
+        yield f"teacher: the student itself ({experiment.self_teacher.kind}); no other model is loaded"
         return
-    same = student.content.get("weights") is not None and student.content["weights"] == teacher.content.get("weights")
-    if same and experiment.student.warmup == experiment.teacher.warmup:
-        yield "warning: student and teacher are the same model, so there is nothing to distil (every loss is 0)"
+    own = student.content.get("weights")
+    for name, teacher in teachers.items():
+        same = own is not None and own == teacher.content.get("weights")
+        if same and experiment.student.warmup == experiment.taught_by[name].warmup:
+            yield (
+                f"warning: student and {teacher_field(name)} are the same model, so there is nothing to distil (every loss"
+                " is 0)"
+            )
+
+    alike = same_models(
+        {name: teacher for name, teacher in teachers.items() if experiment.taught_by[name].warmup is None}
+    )
+    for names in alike:
+        if len(names) > 1:
+            yield f"note: {' and '.join(map(teacher_field, names))} are one checkpoint; it scores their prompts in one pass"
 
 
-def _lengths_and_example(rows: pa.Table, tokenizer: Any, teachers: Any) -> Iterator[str]:
-    """Per split the lengths in tokens, and the first prompt as the models read it, special tokens included."""
+def _routes(experiment: Experiment, rows: pa.Table) -> Iterator[str]:
+    """How many prompts each teacher has; or that the column is not used."""
+    for split in ("train", "eval"):
+        named = rows.filter(pc.equal(rows["split"], split))["teacher_id"].drop_null()
+        counts = {item["values"]: item["counts"] for item in pc.value_counts(named).to_pylist()}
+        if counts and experiment.routed:
+            shown = ", ".join(f"{counts.get(name, 0):,} of {name}" for name in experiment.teachers)
+            yield f"teachers: {split} has {shown} prompts"
+        elif counts:
+            why = "`mixture` lets all teach every prompt" if experiment.teachers else "there is one `teacher`"
+            yield f"note: {sum(counts.values()):,} prompts of {split} have a teacher_id, which is not used: {why}"
+
+
+def _lengths_and_example(rows: pa.Table, tokenizer: Any, readers: Mapping[str | None, Any]) -> Iterator[str]:
+    """Per split the lengths in tokens, and the first prompt as the models read it, special tokens included. `readers`: the
+    teachers' tokenizers by name."""
     for split in dict.fromkeys(rows["split"].to_pylist()):
         found = rows.filter(pc.equal(rows["split"], split))
         for column, reader in (("token_ids", ""), ("teacher_token_ids", " as the teacher reads them")):
@@ -124,9 +157,11 @@ def _lengths_and_example(rows: pa.Table, tokenizer: Any, teachers: Any) -> Itera
                 middle, high = (round(q) for q in pc.quantile(lengths, [0.5, 0.95]).to_pylist())
                 most = pc.max(lengths).as_py()
                 yield f"lengths of {split}{reader}: p50 {middle:,}, p95 {high:,}, max {most:,} tokens"
+        teacher = found["teacher_id"][0].as_py()
+        its = readers.get(teacher) or next(iter(readers.values()))  # a mixture's teachers have one tokenizer
         for column, reader, own in (
             ("token_ids", "", tokenizer),
-            ("teacher_token_ids", " as the teacher reads it", teachers),
+            ("teacher_token_ids", " as the teacher reads it", its),
         ):
             if (ids := found[column][0].as_py()) is not None:
                 text = own.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -143,7 +178,7 @@ def _shortened(text: str) -> str:
 def _verifier(experiment: Experiment, rows: pa.Table) -> Iterator[str]:
     """Tries the verifier on the first held-out prompt, with the prompt's own answer in place of a completion."""
     config = experiment.evaluate.verifier
-    columns = ["prompt_id", "token_ids", "teacher_token_ids", "answer"]
+    columns = ["prompt_id", "token_ids", "teacher_token_ids", "answer", "teacher_id"]
     held_out = [Prompt(**row) for row in rows.filter(pc.equal(rows["split"], "eval")).select(columns).to_pylist()]
     plan = plan_shards(held_out, experiment.evaluate, experiment.seed)
     judged = [prompt for shard in plan if shard.mode != "kl" for prompt in shard.prompts]
@@ -196,9 +231,8 @@ def _size(count: float) -> str:
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
-def maker_model(experiment: Experiment, maker: Maker, side: str) -> Artifact:
+def maker_model(experiment: Experiment, maker: Maker, side: str, source: ModelSource) -> Artifact:
     """One side's model in the scratch store."""
-    source = getattr(experiment, side).source
     result: Artifact = maker(f"model_{side}", model_work, source, seed=experiment.seed)["model"]
     return result
 

@@ -37,7 +37,7 @@ def reads_clock(experiment: Experiment) -> bool:
     prompts = experiment.prompts
     sources = [experiment.student.source]
     if prompts.tokenizers.on_template_mismatch == "teacher":
-        sources.append(experiment.teacher_source)
+        sources += [experiment.source_of(model) for model in experiment.taught_by.values()]
     for source in sources:
         with suppress(OpdError):  # what is wrong with the folder is reported by the stage that reads it
             folder = tokenizer_folder(source)

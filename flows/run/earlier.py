@@ -33,12 +33,14 @@ def outdated(state: RunState, root: Path) -> list[str]:
 def _prompts(experiment: Experiment, state: RunState, store: Store) -> Iterator[str]:
     from tasks.inputs.sources import READING, source_identity
     from tasks.prepare import CHECKED, changed_since_0_1
+    from tasks.routing import teacher_label
 
     made, config = _made(state, store, 0, "prepare", "prepare"), experiment.at(0).prompts
     if made is None:
         return
     if CHECKED not in made.meta:
-        models = (_made(state, store, 0, label, "model") for label in ("model", "model_teacher"))
+        labels = ("model", *(teacher_label("model_teacher", name) for name in experiment.at(0).taught_by))
+        models = (_made(state, store, 0, label, "model") for label in labels)
         folders = [store.folder(model) for model in models if model is not None]
         with suppress(OpdError):
             yield from (f"prompts: {reason}" for _, reason in changed_since_0_1(config, folders, store.memo).values())
@@ -59,13 +61,17 @@ _READ = {
 
 def _trainings(experiment: Experiment, state: RunState, store: Store) -> Iterator[str]:
     from tasks.inputs.models import DROPOUT, dropout_identity
+    from tasks.routing import teacher_label
     from tasks.trainer.config import FORWARD, forward_identity
 
     found: dict[str, list[str]] = {}
     for round in state.rounds:
         now = experiment.at(round.round)
         for label, config, source in (
-            ("warmup_teacher", now.teacher.warmup, now.teacher_source),
+            *(
+                (teacher_label("warmup_teacher", name), model.warmup, now.source_of(model))
+                for name, model in now.taught_by.items()
+            ),
             ("warmup", now.student.warmup, now.student.source),
             ("train", now.train, now.student.source),
         ):

@@ -36,6 +36,8 @@ OTHER_PROMPTS = (
 )
 Made = Mapping[str, Artifact]
 """Outputs of a stage by name. A plan puts `Pending` in their place."""
+Teachers = Mapping[str | None, Artifact]
+"""The teachers' models by name; None: the only one."""
 P = ParamSpec("P")
 
 
@@ -53,7 +55,7 @@ class Executor(Protocol):
     def stored(self, label: str, make: Callable[P, Work], *args: P.args, **inputs: P.kwargs) -> Made | None:
         """The same if all of its outputs are in the store; else None, and nothing is built or recorded."""
 
-    def inspect(self, experiment: Experiment, student: Artifact, teacher: Artifact, prompts: Artifact) -> None:
+    def inspect(self, experiment: Experiment, student: Artifact, teachers: Teachers, prompts: Artifact) -> None:
         """Check models and prompts before the first stage that needs a worker runs."""
 
     def round(self, number: int) -> Any:
@@ -149,7 +151,7 @@ class Planner:
         work = make(*args, **inputs)
         return self(label, make, *args, **inputs) if len(resolved(work, self.store)) == len(work.outputs) else None
 
-    def inspect(self, experiment: Experiment, student: Artifact, teacher: Artifact, prompts: Artifact) -> None:
+    def inspect(self, experiment: Experiment, student: Artifact, teachers: Teachers, prompts: Artifact) -> None:
         """A plan starts nothing, so nothing is checked."""
 
     def _mark(self, again: list[Rebuild]) -> None:
@@ -224,7 +226,7 @@ class Maker:
         self._round = RoundState(round=0)
         self._inspection: Callable[[], None] | None = None
 
-    def inspect(self, experiment: Experiment, student: Artifact, teacher: Artifact, prompts: Artifact) -> None:
+    def inspect(self, experiment: Experiment, student: Artifact, teachers: Teachers, prompts: Artifact) -> None:
         """Check models and prompts once, when the first stage that needs a worker is about to run: InputError for what would
         fail. Notes go to the log and the reporter."""
 
@@ -234,7 +236,7 @@ class Maker:
             if not any_check():
                 return
             context = self._context(0, "check")
-            known = Known.of(experiment, self.store, student, teacher, prompts)
+            known = Known.of(experiment, self.store, student, teachers, prompts)
             preflight(known, lambda text: context.say("check", text))
 
         self._inspection = inspection

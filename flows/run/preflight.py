@@ -11,16 +11,17 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flows.experiment import Experiment, size_problems
+from flows.cross_checks import size_problems
+from flows.experiment import Experiment
 from storage.errors import ConfigError, CorruptArtifact, InputError, OpdError
 from storage.store import Artifact, Store
 from tasks.engines.hf_folder import (
@@ -40,11 +41,11 @@ from tasks.engines.teacher import QUANTIZATION_NEEDS, ServerTeacher, VllmTeacher
 from tasks.evaluate import rank_of
 from tasks.inputs.models import ServedModel, parameter_count
 from tasks.inputs.rounds import prompts_for_round
-from tasks.inputs.teachers import is_self
 from tasks.inputs.tokenizers import load_tokenizer
+from tasks.routing import taught_by, teacher_field
 from tasks.signals import signal_named
 from tasks.stage import merged_stop_ids
-from tasks.trainer.config import LoraSettings, OptimizerSettings
+from tasks.trainer.config import LoraSettings, OptimizerSettings, WarmupConfig
 from tasks.trainer.deepspeed_file import deepspeed_config
 from tasks.workers import jobs
 from tasks.workers.devices import gpu_memory
@@ -71,10 +72,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Model:
-    """One side's checkpoint folder."""
+    """The checkpoint folder of the student or of a teacher."""
 
-    side: Literal["student", "teacher"]
+    side: str
+    """Its section of the config: student, teacher or teachers.NAME"""
     path: Path
+    warmup: WarmupConfig | None = None
+    teacher: str | None = None
+    """Its name where prompts name their teachers."""
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -114,39 +119,59 @@ class Model:
 
 @dataclass(frozen=True)
 class Known:
-    """Both models, before any warm-up, and the prepared prompts."""
+    """The models, before any warm-up, and the prepared prompts."""
 
     experiment: Experiment
     student: Model
-    teacher: Model
+    teachers: tuple[Model, ...]
     prompts: pa.Table
-    """Columns prompt_id, split, token_ids, teacher_token_ids, completion_token_ids."""
+    """Columns prompt_id, split, teacher_id, token_ids, teacher_token_ids, completion_token_ids."""
     merged: tuple[int, ...] = ()
     """The stop ids that are one category for both models."""
 
     @property
     def models(self) -> tuple[Model, ...]:
-        """The models that transformers loads: the teacher with the local backend, and for the exact KL of evaluations."""
+        """The models that transformers loads: teachers with the local backend, and for the exact KL of evaluations."""
         e = self.experiment
-        for_kl = e.evaluate.generations("kl") and not isinstance(e.teacher.source, ServedModel)
-        return (self.student, self.teacher) if e.supervise.teacher.loads_here or for_kl else (self.student,)
+        here = not any(isinstance(model.source, ServedModel) for model in e.taught_by.values())
+        for_kl = here and e.evaluate.generations("kl") > 0
+        return (self.student, *(self.teachers if e.supervise.teacher.loads_here or for_kl else ()))
 
     @property
     def in_vllm(self) -> tuple[Model, ...]:
         """The models that vLLM loads."""
         teacher = self.experiment.supervise.teacher
-        return (self.student, self.teacher) if isinstance(teacher, VllmTeacher) else (self.student,)
+        return (self.student, *(self.teachers if isinstance(teacher, VllmTeacher) else ()))
 
     def of_split(self, split: str) -> pa.Table:
         return self.prompts.filter(pc.equal(self.prompts["split"], split))
 
+    def read_by(self, model: Model, split: str) -> pa.Table:
+        """The prompts of a split that a model reads: of several teachers each its own, and for its warm-up those of none."""
+        return _read_by(model, self.of_split(split))
+
     @classmethod
-    def of(cls, experiment: Experiment, store: Store, student: Artifact, teacher: Artifact, prompts: Artifact) -> Known:
-        columns = ["prompt_id", "split", "token_ids", "teacher_token_ids", "completion_token_ids"]
+    def of(
+        cls,
+        experiment: Experiment,
+        store: Store,
+        student: Artifact,
+        teachers: Mapping[str | None, Artifact],
+        prompts: Artifact,
+    ) -> Known:
+        columns = ["prompt_id", "split", "teacher_id", "token_ids", "teacher_token_ids", "completion_token_ids"]
         return cls(
             experiment,
-            Model("student", store.materialize(student)),
-            Model("teacher", store.materialize(teacher)),
+            Model("student", store.materialize(student), experiment.student.warmup),
+            tuple(
+                Model(
+                    teacher_field(name),
+                    store.materialize(teacher),
+                    experiment.taught_by[name].warmup,
+                    name if experiment.routed else None,
+                )
+                for name, teacher in teachers.items()
+            ),
             store.read_table(prompts, "prompts", columns=columns),
             tuple(merged_stop_ids(prompts)),
         )
@@ -181,8 +206,9 @@ def teacher_server(known: Known) -> Found:
         return
     from tasks.engines.server import offers
 
+    [teacher] = known.teachers  # several are refused when the config loads
     try:
-        found = offers(backend, e.runtime.scorer.server, known.teacher.rows, brief=True)
+        found = offers(backend, e.runtime.scorer.server, teacher.rows, brief=True)
     except OpdError as error:
         yield Finding(str(error), refused=True)
         return
@@ -193,7 +219,7 @@ def teacher_server(known: Known) -> Found:
         yield Finding(f"teacher: {offer}")
         for need, ask in needs:
             k = max([*ask.top, backend.entropy_k if ask.entropy else 0], default=0)
-            if offer.longest is not None and min(k, known.teacher.rows) > offer.longest:
+            if offer.longest is not None and min(k, teacher.rows) > offer.longest:
                 yield Finding(
                     f"supervise.teacher: {offer.url} gives {offer.longest} candidates, but the signal {need.name!r} needs {k}"
                     f" ({'supervise.teacher.entropy_k' if k not in ask.top else 'the objective'}); start it with --max-logprobs"
@@ -234,7 +260,7 @@ def beside_sampler(known: Known) -> Found:
     if memory is None:
         return
     width = 4 if e.rollout.dtype == "float32" else 2
-    needed = width * sum(parameter_count(model.path) for model in (known.student, known.teacher))
+    needed = width * sum(parameter_count(model.path) for model in (known.student, *known.teachers))
     left = memory * (1 - e.runtime.sampler.gpu_memory_utilization)
     if needed > _WEIGHTS_SHARE * left:
         fits = max(0.0, 1 - needed / _WEIGHTS_SHARE / memory)
@@ -375,9 +401,9 @@ def dropout(known: Known) -> Found:
     e = known.experiment
     trained: dict[str, tuple[Model, OptimizerSettings]] = {"train.dropout": (known.student, e.train)}
     trained |= {
-        f"{model.side}.warmup.dropout": (model, warmup)
-        for model, warmup in ((known.student, e.student.warmup), (known.teacher, e.teacher.warmup))
-        if warmup is not None
+        f"{model.side}.warmup.dropout": (model, model.warmup)
+        for model in (known.student, *known.teachers)
+        if model.warmup is not None
     }
     for name, (model, settings) in trained.items():
         if fields := dropout_fields(model.config):
@@ -389,11 +415,8 @@ def dropout(known: Known) -> Found:
 def adapters(known: Known) -> Found:
     """Which layers LoRA trains."""
     e = known.experiment
-    for name, model, settings in (
-        ("train", known.student, e.train),
-        ("student.warmup", known.student, e.student.warmup),
-        ("teacher.warmup", known.teacher, e.teacher.warmup),
-    ):
+    warmed = [(f"{model.side}.warmup", model, model.warmup) for model in (known.student, *known.teachers)]
+    for name, model, settings in (("train", known.student, e.train), *warmed):
         if settings is not None and settings.lora is not None:
             try:
                 yield from _adapters(f"{name}.lora.target_modules", model, settings.lora)
@@ -431,11 +454,17 @@ def export(known: Known) -> Found:
 
 
 def sizes(known: Known) -> Found:
-    """Lengths and list sizes of the config against both models."""
-    for text in size_problems(
-        known.experiment, known.student.rows, positions(known.student.config), known.teacher.rows
-    ):
+    """Lengths and list sizes of the config against the models."""
+    rows = [teacher.rows for teacher in known.teachers]
+    for text in size_problems(known.experiment, known.student.rows, positions(known.student.config), *rows):
         yield Finding(text, refused=True)
+
+
+def prompts_of_each(known: Known) -> Found:
+    """Teachers that no prompt names: they would be loaded for nothing."""
+    for teacher in known.teachers:
+        if teacher.teacher is not None and known.read_by(teacher, "train").num_rows == 0:
+            yield Finding(f"{teacher.side}: no prompt of train has the teacher_id {teacher.teacher!r}")
 
 
 def stop_ids(known: Known) -> Found:
@@ -462,7 +491,7 @@ def stop_ids(known: Known) -> Found:
 
 
 def lengths(known: Known) -> Found:
-    """Prompts with their completions against the positions of both models."""
+    """Prompts with their completions against the positions of the models."""
     e = known.experiment
     for model in known.models:
         limit = positions(model.config)
@@ -474,17 +503,17 @@ def lengths(known: Known) -> Found:
         ):
             # the last token of a completion is sampled, and read by no model
             last = 0 if model.side == "student" else 1
-            rows = known.of_split(split)
+            every, rows = known.of_split(split), known.read_by(model, split)
             long = rows.filter(pc.greater(_prompt_lengths(rows, model.side), limit - room + last))
-            if drawn := _drawn(known, split, rows["prompt_id"].to_pylist(), set(long["prompt_id"].to_pylist())):
+            if drawn := _drawn(known, split, every["prompt_id"].to_pylist(), set(long["prompt_id"].to_pylist())):
                 yield Finding(
                     f"{section}.max_completion_length: {len(drawn)} prompts of {split} (first: {drawn[0]}) with {room} tokens of"
                     f" completion are longer than the {limit} positions of the {model.side}; lower it, or leave such prompts out"
                     f" (prompts.{'max_teacher_prompt_length' if last else 'max_prompt_length'}: {limit - room + last})",
                     refused=True,
                 )
-        if (e.student if model.side == "student" else e.teacher).warmup is not None:
-            rows = known.of_split("warmup")
+        if model.warmup is not None:
+            rows = known.read_by(model, "warmup")
             whole = pc.add(_prompt_lengths(rows, "student"), _list_lengths(rows["completion_token_ids"]))
             if count := pc.sum(pc.greater(whole, limit)).as_py():
                 yield Finding(
@@ -497,19 +526,19 @@ def lengths(known: Known) -> Found:
 def ids_within_rows(known: Known) -> Found:
     """Token ids of prompts that a model has no row for: its tokenizer may have more ids than it has rows."""
     for model in known.models:
-        own = _token_ids(known.prompts, model.side)
-        columns = {"prompt": own}
-        if (known.experiment.student if model.side == "student" else known.experiment.teacher).warmup is not None:
-            columns["completion"] = known.prompts["completion_token_ids"]
+        rows = _read_by(model, known.prompts)
+        columns = {"prompt": _token_ids(rows, model.side)}
+        if model.warmup is not None:
+            columns["completion"] = rows["completion_token_ids"]
         for what, lists in columns.items():
             flat = pc.list_flatten(lists)
             beyond = pc.greater_equal(flat, model.rows)
             if pc.any(beyond).as_py():
                 at = pc.index(beyond, True).as_py()
-                prompt = known.prompts["prompt_id"][pc.list_parent_indices(lists)[at].as_py()]
+                prompt = rows["prompt_id"][pc.list_parent_indices(lists)[at].as_py()]
                 yield Finding(
                     f"{model.side}: {what} {prompt} of split"
-                    f" {known.prompts['split'][pc.list_parent_indices(lists)[at].as_py()]} has the token id {flat[at]}, but"
+                    f" {rows['split'][pc.list_parent_indices(lists)[at].as_py()]} has the token id {flat[at]}, but"
                     f" {model.path} has {model.rows} rows; remove the token from the text, or the row",
                     refused=True,
                 )
@@ -517,12 +546,19 @@ def ids_within_rows(known: Known) -> Found:
 
 def self_teacher(known: Known) -> Found:
     """A teacher that is the student and reads the same prompts."""
-    source, rows = known.experiment.teacher.source, known.of_split("train")
-    if is_self(source) and rows["teacher_token_ids"].null_count == rows.num_rows:
+    source, rows = known.experiment.self_teacher, known.of_split("train")
+    if source is not None and rows["teacher_token_ids"].null_count == rows.num_rows:
         yield Finding(
             f"teacher: it is the student itself ({source.kind}) and reads what the student reads, so there is nothing to distil;"
             " give it more with teacher.context"
         )
+
+
+def _read_by(model: Model, rows: pa.Table) -> pa.Table:
+    if model.teacher is None:
+        return rows
+    unnamed = pc.and_(pc.equal(rows["split"], "warmup"), pc.is_null(rows["teacher_id"]))
+    return rows.filter(pc.or_(unnamed, taught_by([model.teacher], rows)))
 
 
 def _token_ids(rows: pa.Table, side: str) -> pa.ChunkedArray:
@@ -569,6 +605,7 @@ CHECKS: tuple[tuple[Callable[[Known], Found], str], ...] = (
     (adapters, "trainer"),
     (export, "trainer"),
     (sizes, "sampler"),
+    (prompts_of_each, "scorer"),
     (stop_ids, "sampler"),
     (lengths, "sampler"),
     (ids_within_rows, "scorer"),

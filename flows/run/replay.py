@@ -27,7 +27,7 @@ from storage.disk.files import temporary_name, unique
 from storage.disk.locks import locked
 from storage.errors import ConfigError, CorruptArtifact, Evicted, InputError
 from storage.identity import canonical_json
-from storage.runs import Run
+from storage.runs import Run, StageState
 from storage.store import Artifact, Store
 from storage.upkeep.compare import Differences, differences
 from storage.upkeep.gc import HELD, KEPT_REPLAY
@@ -100,7 +100,8 @@ def _recall(run: Run, store: Store, experiment: Experiment, round: int, stages: 
             f"run {run.name!r}: round {round} was not evaluated (policy.evaluate_every); to do it now:"
             f" {opd_command(store.root, 'evaluate', run.name, '--round', str(round))}"
         )
-    for stage in stages:
+    of_round = [label for stage in stages for label in _labels(stage, states)]
+    for stage in of_round:
         origin = planner.lineage.find(round, stage)
         keys = {name: artifact.key for name, artifact in origin.made.items()} if origin else {}
         if origin is None or keys != states[stage].artifacts:
@@ -111,6 +112,11 @@ def _recall(run: Run, store: Store, experiment: Experiment, round: int, stages: 
         _require_inputs(run, origin, planner.lineage.to_restore(origin.inputs))
         found.append(origin)
     return found
+
+
+def _labels(stage: str, states: Mapping[str, StageState]) -> list[str]:
+    """What the stage is called in a round: `supervise`, or with several teachers once for each, `supervise_NAME`."""
+    return [label for label in states if label == stage or label.startswith(f"{stage}_")] or [stage]
 
 
 def _require_inputs(run: Run, origin: Origin, lost: list[Rebuild]) -> None:
@@ -159,7 +165,8 @@ def _replay(
 ) -> list[Replayed]:
     scratch = Store(folder / "store")
     with store.using(origin.inputs):
-        for artifact in origin.inputs:
+        members = [store.require(*part[:2]) for a in origin.inputs for part in a.meta.get("members", ())]
+        for artifact in (*origin.inputs, *members):  # of a mixture also the teachers that it names
             verified = Verified()
             verify_artifact(store.root, artifact.stage, artifact.key, verified)
             if verified.problems:

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flows.cross_checks import dtype_warning
 from flows.distill import distill
 from flows.experiment import (
     Experiment,
     as_stored,
-    dtype_warning,
     experiment_of,
     import_plugins,
     load_experiment,
@@ -290,7 +290,7 @@ def refuse_full_disk(store: Store, experiment: Experiment) -> None:
     if isinstance(source, CheckpointModel):
         states = 1 if experiment.runtime.trainer.checkpoint_minutes is None else KEPT + 2
         needed += training_bytes(
-            parameter_count(source.path), experiment.train, states, experiment.teacher.average is not None
+            parameter_count(source.path), experiment.train, states, experiment.averaged is not None
         )
     store.require_space(needed, "one round")
 
@@ -315,7 +315,7 @@ def bytes_of_run(e: Experiment, parameters: int) -> dict[str, int]:
     average of the weights counts with trainer_state, and so does its export."""
     rounds, parts = e.policy.rounds, _bytes_of_tables(e)
     student = parameters * (2 if e.train.dtype == "bfloat16" else 4)
-    averaged = e.teacher.average is not None
+    averaged = e.averaged is not None
     state = 0 if e.train.lora is not None else (16 if averaged else 12) * parameters
     parts |= {"students": student, "trainer_state": state + (student if averaged else 0)}
     found = {}

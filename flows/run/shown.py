@@ -13,7 +13,7 @@ _NAMES = {"accuracy_greedy": "accuracy", "accuracy_sampled": "sampled accuracy",
 _NAMES |= {"mean_length": "length", "clipped_ratio": "clipped"}
 
 
-_UNITS = {"train": "steps", "warmup": "steps", "warmup_teacher": "steps"}
+_UNITS = {"train": "steps", "warmup": "steps"}
 _UNITS |= dict.fromkeys(("draft", "rollout", "supervise", "evaluate"), "samples")
 
 
@@ -23,9 +23,41 @@ def amount(label: str, stage: StageState) -> str:
     rows = stage.rows or 0
     if not rows:
         return ""
-    if label == "supervise" and (signals := len(stage.artifacts)) > 1:
+    if label.startswith("supervise") and (signals := len(stage.artifacts)) > 1:
         return f"{rows // signals:,} samples, {signals} signals"
-    return f"{rows:,} {_UNITS.get(label, 'rows')}"
+    return f"{rows:,} {next((unit for stage, unit in _UNITS.items() if label.startswith(stage)), 'rows')}"
+
+
+BY_TEACHER = (
+    ("accuracy", "accuracy_greedy", "{:.1%}"),
+    ("sampled", "accuracy_sampled", "{:.1%}"),
+    ("reverse KL", "reverse_kl", "{:.4f}"),
+    ("training loss", "train_loss", "{:.4f}"),
+    ("training reverse KL", "train_reverse_kl", "{:.4f}"),
+    ("trained tokens", "train_tokens", "{:,.0f}"),
+)
+"""Heading, metric (its value for a teacher is METRIC/TEACHER), form."""
+
+
+def by_teacher(rounds: Iterable[RoundState]) -> tuple[list[str], list[list[str]]]:
+    """(headings, rows) of a table with a row per round and teacher; no rows where there is one teacher."""
+    rounds = list(rounds)
+    known = {
+        name.partition("/")[0] for r in rounds for name, value in r.metrics.items() if "/" in name and value is not None
+    }
+    shown = [field for field in BY_TEACHER if field[1] in known]
+    rows = []
+    for round in sorted(rounds, key=lambda round: round.round):
+        names = {name.partition("/")[2] for name in round.metrics if name.startswith(("eval_tokens/", "train_tokens/"))}
+        rows += [
+            [
+                str(round.round),
+                name,
+                *(with_error(round.metrics, f"{metric}/{name}", form) for _, metric, form in shown),
+            ]
+            for name in sorted(names)
+        ]
+    return ["round", "teacher", *(heading for heading, _, _ in shown)], rows
 
 
 def all_with_errors(metrics: Mapping[str, float | None], form: str) -> dict[str, str]:

@@ -28,7 +28,7 @@ _TABLES_OF = {
     "prepare": ("prompts", "vocabulary"),
     "draft": ("drafts",),
     "rollout": ("rollouts",),
-    "train": ("training_steps",),
+    "train": ("training_steps", "teacher_steps"),
     "warmup": ("training_steps",),
     "evaluate": ("evaluations",),
 }
@@ -39,6 +39,7 @@ _RUN = Column("run", _STR, "run that used the artifact; null for none", nullable
 _ROUND = Column("round", _INT, "round of that run; null for none", nullable=True)
 _STAGE = Column("stage", _STR, "the run's name of the stage (train, warmup, warmup_teacher)", nullable=True)
 _ARTIFACT_OF_STAGE = Column("artifact", _STR, "key of its first artifact; null before it began", nullable=True)
+_TEACHER = Column("teacher", _STR, "teacher_id of its prompt: its teacher where there are several", nullable=True)
 _STAGE_STATE = pa.struct(
     [("stage", _STR), ("key", _STR), ("state", _STR), ("seconds", _DOUBLE), ("rows", _LONG), ("error", _STR)]
 )
@@ -122,9 +123,10 @@ _ALL = (
             _ROUND,
             Column("artifact", _STR, "key of the rollouts that the signals describe"),
             TABLES["rollouts"].columns[0],
+            _TEACHER,
             *(column for signal in SIGNALS for column in _signal_columns(TABLES[signal]).values()),
         ),
-        ("rollouts", *SIGNALS),
+        ("rollouts", "prompts", *SIGNALS),
     ),
     View(
         "tokens",
@@ -134,6 +136,7 @@ _ALL = (
             _ROUND,
             Column("artifact", _STR, "key of the rollouts"),
             TABLES["rollouts"].columns[0],
+            _TEACHER,
             Column("position", _LONG, "index of the token in the completion, from 0; of its text see text_offset"),
             Column("token_id", _INT, "the student's token id"),
             Column("token", _STR, "its text, or its name where it is no text alone", nullable=True),
@@ -151,7 +154,7 @@ _ALL = (
                 nullable=True,
             ),
         ),
-        ("rollouts", "sampled", "mask", "vocabulary"),
+        ("rollouts", "prompts", "sampled", "mask", "vocabulary"),
     ),
     View(
         "training_steps",
@@ -162,8 +165,14 @@ _ALL = (
     View(
         "evaluations",
         TABLES["evaluations"].doc,
-        (_RUN, _ROUND, _ARTIFACT, *TABLES["evaluations"].columns),
-        ("evaluations",),
+        (_RUN, _ROUND, _ARTIFACT, _TEACHER, *TABLES["evaluations"].columns),
+        ("evaluations", "prompts"),
+    ),
+    View(
+        "teacher_steps",
+        TABLES["teacher_steps"].doc,
+        (_RUN, _ROUND, _STAGE, _ARTIFACT, *_columns(TABLES["teacher_steps"], without=("round",))),
+        ("teacher_steps",),
     ),
     View(
         "artifacts",
@@ -287,6 +296,8 @@ class Views:
             rows = self._tokens()
         elif name == "differences":
             rows = self._differences()
+        elif name == "evaluations":
+            rows = f"SELECT * FROM ({self._rows(name)}) {self._teachers()}"
         else:
             rows = self._rows(name)
         return f"CREATE VIEW {view} AS SELECT {_casts(columns)} FROM ({rows})"
@@ -306,10 +317,18 @@ class Views:
         joins = " ".join(
             f'LEFT JOIN ({self._rows(s)}) AS {_identifier(s)} USING (run, "round", sample_id)' for s in signals
         )
-        return f"FROM (SELECT * FROM ({self._rows('rollouts')}) WHERE run IS NOT NULL) AS rollouts {joins}"
+        rollouts = f"FROM (SELECT * FROM ({self._rows('rollouts')}) WHERE run IS NOT NULL) AS rollouts"
+        return f"{rollouts} {self._teachers()} {joins}"
+
+    def _teachers(self) -> str:
+        """A join that adds the name of the teacher to what has a run and a prompt_id."""
+        return (
+            "LEFT JOIN (SELECT run, prompt_id, any_value(teacher_id) AS teacher"
+            f" FROM ({self._rows('prompts')}) GROUP BY ALL) AS taught USING (run, prompt_id)"
+        )
 
     def _supervision(self) -> str:
-        columns, signals = ['run, "round", rollouts.artifact, sample_id'], (*SIGNALS, *self._signals)
+        columns, signals = ['run, "round", rollouts.artifact, sample_id, teacher'], (*SIGNALS, *self._signals)
         for signal in signals:
             for name, column in _signal_columns(self.schemas[signal]).items():
                 columns.append(f"{_identifier(signal)}.{_identifier(name)} AS {_identifier(column.name)}")
@@ -337,7 +356,8 @@ class Views:
         offset = f"sum(length(v.written)) OVER ({sample} CURRENT ROW) - length(v.written)"
         return (
             f"SELECT e.*, v.token, CASE WHEN {written} = completion_text THEN {offset} END AS text_offset"
-            f' FROM (SELECT run, "round", rollouts.artifact, sample_id, completion_text, {position}, {exploded} {samples})'
+            f' FROM (SELECT run, "round", rollouts.artifact, sample_id, teacher, completion_text, {position}, {exploded}'
+            f" {samples})"
             " AS e LEFT JOIN (SELECT run, id AS token_id, any_value(coalesce(text, token)) AS token,"
             " any_value(CASE WHEN special THEN '' ELSE text END) AS written"
             f" FROM ({self._rows('vocabulary')}) WHERE tokenizer = 'student' GROUP BY ALL) AS v USING (run, token_id)"

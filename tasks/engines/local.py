@@ -41,40 +41,30 @@ class LocalModel:
         vocabulary: Vocabulary,
         given: Mapping[int, Sequence[np.ndarray]],
     ) -> Values:
-        """See `Teacher`. One forward of the passages; logits of `chunk_tokens` tokens exist at a time.
+        """See `Teacher`. One forward of the passages; logits of `chunk_tokens` tokens exist at a time."""
+        chunks = self._chunks(passages, vocabulary, bool(ask.sampling))
+        return answers(chunks, passages, ask, vocabulary, given, self._device)
 
-        The distribution sampled from is that of single ids, as the sampler records it: it is never merged."""
-        ids_N = _tensor([passage.completion for passage in passages], self._device)
-        merged_N = merge_ids(ids_N, vocabulary.stop_ids)
-        given_NK = {k: _tensor(given[k], self._device) for k in ask.on}
-        parts: dict[str, list[np.ndarray]] = {}
-        start = 0
-        with torch.inference_mode():
-            for logits_NV, unread_N1 in self._logits(passages):
-                chunk = slice(start, start := start + len(logits_NV))
-                some = {k: ids_NK[chunk] for k, ids_NK in given_NK.items()}
-                single_NV = logits_NV.clone() if ask.sampling and vocabulary.stop_ids else None
-                logprobs_NV = distributions.log_probabilities(logits_NV, vocabulary.rows, vocabulary.stop_ids)
-                logprobs_NV.masked_fill_(unread_N1, float("nan"))
-                found = _quantities(logprobs_NV, merged_N[chunk], ask, vocabulary.shared, some)
-                if ask.sampling:
-                    if single_NV is not None:
-                        logprobs_NV = distributions.log_probabilities(single_NV, vocabulary.rows)
-                        logprobs_NV.masked_fill_(unread_N1, float("nan"))
-                    found["behaviour_logprobs"], found["outside"] = distributions.sampling_logprobs(
-                        logprobs_NV, ids_N[chunk], **ask.sampling
-                    )
-                for name, value in found.items():
-                    parts.setdefault(name, []).append(value.cpu().numpy())
-        edges = np.cumsum([len(passage.completion) for passage in passages])[:-1]
-        return {name: np.split(np.concatenate(arrays), edges) for name, arrays in parts.items()}
+    @torch.inference_mode()
+    def _chunks(
+        self, passages: Sequence[Passage], vocabulary: Vocabulary, sampled: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `answers`; the second of a pair is computed apart only where it differs and is wanted."""
+        for logits_NV, unread_N1 in self._logits(passages):
+            copy_NV = logits_NV.clone() if sampled and vocabulary.stop_ids else None
+            logprobs_NV = distributions.log_probabilities(logits_NV, vocabulary.rows, vocabulary.stop_ids)
+            logprobs_NV.masked_fill_(unread_N1, float("nan"))
+            single_NV = logprobs_NV
+            if copy_NV is not None:
+                single_NV = distributions.log_probabilities(copy_NV, vocabulary.rows)
+                single_NV.masked_fill_(unread_N1, float("nan"))
+            yield logprobs_NV, single_NV
 
     @torch.inference_mode()
     def distributions(self, passages: Sequence[Passage], vocabulary: Vocabulary) -> Iterator[Tensor]:
         """See `Teacher`."""
-        for logits_NV, unread_N1 in self._logits(passages):
-            logprobs_NV = distributions.log_probabilities(logits_NV, vocabulary.rows, vocabulary.stop_ids)
-            yield logprobs_NV.masked_fill_(unread_N1, float("nan"))
+        for logprobs_NV, _ in self._chunks(passages, vocabulary, sampled=False):
+            yield logprobs_NV
 
     def _logits(self, passages: Sequence[Passage]) -> Iterator[tuple[Tensor, Tensor]]:
         """(logits_NV, unread_N1) of a chunk of tokens at a time."""
@@ -118,6 +108,37 @@ class LocalModel:
             foreign = np.array(passage.completion, np.int64) >= self.model.rows
             found.append(np.cumsum(foreign) - foreign > 0)
         return torch.from_numpy(np.concatenate(found)).to(self._device)
+
+
+def answers(
+    chunks: Iterator[tuple[Tensor, Tensor]],
+    passages: Sequence[Passage],
+    ask: Ask,
+    vocabulary: Vocabulary,
+    given: Mapping[int, Sequence[np.ndarray]],
+    device: torch.device,
+) -> Values:
+    """What `Teacher.score` returns, from the log-probabilities (N, rows) of the passages' tokens, a chunk at a time: as they are
+    scored, and those of single ids. The distribution sampled from is that of single ids, as the sampler records it: it is never
+    merged."""
+    ids_N = _tensor([passage.completion for passage in passages], device)
+    merged_N = merge_ids(ids_N, vocabulary.stop_ids)
+    given_NK = {k: _tensor(given[k], device) for k in ask.on}
+    parts: dict[str, list[np.ndarray]] = {}
+    start = 0
+    with torch.inference_mode():
+        for logprobs_NV, single_NV in chunks:
+            chunk = slice(start, start := start + len(logprobs_NV))
+            some = {k: ids_NK[chunk] for k, ids_NK in given_NK.items()}
+            found = _quantities(logprobs_NV, merged_N[chunk], ask, vocabulary.shared, some)
+            if ask.sampling:
+                found["behaviour_logprobs"], found["outside"] = distributions.sampling_logprobs(
+                    single_NV, ids_N[chunk], **ask.sampling
+                )
+            for name, value in found.items():
+                parts.setdefault(name, []).append(value.cpu().numpy())
+    edges = np.cumsum([len(passage.completion) for passage in passages])[:-1]
+    return {name: np.split(np.concatenate(arrays), edges) for name, arrays in parts.items()}
 
 
 def _name(passages: Sequence[Passage]) -> tuple[int, ...]:

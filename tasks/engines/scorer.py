@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from storage.errors import ConfigError, InputError
@@ -39,6 +40,7 @@ from tasks.engines.teacher import (
 )
 from tasks.inputs.models import parameter_count
 from tasks.rollout_config import Dtype
+from tasks.routing import teacher_of_prompts
 from tasks.signals import Shard, Values, Wanted, signal_named
 from tasks.signals.stop_ids import counted
 from tasks.workers.jobs import ArtifactRef, KLJob, KLShard, ModelRef, ScoreJob, ScoreResult, ScoreShard, ShardDone
@@ -46,6 +48,7 @@ from tasks.workers.main import Link
 
 if TYPE_CHECKING:
     from tasks.engines.local import LocalModel
+    from tasks.engines.mixture import MixtureModel
 
 Report = Callable[[int], None]
 """Called with the samples of a shard that are scored."""
@@ -86,6 +89,7 @@ class Scorer:
         self._stores: dict[str, Store] = {}
         self._vocabularies: dict[tuple[str, str], int] = {}
         self._teacher_prompts: tuple[str, dict[str, list[int]]] = ("", {})
+        self._teacher_of: tuple[str, dict[str, str | None]] = ("", {})
 
     def handle(self, job: ScoreJob | KLJob, link: Link) -> ScoreResult:
         """Score shards until the supervisor has no more. Raises InputError for samples that a model cannot read and for
@@ -109,6 +113,9 @@ class Scorer:
     def _score_shard(self, job: ScoreJob, item: ScoreShard, progress: Report) -> ShardDone:
         store = self._store(job.store)
         rollouts = store.read_shard(store.require(job.rollouts.stage, job.rollouts.key), "rollouts", item.shard)
+        if job.names is not None:
+            mine = {name for name, teacher in self._routes(store, job.prompts).items() if teacher in job.names}
+            rollouts = rollouts.filter(pc.is_in(rollouts["prompt_id"], value_set=pa.array(sorted(mine), pa.string())))
         signals = {output.table: signal_named(output.table) for output in item.outputs}
         sampling = msgspec.structs.asdict(job.sampling)
         wants = [
@@ -118,7 +125,7 @@ class Scorer:
         ]
         wanted = functools.reduce(operator.or_, wants, Wanted())
         values: Values = {}
-        if wanted.models:
+        if wanted.models and rollouts.num_rows:
             samples = self._samples(store, job.prompts, rollouts)
             values = self.score(job, samples, wanted, progress, backend_of(json.loads(bytes(job.backend))))
         flags = None
@@ -128,7 +135,8 @@ class Scorer:
         rollouts = counted(rollouts, job.stop_ids)
         for output in item.outputs:
             signal = signals[output.table]
-            rows = signal.table(Shard(rollouts, values, output.k, output.encoding, rules, flags))
+            shard = Shard(rollouts, values, output.k, output.encoding, rules, flags)
+            rows = signal.table(shard) if rollouts.num_rows else signal.schema.arrow.empty_table()
             writer = store.shard_writer(output.target.stage, output.target.key)
             writer.write_shard(output.table, item.shard, rows, signal.schema)
         return ShardDone(item.shard, item.size, int(sum(array.sum() for array in values.get("student_outside", []))))
@@ -154,6 +162,12 @@ class Scorer:
         rows = zip(*(rollouts[name].to_pylist() for name in names), strict=True)
         other = self._other_prompts(store, prompts)
         return [Sample(name, prompt, completion, other.get(prompt_id)) for name, prompt_id, prompt, completion in rows]
+
+    def _routes(self, store: Store, prompts: ArtifactRef) -> dict[str, str | None]:
+        """By prompt_id the name of its teacher."""
+        if self._teacher_of[0] != prompts.key:
+            self._teacher_of = (prompts.key, teacher_of_prompts(store, store.require(prompts.stage, prompts.key)))
+        return self._teacher_of[1]
 
     def _other_prompts(self, store: Store, prompts: ArtifactRef) -> dict[str, list[int]]:
         """By prompt_id the teacher's tokens, of the prompts where they are not the student's."""
@@ -192,6 +206,9 @@ class Scorer:
         two = len(wanted.models) == 2 and backend.loads_here and not alike
         apart = two and self._passes(job) == 2
         first = (self.models.opened(described, job.dtype, backend) or ["student"])[0]
+        if apart and job.teacher.members is not None:
+            first = "teacher"  # its members come one by one, each into all of the memory
+            self.models.free()
         models = self.models.get(described, [first] if apart else wanted.models, job.dtype, backend)
         stops = tuple(job.stop_ids)
         vocabularies = {
@@ -207,7 +224,7 @@ class Scorer:
             model.check(read[name], [f"{name}, {sample.name}" for sample in samples])
         if apart:
             # the one that is open reads all first, so that every shard loads one model
-            ahead = cast("LocalModel", models[first])
+            ahead = cast("LocalModel | MixtureModel", models[first])
             ahead.read_ahead([[read[first][index] for index in batch] for batch in batches])
             [second] = set(wanted.models) - {first}
             models |= self.models.get(described, [second], job.dtype, backend)
@@ -231,13 +248,13 @@ class Scorer:
         if self.passes is not None or self.models.host.device == "cpu":
             return self.passes or 1
         memory = sum(torch.cuda.get_device_properties(at).total_memory for at in range(torch.cuda.device_count()))
-        sizes = [parameter_count(Path(model.path)) for model in (job.student, job.teacher)]
+        sizes = [parameter_count(Path(path)) for model in (job.student, job.teacher) for path in model.paths]
         return 1 if fit_together(sizes, job.dtype, memory) else 2
 
     def _rows(self, model: ModelRef, backend: TeacherBackend) -> int:
         key = (model.architecture, backend.model_dump_json())
         if key not in self._vocabularies:
-            self._vocabularies[key] = backend.rows(Path(model.path))
+            self._vocabularies[key] = min(backend.rows(Path(path)) for path in model.paths)
         return self._vocabularies[key]
 
 

@@ -262,6 +262,20 @@ def backend_of(config: Mapping[str, object]) -> TeacherBackend:
     return TEACHERS.classes[kind].model_validate(config)
 
 
+def opened(model: ModelRef, dtype: str, backend: TeacherBackend, host: Host) -> Teacher:
+    """A job's model. ConfigError for a mixture with a backend that does not compute it."""
+    if model.members is None:
+        return backend.open(Path(model.path), dtype, host)
+    if type(backend) is not LocalTeacher:
+        raise ConfigError(
+            f"mixture: needs supervise.teacher: {{kind: local}}, which has every teacher's whole distribution;"
+            f" found {backend.kind}"
+        )
+    from tasks.engines.mixture import MixtureModel
+
+    return MixtureModel(model.members, model.average or "", dtype, host, backend.quantization)
+
+
 class WarmModels:
     """Opened models by content and backend: opened when first asked for, closed when a job no longer names them."""
 
@@ -280,8 +294,8 @@ class WarmModels:
             if keys[name] not in self._models:
                 backend = teacher if name == "teacher" else LocalTeacher()
                 host = replace(self.host, weights=models[name].weights)
-                self._models[keys[name]] = backend.open(Path(models[name].path), dtype, host)
-                self.loads += 1
+                self._models[keys[name]] = opened(models[name], dtype, backend, host)
+                self.loads += len(models[name].paths)
         return {name: self._models[keys[name]] for name in names}
 
     def opened(self, models: Mapping[str, ModelRef], dtype: str, teacher: TeacherBackend) -> list[str]:

@@ -5,8 +5,12 @@
 
     solution     the completion, for `teacher.context`
 
-From the last digit to the first: both digits, the carry, their sum in two digits; after `#` the result. All prompts have
-equal length, and so do all completions. A small transformer learns the task in a few hundred steps."""
+    prompt       4821-1357=
+    completion   1-7-0=14 2-5-1=16 8-3-1=04 4-1-0=03#03464
+
+From the last digit to the first: both digits, the carry, their sum in two digits; after `#` the result. Of a subtraction: both
+digits, the borrow, the next borrow and the digit of the result. All prompts have equal length, and so do all completions. A small
+transformer learns one of the tasks in a few hundred steps, and knows nothing of the other."""
 
 from __future__ import annotations
 
@@ -48,6 +52,13 @@ class AdditionSource(Identity):
             ) from None
         return value
 
+    operations: tuple[Literal["add", "subtract"], ...] = Field(
+        ("add",),
+        min_length=1,
+        description="what is asked in turn; of several each prompt's `teacher_id` is its operation",
+        json_schema_extra=omit_at(["add"]),
+    )
+
     @model_validator(mode="after")
     def _enough_pairs(self) -> AdditionSource:
         low, high = bounds(self.digits)
@@ -75,6 +86,17 @@ def scratchpad(left: int, right: int, digits: int) -> str:
     return " ".join(columns) + "#" + answer(left, right, digits)
 
 
+def subtraction(left: int, right: int, digits: int) -> str:
+    """The worked solution of `left - right`, which is not negative, both of at most `digits` digits."""
+    columns, borrow = [], 0
+    for place in range(digits):
+        upper, lower = left // 10**place % 10, right // 10**place % 10
+        rest = upper - lower - borrow
+        columns.append(f"{upper}-{lower}-{borrow}={int(rest < 0)}{rest % 10}")
+        borrow = int(rest < 0)
+    return " ".join(columns) + "#" + answer(left, -right, digits)
+
+
 def answer(left: int, right: int, digits: int) -> str:
     """The sum, with zeros in front up to one digit more than the numbers have."""
     return f"{left + right:0{digits + 1}d}"
@@ -87,10 +109,15 @@ def additions(source: AdditionSource) -> Iterator[dict[str, str]]:
     draw = random.Random(f"addition/{source.digits}/{source.seed}")
     for number, pair in enumerate(draw.sample(range(width * width), source.count)):
         left, right = low + pair // width, low + pair % width
+        operation = source.operations[number % len(source.operations)]
+        if operation == "subtract":
+            left, right = max(left, right), min(left, right)
+        adds = operation == "add"
+        text = (scratchpad if adds else subtraction)(left, right, source.digits)
         row = {
-            "prompt": f"{left}+{right}=",
-            "answer": answer(left, right, source.digits),
-            "solution": scratchpad(left, right, source.digits),
+            "prompt": f"{left}{'+' if adds else '-'}{right}=",
+            "answer": answer(left, right if adds else -right, source.digits),
+            "solution": text,
         }
         if source.context is not None and number % 2:
             row["prompt"] = source.context.format(**row)

@@ -71,16 +71,22 @@ class Mask(Signal):
         return pc.sum(pc.equal(reasons, int(MaskReason.INVALID_VALUE))).as_py() or 0, len(reasons)
 
 
-def mask_rules(store: Store, prompts: Artifact, special_tokens: SpecialTokens) -> dict[str, Any]:
-    """The rules of `mask_table`, from the tokenizers' audit and vocabularies in the `prepare` artifact.
+def mask_rules(
+    store: Store, prompts: Artifact, special_tokens: SpecialTokens, teacher: str | None = None
+) -> dict[str, Any]:
+    """The rules of `mask_table`, from the tokenizers' audit and vocabularies in the `prepare` artifact. `teacher`: whose, where
+    there are several.
 
     Raises InputError for a token that the student's tokenizer does not have, or prompts prepared without a teacher."""
-    audit = prompts.meta.get("audit")
+    audit = prompts.meta.get("audit") if teacher is None else (prompts.meta.get("audits") or {}).get(teacher)
     if audit is None:
         raise InputError(
             f"prepare/{prompts.key}: its prompts were prepared without a teacher, so no tokens were compared"
         )
     vocabulary = store.read_table(prompts, "vocabulary", columns=["tokenizer", "id", "token", "text", "special"])
+    if teacher is not None:
+        both = pa.array(["student", f"teacher:{teacher}"])
+        vocabulary = vocabulary.filter(pc.is_in(vocabulary["tokenizer"], value_set=both))
     special = set(vocabulary.filter(vocabulary["special"])["id"].to_pylist())
     unmapped = set(audit["masked_ids"])
     marked = special if special_tokens.mark == "all" else special & unmapped

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from storage.artifacts.artifact import Retained, check_name
 from storage.artifacts.shards import read_parquet
@@ -20,6 +21,7 @@ from storage.store import Artifact, ArtifactSpec, Store
 from tasks.losses.registry import require_methods
 from tasks.plugins import used_plugins
 from tasks.rollout_config import Dtype
+from tasks.routing import combined, own_prompts
 from tasks.signals.wanted import Values, Wanted
 
 SPLIT = "train"
@@ -28,7 +30,7 @@ STOP_IDS = "stop_ids"
 """Content of prepared prompts, there only where the stop ids of student and teacher are merged: a JSON list of the ids, first the
 one that stands for all."""
 _NOT_SIGNALS = {
-    "model", "prepare", "warmup", "draft", "rollout", "train", "student", "trainer_state", "teacher_ema", "evaluate",
+    "model", "mixture", "prepare", "warmup", "draft", "rollout", "train", "student", "trainer_state", "teacher_ema", "evaluate",
 }  # fmt: skip
 _PLAINLY_LOCAL = '{"kind":"local"}'
 """The backend that is left out of keys."""
@@ -61,6 +63,19 @@ class Inputs:
     """temperature, top_p, top_k of the rollouts, and min_p where it is not 0"""
     plugins: Mapping[str, str]
     """the run's plugins, name -> digest of the source"""
+    names: tuple[str, ...] = ()
+    """names of the teacher where there are several (more than one: of one checkpoint); it scores the samples of its prompts
+    alone. Empty: the only teacher"""
+
+    def prompt_contents(self, parts: Sequence[str]) -> dict[str, str]:
+        """The contents of the prompts by which they enter the keys. Of several teachers one's signals depend on its own prompts,
+        and not on what the others are called or asked."""
+        content = self.prompts.content
+        if not self.names:
+            return {"prompts": content[f"prompts:{SPLIT}"], **{part: content[part] for part in parts}}
+        own = combined([content[own_prompts(name, SPLIT)] for name in self.names])
+        named = {part: f"{part}:{self.names[0]}" for part in parts}
+        return {"prompts": own, **{part: content.get(name) or content[part] for part, name in named.items()}}
 
 
 @dataclass(frozen=True)
@@ -90,14 +105,15 @@ class Written:
         return pa.concat_tables([read_parquet(path, [column]) for path in self.files])[column]
 
     def beside_rollouts(self, column: str, of_rollouts: str) -> list[tuple[pa.ChunkedArray, pa.ChunkedArray]]:
-        """Shard by shard a column of the signal and one of its rollouts."""
-        return [
-            (
-                read_parquet(path, [column])[column],
-                self.store.read_shard(self.rollouts, "rollouts", shard)[of_rollouts],
-            )
-            for shard, path in enumerate(self.files)
-        ]
+        """Shard by shard a column of the signal and one of its rollouts, the same samples in the same order."""
+        found = []
+        for shard, path in enumerate(self.files):
+            rows = read_parquet(path, ["sample_id", column])
+            beside = self.store.read_shard(self.rollouts, "rollouts", shard)
+            if rows.num_rows != beside.num_rows:  # those of one teacher of several
+                beside = beside.filter(pc.is_in(beside["sample_id"], value_set=rows["sample_id"].combine_chunks()))
+            found.append((rows[column], beside[of_rollouts]))
+        return found
 
 
 class Signal(ABC):
@@ -155,8 +171,7 @@ class Signal(ABC):
             raise ConfigError(problem)
         models = self.wanted(k, inputs.sampling).models
         contents = {"rollouts": inputs.rollouts.content["rollouts"]}
-        contents["prompts"] = inputs.prompts.content[f"prompts:{SPLIT}"]
-        contents |= {part: inputs.prompts.content[part] for part in self.prompt_parts}
+        contents |= inputs.prompt_contents(self.prompt_parts)
         if STOP_IDS in inputs.prompts.content:
             contents[STOP_IDS] = inputs.prompts.content[STOP_IDS]
         for who, model in (("student", inputs.student), ("teacher", inputs.teacher)):

@@ -70,6 +70,10 @@ class Samples:
     """Per sample: the number of its prompt, in order of first occurrence in the round's rollouts."""
     segments: np.ndarray | None = None
     """Per flat completion token: the index of its segment in its completion."""
+    teachers: tuple[str, ...] = ()
+    """Names of the teachers, where there are several."""
+    teacher: np.ndarray | None = None
+    """Per sample: the place of its teacher's name in `teachers`."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -176,6 +180,12 @@ def from_rollouts(
         samples, support=_support(stored, tokens, needs, rows), **_of_credit(rollouts, samples, needs.credit)
     )
     return _checked(samples, "rollouts.prompt_token_ids", rows)
+
+
+def with_teachers(samples: Samples, names: Sequence[str]) -> Samples:
+    """The samples with each one's teacher, by name."""
+    teachers = tuple(sorted(set(names)))
+    return replace(samples, teachers=teachers, teacher=np.array([teachers.index(name) for name in names], np.int64))
 
 
 def _per_sample(flags: np.ndarray, completions: Ragged) -> np.ndarray:

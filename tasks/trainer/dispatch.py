@@ -28,8 +28,8 @@ def run_and_commit(
     job: TrainJob | WarmupJob, specs: Mapping[str, ArtifactSpec], builders: Mapping[str, Builder], context: Context
 ) -> None:
     """Runs the job on the trainer and commits the outputs in `builders`: the trees `student`, `trainer_state` and `teacher_ema`,
-    and the table training_steps of any other. Training is atomic: if any output is missing it reruns, and must reproduce the
-    outputs that exist.
+    and the table training_steps (with several teachers teacher_steps too) of any other. Training is atomic: if any output is
+    missing it reruns, and must reproduce the outputs that exist.
 
     Raises ConfigError, before training, if the others were made at other numerics; CorruptArtifact, before committing
     anything, if the new student's weights differ from theirs."""
@@ -39,10 +39,14 @@ def run_and_commit(
         if (builder := builders.get(name)) is not None
     }
     steps = None
+    several = isinstance(job, TrainJob) and job.prompts is not None
+    tables = ("training_steps", "teacher_steps") if several else ("training_steps",)
     for name, builder in builders.items():
         if name not in _TREES:
-            builder.forget("training_steps")  # it may be from a training with other weights
-            steps = ArtifactRef(builder.stage, builder.key) if builder.missing("training_steps", 1) else None
+            for table in tables:
+                builder.forget(table)  # it may be from a training with other weights
+            absent = any(builder.missing(table, 1) for table in tables)
+            steps = ArtifactRef(builder.stage, builder.key) if absent else None
     # an existing student is exported again, for comparison
     exported = folders.get("student") or str(next(iter(builders.values())).scratch())
     others = {name: folder for name, folder in folders.items() if name != "student"}
@@ -92,7 +96,7 @@ def run_and_commit(
             builders[name].commit(meta=meta | belongs, provenance=provenance)
         else:
             own = meta | belongs | {"metrics": result.metrics}
-            builders[name].commit(meta=own, tables={"training_steps": 1}, provenance=provenance)
+            builders[name].commit(meta=own, tables=dict.fromkeys(tables, 1), provenance=provenance)
 
 
 def _weights(artifact: Artifact) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,9 @@ from tasks.workers.metrics import Progress, latest, words
 
 METRICS = tuple(column.name for column in TABLES["training_steps"].columns if column.nullable)
 """Columns with token means or percentiles; null where they were not computed."""
+BY_TEACHER = "by_teacher"
+"""Entry of a step's row with the step's rows of `teacher_steps`; it is in no column."""
+_TEACHER_METRICS = ("reverse_kl", "teacher_mass", "teacher_entropy")
 _PERCENTILES = (("log_ratio_p05", 5), ("log_ratio_p50", 50), ("log_ratio_p95", 95))
 _NAMED = 8
 """Maximum number of sample ids in an error."""
@@ -81,7 +84,7 @@ def run_steps(
         weights = loss_denominators(samples, step.rows, plan.normalisation, plan.normalisation_length)
         lengths = samples.forward_lengths[list(step.rows)].tolist()
         micros = split_step(lengths, engine.world, plan.micro_batch_tokens)[dist.get_rank()]
-        tally = Tally(engine.device)
+        tally = Tally(engine.device, samples, step.rows)
         for place, micro in enumerate(micros):
             batch = forward_batch(samples, step.rows, weights, micro.places, micro.filler, engine.device)
             loss = engine.accumulate(batch, observe, last=place == len(micros) - 1)
@@ -113,6 +116,7 @@ def run_steps(
                 "seconds": time.monotonic() - began,
                 **tally.means(),
                 "masked_tokens": int((samples.completions.lengths - samples.kept)[list(step.rows)].sum()),
+                **({BY_TEACHER: tally.by_teacher(now, plan.round)} if samples.teachers else {}),
             }
         )
         known |= latest(table[-1:])
@@ -135,6 +139,21 @@ def run_steps(
     return table
 
 
+def by_teacher(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """`tokens/NAME`, and means over the tokens of all steps: `loss/NAME`, `reverse_kl/NAME`; empty for one teacher."""
+    sums: dict[str, float] = {}
+    weights: dict[str, int] = {}
+    for row in (row for step in rows for row in step.get(BY_TEACHER, ())):
+        for name in ("loss", "reverse_kl"):
+            if row[name] is not None:
+                label = f"{name}/{row['teacher']}"
+                sums[label] = sums.get(label, 0.0) + row[name] * row["tokens"]
+                weights[label] = weights.get(label, 0) + row["tokens"]
+        tokens = f"tokens/{row['teacher']}"
+        sums[tokens] = sums.get(tokens, 0.0) + row["tokens"]
+    return {label: total / weights.get(label, 1) for label, total in sums.items()}
+
+
 def _mean(running: float | None, row: Mapping[str, Any]) -> float | None:
     """The running mean of the loss after a step; a step without a counted token has none."""
     if row["tokens"] == 0:
@@ -143,13 +162,14 @@ def _mean(running: float | None, row: Mapping[str, Any]) -> float | None:
 
 
 class Tally:
-    """Sums of a step over micro-batches, then over ranks."""
+    """Sums of a step over micro-batches, then over ranks. `rows`: the samples of the step."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, samples: Samples, rows: Sequence[int]) -> None:
+        self.device, self._samples, self._rows = device, samples, list(rows)
         self.loss = 0.0
         self.bad_places: list[int] = []
         self._sums = torch.zeros((len(METRICS), 2), dtype=torch.float64)
+        self._by_teacher = torch.zeros((len(samples.teachers), 1 + len(_TEACHER_METRICS), 2), dtype=torch.float64)
         self._log_ratios: list[np.ndarray] = []
 
     def add(self, loss: float, stats: TokenStats | None) -> None:
@@ -165,19 +185,53 @@ class Tally:
             if name in METRICS:
                 chosen = values[kept].double()
                 self._sums[METRICS.index(name)] += torch.tensor([float(chosen.sum()), float(len(chosen))]).double()
+        if self._samples.teacher is not None:
+            self._add_by_teacher(stats, kept)
         if stats.log_ratio_N is not None:
             self._log_ratios.append(stats.log_ratio_N[kept].cpu().numpy())
 
+    def _add_by_teacher(self, stats: TokenStats, kept: torch.Tensor) -> None:
+        assert self._samples.teacher is not None
+        of_place = torch.from_numpy(self._samples.teacher[self._rows])
+        teacher_N = of_place[stats.sample_N[kept].cpu()]
+        values = [stats.per_token_N, *(stats.metrics.get(name) for name in _TEACHER_METRICS)]
+        for place, value_N in enumerate(values):
+            if value_N is not None:
+                chosen = value_N[kept].detach().double().cpu()
+                self._by_teacher[:, place, 0].index_add_(0, teacher_N, chosen)
+                self._by_teacher[:, place, 1].index_add_(0, teacher_N, torch.ones_like(chosen))
+
     def reduce(self) -> None:
         """Sums over all ranks; every rank gets the result. Collective."""
-        sums = torch.cat([self._sums.flatten(), torch.tensor([self.loss], dtype=torch.float64)]).to(self.device)
+        parts = [self._sums.flatten(), torch.tensor([self.loss], dtype=torch.float64), self._by_teacher.flatten()]
+        sums = torch.cat(parts).to(self.device)
         dist.all_reduce(sums)
-        self.loss = float(sums[-1])
-        self._sums = sums[:-1].cpu().reshape(len(METRICS), 2)
+        own, (loss,), by_teacher = sums.cpu().split([len(part) for part in parts])
+        self.loss = float(loss)
+        self._sums = own.reshape(self._sums.shape)
+        self._by_teacher = by_teacher.reshape(self._by_teacher.shape)
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, (self.bad_places, self._log_ratios))
         self.bad_places = sorted({place for places, _ in everywhere for place in places})
         self._log_ratios = [values for _, arrays in everywhere for values in arrays]
+
+    def by_teacher(self, step: int, round: int) -> list[dict[str, Any]]:
+        """The step's rows of `teacher_steps`: one per teacher that has samples in it."""
+        assert self._samples.teacher is not None
+        own = self._samples.teacher[self._rows]
+        found = []
+        for place, name in enumerate(self._samples.teachers):
+            rows = [row for row, teacher in zip(self._rows, own, strict=True) if teacher == place]
+            if not rows:
+                continue
+            means = [
+                total / count if count > 0 and math.isfinite(total) else None
+                for total, count in self._by_teacher[place].tolist()
+            ]
+            counts = {"samples": len(rows), "tokens": int(self._samples.kept[rows].sum())}
+            named = dict(zip(("loss", *_TEACHER_METRICS), means, strict=True))
+            found.append({"step": step, "round": round, "teacher": name, **counts, **named})
+        return found
 
     def means(self) -> dict[str, float | None]:
         """Every metric column: mean over the step's unmasked tokens, or None."""

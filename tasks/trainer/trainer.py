@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter
@@ -27,14 +28,15 @@ from tasks.inputs.teachers import EmaStudent
 from tasks.losses.build import make_objective
 from tasks.losses.config import ObjectiveConfig
 from tasks.losses.head import ChunkedHead
+from tasks.routing import teacher_of_prompts
 from tasks.signals.stop_ids import counted
 from tasks.trainer import state
 from tasks.trainer.batching import Step, plan_steps
 from tasks.trainer.config import NoCorrection, OptimizerSettings, TrainConfig, TruncatedCorrection, WarmupConfig
-from tasks.trainer.data import Samples, from_prompts, from_rollouts
+from tasks.trainer.data import Samples, from_prompts, from_rollouts, with_teachers
 from tasks.trainer.engine import Engine, load_for, start
 from tasks.trainer.export import export_student, rehearse_export
-from tasks.trainer.loop import Plan, pinned, run_steps
+from tasks.trainer.loop import BY_TEACHER, Plan, by_teacher, pinned, run_steps
 from tasks.trainer.midround import Keeper
 from tasks.trainer.model import TrainModule, Weights, trainable
 from tasks.workers.jobs import ArtifactRef, TrainJob, TrainResult, WarmupJob
@@ -149,7 +151,7 @@ class Trainer:
                 midway.rows if midway is not None else [],
                 partial(keeper.step_done, engine, own),
             )
-            exported = self._write(job, engine, model, rows, settings, base, student)
+            exported = self._write(job, engine, model, rows, settings, base, student, training.samples)
         finally:
             engine.close()
             del engine, module, model, parameters
@@ -167,6 +169,7 @@ class Trainer:
         settings: OptimizerSettings,
         base: Path,
         student: Path,
+        samples: Samples,
     ) -> dict[str, float]:
         outputs, metrics = job.outputs, dict[str, float]()
         if outputs.trainer_state:
@@ -203,6 +206,10 @@ class Trainer:
             table = pa.Table.from_pylist(rows, schema=schema_for("training_steps"))
             writer = Store(job.store).shard_writer(outputs.steps.stage, outputs.steps.key)
             writer.write_shard("training_steps", 0, table)
+            if samples.teachers:
+                by_teacher = [row for step in rows for row in step[BY_TEACHER]]
+                table = pa.Table.from_pylist(by_teacher, schema=schema_for("teacher_steps"))
+                writer.write_shard("teacher_steps", 0, table)
         return metrics
 
 
@@ -210,10 +217,13 @@ def _train_job(job: TrainJob, store: Store) -> TrainingJob:
     config = TrainConfig.model_validate_json(bytes(job.config))
     objective = _OBJECTIVE.validate_json(bytes(job.objective))
     rollouts = _table(store, job.rollouts, "rollouts")
-    signals = {name: _table(store, where, name) for name, where in job.signals.items()}
+    signals = {name: _together(store, places, name) for name, places in job.signals.items()}
     reasons = [MaskReason[name.upper()] for name in config.mask_reasons]
     rows = model_rows(Path(job.model))
     samples = from_rollouts(counted(rollouts, job.stop_ids), signals, objective.needs(), reasons, job.seed, rows)
+    if job.prompts is not None:
+        of = teacher_of_prompts(store, store.require(job.prompts.stage, job.prompts.key))
+        samples = with_teachers(samples, [of.get(prompt) or "" for prompt in rollouts["prompt_id"].to_pylist()])
     correction, weights = config.importance_correction, None
     if not isinstance(correction, NoCorrection):
         over: Literal["behaviour_logprobs", "student_logprobs"]
@@ -240,7 +250,11 @@ def _train_job(job: TrainJob, store: Store) -> TrainingJob:
 
 def _warmup_job(job: WarmupJob, store: Store) -> TrainingJob:
     config = WarmupConfig.model_validate_json(bytes(job.config))
-    samples = from_prompts(_table(store, job.prompts, "prompts"), "warmup", model_rows(Path(job.model)))
+    prompts = _table(store, job.prompts, "prompts")
+    if job.teacher is not None:
+        of = prompts["teacher_id"]
+        prompts = prompts.filter(pc.or_kleene(pc.is_null(of), pc.equal(of, job.teacher)))
+    samples = from_prompts(prompts, "warmup", model_rows(Path(job.model)))
     return TrainingJob(
         settings=config,
         objective=_OBJECTIVE.validate_json(bytes(job.objective)),
@@ -268,6 +282,11 @@ def refuse_lost_steps(samples: Samples, steps: Sequence[Step], round: int) -> No
             )
 
 
+def _together(store: Store, places: Sequence[ArtifactRef], table: str) -> pa.Table:
+    """A signal's rows, of all teachers."""
+    return pa.concat_tables([_table(store, where, table) for where in places])
+
+
 def _table(store: Store, where: ArtifactRef, table: str) -> pa.Table:
     return store.read_table(store.require(where.stage, where.key), table)
 
@@ -282,6 +301,7 @@ def _summary(rows: list[dict[str, Any]], samples: Samples, exported: dict[str, f
         "empty_steps": float(sum(row["tokens"] == 0 for row in rows)),
         "invalid_tokens": samples.invalid,
         **summarised(rows),
+        **by_teacher(rows),
         **exported,
     }
     return TrainResult(len(rows), rows[-1]["step"], metrics)

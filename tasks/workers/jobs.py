@@ -19,7 +19,7 @@ from storage.store import Artifact, Store
 from tasks.plugins import note_role
 from tasks.rollout_config import Dtype
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Increased when a schema changes: a worker refuses a supervisor with another number."""
 
 
@@ -46,18 +46,37 @@ class ArtifactRef(Schema):
         return cls(artifact.stage, artifact.key)
 
 
+class MemberRef(Schema):
+    """One model of a mixture."""
+
+    path: str
+    weight: float
+
+
 class ModelRef(Schema):
-    """A model on local disk. `weights` and `architecture` are its content digests. An empty path: the job does not read it."""
+    """A model on local disk. `weights` and `architecture` are its content digests. An empty path: the job does not read it.
+    A mixture has no path of its own but `members`, and `average` (logprobs or probs) says what of theirs is averaged."""
 
     path: str
     weights: str
     architecture: str
+    members: list[MemberRef] | None = None
+    average: str | None = None
 
     @classmethod
     def of(cls, store: Store, model: Artifact, read: bool = True) -> ModelRef:
         """A model of the store, its files verified; with `read` false only its digests."""
-        path = str(store.materialize(model)) if read else ""
-        return cls(path, model.content["weights"], model.content["architecture"])
+        digests = (model.content["weights"], model.content["architecture"])
+        if model.stage != "mixture":
+            return cls(str(store.materialize(model)) if read else "", *digests)
+        parts = [(store.require(stage, key), weight) for stage, key, weight in model.meta["members"]]
+        members = [MemberRef(str(store.materialize(part)) if read else "", weight) for part, weight in parts]
+        return cls("", *digests, members=members, average=model.meta["average"])
+
+    @property
+    def paths(self) -> list[str]:
+        """The folders that are read."""
+        return [self.path] if self.members is None else [member.path for member in self.members]
 
 
 # --- sampler ---------------------------------------------------------------------------------------------------------
@@ -184,8 +203,9 @@ class ScoreJob(Schema):
     """Score rollouts under student and teacher (role scorer). Every item writes one shard of each of its outputs.
 
     `backend`: the JSON of the teacher's backend (tasks/engines/teacher.py). `flags`: a committed `sampled` that says which
-    values are invalid, where only `mask` is wanted; then no model is read. `stop_ids`: one category in every distribution, named
-    by the first; empty: nothing is merged."""
+    values are invalid, where only `mask` is wanted; then no model is read. `names`: the teacher's where there are several; only
+    samples of prompts with one of these as their `teacher_id` are scored, and have rows. `stop_ids`: one category in every
+    distribution, named by the first; empty: nothing is merged."""
 
     store: str
     rollouts: ArtifactRef
@@ -198,6 +218,7 @@ class ScoreJob(Schema):
     mask: MaskRules | None = None
     flags: ArtifactRef | None = None
     stop_ids: list[int] = []
+    names: list[str] | None = None
 
 
 class KLShard(Schema):
@@ -262,8 +283,10 @@ class WeightAverage(Schema):
 
 class TrainJob(Schema):
     """Train a student on rollouts and signals (role trainer; every rank gets the same job). `config` and `objective` are the
-    JSON of a TrainConfig and of an objective; `state`: folder of the trainer state to continue from, or null; `stop_ids` as in
-    `ScoreJob`; `average`: of the weights, which is kept for a teacher, or null."""
+    JSON of a TrainConfig and of an objective; `state`: folder of the trainer state to continue from, or null. `signals`: by name
+    the artifacts that hold it, one per teacher; each sample is in one of them. `prompts`: where there are several teachers,
+    what says whose prompt each is. `stop_ids` as in `ScoreJob`. `average`: of the weights, which is kept for a teacher, or null.
+    """
 
     store: str
     model: str
@@ -273,17 +296,19 @@ class TrainJob(Schema):
     objective: msgspec.Raw
     outputs: TrainOutputs
     rollouts: ArtifactRef
-    signals: dict[str, ArtifactRef]
+    signals: dict[str, list[ArtifactRef]]
     state: str | None = None
     checkpoints: CheckpointPlace | None = None
     stop_ids: list[int] = []
     average: WeightAverage | None = None
+    prompts: ArtifactRef | None = None
 
     stage = "train"
 
 
 class WarmupJob(Schema):
-    """Supervised fine-tuning on the prompts' completions (role trainer). `config` is the JSON of a WarmupConfig."""
+    """Supervised fine-tuning on the prompts' completions (role trainer). `config` is the JSON of a WarmupConfig. `teacher`: the
+    name of the model where it is one of several teachers; it learns the rows that name it or none."""
 
     store: str
     model: str
@@ -293,6 +318,7 @@ class WarmupJob(Schema):
     outputs: TrainOutputs
     prompts: ArtifactRef
     checkpoints: CheckpointPlace | None = None
+    teacher: str | None = None
 
     stage = "warmup"
     round = 0

@@ -145,7 +145,8 @@ class Pool(in_process.InProcess):
 
         class Trainer(engines.Trainer):
             def handle(self, job: TrainJob, link: Feed) -> TrainResult:
-                store, places = Store(job.store), {"rollouts": job.rollouts, **job.signals}
+                store, signals = Store(job.store), {name: place for name, (place,) in job.signals.items()}
+                places = {"rollouts": job.rollouts, **signals}
                 tables = {name: store.read_table(store.require(at.stage, at.key), name) for name, at in places.items()}
                 reasons = [MaskReason[name.upper()] for name in json.loads(bytes(job.config))["mask_reasons"]]
                 rollouts, needs = tables.pop("rollouts"), round_of.objective.needs()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from places import TINY
 
-from flows.experiment import dtype_warning, load_experiment
+from flows.cross_checks import dtype_warning
+from flows.experiment import load_experiment
 from flows.run.check import check_experiment
 from flows.run.runner import fork_experiment, plan, resume_experiment, run_experiment, with_policy_of
 from storage.errors import ConfigError
@@ -94,5 +95,5 @@ class Sampled:
 )
 def test_a_large_gap_between_sampler_and_student_names_the_correction(mean, fields, warned):
     experiment = load_experiment(TINY, fields)
-    warning = mismatch_warning(experiment.train, experiment.objective, {"sampled": Sampled(mean)})
+    warning = mismatch_warning(experiment.train, experiment.objective, [Sampled(mean)])
     assert (warning is not None and "train.importance_correction" in warning) == warned

@@ -21,6 +21,7 @@ from tasks.inputs.models import CheckpointModel, FolderTokenizer, HubModel, Serv
 from tasks.inputs.sources import FileSource
 from tasks.inputs.verifiers import FunctionVerifier
 from tasks.losses.config import SftConfig
+from tasks.mixture import MixtureConfig
 
 Scenes = list[tuple[dict[str, Any], Experiment]]
 GOLDEN = yaml.safe_load((DATA / "golden.yaml").read_text())
@@ -29,6 +30,7 @@ VALUES: dict[tuple[str, str], Any] = {
     ("ArchitectureModel", "config"): {**GOLDEN["student"]["source"]["config"], "intermediate_size": 64},
     ("PrepareConfig", "chat_template_kwargs"): {"enable_thinking": False},
     ("PrepareConfig", "date"): "2026-01-31",
+    ("AdditionSource", "operations"): ["add", "subtract"],
     ("PrepareConfig", "train"): {"kind": "addition", "count": 7},
     ("PrepareConfig", "eval"): {"kind": "addition", "count": 7},
     ("PrepareConfig", "warmup"): {"kind": "addition", "count": 7},
@@ -94,13 +96,15 @@ SCENES: list[dict[str, Any]] = [
 whose fields all have defaults (divergences, trust regions, token weights) are found and added by `scenes`."""
 
 ELSEWHERE = {CheckpointModel, FolderTokenizer, FileSource, HubModel, ServedModel, FunctionVerifier, SftConfig, Fork}
+ELSEWHERE |= {MixtureConfig}
 """What needs files, a user's code, or is never part of an experiment: their own tests show what of them enters keys."""
 ALONE = {
     ("ModelConfig", "source"), ("TeacherConfig", "source"), ("ArchitectureModel", "tokenizer"),
-    ("Experiment", "fork"), ("FullSupport", "k"),
+    ("Experiment", "fork"), ("Experiment", "teacher"), ("Experiment", "teachers"), ("Experiment", "mixture"),
+    ("FullSupport", "k"),
 }  # fmt: skip
 """Fields whose other variants are such, though the fields inside are changed one by one; the k of a full support has no
-other value, being the vocabulary's."""
+other value, being the vocabulary's. For several teachers see `test_teachers.py`."""
 
 
 @pytest.fixture(scope="module")

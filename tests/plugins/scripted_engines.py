@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -22,6 +23,7 @@ from storage.artifacts.digests import table_digest, weights_digest
 from storage.disk.failpoints import failpoint
 from storage.schemas import schema_for
 from storage.store import Store
+from tasks.routing import teacher_of_prompts
 from tasks.signals import Shard, signal_named
 from tasks.trainer.batching import plan_steps
 from tasks.workers.jobs import KLJob, SampleResult, ScoreResult, ShardDone, TrainResult, register_role
@@ -123,6 +125,10 @@ class Scorer(Engine):
 
     def score(self, store: Store, job, item, models: dict) -> None:
         rollouts = store.read_shard(store.require(job.rollouts.stage, job.rollouts.key), "rollouts", item.shard)
+        if job.names is not None:
+            of = teacher_of_prompts(store, store.require(job.prompts.stage, job.prompts.key))
+            rollouts = rollouts.filter(pa.array([of[name] in job.names for name in rollouts["prompt_id"].to_pylist()]))
+            assert rollouts.num_rows == item.size
         flags, values = None, {}
         if job.flags is None:
             values = self.sampled(models, rollouts)
@@ -133,7 +139,8 @@ class Scorer(Engine):
             signal = signal_named(output.table)
             for k in signal.wanted(output.k, msgspec.structs.asdict(job.sampling)).teacher.top:
                 values |= self.top(models, rollouts, k)
-            table = signal.table(Shard(rollouts, values, output.k, output.encoding, rules, flags))
+            shard = Shard(rollouts, values, output.k, output.encoding, rules, flags)
+            table = signal.table(shard) if rollouts.num_rows else signal.schema.arrow.empty_table()
             writer = store.shard_writer(output.target.stage, output.target.key)
             writer.write_shard(output.table, item.shard, table, signal.schema)
 
@@ -167,10 +174,15 @@ class Trainer(Engine):
         store, outputs = Store(job.store), job.outputs
         rollouts = store.read_table(store.require(job.rollouts.stage, job.rollouts.key), "rollouts")
         signals = {
-            name: store.read_table(store.require(at.stage, at.key), name) for name, at in sorted(job.signals.items())
+            name: pa.concat_tables([store.read_table(store.require(at.stage, at.key), name) for at in places])
+            for name, places in sorted(job.signals.items())
         }
         ids = rollouts["sample_id"].to_pylist()
-        assert all(table["sample_id"].to_pylist() == ids for table in signals.values())
+        assert all(sorted(table["sample_id"].to_pylist()) == sorted(ids) for table in signals.values())
+        teachers = None
+        if job.prompts is not None:
+            of = teacher_of_prompts(store, store.require(job.prompts.stage, job.prompts.key))
+            teachers = {name: of[prompt] for name, prompt in zip(ids, rollouts["prompt_id"].to_pylist(), strict=True)}
         used = json.loads((Path(job.state) / "used.json").read_text()) if job.state else []
         chain = digest(weights_digest(job.model), used, [table_digest(t) for t in (rollouts, *signals.values())])
         config, rows = json.loads(bytes(job.config)), []
@@ -210,5 +222,21 @@ class Trainer(Engine):
         if outputs.steps:
             writer = store.shard_writer(outputs.steps.stage, outputs.steps.key)
             writer.write_shard("training_steps", 0, pa.Table.from_pylist(rows, schema=schema_for("training_steps")))
+            if teachers is not None:
+                steps = zip(rows, used[-len(rows) :], strict=True)
+                by_teacher = [
+                    {
+                        "step": row["step"],
+                        "round": row["round"],
+                        "teacher": name,
+                        "samples": n,
+                        "tokens": n,
+                        "loss": row["loss"],
+                    }
+                    for row, (_, batch) in steps
+                    for name, n in sorted(Counter(teachers[sample] for sample in batch).items())
+                ]
+                table = pa.Table.from_pylist(by_teacher, schema=schema_for("teacher_steps"))
+                writer.write_shard("teacher_steps", 0, table)
         metrics = {"loss": rows[-1]["loss"]}
         return TrainResult(len(rows), rows[-1]["step"], metrics)

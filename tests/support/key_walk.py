@@ -22,6 +22,13 @@ PARTS = (
     "prompts:eval", "prompts:warmup", "drafts", "rollouts", "sampled", "mask", "teacher_topk", "student_topk",
     "teacher_margin", "state",
 )  # fmt: skip
+TEACHERS = ("add", "subtract")
+SEVERAL = (
+    *(f"teachers:{split}" for split in ("train", "eval", "warmup")),
+    *(f"teacher:{name}:{split}" for name in TEACHERS for split in ("train", "eval", "warmup")),
+    *(f"{part}:{name}" for name in TEACHERS for part in ("audit", "vocabulary", "warmup")),
+)
+"""What prompts have beside, where they name one of two teachers."""
 
 
 SIGNALS = {"sampled", "mask", "teacher_topk", "student_topk"}
@@ -84,8 +91,10 @@ class Keys:
         for name, spec in make(*args, **inputs).outputs.items():
             place = f"{self._round}/{label}/{name}"
             self.found[place] = spec.key
-            content = {part: hashlib.sha256(f"{place}:{part}".encode()).hexdigest() for part in PARTS}
+            content = {part: hashlib.sha256(f"{place}:{part}".encode()).hexdigest() for part in (*PARTS, *SEVERAL)}
             content |= self._prepared if label == "prepare" else {}
+            if label.startswith("model_teacher_"):  # of several teachers: one tokenizer, which a mixture must have
+                content["tokenizer"] = hashlib.sha256(b"tokenizer").hexdigest()
             made[name] = Artifact(
                 stage=spec.stage, key=spec.key, content=content, rows={}, identity=spec.identity, inputs=spec.inputs,
                 created="", seconds=0,

@@ -34,7 +34,6 @@ from storage.schemas import schema_for
 from storage.store import Store
 from tasks.inputs.addition import additions
 from tasks.inputs.models import model_work
-from tasks.inputs.teachers import is_self
 from tasks.prepare import prepare_work
 
 WITHOUT_PANDAS = Path(__file__).resolve().parent / "without_pandas"
@@ -74,7 +73,7 @@ def prepare_root(root: Path, e: Experiment | None = None) -> Path:
     """A store with both models and the prompts, which need no fault of their own: no engine and no tokenizer is loaded."""
     store, e = Store(root), e or experiment()
     models = []
-    own = is_self(e.teacher.source)
+    own = e.self_teacher is not None
     for number, side in enumerate((e.student,) if own else (e.student, e.teacher)):
         with store.building(model_work(side.source, e.seed).outputs["model"]) as builder:
             folder = builder.directory("model")

@@ -35,7 +35,7 @@ def rows(tmp_path: Path, place: Path, lines: list[dict[str, Any]], **fields: Any
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = PrepareConfig.model_validate({"warmup": {"kind": "file", "path": str(path)}, **fields})
-    return prepare(config, place, None, Bench(Store(tmp_path / "store")).context)
+    return prepare(config, place, {}, Bench(Store(tmp_path / "store")).context)
 
 
 @pytest.fixture

@@ -306,7 +306,7 @@ def check_conversations(place: Path, library: Library, root: Path, count: int) -
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"kind": "file", "path": str(root / "rows.jsonl")}
     config = PrepareConfig.model_validate({"warmup": source, "max_prompt_length": 100_000})
-    made = prepare(config, place, None, Bench(Store(root / "store")).context)
+    made = prepare(config, place, {}, Bench(Store(root / "store")).context)
     loaded, spanning = load_tokenizer(place), 0
     for row in made.prompts.to_pylist():
         prompt, completion = said(place, talks[row["prompt_id"]]), completions[row["prompt_id"]]

@@ -1,0 +1,308 @@
+"""Combinations of fields that do not fit together, each with what to do. Checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from storage.errors import ConfigError
+from tasks.engines.teacher import ServerTeacher
+from tasks.inputs.models import ServedModel, declared_sizes
+from tasks.inputs.teachers import InitialStudent, is_self
+from tasks.losses.config import FullSupport
+from tasks.routing import NAME, teacher_field
+from tasks.supervise import signal_problems
+
+if TYPE_CHECKING:
+    from flows.experiment import Experiment, TeacherConfig
+
+
+def cross_problems(e: Experiment) -> list[str]:
+    """Invalid combinations of fields, each with what to do. Checked before anything starts."""
+    problems: list[str] = []
+    samples = e.rollout.prompts_per_round * e.rollout.num_generations * e.train.epochs_per_round
+    if samples % e.train.samples_per_step:
+        problems.append(
+            f"train.samples_per_step: {e.train.samples_per_step} does not divide the {samples} samples of a round"
+            " (rollout.prompts_per_round x rollout.num_generations x train.epochs_per_round)"
+        )
+    if e.objective.estimator == "sft":
+        problems.append("objective.estimator: 'sft' trains on given text and belongs to student.warmup; choose another")
+    if e.objective.needs().credit.reward:
+        problems.append(
+            "objective.advantage: this one needs a reward of each sample, and rewards come with the stage `judge`, which is"
+            " not built yet; use an advantage that needs none (`opd objectives` lists them)"
+        )
+    truncated = [
+        f"rollout.{name} is {value}"
+        for name, value, plain in (
+            ("top_p", e.rollout.top_p, 1.0),
+            ("top_k", e.rollout.top_k or 0, 0),
+            ("min_p", e.rollout.min_p, 0),
+            ("temperature", e.rollout.temperature, 1.0),
+        )
+        if value != plain
+    ]
+    problems += sampling_problems(e, truncated)
+    problems += _stop_problems(e)
+    problems += prefix_problems(e)
+    problems += teacher_problems(e)
+    problems += fork_problems(e)
+    for name, model in (("student", e.student), *((teacher_field(who), model) for who, model in e.taught_by.items())):
+        if model.warmup is not None and e.prompts.warmup is None:
+            problems.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
+    problems += signal_problems(e.supervise, e.objective.needs().signals)
+    problems += served_problems(e)
+    sizes = (declared_sizes(e.source_of(model))[0] for model in e.taught_by.values())
+    problems += size_problems(e, *declared_sizes(e.student.source), *sizes)
+    return problems
+
+
+def _stop_problems(e: Experiment) -> list[str]:
+    """What cannot be with merged stop ids."""
+    if e.prompts.tokenizers.stop_ids != "merge":
+        return []
+    problems = [
+        f"{section}.stop_token_ids: with prompts.tokenizers.stop_ids: merge completions end with the ids of both models; leave it"
+        " at eos"
+        for section, ids in (("rollout", e.rollout.stop_token_ids), ("evaluate", e.evaluate.stop_token_ids))
+        if ids != "eos"
+    ]
+    if not e.supervise.teacher.capabilities.merges_stop_ids:
+        problems.append(
+            f"supervise.teacher: kind {e.supervise.teacher.kind} cannot count several stop ids as one, which"
+            " prompts.tokenizers.stop_ids: merge asks for; choose kind: local, or stop_ids: mask"
+        )
+    if e.teachers:
+        problems.append(
+            "prompts.tokenizers.stop_ids: merge makes one category of the stop ids of the student and one teacher, but there are"
+            f" several (teachers: {', '.join(e.teachers)}); set stop_ids: mask, or give one `teacher`"
+        )
+    return problems
+
+
+def sampling_problems(e: Experiment, truncated: Sequence[str]) -> list[str]:
+    """What does not fit together of how rollouts are drawn (`truncated`: fields that cut the student's distribution off) and an
+    estimator that takes the samples for the student's own."""
+    problems, behaviour, objective = [], e.rollout.behaviour, e.objective
+    correction = e.train.importance_correction.kind
+    weighted = correction == "biased_truncated" and behaviour.weighable
+    if not objective.requires_untruncated_sampling:
+        if correction == "biased_truncated":
+            problems.append(
+                "train.importance_correction: biased_truncated weights samples for a sampled estimator, and this objective is"
+                " none: an expectation needs no weights; take kind: none or truncated"
+            )
+        return problems
+    if weighted:
+        if not getattr(objective, "center", True):
+            problems.append(
+                "objective.center: false, but train.importance_correction: biased_truncated cannot see outside the nucleus, so"
+                " that the part of a constant advantage does not vanish; set center: true"
+            )
+        if objective.exact_samples:
+            problems.append(
+                "objective.advantage: opd_plus is unbiased for exact samples of the student alone, which the weights of"
+                " train.importance_correction: biased_truncated are not; take advantage: stop_gradient, or rollout.top_p: 1"
+            )
+        return problems
+    if not behaviour.exact:
+        weigh = ", or weight the tokens with train.importance_correction: {kind: biased_truncated}"
+        problems.append(
+            f"rollout.behaviour: with {behaviour.kind!r} the student does not draw every token, but this objective's"
+            " sampled estimator needs exact samples of the student; use behaviour: student, or a direct objective"
+            + (weigh if behaviour.weighable else "")
+        )
+    if truncated:
+        problems.append(
+            f"objective: a sampled estimator needs exact samples of the student, but {' and '.join(truncated)}; set"
+            " rollout.top_p: 1, top_k: 0, temperature: 1 (no importance weight restores tokens that were cut off;"
+            " train.importance_correction: {kind: biased_truncated} accepts that)"
+        )
+    return problems
+
+
+def served_problems(e: Experiment) -> list[str]:
+    """What cannot be done with a model whose weights are not on this machine."""
+    problems: list[str] = []
+    if isinstance(e.student.source, ServedModel):
+        problems.append(
+            "student.source: kind served is for a teacher; the student is trained, so its weights must be here"
+        )
+    server = isinstance(e.supervise.teacher, ServerTeacher)
+    if server and e.teachers:
+        problems.append(
+            "supervise.teacher: kind server asks one model of one server, but there are several"
+            f" (teachers: {', '.join(e.teachers)}); use kind: local or vllm with checkpoints, or give one `teacher`"
+        )
+    for name, model in e.taught_by.items():
+        if not isinstance(model.source, ServedModel):
+            continue
+        field = teacher_field(name)
+        if not server:
+            problems.append(
+                f"{field}.source: kind served has no weights, which supervise.teacher: {e.supervise.teacher.kind} reads; "
+                + (
+                    "set supervise.teacher: {kind: server, model: NAME}, or give a checkpoint"
+                    if name is None
+                    else "give a checkpoint"
+                )
+            )
+        if model.warmup is not None:
+            problems.append(f"{field}.warmup: kind served has no weights to train; leave the warm-up out")
+        if e.rollout.behaviour.reads & {"teacher", "drafts"}:
+            problems.append(
+                f"rollout.behaviour: with {e.rollout.behaviour.kind!r} the sampler loads the teacher, but {field}.source kind"
+                " served has no weights; give a checkpoint, or take behaviour: student"
+            )
+        if e.evaluate.generations("kl"):
+            problems.append(
+                "evaluate.kl_prompts: the exact reverse KL reads the teacher's whole distribution from its weights, which"
+                f" {field}.source kind served does not have; set evaluate.kl_prompts: 0 (then it is not measured), or give a"
+                f" checkpoint as {field}.source"
+            )
+    return problems
+
+
+def teacher_problems(e: Experiment) -> list[str]:
+    """What is wrong with the choice of one teacher, of several, or of a mixture."""
+    problems = []
+    if e.teacher is not None and e.teachers:
+        problems.append(
+            "teacher, teachers: both are given; use `teacher` for one, or `teachers` by name (and teacher: null)"
+        )
+    if e.teacher is None and not e.teachers:
+        problems.append("teacher: required, but missing (or several by name: `teachers`)")
+    for name in e.teachers:
+        if not NAME.fullmatch(name):
+            problems.append(
+                f"teachers: {name!r} is no name; use letters, digits, '.', '-' and '_', at most 64, a letter or digit first"
+            )
+    if e.mixture is not None:
+        problems += e.mixture.problems(e.teachers)
+        if not e.supervise.teacher.capabilities.full_distribution:
+            problems.append(
+                f"mixture: averages the teachers' whole distributions, which supervise.teacher: kind {e.supervise.teacher.kind}"
+                " does not give; use kind: local, or remove `mixture` and give each prompt a teacher_id"
+            )
+    if e.teachers and e.rollout.behaviour.reads & {"teacher", "drafts"}:
+        problems.append(
+            f"rollout.behaviour: {e.rollout.behaviour.kind!r} lets one teacher take part in writing, but there are several"
+            f" (teachers: {', '.join(e.teachers)}); take behaviour: student, or give one `teacher`"
+        )
+    return problems + ([] if e.teacher is None else self_teacher_problems(e, e.teacher))
+
+
+def fork_problems(e: Experiment) -> list[str]:
+    """Whether a fork, which begins with the prompts and models of its parent's rounds, asks for another teacher."""
+    parent = e.parent
+    if e.fork is None or parent is None:
+        return []
+    changed = [name for name in ("teacher", "teachers", "mixture") if getattr(e, name) != getattr(parent, name)]
+    if not changed:
+        return []
+    return [
+        f"{', '.join(changed)}: a fork keeps the teacher of {e.fork.run!r}: prompts, and the average of an ema, come from its"
+        " rounds; start a run of its own for another one (finished stages that it shares are found in the store)"
+    ]
+
+
+def self_teacher_problems(e: Experiment, teacher: TeacherConfig) -> list[str]:
+    """What of a teacher that is the student, or of what a teacher reads, does not fit the rest."""
+    problems: list[str] = []
+    own, context = is_self(teacher.source), teacher.context
+    if own and not e.supervise.teacher.reads_checkpoint:
+        problems.append(
+            f"supervise.teacher: kind {e.supervise.teacher.kind} answers with weights of its own, but teacher.source"
+            f" {teacher.source.kind} is this run's student; choose kind: local"
+        )
+    if own and not isinstance(teacher.source, InitialStudent) and "drafts" in e.rollout.behaviour.reads:
+        problems.append(
+            f"rollout.behaviour: {e.rollout.behaviour.kind!r} reads completions that the teacher writes once for all rounds, but"
+            f" teacher.source {teacher.source.kind} is another model in every round; set teacher.source: {{kind: initial}}, or"
+            " take a behaviour that reads no drafts"
+        )
+    if context is not None and not e.prompts.chat_template and not context.endswith("{prompt}"):
+        problems.append(
+            "teacher.context: with prompts.chat_template: false a completion continues the text itself, so the template must end"
+            f" with {{prompt}}, and it is {context!r}"
+        )
+    return problems
+
+
+def prefix_problems(e: Experiment) -> list[str]:
+    """Whether tokens that the student did not write are trained on by an objective that cannot use them, or not at all."""
+    behaviour = e.rollout.behaviour
+    if not behaviour.prefixes or e.objective.needs().takes_prefixes:
+        return []
+    left_out = "teacher_prefix" in e.train.mask_reasons
+    if left_out and not behaviour.draws:
+        return [
+            "train.mask_reasons: teacher_prefix leaves out every token of these rollouts, none of which the student writes; take"
+            " it out of the list"
+        ]
+    if not left_out and e.objective.estimator == "policy_gradient":
+        return [
+            "objective.estimator: a policy gradient needs the probability with which the student drew each token, but with"
+            f" rollout.behaviour {behaviour.kind!r} others wrote some; put teacher_prefix into train.mask_reasons, take a trust"
+            " region with a term for prefixes (tropd), or use estimator: direct"
+        ]
+    return []
+
+
+def size_problems(e: Experiment, rows: int | None, positions: int | None, *teacher_rows: int | None) -> list[str]:
+    """What does not fit models of these sizes: the student's rows and positions, each teacher's rows; None: unknown."""
+    problems: list[str] = []
+    for section, length in (
+        ("rollout", e.rollout.max_completion_length),
+        ("evaluate", e.evaluate.max_completion_length),
+    ):
+        if positions and length >= positions:
+            problems.append(
+                f"{section}.max_completion_length: {length} leaves no room for a prompt in the student's"
+                f" max_position_embeddings, {positions}"
+            )
+    for need in e.objective.needs().signals:
+        if rows and need.k and need.k > rows:
+            side = getattr(e.objective, "side", None)
+            where = "trust_region" if side is not None and side.support.k == need.k else "support"
+            problems.append(f"objective.{where}.k: {need.k} is above the vocabulary of {rows}")
+    support = getattr(e.objective, "support", None)
+    if isinstance(support, FullSupport) and rows and all(teacher_rows):
+        known = [other for other in teacher_rows if other]
+        shared = {min(rows, other) for other in known} if e.routed else {min([rows, *known])}
+        if len(shared) > 1:
+            problems.append(
+                f"objective.support: full support means every id, but the teachers share {' and '.join(map(str, sorted(shared)))}"
+                " of them with the student; take kind: teacher_topk with outside: bucket"
+            )
+        elif support.k < (least := min(shared)):
+            problems.append(
+                f"objective.support.k: full support means every id, but k is {support.k} and the vocabulary has {least}"
+                f" rows; set k: {least}, or take kind: teacher_topk with outside: bucket"
+            )
+    return problems
+
+
+WITH_DTYPE = ("rollout", "supervise", "train")
+
+
+def dtype_warning(e: Experiment) -> str | None:
+    """What differs between the dtypes of the student as it is sampled, scored and trained, and why it matters; None if nothing.
+
+    Raises ConfigError for a policy gradient, unless `policy.allow_mixed_dtypes`: the ratio of the live to the rollout-time
+    student would have noise before any update."""
+    dtypes = {section: getattr(e, section).dtype for section in WITH_DTYPE}
+    if len(set(dtypes.values())) == 1:
+        return None
+    shown = ", ".join(f"{section}.dtype {dtype}" for section, dtype in dtypes.items())
+    text = (
+        f"{shown}: the student that is sampled, scored and trained is not one and the same; its log-probabilities differ by"
+        " rounding before any update"
+    )
+    if e.objective.estimator == "policy_gradient" and not e.policy.allow_mixed_dtypes:
+        raise ConfigError(
+            f"{text}, which a policy gradient takes for an importance ratio. Set one dtype for all three, or accept it with"
+            " policy.allow_mixed_dtypes: true"
+        )
+    return text

@@ -1,0 +1,347 @@
+"""Several teachers: which config is refused, what enters keys, and whole runs with scripted engines."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import several_teachers as several
+import yaml
+from key_walk import TEACHERS, keys_of
+from places import DATA
+from pydantic import ValidationError
+from rich.console import Console
+
+from flows.cli.export import export
+from flows.cli.report import report
+from flows.config_file import merge
+from flows.experiment import Experiment
+from flows.run.preflight import Known
+from flows.run.progress import SilentReporter
+from flows.run.runner import plan, run_experiment
+from flows.run.shown import by_teacher
+from storage.artifacts.digests import weights_digest
+from storage.artifacts.verify import Verified, verify_run
+from storage.errors import InputError, OpdError
+from storage.query.catalog import Catalog
+from storage.runs import Run
+from storage.store import Artifact, Store
+from storage.upkeep.gc import Collector
+from storage.upkeep.retention import Retention
+
+GOLDEN = yaml.safe_load((DATA / "golden.yaml").read_text())
+GOLDEN_KEYS = json.loads((DATA / "golden_keys_teachers.json").read_text())
+
+
+def routed(**more: Any) -> dict[str, Any]:
+    """The golden experiment with two teachers, each with the golden one's config."""
+    data = copy.deepcopy(GOLDEN)
+    one = data.pop("teacher")
+    return merge(data, {"teachers": {name: copy.deepcopy(one) for name in TEACHERS}, **more})
+
+
+def mixture(**weights: float) -> dict[str, Any]:
+    return {"weights": weights or {"add": 0.25, "subtract": 0.75}, "average": "logprobs"}
+
+
+# --- the config ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"teacher": GOLDEN["teacher"]}, "both are given"),
+        ({"teachers": {}}, "teacher: required"),
+        ({"teachers": {"a/b": GOLDEN["teacher"]}}, "'a/b' is no name"),
+        ({"mixture": mixture(add=1.0)}, "at least two teachers"),
+        ({"mixture": mixture(add=0.5, subtract=0.6)}, "sum is 1.1"),
+        ({"mixture": mixture(add=1.5, subtract=-0.5)}, "is not above 0"),
+        ({"mixture": mixture(add=0.5, divide=0.5)}, "`teachers` has no 'divide'; mixture.weights: teachers.subtract"),
+        (
+            {"mixture": mixture(), "supervise": {"teacher": {"kind": "vllm"}}},
+            "mixture: averages the teachers' whole distributions, which supervise.teacher: kind vllm does not give",
+        ),
+        (
+            {"supervise": {"teacher": {"kind": "server", "model": "m"}}},
+            "kind server asks one model of one server, but there are several (teachers: add, subtract)",
+        ),
+        (
+            {"teachers": {"add": {"source": {"kind": "served", "path": "folder", "revision": "1"}}}},
+            "teachers.add.source: kind served has no weights",
+        ),
+    ],
+)
+def test_a_wrong_choice_of_teachers_is_refused_when_the_config_loads(change: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Experiment.model_validate(routed() | change)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("more", [{}, {"mixture": mixture()}])
+def test_merged_stop_ids_of_several_teachers_are_refused_when_the_config_loads(more: dict[str, Any]) -> None:
+    data = routed(prompts={"tokenizers": {"stop_ids": "merge"}}) | more
+    with pytest.raises(ValidationError, match=r"stop_ids: merge makes one category.*teachers: add, subtract"):
+        Experiment.model_validate(data)
+
+
+def test_full_support_of_teachers_with_other_vocabularies_is_refused_unless_they_are_mixed() -> None:
+    data = routed(objective={"support": {"kind": "full", "k": 264, "outside": None}})
+    data["objective"]["support"] = {"kind": "full", "k": 264}
+    Experiment.model_validate(data)
+    data["teachers"]["add"]["source"]["config"]["vocab_size"] = 262
+    with pytest.raises(ValidationError, match="the teachers share 262 and 264"):
+        Experiment.model_validate(data)
+    data["objective"]["support"]["k"] = 262
+    Experiment.model_validate(data | {"mixture": mixture()})
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+@pytest.mark.promise(12, "golden keys of several teachers")
+@pytest.mark.parametrize("kind", ["routed", "mixture"])
+def test_golden_keys_of_several_teachers(store: Store, kind: str) -> None:
+    data = routed() if kind == "routed" else routed(mixture=mixture())
+    keys = keys_of(Experiment.model_validate(data), store)
+    assert keys == GOLDEN_KEYS[kind], json.dumps(keys, indent=1)
+
+
+def test_a_teacher_changes_its_own_stages_and_what_reads_them(store: Store) -> None:
+    before = keys_of(Experiment.model_validate(routed()), store)
+    data = routed()
+    data["teachers"]["add"]["warmup"]["steps"] += 1
+    after = keys_of(Experiment.model_validate(data), store)
+    assert {place for place in before if before[place] != after[place]} == {
+        "0/warmup_teacher_add/student", "0/warmup_teacher_add/warmup",
+    }  # fmt: skip
+    assert keys_of(Experiment.model_validate(routed(mixture=mixture(add=0.5, subtract=0.5))), store) != keys_of(
+        Experiment.model_validate(routed(mixture=mixture())), store
+    )
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+ROUTES = ["a", "b", "a", "b"]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+def ids(root: Path, artifact: Artifact) -> list[list[str]]:
+    """The samples of each shard."""
+    store = Store(root)
+    shards = range(len(store.shards(artifact, artifact.stage)))
+    return [store.read_shard(artifact, artifact.stage, shard)["sample_id"].to_pylist() for shard in shards]
+
+
+def test_each_teacher_scores_its_own_samples_in_the_shards_of_the_rollouts(tmp_path: Path, root: Path) -> None:
+    engines = several.go(root, several.experiment(tmp_path, ROUTES, {"a": 2, "b": 3}))
+    store = Store(root)
+    for round in (1, 2):
+        rollouts = several.made(root, round, "rollout")["rollout"]
+        records = range(len(store.shards(rollouts, "rollouts")))
+        shards = [store.read_shard(rollouts, "rollouts", shard) for shard in records]
+        for number, name in enumerate("ab"):
+            made = several.made(root, round, f"supervise_{name}")
+            assert sorted(made) == sorted(several.SIGNALS)
+            mine = [[int(prompt[1:]) % 2 == number for prompt in t["prompt_id"].to_pylist()] for t in shards]
+            own = [t.filter(which)["sample_id"].to_pylist() for t, which in zip(shards, mine, strict=True)]
+            assert sum(map(len, own)) == 4 and [] in own, "half of the samples; a shard of one prompt is one teacher's"
+            assert all(ids(root, artifact) == own for artifact in made.values())
+    scored = engines.of("ScoreJob")
+    assert [job.names for job in scored] == [["a"], ["b"]] * 2, "one teacher after the other"
+    assert len({job.teacher.weights for job in scored}) == 2
+    assert all(len(places) == 2 for job in engines.of("TrainJob") for places in job.signals.values())
+
+
+def test_metrics_status_and_sql_name_the_teachers(tmp_path: Path, root: Path) -> None:
+    several.go(root, several.experiment(tmp_path, ROUTES, {"a": 2, "b": 3}))
+    state = several.state(root)
+    metrics = state.rounds[-1].metrics
+    assert metrics["reverse_kl/a_n"] == 3 and metrics["reverse_kl/b_n"] == 1 and metrics["reverse_kl_n"] == 4
+    assert metrics["accuracy_greedy/a"] is not None
+    headings, rows = by_teacher(state.rounds)
+    assert headings[:2] == ["round", "teacher"] and [row[:2] for row in rows] == [
+        [str(r), t] for r in range(3) for t in "ab"
+    ]
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for part in report(state, root, None, console):
+        console.print(part)
+    assert "teacher" in console.export_text()
+    query = Catalog(Store(root)).query
+    rows = query(
+        "SELECT teacher, count(*) AS n FROM supervision WHERE teacher_logprobs IS NOT NULL GROUP BY ALL ORDER BY 1"
+    )
+    assert rows.to_pylist() == [{"teacher": "a", "n": 8}, {"teacher": "b", "n": 8}]
+    tokens = query("SELECT sample_id, teacher, count(*) AS n FROM tokens GROUP BY ALL").to_pylist()
+    assert all(row["teacher"] == "ab"[int(row["sample_id"][1:].partition("/")[0]) % 2] for row in tokens)
+    completions = query("SELECT sum(len(completion_token_ids)) AS n FROM rollouts").to_pylist()
+    assert sum(row["n"] for row in tokens) == completions[0]["n"]
+    steps = query("SELECT step, sum(samples) AS n FROM teacher_steps GROUP BY step ORDER BY step").to_pylist()
+    assert steps == [{"step": step, "n": 4} for step in range(1, 5)]
+    held = query("SELECT DISTINCT teacher, mode FROM evaluations ORDER BY ALL").to_pylist()
+    assert held == [{"teacher": t, "mode": m} for t in "ab" for m in ("greedy", "kl")]
+    assert verified(root) == []
+
+
+def verified(root: Path) -> list[Any]:
+    found = Verified()
+    verify_run(root, Run.open(root, several.NAME), found, lambda artifact: None)
+    return found.problems
+
+
+def test_the_kl_of_a_prompt_is_to_its_own_teacher(tmp_path: Path, root: Path) -> None:
+    e = several.experiment(tmp_path, ROUTES, {"a": 2, "b": 3}, rounds=0)
+    jobs = {job.teacher.weights: items for _, job, items in several.go(root, e).jobs if type(job).__name__ == "KLJob"}
+    weights = {name: several.made(root, 0, f"model_teacher_{name}")["model"].content["weights"] for name in "ab"}
+    assert {name: sum(item.size for item in jobs[weights[name]]) for name in "ab"} == {"a": 3, "b": 1}
+
+
+def test_two_names_of_one_checkpoint_are_scored_in_one_pass(tmp_path: Path, root: Path) -> None:
+    engines = several.go(root, several.experiment(tmp_path, ["a", "b", "c", "b"], {"a": 2, "b": 3, "c": 2}, rounds=1))
+    assert [job.names for job in engines.of("ScoreJob")] == [["a", "c"], ["b"]]
+    assert [len(items) for _, job, items in engines.jobs if type(job).__name__ == "KLJob"] == [2, 2]
+    metrics = several.state(root).rounds[-1].metrics
+    assert {"reverse_kl/a", "reverse_kl/c"} <= metrics.keys(), "evaluated by name"
+
+
+def test_a_new_teacher_leaves_the_rollouts_and_the_signals_of_the_others(tmp_path: Path, root: Path) -> None:
+    """One of b's prompts goes to c: a's samples are not scored again."""
+    several.go(root, several.experiment(tmp_path, ROUTES, {"a": 2, "b": 3}, rounds=1))
+    other = several.experiment(tmp_path, ["a", "b", "a", "c"], {"a": 2, "b": 3, "c": 4}, rounds=1)
+    engines = several.go(root, other, name="more")
+    assert not [job for job in engines.of("SampleJob") if not job.intermediate], (
+        "the rollouts are those of the first run"
+    )
+    assert [job.names for job in engines.of("ScoreJob")] == [["b"], ["c"]]
+    assert several.made(root, 1, "supervise_a") == several.made(root, 1, "supervise_a", "more")
+
+
+def test_a_renamed_teacher_is_not_asked_again(tmp_path: Path, root: Path) -> None:
+    several.go(root, several.experiment(tmp_path, ROUTES, {"a": 2, "b": 3}, rounds=1))
+    renamed = [{"a": "x", "b": "y"}[name] for name in ROUTES]
+    assert not several.go(root, several.experiment(tmp_path, renamed, {"x": 2, "y": 3}, rounds=1), name="n").of(
+        "ScoreJob"
+    )
+
+
+class Fails(several.Engines):
+    """The scorer fails at the second shard of the second teacher."""
+
+    def share(self, role: str, job: Any, items: Any, *rest: Any, **more: Any) -> Any:
+        items = list(items)
+        if type(job).__name__ == "ScoreJob" and job.names == ["b"]:
+            super().share(role, job, items[:1], *rest, **more)
+            raise InputError("planted")
+        return super().share(role, job, items, *rest, **more)
+
+
+def test_an_interrupted_supervision_goes_on_at_the_shard_of_the_teacher_that_it_was_at(
+    tmp_path: Path, root: Path
+) -> None:
+    e = several.experiment(tmp_path, ROUTES, {"a": 2, "b": 3}, rounds=1)
+    with pytest.raises(InputError, match="planted"):
+        several.go(root, e, Fails())
+    engines = several.go(root, e)
+    (items,) = [items for _, job, items in engines.jobs if type(job).__name__ == "ScoreJob"]
+    assert [item.shard for item in items] == [1, 2, 3]
+    undisturbed = tmp_path / "other"
+    several.go(undisturbed, e)
+    assert several.state(root).rounds[-1].student_sha256 == several.state(undisturbed).rounds[-1].student_sha256
+
+
+def test_collected_signals_are_made_again_and_reproduce_themselves(tmp_path: Path, root: Path) -> None:
+    e = several.experiment(tmp_path, ROUTES, {"a": 2, "b": 3})
+    several.go(root, e)
+    collector = Collector(Store(root), retention=lambda run: Retention(signals=1, rollouts=1))
+    gone = {item.artifact[0] for item in collector.apply(collector.plan()) if item.artifact and item.kind == "evicted"}
+    assert gone >= set(several.SIGNALS)
+    store = Store(root)
+    assert all(store.evicted(made) for name in "ab" for made in several.made(root, 1, f"supervise_{name}").values())
+    with pytest.raises(OpdError, match="evicted"):
+        Catalog(store).query("SELECT * FROM supervision WHERE round = 1")
+    run_experiment(
+        e,
+        name=several.NAME,
+        root=root,
+        prefect=False,
+        workers=several.Engines(),
+        reporter=SilentReporter(),
+        restore=1,  # type: ignore[arg-type]
+    )
+    assert not any(store.evicted(made) for name in "ab" for made in several.made(root, 1, f"supervise_{name}").values())
+    assert verified(root) == []
+
+
+def test_a_finished_run_is_planned_as_cached(tmp_path: Path, root: Path) -> None:
+    e = several.experiment(tmp_path, ROUTES, {"a": 2, "b": 3})
+    before = plan(e, root)
+    assert [line.stage for line in before if line.round == 1] == [
+        "rollout",
+        "supervise_a",
+        "supervise_b",
+        "train",
+        "evaluate",
+    ]
+    several.go(root, e)
+    assert {line.state for line in plan(e, root)} == {"cached"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("A", r"train.jsonl:2: teacher_id 'A' is not the name of a teacher"), (None, r"train.jsonl:2: no teacher_id")],
+)
+def test_a_prompt_without_a_known_teacher_is_refused_by_its_line(
+    tmp_path: Path, root: Path, name: str | None, text: str
+) -> None:
+    with pytest.raises(InputError, match=text):
+        several.go(root, several.experiment(tmp_path, ["a", name, "b", "b"], {"a": 2, "b": 3}))  # type: ignore[list-item]
+
+
+def test_a_mixture_is_one_teacher_of_all_prompts(tmp_path: Path, root: Path) -> None:
+    """Scripted scorers compute none; what they are told is looked at."""
+    mixed = {"weights": {"a": 0.25, "b": 0.75}, "average": "probs"}
+    e = several.experiment(tmp_path, [None] * 4, {"a": 2, "b": 3}, rounds=1, mixture=mixed)  # type: ignore[list-item]
+    engines = several.go(root, e)
+    (job,) = engines.of("ScoreJob")
+    assert job.names is None and [member.weight for member in job.teacher.members] in ([0.25, 0.75], [0.75, 0.25])
+    assert job.teacher.average == "probs" and job.teacher.path == ""
+    assert "supervise" in several.state(root).rounds[1].stages
+
+
+def test_vllm_asks_every_teacher(tmp_path: Path, root: Path) -> None:
+    """Scripted scorers; what they are told is looked at."""
+    vllm = {"kind": "vllm", "entropy_k": 3}
+    e = several.experiment(tmp_path, ROUTES, {"a": 2, "b": 3}, rounds=1, supervise={"teacher": vllm})
+    jobs = several.go(root, e).of("ScoreJob")
+    assert [(job.names, json.loads(bytes(job.backend))) for job in jobs] == [(["a"], vllm), (["b"], vllm)]
+    assert len({job.teacher.weights for job in jobs}) == 2
+    student, prompts = several.made(root, 0, "model")["model"], several.made(root, 0, "prepare")["prepare"]
+    teachers = {name: several.made(root, 0, f"model_teacher_{name}")["model"] for name in "ab"}
+    known = Known.of(e, Store(root), student, teachers, prompts)
+    assert [model.side for model in known.in_vllm] == ["student", "teachers.a", "teachers.b"]
+
+
+def test_one_of_several_teachers_is_exported_by_its_name(tmp_path: Path, root: Path) -> None:
+    several.go(root, several.experiment(tmp_path, ROUTES, {"a": 2, "b": 3}, rounds=1))
+
+    def exported(name: str | None) -> str:
+        target = tmp_path / "out" / str(name)
+        export(several.NAME, target, teacher=True, teacher_name=name, root=root)
+        return weights_digest(target)
+
+    assert exported("b") == several.made(root, 0, "model_teacher_b")["model"].content["weights"] != exported("a")
+    with pytest.raises(InputError, match="has several teachers: the teachers are a, b; choose one with --teacher-name"):
+        exported(None)
+    with pytest.raises(InputError, match="has no teacher 'c': the teachers are a, b"):
+        exported("c")

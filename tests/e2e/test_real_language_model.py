@@ -10,32 +10,16 @@ from families import config
 from flows.experiment import experiment_of
 from flows.run.runner import run_experiment
 
-SUBJECTS = (
-    "rivers",
-    "bread",
-    "the moon",
-    "chess",
-    "bees",
-    "glass",
-    "winter",
-    "maps",
-    "salt",
-    "bridges",
-    "paper",
-    "clocks",
-)
-QUESTIONS = ("Tell me one fact about {}.", "Write two sentences about {}.", "Why do people like {}?")
-
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_workers")
 @pytest.mark.timeout(1800)
 def test_two_rounds_bring_a_cut_student_nearer_to_its_teacher(tmp_path):
-    from smollm2 import STUDENT_LAYERS, smollm2  # reads a model with torch
+    from benchmarks.smollm2 import QUESTIONS, STUDENT_LAYERS, SUBJECTS, smollm2  # reads a model with torch
 
     student = smollm2(tmp_path / "student", STUDENT_LAYERS)
     teacher = smollm2(tmp_path / "teacher")
-    texts = [question.format(subject) for subject in SUBJECTS for question in QUESTIONS]
+    texts = [question.format(subject) for subject in SUBJECTS[:12] for question in QUESTIONS[:3]]
     for name, some in (("train", texts[8:]), ("eval", texts[:8])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in some))
     data = config(

@@ -72,12 +72,42 @@ def mixture(**weights: float) -> dict[str, Any]:
             {"teachers": {"add": {"source": {"kind": "served", "path": "folder", "revision": "1"}}}},
             "teachers.add.source: kind served has no weights",
         ),
+        (
+            {"teachers": {"add": {"source": {"kind": "initial"}}}},
+            "teachers.add.source",
+        ),
+        *(
+            (
+                {"rollout": GOLDEN["rollout"] | {"top_p": 1.0, "behaviour": behaviour}},
+                f"rollout.behaviour: {behaviour['kind']!r} lets one teacher take part in writing, but there are several"
+                " (teachers: add, subtract)",
+            )
+            for behaviour in (
+                {"kind": "trb", "epsilon": 0.1},
+                {"kind": "teacher_prefix", "cap": 4},
+                {"kind": "mixture", "on_policy_fraction": 0.5},
+            )
+        ),
     ],
 )
 def test_a_wrong_choice_of_teachers_is_refused_when_the_config_loads(change: dict[str, Any], text: str) -> None:
     with pytest.raises(ValidationError) as caught:
         Experiment.model_validate(routed() | change)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["teacher", "teachers", "mixture"])
+def test_a_fork_with_other_teachers_is_refused(field: str) -> None:
+    parent = Experiment.model_validate(routed())
+    fork = {"run": "parent", "round": 1, "experiment": parent.identity()}
+    Experiment.model_validate(routed(fork=fork))
+    other: dict[str, Any] = {
+        "teacher": {"teacher": GOLDEN["teacher"], "teachers": {}},
+        "teachers": {"teachers": routed()["teachers"] | {"third": GOLDEN["teacher"]}},
+        "mixture": {"mixture": mixture()},
+    }[field]
+    with pytest.raises(ValidationError, match="a fork keeps the teacher of 'parent'"):
+        Experiment.model_validate(routed(fork=fork) | other)
 
 
 @pytest.mark.parametrize("more", [{}, {"mixture": mixture()}])

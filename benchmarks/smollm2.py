@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 STUDENT_LAYERS = (0, 1, 2, 4, 5, 7, 8, 10, 12, 14, 15, 17, 18, 20, 22, 24, 26, 27, 28, 29)
 """Those of the 30 layers that the student keeps."""
 SUBJECTS = (
-    "rivers", "bread", "the moon", "chess", "bees", "glass", "winter", "maps", "salt", "bridges", "paper", "clocks", "owls", "tea",
-    "volcanoes", "trains", "soap", "mirrors", "wool", "lighthouses", "honey", "deserts", "violins", "kites", "coins", "mushrooms",
-    "whales", "windmills", "ink", "snow", "gardens", "bicycles", "candles", "mountains", "libraries", "cheese", "foxes", "tides",
-    "telescopes", "markets", "onions", "islands", "pencils", "frogs", "carpets", "comets", "harbours", "drums",
+    "rivers", "bread", "the moon", "chess", "bees", "glass", "winter", "maps", "salt", "bridges", "paper", "clocks",
+    "owls", "tea", "volcanoes", "trains", "soap", "mirrors", "wool", "lighthouses", "honey", "deserts", "violins",
+    "kites", "coins", "mushrooms", "whales", "windmills", "ink", "snow", "gardens", "bicycles", "candles",
+    "mountains", "libraries", "cheese", "foxes", "tides", "telescopes", "markets", "onions", "islands", "pencils",
+    "frogs", "carpets", "comets", "harbours", "drums",
 )  # fmt: skip
 QUESTIONS = (
     "Tell me one fact about {}.", "Write two sentences about {}.", "Why do people like {}?", "Explain {} to a child.",

@@ -474,7 +474,7 @@ def test_models_beside_the_engine_must_fit_what_it_leaves(tmp_path, monkeypatch,
     weights = 2 * 4 * parameter_count(student)
     monkeypatch.setattr(preflight, "gpu_memory", lambda: [int(size * weights) for size in sizes])
     model = preflight.Model("student", student)
-    known = preflight.Known(experiment, model, model, None)
+    known = preflight.Known(experiment, model, (model,), None)
     texts = [finding.text for finding in preflight.beside_sampler(known) if finding.refused]
     assert len(texts) == (found is not None)
     if found:

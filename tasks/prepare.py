@@ -26,7 +26,8 @@ from tasks.inputs.addition import AdditionSource
 from tasks.inputs.completions import continued, depends_on_context
 from tasks.inputs.contexts import privileged_columns, teacher_prompt
 from tasks.inputs.shipped import load_tokenizer, read_otherwise
-from tasks.inputs.sources import FileSource, PromptSource, Row, read_rows, source_identity
+from tasks.inputs.rows import Row
+from tasks.inputs.sources import FileSource, PromptSource, read_rows, source_identity
 from tasks.inputs.templates import ClockRead, refuse_random, render
 from tasks.inputs.tokenizers import TokenizerAudit, TokenizerPolicy, audit_tokenizers, vocabulary_rows
 from tasks.routing import ROUTED_COLUMNS, all_routes, learned_by, own_prompts, taught_by

@@ -10,7 +10,7 @@ import string
 from typing import Any
 
 from storage.errors import InputError, did_you_mean
-from tasks.inputs.sources import PRIVILEGED, Row
+from tasks.inputs.rows import PRIVILEGED, Row
 
 COLUMNS = ("prompt", "answer", *PRIVILEGED)
 """What a template can name."""

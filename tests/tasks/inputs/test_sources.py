@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage.errors import InputError
-from tasks.inputs.sources import FileSource, Row, corrected, read_rows, source_identity
+from tasks.inputs.rows import Row
+from tasks.inputs.sources import FileSource, corrected, read_rows, source_identity
 
 ASK = [{"role": "user", "content": "add"}]
 NOT_UTF8 = pa.Array.from_buffers(

@@ -149,7 +149,9 @@ def _build(
     plan = plan_samples(prompts_for_round(list(lengths), seed, round, config.prompts_per_round), config, seed, round)
     tables = {TABLE if name == STAGE else name: builder for name, builder in builders.items()}
     first = TABLE if TABLE in tables else next(iter(tables))
-    stage = ShardedStage(ctx, STAGE, [len(requests) for requests in plan], tables, ("sampler",))
+    stage = ShardedStage(
+        ctx, STAGE, [len(requests) for requests in plan], tables, ("sampler", *(["pair"] if read.teacher else []))
+    )
     committed = ctx.store.get(rollouts.stage, rollouts.key) if first != TABLE else None
     recorded = committed.provenance if committed is not None else None
     results = []

@@ -213,8 +213,8 @@ class CachedModel(LoadedModel):
 class Pair:
     """Student and teacher of a job, kept between jobs while their weights are the same.
 
-    Settings: device, batch_tokens (read in a forward, padding included), head_chunk_tokens (positions whose V probabilities exist
-    at once), score_cache_gib (KV of both models together)."""
+    Settings (`runtime.sampler`): device, score_batch_tokens (read in a forward, padding included), score_chunk_tokens (positions
+    whose V probabilities exist at once), score_cache_gib (KV of both models together)."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._device = torch.device("cpu" if settings.get("device", "cpu") == "cpu" else "cuda")

@@ -145,7 +145,7 @@ def config(**behaviour) -> RolloutConfig:
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
-    sampler = SamplerRuntime(kv_cache_gib=0.125, max_num_seqs=8)
+    sampler = SamplerRuntime(kv_cache_gib=0.125, max_num_seqs=8, score_cache_gib=0.5)
     runtime = RuntimeConfig(device="cpu", threads=1, retries=0, sampler=sampler)
     with WorkerPool(runtime, tmp_path_factory.mktemp("logs")) as pool:
         yield pool
@@ -160,6 +160,7 @@ def blended(models, pool, tmp_path_factory) -> tuple[Stage, dict[str, Artifact]]
 def test_no_row_spends_more_than_epsilon(blended):
     stage, made = blended
     assert set(made) == {"rollout", "blending"} and made["rollout"].rows == {"rollouts": 10}
+    assert all(artifact.provenance["numerics"]["sampler_score_cache_gib"] == 0.5 for artifact in made.values())
     query = Catalog(stage.store).query
     (row,) = query(
         f"""SELECT count(*) AS n, bool_and(list_max(b.kl) <= {EPSILON}) AS within, max(list_max(b.kl)) AS most,

@@ -456,9 +456,7 @@ class _Taken:
         """Adds a prompt; returns its row of the table."""
         if split == "warmup" and not row.completion:
             raise InputError(f"{row.where}: a warmup row needs a completion to learn")
-        name = (
-            hashlib.sha256(prompt.text.encode("utf-8", "surrogatepass")).hexdigest()[:16] if row.id is None else row.id
-        )
+        name = _name(row, prompt.text)
         if name == "":
             raise InputError(f"{row.where}: its id is empty; remove the id to get a generated one")
         if self._equal_ids == "rename" and self._other_split(split, row.id):
@@ -507,6 +505,21 @@ def _commit(builder: Builder, prepared: Prepared, changes: dict[str, tuple[str, 
         },
         tables=shards,
     )
+
+
+def places(config: PrepareConfig, split: str, student: Path) -> Iterator[tuple[str, str]]:
+    """(prompt_id, file and line) of the rows of a split, those that are left out among them, for errors about prompts. A prompt
+    that occurs twice has its first place."""
+    tokenizer = load_tokenizer(student)
+    renderer = _Renderer(config, tokenizer, None, None)
+    for row in reversed(read_rows(config.sources()[split])[0]):
+        name = _name(row, renderer._text(row, row.prompt, tokenizer))
+        yield from ((name, row.where), (f"{split}:{name}", row.where))
+
+
+def _name(row: Row, text: str) -> str:
+    """The prompt's id: the row's own, or the hash of the rendered prompt."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16] if row.id is None else row.id
 
 
 def _write(builder: Builder, name: str, table: pa.Table) -> int:

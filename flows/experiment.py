@@ -306,7 +306,7 @@ def teacher_problems(e: Experiment) -> list[str]:
         )
     if e.fork is not None:
         before = TeacherConfig.model_validate(e.fork.experiment.get("teacher"))
-        if before != e.teacher and (own or is_self(before.source) or before.context != context):
+        if before != e.teacher:
             problems.append(
                 f"teacher: a fork keeps the teacher of {e.fork.run!r}: prompts, and the average of an ema, come from its rounds;"
                 " start a run of its own for another one (finished stages that it shares are found in the store)"

@@ -269,7 +269,8 @@ def resume_experiment(name: str, root: str | Path, overrides: list[str]) -> Expe
 
 
 def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str]) -> Experiment:
-    """The experiment of a run that shares rounds up to `round` with the run `name`. ConfigError for a round that is not done."""
+    """The experiment of a run that shares rounds up to `round` with the run `name`. ConfigError for a round that is not done, and
+    for a change of what round 0 made: models and prompts."""
     run = Run.open(root, name)
     done = run.state.rounds_done
     if round > done:
@@ -280,7 +281,15 @@ def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str
     import_plugins(stored, f"run {name}")
     data = overridden(stored, overrides)
     data["fork"] = {"run": name, "round": round, "experiment": parent}
-    return experiment_of(data, f"fork of {name}@{round}")
+    made = experiment_of(data, f"fork of {name}@{round}")  # refuses another teacher
+    for field in ("student", "prompts"):
+        now = getattr(made, field)
+        if type(now).model_validate(parent[field]) != now:
+            raise ConfigError(
+                f"{field}: a fork keeps the {field} of {name!r}, which round 0 made; start a run of its own for other"
+                " fields there (finished stages that it shares are found in the store)"
+            )
+    return made
 
 
 def refuse_full_disk(store: Store, experiment: Experiment) -> None:

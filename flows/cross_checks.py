@@ -47,7 +47,6 @@ def cross_problems(e: Experiment) -> list[str]:
     problems += _stop_problems(e)
     problems += prefix_problems(e)
     problems += teacher_problems(e)
-    problems += fork_problems(e)
     for name, model in (("student", e.student), *((teacher_field(who), model) for who, model in e.taught_by.items())):
         if model.warmup is not None and e.prompts.warmup is None:
             problems.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
@@ -193,20 +192,6 @@ def teacher_problems(e: Experiment) -> list[str]:
     return problems + ([] if e.teacher is None else self_teacher_problems(e, e.teacher))
 
 
-def fork_problems(e: Experiment) -> list[str]:
-    """Whether a fork, which begins with the prompts and models of its parent's rounds, asks for another teacher."""
-    parent = e.parent
-    if e.fork is None or parent is None:
-        return []
-    changed = [name for name in ("teacher", "teachers", "mixture") if getattr(e, name) != getattr(parent, name)]
-    if not changed:
-        return []
-    return [
-        f"{', '.join(changed)}: a fork keeps the teacher of {e.fork.run!r}: prompts, and the average of an ema, come from its"
-        " rounds; start a run of its own for another one (finished stages that it shares are found in the store)"
-    ]
-
-
 def self_teacher_problems(e: Experiment, teacher: TeacherConfig) -> list[str]:
     """What of a teacher that is the student, or of what a teacher reads, does not fit the rest."""
     problems: list[str] = []
@@ -282,6 +267,23 @@ def size_problems(e: Experiment, rows: int | None, positions: int | None, *teach
                 f" rows; set k: {least}, or take kind: teacher_topk with outside: bucket"
             )
     return problems
+
+
+MADE_AT_FIRST = ("student", "teacher", "teachers", "mixture", "prompts")
+"""Sections of the config whose models and prompts round 0 makes."""
+
+
+def refuse_changed_fork(e: Experiment) -> None:
+    """ConfigError for a new fork that changes what round 0 of its parent made. Forks in the store, of versions that ignored such a
+    change, are still read."""
+    if e.fork is None or e.parent is None:
+        return
+    for field in MADE_AT_FIRST:
+        if getattr(e, field) != getattr(e.parent, field):
+            raise ConfigError(
+                f"{field}: a fork keeps the {field} of {e.fork.run!r}, which round 0 made; start a run of its own for other fields"
+                " there (finished stages that it shares are found in the store)"
+            )
 
 
 WITH_DTYPE = ("rollout", "supervise", "train")

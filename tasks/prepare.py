@@ -25,8 +25,8 @@ from storage.store import ArtifactSpec, Builder, Store
 from tasks.inputs.addition import AdditionSource
 from tasks.inputs.completions import continued, depends_on_context
 from tasks.inputs.contexts import privileged_columns, teacher_prompt
-from tasks.inputs.shipped import load_tokenizer, read_otherwise
 from tasks.inputs.rows import Row
+from tasks.inputs.shipped import load_tokenizer, read_otherwise
 from tasks.inputs.sources import FileSource, PromptSource, read_rows, source_identity
 from tasks.inputs.templates import ClockRead, refuse_random, render
 from tasks.inputs.tokenizers import TokenizerAudit, TokenizerPolicy, audit_tokenizers, vocabulary_rows
@@ -537,9 +537,7 @@ class _Taken:
         """Adds a prompt; returns its row of the table."""
         if split == "warmup" and not row.completion:
             raise InputError(f"{row.where}: a warmup row needs a completion to learn")
-        name = (
-            hashlib.sha256(prompt.text.encode("utf-8", "surrogatepass")).hexdigest()[:16] if row.id is None else row.id
-        )
+        name = _name(row, prompt.text)
         if name == "":
             raise InputError(f"{row.where}: its id is empty; remove the id to get a generated one")
         if self._equal_ids == "rename" and self._other_split(split, row.id):
@@ -626,6 +624,21 @@ def _routed_content(
         content[f"vocabulary:{name}"] = table_digest(vocabulary.set_column(at, "tokenizer", renamed))
         content[f"audit:{name}"] = _audit_digest(audit)
     return content
+
+
+def places(config: PrepareConfig, split: str, student: Path) -> Iterator[tuple[str, str]]:
+    """(prompt_id, file and line) of the rows of a split, those that are left out among them, for errors about prompts. A prompt
+    that occurs twice has its first place."""
+    tokenizer = load_tokenizer(student)
+    renderer = _Renderer(config, tokenizer, {})
+    for row in reversed(read_rows(config.sources()[split])[0]):
+        name = _name(row, renderer._text(row, row.prompt, tokenizer))
+        yield from ((name, row.where), (f"{split}:{name}", row.where))
+
+
+def _name(row: Row, text: str) -> str:
+    """The prompt's id: the row's own, or the hash of the rendered prompt."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16] if row.id is None else row.id
 
 
 def _write(builder: Builder, name: str, table: pa.Table) -> int:

@@ -30,6 +30,8 @@ from tasks.stage import (
     Student,
     Teacher,
     Work,
+    mask_inputs,
+    masked_ids,
     merged_stop_ids,
     model_inputs,
     prompt_inputs,
@@ -84,6 +86,8 @@ def rollout_work(
         inputs |= model_inputs(read.teacher, "teacher:")
     if read.drafts is not None:
         inputs["drafts"] = read.drafts.content["drafts"]
+    if read.teacher is not None or read.drafts is not None:
+        inputs |= mask_inputs(prompts)
     used = used_plugins(plugins, "sampler", config=config)
     identity = _RolloutIdentity(config=config, seed=seed, round=round, plugins=used)
     outputs = {STAGE: ArtifactSpec.of(STAGE, VERSION, identity, inputs)}
@@ -145,12 +149,14 @@ def _build(
     plan = plan_samples(prompts_for_round(list(lengths), seed, round, config.prompts_per_round), config, seed, round)
     tables = {TABLE if name == STAGE else name: builder for name, builder in builders.items()}
     first = TABLE if TABLE in tables else next(iter(tables))
-    stage = ShardedStage(ctx, STAGE, [len(requests) for requests in plan], tables, ("sampler",))
+    stage = ShardedStage(
+        ctx, STAGE, [len(requests) for requests in plan], tables, ("sampler", *(["pair"] if read.teacher else []))
+    )
     committed = ctx.store.get(rollouts.stage, rollouts.key) if first != TABLE else None
     recorded = committed.provenance if committed is not None else None
     results = []
     source = _written_before(behaviour, prompts, read)
-    foreign = [int(token) for token in (prompts.meta.get("audit") or {}).get("masked_ids", ())] if read.drafts else []
+    foreign = masked_ids(prompts) if read.drafts else []
     drafts: Drafted = {}
     if source is not None:
         drafts = read_drafts(ctx.store, source, SPLIT, foreign)
@@ -179,6 +185,7 @@ def _build(
             teacher=ModelRef.of(ctx.store, read.teacher) if read.teacher is not None else None,
             drafts=source,
             foreign=foreign,
+            unmapped=_unmapped(ctx.store, prompts) if read.teacher is not None else [],
         )
         lacking = {number: [name for name in tables if number in stage.absent[name]] for number in stage.missing}
         shards = {n: SampleShard(n, sampling, requests, lacking.get(n)) for n, requests in enumerate(plan)}
@@ -205,6 +212,19 @@ def _written_before(behaviour: Behaviour, prompts: Artifact, read: Reads) -> Art
     if read.drafts is not None:
         return ArtifactRef.of(read.drafts)
     return ArtifactRef.of(prompts) if "completions" in behaviour.reads else None
+
+
+def _unmapped(store: Store, prompts: Artifact) -> list[int]:
+    """The masked ids whose token is not the same for both tokenizers; others are masked as different ends of sequence only."""
+    masked = masked_ids(prompts)
+    if not masked:
+        return []
+    table = store.read_table(prompts, "vocabulary", columns=["tokenizer", "id", "token"])
+    table = table.filter(pc.is_in(table["id"], pa.array(masked, table["id"].type)))
+    names: dict[int, list[str]] = {}
+    for index, token in zip(table["id"].to_pylist(), table["token"].to_pylist(), strict=True):
+        names.setdefault(index, []).append(token)
+    return [index for index in masked if len(found := names.get(index, [])) < 2 or found[0] != found[1]]
 
 
 def _without_engine(

@@ -98,6 +98,17 @@ def stop_inputs(prompts: Artifact | None) -> dict[str, str]:
     return {STOP_IDS: prompts.content[STOP_IDS]} if prompts is not None and STOP_IDS in prompts.content else {}
 
 
+def masked_ids(prompts: Artifact | None) -> list[int]:
+    """The ids that the tokenizers' audit marks as unmapped, and different ends of sequence that it masks; empty without."""
+    audit = None if prompts is None else prompts.meta.get("audit")
+    return [] if audit is None else [int(index) for index in audit["masked_ids"]]
+
+
+def mask_inputs(prompts: Artifact | None) -> dict[str, str]:
+    """The content by which masked ids enter the keys of stages whose results depend on them; empty without."""
+    return {"audit": prompts.content["audit"]} if prompts is not None and masked_ids(prompts) else {}
+
+
 def prompt_inputs(prompts: Artifact, split: str) -> dict[str, str]:
     """The content digests by which the prompts of a split enter the keys of stages that load the tokenizer too."""
     inputs = {"prompts": prompts.content[f"prompts:{split}"]}

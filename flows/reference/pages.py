@@ -110,7 +110,10 @@ own and untried at scale.
 TRB (2605.31159) is the recipe [trb](#recipe-trb): the loss of [rethinking-opd](#recipe-rethinking-opd) on rollouts of the
 behaviour [trb](#behaviour-trb). Ours beyond the paper: exact sampling by drafting and verifying instead of token by token; the
 ids that end a completion for either model are one category of the blend, written as the student's own; epsilon is annealed over
-optimizer steps, and a round takes the value at its first step. A sampled estimator can train on blended or truncated rollouts
+optimizer steps, and a round takes the value at its first step. Ids that the token audit masks because they are another token to
+the teacher, or none, have probability 0 in `q`, which is renormalised over the others; `p` keeps them. So `mu` has none of them
+where b > 0, and leaving them out costs at least `-log(1 - p(those ids))` of epsilon: where that is more than epsilon, b is 0 and
+`mu` is the student. A sampled estimator can train on blended or truncated rollouts
 with `train.importance_correction: {kind: biased_truncated}`, whose weights cannot see outside a nucleus.
 
 TrOPD's guidance (2606.01249) is the recipe [tropd-guided](#recipe-tropd-guided), on rollouts of the behaviour

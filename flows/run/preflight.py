@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 
 from flows.cross_checks import size_problems
 from flows.experiment import Experiment
+from flows.run.given import given_problems
 from storage.errors import ConfigError, CorruptArtifact, InputError, OpdError
 from storage.store import Artifact, Store
 from tasks.engines.hf_folder import (
@@ -544,6 +545,12 @@ def ids_within_rows(known: Known) -> Found:
                 )
 
 
+def given_completions(known: Known) -> Found:
+    """Completions of the prompts that rollouts take as they are."""
+    for text in given_problems(known.experiment, known.prompts, known.student.path, known.student.rows):
+        yield Finding(text, refused=True)
+
+
 def self_teacher(known: Known) -> Found:
     """A teacher that is the student and reads the same prompts."""
     source, rows = known.experiment.self_teacher, known.of_split("train")
@@ -609,6 +616,7 @@ CHECKS: tuple[tuple[Callable[[Known], Found], str], ...] = (
     (stop_ids, "sampler"),
     (lengths, "sampler"),
     (ids_within_rows, "scorer"),
+    (given_completions, "sampler"),
     (self_teacher, "scorer"),
 )
 """Every check, with the role that it is about."""

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flows.cross_checks import dtype_warning
+from flows.cross_checks import dtype_warning, refuse_changed_fork
 from flows.distill import distill
 from flows.experiment import (
     Experiment,
@@ -62,10 +62,11 @@ def open_run(experiment: Experiment, name: str, root: str | Path) -> Run:
     """The run of that name, created if new.
 
     Raises IdentityMismatch when the name belongs to another experiment or a plugin changed, CorruptArtifact when both of the
-    run's records of the experiment are damaged."""
+    run's records of the experiment are damaged, ConfigError for a new fork that changes what round 0 of its parent made."""
     existing = existing_run(name, root)
     if existing is not None and stands_for(existing, experiment):
         return existing
+    refuse_changed_fork(experiment)
     return Run.create(root, name, experiment.model_dump(mode="json"), experiment.identity())
 
 
@@ -269,7 +270,8 @@ def resume_experiment(name: str, root: str | Path, overrides: list[str]) -> Expe
 
 
 def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str]) -> Experiment:
-    """The experiment of a run that shares rounds up to `round` with the run `name`. ConfigError for a round that is not done."""
+    """The experiment of a run that shares rounds up to `round` with the run `name`. ConfigError for a round that is not done, and
+    for a change of what round 0 made: models and prompts."""
     run = Run.open(root, name)
     done = run.state.rounds_done
     if round > done:
@@ -280,7 +282,9 @@ def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str
     import_plugins(stored, f"run {name}")
     data = overridden(stored, overrides)
     data["fork"] = {"run": name, "round": round, "experiment": parent}
-    return experiment_of(data, f"fork of {name}@{round}")
+    made = experiment_of(data, f"fork of {name}@{round}")
+    refuse_changed_fork(made)
+    return made
 
 
 def refuse_full_disk(store: Store, experiment: Experiment) -> None:

@@ -44,8 +44,8 @@ class Draft:
 @dataclass(frozen=True)
 class Start:
     """One completion to write: token ids of its prompt, the most tokens that it may have, its seed, and the ids that end a
-    completion for the student, and (where the behaviour reads it) for the teacher; where it reads drafts or completions, the one
-    for this sample."""
+    completion for the student, and (where the behaviour reads it) those that do for the teacher and are the same token to the
+    student; where it reads drafts or completions, the one for this sample."""
 
     prompt: tuple[int, ...]
     max_tokens: int
@@ -94,10 +94,12 @@ class Scored:
 
 @dataclass(frozen=True)
 class Stops:
-    """The ids that end a completion for the student, and for the teacher."""
+    """The ids that end a completion for the student, and for the teacher. `unmapped`: ids that are another token to the teacher
+    than to the student, or that one of them lacks."""
 
     student: tuple[int, ...]
     teacher: tuple[int, ...]
+    unmapped: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

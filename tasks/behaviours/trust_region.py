@@ -6,6 +6,10 @@
   min(1, mu(y) / p(y)); the first that is rejected is replaced by a draw from the positive part of mu - p, and drafting goes on
   behind it. A token is accepted with probability 1 - TV(mu, p) >= 1 - sqrt(epsilon / 2).
 
+Ids that the two tokenizers read otherwise, or that the teacher lacks (the audit's unmapped ids), are no part of the teacher's
+distribution: mu has none of them, except at positions where it is the student. The ids that end a completion for either model
+are one category; an id that ends it for one and is an ordinary token of the other counts on the one's side only.
+
 p in the acceptance is the scored student, so the rows are distributed as mu up to TV(p_draft, p_scored) per token, which the
 artifact's metrics have (`draft_tv`)."""
 
@@ -119,17 +123,21 @@ class TrustRegionBlending(Behaviour):
         """mu and the student (log-probabilities, the ids that end a completion merged onto the student's first), beta, KL, and
         `own`: the likeliest of the student's ids that end a completion. InputError where a model has no distribution."""
         from storage.errors import InputError
-        from tasks.losses.blending import blend, merge_ids
+        from tasks.losses.blending import blend, without
+        from tasks.losses.stop_ids import merge_scores
 
         for who, logprobs_NV in (("student", student_NV), ("teacher", teacher_NV)):
             if bool(logprobs_NV.isnan().any()):
                 raise InputError(
                     f"rollout.behaviour: the {who}'s probabilities are NaN; check its weights and rollout.dtype"
                 )
-        ends = sorted({*stops.student, *stops.teacher})
         own = [token for token in stops.student if token < student_NV.shape[-1]]
         best_N = student_NV[:, own].argmax(-1)
-        student_NV, teacher_NV = (merge_ids(logprobs_NV, ends, own[0]) for logprobs_NV in (student_NV, teacher_NV))
+        unmapped, ends = {*stops.unmapped}, {*stops.student, *stops.teacher}
+        ends_student = ends - (unmapped - {*stops.student})
+        teacher_NV = without(teacher_NV, sorted(unmapped - {*stops.teacher}))
+        student_NV = merge_scores(student_NV, [own[0], *sorted(ends_student - {own[0]})])
+        teacher_NV = merge_scores(teacher_NV, [own[0], *sorted(ends - {own[0]})])
         beta_N, kl_N, mu_NV = blend(student_NV, teacher_NV, self.epsilon)
         return {"mu": mu_NV, "student": student_NV, "beta": beta_N, "kl": kl_N, "own": best_N.new_tensor(own)[best_N]}
 

@@ -213,8 +213,8 @@ class CachedModel(LoadedModel):
 class Pair:
     """Student and teacher of a job, kept between jobs while their weights are the same.
 
-    Settings: device, batch_tokens (read in a forward, padding included), head_chunk_tokens (positions whose V probabilities exist
-    at once), score_cache_gib (KV of both models together)."""
+    Settings (`runtime.sampler`): device, score_batch_tokens (read in a forward, padding included), score_chunk_tokens (positions
+    whose V probabilities exist at once), score_cache_gib (KV of both models together)."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._device = torch.device("cpu" if settings.get("device", "cpu") == "cpu" else "cuda")
@@ -223,6 +223,7 @@ class Pair:
         self._budget = int(float(settings.get("score_cache_gib", 4)) * 2**30) // 2
         self._models: dict[str, tuple[tuple[str, str], CachedModel]] = {}
         self.teacher_stop_ids: list[int] = []
+        """The ids that end a completion for the teacher."""
 
     def load(self, student: ModelRef, teacher: ModelRef, dtype: str) -> None:
         """Load both, where they are not loaded. InputError for weights that are not the job's, for a checkpoint that does not
@@ -239,9 +240,12 @@ class Pair:
                 raise InputError(f"{path}: the weights' digest is {actual[:16]}…, the job asks for {ref.weights[:16]}…")
             self._models[who] = ((ref.weights, dtype), CachedModel(path, dtype, self._device, self._budget))
         path = Path(teacher.path)
-        rows = self._models["student"][1].rows
-        ends = stop_token_ids(path, "eos", load_tokenizer(path).eos_token_id)
-        self.teacher_stop_ids = [token for token in ends if token < rows]  # others the student cannot write
+        self.teacher_stop_ids = stop_token_ids(path, "eos", load_tokenizer(path).eos_token_id)
+
+    @property
+    def rows(self) -> int:
+        """Ids that the student has."""
+        return self._models["student"][1].rows
 
     def begin(self) -> None:
         """Forget what was read: what a batch gives must not depend on an earlier one."""
@@ -261,11 +265,13 @@ class Pair:
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def answers(self, asked: Mapping[Place, Reading], digest: Digest) -> Iterator[tuple[Place, Scored]]:
+    def answers(
+        self, asked: Mapping[Place, Reading], digest: Digest, merged: Sequence[int] = ()
+    ) -> Iterator[tuple[Place, Scored]]:
         """The answers in the order of `asked`. Forwards take completions in turn, at most `batch_tokens` with padding and
-        `chunk_tokens` positions that are asked for."""
+        `chunk_tokens` positions that are asked for. `merged`: ids of the teacher that are one, the first of them."""
         models = {who: model for who, (_, model) in self._models.items()}
-        rows = models["student"].rows
+        rows = self.rows
         parts: dict[Place, dict[str, _Part]] = {}
         for place, reading in asked.items():
             prompts = {"student": reading.prompt, "teacher": reading.teacher_prompt}
@@ -282,7 +288,9 @@ class Pair:
             both = []
             for who, model in models.items():
                 hidden_ND = model.states([parts[place][who] for place in places])
-                logprobs_NV = distributions.log_probabilities(model.head(hidden_ND), rows)
+                logprobs_NV = distributions.log_probabilities(
+                    model.head(hidden_ND), rows, merged if who == "teacher" else ()
+                )
                 lacking = rows - logprobs_NV.shape[1]  # ids that the teacher cannot write
                 both.append(
                     torch.nn.functional.pad(logprobs_NV, (0, lacking), value=-math.inf) if lacking else logprobs_NV
@@ -314,8 +322,11 @@ class ScoreQueue:
     """The scores that completions of a batch wait for. All are answered together, once no completion waits for a draw: what is
     read in one forward then follows from the requests alone."""
 
-    def __init__(self, pair: Pair, behaviour: Behaviour, prompts: Prompts, teacher_prompts: Prompts) -> None:
-        self._pair, self._behaviour = pair, behaviour
+    def __init__(
+        self, pair: Pair, behaviour: Behaviour, prompts: Prompts, teacher_prompts: Prompts, unmapped: Sequence[int] = ()
+    ) -> None:
+        """`unmapped`: ids that are another token to the teacher than to the student, or that one of them lacks."""
+        self._pair, self._behaviour, self._unmapped = pair, behaviour, tuple(unmapped)
         self._prompts, self._teacher_prompts = prompts, teacher_prompts
         self._waiting: dict[Place, tuple[OpenShard, Score]] = {}
 
@@ -324,8 +335,10 @@ class ScoreQueue:
 
     @property
     def teacher_stop_ids(self) -> list[int]:
-        """The ids that end a completion for the teacher."""
-        return self._pair.teacher_stop_ids
+        """The ids that end a completion for the teacher, and that the student has as the same token."""
+        return [
+            token for token in self._pair.teacher_stop_ids if token < self._pair.rows and token not in self._unmapped
+        ]
 
     def begin(self) -> None:
         """Start a batch: what it gives must not depend on an earlier one."""
@@ -349,7 +362,16 @@ class ScoreQueue:
             reading = Reading(self._prompts[name], self._teacher_prompts[name], score)
             groups.setdefault(tuple(shard.stop_ids), {})[place] = reading
         for stop_ids, asked in groups.items():
-            stops = Stops(stop_ids, tuple(self._pair.teacher_stop_ids))
+            stops, merged = self._stops(stop_ids)
             digest = partial(self._behaviour.digest, stops=stops)
-            for place, scored in self._pair.answers(asked, digest):
+            for place, scored in self._pair.answers(asked, digest, merged):
                 yield waiting[place][0], place[1], scored
+
+    def _stops(self, stop_ids: tuple[int, ...]) -> tuple[Stops, list[int]]:
+        """What a digest is told, and the ids of the teacher that are merged before it: stop ids past the student's rows count
+        as one that the student has."""
+        ends, rows = self._pair.teacher_stop_ids, self._pair.rows
+        near, beyond = [token for token in ends if token < rows], [token for token in ends if token >= rows]
+        if beyond and not near:
+            near = [stop_ids[0]]
+        return Stops(stop_ids, tuple(near), self._unmapped), [near[0], *beyond] if beyond else []

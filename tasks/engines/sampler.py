@@ -244,7 +244,7 @@ class Sampler:
         self._pair = self._pair or Pair(self.settings)
         with self.engine.outside():
             self._pair.load(job.model, job.teacher, job.dtype)
-        return ScoreQueue(self._pair, behaviour, prompts, teacher)
+        return ScoreQueue(self._pair, behaviour, prompts, teacher, job.unmapped)
 
     def _free_pair(self) -> None:
         pair, self._pair, self._scores = self._pair, None, None

@@ -32,7 +32,8 @@ def blend(student_NV: Tensor, teacher_NV: Tensor, epsilon: float) -> Blend:
 
     The end of the bisection that is returned keeps KL <= epsilon as computed in the inputs' type. Exact limits: epsilon 0 gives
     the student, KL(q || p) <= epsilon the teacher. An id that one of the two excludes (-inf) is excluded by mu, unless mu is the
-    other one. ValueError for a negative epsilon."""
+    other one, and by its cost: KL is at least -log p(ids that are left). Where that is above epsilon, or the teacher excludes
+    all ids, mu is the student. ValueError for a negative epsilon."""
     if epsilon < 0:
         raise ValueError(f"epsilon {epsilon} must not be negative")
     beta_N = student_NV.new_zeros(len(student_NV))
@@ -41,7 +42,7 @@ def blend(student_NV: Tensor, teacher_NV: Tensor, epsilon: float) -> Blend:
         return Blend(beta_N, kl_N, mu_NV)
     limit = _below(epsilon, student_NV.dtype)
     whole_N = _divergence(teacher_NV, student_NV)
-    teacher_N = whole_N <= limit
+    teacher_N = (whole_N <= limit) & (teacher_NV > -_INF).any(-1)
     beta_N[teacher_N] = 1
     kl_N[teacher_N] = whole_N[teacher_N]
     mu_NV[teacher_N] = teacher_NV[teacher_N]
@@ -92,15 +93,15 @@ def _below(value: float, dtype: torch.dtype) -> float:
     return float(rounded if float(rounded) <= value else torch.nextafter(rounded, torch.tensor(-_INF, dtype=dtype)))
 
 
-def merge_ids(logprobs_NV: Tensor, ids: Sequence[int], onto: int) -> Tensor:
-    """The same distributions with the mass of `ids` on the id `onto`, which is one of them."""
+def without(logprobs_NV: Tensor, ids: Sequence[int]) -> Tensor:
+    """The distributions over the other ids (renormalised), with -inf at `ids`; all -inf where nothing is left. The same tensor
+    where there are none."""
     known = [token for token in ids if token < logprobs_NV.shape[-1]]
-    if len(known) < 2:
+    if not known:
         return logprobs_NV
-    merged_NV = logprobs_NV.clone()
-    merged_NV[:, known] = -_INF
-    merged_NV[:, onto] = logprobs_NV[:, known].logsumexp(-1)
-    return merged_NV
+    kept_NV = logprobs_NV.index_fill(-1, torch.tensor(known, device=logprobs_NV.device), -_INF)
+    mass_N1 = kept_NV.logsumexp(-1, keepdim=True)
+    return kept_NV.sub_(mass_N1.masked_fill(mass_N1 == -_INF, 0))
 
 
 def draw(weights_V: Tensor, uniform: float) -> int:

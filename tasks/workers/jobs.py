@@ -142,6 +142,8 @@ class SampleJob(Schema):
     drafts: ArtifactRef | None = None
     foreign: list[int] = []
     """Token ids that the student's tokenizer lacks or reads otherwise: a draft ends before the first of them."""
+    unmapped: list[int] = []
+    """Token ids that are another token to the teacher than to the student, or that one of them lacks."""
     table: str = "rollouts"
     """Table of the shards: `rollouts`, or one that has some of its columns."""
     reader: str = "student"

@@ -52,6 +52,20 @@ class SamplerRuntime(Runtime):
         description="proof after a weight change: every parameter is compared, and (full) log-probabilities of probes; these need"
         " the student in float32 on the host, once per machine at a time",
     )
+    score_batch_tokens: int = Field(
+        8192,
+        ge=1,
+        description="tokens (padding included) per forward of the two models beside the engine, where a behaviour reads the"
+        " teacher (rollout.behaviour: trb); this field and the next two are numerics of such rollouts alone",
+    )
+    score_chunk_tokens: int = Field(
+        1024, ge=1, description="positions whose distributions these two hold at once: bounds positions x vocabulary"
+    )
+    score_cache_gib: float = Field(
+        4,
+        gt=0,
+        description="key-value caches of these two together, GiB; completions that do not fit are read again from the start",
+    )
 
 
 class TeacherServerRuntime(Runtime):
@@ -206,8 +220,8 @@ class RuntimeConfig(Runtime):
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
     def numerics(self, *roles: str) -> dict[str, Any]:
-        """Settings that change floating-point results, of the workers of these roles (sampler, scorer, trainer) or of all. With
-        equal values (and for sampled shards equal batches) outputs are bit-identical."""
+        """Settings that change floating-point results, of the workers of these roles (sampler, scorer, trainer; pair: the two
+        models beside a sampler) or of all. With equal values (and for sampled shards equal batches) outputs are bit-identical."""
         found: dict[str, Any] = {"device": self.device, "threads": self.threads}
         if not roles or "trainer" in roles:
             found |= {
@@ -235,6 +249,12 @@ class RuntimeConfig(Runtime):
                     "sampler_in_process": self.sampler.in_process,
                     "sampler_batch_invariant": self.sampler.batch_invariant,
                 }
+        if not roles or "pair" in roles:
+            found |= {
+                "sampler_score_batch_tokens": self.sampler.score_batch_tokens,
+                "sampler_score_chunk_tokens": self.sampler.score_chunk_tokens,
+                "sampler_score_cache_gib": self.sampler.score_cache_gib,
+            }
         return found
 
     def with_numerics(self, recorded: Mapping[str, Any], folder: Path) -> RuntimeConfig:
@@ -291,6 +311,9 @@ _FIELDS = {
     "sampler_kv_cache_gib": ("sampler", "kv_cache_gib"),
     "sampler_in_process": ("sampler", "in_process"),
     "sampler_batch_invariant": ("sampler", "batch_invariant"),
+    "sampler_score_batch_tokens": ("sampler", "score_batch_tokens"),
+    "sampler_score_chunk_tokens": ("sampler", "score_chunk_tokens"),
+    "sampler_score_cache_gib": ("sampler", "score_cache_gib"),
 }
 """Recorded numerics -> the fields that they came from."""
 

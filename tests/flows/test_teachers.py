@@ -18,6 +18,7 @@ from rich.console import Console
 from flows.cli.export import export
 from flows.cli.report import report
 from flows.config_file import merge
+from flows.cross_checks import refuse_changed_fork
 from flows.experiment import Experiment
 from flows.run.preflight import Known
 from flows.run.progress import SilentReporter
@@ -25,7 +26,7 @@ from flows.run.runner import plan, run_experiment
 from flows.run.shown import by_teacher
 from storage.artifacts.digests import weights_digest
 from storage.artifacts.verify import Verified, verify_run
-from storage.errors import InputError, OpdError
+from storage.errors import ConfigError, InputError, OpdError
 from storage.query.catalog import Catalog
 from storage.runs import Run
 from storage.store import Artifact, Store
@@ -100,14 +101,16 @@ def test_a_wrong_choice_of_teachers_is_refused_when_the_config_loads(change: dic
 def test_a_fork_with_other_teachers_is_refused(field: str) -> None:
     parent = Experiment.model_validate(routed())
     fork = {"run": "parent", "round": 1, "experiment": parent.identity()}
-    Experiment.model_validate(routed(fork=fork))
+    refuse_changed_fork(Experiment.model_validate(routed(fork=fork)))
     other: dict[str, Any] = {
         "teacher": {"teacher": GOLDEN["teacher"], "teachers": {}},
         "teachers": {"teachers": routed()["teachers"] | {"third": GOLDEN["teacher"]}},
         "mixture": {"mixture": mixture()},
     }[field]
-    with pytest.raises(ValidationError, match="a fork keeps the teacher of 'parent'"):
-        Experiment.model_validate(routed(fork=fork) | other)
+    with pytest.raises(
+        ConfigError, match="a fork keeps the teachers? of 'parent'|a fork keeps the mixture of 'parent'"
+    ):
+        refuse_changed_fork(Experiment.model_validate(routed(fork=fork) | other))
 
 
 @pytest.mark.parametrize("more", [{}, {"mixture": mixture()}])

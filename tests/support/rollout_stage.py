@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,9 @@ class Stage:
         checkpoint: Path | None = None,
         config: RolloutConfig = CONFIG,
         teacher: Path | None = None,
+        masked: Sequence[int] = (),
     ) -> None:
+        """`masked`: ids that are another token to the teacher."""
         self.store = Store(root / "store")
         with self.store.building(ArtifactSpec.of("model", 1, {}, {})) as builder:
             folder = builder.directory("model")
@@ -53,7 +55,16 @@ class Stage:
         table = pa.Table.from_pylist(rows, schema=schema_for("prompts"))
         with self.store.building(ArtifactSpec.of("prepare", 1, {}, {})) as builder:
             builder.write_shard("prompts", 0, table)
-            self.prompts = builder.commit(content={"prompts:train": "p", "prompts:eval": "e"})
+            content, meta = {"prompts:train": "p", "prompts:eval": "e"}, {}
+            if masked:
+                names = [
+                    {"tokenizer": who, "id": index, "token": f"{who} {index}", "text": None, "special": False}
+                    for who in ("student", "teacher")
+                    for index in masked
+                ]
+                builder.write_shard("vocabulary", 0, pa.Table.from_pylist(names, schema=schema_for("vocabulary")))
+                content["audit"], meta["audit"] = f"masks {list(masked)}", {"masked_ids": list(masked)}
+            self.prompts = builder.commit(content=content, meta=meta)
         self.work = rollout_work(config, self.student, self.prompts, seed=SEED, round=ROUND, teacher=self.teacher)
         self.spec = self.work.outputs["rollout"]
         chosen = prompts_for_round([f"p{i}" for i in range(7)], SEED, ROUND, config.prompts_per_round)

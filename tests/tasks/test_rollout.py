@@ -298,3 +298,25 @@ def test_what_a_behaviour_reads_enters_the_key_and_nothing_else_does():
     assert all(keys[0][name] != keys[1][name] for name in ("rollout", "blending"))
     plain = RolloutConfig()
     assert work(plain, other).outputs == work(plain, None).outputs and list(work(plain, other).outputs) == ["rollout"]
+
+
+def test_masked_ids_enter_the_key_of_what_reads_the_teacher():
+    model = artifact("model", weights="s", architecture="a", tokenizer="t")
+    draft = artifact("draft", drafts="d")
+    plain = artifact("prepare", **{"prompts:train": "p", "audit": "equal"})
+    masking = plain.model_copy(
+        update={"content": plain.content | {"audit": "masks"}, "meta": {"audit": {"masked_ids": [7]}}}
+    )
+    clean = plain.model_copy(update={"content": masking.content, "meta": {"audit": {"masked_ids": []}}})
+
+    def keys(behaviour, prompts):
+        work = rollout_work(RolloutConfig(behaviour=behaviour), model, prompts, 1, 1, teacher=model, drafts=draft)
+        return {name: spec.key for name, spec in work.outputs.items()}
+
+    blended = {"kind": "trb", "epsilon": 0.01}
+    for behaviour in (blended, {"kind": "teacher_prefix", "cap": 3}):
+        assert not set(keys(behaviour, plain).values()) & set(keys(behaviour, masking).values())
+        assert keys(behaviour, plain) == keys(behaviour, clean)
+    step = RolloutConfig(behaviour=blended | {"anneal_steps": 5}).at(5).behaviour  # epsilon is 0
+    for behaviour in ("student", step):
+        assert keys(behaviour, plain) == keys(behaviour, masking) == keys("student", clean)

@@ -43,6 +43,23 @@ def test_a_fork_needs_a_finished_round(tmp_path):
     assert fork_experiment("base", 0, tmp_path, ["train.lr=0.5"]).at(1).train.lr == 0.5
 
 
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ("teacher={source: {kind: architecture, init_seed: 9}}", "teacher"),
+        ("teacher.warmup.steps=9", "teacher"),
+        ("prompts.max_prompt_length=77", "prompts"),
+        ("student.warmup.lr=0.5", "student"),
+    ],
+)
+def test_a_fork_changes_nothing_that_round_0_made(tmp_path, change, field):
+    """Models and prompts come from the parent's round 0, so another teacher would be in the config and in no signal."""
+    open_run(load_experiment(TINY), "base", tmp_path)
+    with pytest.raises(ConfigError, match=rf"{field}: a fork keeps the {field} of 'base'.* start a run of its own"):
+        fork_experiment("base", 0, tmp_path, [change])
+    fork_experiment("base", 0, tmp_path, ["train.lr=0.5", "evaluate.prompts=3"])
+
+
 def failed_run(root, error, monkeypatch):
     def fail(*args):
         raise error

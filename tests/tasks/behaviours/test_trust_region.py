@@ -26,8 +26,8 @@ EPSILONS = (0.01, 0.1, 0.5)
 class Toy:
     """Student and teacher over a toy vocabulary, and the driver of one completion."""
 
-    def __init__(self, behaviour: TrustRegionBlending) -> None:
-        self.behaviour = behaviour
+    def __init__(self, behaviour: TrustRegionBlending, stops: Stops = STOPS) -> None:
+        self.behaviour, self.stops = behaviour, stops
         self.digest = cache(self._digest)
 
     @staticmethod
@@ -37,10 +37,11 @@ class Toy:
         return torch.tensor([[draw.gauss(0, 1.2) for _ in range(VOCABULARY)]]).log_softmax(-1)
 
     def _digest(self, prefix: tuple[int, ...]) -> dict[str, torch.Tensor]:
-        return dict(self.behaviour.digest(self.model("student", prefix), self.model("teacher", prefix), STOPS))
+        return dict(self.behaviour.digest(self.model("student", prefix), self.model("teacher", prefix), self.stops))
 
     def write(self, seed: int) -> Completion:
-        start = Start((9,), LIMIT, seed, STOPS.student, STOPS.teacher)
+        shared = tuple(token for token in self.stops.teacher if token not in self.stops.unmapped)
+        start = Start((9,), LIMIT, seed, self.stops.student, shared)
         writer = self.behaviour.write(start)
         answer: Drawn | Scored | None = None
         while True:
@@ -74,8 +75,10 @@ class Toy:
                     yield sequence, math.exp(logprob) * rest
 
 
-def drawn(behaviour: TrustRegionBlending, offset: int = 0, samples: int = SAMPLES) -> tuple[Toy, list[Completion]]:
-    toy = Toy(behaviour)
+def drawn(
+    behaviour: TrustRegionBlending, offset: int = 0, samples: int = SAMPLES, stops: Stops = STOPS
+) -> tuple[Toy, list[Completion]]:
+    toy = Toy(behaviour, stops)
     return toy, [toy.write(offset + seed) for seed in range(samples)]
 
 
@@ -102,6 +105,73 @@ def p_value(toy: Toy, completions: list[Completion]) -> float:
 def test_whole_sequences_are_distributed_as_mu(epsilon, how):
     toy, completions = drawn(TrustRegionBlending(epsilon=epsilon, **how))
     assert p_value(toy, completions) > 1e-3
+
+
+APART = {
+    "an ordinary id": Stops((3,), (2, 3), (0,)),
+    "two ids, one past the vocabulary": Stops((3,), (2, 3), (1, 9)),
+    "the teacher's end is an ordinary id of the student": Stops((3,), (2,), (2,)),
+    "the student's end is an ordinary id of the teacher": Stops((3,), (2,), (3,)),
+    "nothing": STOPS,
+    "merged": Stops((2, 3), (2,)),
+}
+"""Ids 0 to 3. With `stop_ids: merge` the student stops on the teacher's ids too."""
+
+
+def by_definition(
+    student: list[float], teacher: list[float], stops: Stops, epsilon: float
+) -> tuple[float, list[float], list[float]]:
+    """(b, mu, p) from probabilities: one category of ends on each side, then the teacher without what it lacks."""
+    ids, stop, apart = range(VOCABULARY), min(stops.student), set(stops.unmapped)
+    ends_student = {*stops.student, *(set(stops.teacher) - apart)}
+    ends_teacher = {*stops.teacher, *(set(stops.student) - apart)}
+    p = [0.0 if token in ends_student else student[token] for token in ids]
+    q = [0.0 if token in ends_teacher | apart else teacher[token] for token in ids]
+    p[stop] = sum(student[token] for token in ends_student)
+    q[stop] = sum(teacher[token] for token in ends_teacher)
+    q = [value / sum(q) for value in q]
+
+    def mixed(b: float) -> tuple[list[float], float]:
+        weights = [x ** (1 - b) * y**b if x and y else 0.0 for x, y in zip(p, q, strict=True)]
+        mu = [weight / sum(weights) for weight in weights]
+        return mu, sum(m * math.log(m / x) for m, x in zip(mu, p, strict=True) if m)
+
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mixed(middle)[1] <= epsilon else (low, middle)
+    return low, mixed(low)[0] if low > 1e-12 else p, p
+
+
+@pytest.mark.parametrize("stops", APART.values(), ids=APART)
+def test_the_blend_is_that_of_the_definition(stops):
+    betas = []
+    for epsilon in (0.01, 0.2, 1.0):
+        toy = Toy(TrustRegionBlending(epsilon=epsilon), stops)
+        for prefix in ((at, also) for at in range(VOCABULARY) for also in range(8)):
+            row = toy.digest(prefix)
+            rows = (toy.model(who, prefix)[0].double().exp().tolist() for who in ("student", "teacher"))
+            beta, mu, p = by_definition(*rows, stops, epsilon)
+            assert float(row["beta"]) == pytest.approx(beta, abs=2e-4) and float(row["kl"]) <= epsilon
+            assert row["mu"][0].exp().tolist() == pytest.approx(mu, abs=2e-4)
+            assert row["student"][0].exp().tolist() == pytest.approx(p, abs=1e-6)
+            betas.append(beta)
+    assert min(betas) < 0.5 < max(betas)
+    lacking = set(stops.unmapped) & set(range(VOCABULARY)) - {*stops.student}
+    assert (min(betas) < 1e-12) == bool(lacking)  # where the student is likely to write such an id, it writes alone
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [("an ordinary id", {"sampler": "lock_step"}), *((name, {"block": 2}) for name in [*APART][0:4:2])]
+)
+def test_whole_sequences_are_distributed_as_mu_without_what_the_teacher_lacks(name, how):
+    stops = APART[name]
+    toy, completions = drawn(TrustRegionBlending(epsilon=0.5, **how), samples=2000, stops=stops)
+    assert p_value(toy, completions) > 1e-3
+    apart = set(stops.unmapped) - {*stops.student}
+    for completion in completions[:200]:
+        for beta, token in zip(completion.values["beta"], completion.token_ids, strict=True):
+            assert beta == 0 or token not in apart
 
 
 def test_both_samplers_draw_from_one_distribution():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
@@ -16,10 +17,13 @@ from storage.artifacts.digests import weights_digest
 from storage.errors import InputError
 from storage.query.catalog import Catalog
 from tasks.behaviours import Score
+from tasks.behaviours.trust_region import TrustRegionBlending
 from tasks.engines.hf_folder import load_causal_lm
-from tasks.engines.pair import CachedModel, Pair, Reading
+from tasks.engines.pair import CachedModel, Pair, Reading, ScoreQueue
+from tasks.engines.sampler import OpenShard
+from tasks.losses.blending import blend
 from tasks.rollout_config import RolloutConfig
-from tasks.workers.jobs import ModelRef
+from tasks.workers.jobs import ModelRef, Request, SampleShard, Sampling
 from tasks.workers.pool import WorkerPool
 from tasks.workers.runtime import RuntimeConfig, SamplerRuntime
 
@@ -103,6 +107,35 @@ def test_weights_that_are_not_the_jobs_are_refused(models):
         Pair({"device": "cpu"}).load(right, wrong, "float32")
 
 
+def test_stop_ids_past_the_student_s_rows_and_merged_ones_are_one_category(models, tmp_path):
+    """The student has 264 rows, of which it ends with 257; the teacher ends with 258 and 270."""
+    other = checkpoint(tmp_path / "teacher", 1, **FAR, vocab_size=280)
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 270]}))
+    tokenizer = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": "<|system|>"}))
+    pair, tokens, epsilon = pair_of({**models, "teacher": other}), (4, 5), 0.3
+    prompts = {"a": [1, 2, 3]}
+    for stops, unmapped in (([257, 258], []), ([257], []), ([257, 258], [65, 270])):
+        queue = ScoreQueue(pair, TrustRegionBlending(epsilon=epsilon), prompts, prompts, unmapped)
+        assert queue.teacher_stop_ids == [258]
+        sampling = Sampling(1.0, 1.0, 0, 8, stops)
+        shard = OpenShard(SampleShard(0, sampling, [Request("a/1/0", "a", 0, 7)]), stops)
+        queue.begin()
+        queue.add(shard, 0, Score(tokens, 0))
+        ((_, _, scored),) = queue.answers()
+        both = []
+        for path, ends in ((models["student"], [257, 258]), (other, [257, 258, 270])):
+            p = whole(path, prompts["a"], tokens, 0).double().exp()
+            p[:, 257] = p[:, ends].sum(-1)
+            p[:, ends[1:]] = 0
+            p[:, [token for token in unmapped if path == other and token not in ends]] = 0
+            both.append((p[:, :264] / p[:, :264].sum(-1, keepdim=True)).log())
+        torch.testing.assert_close(scored.values["student"].double(), both[0], atol=2e-5, rtol=1e-4)
+        expected = blend(*both, epsilon)
+        assert bool((expected.beta_N > 0).any())
+        torch.testing.assert_close(scored.values["mu"].double().exp(), expected.logprobs_NV.exp(), atol=1e-4, rtol=0)
+
+
 def config(**behaviour) -> RolloutConfig:
     return RolloutConfig(
         num_generations=2, prompts_per_round=5, shard_prompts=2, max_completion_length=12,
@@ -112,7 +145,7 @@ def config(**behaviour) -> RolloutConfig:
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
-    sampler = SamplerRuntime(kv_cache_gib=0.125, max_num_seqs=8)
+    sampler = SamplerRuntime(kv_cache_gib=0.125, max_num_seqs=8, score_cache_gib=0.5)
     runtime = RuntimeConfig(device="cpu", threads=1, retries=0, sampler=sampler)
     with WorkerPool(runtime, tmp_path_factory.mktemp("logs")) as pool:
         yield pool
@@ -127,6 +160,7 @@ def blended(models, pool, tmp_path_factory) -> tuple[Stage, dict[str, Artifact]]
 def test_no_row_spends_more_than_epsilon(blended):
     stage, made = blended
     assert set(made) == {"rollout", "blending"} and made["rollout"].rows == {"rollouts": 10}
+    assert all(artifact.provenance["numerics"]["sampler_score_cache_gib"] == 0.5 for artifact in made.values())
     query = Catalog(stage.store).query
     (row,) = query(
         f"""SELECT count(*) AS n, bool_and(list_max(b.kl) <= {EPSILON}) AS within, max(list_max(b.kl)) AS most,
@@ -147,7 +181,6 @@ def test_no_row_spends_more_than_epsilon(blended):
 def test_the_log_probabilities_are_those_of_mu(blended, models):
     """Read by transformers alone, token by token."""
     from tasks.behaviours import Stops
-    from tasks.behaviours.trust_region import TrustRegionBlending
 
     stage, made = blended
     rollouts = stage.store.read_table(made["rollout"], "rollouts").to_pylist()
@@ -177,12 +210,24 @@ def test_a_lost_shard_and_a_replay_come_out_bit_for_bit(blended, models, pool, t
         assert stage.store.read_table(repaired[name], table).equals(rows[name])
 
 
-def test_lock_step_reads_both_models_and_drafts_nothing(models, pool, tmp_path):
-    stage = Stage(tmp_path / "lock", models["student"], config(sampler="lock_step"), models["teacher"])
+@pytest.mark.parametrize("sampler", ["lock_step", "draft_and_verify"])
+def test_ids_that_the_teacher_reads_otherwise_are_written_where_the_student_writes_alone(
+    models, pool, tmp_path, sampler
+):
+    masked = list(range(0, 256, 40))
+    stage = Stage(tmp_path, models["student"], config(sampler=sampler), models["teacher"], masked)
     made = stage.build_all(pool)
     values = stage.store.read_table(made["blending"], "blending").to_pylist()
-    assert all(row["drafted"] is None and row["accepted_lengths"] is None for row in values)
+    assert all((row["drafted"] is None) == (sampler == "lock_step") for row in values)
+    assert all((row["accepted_lengths"] is None) == (sampler == "lock_step") for row in values)
     assert 0 < max(max(row["kl"]) for row in values) <= EPSILON
+    for row, spent in zip(stage.store.read_table(made["rollout"], "rollouts").to_pylist(), values, strict=True):
+        prompt, ids = row["prompt_token_ids"], row["completion_token_ids"]
+        student = whole(models["student"], prompt, tuple(ids[:-1]), 0)
+        left = 1 - student[:, masked].exp().sum(-1)
+        for token, beta, kl, mass in zip(ids, spent["beta"], spent["kl"], left.tolist(), strict=True):
+            assert beta == 0 or (token not in masked and kl >= -math.log(mass) - 1e-5)
+            assert (beta == 0) == (-math.log(mass) > EPSILON) or abs(math.log(mass) + EPSILON) < 1e-4
 
 
 def test_without_a_trust_region_rows_are_those_of_plain_sampling(models, pool, tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import DATA
 
-from tasks.losses.blending import acceptance, blend, draw, merge_ids, residual
+from tasks.losses.blending import acceptance, blend, draw, residual, without
 
 REFERENCE = json.loads(Path(os.environ.get("OPD_REFERENCE", DATA / "objectives.json")).read_text())
 INF = float("inf")
@@ -107,11 +107,42 @@ def test_the_solution_is_the_largest_that_fits():
         torch.testing.assert_close(found.logprobs_NV, blended)
 
 
-def test_merged_ids_share_one_mass():
+@settings(deadline=None, max_examples=50)
+@given(distributions(), distributions(), st.floats(1e-3, 2), st.sets(st.integers(0, 7), min_size=1, max_size=4))
+def test_ids_that_the_teacher_lacks_are_no_part_of_the_blend(student_logits, teacher_logits, epsilon, lacking):
+    """Against the definition, by a scan over b in float64."""
+    student, teacher = (x.double().log_softmax(-1) for x in (student_logits, teacher_logits))
+    found = blend(student, without(teacher, sorted(lacking)), epsilon)
+    assert bool((found.kl_N <= epsilon).all())
+    grid = np.linspace(0, 1, 2001)[1:]
+    for row in range(len(student)):
+        p, q = student[row].exp().numpy(), teacher[row].exp().numpy().copy()
+        q[[token for token in lacking if token < len(q)]] = 0
+        common = (p > 0) & (q > 0)
+        beta, mu = float(found.beta_N[row]), found.logprobs_NV[row].exp().numpy()
+        if not common.any():
+            assert beta == 0 and np.array_equal(mu, p)
+            continue
+        logs = (1 - grid[:, None]) * np.log(p[common]) + grid[:, None] * np.log(q[common] / q.sum())
+        logs -= np.logaddexp.reduce(logs, axis=1)[:, None]
+        spent = (np.exp(logs) * (logs - np.log(p[common]))).sum(1)
+        fits = grid[spent <= epsilon]
+        # what is left of p costs -log of its mass, however small b is: else the student
+        largest = fits[-1] if len(fits) else 0
+        assert largest - 1e-9 <= beta <= largest + 1 / 2000 + 1e-9 or math.isclose(spent[0], epsilon, rel_tol=1e-6)
+        if beta > 0:
+            assert not mu[~common].any()
+        else:
+            assert np.array_equal(mu, p)
+
+
+def test_a_teacher_without_the_lacking_ids():
     logprobs = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
-    merged = merge_ids(logprobs, [1, 3, 9], 3)
-    torch.testing.assert_close(merged.exp(), torch.tensor([[0.1, 0.0, 0.3, 0.6]]))
-    assert merge_ids(logprobs, [3], 3) is logprobs and merge_ids(logprobs, [3, 7], 3) is logprobs
+    torch.testing.assert_close(without(logprobs, [1, 3, 9]).exp(), torch.tensor([[0.25, 0.0, 0.75, 0.0]]))
+    assert without(logprobs, []) is logprobs and without(logprobs, [4]) is logprobs
+    assert without(logprobs, [0, 1, 2, 3]).tolist() == [[-INF] * 4]
+    nothing = blend(logprobs, without(logprobs, [0, 1, 2, 3]), 5.0)
+    assert torch.equal(nothing.logprobs_NV, logprobs) and float(nothing.beta_N) == float(nothing.kl_N) == 0
 
 
 def test_draws_by_a_uniform_number():

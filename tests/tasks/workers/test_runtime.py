@@ -23,6 +23,15 @@ def test_they_are_recorded_on_a_gpu_alone(tmp_path):
     assert RuntimeConfig(device="cuda").with_numerics({"device": "cpu"}, tmp_path).sampler.in_process is True
 
 
+def test_sizes_of_the_models_beside_a_sampler_are_recorded_where_these_are_read(tmp_path):
+    sizes = {"score_batch_tokens": 64, "score_chunk_tokens": 8, "score_cache_gib": 0.5}
+    runtime = RuntimeConfig.model_validate({"device": "cpu", "sampler": sizes})
+    recorded = runtime.numerics("sampler", "pair")
+    assert {name: recorded[f"sampler_{name}"] for name in sizes} == sizes
+    assert not any("score_" in name for name in runtime.numerics("sampler"))
+    assert RuntimeConfig(device="cpu").with_numerics(recorded, tmp_path).sampler == runtime.sampler
+
+
 def test_batch_invariance_without_a_gpu_is_refused():
     with pytest.raises(ValidationError, match="batch_invariant"):
         RuntimeConfig.model_validate({"device": "cpu", "sampler": {"batch_invariant": True}})

@@ -274,15 +274,15 @@ MADE_AT_FIRST = ("student", "teacher", "teachers", "mixture", "prompts")
 
 
 def refuse_changed_fork(e: Experiment) -> None:
-    """ConfigError for a new fork that changes what round 0 of its parent made. Forks in the store, of versions that ignored such a
-    change, are still read."""
+    """ConfigError for a new fork that changes what round 0 of its parent made. Forks in the store that earlier versions accepted
+    and ran without the change are still read."""
     if e.fork is None or e.parent is None:
         return
     for field in MADE_AT_FIRST:
         if getattr(e, field) != getattr(e.parent, field):
             raise ConfigError(
-                f"{field}: a fork keeps the {field} of {e.fork.run!r}, which round 0 made; start a run of its own for other fields"
-                " there (finished stages that it shares are found in the store)"
+                f"{field}: a fork keeps the {field} of {e.fork.run!r}, which round 0 made; start a run of its own for other"
+                " fields there (finished stages that it shares are found in the store)"
             )
 
 

@@ -108,7 +108,7 @@ def test_a_fork_with_other_teachers_is_refused(field: str) -> None:
         "mixture": {"mixture": mixture()},
     }[field]
     with pytest.raises(
-        ConfigError, match="a fork keeps the teachers? of 'parent'|a fork keeps the mixture of 'parent'"
+        ConfigError, match=r"a fork keeps the teachers? of 'parent'|a fork keeps the mixture of 'parent'"
     ):
         refuse_changed_fork(Experiment.model_validate(routed(fork=fork) | other))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +15,7 @@ from tasks.inputs.tokenizers import load_tokenizer
 from tasks.prepare import places
 
 _SHOWN = 3
+NOTHING: Mapping[str, str] = {}
 
 
 def given_problems(e: Experiment, prompts: pa.Table, student: Path, rows: int) -> Iterator[str]:
@@ -50,26 +51,24 @@ def given_problems(e: Experiment, prompts: pa.Table, student: Path, rows: int) -
     if empty:
         yield f"{what} {_count(empty, len(drawn))} have an empty one ({_at(empty, lines)}); remove these rows"
     if foreign:
+        ids = {name: f": id {index}" for name, index in foreign.items()}
         yield (
-            f"{what} {_count(foreign, len(drawn))} have one with ids that the student lacks ({_at(foreign, lines, 'id')});"
+            f"{what} {_count(foreign, len(drawn))} have one with ids that the student lacks ({_at(foreign, lines, ids)});"
             f" {student} has {rows} rows; remove such tokens from the text, or the rows"
         )
     if long:
+        sizes = {name: f": {count} tokens" for name, count in long.items()}
         yield (
             f"{what} {_count(long, len(drawn))} have a longer one than rollout.max_completion_length, {whole}"
-            f" ({_at(long, lines, 'tokens')}); set it to {max(long.values())}, or shorten or remove these rows"
+            f" ({_at(long, lines, sizes)}); set it to {max(long.values())}, or shorten or remove these rows"
         )
 
 
-def _count(names: list[str] | Mapping[str, int], total: int) -> str:
+def _count(names: Collection[str], total: int) -> str:
     return f"{len(names):,} of {total:,} prompts that rounds draw"
 
 
-def _at(names: list[str] | Mapping[str, int], lines: Mapping[str, str], unit: str = "") -> str:
+def _at(names: Collection[str], lines: Mapping[str, str], found: Mapping[str, str] = NOTHING) -> str:
     """The first of these prompts, with what was found there."""
-    found = {"": lambda n: "", "id": lambda n: f": id {n}", "tokens": lambda n: f": {n} tokens"}[unit]
-    shown = [
-        f"{lines.get(name, name)}{found(names[name]) if isinstance(names, Mapping) else ''}"
-        for name in [*names][:_SHOWN]
-    ]
+    shown = [f"{lines.get(name, name)}{found.get(name, '')}" for name in [*names][:_SHOWN]]
     return ", ".join(shown) + (", ..." if len(names) > _SHOWN else "")

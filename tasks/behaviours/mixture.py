@@ -36,7 +36,7 @@ class Mixture(ReadsDrafts):
     completions: Literal["teacher", "prompts"] = Field(
         "teacher",
         description="the others: teacher, drafts that it writes once per prompt; prompts, the `completion` of each training"
-        " prompt (a file's or a dataset's)",
+        " prompt (a file's or a dataset's), none empty or longer than max_completion_length",
     )
 
     @model_validator(mode="after")

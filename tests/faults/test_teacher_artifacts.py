@@ -28,8 +28,13 @@ from storage.upkeep.retention import used
 
 STAGES = {"drafts": ("draft",), "blended": ("blending", "teacher_ema")}
 """Variant of the scripted run -> the artifacts that it has beside those of a plain one."""
-WORDS = {"draft": "drafts", "blending": "the table of a blend", "teacher_ema": "an averaged teacher"}
-KINDS = [(variant, stage) for variant, stages in STAGES.items() for stage in stages]
+WORDS = {
+    "draft": "drafts",
+    "blending": "the table of a blend",
+    "teacher_ema": "an averaged teacher",
+    "trainer_state": "a state with an average",
+}
+KINDS = [(variant, stage) for variant, stages in STAGES.items() for stage in stages] + [("blended", "trainer_state")]
 
 
 @dataclass
@@ -94,7 +99,10 @@ def test_what_is_damaged_or_lost_is_named_and_made_again(
 ) -> None:
     world = worlds[variant]
     files = world.files(stage)
-    assert {path.suffix for path in files} == {".json", ".safetensors" if stage == "teacher_ema" else ".parquet"}
+    assert {path.suffix for path in files} == {
+        ".json",
+        ".parquet" if stage in ("draft", "blending") else ".safetensors",
+    }
 
     def attempt(name: str) -> None:
         draw = random.Random(f"{stage} {name}")

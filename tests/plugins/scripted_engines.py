@@ -243,14 +243,15 @@ class Trainer(Engine):
             link.progress(number, len(steps))
         if outputs.trainer_state:
             Path(outputs.trainer_state, "used.json").write_text(json.dumps(used))
-        for folder, what in (
-            (outputs.student, (chain,)),
-            (outputs.teacher_ema, (chain, str(job.average))),
-        ):
+        average = {"weight": draw(chain, str(job.average)).random(VALUES, np.float32)}
+        if outputs.trainer_state and job.average is not None:
+            save_file(average, Path(outputs.trainer_state, "ema.safetensors"))
+        student = {"weight": draw(chain).random(VALUES, np.float32)}
+        for folder, weights in ((outputs.student, student), (outputs.teacher_ema, average)):
             if folder:
                 for name in ("config.json", "tokenizer.json"):
                     shutil.copyfile(Path(job.model, name), Path(folder, name))
-                save_file({"weight": draw(*what).random(VALUES, np.float32)}, Path(folder, "model.safetensors"))
+                save_file(weights, Path(folder, "model.safetensors"))
         if outputs.steps:
             writer = store.shard_writer(outputs.steps.stage, outputs.steps.key)
             writer.write_shard("training_steps", 0, pa.Table.from_pylist(rows, schema=schema_for("training_steps")))

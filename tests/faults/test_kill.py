@@ -230,7 +230,7 @@ def check_moment(root: Path, variant: str, point: str, hit: int) -> None:
         assert len(made) == hit - (point not in ("manifest.after_link", "manifest.after_sync"))
         return
     assert made == set()
-    files = [path for stage in makes for path in (root / "artifacts" / stage).glob("*/*.parquet")]
+    files = [path for stage in makes for path in (root / "artifacts" / stage).glob("*/[!.]*.parquet")]
     bare = [path for path in files if not path.with_name(path.name + SIDECAR).exists()]
     assert len(files) == hit - (point in ("shard.before_write", "shard.before_rename"))
     assert len(bare) == (point in ("shard.after_rename", "shard.before_sidecar"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import subprocess
@@ -25,6 +26,22 @@ from storage.store import Store
 ROUNDS = 2
 STAGES = [f"{number} {label}" for number in (1, 2) for label in ("rollout", "supervise", "train", "evaluate")]
 MOMENTS = 12
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "drafts": ("rollout.behaviour={kind: teacher_prefix, cap: 6, fraction: 0.5}",),
+    "blended": (
+        "rollout.behaviour={kind: trb, epsilon: 0.01}",
+        "rollout.top_p=1.0",
+        "rollout.shard_prompts=8",
+        "teacher={source: {kind: ema, decay: 0.5, per: step}, warmup: null}",
+    ),
+}
+"""What is changed in the tiny experiment: drafts of the teacher; a blended rollout, and the trainer's average as teacher."""
+WITHIN = {
+    "drafts": ("1 draft", "1 rollout", "2 rollout"),
+    "blended": ("1 rollout", "2 rollout", "1 train", "2 train"),
+}
+"""Stages in which these runs are killed."""
 PATIENCE = 600.0
 
 
@@ -33,9 +50,9 @@ class RealTrial(Trial):
 
     def start(self, failpoint: str = "", log: bool = False) -> Any:
         known = (self.root / "runs" / "trial").exists()
-        command = (
-            ["resume", "trial"] if known else ["run", str(TINY), "--name", "trial", "--set", f"policy.rounds={ROUNDS}"]
-        )
+        changes = (f"policy.rounds={ROUNDS}", *VARIANTS[self.variant])
+        sets = [word for change in changes for word in ("--set", change)]
+        command = ["resume", "trial"] if known else ["run", str(TINY), "--name", "trial", *sets]
         env = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "OPD_"))}
         # libraries keep what they compile; that is no leftover of a run
         env |= {MARK: str(self.folder), "TMPDIR": str(self.temporary)}
@@ -77,8 +94,8 @@ class Undisturbed:
     result: dict[str, Any]
 
 
-def undisturbed(prepared: Path, folder: Path) -> Undisturbed:
-    trial = RealTrial.of(prepared, folder, ROUNDS)
+def undisturbed(prepared: Path, folder: Path, variant: str = "plain") -> Undisturbed:
+    trial = RealTrial.of(prepared, folder, ROUNDS, variant)
     started = time.monotonic()
     assert trial.run() == 0, trial.output
     seconds = time.monotonic() - started
@@ -87,7 +104,8 @@ def undisturbed(prepared: Path, folder: Path) -> Undisturbed:
     found = Undisturbed(seconds, stages, trial.result())
     assert found.result["status"] == "finished" and set(STAGES) <= stages.keys()
     assert trial.leftovers() == [] and trial.orphans() == []
-    trial.remove()
+    if variant == "plain":
+        trial.remove()
     return found
 
 
@@ -108,29 +126,67 @@ def test_killed_with_the_real_engines(prepared_root: Callable[[], Path], trials:
     shared = set(Path("/dev/shm").iterdir())
 
     def attempt(name: str) -> None:
-        trial = RealTrial.of(prepared, tmp_path / name.replace(" ", "-"), ROUNDS)
-        draw = random.Random(f"real {name}")
-        process = trial.start()
-        what, _, number = name.partition(" ")
-        if what == "moment":
-            time.sleep(expected.seconds * (int(number) + draw.random()) / MOMENTS)
-        else:
-            wait_for(trial, process, name)
-            time.sleep(draw.uniform(0, expected.stages[name]))
-        kill(trial, process)
-        assert trial.orphans() == []
-        before = trial.stages()
-        assert trial.run() == 0, trial.output
-        found = trial.result()
-        for part in found:
-            assert found[part] == expected.result[part], part
-        assert all(trial.stages()[stage] == "done" for stage, state in before.items() if state == "done")
-        assert trial.leftovers() == [] and trial.orphans() == []
+        killed_and_resumed(prepared, tmp_path, expected, name)
         assert set(Path("/dev/shm").iterdir()) <= shared
-        trial.remove()
 
     names = [*STAGES, *(f"moment {number}" for number in range(MOMENTS))]
     trials(1, "SIGKILL of the tree at a random moment and in every stage, real engines", names, attempt)
+
+
+@pytest.mark.parametrize("variant", WITHIN)
+@pytest.mark.faults
+@pytest.mark.timeout(FULL_SECONDS)
+def test_killed_with_a_teachers_drafts_and_blends(
+    prepared_root: Callable[[], Path], trials: Trials, tmp_path: Path, variant: str
+) -> None:
+    """Killed within the stages that these have beside a plain run's; and each round of the undisturbed run replays."""
+    prepared = prepared_root()
+    expected = undisturbed(prepared, tmp_path / "undisturbed", variant)
+    what = {"drafts": "drafts of the teacher", "blended": "blended rollouts, averaged teacher"}[variant]
+
+    def attempt(name: str) -> None:
+        killed_and_resumed(prepared, tmp_path, expected, name, variant)
+
+    def replayed(name: str) -> None:
+        command = [str(OPD), "replay", "trial", "--round", name, "--stages", "rollout,supervise,train", "--json"]
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "OPD_"))}
+        root = tmp_path / "undisturbed" / "store"
+        done = subprocess.run(
+            [*command, "--root", str(root)], capture_output=True, text=True, env=env, timeout=PATIENCE
+        )
+        assert done.returncode == 0, done.stderr
+        results = json.loads(done.stdout)
+        assert all(result["identical"] for result in results), results
+        made = {result["artifact"].split("/")[0] for result in results}
+        assert made >= {"rollout", "student"} | ({"blending", "teacher_ema"} if variant == "blended" else set())
+
+    trials(1, f"SIGKILL of the tree in a stage, real engines: {what}", WITHIN[variant], attempt)
+    trials(13, f"a round replayed, real engines: {what}", [str(number + 1) for number in range(ROUNDS)], replayed)
+
+
+def killed_and_resumed(
+    prepared: Path, tmp_path: Path, expected: Undisturbed, name: str, variant: str = "plain"
+) -> None:
+    """`name`: "moment N", a twelfth of the run, or "round stage"."""
+    trial = RealTrial.of(prepared, tmp_path / name.replace(" ", "-"), ROUNDS, variant)
+    draw = random.Random(f"real {name}")
+    process = trial.start()
+    what, _, number = name.partition(" ")
+    if what == "moment":
+        time.sleep(expected.seconds * (int(number) + draw.random()) / MOMENTS)
+    else:
+        wait_for(trial, process, name)
+        time.sleep(draw.uniform(0, expected.stages[name]))
+    kill(trial, process)
+    assert trial.orphans() == []
+    before = trial.stages()
+    assert trial.run() == 0, trial.output
+    found = trial.result()
+    for part in found:
+        assert found[part] == expected.result[part], part
+    assert all(trial.stages()[stage] == "done" for stage, state in before.items() if state == "done")
+    assert trial.leftovers() == [] and trial.orphans() == []
+    trial.remove()
 
 
 def kill(trial: RealTrial, process: Any) -> None:

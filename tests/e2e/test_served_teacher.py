@@ -78,6 +78,7 @@ def result(root: Path) -> tuple[str | None, dict[str, dict[str, str]]]:
     return state.rounds[1].student_sha256, signals
 
 
+@pytest.mark.promise(19, "a real vllm serve: SIGKILL in mid-shard, started again later")
 @pytest.mark.timeout(3600)  # six commands and two starts of the server
 def test_a_server_that_is_killed_and_started_again_changes_nothing(server, prepared_root):
     undisturbed, killed = prepared_root("undisturbed"), prepared_root("killed")

@@ -248,12 +248,15 @@ def test_a_round_that_begins_anew_says_so_until_it_has_a_checkpoint(bench: Bench
 # --- kills -----------------------------------------------------------------------------------------------------------
 
 
-@both_forms(short=1, full=len(SETUPS) * sum(map(len, SAVING.values())))
+@both_forms(short=1, full=(len(SETUPS) + len(AVERAGES)) * sum(map(len, SAVING.values())))
 def test_a_rank_killed_while_it_saves(bench: Bench, trials: Trials, count: int) -> None:
     """Every rank at every moment of saving, at two ranks, in every setup: on from the last checkpoint that was whole."""
     moments = [(rank, point) for rank, points in SAVING.items() for point in points]
     names = [f"{setup}, rank {rank} at {point}" for setup in SETUPS for rank, point in moments]
     random.Random("ranks").shuffle(names)
+    averages = [f"{setup}, rank {rank} at {point}" for setup in AVERAGES for rank, point in moments]
+    random.Random("averages").shuffle(averages)
+    names += averages
 
     def attempt(name: str) -> None:
         setup, rank, point = re.fullmatch(r"(.*), rank (\d) at (\w+)", name).groups()  # type: ignore[union-attr]
@@ -279,6 +282,26 @@ def test_killed_after_a_random_step(bench: Bench, trials: Trials) -> None:
         bench.check(made, setup, ranks)
 
     trials(5, "SIGKILL after a random step, one and two ranks", map(str, range(20)), attempt)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(FULL_SECONDS)
+def test_an_average_goes_on_bit_for_bit_after_a_kill(bench: Bench, trials: Trials) -> None:
+    """Compared are, among others, the average in the trainer's state and the exported teacher. Per round it is updated after the
+    last step alone, so the last step is always among those after which a rank dies."""
+
+    def attempt(name: str) -> None:
+        setup, ranks, step = re.fullmatch(r"(.*), ranks (\d), step (\d+)", name).groups()  # type: ignore[union-attr]
+        count, rank = int(ranks), random.Random(name).randrange(int(ranks))
+        bench.killed(setup, count, name, f"train.after_step=kill#{rank}@{step}")
+        made = bench.train(setup, bench.warm[count], name)
+        assert resumed_after(made) in (int(step) - 1, int(step))
+        assert "teacher_ema" in made.artifacts
+        bench.check(made, setup, count)
+
+    steps = [1, *sorted(random.Random("steps").sample(range(2, STEPS), 3)), STEPS]
+    names = [f"{setup}, ranks {ranks}, step {step}" for setup in AVERAGES for ranks in (1, 2) for step in steps]
+    trials(5, "SIGKILL after a step, averaged teacher per step and per round, one and two ranks", names, attempt)
 
 
 @pytest.mark.faults

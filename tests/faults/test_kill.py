@@ -8,11 +8,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import in_process
 import pytest
-from fault_trials import Trials, both_forms
-from scripted_run import ROUNDS, Trial
+from fault_trials import FULL_SECONDS, Trials, both_forms
+from scripted_run import ROUNDS, Trial, experiment, prepare_root
 
 from storage.artifacts.artifact import MANIFEST
+from storage.artifacts.shards import SIDECAR
 from storage.disk.failpoints import NAMES
 from storage.runs import Run
 from storage.store import Store
@@ -26,8 +28,8 @@ REPAIR = {"quarantine.before_move", "quarantine.after_move"}
 class Undisturbed:
     """What a run ends with when nothing happens to it, and which failpoints it meets on the way."""
 
-    def __init__(self, template: Path, folder: Path, damage: bool) -> None:
-        self.template, self.damage = template, damage
+    def __init__(self, template: Path, folder: Path, damage: bool = False, variant: str = "plain") -> None:
+        self.template, self.damage, self.variant = template, damage, variant
         trial = self.trial(folder)
         started = time.monotonic()
         assert trial.run(log=True) == 0, trial.output
@@ -40,7 +42,7 @@ class Undisturbed:
         exactly_once(self.result["used"], trial.rounds)
 
     def trial(self, folder: Path) -> Trial:
-        trial = Trial.of(self.template, folder)
+        trial = Trial.of(self.template, folder, variant=self.variant)
         if self.damage:
             truncate_a_shard(trial.root)
         return trial
@@ -54,7 +56,7 @@ def truncate_a_shard(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def plain(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    return Undisturbed(template, tmp_path_factory.mktemp("plain") / "run", damage=False)
+    return Undisturbed(template, tmp_path_factory.mktemp("plain") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +179,97 @@ def test_a_shard_whose_worker_dies_is_made_again_and_counts_once(
         check_after_resume(trial, plain.result)
 
     trials(3, "killed between a shard and its sidecar, shard retried", map(str, range(count)), attempt, parallel=2)
+
+
+# --- drafts, blends and averages -------------------------------------------------------------------------------------
+
+FIRST = {"drafts": (("draft",), "rollout"), "blended": (("rollout", "blending"), "mask")}
+"""Variant of the scripted run -> what its first stage after round 0 makes, and something that the stage after that makes."""
+WORDS = {
+    "drafts": "drafts of a teacher",
+    "blended": "blended rollouts (two artifacts), teacher an average",
+}
+SHARDS = 4
+"""Shards that this stage writes: four of drafts; two each of rollouts and of the blending."""
+MOMENTS = {
+    "drafts": ("shard.before_sidecar killtree 2", "manifest.before_link killtree 1"),
+    "blended": ("shard.before_sidecar killtree 2", "manifest.after_link killtree 1"),
+}
+"""In `make test`: a shard without its sidecar; before the manifest of the drafts; one of the two artifacts is committed."""
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Undisturbed]:
+    """Variant -> its run, begun where round 0 is done."""
+    found = {}
+    for variant in FIRST:
+        folder = tmp_path_factory.mktemp(variant)
+        root = prepare_root(folder / "store", experiment(0, variant))
+        in_process.run(root, 0, variant)
+        found[variant] = Undisturbed(root, folder / "run", variant=variant)
+    return found
+
+
+def moments(variant: str) -> list[str]:
+    """Failpoint, action and number of its hit, of every moment of the first stage: all shards, all commits."""
+    shards = [(point, hit) for point in NAMES if point.startswith("shard.") for hit in range(1, SHARDS + 1)]
+    commits = ("builder.before_collect", "builder.before_publish", *(p for p in NAMES if p.startswith("manifest.")))
+    made = len(FIRST[variant][0])
+    names = [f"{point} killtree {hit}" for point in commits for hit in range(1, made + 1)]
+    names += [f"{point} {action} {hit}" for point, hit in shards for action in ("killtree", "kill")]
+    random.Random(variant).shuffle(names)
+    return [*MOMENTS[variant], *(name for name in names if name not in MOMENTS[variant])]
+
+
+def check_moment(root: Path, variant: str, point: str, hit: int) -> None:
+    """The kill met the stage that it was for, at that moment."""
+    makes, later = FIRST[variant]
+    assert not list((root / "artifacts").glob(f"{later}/*")), "the kill came after the stage"
+    made = {stage for stage in makes for _ in (root / "artifacts" / stage).glob(f"*/{MANIFEST}")}
+    if not point.startswith("shard."):
+        assert len(made) == hit - (point not in ("manifest.after_link", "manifest.after_sync"))
+        return
+    assert made == set()
+    files = [path for stage in makes for path in (root / "artifacts" / stage).glob("*/[!.]*.parquet")]
+    bare = [path for path in files if not path.with_name(path.name + SIDECAR).exists()]
+    assert len(files) == hit - (point in ("shard.before_write", "shard.before_rename"))
+    assert len(bare) == (point in ("shard.after_rename", "shard.before_sidecar"))
+
+
+@pytest.mark.parametrize("variant", FIRST)
+@both_forms(short=2, full=60)
+def test_killed_while_what_comes_with_a_teacher_is_made(
+    worlds: dict[str, Undisturbed], trials: Trials, tmp_path: Path, variant: str, count: int
+) -> None:
+    """A draft's shards and commit; the two artifacts of a blended rollout, of which each kill leaves another part."""
+    world = worlds[variant]
+
+    def attempt(name: str) -> None:
+        point, action, hit = name.split()
+        trial = world.trial(tmp_path / name.replace(" ", "-"))
+        trial.run(f"{point}={action}@{hit}")
+        assert Counter(trial.hits())[point] >= int(hit)
+        if action == "killtree":
+            check_moment(trial.root, variant, point, int(hit))
+        check_after_resume(trial, world.result)
+
+    fault = f"SIGKILL between shard and sidecar and at commits: {WORDS[variant]}"
+    trials(1, fault, moments(variant)[:count], attempt, parallel=2)
+
+
+@pytest.mark.parametrize("variant", FIRST)
+@pytest.mark.faults
+@pytest.mark.timeout(FULL_SECONDS)
+def test_killed_at_a_random_moment_of_such_a_run(
+    worlds: dict[str, Undisturbed], trials: Trials, tmp_path: Path, variant: str
+) -> None:
+    world = worlds[variant]
+
+    def attempt(name: str) -> None:
+        trial = world.trial(tmp_path / name)
+        process = trial.start()
+        time.sleep(random.Random(f"{variant} {name}").uniform(0.05, world.seconds))
+        trial.kill(process)
+        check_after_resume(trial, world.result)
+
+    trials(1, f"SIGKILL at a random moment: {WORDS[variant]}", map(str, range(60)), attempt, parallel=2)

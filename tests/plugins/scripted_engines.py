@@ -23,6 +23,9 @@ from storage.artifacts.digests import table_digest, weights_digest
 from storage.disk.failpoints import failpoint
 from storage.schemas import schema_for
 from storage.store import Store
+from tasks.behaviours import Completion, Draw, Drawn, Start, behaviour_of
+from tasks.engines.drafts import draft_of, load_drafts
+from tasks.engines.writing import Writing, rollout_rows
 from tasks.routing import teacher_of_prompts
 from tasks.signals import Shard, signal_named
 from tasks.trainer.batching import plan_steps
@@ -36,6 +39,7 @@ tasks.trainer.launch.launch_command = lambda *_: ([sys.executable, "-m", "tasks.
 
 VALUES = 2048
 """Weights of the student: 8 KiB, so that a block of 4 KiB is half of them."""
+VOCABULARY = 264
 
 
 def draw(*name: object) -> np.random.Generator:
@@ -56,39 +60,80 @@ class Engine:
 
 
 class Sampler(Engine):
+    """Behaviours that draw from the student or read drafts are the real ones. A blend (one with a table of its own) is made up,
+    for the real one needs both models' whole distributions."""
+
     def handle(self, job, link):
         assert weights_digest(job.model.path) == job.model.weights
-        writer = Store(job.store).shard_writer(job.target.stage, job.target.key)
+        assert job.teacher is None or weights_digest(job.teacher.path) == job.teacher.weights
+        store = Store(job.store)
+        writer = store.shard_writer(job.target.stage, job.target.key)
         target = writer.intermediate() if job.intermediate else writer
-        prompts = Store(job.store).read_table(Store(job.store).require(job.prompts.stage, job.prompts.key), "prompts")
-        tokens = {row["prompt_id"]: row["token_ids"] for row in prompts.to_pylist() if row["split"] == job.split}
+        values = store.shard_writer(job.values.stage, job.values.key) if job.values is not None else None
+        prompts = store.read_table(store.require(job.prompts.stage, job.prompts.key), "prompts")
+        read = "teacher_token_ids" if job.reader == "teacher" else "token_ids"
+        tokens = {
+            row["prompt_id"]: row[read] or row["token_ids"] for row in prompts.to_pylist() if row["split"] == job.split
+        }
+        drafts, behaviour = load_drafts(store, job), behaviour_of(json.loads(bytes(job.behaviour)))
         log, done = BatchLog(writer.path, job.log_table), 0
         while (item := link.next()) is not None:
             log.add(item.shard, done)
-            rows = []
+            completions = []
             for request in item.requests:
-                made = self.complete(job, item.sampling, tokens[request.prompt_id], request.seed)
-                rows.append(
-                    {
-                        "sample_id": request.sample_id,
-                        "prompt_id": request.prompt_id,
-                        "sample_index": request.sample_index,
-                        "prompt_token_ids": tokens[request.prompt_id],
-                        "completion_token_ids": made["token_ids"],
-                        "sampling_logprobs": made["logprobs"],
-                        "behaviour": "student",
-                        "prefix_length": 0,
-                        "finish_reason": made["finish_reason"],
-                        "seed": request.seed,
-                        "completion_text": made["text"],
-                        "reward": None,
-                    }
+                start = Start(
+                    tuple(tokens[request.prompt_id]),
+                    item.sampling.max_completion_length,
+                    request.seed,
+                    draft=draft_of(drafts, request),
                 )
+                write = self.write if behaviour.table is None else self.blend
+                completions.append(write(job, item.sampling, behaviour, start))
                 link.progress(done := done + 1, 0)
             log.writing(item.shard)
-            target.write_shard("rollouts", item.shard, pa.Table.from_pylist(rows, schema=schema_for("rollouts")))
+            tables = item.tables or [job.table]
+            if job.table in tables:
+                texts = iter(f"#{request.seed % 1000}" for request in item.requests)
+                rows = rollout_rows(
+                    item.requests, tokens, completions, behaviour, lambda made, texts=texts: next(texts)
+                )
+                target.write_shard(job.table, item.shard, rows.select(schema_for(job.table).names))
+            if values is not None and behaviour.table.name in tables:
+                cells = [
+                    {"sample_id": request.sample_id, **made.values}
+                    for request, made in zip(item.requests, completions, strict=True)
+                ]
+                table = pa.Table.from_pylist(cells, schema=behaviour.table.arrow)
+                values.write_shard(behaviour.table.name, item.shard, table, behaviour.table)
             link.done(ShardDone(item.shard, item.size))
         return SampleResult([257], {"weights": job.model.weights})
+
+    def write(self, job, sampling, behaviour, start: Start) -> Completion:
+        if behaviour.kind == "student":
+            made = self.complete(job, sampling, list(start.prompt), start.seed)
+            return Completion(made["token_ids"], made["logprobs"], made["finish_reason"])
+        writing = Writing(behaviour, start, "a sample", VOCABULARY, len(start.prompt) + start.max_tokens)
+        turn = writing.turn()
+        while isinstance(turn, Draw):
+            limited = msgspec.structs.replace(sampling, max_completion_length=turn.max_tokens)
+            turn = writing.turn(Drawn(**self.complete(job, limited, list(turn.tokens), turn.seed)))
+        assert isinstance(turn, Completion), turn
+        return turn
+
+    def blend(self, job, sampling, behaviour, start: Start) -> Completion:
+        seed = int(digest(job.teacher.weights, behaviour.epsilon, start.seed)[:8], 16)
+        made = Drawn(**self.complete(job, sampling, list(start.prompt), seed))
+        count, numbers = len(made.token_ids), draw("blend", job.model.weights, seed)
+        values = {
+            "beta": numbers.random(count).tolist(),
+            "kl": (numbers.random(count) * behaviour.epsilon).tolist(),
+            "accepted_lengths": [count] * count,
+            "drafted": count,
+            "accepted": count,
+            "draft_excess": 0.0,
+            "compared": count,
+        }
+        return Completion(made.token_ids, made.logprobs, made.finish_reason, 0, values)
 
     def complete(self, job, sampling, prompt: list[int], seed: int) -> dict:
         numbers = draw(job.model.weights, prompt, seed, msgspec.structs.asdict(sampling))
@@ -96,9 +141,8 @@ class Sampler(Engine):
         length = int(numbers.integers(1, limit + 1))
         return {
             "token_ids": numbers.integers(0, 256, length).tolist(),
-            "text": f"#{seed % 1000}",
-            "finish_reason": "length" if length == limit else "stop",
             "logprobs": (-numbers.random(length)).tolist(),
+            "finish_reason": "length" if length == limit else "stop",
         }
 
 
@@ -211,14 +255,15 @@ class Trainer(Engine):
             link.progress(number, len(steps))
         if outputs.trainer_state:
             Path(outputs.trainer_state, "used.json").write_text(json.dumps(used))
-        for folder, what in (
-            (outputs.student, (chain,)),
-            (outputs.teacher_ema, (chain, str(job.average))),
-        ):
+        average = {"weight": draw(chain, str(job.average)).random(VALUES, np.float32)}
+        if outputs.trainer_state and job.average is not None:
+            save_file(average, Path(outputs.trainer_state, "ema.safetensors"))
+        student = {"weight": draw(chain).random(VALUES, np.float32)}
+        for folder, weights in ((outputs.student, student), (outputs.teacher_ema, average)):
             if folder:
                 for name in ("config.json", "tokenizer.json"):
                     shutil.copyfile(Path(job.model, name), Path(folder, name))
-                save_file({"weight": draw(*what).random(VALUES, np.float32)}, Path(folder, "model.safetensors"))
+                save_file(weights, Path(folder, "model.safetensors"))
         if outputs.steps:
             writer = store.shard_writer(outputs.steps.stage, outputs.steps.key)
             writer.write_shard("training_steps", 0, pa.Table.from_pylist(rows, schema=schema_for("training_steps")))

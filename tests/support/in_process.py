@@ -35,11 +35,11 @@ class InProcess(InProcessPool):
         yield self
 
 
-def run(root: Path, rounds: int = scripted_run.ROUNDS) -> list[tuple[str, Any, list[Any]]]:
+def run(root: Path, rounds: int = scripted_run.ROUNDS, variant: str = "plain") -> list[tuple[str, Any, list[Any]]]:
     """Brings the run to its end as a new process would, with nothing verified yet; the jobs that its engines did."""
     shards._verified.clear()
     pool = InProcess()
-    e = scripted_run.experiment(rounds)
+    e = scripted_run.experiment(rounds, variant)
     run_experiment(e, name=scripted_run.NAME, root=root, prefect=False, workers=pool)  # type: ignore[arg-type]
     return pool.jobs
 

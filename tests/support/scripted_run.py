@@ -15,7 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import forked
 import numpy as np
@@ -45,7 +45,7 @@ ROUNDS = 2
 ROWS = 264
 
 _ARCHITECTURE = {"model_type": "qwen3", "vocab_size": ROWS, "max_position_embeddings": 64}
-EXPERIMENT = {
+EXPERIMENT: dict[str, Any] = {
     "teacher": {"source": {"kind": "architecture", "config": _ARCHITECTURE, "init_seed": 2}},
     "student": {"source": {"kind": "architecture", "config": _ARCHITECTURE, "init_seed": 1}},
     "prompts": {
@@ -65,8 +65,22 @@ EXPERIMENT = {
 }
 
 
-def experiment(rounds: int = ROUNDS) -> Experiment:
-    return Experiment.model_validate(EXPERIMENT | {"policy": {"rounds": rounds}})
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "drafts": {"rollout": {"behaviour": {"kind": "teacher_prefix", "cap": 3, "fraction": 0.5}}},
+    "blended": {
+        "teacher": {"source": {"kind": "ema", "per": "step"}},
+        "rollout": {"top_p": 1.0, "behaviour": {"kind": "trb", "epsilon": 0.01}},
+    },
+}
+"""What a run has beside the plain one: drafts that the teacher writes once; a rollout of two artifacts (rollouts, blending) and
+a teacher that the trainer averages and exports (`teacher_ema`)."""
+
+
+def experiment(rounds: int = ROUNDS, variant: str = "plain") -> Experiment:
+    changes = VARIANTS[variant]
+    rollout = EXPERIMENT["rollout"] | changes.get("rollout", {})
+    return Experiment.model_validate(EXPERIMENT | changes | {"rollout": rollout, "policy": {"rounds": rounds}})
 
 
 def prepare_root(root: Path, e: Experiment | None = None) -> Path:
@@ -121,7 +135,7 @@ def find_engines() -> None:
     sys.path[:0] = places
 
 
-def _main(root: str, rounds: int, environment: dict[str, str]) -> None:
+def _main(root: str, rounds: int, variant: str, environment: dict[str, str]) -> None:
     """What `opd run` (and `opd resume`, which reads the same config from the run) does."""
     os.environ.update(environment)
     find_engines()
@@ -131,7 +145,7 @@ def _main(root: str, rounds: int, environment: dict[str, str]) -> None:
 
     with exit_codes():
         started = (Path(root) / "runs" / NAME / "state.json").exists()
-        e = resume_experiment(NAME, root, [f"policy.rounds={rounds}"]) if started else experiment(rounds)
+        e = resume_experiment(NAME, root, [f"policy.rounds={rounds}"]) if started else experiment(rounds, variant)
         run_experiment(e, name=NAME, root=root, prefect=False)
     sys.stdout.flush()
 
@@ -144,6 +158,7 @@ class Trial:
     temporary: Path
     """The processes' folder for temporary files: short, for a socket's path must fit into 107 characters."""
     rounds: int = ROUNDS
+    variant: str = "plain"
 
     @property
     def root(self) -> Path:
@@ -155,10 +170,10 @@ class Trial:
         return path.read_text() if path.exists() else ""
 
     @classmethod
-    def of(cls, template: Path, folder: Path, rounds: int = ROUNDS) -> Trial:
+    def of(cls, template: Path, folder: Path, rounds: int = ROUNDS, variant: str = "plain") -> Self:
         folder.mkdir(parents=True)
         shutil.copytree(template, folder / "store")
-        return cls(folder, Path(tempfile.mkdtemp(prefix="opd-trial-")), rounds)
+        return cls(folder, Path(tempfile.mkdtemp(prefix="opd-trial-")), rounds, variant)
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)
@@ -169,7 +184,9 @@ class Trial:
         environment = {MARK: str(self.folder), "TMPDIR": str(self.temporary), failpoints.SPEC: failpoint}
         if failpoint or log:
             environment[failpoints.LOG] = str(self.folder / "hits")
-        return forked.start(_main, str(self.root), self.rounds, environment, output=self.folder / "output")
+        return forked.start(
+            _main, str(self.root), self.rounds, self.variant, environment, output=self.folder / "output"
+        )
 
     def run(self, failpoint: str = "", log: bool = False) -> int:
         """Its exit code; -9 where it was killed."""

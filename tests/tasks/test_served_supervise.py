@@ -1,20 +1,24 @@
-"""The stage with a teacher behind a server: a server that dies in the middle of a shard costs that shard alone."""
+"""The stage with a teacher behind a server: whatever happens to the server costs the shard at hand at most (row 19)."""
 
 from __future__ import annotations
 
+import copy
+import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fault_trials import Trials, both_forms
 from scoring import InProcess, ScoringBench, model_folder
-from teacher_server import TeacherServer
+from teacher_server import SLOW, TeacherServer
 
 from storage.artifacts.shards import read_parquet
 from storage.errors import ConfigError
 from storage.store import Artifact, Store
-from tasks.engines.server import OtherTeacher, TeacherServerError
+from tasks.engines.server import OtherTeacher, TeacherServerError, probe_sequences
 from tasks.inputs.models import ServedModel, model_work
 from tasks.losses.needs import SignalNeed
 from tasks.rollout_config import RolloutConfig
@@ -28,10 +32,7 @@ class Served:
     """A student here, a teacher there, and the stage between them. `folder`: what `teacher:` names."""
 
     def __init__(self, root: Path, server: TeacherServer, student: Path, folder: Path) -> None:
-        self.server = server
-        # 32 tokens a batch: several batches a shard
-        access = {"urls": [server.url], "retries": 1, "backoff": 0.01, "sequences": 2}
-        self.bench = ScoringBench(Store(root / "store"), InProcess({"batch_tokens": 32, "server": access}))
+        self.connect(Store(root / "store"), server)
         self.student = self.bench.model(student)
         if any(folder.glob("*.safetensors")):
             self.teacher = self.bench.model(folder)
@@ -39,6 +40,19 @@ class Served:
             self.teacher = self.bench.make(model_work(ServedModel(path=folder, revision="1"), 0))["model"]
         self.prompts = self.bench.prompts(self.student, self.teacher, root / "data")
         self.rollouts = self.bench.rollouts(student, self.prompts, SHARDS)
+
+    def connect(self, store: Store, server: TeacherServer, **settings: float) -> None:
+        """Go on with this store and this server, as a new worker begins. `settings`: of runtime.scorer.server."""
+        access = {"urls": [server.url], "retries": 1, "backoff": 0.01, "sequences": 2} | settings
+        # 32 tokens a batch: several batches a shard
+        self.bench = ScoringBench(store, InProcess({"batch_tokens": 32, "server": access}))
+
+    def copied(self, root: Path, server: TeacherServer, **settings: float) -> Served:
+        """The same in another store."""
+        shutil.copytree(self.bench.store.root, root)
+        made = copy.copy(self)
+        made.connect(Store(root), server, **settings)
+        return made
 
     def make(self, kind: str = "server") -> dict[str, Artifact]:
         config: dict[str, Any] = {"kind": kind} | ({"model": "teacher", "entropy_k": 20} if kind == "server" else {})
@@ -96,6 +110,94 @@ def test_signals_are_those_of_the_local_teacher(server, folders, tmp_path):
     assert "teacher_server" not in local["teacher_topk"].meta
 
 
+STAYS = {
+    "killed in mid-shard, started again later": ("die", "no answer at"),
+    "every answer comes too late": ("slow", "no answer at"),
+    "HTTP 500 to every request": ("500", "HTTP 500"),
+    "fewer candidates than asked": ("fewer", "candidates, asked for 20"),
+    "fewer sequences than asked": ("shorter", "sequences, asked for"),
+    "another model than before": ("other", "Serve the old model"),
+}
+"""What begins at some request and lasts until somebody mends it -> how the server does it, part of the error."""
+PASSES = {"one answer comes too late": "slow", "HTTP 500 to one request": "500", "one connection breaks": "drop"}
+"""What happens to one request alone."""
+START = 2
+"""Requests before the first of a batch: what the server can give, and the proof of its model. The last one is a proof too."""
+
+
+@pytest.fixture(scope="module")
+def whole(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Served, dict[str, Any], int]:
+    """A store in which the stage is next, the contents that it must make, and the number of requests that it takes."""
+    server, root = TeacherServer(folders["teacher"]), tmp_path_factory.mktemp("whole")
+    served = Served(root, server, folders["student"], folders["teacher"])
+    made = served.copied(root / "made", server).make()
+    server.kill()
+    return served, {name: artifact.content for name, artifact in made.items()}, len(server.asked)
+
+
+@pytest.mark.parametrize("fault", [*STAYS, *PASSES])
+@both_forms(short=1, full=12)
+def test_a_fault_of_the_server_costs_the_shard_at_hand(
+    whole: tuple[Served, dict, int], folders: dict[str, Path], trials: Trials, tmp_path: Path, fault: str, count: int
+) -> None:
+    """At a random request. One that passes changes nothing; one that stays ends the stage, which keeps its finished shards and
+    goes on, when the server is mended, to the undisturbed artifacts."""
+    first, expected, requests = whole
+
+    def attempt(name: str) -> None:
+        server = TeacherServer(folders["teacher"])
+        at = random.Random(f"{fault} {name}").randrange(START, requests - 1)
+        short = {"timeout": SLOW / 2} if "too late" in fault else {}
+        try:
+            if fault in PASSES:
+                served = first.copied(tmp_path / name, server, retries=5, **short)
+                server.script = lambda number, sequences: PASSES[fault] if number == at else None
+                made = served.make()
+                assert len(server.asked) > at
+            else:
+                served = first.copied(tmp_path / name, server, **short)
+                made = ended_and_mended(served, server, folders, *STAYS[fault], at)
+        finally:
+            server.kill()
+        assert {name: artifact.content for name, artifact in made.items()} == expected
+        shutil.rmtree(tmp_path / name)
+
+    trials(19, f"teacher's server: {fault}", map(str, range(count)), attempt)
+
+
+def ended_and_mended(
+    served: Served, server: TeacherServer, folders: dict[str, Path], how: str, said: str, at: int
+) -> dict[str, Artifact]:
+    """The stage until it ends with the error; then the server is as before, and a new worker asks for the unfinished shards
+    alone."""
+
+    def script(number: int, sequences: list[list[int]]) -> str | None:
+        if how == "other" and number == at:
+            server.load(folders["other"])
+        return None if how == "other" or number < at else how
+
+    server.script = script
+    with pytest.raises((TeacherServerError, OtherTeacher), match=said):
+        served.make()
+    store = served.bench.store
+    kept = {path: path.read_bytes() for path in (store.root / "artifacts" / "teacher_topk").glob("*/*.parquet")}
+    rows = sum(read_parquet(path, ["valid"]).num_rows for path in kept)
+    assert rows in (0, 3, 6)
+    server.script = lambda number, sequences: None
+    server.load(folders["teacher"])
+    if how == "die":
+        server.start(server.port)
+    served.connect(store, server)
+    before = len(server.asked)
+    made = served.make()
+    assert all(path.read_bytes() == data for path, data in kept.items())
+    probes = [*probe_sequences(server.rows), [0, 0]]
+    asked = [ids for sequences in server.asked[before:] for ids in sequences if ids not in probes]
+    assert len(asked) == sum(SHARDS) - rows
+    return made
+
+
+@pytest.mark.promise(19, "teacher's server: killed in mid-shard, started again later")
 def test_a_server_killed_in_the_middle_of_a_shard_costs_that_shard_alone(server, folders, described, tmp_path):
     undisturbed = Served(tmp_path / "undisturbed", server, folders["student"], described)
     expected = undisturbed.make()
@@ -122,6 +224,7 @@ def test_a_server_killed_in_the_middle_of_a_shard_costs_that_shard_alone(server,
     assert sum(len(sequences) for sequences in server.asked) - asked < len(samples) + 20
 
 
+@pytest.mark.promise(19, "teacher's server: another model than before")
 def test_another_model_after_the_restart_is_refused_and_nothing_is_lost(server, folders, described, tmp_path):
     served = Served(tmp_path, server, folders["student"], described)
     start = len(server.asked)
@@ -141,6 +244,7 @@ def test_another_model_after_the_restart_is_refused_and_nothing_is_lost(server, 
     assert len(rows["sample_id"]) == sum(SHARDS) and all(count == 6 for row in rows["valid"] for count in row)
 
 
+@pytest.mark.promise(19, "teacher's server: HTTP 500 to one sample at every try")
 def test_a_sample_that_keeps_failing_ends_the_stage_with_its_name(server, folders, tmp_path):
     served = Served(tmp_path, server, folders["student"], folders["teacher"])
     rows = served.bench.store.read_table(served.rollouts, "rollouts").to_pylist()

@@ -144,6 +144,7 @@ def probes_of(server: TeacherServer) -> int:
     return len(server.asked)
 
 
+@pytest.mark.promise(19, "teacher's server: HTTP 500, 503, 429, too late, or a broken connection, twice")
 @pytest.mark.parametrize("fault", ["500", "503", "429", "slow", "drop"])
 def test_a_fault_that_passes_changes_nothing(server, folders, local, tmp_path, fault):
     model = opened(server, folders["teacher"], tmp_path, timeout=0.75)
@@ -154,6 +155,7 @@ def test_a_fault_that_passes_changes_nothing(server, folders, local, tmp_path, f
     assert len(server.asked) > first + 5
 
 
+@pytest.mark.promise(19, "teacher's server: HTTP 500 to one sample at every try")
 def test_a_request_that_fails_is_halved_down_to_the_sequence_that_fails(server, folders, local, tmp_path):
     asked = passages(8)
     bad = sequence(asked[5])
@@ -168,6 +170,7 @@ def test_a_request_that_fails_is_halved_down_to_the_sequence_that_fails(server, 
     assert_equal(score(model, asked), local.score(asked, SMALL, Vocabulary(ROWS, ROWS), {}))
 
 
+@pytest.mark.promise(19, "teacher's server: fewer candidates or sequences, or logits")
 @pytest.mark.parametrize(
     ("fault", "why"),
     [
@@ -185,6 +188,7 @@ def test_less_than_was_asked_is_an_error_that_names_the_sample(server, folders, 
         score(model, asked)
 
 
+@pytest.mark.promise(19, "teacher's server: gone for a moment, waited for")
 def test_a_server_that_is_gone_is_waited_for(server, folders, local, tmp_path):
     model = opened(server, folders["teacher"], tmp_path, retries=8, backoff=0.05)
     first = probes_of(server)
@@ -199,6 +203,7 @@ def test_a_server_that_is_gone_is_waited_for(server, folders, local, tmp_path):
     assert_equal(score(model, passages()), local.score(passages(), SMALL, Vocabulary(ROWS, ROWS), {}))
 
 
+@pytest.mark.promise(19, "teacher's server: gone for good")
 def test_a_server_that_stays_gone_ends_it(server, folders, tmp_path):
     model = opened(server, folders["teacher"], tmp_path)
     first = probes_of(server)
@@ -210,6 +215,7 @@ def test_a_server_that_stays_gone_ends_it(server, folders, tmp_path):
 # --- which model -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise(19, "teacher's server: another model than before")
 def test_another_model_than_the_checkpoint_is_refused_at_the_first_start(folders, tmp_path):
     wrong = TeacherServer(folders["other"])
     try:
@@ -227,6 +233,7 @@ def weightless(folder: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.promise(19, "teacher's server: another model than before")
 def test_without_weights_the_first_answers_are_the_ones_to_compare_with(server, folders, tmp_path):
     folder = weightless(folders["teacher"], tmp_path / "described")
     score(opened(server, folder, tmp_path), passages(2))
@@ -243,6 +250,7 @@ def test_without_weights_the_first_answers_are_the_ones_to_compare_with(server, 
         opened(server, folder, tmp_path)
 
 
+@pytest.mark.promise(19, "teacher's server: another model than before")
 def test_a_model_that_took_its_place_meanwhile_is_noticed_before_its_values_are_used(server, folders, tmp_path):
     model = opened(server, folders["teacher"], tmp_path)
     first = probes_of(server)

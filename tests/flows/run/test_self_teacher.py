@@ -10,11 +10,12 @@ import scripted_run
 from in_process import go, gone
 from key_walk import Keys
 
+from flows.cli.export import export
 from flows.distill import distill
 from flows.experiment import Experiment
 from flows.run.executor import Planner
 from flows.run.runner import fork_experiment, resume_experiment
-from storage.errors import ConfigError
+from storage.errors import ConfigError, InputError
 from storage.runs import RoundState, Run
 from storage.store import Artifact, Store
 from storage.upkeep.retention import best_round
@@ -110,6 +111,13 @@ def test_the_initial_student_writes_its_drafts_once(tmp_path: Path) -> None:
     for number in (1, 2):
         assert found[number, "draft"] == {"teacher": "0/model/model"}
         assert found[number, "rollout"] == {"drafts": "1/draft/draft"}
+
+
+def test_a_teacher_that_is_the_student_is_exported_as_the_student(tmp_path: Path) -> None:
+    e = experiment({"kind": "ema"}, 1)
+    Run.create(Store(tmp_path).root, "one", e.model_dump(mode="json"), e.identity())
+    with pytest.raises(InputError, match=r"the teacher of run 'one' is its own student \(ema\); export that"):
+        export("one", tmp_path / "out", teacher=True, root=tmp_path)
 
 
 def test_averages_are_kept_as_trainer_states_are_and_made_again_equal(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from storage.errors import ConfigError
+from storage.query.figures import PARTS
 from tasks.engines.teacher import ServerTeacher
 from tasks.inputs.models import ServedModel, declared_sizes
 from tasks.inputs.teachers import InitialStudent, is_self
@@ -168,7 +169,8 @@ def teacher_problems(e: Experiment) -> list[str]:
     problems = []
     if e.teacher is not None and e.teachers:
         problems.append(
-            "teacher, teachers: both are given; use `teacher` for one, or `teachers` by name (and teacher: null)"
+            "teacher, teachers: both are given; use `teacher` for one (and teachers: null), or `teachers` by name (and teacher:"
+            " null)"
         )
     if e.teacher is None and not e.teachers:
         problems.append("teacher: required, but missing (or several by name: `teachers`)")
@@ -176,6 +178,11 @@ def teacher_problems(e: Experiment) -> list[str]:
         if not NAME.fullmatch(name):
             problems.append(
                 f"teachers: {name!r} is no name; use letters, digits, '.', '-' and '_', at most 64, a letter or digit first"
+            )
+        if (other := name.rpartition("_")[0]) in e.teachers and name.rpartition("_")[2] in PARTS:
+            problems.append(
+                f"teachers: beside {other!r} no teacher can be called {name!r}, because METRIC/{name} is a part of METRIC/{other}"
+                " (its error, samples or prompts); choose another name"
             )
     if e.mixture is not None:
         problems += e.mixture.problems(e.teachers)
@@ -284,6 +291,11 @@ def refuse_changed_fork(e: Experiment) -> None:
                 f"{field}: a fork keeps the {field} of {e.fork.run!r}, which round 0 made; start a run of its own for other"
                 " fields there (finished stages that it shares are found in the store)"
             )
+    if unread := sorted(e.contexts.keys() - e.parent.at(0).contexts.keys()):
+        raise ConfigError(
+            f"evaluate.kl_prompts: {e.fork.run!r} measured no KL, so its prompts of {', '.join(unread)} were prepared without"
+            " teacher.context, and the teacher would read them without it; set evaluate.kl_prompts: 0, or start a run of its own"
+        )
 
 
 WITH_DTYPE = ("rollout", "supervise", "train")

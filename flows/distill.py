@@ -101,7 +101,7 @@ def one_by_one(teacher: Taught) -> Iterator[tuple[str, Teacher, tuple[str, ...]]
     if not isinstance(teacher, Mapping):
         yield "supervise", teacher, ()
         return
-    for names in same_models(teacher):
+    for names in same_models(dict(sorted(teacher.items()))):  # a config may list them in another order later
         yield teacher_label("supervise", names[0]), teacher[names[0]], names
 
 

@@ -138,7 +138,7 @@ class Experiment(BaseModel):
     teachers: dict[str, ModelConfig] = Field(
         {},
         description="several models to learn from, by name, instead of `teacher`: each prompt's `teacher_id` names its own, or a"
-        " `mixture` of all teaches every prompt",
+        " `mixture` of all teaches every prompt. null leaves out what a base config has (one of them, or all)",
     )
     mixture: MixtureConfig | None = Field(
         None, description="let all `teachers` teach every prompt, by an average of their distributions"
@@ -167,7 +167,7 @@ class Experiment(BaseModel):
             return data
         if support.get("kind") != "full" or "k" in support:
             return data
-        several, one = data.get("teachers"), data.get("teacher")
+        several, one = _without_nulls(data.get("teachers")), data.get("teacher")
         models = [data.get("student")]
         if isinstance(several, dict) and several:
             models += several.values()
@@ -177,6 +177,12 @@ class Experiment(BaseModel):
         if None in rows:
             return data
         return data | {"objective": {**objective, "support": {**support, "k": min(filter(None, rows))}}}
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _left_out(cls, value: Any) -> Any:
+        """Null takes out what a base config has: one of its teachers, or all."""
+        return _without_nulls({} if value is None else value)
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Experiment:
@@ -269,6 +275,11 @@ def _rows(model: Any) -> int | None:
     except ValidationError:
         return None
     return vocabulary_rows_of(source)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A mapping without the entries that are null; anything else as it is."""
+    return {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
 def _is_students(teacher: Any) -> bool:

@@ -52,7 +52,8 @@ class MixtureConfig(Identity):
 def mixture_work(config: MixtureConfig, teachers: Mapping[str, Artifact]) -> Work:
     """Work with the output `mixture`: no data, only digests and, in the meta data, `average` and `members` (stage, key and weight
     of each). Its contents `weights` and `architecture` stand for those of all members and the average; what the teachers are
-    called is not among them."""
+    called is not among them. The key also has the members' artifacts: equal weights of another run, in another folder, are
+    another mixture of the same contents, because that run or folder may be removed."""
     members = sorted((teachers[name].content["weights"], weight, name) for name, weight in config.weights.items())
     content = {
         part: _digest([config.average, [[teachers[name].content[part], weight] for _, weight, name in members]])
@@ -60,10 +61,10 @@ def mixture_work(config: MixtureConfig, teachers: Mapping[str, Artifact]) -> Wor
     }
     first = teachers[members[0][2]]
     content |= {part: first.content[part] for part in ("tokenizer", "generation") if part in first.content}
-    spec = ArtifactSpec.of(STAGE, VERSION, {"average": config.average}, content)
+    parts = [[teachers[name].stage, teachers[name].key, weight] for _, weight, name in members]
+    spec = ArtifactSpec.of(STAGE, VERSION, {"average": config.average}, content | {"members": _digest(parts)})
 
     def build(builders: dict[str, Builder], context: Context) -> None:
-        parts = [[teachers[name].stage, teachers[name].key, weight] for _, weight, name in members]
         builders[STAGE].commit(content=content, meta={"average": config.average, "members": parts})
 
     return Work(STAGE, {STAGE: spec}, build)

@@ -513,7 +513,7 @@ class _Taken:
 
     def __init__(self, equal_ids: str) -> None:
         self._equal_ids = equal_ids
-        self._split: dict[str, str] = {}  # rendered text -> split
+        self._text: dict[str, tuple[str, str | None]] = {}  # rendered text -> split and teacher_id
         self._place: dict[str, tuple[str, str]] = {}  # prompt id -> its split and its place in the source
 
     def reason(self, split: str, row: Row, prompt: _Prompt) -> str | None:
@@ -521,9 +521,10 @@ class _Taken:
         last = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
         if not last.strip() or not prompt.token_ids:
             return "empty"
-        earlier = self._split.get(prompt.text)
-        if earlier is not None:
-            return "duplicate" if earlier == split else f"in {earlier}"
+        if prompt.text in self._text:
+            earlier, teacher = self._text[prompt.text]
+            same = "duplicate" if teacher == row.teacher_id else "duplicate with another teacher_id"
+            return same if earlier == split else f"in {earlier}"
         if self._equal_ids == "leave_out" and (other := self._other_split(split, row.id)):
             return f"id in {other}"
         return None
@@ -548,7 +549,7 @@ class _Taken:
                 "" if other == split else "; prompts.equal_ids: leave_out or rename sets equal ids of two splits apart"
             )
             raise InputError(f"{row.where}: id {name!r} is also the id of another prompt ({place}){hint}")
-        self._split[prompt.text], self._place[name] = split, (split, row.where)
+        self._text[prompt.text], self._place[name] = (split, row.teacher_id), (split, row.where)
         return {
             "prompt_id": name,
             "split": split,

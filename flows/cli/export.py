@@ -73,12 +73,19 @@ def export(
 
 def _export_teacher(run: Run, store: Store, directory: Path, name: str | None, json_: bool) -> None:
     from flows.cli.report import tree_of
+    from tasks.inputs.teachers import SELF_TEACHERS
 
     names = sorted(run.experiment.get("teachers") or {})
     if (name is None and names) or (name is not None and name not in names):
         there = f"the teachers are {', '.join(names)}; choose one with --teacher-name" if names else "use --teacher"
         asked = "has several teachers" if name is None else f"has no teacher {name!r}"
         raise InputError(f"run {run.name!r} {asked}: {there}")
+    source = ((run.experiment.get("teacher") or {}).get("source") or {}).get("kind")
+    if source in SELF_TEACHERS:
+        raise InputError(
+            f"the teacher of run {run.name!r} is its own student ({source}); export that, without --teacher, of the round that"
+            " you want (--round)"
+        )
     suffix = "" if name is None else f"_{name}"
     stages = run.state.rounds[0].stages if run.state.rounds else {}
     found = [

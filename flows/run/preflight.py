@@ -462,8 +462,14 @@ def sizes(known: Known) -> Found:
 
 
 def prompts_of_each(known: Known) -> Found:
-    """Teachers that no prompt names: they would be loaded for nothing."""
+    """Teachers that no prompt names: they would be loaded for nothing, and those with a warm-up have nothing to learn."""
     for teacher in known.teachers:
+        if teacher.warmup is not None and known.read_by(teacher, "warmup").num_rows == 0:
+            yield Finding(
+                f"{teacher.side}.warmup: no prompt of warmup has the teacher_id {teacher.teacher!r}, or none, so there is nothing"
+                " to learn; add such rows, or remove the warm-up",
+                refused=True,
+            )
         if teacher.teacher is not None and known.read_by(teacher, "train").num_rows == 0:
             yield Finding(f"{teacher.side}: no prompt of train has the teacher_id {teacher.teacher!r}")
 

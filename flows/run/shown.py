@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from storage.query.figures import Figure
+from storage.query.figures import PARTS, Figure
 from storage.runs import RoundState, StageState
 
 NOT_EVALUATED = "not evaluated"
@@ -62,7 +62,7 @@ def by_teacher(rounds: Iterable[RoundState]) -> tuple[list[str], list[list[str]]
 
 def all_with_errors(metrics: Mapping[str, float | None], form: str) -> dict[str, str]:
     """Every metric that has a value as text, its error and number of samples beside it instead of as metrics."""
-    beside = {f"{name}_{part}" for name in metrics if f"{name}_n" in metrics for part in ("se", "n", "prompts")}
+    beside = {f"{name}_{part}" for name in metrics if f"{name}_n" in metrics for part in PARTS}
     found = {}
     for name in metrics:
         if name not in beside and (text := with_error(metrics, name, form)):

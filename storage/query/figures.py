@@ -32,6 +32,8 @@ MODES = ("kl", "sampled", "greedy")
 """Modes of an evaluation's samples; length and truncation are those of the first that there is."""
 FIGURES = ("accuracy_greedy", "accuracy_sampled", "reverse_kl", "mean_length", "clipped_ratio")
 """Metrics with a standard error. A metric NAME has it as NAME_se, beside the samples NAME_n of NAME_prompts prompts."""
+PARTS = ("se", "n", "prompts")
+"""What NAME_PART says of a metric NAME."""
 COLUMNS = ("prompt_id", "mode", "finish_reason", "correct", "reverse_kl_sum", "tokens")
 """The columns of `evaluations` that figures are computed from."""
 Z95 = 1.959963984540054

@@ -266,10 +266,11 @@ class Pair:
 
     @torch.inference_mode()
     def answers(
-        self, asked: Mapping[Place, Reading], digest: Digest, merged: Sequence[int] = ()
+        self, asked: Mapping[Place, Reading], digest: Digest, merged: Sequence[int] = (), excluded: Sequence[int] = ()
     ) -> Iterator[tuple[Place, Scored]]:
         """The answers in the order of `asked`. Forwards take completions in turn, at most `batch_tokens` with padding and
-        `chunk_tokens` positions that are asked for. `merged`: ids of the teacher that are one, the first of them."""
+        `chunk_tokens` positions that are asked for. `merged`: ids of the teacher that are one, the first of them; of these
+        `excluded` have no part in it."""
         models = {who: model for who, (_, model) in self._models.items()}
         rows = self.rows
         parts: dict[Place, dict[str, _Part]] = {}
@@ -288,9 +289,10 @@ class Pair:
             both = []
             for who, model in models.items():
                 hidden_ND = model.states([parts[place][who] for place in places])
-                logprobs_NV = distributions.log_probabilities(
-                    model.head(hidden_ND), rows, merged if who == "teacher" else ()
-                )
+                logits_NV = model.head(hidden_ND)
+                if who == "teacher" and excluded:
+                    logits_NV[:, list(excluded)] = -math.inf
+                logprobs_NV = distributions.log_probabilities(logits_NV, rows, merged if who == "teacher" else ())
                 lacking = rows - logprobs_NV.shape[1]  # ids that the teacher cannot write
                 both.append(
                     torch.nn.functional.pad(logprobs_NV, (0, lacking), value=-math.inf) if lacking else logprobs_NV
@@ -364,7 +366,11 @@ class ScoreQueue:
         for stop_ids, asked in groups.items():
             stops, merged = self._stops(stop_ids)
             digest = partial(self._behaviour.digest, stops=stops)
-            for place, scored in self._pair.answers(asked, digest, merged):
+            # an ordinary token of the teacher's that only stands for its ends, which are past the student's rows
+            excluded = [
+                token for token in merged[:1] if token in self._unmapped and token not in self._pair.teacher_stop_ids
+            ]
+            for place, scored in self._pair.answers(asked, digest, merged, excluded):
                 yield waiting[place][0], place[1], scored
 
     def _stops(self, stop_ids: tuple[int, ...]) -> tuple[Stops, list[int]]:

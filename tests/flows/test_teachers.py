@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from flows.cli.export import export
 from flows.cli.report import report
 from flows.config_file import merge
 from flows.cross_checks import refuse_changed_fork
+from flows.distill import inputs
 from flows.experiment import Experiment
-from flows.run.preflight import Known
+from flows.run.executor import Maker
+from flows.run.preflight import Known, prompts_of_each
 from flows.run.progress import SilentReporter
 from flows.run.runner import plan, run_experiment
 from flows.run.shown import by_teacher
@@ -32,6 +35,7 @@ from storage.runs import Run
 from storage.store import Artifact, Store
 from storage.upkeep.gc import Collector
 from storage.upkeep.retention import Retention
+from tasks.stage import Context
 
 GOLDEN = yaml.safe_load((DATA / "golden.yaml").read_text())
 GOLDEN_KEYS = json.loads((DATA / "golden_keys_teachers.json").read_text())
@@ -57,6 +61,10 @@ def mixture(**weights: float) -> dict[str, Any]:
         ({"teacher": GOLDEN["teacher"]}, "both are given"),
         ({"teachers": {}}, "teacher: required"),
         ({"teachers": {"a/b": GOLDEN["teacher"]}}, "'a/b' is no name"),
+        (
+            {"teachers": {"math": GOLDEN["teacher"], "math_n": GOLDEN["teacher"]}},
+            "beside 'math' no teacher can be called 'math_n'",
+        ),
         ({"mixture": mixture(add=1.0)}, "at least two teachers"),
         ({"mixture": mixture(add=0.5, subtract=0.6)}, "sum is 1.1"),
         ({"mixture": mixture(add=1.5, subtract=-0.5)}, "is not above 0"),
@@ -95,6 +103,14 @@ def test_a_wrong_choice_of_teachers_is_refused_when_the_config_loads(change: dic
     with pytest.raises(ValidationError) as caught:
         Experiment.model_validate(routed() | change)
     assert text in str(caught.value)
+
+
+def test_null_leaves_out_teachers_of_a_base_config() -> None:
+    data = merge(routed(), {"objective": {"support": {"kind": "full"}}})
+    assert [*Experiment.model_validate(merge(data, {"teachers": {"add": None}})).teachers] == ["subtract"]
+    one = Experiment.model_validate(merge(data, {"teachers": None, "teacher": GOLDEN["teacher"]}))
+    assert one.taught_by.keys() == {None} and one.objective.support.k == 264  # type: ignore[union-attr]
+    assert one.identity()["teachers"] == {}
 
 
 @pytest.mark.parametrize("field", ["teacher", "teachers", "mixture"])
@@ -248,6 +264,16 @@ def test_two_names_of_one_checkpoint_are_scored_in_one_pass(tmp_path: Path, root
     assert {"reverse_kl/a", "reverse_kl/c"} <= metrics.keys(), "evaluated by name"
 
 
+def test_the_order_in_which_a_config_lists_aliases_does_not_name_stages(tmp_path: Path, root: Path) -> None:
+    e = several.experiment(tmp_path, ["a", "b", "c", "b"], {"a": 2, "b": 3, "c": 2}, rounds=1)
+    several.go(root, e)
+    again = Experiment.model_validate(e.model_dump() | {"teachers": dict(reversed(e.model_dump()["teachers"].items()))})
+    several.go(root, again)
+    assert [label for label in several.state(root).rounds[1].stages if "supervise" in label] == [
+        "supervise_a", "supervise_b",
+    ]  # fmt: skip
+
+
 def test_a_new_teacher_leaves_the_rollouts_and_the_signals_of_the_others(tmp_path: Path, root: Path) -> None:
     """One of b's prompts goes to c: a's samples are not scored again."""
     several.go(root, several.experiment(tmp_path, ROUTES, {"a": 2, "b": 3}, rounds=1))
@@ -350,6 +376,48 @@ def test_a_mixture_is_one_teacher_of_all_prompts(tmp_path: Path, root: Path) -> 
     assert job.names is None and [member.weight for member in job.teacher.members] in ([0.25, 0.75], [0.75, 0.25])
     assert job.teacher.average == "probs" and job.teacher.path == ""
     assert "supervise" in several.state(root).rounds[1].stages
+
+
+def test_a_mixture_has_the_models_of_its_own_run(tmp_path: Path, root: Path) -> None:
+    """The second run has equal teachers in folders. What it makes must not need those of the first, which is removed."""
+    mixed = {"weights": {"a": 0.25, "b": 0.75}, "average": "probs"}
+    e = several.experiment(tmp_path, [None] * 4, {"a": 2, "b": 3}, rounds=1, mixture=mixed)  # type: ignore[list-item]
+    several.go(root, e, name="one")
+    store, data = Store(root), e.model_dump(mode="json")
+    for name in "ab":
+        made = several.made(root, 0, f"model_teacher_{name}", "one")["model"]
+        shutil.copytree(store.materialize(made), tmp_path / name)
+        data["teachers"][name]["source"] = {"kind": "checkpoint", "path": str(tmp_path / name)}
+    assert not several.go(root, Experiment.model_validate(data), name="two").of("ScoreJob"), (
+        "equal weights, equal signals"
+    )
+    shutil.rmtree(Run.open(root, "one").directory)
+    collector = Collector(Store(root))
+    assert [item.kind for item in collector.apply(collector.plan())] == ["unused"] * 3, "two models and their mixture"
+    data["policy"]["rounds"] = 2
+    (job,) = several.go(root, Experiment.model_validate(data), name="two").of("ScoreJob")
+    assert {Path(member.path).parent for member in job.teacher.members} == {tmp_path}
+
+
+def test_a_warm_up_without_prompts_is_refused_before_anything_trains(tmp_path: Path, root: Path) -> None:
+    rows = [row | {"completion": "1"} for row in several.rows_for("a", "warm")]
+    source = {"kind": "file", "path": str(several.write(tmp_path / "warmup.jsonl", rows))}
+    data = several.experiment(tmp_path, ROUTES, {"a": 2, "b": 3}).model_dump(mode="json")
+    data["prompts"]["warmup"] = source
+    for name in "ab":
+        data["teachers"][name]["warmup"] = {"steps": 1, "samples_per_step": 1, "lr": 1e-3}
+    known = known_of(root, Experiment.model_validate(data))
+    (found,) = [finding for finding in prompts_of_each(known) if finding.refused]
+    assert "teachers.b.warmup: no prompt of warmup has the teacher_id 'b', or none" in found.text
+
+
+def known_of(root: Path, e: Experiment) -> Known:
+    """The models and prompts, made as `opd check` makes them."""
+    store = Store(root)
+    run, pool = Run.create(root, "known", {}, {}), several.Engines()
+    make = lambda progress: Context(store, e.runtime, pool, progress, lambda line: None)  # type: ignore[arg-type]  # noqa: E731
+    student, teachers, prompts = inputs(e, Maker(store, run, run.state, make, SilentReporter()))
+    return Known.of(e, store, student, teachers, prompts)
 
 
 def test_vllm_asks_every_teacher(tmp_path: Path, root: Path) -> None:

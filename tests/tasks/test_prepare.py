@@ -132,6 +132,10 @@ def test_bad_prompts_are_left_out_counted_and_said(desk, tmp_path):
     assert [row["text"][len("<|user|>") :].split("<")[0] for row in desk.rows(artifact, "train")] == ["good", "other"]
     assert artifact.meta["filtered"] == {"train": {"duplicate": 1, "empty": 1, "overlong": 1}}
     assert artifact.meta["prompts"] == {"eval": 0, "train": 2, "warmup": 0}
+    for second, reason in (("a", "duplicate"), ("b", "duplicate with another teacher_id")):
+        rows = [{"prompt": "good", "teacher_id": name, "id": str(at)} for at, name in enumerate(("a", second))]
+        artifact = desk.prepare(train=write(tmp_path / f"{second}.jsonl", rows))
+        assert artifact.meta["filtered"] == {"train": {reason: 1}}
     assert "train: 2 prompts; left out: 1 duplicate, 1 empty, 1 overlong" in desk.said
 
 

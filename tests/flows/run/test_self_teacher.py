@@ -10,12 +10,13 @@ import scripted_run
 from in_process import go, gone
 from key_walk import Keys
 
+from flows.cli.export import export
 from flows.distill import distill
 from flows.experiment import Experiment
 from flows.run.executor import Planner
 from flows.run.runner import fork_experiment, resume_experiment
-from storage.errors import ConfigError
-from storage.runs import Run
+from storage.errors import ConfigError, InputError
+from storage.runs import RoundState, Run
 from storage.store import Artifact, Store
 from storage.upkeep.retention import best_round
 
@@ -112,6 +113,13 @@ def test_the_initial_student_writes_its_drafts_once(tmp_path: Path) -> None:
         assert found[number, "rollout"] == {"drafts": "1/draft/draft"}
 
 
+def test_a_teacher_that_is_the_student_is_exported_as_the_student(tmp_path: Path) -> None:
+    e = experiment({"kind": "ema"}, 1)
+    Run.create(Store(tmp_path).root, "one", e.model_dump(mode="json"), e.identity())
+    with pytest.raises(InputError, match=r"the teacher of run 'one' is its own student \(ema\); export that"):
+        export("one", tmp_path / "out", teacher=True, root=tmp_path)
+
+
 def test_averages_are_kept_as_trainer_states_are_and_made_again_equal(tmp_path: Path) -> None:
     source = {"kind": "ema"}
     root = root_of(tmp_path, source)
@@ -151,6 +159,23 @@ def test_a_fork_keeps_the_teacher(tmp_path: Path) -> None:
     signal = Store(root).get("teacher_topk", fork.stages["supervise"].artifacts["teacher_topk"])
     assert signal is not None
     assert signal.inputs["teacher:weights"] == made(root, 2, "train", "teacher_ema").content["weights"]
+
+
+def test_a_fork_measures_no_kl_to_a_teacher_that_lacks_its_context(tmp_path: Path) -> None:
+    """Held-out prompts get the teacher's context only where the evaluation asks the teacher, and a fork takes its parent's."""
+    root = tmp_path / "store"
+    for name, kl, override in (("without", 0, None), ("with", None, 0)):
+        e = experiment({"kind": "initial"}, 0)
+        e = e.model_copy(update={"evaluate": e.evaluate.model_copy(update={"kl_prompts": kl})})
+        run = Run.create(root, name, e.model_dump(mode="json"), e.identity())
+        run.save(run.state.model_copy(update={"rounds": [RoundState(round=0, student_sha256="0")]}))
+        change = [f"evaluate.kl_prompts={'null' if override is None else override}"]
+        if kl is None:
+            fork_experiment(name, 0, root, change)
+        else:
+            with pytest.raises(ConfigError, match=r"evaluate.kl_prompts: 'without' measured no KL.* prompts of eval"):
+                fork_experiment(name, 0, root, change)
+        fork_experiment(name, 0, root, ["train.lr=0.5"])
 
 
 def test_the_plan_of_a_finished_run_finds_the_round_that_a_replay_repeats(tmp_path: Path) -> None:

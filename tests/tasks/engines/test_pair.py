@@ -136,6 +136,25 @@ def test_stop_ids_past_the_student_s_rows_and_merged_ones_are_one_category(model
         torch.testing.assert_close(scored.values["mu"].double().exp(), expected.logprobs_NV.exp(), atol=1e-4, rtol=0)
 
 
+def test_a_word_of_the_teachers_that_ends_the_student_s_completions_is_no_end_of_the_teacher(models, tmp_path):
+    """The teacher ends with 270, which the student lacks; 257, with which the student ends, is another token to it."""
+    other = checkpoint(tmp_path / "teacher", 1, **FAR, vocab_size=280)
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [270]}))
+    tokenizer = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": None}))
+    pair, tokens = pair_of({**models, "teacher": other}), (4, 5)
+    prompts = {"a": [1, 2, 3]}
+    queue = ScoreQueue(pair, TrustRegionBlending(epsilon=1e9), prompts, prompts, [257])
+    shard = OpenShard(SampleShard(0, Sampling(1.0, 1.0, 0, 8, [257]), [Request("a/1/0", "a", 0, 7)]), [257])
+    queue.begin()
+    queue.add(shard, 0, Score(tokens, 0))
+    ((_, _, scored),) = queue.answers()
+    p = whole(other, prompts["a"], tokens, 0).double().exp()
+    p[:, 257] = p[:, 270]
+    expected = p[:, :264] / p[:, :264].sum(-1, keepdim=True)
+    torch.testing.assert_close(scored.values["mu"].double().exp(), expected, atol=5e-6, rtol=0)
+
+
 def config(**behaviour) -> RolloutConfig:
     return RolloutConfig(
         num_generations=2, prompts_per_round=5, shard_prompts=2, max_completion_length=12,

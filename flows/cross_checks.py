@@ -52,6 +52,7 @@ def cross_problems(e: Experiment) -> list[str]:
         if model.warmup is not None and e.prompts.warmup is None:
             problems.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
     problems += signal_problems(e.supervise, e.objective.needs().signals)
+    problems += cut_problems(e)
     problems += served_problems(e)
     sizes = (declared_sizes(e.source_of(model))[0] for model in e.taught_by.values())
     problems += size_problems(e, *declared_sizes(e.student.source), *sizes)
@@ -282,6 +283,23 @@ def size_problems(e: Experiment, rows: int | None, positions: int | None, *teach
                 f" rows; set k: {least}, or take kind: teacher_topk with outside: bucket"
             )
     return problems
+
+
+def cut_problems(e: Experiment) -> list[str]:
+    """What is wrong with the teacher's lists being cut off, for the divergence that reads them. In a renormalised list of one
+    entry, which a cut makes of a sure token, nothing is compared; `drop` would leave out what the cut takes away."""
+    if e.supervise.tail_mass is None:
+        return []
+    compared = [getattr(e.objective, name, None) for name in ("support", "side")]
+    for support in (compared[0], getattr(compared[1], "support", None)):
+        outside = getattr(support, "outside", "bucket")
+        if outside != "bucket" and support.kind != "student_topk":
+            return [
+                f"supervise.tail_mass: {e.supervise.tail_mass:g} cuts the teacher's lists off, and what is cut counts only in the"
+                f" bucket, but the objective's {support.kind} support has outside: {outside}; set outside: bucket, or leave"
+                " supervise.tail_mass out"
+            ]
+    return []
 
 
 WITH_DTYPE = ("rollout", "supervise", "train")

@@ -20,7 +20,7 @@ import pyarrow as pa
 from storage.artifacts.artifact import Artifact
 from storage.errors import CorruptArtifact, Evicted, OpdError
 from storage.query.figures import completed
-from storage.query.views import METRICS, VIEWS, Use, Views, missing_of, used_dataset, uses_of
+from storage.query.views import METRICS, VIEWS, Use, Views, missing_of, unpack_functions, used_dataset, uses_of
 from storage.runs import Run, RunState
 from storage.schemas import TABLES, TableSchema
 from storage.store import Store
@@ -144,6 +144,8 @@ class Catalog:
             connection.register("rounds@", _rounds_table(completed(self.store, state) for state in states))
         if "stages" in wanted:
             connection.register("stages@", _stages_table(states))
+        for name, (function, arguments, result) in unpack_functions().items():
+            connection.create_function(name, function, arguments, result, type="arrow", null_handling="special")
         for name in views.all:
             connection.execute(views.sql(name, rows_wanted=name in wanted))
         return views

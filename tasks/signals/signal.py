@@ -45,6 +45,8 @@ class Settings(Protocol):
     @property
     def encoding(self) -> str: ...
     @property
+    def tail_mass(self) -> float | None: ...
+    @property
     def special_tokens(self) -> Any: ...
     @property
     def teacher(self) -> Any: ...
@@ -90,6 +92,8 @@ class Shard:
     """of the mask, see `tasks.signals.mask`"""
     flags: pa.Table | None = None
     """rows of a committed `sampled`, which show invalid values where the models were not run"""
+    tail_mass: float | None = None
+    """the teacher's mass outside a list that ends it; None: lists of k"""
 
 
 @dataclass(frozen=True)

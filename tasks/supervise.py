@@ -41,8 +41,8 @@ class SuperviseConfig(Identity):
     )
     encoding: Literal["exact", "compact", "packed"] = Field(
         "exact",
-        description="of top-K lists; compact rounds their log-probabilities to float16, packed to 1/64 nats and takes half the"
-        " disk of compact",
+        description="of top-K lists; compact rounds their log-probabilities to float16, packed to 1/64 nats in less than half the"
+        " disk of exact",
     )
     tail_mass: float | None = Field(
         None,

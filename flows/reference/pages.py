@@ -177,18 +177,18 @@ LISTS_PAGE = """## How lists are stored
 `supervise.encoding` decides it for the lists of `teacher_topk` and `student_topk`. Readers, `opd query` and the digests of rows
 see the columns above in every case; bytes, errors and speeds are measured in [performance.md](performance.md#cache).
 
-| encoding | log-probabilities | error | bytes per token, K = 64 |
+| encoding | log-probabilities | error | bytes per token, K = 64, SmolLM2 |
 |---|---|---|---|
-| `exact` | float32 | none | 418 |
-| `compact` | float16 | 2^-11 of the value | 272 |
-| `packed` | whole steps of 1/64 nats | 1/64 nats; KL at most 3.1e-5 nats | 182 |
+| `exact` | float32 | none | 490 |
+| `compact` | float16 | 2^-11 of the value | 231 |
+| `packed` | whole steps of 1/64 nats | 1/64 nats; KL at most 3.1e-5 nats | 149 |
 
 `packed` keeps ids and counts exactly, and the mass of list and tail together: the tail stays 1 minus the list. Its files have the
 columns `packed_ids` and `packed_steps` (the entries of a sample's tokens, one after another, `valid` of each token), and
-`packed_tail` and `packed_origin` (one per token). To read them without this program: the first number of a token in `packed_steps` is its first
-entry's steps, each later number is the difference from the entry before; a log-probability is `origin - steps / 64`, or -inf at
-32,767 steps. In `student_topk` the last three columns exist for both models (`packed_teacher_steps`). Lists of a plugin's signal
-are packed where `topk_table` makes its rows and its table has these columns.
+`packed_tail` and `packed_origin` (one per token). To read them without this program: a token's first number in `packed_steps` is
+its first entry's steps, each later number is the difference from the entry before; a log-probability is `origin - steps / 64`,
+or -inf at 32,767 steps. In `student_topk` the last three columns exist for both models (`packed_teacher_steps`). Lists of a
+plugin's signal are packed where `topk_table` makes its rows and its table has these columns.
 
 `supervise.tail_mass` ends the teacher's list of a token at the fewest entries (one at least, K at most) that leave no more than
 this mass outside; what is cut off is added to `tail_logmass`. A loss may assume of such lists what it may of lists of K: sorted,

@@ -144,7 +144,8 @@ class Catalog:
             connection.register("rounds@", _rounds_table(completed(self.store, state) for state in states))
         if "stages" in wanted:
             connection.register("stages@", _stages_table(states))
-        for name, (function, arguments, result) in unpack_functions().items():
+        unpacking = unpack_functions(views.schemas[table] for table in tables)
+        for name, (function, arguments, result) in unpacking.items():
             connection.create_function(name, function, arguments, result, type="arrow", null_handling="special")
         for name in views.all:
             connection.execute(views.sql(name, rows_wanted=name in wanted))

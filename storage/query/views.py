@@ -520,10 +520,10 @@ def _unpacked(name: str, part: Part) -> str:
     return f"coalesce({_identifier(name)}, {part.function}({arguments})) AS {_identifier(name)}"
 
 
-def unpack_functions() -> dict[str, tuple[Callable[..., pa.Array], list[str], str]]:
-    """By name: the functions that views over packed tables call, the types of their arguments and of their result."""
+def unpack_functions(schemas: Iterable[TableSchema]) -> dict[str, tuple[Callable[..., pa.Array], list[str], str]]:
+    """By name: the functions that views over these tables call, the types of their arguments and of their result."""
     found = {}
-    for schema in TABLES.values():
+    for schema in schemas:
         layout = packed_schema(schema)
         if layout is None:
             continue

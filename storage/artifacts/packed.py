@@ -26,7 +26,7 @@ are split into planes of bytes (BYTE_STREAM_SPLIT) before zstd: high bytes and t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +43,7 @@ KL_BOUND = STEP**2 / 8
 IDS = "packed_ids"
 _NO_MASS = 2**15 - 1
 _FARTHEST = 500 * STEPS_PER_NAT
-Lists = pa.ChunkedArray | pa.Array
+Lists: TypeAlias = pa.ChunkedArray | pa.Array
 """A column of lists."""
 _FLOATS, _SHORTS, _INTS = pa.list_(pa.float32()), pa.list_(pa.int16()), pa.list_(pa.int32())
 
@@ -170,7 +170,7 @@ FUNCTIONS: dict[str, Callable[..., pa.Array]] = {
 
 def _logprobs(steps: np.ndarray, origin: np.ndarray) -> np.ndarray:
     """float32; exact but for one rounding, so equal on every machine."""
-    found = origin - steps.astype(np.float32) * np.float32(STEP)
+    found: np.ndarray = origin - steps.astype(np.float32) * np.float32(STEP)
     found[steps == _NO_MASS] -= np.float32(np.inf)
     return found
 
@@ -227,7 +227,8 @@ def _entries(schema: TableSchema, name: str, rows: pa.Table, counts: np.ndarray)
     lengths = pc.list_value_length(inner).to_numpy(zero_copy_only=False)
     if not np.array_equal(lengths, counts):
         raise StoreError(f"table {schema.name!r}, column {name!r}: its lists have other lengths than `valid` counts")
-    return inner.flatten().to_numpy(zero_copy_only=False)
+    entries: np.ndarray = inner.flatten().to_numpy(zero_copy_only=False)
+    return entries
 
 
 def _nested(rows: Lists, valid: Lists, entries: np.ndarray) -> pa.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from storage.errors import ConfigError
 from tasks.engines.teacher import ServerTeacher
@@ -290,8 +290,9 @@ def cut_problems(e: Experiment) -> list[str]:
     entry, which a cut makes of a sure token, nothing is compared; `drop` would leave out what the cut takes away."""
     if e.supervise.tail_mass is None:
         return []
-    compared = [getattr(e.objective, name, None) for name in ("support", "side")]
-    for support in (compared[0], getattr(compared[1], "support", None)):
+    objective: Any = e.objective
+    for compared in (objective, getattr(objective, "side", None)):
+        support: Any = getattr(compared, "support", None)
         outside = getattr(support, "outside", "bucket")
         if outside != "bucket" and support.kind != "student_topk":
             return [

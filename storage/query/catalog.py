@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import duckdb
 import pyarrow as pa
+from duckdb.func import FunctionNullHandling, PythonUDFType
 
 from storage.artifacts.artifact import Artifact
 from storage.errors import CorruptArtifact, Evicted, OpdError
@@ -146,7 +147,9 @@ class Catalog:
             connection.register("stages@", _stages_table(states))
         unpacking = unpack_functions(views.schemas[table] for table in tables)
         for name, (function, arguments, result) in unpacking.items():
-            connection.create_function(name, function, arguments, result, type="arrow", null_handling="special")
+            connection.create_function(
+                name, function, arguments, result, type=PythonUDFType.ARROW, null_handling=FunctionNullHandling.SPECIAL
+            )
         for name in views.all:
             connection.execute(views.sql(name, rows_wanted=name in wanted))
         return views

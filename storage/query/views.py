@@ -12,6 +12,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -520,7 +521,7 @@ def _unpacked(name: str, part: Part) -> str:
     return f"coalesce({_identifier(name)}, {part.function}({arguments})) AS {_identifier(name)}"
 
 
-def unpack_functions(schemas: Iterable[TableSchema]) -> dict[str, tuple[Callable[..., pa.Array], list[str], str]]:
+def unpack_functions(schemas: Iterable[TableSchema]) -> dict[str, tuple[Callable[..., Any], list[Any], str]]:
     """By name: the functions that views over these tables call, the types of their arguments and of their result."""
     found = {}
     for schema in schemas:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from storage.errors import ConfigError
 from storage.query.figures import PARTS
@@ -52,6 +52,7 @@ def cross_problems(e: Experiment) -> list[str]:
         if model.warmup is not None and e.prompts.warmup is None:
             problems.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
     problems += signal_problems(e.supervise, e.objective.needs().signals)
+    problems += cut_problems(e)
     problems += served_problems(e)
     sizes = (declared_sizes(e.source_of(model))[0] for model in e.taught_by.values())
     problems += size_problems(e, *declared_sizes(e.student.source), *sizes)
@@ -296,6 +297,24 @@ def refuse_changed_fork(e: Experiment) -> None:
             f"evaluate.kl_prompts: {e.fork.run!r} measured no KL, so its prompts of {', '.join(unread)} were prepared without"
             " teacher.context, and the teacher would read them without it; set evaluate.kl_prompts: 0, or start a run of its own"
         )
+
+
+def cut_problems(e: Experiment) -> list[str]:
+    """What is wrong with the teacher's lists being cut off, for the divergence that reads them. In a renormalised list of one
+    entry, which a cut makes of a sure token, nothing is compared; `drop` would leave out what the cut takes away."""
+    if e.supervise.tail_mass is None:
+        return []
+    objective: Any = e.objective
+    for compared in (objective, getattr(objective, "side", None)):
+        support: Any = getattr(compared, "support", None)
+        outside = getattr(support, "outside", "bucket")
+        if outside != "bucket" and support.kind != "student_topk":
+            return [
+                f"supervise.tail_mass: {e.supervise.tail_mass:g} cuts the teacher's lists off, and what is cut counts only in the"
+                f" bucket, but the objective's {support.kind} support has outside: {outside}; set outside: bucket, or leave"
+                " supervise.tail_mass out"
+            ]
+    return []
 
 
 WITH_DTYPE = ("rollout", "supervise", "train")

@@ -39,8 +39,18 @@ class SuperviseConfig(Identity):
     dtype: Dtype = Field(
         "float32", description="both models' weights and arithmetic; probabilities are always computed in float32"
     )
-    encoding: Literal["exact", "compact"] = Field(
-        "exact", description="of top-K lists; compact rounds their log-probabilities to float16"
+    encoding: Literal["exact", "compact", "packed"] = Field(
+        "exact",
+        description="of top-K lists; compact rounds their log-probabilities to float16, packed to 1/64 nats in less than half the"
+        " disk of exact",
+    )
+    tail_mass: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="cut the teacher's lists off where its mass outside is at most this: fewer than k entries at tokens of which"
+        " it is sure. The rest is in the bucket, so the objective's lists of the teacher need outside: bucket",
+        json_schema_extra=omit_at(None),
     )
     special_tokens: SpecialTokens = SpecialTokens()
     teacher: TeacherField = Field(
@@ -142,7 +152,9 @@ def _build(builders: dict[str, Builder], ctx: Context, inputs: Inputs) -> None:
     stage = ShardedStage(ctx, "supervise", sizes, builders, ("scorer",))
     _require_space(ctx, inputs, builders, k, sizes)
     outputs = {
-        name: SignalOutput(name, ArtifactRef(name, builder.key), k[name], inputs.settings.encoding)
+        name: SignalOutput(
+            name, ArtifactRef(name, builder.key), k[name], inputs.settings.encoding, inputs.settings.tail_mass
+        )
         for name, builder in sorted(builders.items())
     }
     results: list[ShardDone] = []

@@ -175,12 +175,37 @@ beside the rollouts of a round: one row per sample, in every column one entry pe
 where it is a list). An objective names the signals that it needs; `supervise` makes those that are missing, all in one pass of
 the models. Columns are in the views `supervision` (with the prefix shown) and, but for lists, `tokens` of `opd query`.
 """
+LISTS_PAGE = """## How lists are stored
+
+`supervise.encoding` decides it for the lists of `teacher_topk` and `student_topk`. Readers, `opd query` and the digests of rows
+see the columns above in every case; bytes, errors and speeds are measured in [performance.md](performance.md#cache).
+
+| encoding | log-probabilities | error | bytes per token, K = 64, SmolLM2 |
+|---|---|---|---|
+| `exact` | float32 | none | 490 |
+| `compact` | float16 | 2^-11 of the value | 231 |
+| `packed` | whole steps of 1/64 nats | 1/64 nats; KL at most 3.1e-5 nats | 149 |
+
+`packed` keeps ids and counts exactly, and the mass of list and tail together: the tail stays 1 minus the list. Its files have the
+columns `packed_ids` and `packed_steps` (the entries of a sample's tokens, one after another, `valid` of each token), and
+`packed_tail` and `packed_origin` (one per token). To read them without this program: a token's first number in `packed_steps` is
+its first entry's steps, each later number is the difference from the entry before; a log-probability is `origin - steps / 64`,
+or -inf at 32,767 steps. In `student_topk` the last three columns exist for both models (`packed_teacher_steps`). Lists of a
+plugin's signal are packed where `topk_table` makes its rows and its table has these columns.
+
+`supervise.tail_mass` ends the teacher's list of a token at the fewest entries (one at least, K at most) that leave no more than
+this mass outside; what is cut off is added to `tail_logmass`. A loss may assume of such lists what it may of lists of K: sorted,
+complete with their tail. It may not assume a length, nor that what is outside is unlikely for the student. `outside: bucket`
+compares the rest as one category and needs nothing else; an f-divergence (KL is one) over these fewer categories is never above
+that over K. `renormalize`, `drop` and `full` would change meaning with the length (a renormalised list of one entry compares
+nothing), so a config with these and `tail_mass` is refused. Lists of the student are never cut.
+"""
 _EXAMPLE_K = 8
 
 
 def signals() -> str:
     """Markdown: every registered signal, and the backends that can answer for the teacher."""
-    parts = [SIGNALS_PAGE, *(_signal(signal) for _, signal in sorted(SIGNALS.items()))]
+    parts = [SIGNALS_PAGE, *(_signal(signal) for _, signal in sorted(SIGNALS.items())), LISTS_PAGE]
     lines = [
         "## Teacher backends",
         "",

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -20,6 +21,7 @@ from pydantic import ValidationError
 from storage.artifacts.artifact import ShardRecord, artifact_directory
 from storage.artifacts.digests import file_sha256, table_digest
 from storage.artifacts.numerics import INTERMEDIATE
+from storage.artifacts.packed import is_packed, packed_schema, parts, unpack
 from storage.disk.failpoints import failpoint
 from storage.disk.files import (
     explain_full_disk,
@@ -65,13 +67,14 @@ class ShardWriter:
 
     def write_shard(self, table: str, shard: int, data: pa.Table, schema: TableSchema | None = None) -> ShardRecord:
         """Writes one shard durably. `data` must have the columns that `table` is declared with: in `storage.schemas`, or for a
-        plugin's table by `schema`.
+        plugin's table by `schema`. Or they are packed (`storage.artifacts.packed`); the digest is that of the declared columns.
 
         Raises StoreError for other columns, an unknown table or an artifact that is not being built; NotEnoughSpace."""
         if isinstance(shard, bool) or shard < 0:
             raise StoreError(f"{table}: shard number {shard!r}; shards count from 0")
         schema = schema or self.table_schema(table)
-        rows = validate_table(table, data, schema).replace_schema_metadata(None)
+        layout = packed_schema(schema) if is_packed(data.column_names) else None
+        rows = validate_table(table, data, layout or schema).replace_schema_metadata(None)
         if not self.path.is_dir():
             raise StoreError(f"{self.path}: this artifact is not being built; write shards inside `Store.building`")
         name = f"{table}-{shard:05d}-{unique()}.parquet"
@@ -99,7 +102,7 @@ class ShardWriter:
             mtime_ns=stat.st_mtime_ns,
             footer_sha256=footer,
             rows=rows.num_rows,
-            row_digest=row_digest(table, rows),
+            row_digest=row_digest(table, rows if layout is None else _unpacked(rows)),
             schema_version=schema.version,
         )
         replace_atomically(sidecar(final), seal(record.model_dump(mode="json")))
@@ -153,20 +156,34 @@ def without_measured(table: str, rows: pa.Table) -> pa.Table:
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
-    """zstd, a checksum in every page, fsynced."""
-    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+    """zstd, a checksum in every page, fsynced. Lists of a packed table are split into planes of bytes."""
+    how: dict[str, Any] = {}
+    if is_packed(table.column_names):
+        lists = [field.name for field in table.schema if pa.types.is_list(field.type)]
+        how["column_encoding"] = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in lists}
+        how["use_dictionary"] = [name for name in table.column_names if name not in lists]
+    pq.write_table(table, path, compression="zstd", write_page_checksum=True, **how)
     fsync_file(path)
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Reads one file and verifies the checksum of every page read. CorruptArtifact when one does not match."""
+    """Reads one file (of a packed table the declared columns) and verifies the checksum of every page read. CorruptArtifact when
+    one does not match."""
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
+        if is_packed(names := file.schema_arrow.names):
+            wanted = list(parts(names)) if columns is None else columns
+            needed = {argument for name in wanted for argument in parts(names)[name].arguments}
+            return unpack(file.read(columns=sorted(needed)), wanted, names)
         return file.read(columns=None if columns is None else list(columns))
     except FileNotFoundError:
         raise
     except (OSError, pa.ArrowException) as error:
         raise CorruptArtifact(f"{path}: unreadable Parquet ({error})") from error
+
+
+def _unpacked(rows: pa.Table) -> pa.Table:
+    return unpack(rows, list(parts(rows.column_names)), rows.column_names)
 
 
 def sidecar(shard: Path) -> Path:

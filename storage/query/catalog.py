@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 
 import duckdb
 import pyarrow as pa
+from duckdb.func import FunctionNullHandling, PythonUDFType
 
 from storage.artifacts.artifact import Artifact
 from storage.errors import CorruptArtifact, Evicted, OpdError
 from storage.query.figures import completed
-from storage.query.views import METRICS, VIEWS, Use, Views, missing_of, used_dataset, uses_of
+from storage.query.views import METRICS, VIEWS, Use, Views, missing_of, unpack_functions, used_dataset, uses_of
 from storage.runs import Run, RunState
 from storage.schemas import TABLES, TableSchema
 from storage.store import Store
@@ -144,6 +145,11 @@ class Catalog:
             connection.register("rounds@", _rounds_table(completed(self.store, state) for state in states))
         if "stages" in wanted:
             connection.register("stages@", _stages_table(states))
+        unpacking = unpack_functions(views.schemas[table] for table in tables)
+        for name, (function, arguments, result) in unpacking.items():
+            connection.create_function(
+                name, function, arguments, result, type=PythonUDFType.ARROW, null_handling=FunctionNullHandling.SPECIAL
+            )
         for name in views.all:
             connection.execute(views.sql(name, rows_wanted=name in wanted))
         return views

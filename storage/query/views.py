@@ -12,11 +12,13 @@ import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as pads
 
 from storage.artifacts.artifact import Artifact
+from storage.artifacts.packed import FUNCTIONS, Part, packed_schema, parts
 from storage.query.figures import FIGURES, MODES, Z95
 from storage.runs import RunState
 from storage.schemas import TABLES, Column, TableSchema
@@ -305,7 +307,13 @@ class Views:
     def _rows(self, table: str) -> str:
         """A table's dataset under the views' names."""
         names = self.schemas[table].names
-        columns = [_identifier(name) for name in names if name not in ("run", "round", "stage", "artifact")]
+        layout = packed_schema(self.schemas[table])
+        made = parts(layout.names) if layout is not None else {}
+        columns = [
+            _unpacked(name, made[name]) if name in made else _identifier(name)
+            for name in names
+            if name not in ("run", "round", "stage", "artifact")
+        ]
         own_round = 'coalesce(use_round, "round")' if "round" in names else "use_round"
         use = f'use_run AS run, {own_round} AS "round", use_stage AS stage, use_artifact AS artifact'
         return f"SELECT {use}, {', '.join(columns)} FROM {_identifier(table + '@')}"
@@ -451,10 +459,20 @@ def used_dataset(schema: TableSchema, uses: Sequence[Use], dataset: Callable[[Ar
             opened[key] = list(dataset(use.artifact).get_fragments()) if use.artifact.rows[table] else []
         for shard in opened[key]:
             fragments.append(shard.format.make_fragment(shard.path, shard.filesystem, _partition(use)))
-    columns = pa.schema([*_USE, *schema.arrow])
+    columns = pa.schema([*_USE, *_either_layout(schema)])
     if not fragments:
         return pads.dataset(columns.empty_table())
     return pads.FileSystemDataset(fragments, columns, fragments[0].format, fragments[0].filesystem)
+
+
+def _either_layout(schema: TableSchema) -> list[pa.Field]:
+    """A table's columns; where it may be packed, those of both layouts, of which a file has one."""
+    layout = packed_schema(schema)
+    if layout is None:
+        return list(schema.arrow)
+    names = dict.fromkeys((*schema.names, *layout.names))
+    types = {column.name: column.type for column in (*schema.columns, *layout.columns)}
+    return [pa.field(name, types[name]) for name in names]
 
 
 def _partition(use: Use) -> pads.Expression:
@@ -493,6 +511,29 @@ def _casts(columns: Sequence[Column], null: bool = False) -> str:
     names = [_identifier(column.name) for column in columns]
     types = [duckdb_type(column.type) for column in columns]
     return ", ".join(f"CAST({'NULL' if null else n} AS {t}) AS {n}" for n, t in zip(names, types, strict=True))
+
+
+def _unpacked(name: str, part: Part) -> str:
+    """A declared column of a table whose files may be packed."""
+    if part.function is None:
+        return _identifier(name)
+    arguments = ", ".join(_identifier(argument) for argument in part.arguments)
+    return f"coalesce({_identifier(name)}, {part.function}({arguments})) AS {_identifier(name)}"
+
+
+def unpack_functions(schemas: Iterable[TableSchema]) -> dict[str, tuple[Callable[..., Any], list[Any], str]]:
+    """By name: the functions that views over these tables call, the types of their arguments and of their result."""
+    found = {}
+    for schema in schemas:
+        layout = packed_schema(schema)
+        if layout is None:
+            continue
+        result = {column.name: duckdb_type(column.type) for column in schema.columns}
+        given = {column.name: duckdb_type(column.type) for column in layout.columns}
+        for name, (function, arguments) in parts(layout.names).items():
+            if function is not None:
+                found[function] = (FUNCTIONS[function], [given[argument] for argument in arguments], result[name])
+    return found
 
 
 def _identifier(name: str) -> str:

@@ -135,7 +135,7 @@ class Scorer:
         rollouts = counted(rollouts, job.stop_ids)
         for output in item.outputs:
             signal = signals[output.table]
-            shard = Shard(rollouts, values, output.k, output.encoding, rules, flags)
+            shard = Shard(rollouts, values, output.k, output.encoding, rules, flags, output.tail_mass)
             rows = signal.table(shard) if rollouts.num_rows else signal.schema.arrow.empty_table()
             writer = store.shard_writer(output.target.stage, output.target.key)
             writer.write_shard(output.table, item.shard, rows, signal.schema)

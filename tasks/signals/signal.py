@@ -45,6 +45,8 @@ class Settings(Protocol):
     @property
     def encoding(self) -> str: ...
     @property
+    def tail_mass(self) -> float | None: ...
+    @property
     def special_tokens(self) -> Any: ...
     @property
     def teacher(self) -> Any: ...
@@ -90,6 +92,8 @@ class Shard:
     """of the mask, see `tasks.signals.mask`"""
     flags: pa.Table | None = None
     """rows of a committed `sampled`, which show invalid values where the models were not run"""
+    tail_mass: float | None = None
+    """the teacher's mass outside a list that ends it; None: lists of k"""
 
 
 @dataclass(frozen=True)
@@ -241,6 +245,10 @@ def register(cls: type[Signal]) -> type[Signal]:
         raise ValueError(f"{cls.__name__}: the name {name!r} is taken; give the signal another one")
     if schema.name != name or schema.names[:1] != ("sample_id",):
         raise ValueError(f"{cls.__name__}: its table must be called {name!r} and begin with the column sample_id")
+    if reserved := [column for column in schema.names if column.startswith("packed_")]:
+        raise ValueError(
+            f"{cls.__name__}: the column name {reserved[0]!r} is reserved: packed_ is the layout of packed lists"
+        )
     if name not in TABLES and not schema.prefixed:
         raise ValueError(
             f"{cls.__name__}: set prefixed=True in its table, whose columns are joined to those of other signals"

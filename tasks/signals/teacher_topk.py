@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from storage.schemas import TABLES
-from tasks.signals.signal import Shard, Signal, Written, register
+from tasks.signals.signal import Inputs, Shard, Signal, Written, register
 from tasks.signals.topk import topk_table, without_list
 from tasks.signals.wanted import Ask, Wanted
 
@@ -24,6 +24,10 @@ class TeacherTopk(Signal):
     checked = ("valid",)
     lists = {"teacher": ("logprobs", "tail_logmass")}  # noqa: RUF012
 
+    def identity(self, inputs: Inputs, k: int | None) -> dict[str, Any]:
+        cut = inputs.settings.tail_mass
+        return super().identity(inputs, k) | ({} if cut is None else {"tail_mass": cut})
+
     def wanted(self, k: int | None, sampling: Mapping[str, Any]) -> Wanted:
         return Wanted(teacher=Ask(top=frozenset([k or 0])))
 
@@ -34,7 +38,7 @@ class TeacherTopk(Signal):
             "valid": f"teacher_top{shard.k}_valid",
             "tail_logmass": f"teacher_top{shard.k}_tail",
         }
-        return topk_table(self.schema, quantities, shard)
+        return topk_table(self.schema, quantities, shard, shard.tail_mass)
 
     def unusable(self, rows: pa.Table) -> tuple[int, int]:
         """Tokens without a list."""

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from storage.artifacts.packed import pack
 from storage.errors import InputError
 from storage.schemas import TableSchema
 from tasks.signals.signal import Shard
@@ -18,9 +19,13 @@ from tasks.signals.wanted import Values
 _FLOAT16_MIN = float(np.finfo(np.float16).min)
 
 
-def topk_table(schema: TableSchema, quantities: Mapping[str, str], shard: Shard) -> pa.Table:
-    """Rows of a top-K signal; `quantities` fill its columns. Only usable entries are stored. `compact` rounds log-probabilities
-    to float16 (11 significant bits); the column's type stays, and compression drops the rest.
+def topk_table(
+    schema: TableSchema, quantities: Mapping[str, str], shard: Shard, tail_mass: float | None = None
+) -> pa.Table:
+    """Rows of a top-K signal; `quantities` fill its columns. Only usable entries are stored; with `tail_mass`, of one model's
+    lists, the fewest entries (one at least) that leave no more than this mass outside. `compact` rounds log-probabilities to
+    float16 (11 significant bits); the column's type stays, and compression drops the rest. `packed` rows have other columns, see
+    `storage.artifacts.packed`.
 
     A token with an unusable number (NaN, +inf, above LOGPROB_MAX) among its entries or tails gets an empty list and NaN
     tails; training leaves the token out. Raises InputError by sample for a list that is not as long as its
@@ -29,6 +34,8 @@ def topk_table(schema: TableSchema, quantities: Mapping[str, str], shard: Shard)
     check_lengths(shard.rollouts, {f"{schema.name}.{column}": arrays for column, arrays in values.items()})
     _check_counts(schema.name, shard.rollouts, values)
     values = _without_broken_lists(values)
+    if tail_mass is not None:
+        values = _cut_off(values, tail_mass)
     columns: dict[str, Any] = {}
     for column, arrays in values.items():
         if column == "valid":
@@ -39,7 +46,8 @@ def topk_table(schema: TableSchema, quantities: Mapping[str, str], shard: Shard)
         kind = pa.int32() if column == "ids" else pa.float32()
         tail = column.endswith("tail_logmass")
         columns[column] = lists(arrays, kind) if tail else nested(arrays, values["valid"], kind)
-    return rows_of(schema, shard.rollouts, columns)
+    rows = rows_of(schema, shard.rollouts, columns)
+    return pack(schema, rows) if shard.encoding == "packed" else rows
 
 
 def without_list(rows: pa.Table) -> tuple[int, int]:
@@ -77,6 +85,22 @@ def _without_broken_lists(values: Values) -> Values:
             for column in tails:
                 changed[column][row] = np.where(broken, np.nan, values[column][row])
     return values | changed
+
+
+def _cut_off(values: Values, tail_mass: float) -> Values:
+    """`values` of one model with the fewest entries that leave at most `tail_mass` outside, and the tails of these."""
+    valid, tails = [], []
+    for counts, logprobs, tail in zip(values["valid"], values["logprobs"], values["tail_logmass"], strict=True):
+        here = np.arange(logprobs.shape[1]) < counts[:, None]
+        mass = np.exp(np.where(here, logprobs, -np.inf).astype(np.float64))
+        rest = np.exp(tail.astype(np.float64))[:, None]
+        outside = np.concatenate([mass, rest], axis=1)[:, ::-1].cumsum(axis=1)[:, ::-1]  # of the first i entries
+        kept = np.minimum(np.maximum((outside[:, :-1] > tail_mass).sum(axis=1), 1), counts)
+        with np.errstate(divide="ignore"):
+            left = np.log(np.take_along_axis(outside, kept[:, None], axis=1)[:, 0])
+        valid.append(kept.astype(counts.dtype))
+        tails.append(np.where(kept < counts, left, tail).astype(np.float32))
+    return values | {"valid": valid, "tail_logmass": tails}
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TypedDict
@@ -120,9 +120,11 @@ def from_rollouts(
     mask_reasons: Iterable[MaskReason],
     seed: int = 0,
     rows: int | None = None,
+    cut: Collection[str] = (),
 ) -> Samples:
     """Joins rollouts with the signals that the objective needs, by sample_id. `seed` is the run's, for counter-based draws;
-    `rows` are the student's vocabulary.
+    `rows` are the student's vocabulary. `cut` names the signals whose lists a tail mass ends: they may be shorter than
+    the objective's.
 
     Tokens that the mask marks as invalid, or that have an empty list, are left out and counted. Raises InputError when a
     sample occurs twice, a signal is not given or lacks a sample, a list's length is not its completion's, a top-K list is
@@ -177,7 +179,7 @@ def from_rollouts(
     prompts = _ragged(rollouts["prompt_token_ids"], np.int64)
     samples = Samples(ids, prompts, completions, keep, floats, None, int(invalid.sum()), lost)
     samples = replace(
-        samples, support=_support(stored, tokens, needs, rows), **_of_credit(rollouts, samples, needs.credit)
+        samples, support=_support(stored, tokens, needs, rows, cut), **_of_credit(rollouts, samples, needs.credit)
     )
     return _checked(samples, "rollouts.prompt_token_ids", rows)
 
@@ -233,14 +235,16 @@ def _of_credit(rollouts: pa.Table, samples: Samples, needs: CreditNeeds) -> _Cre
     return found
 
 
-def _support(stored: list[checks.Lists], tokens: checks.Tokens, needs: Needs, rows: int | None) -> Support | None:
+def _support(
+    stored: list[checks.Lists], tokens: checks.Tokens, needs: Needs, rows: int | None, cut: Collection[str]
+) -> Support | None:
     """The lists of the objective's support, with their values checked."""
     widths = {need.name: need.k for need in needs.signals}
     tops = []
     for lists in stored:
         columns = signal_named(lists.name).lists
         checks.check_lists(tokens, lists, rows)
-        k = check_width(lists.name, lists.counts, widths.get(lists.name))
+        k = check_width(lists.name, lists.counts, widths.get(lists.name), lists.name in cut)
         if needs.student.support == "full":
             checks.check_full(tokens, k, lists, rows)
         tops.append(

@@ -121,9 +121,12 @@ def harmless(rectangle: Rectangle) -> Rectangle:
     )
 
 
-def check_width(name: str, counts: np.ndarray, k: int | None) -> int:
-    """The K to use of the signal `name`. InputError if the lists are narrower than the objective needs."""
+def check_width(name: str, counts: np.ndarray, k: int | None, cut: bool = False) -> int:
+    """The K to use of the signal `name`. InputError if the lists are narrower than the objective needs; lists that a tail mass
+    `cut` off may be."""
     widest = int(counts.max(initial=1))
+    if cut:
+        return min(k or widest, widest)
     if k is not None and k > widest:
         raise InputError(f"{name}: the objective needs K={k}, but the stored lists have at most {widest} entries")
     return k or widest

@@ -220,7 +220,8 @@ def _train_job(job: TrainJob, store: Store) -> TrainingJob:
     signals = {name: _together(store, places, name) for name, places in job.signals.items()}
     reasons = [MaskReason[name.upper()] for name in config.mask_reasons]
     rows = model_rows(Path(job.model))
-    samples = from_rollouts(counted(rollouts, job.stop_ids), signals, objective.needs(), reasons, job.seed, rows)
+    cut = [name for name, places in job.signals.items() if any(_cut_off(store, where) for where in places)]
+    samples = from_rollouts(counted(rollouts, job.stop_ids), signals, objective.needs(), reasons, job.seed, rows, cut)
     if job.prompts is not None:
         of = teacher_of_prompts(store, store.require(job.prompts.stage, job.prompts.key))
         samples = with_teachers(samples, [of.get(prompt) or "" for prompt in rollouts["prompt_id"].to_pylist()])
@@ -285,6 +286,11 @@ def refuse_lost_steps(samples: Samples, steps: Sequence[Step], round: int) -> No
 def _together(store: Store, places: Sequence[ArtifactRef], table: str) -> pa.Table:
     """A signal's rows, of all teachers."""
     return pa.concat_tables([_table(store, where, table) for where in places])
+
+
+def _cut_off(store: Store, where: ArtifactRef) -> bool:
+    """Whether a tail mass ends its lists (supervise.tail_mass)."""
+    return store.require(where.stage, where.key).identity.get("tail_mass") is not None
 
 
 def _table(store: Store, where: ArtifactRef, table: str) -> pa.Table:

@@ -185,12 +185,13 @@ class MaskRules(Schema):
 
 
 class SignalOutput(Schema):
-    """One signal to write. `k` and `encoding` apply to top-K lists."""
+    """One signal to write. `k`, `encoding` and `tail_mass` apply to top-K lists."""
 
     table: str
     target: ArtifactRef
     k: int | None = None
     encoding: str = "exact"
+    tail_mass: float | None = None
 
 
 class ScoreShard(Schema):

@@ -27,7 +27,9 @@ def gaps(store: Store, signal: Artifact) -> pa.Array:
 @pytest.mark.slow
 def test_a_student_learns_from_its_own_average_and_the_round_replays(prepared_root):
     root = prepared_root()
-    opd("run", TINY, "--name", "own", "--no-prefect", "--set", TEACHER, "--set", "policy.rounds=2", root=root)
+    changes = (TEACHER, "policy.rounds=2", "supervise.encoding=packed", "supervise.tail_mass=0.4")
+    sets = [word for change in changes for word in ("--set", change)]
+    opd("run", TINY, "--name", "own", "--no-prefect", *sets, root=root)
     store, rounds = Store(root), Run.open(root, "own").state.rounds
     prompts = store.get("prepare", rounds[0].stages["prepare"].artifacts["prepare"])
     for row in store.read_table(prompts, "prompts").to_pylist():
@@ -48,6 +50,17 @@ def test_a_student_learns_from_its_own_average_and_the_round_replays(prepared_ro
         state = load_file(store.materialize(outputs["trainer_state"], "state") / "ema.safetensors")
         exported = load_file(store.materialize(outputs["teacher_ema"]) / "model.safetensors")
         assert all((exported[name.removeprefix("ema/")] == tensor).all() for name, tensor in state.items())
+
+    for number, entry in enumerate(rounds[1:], 1):  # packed lists of the length that the teacher's mass decides
+        stored = store.read_table(
+            store.get("teacher_topk", entry.stages["supervise"].artifacts["teacher_topk"]), "teacher_topk"
+        )
+        counts = pc.list_flatten(stored["valid"])
+        assert pc.min(counts).as_py() < pc.max(counts).as_py() <= 8
+        lengths = "list_sum(list_transform(teacher_topk_ids, lambda ids: len(ids)))"
+        sql = f"SELECT sum({lengths})::BIGINT AS entries FROM supervision WHERE round = {number}"
+        asked = opd("query", "own", sql, "--json", root=root)
+        assert json.loads(asked.stdout) == [{"entries": pc.sum(counts).as_py()}] and asked.stderr == ""
 
     replayed = json.loads(opd("replay", "own", "--round", "2", "--json", root=root).stdout)
     results = replayed if isinstance(replayed, list) else replayed["artifacts"]

@@ -112,6 +112,23 @@ def test_renormalising_one_category_is_refused_with_its_reason():
     assert "identically" in refused("objective.support={kind: teacher_topk, k: 1, outside: renormalize}")
 
 
+def test_lists_that_a_tail_mass_ends_need_a_bucket():
+    cut = ("supervise.encoding=packed", "supervise.tail_mass=0.01")
+    assert load_experiment(TINY, [*cut]).supervise.tail_mass == 0.01
+    load_experiment(TINY, [*cut, "objective.support={kind: union, k: 4}"])
+    load_experiment(TINY, [*cut, "objective.support={kind: student_topk, k: 4, outside: renormalize}"])
+    for support in (
+        "{kind: teacher_topk, k: 4, outside: renormalize}",
+        "{kind: union, k: 4, outside: renormalize}",
+        "{kind: full, k: 264}",
+    ):
+        message = refused(*cut, f"objective.support={support}")
+        assert "supervise.tail_mass" in message and "outside: bucket" in message
+    for value in ("0", "1", "-0.1", ".nan", "1.5"):
+        assert "supervise.tail_mass" in refused(f"supervise.tail_mass={value}")
+    assert "supervise.encoding" in refused("supervise.encoding=zip")
+
+
 def test_full_support_below_the_vocabulary_is_refused():
     full = "objective.support={kind: full, k: %d}"
     assert "k is 263 and the vocabulary has 264 rows; set k: 264" in refused(full % 263)

@@ -42,6 +42,7 @@ VALUES: dict[tuple[str, str], Any] = {
     ("ConstantSchedule", "initial"): 3,
     ("TeacherPrefix", "cap"): 7,
     ("Mixture", "on_policy_fraction"): 0.7,
+    ("SuperviseConfig", "tail_mass"): 0.01,
     ("ModelConfig", "warmup"): {"steps": 1, "lr": 1e-3},
     ("TeacherConfig", "warmup"): {"steps": 1, "lr": 1e-3},
     ("TeacherConfig", "context"): "{answer} {prompt}",

@@ -86,6 +86,8 @@ def test_names_and_tables_that_do_not_fit_are_refused() -> None:
     load_plugins(["teacher_margin"])
     known = type(SIGNALS["teacher_margin"])
     short, bare = replace(known.schema, name="short"), replace(known.schema, name="bare", prefixed=False)
+    column = replace(known.schema.columns[-1], name="packed_ids")
+    packed = replace(known.schema, name="packed", columns=(*known.schema.columns, column))
     for change, message in (
         ({"name": "mask"}, "'mask' is taken"),
         ({"name": "train"}, "'train' is taken"),
@@ -93,6 +95,7 @@ def test_names_and_tables_that_do_not_fit_are_refused() -> None:
         ({"name": "other"}, "must be called 'other'"),
         ({"name": "short", "schema": short, "floats": ("margin",)}, "no column 'margin'"),
         ({"name": "bare", "schema": bare}, "prefixed=True"),
+        ({"name": "packed", "schema": packed}, "'packed_ids' is reserved"),
     ):
         with pytest.raises(ValueError, match=message):
             register(type("Other", (known,), change))

@@ -183,7 +183,7 @@ class Scorer(Engine):
             signal = signal_named(output.table)
             for k in signal.wanted(output.k, msgspec.structs.asdict(job.sampling)).teacher.top:
                 values |= self.top(models, rollouts, k)
-            shard = Shard(rollouts, values, output.k, output.encoding, rules, flags)
+            shard = Shard(rollouts, values, output.k, output.encoding, rules, flags, output.tail_mass)
             table = signal.table(shard) if rollouts.num_rows else signal.schema.arrow.empty_table()
             writer = store.shard_writer(output.target.stage, output.target.key)
             writer.write_shard(output.table, item.shard, table, signal.schema)

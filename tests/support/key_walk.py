@@ -53,6 +53,7 @@ DEPENDS: dict[str, set[str]] = {
     "rollout.min_p": {"rollout", "sampled"},
     "supervise.dtype": SIGNALS,
     "supervise.encoding": {"teacher_topk", "student_topk"},
+    "supervise.tail_mass": {"teacher_topk"},
     "supervise.special_tokens": {"mask"},
     "supervise.teacher": {"sampled", "mask", "teacher_topk"},  # those that ask the teacher something
     "objective": {"train"},

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from scoring import InProcess, ScoringBench, model_folder, plain_logits
 
+from storage.artifacts.packed import STEP
 from storage.errors import ConfigError, CorruptArtifact, InputError
 from storage.schemas import MaskReason, schema_for
 from storage.store import Artifact, Store
+from storage.upkeep.gc import evict
 from tasks.inputs.tokenizers import build_byte_tokenizer
 from tasks.losses.config import DirectConfig, TopkSupport
 from tasks.losses.needs import SignalNeed
@@ -219,6 +221,8 @@ def test_keys_hold_what_a_signal_depends_on(shared):
     assert changed(prompts=other(shared.prompts, "audit")) == {"mask"}
     assert changed(sampling=RolloutConfig(temperature=0.8, top_p=0.8)) == {"sampled"}
     assert changed(config=SuperviseConfig(encoding="compact")) == {"teacher_topk", "student_topk"}
+    assert changed(config=SuperviseConfig(encoding="packed")) == {"teacher_topk", "student_topk"}
+    assert changed(config=SuperviseConfig(tail_mass=0.01)) == {"teacher_topk"}
     assert changed(config=SuperviseConfig(dtype="bfloat16")) == signals
     assert changed(config=SuperviseConfig(special_tokens=SpecialTokens(mark="all"))) == {"mask"}
     for needs in ((SignalNeed("teacher_topk"),), (SignalNeed("sampled", 3),)):
@@ -246,7 +250,60 @@ def test_compact_lists_are_rounded_and_smaller(shared):
     assert made["logprobs"].to_pylist() == [[[-65504.0, -math.inf]]]
 
 
-@pytest.mark.parametrize("encoding", ["exact", "compact"])
+def test_packed_lists_have_the_same_ids_close_values_and_the_same_mass(shared):
+    """Of both models' lists; made again, their shards have the same bytes."""
+    needs = (SignalNeed("teacher_topk", 64), SignalNeed("student_topk", 64))
+    exact, packed = (shared.make(needs, config=SuperviseConfig(encoding=encoding)) for encoding in ("exact", "packed"))
+    for name in exact:
+        one, other = (shared.store.read_table(made[name], name) for made in (exact, packed))
+        assert one["ids"] == other["ids"] and one["valid"] == other["valid"]
+        for column in (name for name in one.column_names if name.endswith("logprobs")):
+            tail = column.replace("logprobs", "tail_logmass")
+            before, after = (np.array(t[column].to_pylist()[0]) for t in (one, other))
+            tails = [np.array(t[tail].to_pylist()[0]) for t in (one, other)]
+            np.testing.assert_allclose(after, before, atol=STEP + 1e-5)
+            np.testing.assert_allclose(tails[1], tails[0], atol=STEP + 1e-5)
+            np.testing.assert_allclose(np.exp(after).sum(1) + np.exp(tails[1]), 1, atol=1e-5)
+            assert (before != after).any()
+        sizes = [sum(r.bytes for r in shared.store.shards(made[name], name)) for made in (exact, packed)]
+        assert sizes[1] < 0.7 * sizes[0], name
+        assert shared.store.verify(packed[name]) == []
+    again = packed["teacher_topk"]
+    digests = [record.sha256 for record in shared.store.shards(again, "teacher_topk")]
+    evict(shared.store.root / "artifacts" / "teacher_topk" / again.key)
+    assert shared.make(needs, config=SuperviseConfig(encoding="packed"))["teacher_topk"].content == again.content
+    assert [record.sha256 for record in shared.store.shards(again, "teacher_topk")] == digests
+
+
+@pytest.mark.parametrize("encoding", ["exact", "packed"])
+def test_a_tail_mass_ends_the_teachers_lists_and_nothing_is_lost(shared, encoding):
+    """The fewest entries that leave at most the mass outside; what is cut is in the tail, and the student's lists stay."""
+    needs = DirectConfig(support=TopkSupport(kind="union", k=64)).needs()
+    whole = shared.make(needs.signals)
+    cut = shared.make(needs.signals, config=SuperviseConfig(encoding=encoding, tail_mass=0.4))
+    assert (cut["student_topk"].key == whole["student_topk"].key) == (encoding == "exact")
+    one, other = (shared.store.read_table(made["teacher_topk"], "teacher_topk").to_pylist() for made in (whole, cut))
+    lengths = set()
+    for row, short in zip(one, other, strict=True):
+        for t, logprobs in enumerate(row["logprobs"]):
+            mass = np.exp(np.array([*logprobs, row["tail_logmass"][t]]))
+            outside = mass[::-1].cumsum()[::-1]  # of the first entries
+            count = short["valid"][t]
+            assert outside[count] <= 0.4 < outside[count - 1] and short["ids"][t] == row["ids"][t][:count]
+            assert short["tail_logmass"][t] == pytest.approx(
+                math.log(outside[count]), abs=1e-5 + STEP * (encoding == "packed")
+            )
+            lengths.add(count)
+    assert len(lengths) > 1 and max(lengths) < 64
+    signals = {name: shared.store.read_table(artifact, name) for name, artifact in cut.items()}
+    rollouts = shared.store.read_table(shared.rollouts, "rollouts")
+    samples = from_rollouts(rollouts, signals, needs, [], rows=264, cut=["teacher_topk"])
+    assert samples.keep.all() and samples.invalid == 0
+    with pytest.raises(InputError, match="K=64"):
+        from_rollouts(rollouts, signals, needs, [], rows=264)
+
+
+@pytest.mark.parametrize("encoding", ["exact", "compact", "packed"])
 @pytest.mark.parametrize("k", [6, 264])
 def test_what_the_scorer_writes_passes_the_trainers_checks(shared, encoding, k):
     needs = DirectConfig(support=TopkSupport(kind="union", k=k)).needs()

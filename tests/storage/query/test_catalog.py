@@ -7,16 +7,19 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
+from top_k_lists import lists_of
 
 from storage.artifacts.artifact import ArtifactSpec, artifact_directory
+from storage.artifacts.packed import pack
 from storage.errors import CorruptArtifact, Evicted
 from storage.query.catalog import Catalog, QueryRefused
 from storage.query.figures import difference, evaluation_of, read_sums
 from storage.query.views import VIEWS
 from storage.runs import RoundState, Run, StageState
-from storage.schemas import schema_for
+from storage.schemas import TABLES, schema_for
 from storage.store import Store
 from storage.upkeep.gc import evict
 
@@ -77,6 +80,39 @@ def test_tokens_are_the_exploded_rollouts_with_signals_and_text(demo):
     assert [r["teacher_logprob"] for r in found] == [-0.25, -1.25, -2.25, -3.25, -4.25]
     assert [r["mask_reasons"] for r in found] == [0, 0, 0, 0, 1]
     assert {(r["student_entropy"], r["teacher_entropy"]) for r in found} == {(0.5, 0.25)}
+
+
+def test_packed_lists_are_the_declared_columns_beside_lists_that_are_not_packed(example_store):
+    """Round 1 of the run `demo` has packed lists, round 2 has not; `supervision` shows both, and no lists of `other`'s."""
+    store, run, random = Store(example_store), Run.open(example_store, "demo"), np.random.default_rng(3)
+    state, made = run.state, {}
+    for table, packed_in in (("teacher_topk", 1), ("student_topk", 2)):
+        for entry in state.rounds[1:]:
+            rollouts = store.get("rollout", entry.stages["rollout"].artifacts["rollout"])
+            names = store.read_table(rollouts, "rollouts")["sample_id"]
+            lists = lists_of(random, list(range(1, len(names) + 1)), 5, 2.0, 0.2, table)
+            lists = lists.set_column(0, schema_for(table).field(0), names)
+            packed = entry.round == packed_in
+            with store.building(ArtifactSpec.of(table, 1, {"round": entry.round}, {})) as builder:
+                builder.write_shard(table, 0, pack(TABLES[table], lists) if packed else lists)
+                made[table, entry.round] = builder.commit()
+            entry.stages["supervise"].artifacts[table] = made[table, entry.round].key
+    with run.lock():
+        run.save(state)
+    for (table, number), artifact in made.items():
+        columns = [name for name in schema_for(table).names if name != "sample_id"]
+        shown = ", ".join(f"{table}_{name} AS {name}" for name in columns)
+        sql = f"SELECT sample_id, {shown} FROM supervision WHERE run = 'demo' AND round = {number} ORDER BY sample_id"
+        found = Catalog(store).query(sql)
+        stored = store.read_table(artifact, table).select(["sample_id", *columns]).sort_by("sample_id")
+        assert repr(found.to_pylist()) == repr(stored.to_pylist())  # NaN included
+        assert found.schema.types == stored.schema.types
+    likeliest = (
+        "SELECT sum(exp(teacher_topk_logprobs[1][1])) AS mass, count(*) AS n FROM supervision"
+        " WHERE len(teacher_topk_ids[1]) > 0"
+    )
+    (sums,) = rows(Catalog(store), likeliest)
+    assert 0 < sums["mass"] <= sums["n"] <= 10
 
 
 def test_text_offset_is_where_a_tokens_text_begins_in_the_completion(demo):

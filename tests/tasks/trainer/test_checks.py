@@ -12,6 +12,7 @@ from clean_round import NAMES, ROWS, K, Rows, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage.artifacts.packed import unpack
 from storage.errors import InputError
 from storage.schemas import MaskReason, schema_for
 from tasks.losses.config import DirectConfig, FullSupport, TopkSupport
@@ -203,7 +204,7 @@ def scored(draw: st.DrawFn) -> tuple[np.ndarray, int, str]:
     logits[random.random(logits.shape) < draw(st.sampled_from([0.0, 0.3]))] = -INF
     logits[:, 0] = 0.0
     logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    return logprobs, draw(st.integers(1, vocabulary)), draw(st.sampled_from(["exact", "compact"]))
+    return logprobs, draw(st.integers(1, vocabulary)), draw(st.sampled_from(["exact", "compact", "packed"]))
 
 
 def lists_of(logprobs: np.ndarray, k: int, encoding: str) -> tuple[Tokens, Lists]:
@@ -218,7 +219,10 @@ def lists_of(logprobs: np.ndarray, k: int, encoding: str) -> tuple[Tokens, Lists
     quantities = {"ids": ids, "logprobs": top, "valid": valid, "tail": tail}
     values = {f"teacher_top{k}_{name}": [array] for name, array in quantities.items()}
     rollouts = pa.table({"sample_id": ["s"], "completion_token_ids": [[0] * len(logprobs)]})
-    (row,) = SIGNALS["teacher_topk"].table(Shard(rollouts, values, k, encoding)).to_pylist()
+    made = SIGNALS["teacher_topk"].table(Shard(rollouts, values, k, encoding))
+    (row,) = (
+        unpack(made, schema_for("teacher_topk").names, made.column_names) if encoding == "packed" else made
+    ).to_pylist()
     flat = {name: np.concatenate([np.array(cell) for cell in row[name]]) for name in ("ids", "logprobs")}
     counts = np.array(row["valid"])
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -230,7 +234,7 @@ def lists_of(logprobs: np.ndarray, k: int, encoding: str) -> tuple[Tokens, Lists
 
 @settings(max_examples=150, deadline=None)
 @given(scored())
-def test_what_a_scorer_makes_of_a_distribution_passes_in_both_encodings(case) -> None:
+def test_what_a_scorer_makes_of_a_distribution_passes_in_every_encoding(case) -> None:
     logprobs, k, encoding = case
     tokens, lists = lists_of(logprobs, k, encoding)
     check_lists(tokens, lists, logprobs.shape[1])

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from trainer_world import Made, World, commit_model, logprobs_of, make, tiny_model
 from transformers import AutoModelForCausalLM
 
+from storage.artifacts.packed import pack
 from storage.errors import InputError, OpdError
-from storage.schemas import schema_for
-from storage.store import ArtifactSpec
+from storage.schemas import TABLES, schema_for
+from storage.store import Artifact, ArtifactSpec
 from tasks.losses.config import DirectConfig, PolicyGradientConfig, SftConfig, TopkSupport
 from tasks.train import train_work
 from tasks.trainer.config import TrainConfig, WarmupConfig
@@ -81,19 +82,23 @@ def kept(world: World) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def by_hand(world: World) -> tuple[float, dict[str, torch.Tensor]]:
+    return formula(world, world.signals["teacher_topk"])
+
+
+def formula(world: World, signal: Artifact) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradient of the first step, by autograd over whole sequences and the formula of bucketed reverse KL."""
     student, total, count = tiny_model(1), torch.zeros(()), 0
-    topk = world.store.read_table(world.signals["teacher_topk"], "teacher_topk").to_pylist()
+    topk = world.store.read_table(signal, "teacher_topk").to_pylist()
     for row, lists, keep in zip(world.samples, topk, kept(world), strict=True):
         prompt, completion = row["prompt_token_ids"], row["completion_token_ids"]
         logits = student(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         log_p = logits.log_softmax(-1)
-        ids = torch.tensor(lists["ids"])
-        outside = log_p.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
-        p = torch.cat([log_p.gather(1, ids), outside], 1)
-        q = torch.cat([torch.tensor(lists["logprobs"]), torch.tensor(lists["tail_logmass"])[:, None]], 1)
-        divergence = (p.exp() * (p - q)).sum(1)
-        total, count = total + divergence[torch.tensor(keep)].sum(), count + len(keep)
+        for t in keep:
+            ids = torch.tensor(lists["ids"][t])
+            outside = log_p[t].scatter(0, ids, -torch.inf).logsumexp(0, keepdim=True)
+            p = torch.cat([log_p[t, ids], outside])
+            q = torch.tensor([*lists["logprobs"][t], lists["tail_logmass"][t]])
+            total, count = total + (p.exp() * (p - q)).sum(), count + 1
     (total / count).backward()
     return float(total.detach() / count), {name: p.grad for name, p in student.named_parameters()}
 
@@ -105,6 +110,32 @@ def test_the_first_step_is_the_formulas(train: Train, by_hand: tuple) -> None:
     assert_near(gradients(made), gradient)
     norm = torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
     assert made.rows[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+
+
+def test_packed_lists_that_a_tail_mass_ends_train_by_the_same_formula(
+    train: Train, world: World, by_hand: tuple
+) -> None:
+    """Lists of different lengths; what is cut off is in the bucket."""
+    rows = []
+    for row in world.store.read_table(world.signals["teacher_topk"], "teacher_topk").to_pylist():
+        kept = [max(1, count - place % count) for place, count in enumerate(row["valid"])]
+        cut = [
+            [*logprobs[n:], tail] for logprobs, n, tail in zip(row["logprobs"], kept, row["tail_logmass"], strict=True)
+        ]
+        rows.append(
+            row
+            | {name: [cell[:n] for cell, n in zip(row[name], kept, strict=True)] for name in ("ids", "logprobs")}
+            | {"valid": kept, "tail_logmass": [float(np.logaddexp.reduce(values)) for values in cut]}
+        )
+    schema = TABLES["teacher_topk"]
+    spec = ArtifactSpec.of("teacher_topk", 1, {"encoding": "packed", "tail_mass": 0.5}, {})
+    with world.store.building(spec) as builder:
+        builder.write_shard("teacher_topk", 0, pack(schema, pa.Table.from_pylist(rows, schema.arrow)))
+        signal = builder.commit()
+    loss, gradient = formula(world, signal)
+    made = train(ONE_STEP, signals=world.signals | {"teacher_topk": signal})
+    assert made.losses[0] == pytest.approx(loss, abs=1e-6) and abs(loss - by_hand[0]) > 1e-3
+    assert_near(gradients(made), gradient)
 
 
 @pytest.mark.parametrize(

@@ -121,4 +121,6 @@ def additions(source: AdditionSource) -> Iterator[dict[str, str]]:
         }
         if source.context is not None and number % 2:
             row["prompt"] = source.context.format(**row)
+        if len(source.operations) > 1:
+            row["teacher_id"] = operation
         yield row | {"completion": row["solution"]}

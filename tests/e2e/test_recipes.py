@@ -35,8 +35,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Wor
 @pytest.mark.parametrize("recipe", RECIPES, ids=[path.stem for path in RECIPES])
 def test_two_rounds_of_a_recipe_bring_the_student_nearer(shared, recipe):
     root, workers = shared
-    with ready(recipe, root, workers) as experiment:
-        state, _ = run_experiment(experiment, name=recipe.stem, root=root, rounds=2, prefect=False, workers=workers)
+    with ready(recipe, root, workers) as (experiment, its):
+        state, _ = run_experiment(experiment, name=recipe.stem, root=root, rounds=2, prefect=False, workers=its)
     kl = [r.metrics["reverse_kl"] for r in state.rounds]
     reason = KL_DOES_NOT_FALL.get(recipe.stem)
     assert len(kl) == 3
@@ -44,10 +44,11 @@ def test_two_rounds_of_a_recipe_bring_the_student_nearer(shared, recipe):
 
 
 @contextmanager
-def ready(recipe: Path, root: Path, workers: WorkerPool) -> Iterator[Experiment]:
-    """A recipe's experiment; that of a served teacher with a server of the demo's teacher, as docs/teachers.md starts one."""
+def ready(recipe: Path, root: Path, workers: WorkerPool) -> Iterator[tuple[Experiment, WorkerPool | None]]:
+    """A recipe's experiment, and the workers if it can share them. That of a served teacher has another runtime, and a server of
+    the demo's teacher, as docs/teachers.md starts one."""
     if recipe.stem != "served-teacher":
-        yield load_experiment(recipe)
+        yield load_experiment(recipe), workers
         return
     demo = load_experiment(CONFIGS / "quickstart.yaml")
     state, _ = run_experiment(demo, name="the-demos-teacher", root=root, rounds=0, prefect=False, workers=workers)
@@ -56,7 +57,7 @@ def ready(recipe: Path, root: Path, workers: WorkerPool) -> Iterator[Experiment]
     server = VllmServer(store.materialize(teacher), root.parent / "server.log", "demo-teacher")
     try:
         urls = f"runtime.scorer.server.urls=[{server.url}]"
-        yield load_experiment(recipe, [urls])
+        yield load_experiment(recipe, [urls]), None
     finally:
         server.kill()
 

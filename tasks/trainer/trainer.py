@@ -119,6 +119,8 @@ class Trainer:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         provider = ChunkedHead(int(runtime["head_chunk_tokens"]))
         module = TrainModule(model, make_objective(training.objective), provider, training.weights, training.stop_ids)
+        if dist.get_rank() == 0 and module.loss_head.note:
+            print(module.loss_head.note, flush=True)
         engine = Engine(module, parameters, settings, runtime["deepspeed"], self.device)
         try:
             if average is not None:

@@ -2,8 +2,8 @@
 
 python benchmarks/losses.py [--sizes small,large] [--repeats 5] [--chunks 1024] [--trl FOLDER]
 
-`plain` makes all logits at once; `fused` is the trainer's way, with chunks of so many tokens; `rows` multiplies K rows of the
-head; `trl` is TRL's chunked path, from the folder of `pip install --no-deps --target FOLDER trl` (its distillation loss projects
+`plain` makes all logits at once; `fused` is the trainer's way, with chunks of at most so many tokens; `rows` multiplies K rows of
+the head; `metrics` is the trainer's way with the metrics of a logged step on, of a sixteenth of the tokens; `trl` is TRL's chunked path, from the folder of `pip install --no-deps --target FOLDER trl` (its distillation loss projects
 a teacher too: one of 16 dimensions here, so that this costs little). All run in turn in one process, so that their ratios hold
 on a machine that others use as well; CPU seconds are the process's. Memory: the peak above that of the inputs, without the head's
 own gradient, of a process for each."""
@@ -38,6 +38,8 @@ SIZES = {
     "tiny": (64, 32, 1000),
 }
 K = 32
+SHARE = 1 / 16
+"""Of the tokens, for metrics."""
 METHODS: dict[str, Any] = {
     "bucket": DirectConfig.model_validate({"support": {"kind": "teacher_topk", "k": K, "outside": "bucket"}}),
     "rows": DirectConfig.model_validate({"support": {"kind": "teacher_topk", "k": K, "outside": "renormalize"}}),
@@ -85,15 +87,17 @@ class Case:
         if way == "trl":
             return self._trl(method)
         provider: Any = Plain() if way == "plain" else ChunkedHead(int(chunk[0]) if chunk else 1024)
-        head = LossHead(self.head, make_objective(METHODS[method]), provider, None)
+        observe = way == "metrics"
+        share = SHARE if observe else 1.0
+        head = LossHead(self.head, make_objective(METHODS[method]), provider, None, metrics_share=share)
         forward = Forward(
             torch.zeros(1, 1, dtype=torch.int64),
             torch.arange(self.n),
             self.batch,
             torch.full((self.n,), 1 / self.n),
         )
-        assert head.fuses(self.batch) == (way == "fused"), name
-        return lambda: head(self.hidden, forward, False)
+        assert head.fuses(self.batch) == (way != "plain" and method != "rows"), name
+        return lambda: head(self.hidden, forward, observe)
 
     def _trl(self, method: str) -> Callable[[], Tensor]:
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
@@ -153,10 +157,10 @@ def main() -> None:
     if given.peak:
         print(peak(given.sizes, given.peak, given.trl))
         return
-    names = ["rows rows"]
+    names = ["rows rows", "rows metrics"]
     for method in given.methods.split(","):
         names += [f"{method} plain", *(f"{method} fused {chunk}" for chunk in given.chunks.split(","))]
-        names += [f"{method} trl"] if given.trl else []
+        names += [f"{method} metrics", *([f"{method} trl"] if given.trl else [])]
     print("size,loss,s_median,s_least,s_most,cpu_s_least,extra_mb,time_to_plain,cpu_to_plain,memory_to_plain")
     for size in given.sizes.split(","):
         own = [sys.executable, __file__, "--sizes", size, "--threads", str(given.threads)] + (
@@ -170,6 +174,7 @@ def main() -> None:
         losses = {name: case.loss(name) for name in names}
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
         for repeat in range(given.repeats + 1):
+            print(f"{size}: repeat {repeat} of {given.repeats}", file=sys.stderr, flush=True)
             for name, loss in losses.items():
                 measured = case.run(loss)
                 if repeat:  # the first fills caches

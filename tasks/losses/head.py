@@ -108,8 +108,10 @@ class ChunkedHead:
         request: StudentRequest,
         observe: StudentRequest | None,
         share: fused.Share,
+        seen_N: Tensor | None = None,
     ) -> Tensor:
-        """The sum of `share` over chunks of the unmasked tokens; back-propagates once. `observe`: what metrics need there.
+        """The sum of `share` over chunks of the unmasked tokens; back-propagates once. `observe`: what metrics need, of the
+        tokens `seen_N` (bool; null: all) and zero at others.
 
         A chunk has at most `chunk_tokens`, and at most an eighth of the tokens where these are many: its logits take an eighth of
         the memory of all, and the weight's gradient, which every chunk reads and writes, does not take most of the time."""
@@ -125,9 +127,13 @@ class ChunkedHead:
             lists = kept(observe)
 
             def metrics(logits_CV: Tensor, rows: slice) -> StudentView:
-                return view_of(
-                    _in_tiles(logits_CV, tokens_M[rows], [None if t is None else t[rows] for t in lists], observe)
-                )
+                tokens_C, lists_C = tokens_M[rows], [None if t is None else t[rows] for t in lists]
+                if seen_N is None:
+                    return view_of(_in_tiles(logits_CV, tokens_C, lists_C, observe))
+                seen = seen_N[kept_M[rows]].nonzero().squeeze(-1)
+                some = [None if t is None else t.index_select(0, seen) for t in lists_C]
+                parts = _in_tiles(logits_CV.index_select(0, seen), tokens_C.index_select(0, seen), some, observe)
+                return view_of(tuple(None if t is None else _spread(t, seen, len(logits_CV)) for t in parts))
 
         ids_MK, listed_MK, _ = kept(request)
         return fused.fused_loss(

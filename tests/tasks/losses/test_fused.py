@@ -140,6 +140,35 @@ def test_metrics_change_no_bit_of_the_loss_and_cost_no_product() -> None:
     assert torch.equal(loss_head.stats.sample_N, batch.sample_N[kept])
 
 
+@pytest.mark.parametrize("outside", ["bucket", "renormalize"])
+def test_metrics_of_a_share_of_the_tokens(outside: str) -> None:
+    """What the loss yields itself is of all tokens, the rest of the share; no bit of the loss changes."""
+    config = DirectConfig.model_validate({"support": {"kind": "teacher_topk", "k": K, "outside": outside}})
+    batch, head, hidden = batch_of(7), nn.Linear(D, V), torch.randn(N, D, requires_grad=True)
+    whole, some = (
+        LossHead(head, make_objective(config), ChunkedHead(5, rows_from=1), None, metrics_share=share)
+        for share in (1.0, 0.5)
+    )
+    wanted, found = (gradients(loss_head, batch, hidden, True) for loss_head in (whole, some))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert whole.stats is not None and some.stats is not None and some.stats.seen_N is not None
+    free = {"teacher_mass"} | ({"student_mass", "reverse_kl"} if outside == "bucket" else set())
+    assert some.stats.metrics.keys() == whole.stats.metrics.keys()
+    assert some.stats.of_seen == whole.stats.metrics.keys() - free >= {"student_entropy", "drift"}
+    for name, values in some.stats.metrics.items():
+        at = some.stats.counted(name)
+        assert 0 < int(at.sum()) <= int(batch.loss_mask_N.sum()) and (name in free) == bool(
+            at[whole.stats.mask_N > 0].all()
+        )
+        torch.testing.assert_close(values[at], whole.stats.metrics[name][at])
+    if outside == "renormalize":
+        with FlopCounterMode(display=False) as flops, torch.no_grad():
+            some(hidden, forward_of(batch), True)
+        assert flops.get_total_flops() == pytest.approx(
+            2 * int(some.stats.counted("drift").sum()) * V * D, abs=2 * N * K * D
+        )
+
+
 @pytest.mark.parametrize("reason", ["subclass", "partitioned", "hooked", "credit"])
 def test_falls_back_to_logits_made_twice(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(nn.Linear):

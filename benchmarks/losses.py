@@ -3,17 +3,18 @@
 python benchmarks/losses.py [--sizes small,large] [--repeats 5] [--chunks 1024] [--trl FOLDER]
 
 `plain` makes all logits at once; `fused` is the trainer's way, with chunks of at most so many tokens; `rows` multiplies K rows of
-the head; `metrics` is the trainer's way with the metrics of a logged step on, of a sixteenth of the tokens; `trl` is TRL's chunked path, from the folder of `pip install --no-deps --target FOLDER trl` (its distillation loss projects
-a teacher too: one of 16 dimensions here, so that this costs little). All run in turn in one process, so that their ratios hold
-on a machine that others use as well; CPU seconds are the process's. Memory: the peak above that of the inputs, without the head's
-own gradient, of a process for each."""
+the head; `metrics` is the trainer's way with the metrics of a logged step on, of a sixteenth of the tokens; `trl` is TRL's
+chunked path, from the folder of `pip install --no-deps --target FOLDER trl` (its distillation loss projects a teacher too: one of
+16 dimensions here, so that this costs little). All run in turn in one process, so that their ratios hold on a machine that others
+use as well; CPU seconds are the process's. Memory: the peak of resident memory above that of the inputs, less the head's own
+gradient."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -111,12 +112,16 @@ class Case:
         given = (self.teacher_hidden, self.teacher_weight, None, 1.0)
         return lambda: other(self.hidden, weight, None, *given)[0].mean()
 
-    def run(self, loss: Callable[[], Tensor]) -> tuple[float, float]:
-        """(seconds, CPU seconds) of forward and backward."""
+    def run(self, loss: Callable[[], Tensor]) -> tuple[float, float, float]:
+        """Seconds, CPU seconds and MB of forward and backward."""
         self.hidden.grad = self.head.weight.grad = None
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = _resident("VmRSS")
         began, used = time.perf_counter(), _cpu()
         loss().backward()  # type: ignore[no-untyped-call]
-        return time.perf_counter() - began, _cpu() - used
+        seconds, cpu = time.perf_counter() - began, _cpu() - used
+        return seconds, cpu, _resident("VmHWM") - before - self.head.weight.numel() * 4 / 1e6
 
 
 def _cpu() -> float:
@@ -129,18 +134,6 @@ def _resident(field: str) -> float:
     return int(line.split()[1]) / 1000
 
 
-def peak(size: str, name: str, trl: str | None) -> float:
-    """MB that one forward and backward adds, without the head's gradient."""
-    tiny = Case("tiny", trl)
-    tiny.run(tiny.loss(name))  # threads and libraries have their memory by then
-    case = Case(size, trl)
-    loss = case.loss(name)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = _resident("VmRSS")
-    case.run(loss)
-    return _resident("VmHWM") - before - case.head.weight.numel() * 4 / 1e6
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sizes", default="small,large")
@@ -149,54 +142,37 @@ def main() -> None:
     parser.add_argument("--methods", default="bucket,sampled")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--trl")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.trl:
         sys.path.append(given.trl)
     torch.set_num_threads(given.threads)
-    if given.peak:
-        print(peak(given.sizes, given.peak, given.trl))
-        return
     names = ["rows rows", "rows metrics"]
     for method in given.methods.split(","):
         names += [f"{method} plain", *(f"{method} fused {chunk}" for chunk in given.chunks.split(","))]
         names += [f"{method} metrics", *([f"{method} trl"] if given.trl else [])]
-    print("size,loss,s_median,s_least,s_most,cpu_s_least,extra_mb,time_to_plain,cpu_to_plain,memory_to_plain")
+    print("size,loss,s_median,s_least,s_most,cpu_s_median,extra_mb,time_to_plain,cpu_to_plain,memory_to_plain")
     for size in given.sizes.split(","):
-        own = [sys.executable, __file__, "--sizes", size, "--threads", str(given.threads)] + (
-            ["--trl", given.trl] if given.trl else []
-        )
-        memory = {
-            name: float(subprocess.run([*own, "--peak", name], check=True, capture_output=True, text=True).stdout)
-            for name in names
-        }
         case = Case(size, given.trl)
         losses = {name: case.loss(name) for name in names}
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+        found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
         for repeat in range(given.repeats + 1):
-            print(f"{size}: repeat {repeat} of {given.repeats}", file=sys.stderr, flush=True)
             for name, loss in losses.items():
                 measured = case.run(loss)
+                print(
+                    f"{size} {repeat} {name}: " + ", ".join(f"{value:.3g}" for value in measured),
+                    file=sys.stderr,
+                    flush=True,
+                )
                 if repeat:  # the first fills caches
                     found[name].append(measured)
         for name in names:
-            seconds, cpu = zip(*found[name], strict=True)
-            row: list[str | float] = [
-                size,
-                name,
-                statistics.median(seconds),
-                min(seconds),
-                max(seconds),
-                min(cpu),
-                memory[name],
-            ]
-            if (plain := f"{name.split()[0]} plain") in found:
-                # each repeat against plain's of the same turn
-                for place in (0, 1):
-                    ratios = [a[place] / b[place] for a, b in zip(found[name], found[plain], strict=True)]
-                    row.append(statistics.median(ratios))
-                row.append(memory[name] / memory[plain])
-            print(",".join(cell if isinstance(cell, str) else f"{cell:.3g}" for cell in row), flush=True)
+            seconds, cpu, memory = zip(*found[name], strict=True)
+            row = [statistics.median(seconds), min(seconds), max(seconds), statistics.median(cpu), max(memory)]
+            plain = found.get(f"{name.split()[0]} plain")
+            if plain is not None:  # each repeat against plain's of the same turn
+                for place in range(3):
+                    row.append(statistics.median(a[place] / b[place] for a, b in zip(found[name], plain, strict=True)))
+            print(",".join([size, name, *(f"{value:.3g}" for value in row)]), flush=True)
 
 
 if __name__ == "__main__":

@@ -122,11 +122,11 @@ class ChunkedHead:
         def kept(wanted: StudentRequest) -> list[Tensor | None]:
             return [None if t is None else t.index_select(0, kept_M) for t in support_of(batch, wanted)]
 
-        metrics = None
+        seen_by_metrics: fused.Observe | None = None
         if observe is not None:
             lists = kept(observe)
 
-            def metrics(logits_CV: Tensor, rows: slice) -> StudentView:
+            def look(logits_CV: Tensor, rows: slice) -> StudentView:
                 tokens_C, lists_C = tokens_M[rows], [None if t is None else t[rows] for t in lists]
                 if seen_N is None:
                     return view_of(_in_tiles(logits_CV, tokens_C, lists_C, observe))
@@ -135,6 +135,7 @@ class ChunkedHead:
                 parts = _in_tiles(logits_CV.index_select(0, seen), tokens_C.index_select(0, seen), some, observe)
                 return view_of(tuple(None if t is None else _spread(t, seen, len(logits_CV)) for t in parts))
 
+            seen_by_metrics = look
         ids_MK, listed_MK, _ = kept(request)
         return fused.fused_loss(
             hidden_ND.index_select(0, kept_M),
@@ -143,7 +144,7 @@ class ChunkedHead:
             fused.Lists(tokens_M, ids_MK, listed_MK),
             request,
             share,
-            metrics,
+            seen_by_metrics,
             min(self.chunk_tokens, max(_SMALL_CHUNK, len(kept_M) // 8)),
         )
 

@@ -22,7 +22,7 @@ def merge_scores(scores_NV: Tensor, stop_ids: Sequence[int]) -> Tensor:
     mass. ValueError when it does not have the first."""
     if len(stop_ids) < 2:
         return scores_NV
-    own, *others = _there(stop_ids, scores_NV.shape[-1])
+    own, *others = there(stop_ids, scores_NV.shape[-1])
     if not others:
         return scores_NV
     index_S = torch.tensor([own, *others], device=scores_NV.device)
@@ -55,7 +55,7 @@ def merge_rows(ids_NK: Tensor, stop_ids: Sequence[int], rows: int) -> Tensor:
     """ids (N, K + S): the lists, then the stop ids of the `rows` that a model has. `merge_listed` takes their scores."""
     if len(stop_ids) < 2:
         return ids_NK
-    stops_S = torch.tensor(_there(stop_ids, rows), device=ids_NK.device, dtype=ids_NK.dtype)
+    stops_S = torch.tensor(there(stop_ids, rows), device=ids_NK.device, dtype=ids_NK.dtype)
     return torch.cat((ids_NK, stops_S.expand(*ids_NK.shape[:-1], len(stops_S))), -1)
 
 
@@ -82,7 +82,8 @@ def merge_ids(ids: Tensor, stop_ids: Sequence[int]) -> Tensor:
     return torch.where(torch.isin(ids, torch.tensor(list(stop_ids), device=ids.device)), stop_ids[0], ids)
 
 
-def _there(stop_ids: Sequence[int], rows: int) -> list[int]:
+def there(stop_ids: Sequence[int], rows: int) -> list[int]:
+    """Those that a model of `rows` ids has. ValueError when it does not have the first."""
     if stop_ids[0] >= rows:
         raise ValueError(f"stop_ids: {stop_ids[0]}, which stands for {list(stop_ids)}, is not among the {rows} ids")
     return [index for index in stop_ids if index < rows]

@@ -35,7 +35,7 @@ def merge_in_place(scores_NV: Tensor, stop_ids: Sequence[int]) -> Tensor | None:
     """`merge_scores` in the same memory. Returns the stop ids' scores (N, S) from before; null where nothing is merged."""
     if len(stop_ids) < 2:
         return None
-    index_S = torch.tensor(_there(stop_ids, scores_NV.shape[-1]), device=scores_NV.device)
+    index_S = torch.tensor(there(stop_ids, scores_NV.shape[-1]), device=scores_NV.device)
     scores_NS = scores_NV.index_select(-1, index_S)
     scores_NV.index_fill_(-1, index_S, float("-inf"))
     scores_NV[..., stop_ids[0]] = merged_score(scores_NS)
@@ -46,7 +46,7 @@ def spread_in_place(gradient_NV: Tensor, stop_ids: Sequence[int], scores_NS: Ten
     """The gradient by merged scores becomes that by the scores before `merge_in_place`, which returned `scores_NS`."""
     if scores_NS is None:
         return
-    index_S = torch.tensor(_there(stop_ids, gradient_NV.shape[-1]), device=gradient_NV.device)
+    index_S = torch.tensor(there(stop_ids, gradient_NV.shape[-1]), device=gradient_NV.device)
     shares_NS = (scores_NS - merged_score(scores_NS).unsqueeze(-1)).exp().nan_to_num(0)
     gradient_NV.index_copy_(-1, index_S, gradient_NV[..., stop_ids[:1]] * shares_NS)
 

@@ -223,13 +223,20 @@ def test_a_fork_is_governed_by_its_parent_up_to_the_fork():
     assert [fork.at(r).train.lr for r in (0, 1, 2, 3)] == [1e-3, 1e-3, 1e-3, 0.5]
 
 
-EXPERIMENTS = sorted(set((CHECKOUT / "configs").rglob("*.yaml")) - {CHECKOUT / "configs" / "study.yaml"})
+STUDIES = sorted((CHECKOUT / "configs").glob("study*.yaml"))
+EXPERIMENTS = sorted(set((CHECKOUT / "configs").rglob("*.yaml")) - set(STUDIES))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 def test_every_config_in_the_repository_loads(path, monkeypatch):
     monkeypatch.chdir(CHECKOUT)
     load_experiment(path)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_every_study_in_the_repository_loads(path):
+    plan = load_study(path)
+    assert [*plan.sweep_runs()] and len(plan.study.seeds) == 3
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -127,11 +127,15 @@ def test_an_item_that_kills_its_worker_ends_the_stage_and_is_named(tmp_path):
     assert "shards 2, 3 (20 samples) not finished" in first and "the last of 2 tries" in first
 
 
+NOW = jobs.PROTOCOL
+SENT = f'"protocol":{NOW}'.encode()
+
+
 def test_a_message_that_does_not_fit_names_the_field_and_both_protocols(tmp_path):
     wrong = jobs.raw(ScriptedItem(0))
-    with pytest.raises(jobs.JobMismatch, match=r"`int`, got `str` - at `\$\.shard`.*protocol 7.*protocol 1"):
+    with pytest.raises(jobs.JobMismatch, match=rf"`int`, got `str` - at `\$\.shard`.*protocol 7.*protocol {NOW}"):
         jobs.decode(type(wrong)(bytes(wrong).replace(b'"shard":0', b'"shard":"a"')), 7)
-    with pytest.raises(jobs.JobMismatch, match=r"protocol 7.*protocol 1"):
+    with pytest.raises(jobs.JobMismatch, match=rf"protocol 7.*protocol {NOW}"):
         jobs.decode(wrong, 7)
     with pytest.raises(jobs.JobMismatch, match=r"missing required field `size`|unknown field"):
         jobs.decode(type(wrong)(b'{"type":"ShardDone","shard":1,"bytes":3}'))
@@ -217,14 +221,14 @@ def test_a_worker_does_not_outlive_an_error_of_the_supervisor_in_the_middle_of_a
     assert (after.value, after.served) == (7, 1)
 
 
-@pytest.mark.parametrize("spoilt", [(b'"log"', b'"logfile"'), (b'"protocol":1', b'"protocol":"one"')])
+@pytest.mark.parametrize("spoilt", [(b'"log"', b'"logfile"'), (SENT, b'"protocol":"one"')])
 def test_a_job_that_the_worker_cannot_read_names_the_field(tmp_path, monkeypatch, spoilt):
     old, new = spoilt
     whole = jobs.line
     with pool(tmp_path) as workers:
         pid = workers.run("scorer", ScriptedJob(do="echo")).pid
         monkeypatch.setattr(jobs, "line", lambda message: whole(message).replace(old, new))
-        with pytest.raises(jobs.JobMismatch, match=r"(`logfile`|at `\$\.protocol`).*read with protocol 1"):
+        with pytest.raises(jobs.JobMismatch, match=rf"(`logfile`|at `\$\.protocol`).*read with protocol {NOW}"):
             workers.run("scorer", ScriptedJob(do="echo"))
         monkeypatch.undo()
         assert workers.run("scorer", ScriptedJob(do="echo", value=5)).value == 5
@@ -233,11 +237,11 @@ def test_a_job_that_the_worker_cannot_read_names_the_field(tmp_path, monkeypatch
 
 def test_a_job_of_another_protocol_names_both(tmp_path, monkeypatch):
     whole = jobs.line
-    newer = lambda m: whole(m).replace(b'"protocol":1', b'"protocol":7,"priority":2')  # noqa: E731
+    newer = lambda m: whole(m).replace(SENT, b'"protocol":7,"priority":2')  # noqa: E731
     with pool(tmp_path) as workers:
         workers.run("scorer", ScriptedJob(do="echo"))
         monkeypatch.setattr(jobs, "line", newer)
-        with pytest.raises(jobs.JobMismatch, match=r"`priority` \(sent with protocol 7, read with protocol 1\)"):
+        with pytest.raises(jobs.JobMismatch, match=rf"`priority` \(sent with protocol 7, read with protocol {NOW}\)"):
             workers.run("scorer", ScriptedJob(do="echo"))
         monkeypatch.undo()
 

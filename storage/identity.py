@@ -52,6 +52,11 @@ def by_kind() -> dict[str, Any]:
     return {_BY_KIND: True}
 
 
+def digest_of(value: object) -> str:
+    """SHA-256 of a value's canonical JSON, as hex. Raises as `canonical_json`."""
+    return hashlib.sha256(canonical_json(value).encode("ascii")).hexdigest()
+
+
 def canonical_json(value: object) -> str:
     """One JSON text per value: sorted keys, no spaces, ASCII, floats by shortest repr, -0.0 as 0.0.
 

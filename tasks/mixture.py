@@ -3,13 +3,12 @@ scorer computes the average (`tasks/engines/mixture.py`)."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from storage.identity import Identity, canonical_json
+from storage.identity import Identity, digest_of
 from storage.store import Artifact, ArtifactSpec, Builder
 from tasks.stage import Context, Work
 
@@ -56,19 +55,15 @@ def mixture_work(config: MixtureConfig, teachers: Mapping[str, Artifact]) -> Wor
     another mixture of the same contents, because that run or folder may be removed."""
     members = sorted((teachers[name].content["weights"], weight, name) for name, weight in config.weights.items())
     content = {
-        part: _digest([config.average, [[teachers[name].content[part], weight] for _, weight, name in members]])
+        part: digest_of([config.average, [[teachers[name].content[part], weight] for _, weight, name in members]])
         for part in ("weights", "architecture")
     }
     first = teachers[members[0][2]]
     content |= {part: first.content[part] for part in ("tokenizer", "generation") if part in first.content}
     parts = [[teachers[name].stage, teachers[name].key, weight] for _, weight, name in members]
-    spec = ArtifactSpec.of(STAGE, VERSION, {"average": config.average}, content | {"members": _digest(parts)})
+    spec = ArtifactSpec.of(STAGE, VERSION, {"average": config.average}, content | {"members": digest_of(parts)})
 
     def build(builders: dict[str, Builder], context: Context) -> None:
         builders[STAGE].commit(content=content, meta={"average": config.average, "members": parts})
 
     return Work(STAGE, {STAGE: spec}, build)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value).encode("ascii")).hexdigest()

@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from storage.artifacts.artifact import Artifact
 from storage.artifacts.digests import table_digest, tokenizer_digest
 from storage.errors import InputError, did_you_mean
-from storage.identity import Identity, canonical_json, omit_at
+from storage.identity import Identity, canonical_json, digest_of, omit_at
 from storage.schemas import schema_for
 from storage.store import ArtifactSpec, Builder, Store
 from tasks.inputs.addition import AdditionSource
@@ -578,7 +578,7 @@ def _commit(builder: Builder, prepared: Prepared, changes: dict[str, tuple[str, 
                 if named
                 else {
                     **{f"prompts:{split}": table_digest(found[split]) for split in prepared.filtered},
-                    "audit": _audit_digest(dumped.get(None)),
+                    "audit": digest_of(dumped.get(None)),
                 }
             ),
             **{name: value for name, (value, _) in changes.items() if name == LOADING},
@@ -595,10 +595,6 @@ def _commit(builder: Builder, prepared: Prepared, changes: dict[str, tuple[str, 
         },
         tables=shards,
     )
-
-
-def _audit_digest(audit: dict[str, Any] | None) -> str:
-    return hashlib.sha256(canonical_json(audit).encode("ascii")).hexdigest()
 
 
 def _routed_content(
@@ -623,7 +619,7 @@ def _routed_content(
         renamed = pc.replace_substring(vocabulary["tokenizer"], f"teacher:{name}", "teacher")
         at = vocabulary.column_names.index("tokenizer")
         content[f"vocabulary:{name}"] = table_digest(vocabulary.set_column(at, "tokenizer", renamed))
-        content[f"audit:{name}"] = _audit_digest(audit)
+        content[f"audit:{name}"] = digest_of(audit)
     return content
 
 

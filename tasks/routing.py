@@ -3,14 +3,13 @@ their prompts enter keys, and which prompt is whose. Torch-free."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Collection, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from storage.identity import canonical_json
+from storage.identity import digest_of
 from storage.store import Artifact, Store
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -50,7 +49,7 @@ def combined(digests: Sequence[str]) -> str:
     """One digest of several, whatever their order; of one it is the digest itself."""
     if len(digests) == 1:
         return digests[0]
-    return hashlib.sha256(canonical_json(sorted(digests)).encode("ascii")).hexdigest()
+    return digest_of(sorted(digests))
 
 
 def teacher_of_prompts(store: Store, prompts: Artifact) -> dict[str, str | None]:

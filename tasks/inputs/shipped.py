@@ -5,7 +5,6 @@ accents can be lost without an error. Here the file itself is loaded, and compar
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +19,7 @@ from typing import Any
 from storage.artifacts.digests import file_sha256, tokenizer_digest
 from storage.disk.files import temporary_name
 from storage.errors import InputError
-from storage.identity import canonical_json
+from storage.identity import digest_of
 
 JSON, SENTENCEPIECE, TEKKEN = "tokenizer.json", "tokenizer.model", "tekken.json"
 """Files that define a tokenizer alone, in order of precedence."""
@@ -490,4 +489,4 @@ def _content(directory: Path, memo: Path | None) -> str:
         file_sha256(config, memo) if config.is_file() else "",
         *(version(name) for name in ("transformers", "tokenizers")),
     ]
-    return hashlib.sha256(canonical_json(parts).encode("ascii")).hexdigest()
+    return digest_of(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 import re
@@ -14,7 +13,7 @@ from pydantic import Field, field_validator
 
 from storage.artifacts.digests import file_sha256
 from storage.errors import InputError
-from storage.identity import Identity, canonical_json, omit_at
+from storage.identity import Identity, canonical_json, digest_of, omit_at
 from tasks.inputs.addition import AdditionSource, additions
 from tasks.inputs.records import (
     PARQUET,
@@ -94,7 +93,7 @@ def source_identity(source: FileSource | AdditionSource, memo: Path | None = Non
     listing = {file.relative_to(base).as_posix(): file_sha256(file, memo) for file in files}
     # The name of a single file is left out; in a folder the names determine the order.
     content = list(listing.values()) if source.path.is_file() else listing
-    digest = hashlib.sha256(canonical_json(content).encode("ascii")).hexdigest()
+    digest = digest_of(content)
     identity: dict[str, Any] = {"kind": "file", "content": digest, "columns": source.columns, "limit": source.limit}
     if source.last_turn_is_completion:
         identity["last_turn_is_completion"] = True

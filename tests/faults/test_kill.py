@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import in_process
@@ -91,15 +92,22 @@ def check_after_resume(trial: Trial, expected: dict) -> None:
     trial.remove()
 
 
+def killed_at_random(world: Undisturbed, folder: Path, seed: str) -> Callable[[str], None]:
+    """A trial by its name: the tree is killed at a moment that `seed` and name decide, and the run is resumed."""
+
+    def attempt(name: str) -> None:
+        trial = world.trial(folder / name)
+        process = trial.start()
+        time.sleep(random.Random(f"{seed} {name}").uniform(0.05, world.seconds))
+        trial.kill(process)
+        check_after_resume(trial, world.result)
+
+    return attempt
+
+
 @both_forms(short=2, full=200)
 def test_killed_at_a_random_moment(plain: Undisturbed, trials: Trials, tmp_path: Path, count: int) -> None:
-    def attempt(name: str) -> None:
-        trial = plain.trial(tmp_path / name)
-        process = trial.start()
-        time.sleep(random.Random(f"moment {name}").uniform(0.05, plain.seconds))
-        trial.kill(process)
-        check_after_resume(trial, plain.result)
-
+    attempt = killed_at_random(plain, tmp_path, "moment")
     trials(1, "SIGKILL of the tree at a random moment, scripted engines", map(str, range(count)), attempt, parallel=2)
 
 
@@ -263,13 +271,5 @@ def test_killed_while_what_comes_with_a_teacher_is_made(
 def test_killed_at_a_random_moment_of_such_a_run(
     worlds: dict[str, Undisturbed], trials: Trials, tmp_path: Path, variant: str
 ) -> None:
-    world = worlds[variant]
-
-    def attempt(name: str) -> None:
-        trial = world.trial(tmp_path / name)
-        process = trial.start()
-        time.sleep(random.Random(f"{variant} {name}").uniform(0.05, world.seconds))
-        trial.kill(process)
-        check_after_resume(trial, world.result)
-
+    attempt = killed_at_random(worlds[variant], tmp_path, variant)
     trials(1, f"SIGKILL at a random moment: {WORDS[variant]}", map(str, range(60)), attempt, parallel=2)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import DATA
 
+from tasks.losses import blending
 from tasks.losses.blending import acceptance, blend, draw, residual, without
 
 REFERENCE = json.loads(Path(os.environ.get("OPD_REFERENCE", DATA / "objectives.json")).read_text())
@@ -155,3 +156,17 @@ def test_draws_by_a_uniform_number():
         residual(torch.tensor([0.8, 0.2]).log(), p), torch.tensor([0.3, 0.0], dtype=torch.float64)
     )
     torch.testing.assert_close(residual(p, p), torch.tensor([0.5, 0.5], dtype=torch.float64))
+
+
+def test_the_search_passes_over_the_vocabulary_few_times(monkeypatch):
+    """Bisection would take 24 passes: too many at a real vocabulary."""
+    calls, at = [], blending._at
+    monkeypatch.setattr(blending, "_at", lambda *arguments: calls.append(1) or at(*arguments))
+    generator = torch.Generator().manual_seed(0)
+    student, other = (torch.randn(32, 20_000, generator=generator).mul(2.5) for _ in range(2))
+    teacher = (0.6 * student + other).log_softmax(-1)
+    for epsilon in (1e-4, 0.01, 0.05, 0.5):
+        calls.clear()
+        found = blend(student.log_softmax(-1), teacher, epsilon)
+        assert 0.99 * epsilon <= float(found.kl_N.min()) and float(found.kl_N.max()) <= epsilon
+        assert len(calls) <= 8

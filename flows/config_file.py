@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import types
 import typing
 from pathlib import Path
@@ -30,6 +31,8 @@ CONFIGS = next(
 HUB = "a model of the Hub is {kind: hub, repo: OWNER/NAME, revision: COMMIT}, anything else: hf download OWNER/NAME"
 DISCRIMINATORS = ("kind", "estimator")
 """Keys that choose a variant: an override that changes one replaces the whole mapping of the base."""
+_KEY = re.compile(r'"([^"]+)"|([^."=]+)')
+_OVERRIDE = re.compile(rf"\s*(?P<path>(?:{_KEY.pattern})(?:\.(?:{_KEY.pattern}))*)=(?P<value>.*)", re.DOTALL)
 
 
 def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
@@ -89,13 +92,14 @@ def _variant_changed(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """`a.b=c` as a nested mapping; the value is read as YAML, numbers remember their text."""
-    path, equals, value = text.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
+    """`a.b=c` as a nested mapping; a name that has dots of its own stands in quotes (`teachers."v1.5".source=c`). The value is
+    read as YAML, numbers remember their text."""
+    written = _OVERRIDE.match(text)
+    if written is None:
         raise ConfigError(f"--set {text!r}: expected FIELD.FIELD=VALUE, for example --set train.lr=1e-4")
+    keys = [quoted or bare for quoted, bare in _KEY.findall(written["path"])]
     try:
-        parsed = load(value)
+        parsed = load(written["value"])
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--set {text!r}: the value is not readable as YAML: {error}") from None
     found: dict[str, Any] = {keys[-1]: parsed}

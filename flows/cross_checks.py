@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from flows.config_file import DISCRIMINATORS
 from storage.errors import ConfigError
 from storage.query.figures import PARTS
 from tasks.engines.teacher import ServerTeacher
-from tasks.inputs.models import ServedModel, declared_sizes
-from tasks.inputs.teachers import InitialStudent, is_self
+from tasks.inputs.models import CheckpointModel, ServedModel, declared_sizes
+from tasks.inputs.teachers import SELF_TEACHERS, InitialStudent, is_self
 from tasks.losses.config import FullSupport
 from tasks.routing import NAME, teacher_field
 from tasks.supervise import signal_problems
@@ -175,10 +176,17 @@ def teacher_problems(e: Experiment) -> list[str]:
         )
     if e.teacher is None and not e.teachers:
         problems.append("teacher: required, but missing (or several by name: `teachers`)")
-    for name in e.teachers:
-        if not NAME.fullmatch(name):
+    for name, model in e.teachers.items():
+        path = model.source.path if isinstance(model.source, CheckpointModel) else None
+        if path is not None and path.name in SELF_TEACHERS and not path.exists():
             problems.append(
-                f"teachers: {name!r} is no name; use letters, digits, '.', '-' and '_', at most 64, a letter or digit first"
+                f"teachers.{name}.source: {path.name!r} is the student itself, which can only be the one `teacher`; give"
+                " a checkpoint"
+            )
+        if not NAME.fullmatch(name) or name in DISCRIMINATORS:
+            problems.append(
+                f"teachers: {name!r} is no name; use letters, digits, '.', '-' and '_', at most 64, a letter or digit first, and"
+                f" not {' or '.join(map(repr, DISCRIMINATORS))}"
             )
         if (other := name.rpartition("_")[0]) in e.teachers and name.rpartition("_")[2] in PARTS:
             problems.append(

@@ -86,6 +86,11 @@ def _export_teacher(run: Run, store: Store, directory: Path, name: str | None, j
             f"the teacher of run {run.name!r} is its own student ({source}); export that, without --teacher, of the round that"
             " you want (--round)"
         )
+    if source == "served":
+        raise InputError(
+            f"the teacher of run {run.name!r} is on a server, which does not give its weights;"
+            " copy the model that the server loaded"
+        )
     suffix = "" if name is None else f"_{name}"
     stages = run.state.rounds[0].stages if run.state.rounds else {}
     found = [

@@ -160,6 +160,25 @@ def test_numbers_in_scientific_notation_are_numbers(text, value, tmp_path):
     assert parse_override(f"a={text}") == {"a": value}
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a.b=c.d=e", {"a": {"b": "c.d=e"}}),
+        ('teachers."v1.5".source=x', {"teachers": {"v1.5": {"source": "x"}}}),
+        ('"a=b.c".d={e: [1]}', {"a=b.c": {"d": {"e": [1]}}}),
+        ("a=", {"a": None}),
+    ],
+)
+def test_names_with_dots_stand_in_quotes(text, value):
+    assert parse_override(text) == value
+
+
+@pytest.mark.parametrize("text", ["a.b", "=1", "a..b=1", ".a=1", "a.=1", 'a."".b=1', 'a."b=1', 'a"b".c=1'])
+def test_overrides_without_a_field_are_refused(text):
+    with pytest.raises(ConfigError, match=r"expected FIELD\.FIELD=VALUE"):
+        parse_override(text)
+
+
 def test_a_changed_variant_does_not_inherit_the_old_ones_fields():
     changed = load_experiment(
         TINY, ["objective.divergence={kind: jsd, beta: 0.3}", "objective.divergence.kind=reverse_kl"]

@@ -61,6 +61,8 @@ def mixture(**weights: float) -> dict[str, Any]:
         ({"teacher": GOLDEN["teacher"]}, "both are given"),
         ({"teachers": {}}, "teacher: required"),
         ({"teachers": {"a/b": GOLDEN["teacher"]}}, "'a/b' is no name"),
+        ({"teachers": {"kind": GOLDEN["teacher"]}}, "'kind' is no name"),
+        ({"teachers": {"add": {"source": {"kind": "checkpoint", "path": "ema"}}}}, "'ema' is the student itself"),
         (
             {"teachers": {"math": GOLDEN["teacher"], "math_n": GOLDEN["teacher"]}},
             "beside 'math' no teacher can be called 'math_n'",

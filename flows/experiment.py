@@ -18,12 +18,12 @@ from storage.upkeep.retention import Retention
 from tasks.evaluate import EvaluateConfig
 from tasks.inputs.contexts import columns_of
 from tasks.inputs.models import ModelSource, vocabulary_rows_of
+from tasks.inputs.prompts import PrepareConfig
 from tasks.inputs.teachers import SELF_TEACHERS, EmaStudent, SelfTeacher, TeacherSource, is_self
 from tasks.inputs.verifiers import verifier_digest
 from tasks.losses.config import ObjectiveConfig
 from tasks.mixture import MixtureConfig
 from tasks.plugins import beside, changed, load_plugins, refuse_hidden, search_in
-from tasks.prepare import PrepareConfig
 from tasks.rollout_config import RolloutConfig
 from tasks.supervise import SuperviseConfig
 from tasks.train import TrainConfig

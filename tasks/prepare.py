@@ -8,113 +8,35 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import date, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, field_validator, model_validator
 
 from storage.artifacts.artifact import Artifact
 from storage.artifacts.digests import table_digest, tokenizer_digest
-from storage.errors import InputError, did_you_mean
-from storage.identity import Identity, canonical_json, digest_of, omit_at
+from storage.errors import InputError
+from storage.identity import canonical_json, digest_of
 from storage.schemas import schema_for
 from storage.store import ArtifactSpec, Builder, Store
-from tasks.inputs.addition import AdditionSource
-from tasks.inputs.completions import continued, depends_on_context
+from tasks.inputs.completions import depends_on_context
 from tasks.inputs.contexts import privileged_columns, teacher_prompt
+from tasks.inputs.prompts import SPLITS, PrepareConfig
+from tasks.inputs.rendering import BATCH, Reader, RenderedPrompt, Renderer
 from tasks.inputs.rows import Row
 from tasks.inputs.shipped import load_tokenizer, read_otherwise
-from tasks.inputs.sources import FileSource, PromptSource, read_rows, source_identity
-from tasks.inputs.templates import ClockRead, refuse_random, render
+from tasks.inputs.sources import read_rows, source_identity
 from tasks.inputs.tokenizers import TokenizerAudit, TokenizerPolicy, audit_tokenizers, vocabulary_rows
 from tasks.routing import ROUTED_COLUMNS, all_routes, learned_by, own_prompts, taught_by
 from tasks.signals.signal import STOP_IDS
 from tasks.stage import LOADING, Context, Work
 
 VERSION = 1
-SPLITS: tuple[Literal["eval", "train", "warmup"], ...] = ("eval", "train", "warmup")
-"""In order of precedence: a prompt that is in two splits stays in the first of them."""
 SHARD_ROWS = 20_000
-_BATCH = 1_000
-_SHOWN_ROWS = 3
 CHECKED = "changed_since_0_1"
 """Entry of the meta data by which prompts of this version are told from those of 0.1.0, which may be wrong."""
 NO_CONTEXTS: Mapping[str, str] = {}
-_TEMPLATE_ARGUMENTS = (
-    "conversation",
-    "messages",
-    "tokenize",
-    "add_generation_prompt",
-    "continue_final_message",
-    "chat_template",
-)
-
-
-class PrepareConfig(Identity):
-    """Which prompts there are and how they are given to the models."""
-
-    train: PromptSource | None = Field(None, description="prompts to write rollouts for")
-    eval: PromptSource | None = Field(None, description="held-out prompts; none of them is left in train or warmup")
-    warmup: PromptSource | None = Field(None, description="prompts with completions for supervised fine-tuning")
-    chat_template: bool = Field(
-        True, description="wrap a plain `prompt` as one user message; else tokenise it as it is"
-    )
-    chat_template_kwargs: dict[str, str | int | float | bool | None] = Field(
-        {}, description="passed to the chat template (enable_thinking: false)"
-    )
-    add_generation_prompt: bool = Field(True, description="end the rendering where the assistant's turn begins")
-    add_special_tokens: bool = Field(True, description="plain prompts without template: BOS as the tokenizer adds it")
-    date: str | None = Field(
-        None,
-        json_schema_extra=omit_at(None),
-        description="time at which a chat template that reads the clock is rendered (2026-01-31, or 2026-01-31T12:00:00); null:"
-        " the day on which the run begins, which is kept for its resumes, forks and replays",
-    )
-    append_eos: bool = Field(True, description="end the tokens of a `completion` with the end of sequence")
-    equal_ids: Literal["refuse", "leave_out", "rename"] = Field(
-        "refuse",
-        description="an id that a row of another split has too: `refuse` it; `leave_out` the row of the later split (eval"
-        " comes first, then train, then warmup); `rename` it to SPLIT:ID there",
-        json_schema_extra=omit_at("refuse"),
-    )
-    max_prompt_length: int = Field(1024, ge=1, description="tokens; longer prompts are left out and counted")
-    max_teacher_prompt_length: int | None = Field(None, ge=1, description="the same for what the teacher reads")
-    tokenizers: TokenizerPolicy = TokenizerPolicy()
-
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _own_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name in _TEMPLATE_ARGUMENTS:
-            if name in value:
-                raise ValueError(
-                    f"chat_template_kwargs: {name!r} is set by this program, not by the template's arguments"
-                )
-        return value
-
-    @field_validator("date", mode="before")
-    @classmethod
-    def _iso_date(cls, value: Any) -> Any:
-        if isinstance(value, date):  # YAML reads an unquoted date as one
-            return value.isoformat()
-        if isinstance(value, str):
-            try:
-                datetime.fromisoformat(value)
-            except ValueError as error:
-                raise ValueError(f"date: {value!r} is no date; write 2026-01-31 or 2026-01-31T12:00:00") from error
-        return value
-
-    @model_validator(mode="after")
-    def _some_prompts(self) -> PrepareConfig:
-        if not any(getattr(self, split) for split in SPLITS):
-            raise ValueError("no prompts: give train, eval or warmup a source")
-        return self
-
-    def sources(self) -> dict[str, FileSource | AdditionSource]:
-        """The configured splits, in order of precedence."""
-        return {split: source for split in SPLITS if (source := getattr(self, split)) is not None}
 
 
 def prepare_work(
@@ -230,13 +152,13 @@ def prepare(
             context.say("prepare", f"warning: {warning}" if name is None else f"warning: teachers.{name}: {warning}")
     own = load_tokenizer(student)
     loaded = {tokenizer_digest(student): own}
-    readers: dict[str | None, _Reader] = {}
+    readers: dict[str | None, Reader] = {}
     for name, audit in audits.items():
         folder = teachers[name] if name in teachers else next(iter(teachers.values()))  # of a mixture any
         digest = tokenizer_digest(folder)
         loaded[digest] = loaded.get(digest) or load_tokenizer(folder)
-        readers[name] = _Reader(loaded[digest], audit)
-    renderer = _Renderer(config, own, readers)
+        readers[name] = Reader(loaded[digest], audit)
+    renderer = Renderer(config, own, readers)
     taken = _Taken(config.equal_ids)
     stops = set(audits[None].stop_ids) if None in audits else set()  # with several teachers nothing is merged
     columns: dict[str, list[Any]] = {name: [] for name in schema_for("prompts").names}
@@ -261,7 +183,7 @@ def prepare(
                 kept += 1
                 for name, value in taken.add(split, row, prompt).items():
                     columns[name].append(value)
-            if done % _BATCH == 0 or done == len(rows):
+            if done % BATCH == 0 or done == len(rows):
                 context.progress(done, len(rows), "prompts")
         warnings += [f"{split}: {note}" for note in renderer.notes.take()]
         filtered[split] = dict(sorted(left_out.items()))
@@ -302,17 +224,7 @@ def require_audit(name: str | None, audit: TokenizerAudit) -> None:
         raise InputError(f"teachers.{name}: {error}" if name is not None else str(error)) from error
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    """A row, rendered and tokenised."""
-
-    text: str
-    token_ids: list[int]
-    teacher_token_ids: list[int] | None
-    completion_token_ids: list[int] | None
-
-
-def _refuse_inner_stop(row: Row, prompt: _Prompt, stops: set[int]) -> None:
+def _refuse_inner_stop(row: Row, prompt: RenderedPrompt, stops: set[int]) -> None:
     """InputError for a completion that has a merged stop id before its end: the student would learn it as an ordinary token."""
     if stops and prompt.completion_token_ids is not None:
         for place, token in enumerate(prompt.completion_token_ids[:-1]):
@@ -324,190 +236,6 @@ def _refuse_inner_stop(row: Row, prompt: _Prompt, stops: set[int]) -> None:
                 )
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """A teacher: its tokenizer, and how that differs from the student's."""
-
-    tokenizer: Any
-    audit: TokenizerAudit
-
-    @property
-    def renders(self) -> bool:
-        return self.audit.teacher_renders
-
-    @property
-    def tokenises(self) -> bool:
-        """Otherwise both tokenizers give the same tokens."""
-        return self.renders or self.audit.verdict == "masked"
-
-
-class _Renderer:
-    """Renders rows to texts and tokenises them. `teachers`: by name; None: the one that reads all prompts."""
-
-    def __init__(self, config: PrepareConfig, student: Any, teachers: Mapping[str | None, _Reader]) -> None:
-        self.config = config
-        self.student = student
-        self.teachers = teachers
-        self.notes = _Notes()
-        for side in (student, *(reader.tokenizer for reader in teachers.values() if reader.renders)):
-            refuse_random(side)
-
-    def _reader(self, row: Row) -> _Reader | None:
-        """The teacher of a row; None where there is none."""
-        return self.teachers.get(None) or self.teachers.get(row.teacher_id)
-
-    def require_teacher(self, split: str, row: Row) -> None:
-        """InputError where several teachers share the prompts, and the row names none of them. A row of the split `warmup` may
-        name none."""
-        if not self.teachers or None in self.teachers or row.teacher_id in self.teachers:
-            return
-        known = [name for name in self.teachers if name is not None]
-        if row.teacher_id is not None:
-            hint = did_you_mean(row.teacher_id, known, f"the teachers are {', '.join(known)}")
-            raise InputError(f"{row.where}: teacher_id {row.teacher_id!r} is not the name of a teacher; {hint}")
-        if split != "warmup":
-            raise InputError(
-                f"{row.where}: no teacher_id, but there are several teachers; each row of {split} names one of"
-                f" {', '.join(known)} (prompts.{split}.columns: {{teacher_id: COLUMN}} reads another column)"
-            )
-
-    def render(self, rows: list[Row]) -> Iterator[tuple[Row, _Prompt]]:
-        """Every row with its tokens, in order."""
-        for start in range(0, len(rows), _BATCH):
-            batch = rows[start : start + _BATCH]
-            texts = [self._text(row, row.prompt, self.student) for row in batch]
-            token_ids = self._tokens(self.student, texts, batch)
-            teacher_ids = self._teacher_tokens(batch, texts, token_ids)
-            targets = self._completions(batch, texts)
-            for index, row in enumerate(batch):
-                self._note_bos(self.student, row, token_ids[index])
-                reader = self._reader(row)
-                if reader is not None and teacher_ids[index] is not None:
-                    self._note_bos(reader.tokenizer, row, teacher_ids[index] or [])
-                yield row, _Prompt(texts[index], token_ids[index], teacher_ids[index], targets[index])
-
-    def _completions(self, rows: list[Row], texts: list[str]) -> list[list[int] | None]:
-        """Tokens of the completions, as the student would have to write them after the prompt."""
-        chosen = [index for index, row in enumerate(rows) if row.completion is not None]
-        result: list[list[int] | None] = [None] * len(rows)
-        if not chosen:
-            return result
-        end = [self.student.eos_token_id] if self.config.append_eos else []
-        if end == [None]:
-            raise InputError(
-                f"{rows[chosen[0]].where}: append_eos: the student's tokenizer has no end of sequence to put after the"
-                " completion; set prompts.append_eos: false"
-            )
-        pairs = [(texts[index], rows[index].completion or "") for index in chosen]
-        for index, (tokens, whole) in zip(chosen, continued(self.student, pairs), strict=True):
-            if not whole:
-                self.notes.add(
-                    "a token spans the end of the prompt and the beginning of the completion, so the completion was tokenised"
-                    " alone; let one of them begin or end with a space or line break that belongs to it",
-                    rows[index],
-                )
-            result[index] = tokens + end
-        return result
-
-    def _note_bos(self, tokenizer: Any, row: Row, ids: list[int]) -> None:
-        bos = tokenizer.bos_token_id
-        if bos is None:
-            return
-        plain = isinstance(row.prompt, str) and not self.config.chat_template
-        if ids[:2] == [bos, bos]:
-            adds = "the tokenizer adds another; set prompts.add_special_tokens: false"
-            template = "the chat template adds another; remove it from the text"
-            self.notes.add(f"the text begins with BOS ({tokenizer.bos_token!r}) and {adds if plain else template}", row)
-        elif not plain and isinstance(row.prompt, str) and row.prompt.startswith(tokenizer.bos_token):
-            self.notes.add(
-                f"the prompt begins with BOS ({tokenizer.bos_token!r}) and is put into the chat template; if it is rendered"
-                " already, set prompts.chat_template: false and prompts.add_special_tokens: false",
-                row,
-            )
-
-    def too_long(self, prompt: _Prompt) -> str | None:
-        """The reason to leave out a prompt that is too long, or None."""
-        if len(prompt.token_ids) > self.config.max_prompt_length:
-            return "overlong"
-        limit = self.config.max_teacher_prompt_length
-        if limit is not None and len(prompt.teacher_token_ids or prompt.token_ids) > limit:
-            return "overlong for the teacher"
-        return None
-
-    def _text(self, row: Row, prompt: str | list[dict[str, Any]], tokenizer: Any) -> str:
-        if isinstance(prompt, str) and not self.config.chat_template:
-            return prompt
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if tokenizer.chat_template is None:
-            raise InputError(
-                f"{row.where}: the tokenizer has no chat template; set prompts.chat_template: false and use plain prompts"
-            )
-        try:
-            return render(
-                tokenizer,
-                messages,
-                date=self.config.date,
-                add_generation_prompt=self.config.add_generation_prompt,
-                arguments=self.config.chat_template_kwargs,
-            )
-        except ClockRead as error:
-            raise InputError(f"{row.where}: {error}") from error
-        except Exception as error:  # jinja2's errors, and any other from a template's expressions
-            raise InputError(f"{row.where}: the chat template rejects it ({type(error).__name__}: {error})") from error
-
-    def _tokens(self, tokenizer: Any, texts: list[str], rows: list[Row]) -> list[list[int]]:
-        """Token ids. Rendered templates contain BOS already; plain texts get the special tokens that the tokenizer adds."""
-        plain = [isinstance(row.prompt, str) and not self.config.chat_template for row in rows]
-        result: list[list[int]] = [[] for _ in texts]
-        for special in (False, True):
-            chosen = [index for index, raw in enumerate(plain) if (raw and self.config.add_special_tokens) == special]
-            if chosen:
-                ids = tokenizer([texts[index] for index in chosen], add_special_tokens=special).input_ids
-                for index, tokens in zip(chosen, ids, strict=True):
-                    result[index] = tokens
-        return result
-
-    def _teacher_tokens(self, rows: list[Row], texts: list[str], student: list[list[int]]) -> list[list[int] | None]:
-        """The teacher's tokens where they differ from the student's, else None."""
-        result: list[list[int] | None] = [None] * len(rows)
-        for reader in self.teachers.values():
-            mine = [i for i, row in enumerate(rows) if self._reader(row) is reader]
-            wanted = [i for i in mine if reader.tokenises or rows[i].teacher_prompt is not None]
-            if not wanted:
-                continue
-            renderer = reader.tokenizer if reader.renders else self.student
-            own = {i: rows[i].teacher_prompt or rows[i].prompt for i in wanted}
-            rendered = [
-                texts[i]
-                if renderer is self.student and rows[i].teacher_prompt is None
-                else self._text(rows[i], own[i], renderer)
-                for i in wanted
-            ]
-            tokens = self._tokens(reader.tokenizer, rendered, [rows[i] for i in wanted])
-            for i, ids in zip(wanted, tokens, strict=True):
-                result[i] = ids if ids != student[i] else None
-        return result
-
-
-class _Notes:
-    """Warnings about rows, each once, with the first rows that it is about."""
-
-    def __init__(self) -> None:
-        self._rows: dict[str, list[str]] = {}
-
-    def add(self, text: str, row: Row) -> None:
-        self._rows.setdefault(text, []).append(row.where)
-
-    def take(self) -> list[str]:
-        """The warnings so far, and none of them a second time."""
-        found = []
-        for text, rows in self._rows.items():
-            more = f" and {len(rows) - _SHOWN_ROWS:,} more rows" if len(rows) > _SHOWN_ROWS else ""
-            found.append(f"{', '.join(rows[:_SHOWN_ROWS])}{more}: {text}")
-        self._rows = {}
-        return found
-
-
 class _Taken:
     """Prompts taken so far, in all splits."""
 
@@ -516,7 +244,7 @@ class _Taken:
         self._text: dict[str, tuple[str, str | None]] = {}  # rendered text -> split and teacher_id
         self._place: dict[str, tuple[str, str]] = {}  # prompt id -> its split and its place in the source
 
-    def reason(self, split: str, row: Row, prompt: _Prompt) -> str | None:
+    def reason(self, split: str, row: Row, prompt: RenderedPrompt) -> str | None:
         """The reason to leave this prompt out, or None."""
         last = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
         if not last.strip() or not prompt.token_ids:
@@ -534,7 +262,7 @@ class _Taken:
         earlier = self._place[name][0] if name is not None and name in self._place else split
         return earlier if earlier != split else None
 
-    def add(self, split: str, row: Row, prompt: _Prompt) -> dict[str, Any]:
+    def add(self, split: str, row: Row, prompt: RenderedPrompt) -> dict[str, Any]:
         """Adds a prompt; returns its row of the table."""
         if split == "warmup" and not row.completion:
             raise InputError(f"{row.where}: a warmup row needs a completion to learn")
@@ -627,7 +355,7 @@ def places(config: PrepareConfig, split: str, student: Path) -> Iterator[tuple[s
     """(prompt_id, file and line) of the rows of a split, those that are left out among them, for errors about prompts. A prompt
     that occurs twice has its first place."""
     tokenizer = load_tokenizer(student)
-    renderer = _Renderer(config, tokenizer, {})
+    renderer = Renderer(config, tokenizer, {})
     for row in reversed(read_rows(config.sources()[split])[0]):
         name = _name(row, renderer._text(row, row.prompt, tokenizer))
         yield from ((name, row.where), (f"{split}:{name}", row.where))

@@ -22,8 +22,9 @@ from storage.errors import InputError
 from storage.schemas import MaskReason, schema_for
 from storage.store import Artifact, Store
 from tasks.inputs.models import CheckpointModel, model_work
+from tasks.inputs.prompts import PrepareConfig
 from tasks.losses.needs import Needs, SignalNeed, StudentRequest
-from tasks.prepare import PrepareConfig, prepare_work
+from tasks.prepare import prepare_work
 from tasks.signals.mask import SpecialTokens, mask_rules, mask_table
 from tasks.trainer.data import forward_batch, from_rollouts, loss_denominators
 

@@ -17,7 +17,8 @@ from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
 from tasks.engines.scorer import Scorer
 from tasks.inputs.models import CheckpointModel, model_work
-from tasks.prepare import PrepareConfig, prepare_work
+from tasks.inputs.prompts import PrepareConfig
+from tasks.prepare import prepare_work
 from tasks.stage import Context
 from tasks.workers.jobs import ModelRef
 from tasks.workers.runtime import RuntimeConfig

@@ -24,7 +24,8 @@ from storage.schemas import schema_for
 from storage.store import Artifact, Store
 from tasks.engines.sampler import Sampler
 from tasks.evaluate import EvaluateConfig, Prompt, evaluate_work, plan_shards
-from tasks.prepare import PrepareConfig, prepare_work
+from tasks.inputs.prompts import PrepareConfig
+from tasks.prepare import prepare_work
 from tasks.workers.jobs import KLJob, SampleJob, SampleResult, Sampling, ShardDone
 
 CONFIG = EvaluateConfig(

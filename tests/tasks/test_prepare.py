@@ -19,8 +19,9 @@ from storage.errors import InputError
 from storage.store import Artifact, Store
 from tasks.inputs.addition import ANSWER_PATTERN, AdditionSource, additions, answer, scratchpad
 from tasks.inputs.models import CheckpointModel, model_work
+from tasks.inputs.prompts import PrepareConfig
 from tasks.inputs.verifiers import ExactMatch, verify
-from tasks.prepare import PrepareConfig, prepare_work
+from tasks.prepare import prepare_work
 
 USER, END, ASSISTANT = 259, 257, 260
 

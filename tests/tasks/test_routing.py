@@ -14,8 +14,9 @@ from scoring import InProcess, ScoringBench
 
 from storage.errors import InputError
 from storage.store import Artifact, Store
+from tasks.inputs.prompts import PrepareConfig
 from tasks.losses.config import DirectConfig, TopkSupport
-from tasks.prepare import PrepareConfig, prepare_work
+from tasks.prepare import prepare_work
 from tasks.rollout_config import RolloutConfig
 from tasks.signals.mask import SpecialTokens, mask_rules
 from tasks.supervise import SuperviseConfig, supervise_work

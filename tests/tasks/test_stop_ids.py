@@ -17,10 +17,11 @@ from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
 from tasks.engines.scorer import Sample, Scorer
 from tasks.evaluate import EvaluateConfig, evaluate_work
+from tasks.inputs.prompts import PrepareConfig
 from tasks.inputs.tokenizers import TokenizerPolicy
 from tasks.losses.config import PolicyGradientConfig
 from tasks.losses.needs import SignalNeed
-from tasks.prepare import PrepareConfig, prepare_work
+from tasks.prepare import prepare_work
 from tasks.rollout import rollout_work
 from tasks.rollout_config import RolloutConfig
 from tasks.signals import Wanted

@@ -16,9 +16,10 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from storage.errors import InputError
 from storage.store import Store
 from tasks.inputs.completions import continued, depends_on_context
+from tasks.inputs.prompts import PrepareConfig
 from tasks.inputs.shipped import load_tokenizer
 from tasks.inputs.templates import ClockRead, reads_clock, render
-from tasks.prepare import PrepareConfig, Prepared, prepare
+from tasks.prepare import Prepared, prepare
 
 TEMPLATE = "{% for m in messages %}[I]{{ m.content }}{% endfor %}[/I]"
 

@@ -20,7 +20,8 @@ from storage.errors import InputError
 from storage.store import Store
 from tasks.engines.scorer import Sample, _passage
 from tasks.inputs.models import CheckpointModel, model_work
-from tasks.prepare import PrepareConfig, prepare_work
+from tasks.inputs.prompts import PrepareConfig
+from tasks.prepare import prepare_work
 
 USER, END, ASSISTANT = 259, 257, 260
 GOLDEN = load((DATA / "golden.yaml").read_text())

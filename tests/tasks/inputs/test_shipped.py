@@ -29,9 +29,10 @@ from two_tokenizers import conversation, text
 
 from storage.errors import InputError
 from storage.store import Store
+from tasks.inputs.prompts import PrepareConfig
 from tasks.inputs.shipped import PROBES, load_tokenizer, read_otherwise
 from tasks.inputs.tokenizers import audit_tokenizers, vocabulary_rows
-from tasks.prepare import PrepareConfig, prepare
+from tasks.prepare import prepare
 
 CLASSES = [
     ("qwen3", None), ("qwen2", "PreTrainedTokenizerFast"), ("llama", "LlamaTokenizerFast"), ("gemma2", None), ("gpt2", None),

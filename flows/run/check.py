@@ -14,9 +14,10 @@ import pyarrow.compute as pc
 from flows.cross_checks import dtype_warning
 from flows.distill import inputs
 from flows.experiment import Experiment, with_plugins
+from flows.run.checked import Known
 from flows.run.dates import with_date
 from flows.run.executor import Maker
-from flows.run.preflight import Known, findings, require
+from flows.run.preflight import findings, require
 from flows.run.progress import SilentReporter
 from flows.run.runner import bytes_of_run, bytes_per_round
 from storage.errors import RELATIVE, ConfigError, InputError, OpdError

@@ -231,7 +231,8 @@ class Maker:
         fail. Notes go to the log and the reporter."""
 
         def inspection() -> None:
-            from flows.run.preflight import Known, any_check, preflight
+            from flows.run.checked import Known
+            from flows.run.preflight import any_check, preflight
 
             if not any_check():
                 return

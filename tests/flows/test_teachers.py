@@ -22,9 +22,10 @@ from flows.config_file import merge
 from flows.cross_checks import refuse_changed_fork
 from flows.distill import inputs
 from flows.experiment import Experiment
+from flows.run.checked import Known
 from flows.run.executor import Maker
-from flows.run.preflight import Known, prompts_of_each
 from flows.run.progress import SilentReporter
+from flows.run.prompt_checks import prompts_of_each
 from flows.run.runner import plan, run_experiment
 from flows.run.shown import by_teacher
 from storage.artifacts.digests import weights_digest

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flows.experiment import experiment_of
-from flows.run import preflight
+from flows.run import machine_checks, prompt_checks
 from flows.run.check import check_experiment
+from flows.run.checked import Known, Model
 from storage.errors import ConfigError, InputError
 from tasks.engines.hf_folder import load_causal_lm, other_architecture, read_config
 from tasks.inputs.models import parameter_count
@@ -90,14 +91,14 @@ def test_ids_that_are_merged_are_no_ids_of_their_own(tmp_path):
     student = family(tmp_path / "model", "qwen3")
     experiment = experiment_of(config(student, student, prompt_files(tmp_path)), "test")
     changed = experiment.objective.model_copy(update={"support_exclude_ids": (258, 257)})
-    known = preflight.Known(
+    known = Known(
         experiment.model_copy(update={"objective": changed}),
-        preflight.Model("student", student),
-        preflight.Model("teacher", student),
+        Model("student", student),
+        Model("teacher", student),
         None,
         merged=(257, 258),
     )
-    (found,) = preflight.stop_ids(known)
+    (found,) = prompt_checks.stop_ids(known)
     assert found.refused and found.text.startswith(
         "objective.support_exclude_ids: [258] are merged with the stop id 257"
     )
@@ -181,9 +182,11 @@ def test_a_deepspeed_file_is_read_before_anything_is_sampled(tmp_path, zero):
 
 
 def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
-    found = preflight.importlib.util.find_spec
-    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "vllm" else found(name))
-    monkeypatch.setattr(preflight.shutil, "which", lambda name: None)
+    found = machine_checks.importlib.util.find_spec
+    monkeypatch.setattr(
+        machine_checks.importlib.util, "find_spec", lambda name: None if name == "vllm" else found(name)
+    )
+    monkeypatch.setattr(machine_checks.shutil, "which", lambda name: None)
     student = family(tmp_path / "model", "qwen3")
     eager, compiled = (
         findings(tmp_path, student, runtime={"device": "cpu", "sampler": {"enforce_eager": value}})[1]
@@ -472,12 +475,12 @@ def test_models_beside_the_engine_must_fit_what_it_leaves(tmp_path, monkeypatch,
     experiment = experiment_of(config(student, student, prompt_files(tmp_path), rollout=rollout), "test")
     experiment.runtime.device, experiment.runtime.sampler.gpu_memory_utilization = "cuda", 0.5
     weights = 2 * 4 * parameter_count(student)
-    monkeypatch.setattr(preflight, "gpu_memory", lambda: [int(size * weights) for size in sizes])
-    model = preflight.Model("student", student)
-    known = preflight.Known(experiment, model, (model,), None)
-    texts = [finding.text for finding in preflight.beside_sampler(known) if finding.refused]
+    monkeypatch.setattr(machine_checks, "gpu_memory", lambda: [int(size * weights) for size in sizes])
+    model = Model("student", student)
+    known = Known(experiment, model, (model,), None)
+    texts = [finding.text for finding in machine_checks.beside_sampler(known) if finding.refused]
     assert len(texts) == (found is not None)
     if found:
         assert found in texts[0] and "runtime.sampler.gpu_memory_utilization 0.5" in texts[0]
     experiment.runtime.device = "cpu"
-    assert not list(preflight.beside_sampler(known))
+    assert not list(machine_checks.beside_sampler(known))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 
 import tasks.engines.vllm_engine
 import tasks.engines.weight_proof
-from flows.run.preflight import CPU_HEAD_SIZES
+from flows.run.model_checks import CPU_HEAD_SIZES
 from storage.artifacts.artifact import ArtifactSpec
 from storage.artifacts.batches import unfinished_batches
 from storage.artifacts.digests import weights_digest

@@ -14,7 +14,7 @@ from storage.errors import ConfigError
 from tasks.engines.hf_folder import changed_logits, load_causal_lm
 from tasks.losses.build import Objective
 from tasks.losses.head import ChunkedHead, HeadProvider, obstacle
-from tasks.losses.types import StudentView, TokenBatch
+from tasks.losses.types import ObjectiveOutput, StudentView, TokenBatch
 from tasks.trainer.data import Forward
 
 _STEP = (0.7548776662466927, 0.5698402909980532)
@@ -120,31 +120,11 @@ class LossHead(nn.Module):
 
         def share(places_C: torch.Tensor | None, view: StudentView, observed: StudentView | None) -> torch.Tensor:
             part = tokens if places_C is None else tokens.at(places_C)
-            seen_C = seen_N if seen_N is None or places_C is None else seen_N[places_C]
+            weight_C, importance_C, seen_C = (_at(values_N, places_C) for values_N in (weight_N, importance_N, seen_N))
+            assert weight_C is not None
             output = self.objective(part, view, observed if seen_C is None else None)
-            per_token_C = output.per_token_N.float()
-            metrics = {name: value.detach().float() for name, value in output.metrics.items()}
-            of_all = frozenset(metrics)
-            if seen_C is not None:
-                with torch.no_grad():
-                    metrics = self.objective(part, view, observed).metrics | metrics
-            if importance_N is not None:
-                metrics["importance_weight_mean"] = importance_N if places_C is None else importance_N[places_C]
-            log_ratio_C = _log_ratio(part, view)
-            if log_ratio_C is None and observed is not None:
-                log_ratio_C = _log_ratio(part, observed)
-            if log_ratio_C is not None:
-                metrics["log_ratio_mean"] = log_ratio_C
-                metrics["drift"] = torch.expm1(log_ratio_C.double()) - log_ratio_C
-            stats = TokenStats(per_token_C.detach(), part.loss_mask_N, part.sample_N, metrics, log_ratio_C)
-            if seen_C is not None:
-                own = {
-                    "importance_weight_mean",
-                    *(("log_ratio_mean", "drift") if view.token_logprobs_N is not None else ()),
-                }
-                stats = replace(stats, seen_N=seen_C, of_seen=frozenset(metrics) - of_all - own)
-            parts.append(stats)
-            return ((weight_N if places_C is None else weight_N[places_C]) * per_token_C).sum()
+            parts.append(self._stats(part, output, view, observed, importance_C, seen_C))
+            return (weight_C * output.per_token_N.float()).sum()
 
         head = self.head
         if self.fuses(tokens):
@@ -162,6 +142,35 @@ class LossHead(nn.Module):
             loss = share(None, view, observed)
         self.stats = _joined(parts, tokens)
         return loss
+
+    @torch.no_grad()
+    def _stats(
+        self,
+        part: TokenBatch,
+        output: ObjectiveOutput,
+        view: StudentView,
+        observed: StudentView | None,
+        importance_C: torch.Tensor | None,
+        seen_C: torch.Tensor | None,
+    ) -> TokenStats:
+        """Of some tokens. With `seen_C` what the loss does not yield itself is right at these alone, and listed in `of_seen`."""
+        metrics = {name: value.detach().float() for name, value in output.metrics.items()}
+        log_ratio_C = _log_ratio(part, view)
+        if log_ratio_C is None and observed is not None:
+            log_ratio_C = _log_ratio(part, observed)
+        of_all = {*metrics, "importance_weight_mean"}
+        if view.token_logprobs_N is not None:
+            of_all |= {"log_ratio_mean", "drift"}
+        if seen_C is not None:
+            metrics = self.objective(part, view, observed).metrics | metrics
+        if importance_C is not None:
+            metrics["importance_weight_mean"] = importance_C
+        if log_ratio_C is not None:
+            metrics["log_ratio_mean"] = log_ratio_C
+            metrics["drift"] = torch.expm1(log_ratio_C.double()) - log_ratio_C
+        of_seen = frozenset() if seen_C is None else frozenset(metrics) - of_all
+        per_token_C = output.per_token_N.detach().float()
+        return TokenStats(per_token_C, part.loss_mask_N, part.sample_N, metrics, log_ratio_C, seen_C, of_seen)
 
     def _seen(self, tokens: TokenBatch) -> torch.Tensor | None:
         """Which tokens metrics are computed of, spread evenly over samples and positions; the same however a step is cut."""
@@ -197,6 +206,10 @@ class Weights:
         over_N = tokens.behaviour_logprobs_N if self.over == "behaviour_logprobs" else tokens.student_logprobs_N
         assert over_N is not None and tokens.sampling_logprobs_N is not None
         return (over_N - tokens.sampling_logprobs_N).exp().clamp(max=self.cap)
+
+
+def _at(values_N: torch.Tensor | None, places_C: torch.Tensor | None) -> torch.Tensor | None:
+    return values_N if values_N is None or places_C is None else values_N[places_C]
 
 
 def _log_ratio(tokens: TokenBatch, view: StudentView) -> torch.Tensor | None:

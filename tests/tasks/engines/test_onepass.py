@@ -49,6 +49,20 @@ def test_the_largest_of_all_are_all(k):
     assert torch.equal(onepass.largest(scores_NV, k)[0], scores_NV.sort(dim=-1, descending=True, stable=True)[1][:, :k])
 
 
+@pytest.mark.parametrize("rows", [640, 643, 151_936, 151_939])
+@pytest.mark.parametrize("k", [1, 11, 64, 640])
+def test_the_largest_of_rows_with_ties_infinities_and_fewer_blocks_than_k(rows, k):
+    """Also where a row beside them is NaN somewhere, and where the largest lie behind the last whole block."""
+    scores_NV = torch.cat([scores(8, rows, kind, 2) for kind in ("peaked", "flat", "ties", "masked")])
+    scores_NV[2, :5], scores_NV[3, 5:] = INF, -INF
+    scores_NV[1, -2:] = 100.0
+    wanted = scores_NV.sort(dim=-1, descending=True, stable=True)
+    scores_NV = torch.cat((scores_NV, torch.full((1, rows), 3.0)))
+    scores_NV[-1, rows // 2] = math.nan
+    ids_NK, values_NK = (found[:-1] for found in onepass.largest(scores_NV, k))
+    assert torch.equal(ids_NK, wanted.indices[:, :k]) and torch.equal(values_NK, wanted.values[:, :k])
+
+
 def asked(scores_NV, ask, ids_N=None, stop_ids=(), rows=None, shared=None, unread_N=None, given_NK=None):
     ids_N = torch.zeros(len(scores_NV), dtype=torch.long) if ids_N is None else ids_N
     rows = scores_NV.shape[-1] if rows is None else rows
@@ -94,6 +108,43 @@ def _clear(logprobs_V: torch.Tensor, how: dict[str, float]) -> bool:
         least = max(least, scaled_V[int(how["top_k"]) - 1])
     mass_V = scaled_V[scaled_V >= least].softmax(-1).cumsum(-1)
     return bool((mass_V - how["top_p"]).abs().min() > 1e-5)
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.9999])
+@pytest.mark.parametrize(
+    ("spread", "most"),
+    [
+        (10.0, {0.5: 64, 0.9: 64, 0.9999: 2048}),
+        (4.0, {0.5: 64, 0.9: 2048, 0.9999: 151_936}),
+        (0.3, {0.5: 151_936, 0.9: 151_936, 0.9999: 151_936}),
+    ],
+    ids=["peaked", "between", "flat"],
+)
+def test_a_nucleus_of_a_large_vocabulary_is_that_of_a_full_sort(top_p, spread, most, monkeypatch):
+    """Its last member and the first id outside of it, and the mass, in float64; no more candidates are taken than are needed."""
+    counts = []
+    descending = onepass._descending
+
+    def noted(chunk, rows_S, count):
+        counts.append(count)
+        return descending(chunk, rows_S, count)
+
+    monkeypatch.setattr(onepass, "_descending", noted)
+    scores_NV = torch.randn(3, 151_936, generator=torch.Generator().manual_seed(4)) * spread
+    order = scores_NV.sort(dim=-1, descending=True)
+    probs_NV = order.values.double().softmax(-1)
+    through_NV = probs_NV.cumsum(-1)
+    assert ((through_NV - top_p).abs().amin(-1) > 1e-9).all()  # or rounding would decide
+    sizes_N1 = (through_NV < top_p).sum(-1, keepdim=True) + 1
+    mass_N1 = through_NV.gather(-1, sizes_N1 - 1)
+    how = {"temperature": 1.0, "top_p": top_p, "top_k": 0}
+    for place_N1, outside in ((torch.zeros_like(sizes_N1), False), (sizes_N1 - 1, False), (sizes_N1, True)):
+        counts.clear()
+        found = asked(scores_NV, Ask(sampling=how), order.indices.gather(-1, place_N1)[:, 0])
+        chosen_N1 = probs_NV.gather(-1, place_N1)
+        wanted_N1 = (chosen_N1 / (mass_N1 + chosen_N1 * outside)).log()
+        assert (found["outside"] == outside).all() and max(counts) == most[top_p]
+        torch.testing.assert_close(found["behaviour_logprobs"].double(), wanted_N1[:, 0], atol=2e-6, rtol=1e-6)
 
 
 def test_a_nucleus_has_its_definition():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tasks.losses.build import make_objective
-from tasks.losses.config import DirectConfig, PolicyGradientConfig, SftConfig
+from tasks.losses.config import DirectConfig, ObjectiveConfig, PolicyGradientConfig, SftConfig
+from tasks.losses.credit import CREDITS
+from tasks.losses.divergences import REGISTRY
 from tasks.losses.head import ChunkedHead
 from tasks.losses.needs import StudentRequest
 from tasks.losses.types import StudentView, TokenBatch
@@ -92,6 +95,84 @@ def test_one_pass_equals_all_logits_at_once(
     grads, wanted_grads = (torch.autograd.grad(2 * loss, inputs, materialize_grads=True) for loss in (found, wanted))
     for a, b in zip(grads, wanted_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11 * (1 + float(b.abs().max())))
+
+
+LISTED = {
+    outside: {"kind": "teacher_topk", "k": K, "outside": outside} for outside in ("bucket", "drop", "renormalize")
+}
+OBJECTIVES: dict[str, ObjectiveConfig] = {
+    f"{kind}, {name}": DirectConfig.model_validate(
+        {"divergence": {"kind": kind}, "support": support, "allow_drop": True}
+    )
+    for kind in REGISTRY
+    for name, support in (LISTED | {"full": {"kind": "full", "k": V}}).items()
+}
+OBJECTIVES |= {
+    f"{kind}, {advantage}": PolicyGradientConfig.model_validate(
+        {"divergence": {"kind": kind}, "advantage": {"kind": advantage}, "ppo_clip": 0.2}
+    )
+    for kind in REGISTRY
+    for advantage, credit in CREDITS.classes.items()
+    if credit.tokenwise
+} | {"sft": SftConfig()}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_has_the_loss_and_gradients_of_all_logits_at_once(name: str) -> None:
+    """In float64, and in float32 to the accuracy of float32."""
+    config = OBJECTIVES[name]
+    torch.manual_seed(8)
+    batch = whole_lists(batch_of(8)) if name.endswith("full") else batch_of(8)
+    objective, mask_N = make_objective(config), batch.loss_mask_N.double()
+    assert objective.tokenwise and mask_N.sum() < N
+    values, wanted = torch.randn(N, D), []
+    layer = nn.Linear(D, V)
+    for dtype, provider in (
+        (torch.float64, None),
+        (torch.float64, ChunkedHead(4, V)),
+        (torch.float32, ChunkedHead(4, V)),
+    ):
+        hidden, head = values.to(dtype).requires_grad_(), deepcopy(layer).to(dtype)
+
+        def share(places_C: Tensor, view: StudentView, _: StudentView | None = None) -> Tensor:
+            return (mask_N[places_C] * objective(batch.at(places_C), view).per_token_N).sum()
+
+        if provider is None:
+            loss = share(torch.arange(N), PlainHead()(hidden, head, batch, objective.needs.student))
+        else:
+            assert provider.fuses(head, batch, objective.needs.student)
+            loss = provider.loss(hidden, head, batch, objective.needs.student, None, share)
+        found = [loss.detach(), *torch.autograd.grad(loss, [hidden, head.weight, head.bias])]
+        wanted = wanted or found
+        tolerance = 1e-10 if dtype == torch.float64 else 2e-4
+        for a, b in zip(found, wanted, strict=True):
+            assert b.any()
+            torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+
+
+def whole_lists(batch: TokenBatch) -> TokenBatch:
+    """The teacher's whole distribution as the list of every token."""
+    teacher = torch.randn(N, V, generator=torch.Generator().manual_seed(9)).log_softmax(-1)
+    return replace(
+        batch,
+        support_ids_NK=torch.arange(V).expand(N, V),
+        support_valid_N=torch.full((N,), V),
+        teacher_support_logprobs_NK=teacher,
+        teacher_tail_logmass_N=torch.full((N,), -torch.inf),
+    )
+
+
+@pytest.mark.parametrize("observe", [False, True])
+def test_a_batch_without_a_token_that_counts_gives_a_zero_that_back_propagates(observe: bool) -> None:
+    batch, head = replace(batch_of(10), loss_mask_N=torch.zeros(N)), nn.Linear(D, V)
+    hidden = torch.randn(N, D, requires_grad=True)
+    loss_head = head_of(ChunkedHead(4), head)
+    assert loss_head.fuses(batch)
+    loss = loss_head(hidden, forward_of(batch), observe)
+    loss.backward()
+    assert loss == 0 and loss_head.stats is not None and len(loss_head.stats.per_token_N) == 0
+    for tensor in (hidden, head.weight, head.bias):
+        assert tensor.grad is not None and not tensor.grad.any()
 
 
 def forward_of(batch: TokenBatch) -> Forward:

@@ -1,29 +1,26 @@
 """Time and memory of losses that need the whole vocabulary: forward and backward from hidden states through the output head.
 
-python benchmarks/losses.py [--sizes small,large] [--repeats 5] [--chunks 1024] [--trl FOLDER]
+python benchmarks/losses.py [--sizes small,large] [--turns 5] [--ways "bucket plain,bucket fused"] [--trl FOLDER]
 
-`plain` makes all logits at once; `fused` is the trainer's way, with chunks of at most so many tokens; `rows` multiplies K rows of
-the head; `metrics` is the trainer's way with the metrics of a logged step on, of a sixteenth of the tokens; `trl` is TRL's
-chunked path, from the folder of `pip install --no-deps --target FOLDER trl` (its distillation loss projects a teacher too: one of
-16 dimensions here, so that this costs little). All run in turn in one process, so that their ratios hold on a machine that others
-use as well; CPU seconds are the process's. Memory: the peak of resident memory above that of the inputs, less the head's own
-gradient."""
+`plain` makes all logits at once; `fused` is the trainer's way; `rows` multiplies K rows of the head; `metrics` is the
+trainer's way with the metrics of a logged step on, of a sixteenth of the tokens; `products` are the three matrix products
+alone, in the chunks of `fused`: the floor; `trl` is TRL's chunked path, from the folder of `pip install --no-deps --target
+FOLDER trl` (its distillation loss projects a teacher too: one of 16 dimensions here, so that this costs little). Memory: the
+peak of resident memory above that of the inputs, less the head's own gradient, of one run of each way."""
 
 from __future__ import annotations
 
 import argparse
 import ctypes
 import gc
-import resource
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from turns import Spent, in_turns, machine, ratios, spread, table
 
 from tasks.losses.build import make_objective
 from tasks.losses.config import DirectConfig, PolicyGradientConfig
@@ -83,12 +80,12 @@ class Case:
         if trl is not None:
             self.teacher_hidden, self.teacher_weight = torch.randn(self.n, 16), torch.randn(self.v, 16) / 4
 
-    def loss(self, name: str) -> Callable[[], Tensor]:
-        """The loss `METHOD WAY [CHUNK]`."""
-        method, way, *chunk = name.split()
+    def loss(self, name: str, chunk: int) -> Callable[[], Tensor]:
+        """The loss `METHOD WAY`, with chunks of at most so many tokens."""
+        method, way = name.split()
         if way == "trl":
             return self._trl(method)
-        provider: Any = Plain() if way == "plain" else ChunkedHead(int(chunk[0]) if chunk else 1024)
+        provider: Any = Plain() if way == "plain" else ChunkedHead(chunk)
         observe = way == "metrics"
         share = SHARE if observe else 1.0
         head = LossHead(self.head, make_objective(METHODS[method]), provider, None, metrics_share=share)
@@ -113,22 +110,37 @@ class Case:
         given = (self.teacher_hidden, self.teacher_weight, None, 1.0)
         return lambda: other(self.hidden, weight, None, *given)[0].mean()
 
-    def run(self, loss: Callable[[], Tensor]) -> tuple[float, float, float]:
-        """Seconds, CPU seconds and MB of forward and backward."""
+    def run(self, loss: Callable[[], Tensor]) -> Spent:
+        """Forward and backward."""
+        self.hidden.grad = self.head.weight.grad = None
+        gc.collect()
+        before = Spent.now()
+        loss().backward()  # type: ignore[no-untyped-call]
+        return Spent.now() - before
+
+    @torch.no_grad()
+    def products(self, chunk: int) -> Spent:
+        """The three matrix products of a loss, and nothing else; the first writes to memory that is used again."""
+        chunk = min(chunk, max(128, self.n // 8))
+        hidden, weight = self.hidden.detach(), self.head.weight.detach()
+        logits, grads = torch.zeros(chunk, self.v), (torch.zeros_like(hidden), torch.zeros_like(weight))
+        before = Spent.now()
+        for start in range(0, self.n, chunk):
+            rows = slice(start, start + chunk)
+            torch.mm(hidden[rows], weight.t(), out=logits)
+            torch.mm(logits, weight, out=grads[0][rows])
+            torch.addmm(grads[1], logits.t(), hidden[rows], out=grads[1])
+        return Spent.now() - before
+
+    def memory(self, loss: Callable[[], Tensor]) -> float:
+        """MB."""
         self.hidden.grad = self.head.weight.grad = None
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # or freed memory that the process still has would not count again
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = _resident("VmRSS")
-        began, used = time.perf_counter(), _cpu()
         loss().backward()  # type: ignore[no-untyped-call]
-        seconds, cpu = time.perf_counter() - began, _cpu() - used
-        return seconds, cpu, _resident("VmHWM") - before - self.head.weight.numel() * 4 / 1e6
-
-
-def _cpu() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+        return _resident("VmHWM") - before - self.head.weight.numel() * 4 / 1e6
 
 
 def _resident(field: str) -> float:
@@ -137,44 +149,46 @@ def _resident(field: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--sizes", default="small,large")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--chunks", default="1024")
-    parser.add_argument("--methods", default="bucket,sampled")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--trl")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="small", help=", ".join(SIZES))
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--chunk", type=int, default=1024, help="runtime.trainer.head_chunk_tokens")
+    parser.add_argument("--ways", help="only these, METHOD WAY each")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--trl", help="folder with TRL")
     given = parser.parse_args()
     if given.trl:
         sys.path.append(given.trl)
     torch.set_num_threads(given.threads)
-    names = ["rows rows", "rows metrics"]
-    for method in given.methods.split(","):
-        names += [f"{method} plain", *(f"{method} fused {chunk}" for chunk in given.chunks.split(","))]
-        names += [f"{method} metrics", *([f"{method} trl"] if given.trl else [])]
-    print("size,loss,s_median,s_least,s_most,cpu_s_median,extra_mb,time_to_plain,cpu_to_plain,memory_to_plain")
+    names = [f"{method} {way}" for method in ("bucket", "sampled") for way in ("plain", "fused", "metrics")]
+    names += ["rows rows", "rows metrics", *(["bucket trl", "sampled trl"] if given.trl else [])]
+    if given.ways:
+        names = given.ways.split(",")
+    print(machine())
     for size in given.sizes.split(","):
-        case = Case(size, given.trl)
-        losses = {name: case.loss(name) for name in names}
-        found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
-        for repeat in range(given.repeats + 1):
-            for name, loss in losses.items():
-                measured = case.run(loss)
-                print(
-                    f"{size} {repeat} {name}: " + ", ".join(f"{value:.3g}" for value in measured),
-                    file=sys.stderr,
-                    flush=True,
-                )
-                if repeat:  # the first fills caches
-                    found[name].append(measured)
-        for name in names:
-            seconds, cpu, memory = zip(*found[name], strict=True)
-            row = [statistics.median(seconds), min(seconds), max(seconds), statistics.median(cpu), max(memory)]
-            plain = found.get(f"{name.split()[0]} plain")
-            if plain is not None:  # each repeat against plain's of the same turn
-                for place in range(3):
-                    row.append(statistics.median(a[place] / b[place] for a, b in zip(found[name], plain, strict=True)))
-            print(",".join([size, name, *(f"{value:.3g}" for value in row)]), flush=True)
+        measure(Case(size, given.trl), size, names, given.turns, given.chunk)
+
+
+def measure(case: Case, size: str, names: list[str], turns: int, chunk: int) -> None:
+    """Prints the table of one size."""
+    losses = {name: case.loss(name, chunk) for name in names}
+    ways = {name: lambda loss=loss: case.run(loss) for name, loss in losses.items()}
+    found = in_turns(ways | {"products": lambda: case.products(chunk)}, turns)
+    memory = {name: case.memory(loss) for name, loss in losses.items()}
+    work = 3 * 2 * case.n * case.d * case.v
+    rows = []
+    for name, spent in found.items():
+        plain = f"{name.split()[0]} plain"
+        row = [name, spread(one.cpu for one in spent)]
+        row += [spread(ratios(spent, found[plain], kind)) if plain in found else "" for kind in ("cpu", "clock")]
+        row += [spread(ratios(spent, found["products"]))]
+        row += [f"{memory[name]:,.0f}" if name in memory else ""]
+        row += [f"1/{memory[plain] / memory[name]:.3g}" if plain in memory and name in memory else ""]
+        rows.append(row)
+    rate = spread(work / 1e9 / one.cpu for one in found["products"])
+    print(f"\n{size}: T = {case.n}, d = {case.d}, V = {case.v:,}; products: {work / 1e9:.0f} GFLOP at {rate} GFLOP/s\n")
+    columns = ("loss", "CPU seconds", "of plain", "clock, of plain", "of the products", "extra MB", "of plain's")
+    table(columns, rows)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,34 @@
-"""Speed of supervision: tokens per second of the scorer, tables and Parquet included, relative to a bare forward of the same
-models with their heads. Both run in turns in one process; only their ratio means something on a shared machine, and there that
-of the process's CPU time more than that of the clock.
+"""Speed of supervision: CPU time of the scorer's whole job (reading rollouts, models, tables, Parquet) beside that of bare
+forwards of the same models with their heads, over the same batches, and beside vLLM's `prompt_logprobs`.
 
-python benchmarks/scoring.py [--tokens N] [--threads N] [--turns N] [--spread S] [--only NAME]
+python benchmarks/scoring.py [--tokens 2048] [--turns 5] [--threads 1] [--spread 10] [--only all|teacher|vllm] [--profile]
 
-Random models with a vocabulary of 151,936 ids: student 3 layers of 256, teacher 6 of 512. `spread` is the standard deviation of
-their logits: at 10 entropies are about 1.3 nats, as of a language model; at 0.4 (an untrained model) a nucleus is most of V."""
+`bare` makes logits in fresh memory, as `model(...)` does; `bare, memory again` in memory that is used again, as the scorer
+does. Random models with a vocabulary of 151,936 ids: student 3 layers of 256, teacher 6 of 512. `spread` is the standard
+deviation of their logits: at 10 entropies are about 1.3 nats, as of a language model; at 0.4 (an untrained model) a nucleus
+is most of V. `--profile` prints where the scorer's time goes in place of a comparison."""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import shutil
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from turns import Spent, in_turns, machine, ratios, spread, table
 
 from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
 from tasks.engines.forward import LoadedModel, plan_batches
 from tasks.engines.scorer import Scorer
-from tasks.engines.teacher import Passage, VllmTeacher
+from tasks.engines.teacher import Passage, Scratch, VllmTeacher
 from tasks.inputs.models import ArchitectureModel, CheckpointModel, initialise, model_work
 from tasks.losses.needs import SignalNeed
 from tasks.prepare import PrepareConfig, prepare_work
@@ -40,20 +40,7 @@ from tasks.workers.runtime import RuntimeConfig
 V, K = 151_936, 64
 SHAPES = {"student": (3, 256), "teacher": (6, 512)}
 PROMPT, COMPLETION, SHARDS = 16, 128, 2
-
-
-class Spent(NamedTuple):
-    """Seconds of the clock, and of the process on all its CPUs."""
-
-    clock: float
-    cpu: float
-
-    @classmethod
-    def now(cls) -> Spent:
-        return cls(time.perf_counter(), time.process_time())
-
-    def __sub__(self, other: Spent) -> Spent:
-        return Spent(self.clock - other.clock, self.cpu - other.cpu)
+Ways = dict[str, Callable[[], Spent]]
 
 
 class Pool:
@@ -172,8 +159,8 @@ class World:
         return self.pool.spent
 
 
-def bare(models: Sequence[LoadedModel], passages: Sequence[Passage], scorer: Scorer) -> Spent:
-    """What is spent on the models' forwards over the same batches, with all logits."""
+def bare(models: Sequence[LoadedModel], passages: Sequence[Passage], scorer: Scorer, scratch: Scratch | None) -> Spent:
+    """What is spent on the models' forwards over the same batches, with all logits; in fresh memory, or in `scratch`."""
     chunk = scorer.models.host.chunk_tokens
     before = Spent.now()
     with torch.inference_mode():
@@ -182,60 +169,71 @@ def bare(models: Sequence[LoadedModel], passages: Sequence[Passage], scorer: Sco
                 for model in models:
                     hidden_ND = model.hidden([passages[part[index]] for index in batch])
                     for start in range(0, len(hidden_ND), chunk):
-                        model.head(hidden_ND[start : start + chunk])
+                        model.logits(hidden_ND[start : start + chunk], scratch)
     return Spent.now() - before
 
 
-def compare(name: str, tokens: int, turns: int, floor: Callable[[], Spent], ours: Callable[[], Spent]) -> None:
-    """Runs both in turns. Prints the median speeds, and the ratios' median, lowest and highest, of clock and CPU time."""
-    floor(), ours()
-    pairs = [(floor(), ours()) for _ in range(turns)]
-    speeds = [tokens / statistics.median(pair[side].clock for pair in pairs) for side in (0, 1)]
-    shown = [f"{speed:.0f}" for speed in speeds]
-    for kind in (0, 1):
-        ratios = sorted(one[kind] / other[kind] for one, other in pairs)
-        shown += [f"{ratio:.3f}" for ratio in (statistics.median(ratios), ratios[0], ratios[-1])]
-    print(",".join([name, *shown]), flush=True)
+def rows_of(signals: str, tokens: int, found: dict[str, list[Spent]]) -> Iterator[list[str]]:
+    """A row of the table for every way of scoring these signals; the scorer's is the last."""
+    *_, ours = found.values()
+    for name, spent in found.items():
+        shown = [spread(ratios(spent, ours, kind)) if spent is not ours else "" for kind in ("cpu", "clock")]
+        yield [signals, name, spread(1000 * one.cpu / tokens for one in spent), *shown]
 
 
 def main(root: Path, options: argparse.Namespace) -> None:
     world = World(root, options.tokens, options.threads, options.spread)
-    local = SuperviseConfig()
-    print("signals,floor_tokens_per_s,scorer_tokens_per_s,ratio,lowest,highest,cpu_ratio,cpu_lowest,cpu_highest")
+    local, tokens, scratch = SuperviseConfig(), world.tokens, Scratch()
+    everything, lists = ("sampled", "mask", "teacher_topk"), ("teacher_topk",)
+    if options.profile:
+        world.score(everything, local)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            world.score(everything, local)
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=40))
+        return
+    print(machine(), flush=True)
     loaded = {name: LoadedModel(folder, "float32", torch.device("cpu")) for name, folder in world.folders.items()}
-    passages, tokens, turns = world.passages, world.tokens, options.turns
-    if options.only in (None, "all"):
-        both, needs = list(loaded.values()), ("sampled", "mask", "teacher_topk")
-        floor = functools.partial(bare, both, passages, world.scorer)
-        compare(f"{' '.join(needs)} / bare forwards", tokens, turns, floor, lambda: world.score(needs, local))
-    if options.only in (None, "teacher"):
-        floor = functools.partial(bare, [loaded["teacher"]], passages, world.scorer)
-        compare("teacher_topk / bare forward", tokens, turns, floor, lambda: world.score(("teacher_topk",), local))
-        alone, needs = SuperviseConfig(student="none"), ("sampled", "mask", "teacher_topk")
-        compare(
-            f"{' '.join(needs)}, student none / bare forward", tokens, turns, floor, lambda: world.score(needs, alone)
-        )
-    if options.only in (None, "vllm"):
-        vllm, ours = SuperviseConfig(teacher=VllmTeacher()), world.scorer
-        theirs = Scorer({"threads": options.threads})  # each keeps its model
 
-        def floor() -> Spent:
+    def ways(models: Sequence[LoadedModel], needs: Sequence[str], config: SuperviseConfig) -> Ways:
+        forwards = functools.partial(bare, models, world.passages, world.scorer)
+        return {
+            "bare": lambda: forwards(None),
+            "bare, memory again": lambda: forwards(scratch),
+            "scorer": lambda: world.score(needs, config),
+        }
+
+    compared: dict[str, Ways] = {}
+    if options.only in (None, "all"):
+        compared["all of both models"] = ways(list(loaded.values()), everything, local)
+    if options.only in (None, "teacher"):
+        compared["lists of the teacher"] = ways([loaded["teacher"]], lists, local)
+        compared["all, student: none"] = ways([loaded["teacher"]], everything, SuperviseConfig(student="none"))
+    if options.only in (None, "vllm"):
+        ours, theirs = world.scorer, Scorer({"threads": options.threads})  # each keeps its model
+
+        def vllm() -> Spent:
             world.pool.scorer = theirs
-            spent = world.score(("teacher_topk",), vllm)
+            spent = world.score(lists, SuperviseConfig(teacher=VllmTeacher()))
             world.pool.scorer = ours
             return spent
 
-        compare("teacher_topk / vLLM", tokens, turns, floor, lambda: world.score(("teacher_topk",), local))
+        compared["lists, beside vLLM"] = {"vLLM": vllm, **ways([loaded["teacher"]], lists, local)}
+    rows: list[list[str]] = []
+    for signals, each in compared.items():
+        rows += rows_of(signals, tokens, in_turns(each, options.turns))
+    print(f"\n{tokens} tokens, logits of standard deviation {options.spread:g}\n")
+    table(("signals", "way", "CPU ms per token", "its CPU time by the scorer's", "clock"), rows)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--spread", type=float, default=10.0)
     parser.add_argument(
         "--only", choices=("all", "teacher", "vllm"), help="one comparison; vllm: with its prompt_logprobs"
     )
+    parser.add_argument("--profile", action="store_true")
     with tempfile.TemporaryDirectory() as folder:
         main(Path(folder), parser.parse_args())

@@ -1,7 +1,8 @@
 """Speed of supervision: CPU time of the scorer's whole job (reading rollouts, models, tables, Parquet) beside that of bare
 forwards of the same models with their heads, over the same batches, and beside vLLM's `prompt_logprobs`.
 
-python benchmarks/scoring.py [--tokens 2048] [--turns 5] [--threads 1] [--spread 10] [--only all|teacher|vllm] [--profile]
+python benchmarks/scoring.py [--tokens 2048] [--turns 5] [--threads 1] [--spread 10] [--only all|teacher|vllm]
+[--profile scorer|vllm]
 
 `bare` makes logits in fresh memory, as `model(...)` does; `bare, memory again` in memory that is used again, as the scorer
 does. Random models with a vocabulary of 151,936 ids: student 3 layers of 256, teacher 6 of 512. `spread` is the standard
@@ -186,9 +187,13 @@ def main(root: Path, options: argparse.Namespace) -> None:
     local, tokens, scratch = SuperviseConfig(), world.tokens, Scratch()
     everything, lists = ("sampled", "mask", "teacher_topk"), ("teacher_topk",)
     if options.profile:
-        world.score(everything, local)
+        config, needs = (
+            (SuperviseConfig(teacher=VllmTeacher()), lists) if options.profile == "vllm" else (local, everything)
+        )
+        world.score(needs, config)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            world.score(everything, local)
+            spent = world.score(needs, config)
+        print(f"CPU {spent.cpu:.3g} s, of which in torch's operators:")
         print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=40))
         return
     print(machine(), flush=True)
@@ -234,6 +239,6 @@ if __name__ == "__main__":
     parser.add_argument(
         "--only", choices=("all", "teacher", "vllm"), help="one comparison; vllm: with its prompt_logprobs"
     )
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", choices=("scorer", "vllm"), help="print where the time goes instead")
     with tempfile.TemporaryDirectory() as folder:
         main(Path(folder), parser.parse_args())

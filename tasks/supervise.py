@@ -53,6 +53,12 @@ class SuperviseConfig(Identity):
         json_schema_extra=omit_at(None),
     )
     special_tokens: SpecialTokens = SpecialTokens()
+    student: Literal["full", "none"] = Field(
+        "full",
+        description="none: the student is not run; for objectives that ask nothing of it. Its columns in `sampled` are null, the"
+        " mask marks invalid values of teacher and sampler alone, and training logs no drift",
+        json_schema_extra=omit_at("full"),
+    )
     teacher: TeacherField = Field(
         LocalTeacher(), description="how the teacher is asked", json_schema_extra=omit_at({"kind": "local"})
     )
@@ -120,9 +126,15 @@ def signal_problems(config: SuperviseConfig, needs: Sequence[SignalNeed]) -> lis
         except ConfigError as error:
             found.append(str(error))
             continue
-        lacking = config.teacher.capabilities.lacking(signal.wanted(need.k, {}))
+        wanted = signal.asked(need.k, {}, config.student)
+        lacking = config.teacher.capabilities.lacking(wanted)
         if problem := signal.problem(need.k):
             found.append(problem)
+        elif config.student == "none" and "student" in wanted.models:
+            found.append(
+                f"supervise.student: none, but the signal {need.name!r} of this objective is made by running the student;"
+                " set supervise.student: full"
+            )
         elif lacking:
             found.append(
                 f"supervise.teacher: kind {config.teacher.kind} cannot give {' and '.join(lacking)}, which the signal"
@@ -228,6 +240,7 @@ def _job(ctx: Context, inputs: Inputs, builders: Mapping[str, Builder]) -> Score
         flags=flags,
         stop_ids=merged_stop_ids(inputs.prompts),
         names=list(inputs.names) or None,
+        run_student=inputs.settings.student,
     )
 
 

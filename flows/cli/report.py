@@ -189,7 +189,7 @@ def _question(round: int) -> str:
     if round == 0:
         return "SELECT prompt_id, completion_text, correct FROM evaluations LIMIT 10"
     return (
-        "SELECT token, count(*) AS n, avg(student_logprob - teacher_logprob) AS gap"
+        "SELECT token, count(*) AS n, avg(sampling_logprob - teacher_logprob) AS gap"
         f" FROM tokens WHERE round = {round} GROUP BY token ORDER BY gap DESC LIMIT 10"
     )
 

@@ -67,6 +67,16 @@ class TokenBatch:
             if value is not None and tuple(value.shape) != wanted:
                 raise ValueError(f"TokenBatch.{name}: shape {tuple(value.shape)}, expected {wanted}")
 
+    def at(self, places_C: Tensor) -> TokenBatch:
+        """The batch of C of the tokens."""
+
+        def taken(values: Tensor) -> Tensor:
+            return values.index_select(0, places_C)
+
+        tensors = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "signals"}
+        signals = None if self.signals is None else {name: taken(value) for name, value in self.signals.items()}
+        return TokenBatch(**{name: None if t is None else taken(t) for name, t in tensors.items()}, signals=signals)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudentView:

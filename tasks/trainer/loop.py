@@ -183,20 +183,21 @@ class Tally:
             self.bad_places += [int(place) for place in places.tolist()]
         for name, values in stats.metrics.items():
             if name in METRICS:
-                chosen = values[kept].double()
+                chosen = values[stats.counted(name)].double()
                 self._sums[METRICS.index(name)] += torch.tensor([float(chosen.sum()), float(len(chosen))]).double()
         if self._samples.teacher is not None:
-            self._add_by_teacher(stats, kept)
+            self._add_by_teacher(stats)
         if stats.log_ratio_N is not None:
-            self._log_ratios.append(stats.log_ratio_N[kept].cpu().numpy())
+            self._log_ratios.append(stats.log_ratio_N[stats.counted("log_ratio_mean")].cpu().numpy())
 
-    def _add_by_teacher(self, stats: TokenStats, kept: torch.Tensor) -> None:
+    def _add_by_teacher(self, stats: TokenStats) -> None:
         assert self._samples.teacher is not None
         of_place = torch.from_numpy(self._samples.teacher[self._rows])
-        teacher_N = of_place[stats.sample_N[kept].cpu()]
-        values = [stats.per_token_N, *(stats.metrics.get(name) for name in _TEACHER_METRICS)]
-        for place, value_N in enumerate(values):
+        values = {"loss": stats.per_token_N} | {name: stats.metrics.get(name) for name in _TEACHER_METRICS}
+        for place, (name, value_N) in enumerate(values.items()):
             if value_N is not None:
+                kept = stats.counted(name)
+                teacher_N = of_place[stats.sample_N[kept].cpu()]
                 chosen = value_N[kept].detach().double().cpu()
                 self._by_teacher[:, place, 0].index_add_(0, teacher_N, chosen)
                 self._by_teacher[:, place, 1].index_add_(0, teacher_N, torch.ones_like(chosen))

@@ -56,6 +56,7 @@ class TrainingJob:
     samples_per_step: int
     total_samples: int
     metrics_every: int = 1
+    metrics_share: float = 1.0
     max_drift: float | None = None
     drift_estimator: str | None = None
     stop_loss: float | None = None
@@ -118,7 +119,10 @@ class Trainer:
         if runtime["activation_checkpointing"]:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         provider = ChunkedHead(int(runtime["head_chunk_tokens"]))
-        module = TrainModule(model, make_objective(training.objective), provider, training.weights, training.stop_ids)
+        objective, share = make_objective(training.objective), training.metrics_share
+        module = TrainModule(model, objective, provider, training.weights, training.stop_ids, share)
+        if dist.get_rank() == 0 and module.loss_head.note:
+            print(module.loss_head.note, flush=True)
         engine = Engine(module, parameters, settings, runtime["deepspeed"], self.device)
         try:
             if average is not None:
@@ -242,6 +246,7 @@ def _train_job(job: TrainJob, store: Store) -> TrainingJob:
         samples_per_step=config.samples_per_step,
         total_samples=len(samples) * config.epochs_per_round,
         metrics_every=config.metrics_every,
+        metrics_share=config.metrics_share,
         max_drift=config.max_drift,
         drift_estimator=config.drift_estimator,
         weights=weights,

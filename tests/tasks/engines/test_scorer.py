@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from scoring import SAMPLING, VOCABULARY, described, model_folder, nucleus_logprobs, plain_logits, tokens
 
 from storage.errors import InputError
-from tasks.engines import distributions
-from tasks.engines.forward import placement, plan_batches
+from tasks.engines import distributions, onepass
+from tasks.engines.forward import LoadedModel, placement, plan_batches
 from tasks.engines.scorer import Sample, Scorer, fit_together
+from tasks.engines.teacher import Scratch
 from tasks.signals import Ask, Wanted
 from tasks.workers.jobs import ArtifactRef, KLJob
 
@@ -80,7 +81,18 @@ def close(found: np.ndarray, wanted: torch.Tensor, atol: float = 2e-5) -> None:
     torch.testing.assert_close(torch.as_tensor(found).double(), wanted.double(), atol=atol, rtol=2e-5)
 
 
+@pytest.fixture(params=["small", "large"])
+def vocabulary(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way that small vocabularies are answered, then that of large ones."""
+    if request.param == "large":
+        monkeypatch.setattr(onepass, "LARGE", 1)
+        monkeypatch.setattr(onepass, "WIDTH", 16)
+        monkeypatch.setattr(onepass, "SAMPLED", 4)
+        monkeypatch.setattr(onepass, "SAMPLED_MORE", 20)
+
+
 @pytest.mark.parametrize("teacher", ["teacher", "wider"])
+@pytest.mark.usefixtures("vocabulary")
 def test_every_signal_is_that_of_a_plain_computation(models, samples, teacher):
     values = score(models, samples, teacher=teacher, batch_tokens=40, head_chunk_tokens=7)
     for i, sample in enumerate(samples):
@@ -105,6 +117,7 @@ def test_every_signal_is_that_of_a_plain_computation(models, samples, teacher):
         assert (values["teacher_top5_valid"][i] == 5).all() and (values["student_top4_valid"][i] == 4).all()
 
 
+@pytest.mark.usefixtures("vocabulary")
 def test_chunks_and_batches_change_nothing_but_rounding(models, samples):
     plain = score(models, samples, batch_tokens=1, head_chunk_tokens=10_000)
     chunked = score(models, samples, batch_tokens=10_000, head_chunk_tokens=3)
@@ -141,6 +154,7 @@ def test_the_whole_vocabulary_leaves_no_tail(models, samples):
         score(models, samples, lists(VOCABULARY + 1))
 
 
+@pytest.mark.usefixtures("vocabulary")
 def test_a_student_with_more_rows_than_its_teacher(models):
     """Its padding rows are in no list, have no probability for the teacher, and are left out of the KL."""
     foreign = VOCABULARY + 3
@@ -183,6 +197,7 @@ def test_sampling_logprobs_are_those_of_the_truncated_distribution(seed, tempera
         assert found_N[outside_N].isfinite().all() and (found_N[outside_N] < 0).all()
 
 
+@pytest.mark.usefixtures("vocabulary")
 def test_behaviour_logprobs_of_the_model(models, samples):
     values = score(models, samples, Wanted(Ask(sampling=SAMPLING)))
     inside = 0
@@ -236,6 +251,15 @@ def test_batches_hold_everything_once_and_keep_the_budget(lengths, budget):
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= budget
     padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
     assert padded <= sum(lengths) + budget * len(batches)
+
+
+def test_logits_in_memory_that_is_used_again_are_those_of_the_head(models):
+    model, scratch = LoadedModel(models["student"], "float32", torch.device("cpu")), Scratch()
+    hidden = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    for rows in (9, 4, 9):
+        assert torch.equal(model.logits(hidden[:rows], scratch), model.head(hidden[:rows]))
+    first = scratch.view(2, 3, torch.float32)
+    assert scratch.view(2, 2, torch.float32).data_ptr() == first.data_ptr()
 
 
 def test_models_stay_warm_until_a_job_names_others(models, samples):

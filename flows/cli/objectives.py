@@ -61,7 +61,7 @@ def _list(out: Console, entries: list[Entry]) -> None:
             table.add_row(entry.label, escape(entry.summary) + mark, ", ".join(entry.papers), *shown)
         out.print(table)
         out.print()
-    out.print("Run a recipe: opd run configs/recipes/NAME.yaml. Equations and fields: opd objectives NAME")
+    out.print("Run a recipe: opd run recipe:NAME. Equations and fields: opd objectives NAME")
 
 
 def _show(out: Console, entry: Entry) -> None:

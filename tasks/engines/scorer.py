@@ -101,8 +101,10 @@ class Scorer:
         with ThreadPoolExecutor(1) as thread:  # a shard's tables are written while the next one is computed
             while (item := link.next()) is not None:
                 progress = functools.partial(_report, link, done)
-                score = self._score_shard if isinstance(job, ScoreJob) else self._score_kl
-                write = score(job, item, progress)
+                if isinstance(job, ScoreJob):
+                    write = self._score_shard(job, item, progress)
+                else:
+                    write = self._score_kl(job, item, progress)
                 if writing is not None:
                     link.done(writing.result())
                 writing = thread.submit(write)

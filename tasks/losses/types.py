@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,12 +71,12 @@ class TokenBatch:
     def at(self, places_C: Tensor) -> TokenBatch:
         """The batch of C of the tokens."""
 
-        def taken(values: Tensor) -> Tensor:
-            return values.index_select(0, places_C)
+        def taken(values: Any) -> Any:
+            if isinstance(values, Mapping):
+                return {name: taken(value) for name, value in values.items()}
+            return None if values is None else values.index_select(0, places_C)
 
-        tensors = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "signals"}
-        signals = None if self.signals is None else {name: taken(value) for name, value in self.signals.items()}
-        return TokenBatch(**{name: None if t is None else taken(t) for name, t in tensors.items()}, signals=signals)
+        return replace(self, **{entry.name: taken(getattr(self, entry.name)) for entry in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True)

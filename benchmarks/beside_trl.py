@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +32,35 @@ LR = 1e-4
 
 
 class Peak:
-    """The largest proportional set size of a process and its descendants, in GB, sampled each second."""
+    """The largest proportional set size of a process and its descendants, in GB, sampled each second, and what each had then."""
 
     def __init__(self, pid: int) -> None:
-        self.gb, self._process, self._done = 0.0, psutil.Process(pid), threading.Event()
+        self.gb, self.parts = 0.0, {}
+        self._process, self._done = psutil.Process(pid), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def _watch(self) -> None:
         while not self._done.wait(1):
-            total = 0
+            parts: dict[str, float] = {}
             try:
                 for process in (self._process, *self._process.children(recursive=True)):
-                    total += process.memory_full_info().pss
+                    name = next(
+                        (word for word in ("sampler", "scorer", "trainer") if word in process.cmdline()), "other"
+                    )
+                    parts[name] = parts.get(name, 0.0) + process.memory_full_info().pss / 1e9
             except psutil.Error:  # a process that ended
                 continue
-            self.gb = max(self.gb, total / 1e9)
+            if sum(parts.values()) > self.gb:
+                self.gb, self.parts = sum(parts.values()), parts
 
-    def stop(self) -> float:
+    def stop(self) -> None:
         self._done.set()
         self._thread.join()
-        return self.gb
 
 
-def lines_of(command: list[str], environment: dict[str, str]) -> Iterator[tuple[float, str, Callable[[], float]]]:
-    """(seconds since the start, line, peak memory so far) of a command's output. RuntimeError with its end where it fails."""
+def watched(command: list[str], environment: dict[str, str], see: Callable[[float, str], None]) -> Peak:
+    """Runs a command; `see` gets each line of its output, with the seconds since the start. RuntimeError where it fails."""
     begun = time.perf_counter()
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment
@@ -65,13 +69,14 @@ def lines_of(command: list[str], environment: dict[str, str]) -> Iterator[tuple[
         assert process.stdout is not None
         for line in process.stdout:
             last = [*last[-30:], line]
-            yield time.perf_counter() - begun, line, lambda: peak.gb
+            see(time.perf_counter() - begun, line)
         peak.stop()
     if process.returncode:
         raise RuntimeError(f"{command[:3]} ended with {process.returncode}:\n{''.join(last)}")
+    return peak
 
 
-def ours(options: argparse.Namespace, folder: Path) -> tuple[list[float], float]:
+def ours(options: argparse.Namespace, folder: Path) -> tuple[list[float], Peak]:
     """Seconds per round of rounds 2 and later, and the peak of memory."""
     config = {
         "student": {"source": str((options.pair / "student").absolute())},
@@ -107,31 +112,32 @@ def ours(options: argparse.Namespace, folder: Path) -> tuple[list[float], float]
         config["prompts"] |= {"chat_template": False}
     (folder / "config.yaml").write_text(json.dumps(config))
     starts: dict[int, float] = {}
-    last = peak = 0.0
-    command = [str(Path(sys.executable).parent / "opd"), "run", str(folder / "config.yaml"), "--name", "beside-trl"]
-    for seconds, line, gb in lines_of([*command, "--root", str(folder / "store"), "--no-prefect"], {}):
+
+    def see(seconds: float, line: str) -> None:
         if options.verbose:
             print(f"{seconds:8.1f}  {line}", end="", flush=True)
-        if (found := re.match(r"round +(\d+) +rollout", line)) and int(found[1]) not in starts:
-            starts[int(found[1])] = seconds
+        if found := re.match(r"round +(\d+) +rollout", line):
+            starts.setdefault(int(found[1]), seconds)
         if re.match(rf"round +{options.rounds} +evaluate", line):
-            last = last or seconds
-        peak = gb()
-    starts[options.rounds + 1] = last
+            starts.setdefault(options.rounds + 1, seconds)
+
+    command = [str(Path(sys.executable).parent / "opd"), "run", str(folder / "config.yaml"), "--name", "beside-trl"]
+    peak = watched([*command, "--root", str(folder / "store"), "--no-prefect"], {}, see)
     return [starts[r + 1] - starts[r] for r in range(2, options.rounds + 1)], peak
 
 
-def trl(options: argparse.Namespace, folder: Path) -> tuple[list[float], float]:
+def trl(options: argparse.Namespace, folder: Path) -> tuple[list[float], Peak]:
     """Seconds per step of steps 2 and later, and the peak of memory."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--child"]
-    steps, peak = [], 0.0
-    environment = {"PYTHONPATH": str(options.trl), "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
-    for _, line, gb in lines_of(command, environment):
+    steps = []
+
+    def see(seconds: float, line: str) -> None:
         if options.verbose:
-            print(line, end="", flush=True)
+            print(f"{seconds:8.1f}  {line}", end="", flush=True)
         if found := re.match(r"step (\d+) seconds ([\d.]+)", line):
             steps.append(float(found[2]))
-        peak = gb()
+
+    environment = {"PYTHONPATH": str(options.trl), "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    peak = watched([sys.executable, __file__, *sys.argv[1:], "--child"], environment, see)
     return steps[1:], peak
 
 
@@ -230,7 +236,7 @@ def main() -> None:
         addition(options.pair)
         return
     speeds = {}
-    print("who,seconds_per_step,spread,tokens_per_s,peak_gb")
+    print("who,seconds_per_step,spread,tokens_per_s,peak_gb,parts")
     for who, half, steps in (("trl", trl, 1), ("ours", ours, options.steps)):
         if options.only not in (None, who):
             continue
@@ -239,7 +245,8 @@ def main() -> None:
         each = [s / steps for s in seconds]
         middle = statistics.median(each)
         speeds[who] = options.samples * options.tokens / middle
-        print(f"{who},{middle:.3f},{min(each):.3f}-{max(each):.3f},{speeds[who]:.1f},{peak:.2f}", flush=True)
+        parts = " ".join(f"{name} {gb:.2f}" for name, gb in sorted(peak.parts.items()))
+        print(f"{who},{middle:.3f},{min(each):.3f}-{max(each):.3f},{speeds[who]:.1f},{peak.gb:.2f},{parts}", flush=True)
     if len(speeds) == 2:
         print(f"ratio,{speeds['ours'] / speeds['trl']:.3f}")
 

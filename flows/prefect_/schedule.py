@@ -204,7 +204,8 @@ def tick(config_path: str, name: str, root: str, rounds: int, overrides: list[st
         return Failed(name=REFUSED if final else None, message=f"tick failed: {text} ({todo}; opd logs {name})")
     at = f"at round {state.rounds_done} after {time.monotonic() - started:.0f} s"
     if state.status == "finished":
-        return Completed(name=FINISHED, message=f"{at}; all configured rounds are done, the schedule ends")
+        why = state.ended or "all configured rounds are done"
+        return Completed(name=FINISHED, message=f"{at}; {why}, the schedule ends")
     return Completed(message=at)
 
 

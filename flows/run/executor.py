@@ -15,6 +15,7 @@ from storage.errors import InputError
 from storage.query.figures import with_errors
 from storage.runs import RoundState, Run, RunState, StageState
 from storage.store import Artifact, Builder, Store
+from storage.upkeep.stop_rules import StopRules
 from tasks.stage import Context, Work
 from tasks.workers.metrics import Metrics, StageProgress
 
@@ -60,6 +61,9 @@ class Executor(Protocol):
 
     def round(self, number: int) -> Any:
         """A context that yields a `RoundScope`."""
+
+    def enough(self, number: int) -> bool:
+        """Whether the run ends after this round."""
 
 
 def resolved(work: Work, store: Store) -> dict[str, Artifact]:
@@ -168,6 +172,10 @@ class Planner:
     def ends_with(self, student: Artifact) -> None:
         """Nothing to record in a plan."""
 
+    def enough(self, number: int) -> bool:
+        """A plan has all rounds: it knows no metrics of those that are not made."""
+        return False
+
 
 def _is_pending(value: Any) -> bool:
     if isinstance(value, Mapping):
@@ -215,14 +223,15 @@ class Maker:
         run_task: RunTask = directly,
         restore: int | None = None,
         after_round: Callable[[int], None] | None = None,
+        stop: StopRules | None = None,
     ) -> None:
         """`restore`: a round whose evicted artifacts are rebuilt, whether they are read or not. `after_round` is called
-        after every round in which something was built."""
+        after every round in which something was built. `stop`: rules that end the run."""
         self.store, self.run, self.state = store, run, state
         self.context, self.reporter, self.run_task = context, reporter, run_task
         self.built = 0
         self.lineage = Lineage(store)
-        self._restored_round, self._after_round = restore, after_round
+        self._restored_round, self._after_round, self._stop = restore, after_round, stop
         self._round = RoundState(round=0)
         self._inspection: Callable[[], None] | None = None
 
@@ -258,6 +267,13 @@ class Maker:
 
     def ends_with(self, student: Artifact) -> None:
         self._round.student_sha256 = student.content["weights"]
+
+    def enough(self, number: int) -> bool:
+        reached = self.state.model_copy(update={"rounds": [r for r in self.state.rounds if r.round <= number]})
+        self.state.ended = None if self._stop is None else self._stop.reason(reached)
+        if self.state.ended is not None:
+            self.reporter.note(number, "run", f"ends here: {self.state.ended}")
+        return self.state.ended is not None
 
     def __call__(self, label: str, make: Callable[P, Work], *args: P.args, **inputs: P.kwargs) -> Made:
         work, given = make(*args, **inputs), (*args, *inputs.values())

@@ -114,7 +114,7 @@ def run_experiment(
                 goal = min(goal, state.rounds_done + further)
                 evaluated = evaluated or partial(experiment.policy.evaluates, last=experiment.policy.rounds)
             refuse_full_disk(store, experiment)
-            state.status, state.error = "running", None
+            state.status, state.error, state.ended = "running", None, None
             run.save(state)
             with ExitStack() as stack:
                 pool = stack.enter_context(workers_for(experiment, run.log_path("run").parent, workers))
@@ -129,7 +129,8 @@ def run_experiment(
 
                 # what a restore has just rebuilt must stay
                 after_round = collect if experiment.policy.collect and restore is None else None
-                maker = Maker(store, run, state, context, reporter, restore=restore, after_round=after_round)
+                stop = experiment.policy.stop if restore is None else None
+                maker = Maker(store, run, state, context, reporter, restore=restore, after_round=after_round, stop=stop)
                 if prefect:
                     from flows.prefect_.tasks import distill_in_prefect
 
@@ -140,7 +141,8 @@ def run_experiment(
             with suppress(OpdError, OSError):  # the first error is the one to report, also on a full disk
                 record_failure(run, state, error, log)
             raise
-        state.status = "finished" if state.rounds_done >= experiment.policy.rounds else "stopped"
+        over = state.ended is not None or state.rounds_done >= experiment.policy.rounds
+        state.status = "finished" if over else "stopped"
         run.save(state)
         return state, maker.built
 

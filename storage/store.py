@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import pyarrow.dataset as pads
 
 from storage.artifacts.artifact import (
     MANIFEST,
@@ -23,7 +23,7 @@ from storage.artifacts.artifact import (
     load_manifest,
 )
 from storage.artifacts.builder import Builder, unfinished_work
-from storage.artifacts.shards import ShardWriter, absent_dataset, check_file, dataset, footer_sha256, read_parquet
+from storage.artifacts.shards import ShardWriter, check_file, footer_sha256, read_parquet
 from storage.artifacts.trees import added_files, damaged, damaged_by_stat, tree_directory
 from storage.artifacts.verify import Verified, move_damaged, verify_artifact
 from storage.disk.files import (
@@ -41,6 +41,9 @@ from storage.disk.locks import alone, build_lock, locked, probe, shared, use_loc
 from storage.errors import CorruptArtifact, Evicted, InputError, OpdError, StoreError
 from storage.runs import find_use
 from storage.schemas import TableSchema
+
+if TYPE_CHECKING:
+    from pyarrow.dataset import Dataset
 
 __all__ = ["Artifact", "ArtifactSpec", "Builder", "ShardRecord", "ShardWriter", "Store"]
 
@@ -212,9 +215,11 @@ class Store:
         self.require_data(artifact)
         return self._read(artifact, records[shard], None)
 
-    def arrow_dataset(self, artifact: Artifact, table: str) -> pads.Dataset:
+    def arrow_dataset(self, artifact: Artifact, table: str) -> Dataset:
         """A lazy dataset for queries. Footers are verified now, page checksums during the scan. Scanning evicted shards raises
         FileNotFoundError; shards that a filter excludes are not opened."""
+        from storage.artifacts.datasets import absent_dataset, dataset
+
         directory = self._directory(artifact)
         manifest = self._manifest(artifact)
         records, schema = self._shards(manifest, table), manifest.table_schema(table).arrow
@@ -232,8 +237,6 @@ class Store:
                 problem = unreadable(error)
             if problem is not None:
                 self._bad_file(artifact, path, problem)
-        if not records:
-            return pads.dataset(schema.empty_table())
         return dataset([directory / record.file for record in records], schema)
 
     # --- trees -------------------------------------------------------------------------------------------------------

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from flows.cli.options import Json, Root, RunName, console, example, existing_root, grid
-from flows.run.hints import DEFAULT_ROOT
+from flows.run.hints import DEFAULT_ROOT, opd_command
 from storage.errors import InputError, did_you_mean
 from storage.runs import RoundState, Run, RunState
 
 COMPARED = "± is one standard error over prompts; not told apart: the 95% interval contains 0"
+EXAMPLE_SQL = "SELECT run, round, accuracy_greedy, reverse_kl FROM rounds ORDER BY run, round"
 POLL_SECONDS = 0.5
 """How often `opd logs --follow` looks for new lines."""
 
@@ -164,7 +165,7 @@ def query(
     memory: Annotated[str, typer.Option("--memory", help="DuckDB's memory limit")] = "1GB",
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Query the committed artifacts in SQL (DuckDB). Without SQL: list the views and their columns; with a view's name its own.
+    """Query the committed artifacts in SQL (DuckDB). Without SQL: list the views; with a view's name: its columns.
 
     A query cannot write or read other files. --json prints an array of objects, with NaN and infinities as strings. A query
     that needs rows evicted by `opd gc` fails and names them.
@@ -180,7 +181,13 @@ def query(
         raise InputError("--json and --csv: choose one")
     name, statement = (name_or_sql, sql) if sql is not None else (None, name_or_sql)
     if statement is None or (sql is None and any(run.name == statement for run in Run.list(root))):
-        tables.print_views(console(), Catalog(Store(root)).views() if (root / "artifacts").is_dir() else Views())
+        views = Catalog(Store(root)).views() if (root / "artifacts").is_dir() else Views()
+        run_name = () if statement is None else (statement,)
+        commands = (
+            f"columns of a view: {opd_command(root, 'query', *run_name, 'tokens')}",
+            f"a query: {opd_command(root, 'query', *run_name, EXAMPLE_SQL)}",
+        )
+        tables.print_views(views, json_, csv, sys.stdout, commands)
         return
     run = Run.open(root, name) if name is not None else None
     if statement.isidentifier():

@@ -251,7 +251,8 @@ def _go(
         return
     print_report(state, root)
     if built == 0:
-        out.print(f"nothing to do: every stage of {name!r} up to this round is in the store")
+        done = max((round.round for round in state.rounds), default=0) if rounds is None else rounds
+        out.print(f"nothing to do: {f'rounds 0 to {done}' if done else 'round 0'} of {name!r} are in the store")
 
 
 def _with_built(status: dict[str, Any], built: int) -> dict[str, Any]:

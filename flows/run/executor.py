@@ -233,6 +233,8 @@ class Maker:
         self.lineage = Lineage(store)
         self._restored_round, self._after_round, self._stop = restore, after_round, stop
         self._round = RoundState(round=0)
+        self._unsaved = False
+        """Whether `state` has changed since it was last saved."""
         self._inspection: Callable[[], None] | None = None
 
     def inspect(self, experiment: Experiment, student: Artifact, teachers: Teachers, prompts: Artifact) -> None:
@@ -257,15 +259,17 @@ class Maker:
         if number not in known:
             self.state.rounds.append(RoundState(round=number))
             self.state.rounds.sort(key=lambda r: r.round)
+            self._unsaved = True
         self._round = next(r for r in self.state.rounds if r.round == number)
         before = self.built
         yield self
-        self.run.save(self.state)
+        self._save()
         self.reporter.round_done(self._round)
         if self._after_round is not None and self.built > before:
             self._after_round(number)
 
     def ends_with(self, student: Artifact) -> None:
+        self._unsaved |= self._round.student_sha256 != student.content["weights"]
         self._round.student_sha256 = student.content["weights"]
 
     def enough(self, number: int) -> bool:
@@ -391,16 +395,24 @@ class Maker:
         self, label: str, state: StageState, found: dict[str, Artifact], shown: str | None = None
     ) -> dict[str, Artifact]:
         """Records the end of a stage. `shown`: the state to report, if the record keeps the state of an earlier call."""
-        state.key = next(iter(state.artifacts.values()), None)
-        state.rows = rows_of(found)
+        state = state.model_copy(update={"key": next(iter(state.artifacts.values()), None), "rows": rows_of(found)})
         metrics = metrics_of(found, self.store)
+        before = dict(self._round.metrics)
         self._round.metrics |= round_metrics(label, metrics)
+        self._unsaved |= self._round.metrics != before
         self._note(label, state, shown, metrics)
         if metrics.get("clipped_ratio") == 1.0 and shown is None and state.state == "done":
             self._context(self._round.round, label).say(label, ALL_CLIPPED)
         return found
 
     def _note(self, label: str, state: StageState, shown: str | None = None, metrics: Metrics | None = None) -> None:
+        self._unsaved |= self._round.stages.get(label) != state
         self._round.stages[label] = state
-        self.run.save(self.state)
+        self._save()
         self.reporter.stage(self._round.round, label, state.model_copy(update={"state": shown or state.state}), metrics)
+
+    def _save(self) -> None:
+        """Write the state, unless the file says the same: a run that finds everything in the store writes nothing per stage."""
+        if self._unsaved:
+            self.run.save(self.state)
+            self._unsaved = False

@@ -225,7 +225,7 @@ def _refusal(error: Exception, memory: str, views: Views) -> OpdError:
     if "Out of Memory" in text or "bad_alloc" in text:
         return QueryRefused(f"needs more than {memory} of memory; {_NARROW}")
     unknown = "does not exist" in text or "Referenced column" in text
-    hint = f"\nviews: {', '.join(views.all)}; `opd query` alone lists their columns" if unknown else ""
+    hint = f"\nviews: {', '.join(views.all)}; `opd query VIEW` lists the columns of one" if unknown else ""
     return QueryRefused(text + hint)
 
 

@@ -26,6 +26,7 @@ from tasks.losses.build import make_objective
 from tasks.losses.config import DirectConfig, PolicyGradientConfig
 from tasks.losses.head import ChunkedHead, from_logits, support_of, view_of
 from tasks.losses.needs import StudentRequest
+from tasks.losses.products import hidden_gradient, logits_of
 from tasks.losses.types import StudentView, TokenBatch
 from tasks.trainer.data import Forward
 from tasks.trainer.model import LossHead
@@ -120,16 +121,17 @@ class Case:
 
     @torch.no_grad()
     def products(self, chunk: int) -> Spent:
-        """The three matrix products of a loss, and nothing else; the first writes to memory that is used again."""
+        """The three matrix products of a loss, and nothing else."""
         chunk = min(chunk, max(128, self.n // 8))
         hidden, weight = self.hidden.detach(), self.head.weight.detach()
-        logits, grads = torch.zeros(chunk, self.v), (torch.zeros_like(hidden), torch.zeros_like(weight))
+        weight_gradient = torch.zeros_like(weight)
         before = Spent.now()
         for start in range(0, self.n, chunk):
             rows = slice(start, start + chunk)
-            torch.mm(hidden[rows], weight.t(), out=logits)
-            torch.mm(logits, weight, out=grads[0][rows])
-            torch.addmm(grads[1], logits.t(), hidden[rows], out=grads[1])
+            logits = logits_of(hidden[rows], weight)
+            hidden_gradient(logits, weight)
+            torch.addmm(weight_gradient, logits.t(), hidden[rows], out=weight_gradient)
+            del logits
         return Spent.now() - before
 
     def memory(self, loss: Callable[[], Tensor]) -> float:

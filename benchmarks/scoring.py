@@ -4,8 +4,8 @@ forwards of the same models with their heads, over the same batches, and beside 
 python benchmarks/scoring.py [--tokens 2048] [--turns 5] [--threads 1] [--spread 10] [--only all|teacher|vllm]
 [--profile scorer|vllm]
 
-`bare` makes logits in fresh memory, as `model(...)` does; `bare, memory again` in memory that is used again, as the scorer
-does. Random models with a vocabulary of 151,936 ids: student 3 layers of 256, teacher 6 of 512. `spread` is the standard
+`bare` is the models as transformers runs them; `bare, oneDNN` the same with the scorer's product for the head.
+Random models with a vocabulary of 151,936 ids: student 3 layers of 256, teacher 6 of 512. `spread` is the standard
 deviation of their logits: at 10 entropies are about 1.3 nats, as of a language model; at 0.4 (an untrained model) a nucleus
 is most of V. `--profile` prints where the scorer's time goes in place of a comparison."""
 
@@ -29,7 +29,7 @@ from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
 from tasks.engines.forward import LoadedModel, plan_batches
 from tasks.engines.scorer import Scorer
-from tasks.engines.teacher import Passage, Scratch, VllmTeacher
+from tasks.engines.teacher import Passage, VllmTeacher
 from tasks.inputs.models import ArchitectureModel, CheckpointModel, initialise, model_work
 from tasks.losses.needs import SignalNeed
 from tasks.prepare import PrepareConfig, prepare_work
@@ -160,8 +160,8 @@ class World:
         return self.pool.spent
 
 
-def bare(models: Sequence[LoadedModel], passages: Sequence[Passage], scorer: Scorer, scratch: Scratch | None) -> Spent:
-    """What is spent on the models' forwards over the same batches, with all logits; in fresh memory, or in `scratch`."""
+def bare(models: Sequence[LoadedModel], passages: Sequence[Passage], scorer: Scorer, own: bool) -> Spent:
+    """What is spent on the models' forwards over the same batches, with all logits; with `own`, by the scorer's product."""
     chunk = scorer.models.host.chunk_tokens
     before = Spent.now()
     with torch.inference_mode():
@@ -170,7 +170,7 @@ def bare(models: Sequence[LoadedModel], passages: Sequence[Passage], scorer: Sco
                 for model in models:
                     hidden_ND = model.hidden([passages[part[index]] for index in batch])
                     for start in range(0, len(hidden_ND), chunk):
-                        model.logits(hidden_ND[start : start + chunk], scratch)
+                        (model.logits if own else model.head)(hidden_ND[start : start + chunk])
     return Spent.now() - before
 
 
@@ -184,7 +184,7 @@ def rows_of(signals: str, tokens: int, found: dict[str, list[Spent]]) -> Iterato
 
 def main(root: Path, options: argparse.Namespace) -> None:
     world = World(root, options.tokens, options.threads, options.spread)
-    local, tokens, scratch = SuperviseConfig(), world.tokens, Scratch()
+    local, tokens = SuperviseConfig(), world.tokens
     everything, lists = ("sampled", "mask", "teacher_topk"), ("teacher_topk",)
     if options.profile:
         config, needs = (
@@ -202,8 +202,8 @@ def main(root: Path, options: argparse.Namespace) -> None:
     def ways(models: Sequence[LoadedModel], needs: Sequence[str], config: SuperviseConfig) -> Ways:
         forwards = functools.partial(bare, models, world.passages, world.scorer)
         return {
-            "bare": lambda: forwards(None),
-            "bare, memory again": lambda: forwards(scratch),
+            "bare": lambda: forwards(False),
+            "bare, oneDNN": lambda: forwards(True),
             "scorer": lambda: world.score(needs, config),
         }
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from storage.errors import ConfigError, InputError
 from tasks.engines.hf_folder import changed_logits, load_causal_lm, model_rows, positions
-from tasks.engines.teacher import QUANTIZATION_NEEDS, Passage, Scratch
+from tasks.engines.teacher import QUANTIZATION_NEEDS, Passage
+from tasks.losses.products import logits_of
 
 _PROBE_IDS = 4
 _PROBE_TOLERANCE = {torch.float32: 1e-4}
@@ -133,14 +134,12 @@ class LoadedModel:
         hidden_BTD = self._backbone(ids_BT.to(self.device), mask_BT.to(self.device))
         return hidden_BTD.flatten(0, 1).index_select(0, torch.cat(index).to(hidden_BTD.device))
 
-    def logits(self, hidden_ND: Tensor, scratch: Scratch | None = None) -> Tensor:
-        """The head's (N, V). `scratch`: memory for them, used where the head is a plain product on the host."""
-        plain = type(self.head) is nn.Linear and self.head.bias is None
-        if scratch is None or not plain or hidden_ND.device.type != "cpu":
-            found: Tensor = self.head(hidden_ND)
-            return found
-        weight_VD = cast("Tensor", self.head.weight)
-        return torch.mm(hidden_ND, weight_VD.t(), out=scratch.view(len(hidden_ND), len(weight_VD), hidden_ND.dtype))
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """The head's (N, V)."""
+        if type(self.head) is nn.Linear and self.head.bias is None:
+            return logits_of(hidden_ND, self.head.weight)
+        found: Tensor = self.head(hidden_ND)
+        return found
 
     def keep_head(self) -> None:
         """Free all of the model but its output head."""

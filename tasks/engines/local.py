@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tasks.engines import distributions, onepass
 from tasks.engines.forward import LoadedModel
-from tasks.engines.teacher import Host, Passage, Scratch, Vocabulary
+from tasks.engines.teacher import Host, Passage, Vocabulary
 from tasks.losses.stop_ids import merge_ids
 from tasks.signals import Ask, Values
 
@@ -21,7 +21,7 @@ class LocalModel:
     """A `Teacher` over a checkpoint. InputError for a checkpoint that does not load (see `LoadedModel`)."""
 
     def __init__(self, folder: Path, dtype: str, host: Host, quantization: str = "none") -> None:
-        self._device, self._chunk_tokens, self._scratch = torch.device(host.device), host.chunk_tokens, host.scratch
+        self._device, self._chunk_tokens = torch.device(host.device), host.chunk_tokens
         self._model: LoadedModel | None = LoadedModel(folder, dtype, self._device, host.devices, quantization)
         self._ahead: dict[tuple[int, ...], Tensor] | None = None
 
@@ -42,7 +42,7 @@ class LocalModel:
         given: Mapping[int, Sequence[np.ndarray]],
     ) -> Values:
         """See `Teacher`. One forward of the passages; logits of `chunk_tokens` tokens exist at a time."""
-        return answers(self._logits(passages, self._scratch), passages, ask, vocabulary, given, self._device)
+        return answers(self._logits(passages), passages, ask, vocabulary, given, self._device)
 
     @torch.inference_mode()
     def distributions(self, passages: Sequence[Passage], vocabulary: Vocabulary) -> Iterator[Tensor]:
@@ -52,13 +52,13 @@ class LocalModel:
             yield logprobs_NV.masked_fill_(unread_N[:, None], float("nan"))
 
     @torch.inference_mode()
-    def _logits(self, passages: Sequence[Passage], scratch: Scratch | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """(logits_NV, unread_N) of a chunk of tokens at a time; with `scratch` in the same memory."""
+    def _logits(self, passages: Sequence[Passage]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(logits_NV, unread_N) of a chunk of tokens at a time."""
         hidden_ND = self._hidden(passages)
         unread_N = self._unread(passages)
         for start in range(0, len(hidden_ND), self._chunk_tokens):
             chunk = slice(start, start + self._chunk_tokens)
-            yield self.model.logits(hidden_ND[chunk], scratch).to(self._device), unread_N[chunk]
+            yield self.model.logits(hidden_ND[chunk]).to(self._device), unread_N[chunk]
 
     def read_ahead(self, batches: Sequence[Sequence[Passage]]) -> None:
         """Compute the hidden states of these batches, keep them on the host, and free the model but for its output head: what is
@@ -124,6 +124,7 @@ def answers(
             )
             for name, value in found.items():
                 parts.setdefault(name, []).append(value.cpu().numpy())
+            del scores_NV  # before the next chunk's are made
     edges = np.cumsum([len(passage.completion) for passage in passages])[:-1]
     return {name: np.split(np.concatenate(arrays), edges) for name, arrays in parts.items()}
 

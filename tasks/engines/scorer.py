@@ -111,7 +111,6 @@ class Scorer:
                 done += item.size
             if writing is not None:
                 link.done(writing.result())
-        self.models.host.scratch.free()
         return ScoreResult()
 
     def close(self) -> None:

@@ -115,27 +115,6 @@ class Teacher(Protocol):
         """Free its memory."""
 
 
-class Scratch:
-    """Memory for the logits of a chunk of tokens on the host, used again for the next chunk and by the next model: the kernel
-    clears fresh pages, which takes a fifth of the time of an output head."""
-
-    def __init__(self) -> None:
-        self._flat: Tensor | None = None
-
-    def view(self, rows: int, columns: int, dtype: Any) -> Tensor:
-        """(rows, columns), uninitialised. The view before it must no longer be in use."""
-        import torch
-
-        if self._flat is None or self._flat.dtype != dtype or self._flat.numel() < rows * columns:
-            self._flat = None
-            self._flat = torch.empty(rows * columns, dtype=dtype)
-        return self._flat[: rows * columns].view(rows, columns)
-
-    def free(self) -> None:
-        """Give the memory back."""
-        self._flat = None
-
-
 @dataclass(frozen=True)
 class Host:
     """Resources that a scorer gives to the models that it opens."""
@@ -149,7 +128,6 @@ class Host:
     """`runtime.scorer`, for a backend's own part of it, and `threads`"""
     weights: str = ""
     """content digest of the model that is opened"""
-    scratch: Scratch = field(default_factory=Scratch, compare=False)
     store: Path | None = None
     """root of the job's store, for what a backend must find again"""
 

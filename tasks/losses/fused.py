@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tasks.losses.needs import StudentRequest
+from tasks.losses.products import hidden_gradient, logits_of
 from tasks.losses.stop_ids import merge_ids, merge_in_place, spread_in_place
 from tasks.losses.support import excluded_mask, masked_logsumexp
 from tasks.losses.types import StudentView, lowest, working
@@ -63,18 +64,34 @@ def fused_loss(
 
     `places_M`: where the tokens are in the micro-batch. The gradients exist from here to backward, which can be called once;
     the memory beside them is that of the logits of `chunk` tokens. The weight's gradient is summed in the weight's dtype."""
-    pass_ = _Pass(hidden_MD, head, chunk)
+    pass_ = _Pass(hidden_MD, head)
     loss = torch.zeros((), device=hidden_MD.device)
-    for rows, logits_CV in pass_.chunks():
-        observed = None if observe is None else observe(logits_CV, rows)
-        student = _Student(logits_CV, lists.at(rows), request)
-        with torch.enable_grad():
-            part = share(places_M[rows], student.view(), observed)
-        loss = loss + part.detach()
-        student.differentiate(part)
-        pass_.add(rows, logits_CV)
+    for start in range(0, len(hidden_MD), chunk):
+        rows = slice(start, min(start + chunk, len(hidden_MD)))
+        loss = loss + _of_chunk(pass_, rows, places_M[rows], lists.at(rows), request, share, observe)
     formed: Tensor = _Formed.apply(loss, hidden_MD, head.weight, head.bias, pass_)  # type: ignore[no-untyped-call]
     return formed
+
+
+def _of_chunk(
+    pass_: _Pass,
+    rows: slice,
+    places_C: Tensor,
+    lists: Lists,
+    request: StudentRequest,
+    share: Share,
+    observe: Observe | None,
+) -> Tensor:
+    """Adds the gradients of one chunk to those of the pass; returns its part of the loss. Its logits end with this call, before
+    those of the next chunk are made."""
+    logits_CV = pass_.logits(rows)
+    observed = None if observe is None else observe(logits_CV, rows)
+    student = _Student(logits_CV, lists, request)
+    with torch.enable_grad():
+        part = share(places_C, student.view(), observed)
+    student.differentiate(part)
+    pass_.add(rows, logits_CV)
+    return part.detach()
 
 
 class _Student:
@@ -157,10 +174,10 @@ class _Student:
 
 
 class _Pass:
-    """Buffers of a pass: the logits of one chunk, and the gradients."""
+    """The products of a pass, and the gradients that they add up to."""
 
-    def __init__(self, hidden_MD: Tensor, head: nn.Linear, chunk: int) -> None:
-        self.hidden, self.weight, self.chunk = hidden_MD.detach(), head.weight.detach(), chunk
+    def __init__(self, hidden_MD: Tensor, head: nn.Linear) -> None:
+        self.hidden, self.weight = hidden_MD.detach(), head.weight.detach()
         self.bias = None if head.bias is None else head.bias.detach()
         self.grad_hidden = torch.empty_like(self.hidden) if hidden_MD.requires_grad else None
         self.grad_weight: Tensor | None = None
@@ -169,27 +186,20 @@ class _Pass:
         if head.bias is not None and head.bias.requires_grad:
             self.grad_bias = working(torch.zeros_like(head.bias))
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(which of the M tokens, their logits in float32 at least), in a buffer that the next chunk reuses."""
-        count = len(self.hidden)
-        self.product = self.hidden.new_empty((min(self.chunk, count), len(self.weight)))
-        for start in range(0, count, self.chunk):
-            rows = slice(start, min(start + self.chunk, count))
-            product = torch.mm(self.hidden[rows], self.weight.t(), out=self.product[: rows.stop - start])
-            if self.bias is not None:
-                product += self.bias
-            yield rows, working(product)
-        del self.product
+    def logits(self, rows: slice) -> Tensor:
+        """Of a chunk of the M tokens, in float32 at least."""
+        product = logits_of(self.hidden[rows], self.weight)
+        if self.bias is not None:
+            product += self.bias
+        return working(product)
 
     def add(self, rows: slice, gradient_CV: Tensor) -> None:
         """Adds what the gradient of a chunk's logits gives."""
-        hidden, product = self.hidden[rows], gradient_CV
-        if gradient_CV.dtype != self.weight.dtype:
-            product = self.product[: len(gradient_CV)].copy_(gradient_CV)
+        hidden, product = self.hidden[rows], gradient_CV.to(self.weight.dtype)
         if self.grad_bias is not None:
             self.grad_bias += gradient_CV.sum(0)
         if self.grad_hidden is not None:
-            torch.mm(product, self.weight, out=self.grad_hidden[rows])
+            self.grad_hidden[rows] = hidden_gradient(product, self.weight)
         if self.wants_weight:
             if self.grad_weight is None:
                 self.grad_weight = torch.mm(product.t(), hidden)

@@ -14,9 +14,8 @@ from scoring import SAMPLING, VOCABULARY, described, model_folder, nucleus_logpr
 
 from storage.errors import InputError
 from tasks.engines import distributions, onepass
-from tasks.engines.forward import LoadedModel, placement, plan_batches
+from tasks.engines.forward import placement, plan_batches
 from tasks.engines.scorer import Sample, Scorer, fit_together
-from tasks.engines.teacher import Scratch
 from tasks.signals import Ask, Wanted
 from tasks.workers.jobs import ArtifactRef, KLJob
 
@@ -251,15 +250,6 @@ def test_batches_hold_everything_once_and_keep_the_budget(lengths, budget):
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= budget
     padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
     assert padded <= sum(lengths) + budget * len(batches)
-
-
-def test_logits_in_memory_that_is_used_again_are_those_of_the_head(models):
-    model, scratch = LoadedModel(models["student"], "float32", torch.device("cpu")), Scratch()
-    hidden = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
-    for rows in (9, 4, 9):
-        assert torch.equal(model.logits(hidden[:rows], scratch), model.head(hidden[:rows]))
-    first = scratch.view(2, 3, torch.float32)
-    assert scratch.view(2, 2, torch.float32).data_ptr() == first.data_ptr()
 
 
 def test_models_stay_warm_until_a_job_names_others(models, samples):

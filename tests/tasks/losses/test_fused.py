@@ -20,6 +20,7 @@ from tasks.losses.credit import CREDITS
 from tasks.losses.divergences import REGISTRY
 from tasks.losses.head import ChunkedHead
 from tasks.losses.needs import StudentRequest
+from tasks.losses.products import LARGE
 from tasks.losses.types import StudentView, TokenBatch
 from tasks.trainer.data import Forward
 from tasks.trainer.model import LossHead
@@ -148,6 +149,17 @@ def test_every_objective_has_the_loss_and_gradients_of_all_logits_at_once(name: 
         for a, b in zip(found, wanted, strict=True):
             assert b.any()
             torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+
+
+def test_a_large_head_has_the_gradients_of_all_logits_at_once() -> None:
+    """Its products are made by another library (`products.py`)."""
+    torch.manual_seed(11)
+    hidden, head, batch = torch.randn(N, D), nn.Linear(D, LARGE + 13), batch_of(11)
+    found = gradients(head_of(ChunkedHead(4), head), batch, hidden.requires_grad_())
+    exact = deepcopy(head).double()
+    wanted = gradients(head_of(PlainHead(), exact), batch, hidden.detach().double().requires_grad_())
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=2e-4, atol=2e-6 * float(b.abs().max()))
 
 
 def whole_lists(batch: TokenBatch) -> TokenBatch:

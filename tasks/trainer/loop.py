@@ -119,6 +119,7 @@ def run_steps(
                 **({BY_TEACHER: tally.by_teacher(now, plan.round)} if samples.teachers else {}),
             }
         )
+        samples.drop_pages()
         known |= latest(table[-1:])
         progress(number + 1, len(plan.steps), known)
         if dist.get_rank() == 0 and ((now - 1) % plan.metrics_every == 0 or number + 1 == len(plan.steps)):

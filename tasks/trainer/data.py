@@ -120,6 +120,8 @@ class Forward:
     tokens: TokenBatch
     weight_N: torch.Tensor
     """Normalisation: weight of a token's loss in the global batch's loss; 0 where masked."""
+    counts: bool
+    """Whether its tokens are in the loss: all of them are, or (a filler, or samples without such a token) none."""
 
 
 def from_rollouts(
@@ -507,7 +509,7 @@ def forward_batch(
         **signals,
     )
     weight = weights[place_N].astype(np.float32) * float(counts)
-    return Forward(tensor(input_ids), tensor(hidden), batch, tensor(weight.astype(np.float32)))
+    return Forward(tensor(input_ids), tensor(hidden), batch, tensor(weight.astype(np.float32)), counts)
 
 
 def _at(name: str, values: np.ndarray, index: np.ndarray, counts: bool) -> np.ndarray:

@@ -224,16 +224,18 @@ class Tally:
             if stats.log_ratio_N is not None:
                 self._log_ratios.append(stats.log_ratio_N.cpu().numpy())
         self._counted.clear()
-        parts = [self._sums.flatten(), self._loss[None], self._by_teacher.flatten().to(self.device)]
+        lists = self._loss.new_tensor([len(self.bad_places) + len(self._log_ratios)])
+        parts = [self._sums.flatten(), self._loss[None], lists, self._by_teacher.flatten().to(self.device)]
         sums = torch.cat(parts)
         if dist.get_world_size() > 1:
             dist.all_reduce(sums)
+        own, (loss,), (lists,), by_teacher = sums.cpu().split([len(part) for part in parts])
+        if dist.get_world_size() > 1 and lists > 0:
             everywhere: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everywhere, (self.bad_places, self._log_ratios))
             self.bad_places = [place for places, _ in everywhere for place in places]
             self._log_ratios = [values for _, arrays in everywhere for values in arrays]
         self.bad_places = sorted(set(self.bad_places))
-        own, (loss,), by_teacher = sums.cpu().split([len(part) for part in parts])
         self.loss = float(loss)
         self._sums = own.reshape(self._sums.shape)
         self._by_teacher = by_teacher.reshape(self._by_teacher.shape)

@@ -26,7 +26,10 @@ def make_round(
     logprobs = np.log(0.9 / np.arange(1, k + 1) / (1 / np.arange(1, k + 1)).sum()).astype(np.float32)
     names = ("rollouts", "sampled", "mask", "teacher_topk")
     builders = {
-        name: ArtifactSpec.of("rollout" if name == "rollouts" else name, 1, {"n": samples}, {}) for name in names
+        name: ArtifactSpec.of(
+            "rollout" if name == "rollouts" else name, 1, {"k": k} if name == "teacher_topk" else {}, {}
+        )
+        for name in names
     }
     made = {}
     for name in names:
@@ -34,7 +37,9 @@ def make_round(
             for shard, start in enumerate(range(0, samples, per_shard)):
                 count = min(per_shard, samples - start)
                 builder.write_shard(name, shard, _table(name, start, count, length, k, logprobs, random, vocabulary))
-            made[name] = builder.commit(tables={name: -(-samples // per_shard)})
+            made[name] = builder.commit(
+                meta={"metrics": {"mean_length": length}}, tables={name: -(-samples // per_shard)}
+            )
     return store, made.pop("rollouts"), made
 
 

@@ -25,6 +25,7 @@ from tasks.losses.config import DirectConfig, ObjectiveConfig
 from tasks.losses.needs import CreditNeeds, Needs
 from tasks.trainer.batching import plan_steps, split_step
 from tasks.trainer.data import Samples, forward_batch, from_rollouts, loss_denominators
+from tasks.trainer.dispatch import round_bytes
 from tasks.trainer.reading import collect_round
 from tasks.workers.jobs import ArtifactRef
 from tasks.workers.pool import CHECKOUT
@@ -127,6 +128,17 @@ def test_a_sample_that_two_shards_have_is_refused(tmp_path: Path) -> None:
     made["rollouts"] = pa.concat_tables([made["rollouts"].slice(0, 6), made["rollouts"].slice(0, 1)])
     with pytest.raises(InputError, match="rollouts: sample 'p0/1/0' is there 2 times"):
         read(tmp_path, made, (2, 4), NEEDS["sampled"], [0] * 7)
+
+
+def test_the_space_for_the_files_is_known_before(tmp_path: Path) -> None:
+    store, rollouts, signals = make_round(tmp_path, 40, 50, k=16)
+    needs = NEEDS["bucket"]
+    needed = {need.name: [ArtifactRef.of(signals[need.name])] for need in needs.signals}
+    job = train_job(tmp_path, ArtifactRef.of(rollouts), needed, DirectConfig())
+    (folder := tmp_path / "columns").mkdir()
+    collect_round(job, needs, [], 8192, store, folder)
+    written = sum(file.stat().st_size for file in folder.iterdir())
+    assert 0.9 * written < round_bytes(job, store) < 1.2 * written
 
 
 def test_memory_is_bounded_by_the_shard_and_the_batch(tmp_path: Path) -> None:

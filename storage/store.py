@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -214,6 +215,16 @@ class Store:
             raise StoreError(f"{artifact}: {table} has {len(records)} shards, there is no shard {shard}")
         self.require_data(artifact)
         return self._read(artifact, records[shard], None)
+
+    def shard_readers(self, artifact: Artifact, table: str) -> Sequence[Callable[[Sequence[str] | None], pa.Table]]:
+        """A function per shard of a table, in order, that reads the given columns (None: all), verified like `read_table`. A
+        table without shards has one function, for no rows. Evicted where `opd gc` removed the data."""
+        manifest = self._manifest(artifact)
+        records, empty = self._shards(manifest, table), manifest.table_schema(table).arrow.empty_table()
+        self.require_data(artifact)
+        if not records:
+            return [lambda columns: empty if columns is None else empty.select(list(columns))]
+        return [partial(self._read, artifact, record) for record in records]
 
     def arrow_dataset(self, artifact: Artifact, table: str) -> Dataset:
         """A lazy dataset for queries. Footers are verified now, page checksums during the scan. Scanning evicted shards raises

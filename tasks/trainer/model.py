@@ -58,10 +58,9 @@ class TokenStats:
     """bool: the tokens of which the metrics `of_seen` were computed; null: all"""
     of_seen: frozenset[str] = frozenset()
 
-    def counted(self, metric: str) -> torch.Tensor:
-        """bool: the tokens over which a metric has its mean."""
-        kept = self.mask_N > 0
-        return kept if self.seen_N is None or metric not in self.of_seen else kept & self.seen_N
+    def seen(self, metric: str) -> torch.Tensor | None:
+        """bool: the tokens of which a metric was computed; None: all."""
+        return self.seen_N if metric in self.of_seen else None
 
 
 def _joined(parts: list[TokenStats], tokens: TokenBatch) -> TokenStats:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from duckdb.func import FunctionNullHandling, PythonUDFType
 
 from storage.artifacts.artifact import Artifact
-from storage.errors import CorruptArtifact, Evicted, OpdError
+from storage.errors import CorruptArtifact, Evicted, OpdError, did_you_mean
 from storage.query.figures import completed
 from storage.query.limits import default_memory
 from storage.query.places import PLACED, Pieces, part_names, places_of
@@ -34,7 +34,8 @@ _BATCH_ROWS = 65_536
 _MAX_RESULT_BYTES = 1 << 30
 _MAX_SQL_CHARACTERS = 100_000
 _THREADS = 4
-_NARROW = "narrow it (WHERE run = ... AND round = ...), aggregate, or raise the limit (--memory 4GB)"
+_NARROW = "narrow it (WHERE run = ... AND round = ...), aggregate, or raise the limit (--memory 8GB; in Python memory='8GB')"
+_NO_COLUMN = re.compile(r'Referenced column "([^"]+)" not found|does not have a column named "([^"]+)"')
 _PLAN_MEMORY = "100MB"
 _DAMAGED = re.compile(r"stream registered as '(\w+)@' failed")
 
@@ -66,7 +67,7 @@ class Catalog:
             raise QueryRefused(f"a statement of {len(sql):,} characters; at most {_MAX_SQL_CHARACTERS:,} are read")
         if limit_seconds <= 0:
             raise QueryRefused(f"limit of {limit_seconds} seconds: must be above 0")
-        views, memory = Views(), memory or default_memory()
+        views, memory = self.views(), memory or default_memory()
         try:
             with duckdb.connect(":memory:") as connection:
                 statement = _one_select(connection, sql)
@@ -81,7 +82,7 @@ class Catalog:
             if damaged := _DAMAGED.search(str(error)):
                 self._find_damage(damaged.group(1))
                 raise CorruptArtifact(f"a shard of {damaged.group(1)} could not be read: {error}") from error
-            raise _refusal(error, memory, views) from error
+            raise _refusal(error, memory, views, sql) from error
 
     def views(self) -> Views:
         """The views of this store: those over this program's own tables, and those that its manifests declare."""
@@ -287,11 +288,18 @@ def _run(
         timer.cancel()
 
 
-def _refusal(error: Exception, memory: str, views: Views) -> OpdError:
-    """An error of DuckDB or Arrow as one of this program."""
+def _refusal(error: Exception, memory: str, views: Views, sql: str) -> OpdError:
+    """An error of DuckDB or Arrow as one of this program; for an unknown column or view with the nearest one."""
     text = str(error).strip()
     if "Out of Memory" in text or "bad_alloc" in text:
         return QueryRefused(f"needs more than {memory} of memory; {_NARROW}")
+    if column := _NO_COLUMN.search(text):
+        name, read = column[1] or column[2], views.wanted(sql)
+        columns = {c.name: view for view in sorted(read) for c in views.all[view].columns}
+        near = did_you_mean(name, columns, f"{', '.join(sorted(read)) or 'it'}: no column of a similar name")
+        places = sorted({view for c, view in columns.items() if near == f"did you mean {c!r}?"})
+        where = f" (in {', '.join(places)})" if places else ""
+        return QueryRefused(f"no column {name!r}: {near}{where}\n`opd query NAME VIEW` lists a view's columns\n{text}")
     unknown = "does not exist" in text or "Referenced column" in text
     hint = f"\nviews: {', '.join(views.all)}; `opd query` alone lists their columns" if unknown else ""
     return QueryRefused(text + hint)

@@ -14,13 +14,13 @@ WITH worst AS (
 )
 SELECT
   gap,
-  token,
   right(left(completion_text, place.start[position + 1]), 40) AS before,
+  token,
   substr(completion_text, place.start[position + 1] + place.length[position + 1] + 1, 40) AS after,
-  position,
-  student_logprob,
-  teacher_logprob,
+  exp(student_logprob) AS student_p,
+  exp(teacher_logprob) AS teacher_p,
   reasons,
+  position,
   sample_id
 FROM placed
 ORDER BY gap DESC

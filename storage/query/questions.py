@@ -121,12 +121,12 @@ def _round(name: str, value: str, run: RunState) -> int:
     """The number of a round: as given, or one of `_ROUNDS`."""
     rounds = sorted(run.rounds, key=lambda round: round.round)
     evaluated = [round.round for round in rounds if round.evaluated]
-    written = [round.round for round in rounds if _has_rollouts(round)]
     if value in _ROUNDS:
-        among, what = (written, "rollouts") if value == "last" else (evaluated, "evaluations")
-        if not among:
-            raise InputError(f"run {run.name!r} has no finished {what} yet; see: opd status {run.name}")
-        return among[0] if value.startswith("first") else among[-1]
+        if value == "last":
+            return last_written(run)
+        if not evaluated:
+            raise InputError(f"run {run.name!r} has no evaluated round yet; see: opd status {run.name}")
+        return evaluated[0] if value.startswith("first") else evaluated[-1]
     numbers = [round.round for round in rounds]
     if not value.isdigit() or int(value) not in numbers:
         raise InputError(
@@ -135,8 +135,13 @@ def _round(name: str, value: str, run: RunState) -> int:
     return int(value)
 
 
-def _has_rollouts(round: RoundState) -> bool:
-    return "rollout" in round.stages and round.stages["rollout"].state in ("done", "cached")
+def last_written(run: RunState) -> int:
+    """The last round with finished rollouts. InputError where there is none."""
+    stages = {round.round: round.stages.get("rollout") for round in run.rounds}
+    written = [number for number, stage in stages.items() if stage is not None and stage.state in ("done", "cached")]
+    if not written:
+        raise InputError(f"run {run.name!r} has no finished rollouts yet; see: opd status {run.name}")
+    return max(written)
 
 
 def _text(value: str) -> str:

@@ -2,13 +2,14 @@
 
 python benchmarks/questions.py FOLDER [TOKENS]     makes the store once (a minute), then prints a line per question
 
-A run of two rounds, and another that shares them: round 1 of a thousand tokens, round 2 of TOKENS. Completions of 256 tokens, on average, over a byte-level
-vocabulary of 50,000, some of them parts of characters; teacher_topk lists of 8. Each question is asked REPEATS times in this process
-with its default parameters: the median and the slowest wall time, the processor's time, the rows of the answer. On a machine that
-others use, the processor's time over the number of cores is what the wall time would be."""
+Two runs that share their two rounds: round 1 of a thousand tokens, round 2 of TOKENS. Completions of 256 tokens, on average, over
+a byte-level vocabulary of 50,000, some of them parts of characters; teacher_topk lists of 8. Each question is asked REPEATS times in
+this process with its default parameters: the median and the slowest wall time, the processor's time, the rows of the answer. On a
+machine that others use, the processor's time over the number of cores is what the wall time would be."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
@@ -91,7 +92,7 @@ def shard(random: np.random.Generator, pieces: list[bytes], round: int, first: i
     offsets, tokens = np.concatenate([[0], np.cumsum(lengths)]), int(lengths.sum())
     ids = np.minimum(random.zipf(1.2, tokens) - 1, VOCABULARY - 1)
     ids = np.where(ids >= VOCABULARY - 1, random.integers(0, VOCABULARY, tokens), ids)
-    completions = [ids[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    completions = [ids[a:b] for a, b in itertools.pairwise(offsets)]
     student, entropy = -random.exponential(0.7, tokens), random.gamma(1.0, 0.6, tokens)
     teacher = np.minimum(student + random.normal(-0.1, 0.8, tokens), -1e-4)
     clipped = np.where(lengths >= 700, "length", "stop")
@@ -175,7 +176,9 @@ def make_store(root: Path, tokens: int) -> None:
                  "samples": 64, "tokens": 64 * LENGTH, "seconds": 1.0, "outlier_fraction": 0.1}
                 for n in range(1, 101)
             ]  # fmt: skip
-            train = commit(store, "train", round, {"training_steps": [pa.Table.from_pylist(steps, schema_for("training_steps"))]})
+            train = commit(
+                store, "train", round, {"training_steps": [pa.Table.from_pylist(steps, schema_for("training_steps"))]}
+            )
             stages = {"rollout": stage(**made), "supervise": stage(**signals), "train": stage(train=train), **stages}
         metrics = {"rollout_tokens": float(wanted), "reverse_kl": 1 / (1 + round)}
         rounds.append(RoundState(round=round, student_sha256=f"{round:064x}", metrics=metrics, stages=stages))

@@ -1,4 +1,5 @@
-"""opdflow, as users import it: `open` a store to ask it; `opdflow.plugin` is what a plugin builds on; `main` is the command `opd`."""
+"""opdflow, as users import it: `open` a store to ask it; `opdflow.plugin` is what a plugin builds on; `main` is the command
+`opd`."""
 
 from __future__ import annotations
 

@@ -103,9 +103,11 @@ def compare(
     """Paired differences between evaluations, on the prompts that both have, with standard errors clustered by prompt.
 
     One run: each evaluated round minus the one before. Several: each further one minus the first, a run without @ROUND at its
-    last evaluated round. Not told apart: the 95% interval contains 0. In SQL: the view `differences`.
+    last evaluated round; also where their configs differ, the figures of every round, and where the greedy answers part. Not told
+    apart: the 95% interval contains 0. In SQL: the view `differences`, and `opd query --list`.
 
     Exit codes: 0 shown, 1 damaged evaluations, 2 no such run or round, or not evaluated."""
+    from flows.cli import beside
     from flows.run.compare import compared, evaluated_rounds, point
     from flows.run.shown import apart
     from storage.store import Store
@@ -119,7 +121,8 @@ def compare(
         pairs = list(zip(rounds[1:], rounds, strict=False))
     found = [compared(store, one, other) for one, other in pairs]
     if json_:
-        typer.echo(json.dumps([line.as_json() for line in found], indent=2))
+        more = [beside.as_json(root, line) if others else {} for line in found]
+        typer.echo(json.dumps([line.as_json() | added for line, added in zip(found, more, strict=True)], indent=2))
         return
     forms = {"accuracy_greedy": "{:.1%}", "accuracy_sampled": "{:.1%}", "reverse_kl": "{:.4f}"}
     shown = [metric for metric in forms if any(metric in line.figures for line in found)]
@@ -128,6 +131,8 @@ def compare(
         cells = [apart(line.figures[m], forms[m]) if m in line.figures else "" for m in shown]
         table.add_row(f"{line.one} - {line.other}", *cells, line.prompts)
     console().print(table)
+    if others:
+        beside.print_beside(root, found, console())
 
 
 def logs(

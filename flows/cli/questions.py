@@ -29,6 +29,8 @@ _TEXT = 12
 _GAP = 2
 _KEYS = ("rollouts", "student", "round")
 """Columns with keys of artifacts, or that name a row."""
+_TOKENS = ("token", "other_token")
+"""Columns whose white space is shown."""
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
@@ -42,16 +44,25 @@ def print_list(as_json: bool, as_csv: bool, file: TextIO) -> None:
     known = questions().values()
     if as_json or as_csv:
         rows = [
-            {"question": q.name, "answers": q.doc, "parameters": {p.name: p.doc for p in q.parameters}, "usage": q.usage}
+            {
+                "question": q.name,
+                "answers": q.doc,
+                "parameters": {p.name: p.doc for p in q.parameters},
+                "usage": q.usage,
+            }
             for q in known
         ]
-        table = pa.table({name: [row[name] if name != "parameters" else str(row[name]) for row in rows] for name in rows[0]})
+        table = pa.table(
+            {name: [row[name] if name != "parameters" else str(row[name]) for row in rows] for name in rows[0]}
+        )
         return (tables.write_json if as_json else tables.write_csv)(table, file)
     out = console()
     for asked in known:
         out.print(Text.assemble((asked.name, "bold"), "  ", (asked.usage, "cyan")))
         out.print(Text(f"  {asked.doc}"))
-    out.print(Text("\nask: opd query NAME QUESTION [PARAMETER=VALUE ...]; --sql prints the SQL; --json and --csv everything"))
+    out.print(
+        Text("\nask: opd query NAME QUESTION [PARAMETER=VALUE ...]; --sql prints the SQL; --json and --csv everything")
+    )
 
 
 def check_run_given(root: Path, first: str | None) -> None:
@@ -93,7 +104,8 @@ def print_answer(answer: pa.Table, out: Console) -> None:
     """The first rows: a line each; where the terminal is too narrow for their numbers and ids, a block each."""
     if not answer.num_rows:
         return out.print("no rows")
-    rows = [{name: _cell(value) for name, value in row.items()} for row in tables.rows(answer.slice(0, _SHOWN_ROWS))]
+    first = tables.rows(answer.slice(0, _SHOWN_ROWS))
+    rows = [{name: visible(value) if name in _TOKENS else _cell(value) for name, value in row.items()} for row in first]
     columns = [_Column.of(field, [row[field.name] for row in rows]) for field in answer.schema]
     if sum(column.least for column in columns) + _GAP * (len(columns) - 1) <= out.width:
         out.print(_lines(columns, rows, out.width))
@@ -135,7 +147,10 @@ def _lines(columns: Sequence[_Column], rows: Sequence[dict[str, str]], width: in
     for column in columns:
         right = column.number or column.name == "before"
         shown.add_column(
-            Text(_heading(column.name, widths[column.name])), justify="right" if right else "left", width=widths[column.name], no_wrap=True
+            Text(_heading(column.name, widths[column.name])),
+            justify="right" if right else "left",
+            width=widths[column.name],
+            no_wrap=True,
         )
     for row in rows:
         shown.add_row(*(_cut(column.name, row[column.name], widths[column.name]) for column in columns))
@@ -182,3 +197,6 @@ def _cell(value: object) -> str:
     return "".join(_ESCAPES.get(character, character) for character in str(value))
 
 
+def visible(token: str | None) -> str:
+    """A token's text with its white space shown."""
+    return _cell(token).replace(" ", "␣")

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.options import Json, Root, RunName, console, example, existing_root
+from flows.cli.questions import visible
 from flows.run.hints import DEFAULT_ROOT
 from storage.errors import InputError, did_you_mean
 from storage.runs import Run
@@ -41,7 +42,8 @@ def register(app: typer.Typer) -> None:
 def show(
     name: RunName,
     sample: Annotated[
-        str | None, typer.Option("--sample", help="a sample_id (default: that of the last round with the largest mean gap)")
+        str | None,
+        typer.Option("--sample", help="a sample_id (default: that of the last round with the largest mean gap)"),
     ] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="alternatives shown for each token")] = 3,
     json_: Json = False,
@@ -69,9 +71,10 @@ def _found(catalog: Any, run: Run, sample: str | None, top: int) -> dict[str, An
     last = last_written(run.state)
     if sample is None:
         worst = f"SELECT sample_id FROM tokens WHERE round = {last} AND isfinite(gap) GROUP BY ALL ORDER BY avg(gap) DESC LIMIT 1"
-        named = catalog.query(worst).to_pylist() or catalog.query(
-            f"SELECT sample_id FROM rollouts WHERE round = {last} LIMIT 1"
-        ).to_pylist()
+        named = (
+            catalog.query(worst).to_pylist()
+            or catalog.query(f"SELECT sample_id FROM rollouts WHERE round = {last} LIMIT 1").to_pylist()
+        )
         sample = named[0]["sample_id"]
     part = str(sample).rsplit("/", 2)
     at = int(part[1]) if len(part) == 3 and part[1].isdigit() else last
@@ -160,13 +163,13 @@ def _table(tokens: list[dict[str, Any]]) -> Table:
     for token in tokens:
         numbers = [_number(token["gap"]), _share(token["student_logprob"]), _share(token["teacher_logprob"])]
         tops = [_alternatives(token[f"{model}_top"]) for model in models]
-        cells = [str(token["position"]), Text(_visible(token["token"]), _style(token)), *numbers, *tops]
+        cells = [str(token["position"]), Text(visible(token["token"]), _style(token)), *numbers, *tops]
         table.add_row(*cells, *([token["reasons"] or ""] if reasons else []))
     return table
 
 
 def _alternatives(entries: list[tuple[str, float]] | None) -> Text:
-    parts = [Text.assemble(_visible(token), (f" {share:.0%}", "dim")) for token, share in entries or ()]
+    parts = [Text.assemble(visible(token), (f" {share:.0%}", "dim")) for token, share in entries or ()]
     return Text("  ").join(parts)
 
 
@@ -178,9 +181,3 @@ def _share(logprob: float | None) -> str:
     import math
 
     return "" if logprob is None else f"{math.exp(logprob):.2%}"
-
-
-def _visible(token: str | None) -> str:
-    """A token's text with its white space shown."""
-    marks = {" ": "␣", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
-    return "".join(marks.get(character, character) for character in token or "")

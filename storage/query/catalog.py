@@ -34,7 +34,9 @@ _BATCH_ROWS = 65_536
 _MAX_RESULT_BYTES = 1 << 30
 _MAX_SQL_CHARACTERS = 100_000
 _THREADS = 4
-_NARROW = "narrow it (WHERE run = ... AND round = ...), aggregate, or raise the limit (--memory 8GB; in Python memory='8GB')"
+_NARROW = (
+    "narrow it (WHERE run = ... AND round = ...), aggregate, or raise the limit (--memory 8GB; in Python memory='8GB')"
+)
 _NO_COLUMN = re.compile(r'Referenced column "([^"]+)" not found|does not have a column named "([^"]+)"')
 _PLAN_MEMORY = "100MB"
 _DAMAGED = re.compile(r"stream registered as '(\w+)@' failed")
@@ -329,7 +331,14 @@ def _artifacts_table(artifacts: Iterable[Artifact], store: Store) -> pa.Table:
     """Rows of the view `artifacts`."""
     documents = ("content", "inputs", "identity", "meta")
     rows = [
-        {"stage": a.stage, "artifact": a.key, "created": a.created, "seconds": a.seconds, "rows": sum(a.rows.values()), "bytes": store.size(a)}
+        {
+            "stage": a.stage,
+            "artifact": a.key,
+            "created": a.created,
+            "seconds": a.seconds,
+            "rows": sum(a.rows.values()),
+            "bytes": store.size(a),
+        }
         | {name: json.dumps(getattr(a, name), sort_keys=True) for name in documents}
         | {"evicted": store.evicted(a)}
         for a in artifacts

@@ -1,9 +1,9 @@
 """Where the tokens of a completion stand in its text, also where a token is several characters or a part of one.
 
 A token's bytes come from the vocabulary: from its text where it has one alone; else from its name, `<0xE4>` (byte fallback of
-sentencepiece) or the characters that byte-level vocabularies (GPT-2) write bytes with. The bytes of a completion's tokens, one after
-the other, must decode to its text; otherwise its tokens have no place. A token that ends within a character stands at that
-character, as does the token that completes it: they overlap."""
+sentencepiece) or the characters that byte-level vocabularies (GPT-2) write bytes with. The bytes of a completion's tokens must
+decode to its text; otherwise its tokens have no place. A token that ends within a character stands at that character, as does the
+token that completes it: they overlap."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ class Pieces:
 def part_names(tokens: pa.Array) -> pa.Array:
     """How tokens are shown that are no text alone: their bytes as `<0xE4><0xB8>`, or their names where these are not known."""
     found = [(token, piece(token, None, False)) for token in tokens.to_pylist()]
-    return pa.array([t if data is None else "".join(f"<0x{byte:02X}>" for byte in data) for t, data in found], pa.string())
+    return pa.array(
+        [t if data is None else "".join(f"<0x{byte:02X}>" for byte in data) for t, data in found], pa.string()
+    )
 
 
 def piece(token: str, text: str | None, special: bool) -> bytes | None:
@@ -70,8 +72,8 @@ def _byte_level() -> dict[str, int]:
 
 
 def places_of(pieces: Callable[[str], Pieces]) -> Callable[..., pa.Array]:
-    """The function of DuckDB that gives `PLACES` from (run, completion_token_ids, completion_text); `pieces` of a run are asked for
-    when one of its completions comes up."""
+    """The function of DuckDB that gives `PLACES` from (run, completion_token_ids, completion_text); `pieces` of a run are asked
+    for when one of its completions comes up."""
 
     def call(runs: pa.ChunkedArray, ids: pa.ChunkedArray, texts: pa.ChunkedArray) -> pa.Array:
         runs, ids, texts = (column.combine_chunks() for column in (runs, ids, texts))

@@ -4,9 +4,9 @@
     -- $round = last: the round whose rollouts are looked at
     -- $limit = 20: rows
 
-A parameter without a default must be given. `last` is the last round with rollouts, `last_evaluated` and `first_evaluated` those of
-the run's evaluations; a default `a | b` lists what is accepted, the first unless another is given. `$run` is the run that is asked.
-Values enter the SQL as literals, so that filters on a round keep the other rounds' files closed."""
+A parameter without a default must be given. `last` is the last round with rollouts, `last_evaluated` and `first_evaluated` are
+those of the run's evaluations; a default `a | b` lists what is accepted, the first unless another is given. `$run` is the run that
+is asked. Values enter the SQL as literals, so that filters on a round keep the other rounds' files closed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from storage.errors import InputError, did_you_mean
-from storage.runs import RoundState, RunState
+from storage.runs import RunState
 
 FOLDER = Path(__file__).with_name("questions")
 _PARAMETER = re.compile(r"\$(\w+)(?: = (.+?))?: (.+)")

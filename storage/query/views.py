@@ -145,13 +145,17 @@ _ALL = (
             _TEACHER,
             Column("position", _LONG, "index of the token in the completion, from 0; of its text see text_offset"),
             Column("token_id", _INT, "the student's token id"),
-            Column("token", _STR, "its text; where it is no text alone its bytes, <0xE4><0xB8>, or its name", nullable=True),
+            Column(
+                "token", _STR, "its text; where it is no text alone its bytes, <0xE4><0xB8>, or its name", nullable=True
+            ),
             Column("before", _STR, f"the text before it, at most {CONTEXT} characters", nullable=True),
             Column("after", _STR, f"the text after it, at most {CONTEXT} characters", nullable=True),
             Column("sampling_logprob", _FLOAT, "under the distribution sampled from", nullable=True),
             Column("student_logprob", _FLOAT, "of the rollout-time student", nullable=True),
             Column("teacher_logprob", _FLOAT, "of the teacher", nullable=True),
-            Column("gap", _FLOAT, "student_logprob - teacher_logprob: the token's part in the reverse KL", nullable=True),
+            Column(
+                "gap", _FLOAT, "student_logprob - teacher_logprob: the token's part in the reverse KL", nullable=True
+            ),
             Column("student_entropy", _FLOAT, "nats", nullable=True),
             Column("teacher_entropy", _FLOAT, "nats", nullable=True),
             Column(
@@ -161,7 +165,9 @@ _ALL = (
                 nullable=True,
             ),
             Column("mask_reasons", _INT, TABLES["mask"].columns[1].doc.removeprefix("T "), nullable=True),
-            Column("reasons", _STR, f"the same in words: {', '.join(_IN_WORDS.values())}; empty for none", nullable=True),
+            Column(
+                "reasons", _STR, f"the same in words: {', '.join(_IN_WORDS.values())}; empty for none", nullable=True
+            ),
             Column(
                 "text_offset",
                 _LONG,
@@ -376,7 +382,9 @@ class Views:
             for name, column in self._added("tokens", signal).items():
                 lists[column.name] = (signal, name)
         mass = "1 - exp(CASE WHEN NOT isnan({0}) THEN {0} END)"
-        words = ", ".join(f"CASE WHEN mask_reasons & {int(bit)} > 0 THEN '{text}' END" for bit, text in _IN_WORDS.items())
+        words = ", ".join(
+            f"CASE WHEN mask_reasons & {int(bit)} > 0 THEN '{text}' END" for bit, text in _IN_WORDS.items()
+        )
         made = {  # by column: what it is, and the lists that it needs
             "gap": ("student_logprob - teacher_logprob", ("student_logprob", "teacher_logprob")),
             "teacher_mass": (
@@ -388,7 +396,9 @@ class Views:
             "after": (f"substr(completion_text, text_offset + text_length + 1, {CONTEXT})", ("text_offset",)),
         }
         needed = used | {name for column in used & made.keys() for name in made[column][1]}
-        exploded = {name: f"{_identifier(lists[name][0])}.{_identifier(lists[name][1])}" for name in lists if name in needed}
+        exploded = {
+            name: f"{_identifier(lists[name][0])}.{_identifier(lists[name][1])}" for name in lists if name in needed
+        }
         exploded["token_id"] = "rollouts.completion_token_ids"
         of_sample = {"run": "run", "round": '"round"', "artifact": "rollouts.artifact", "sample_id": "sample_id"}
         of_sample["prompt_id"] = "prompt_id"
@@ -398,7 +408,9 @@ class Views:
             of_sample["completion_text"] = "completion_text"
             found = "places(run, completion_token_ids, completion_text)"
             exploded |= {"text_offset": f"{found}.start", "text_length": f"{found}.length"}
-        signals = [s for s in (*SIGNALS, *self._signals) if any(lists[name][0] == s for name in exploded.keys() & lists)]
+        signals = [
+            s for s in (*SIGNALS, *self._signals) if any(lists[name][0] == s for name in exploded.keys() & lists)
+        ]
         rows = ", ".join(
             [
                 *of_sample.values(),

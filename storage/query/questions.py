@@ -5,8 +5,8 @@
     -- $limit = 20: rows
 
 A parameter without a default must be given. `last` is the last round with rollouts, `last_evaluated` and `first_evaluated` are
-those of the run's evaluations; a default `a | b` lists what is accepted, the first unless another is given. `$run` is the run that
-is asked. Values enter the SQL as literals, so that filters on a round keep the other rounds' files closed."""
+those of the run's evaluations; a default `a | b` lists what is accepted, the first unless another is given. `$run` is the run
+that is asked. Values enter the SQL as literals, so that filters on a round keep the other rounds' files closed."""
 
 from __future__ import annotations
 

@@ -133,7 +133,11 @@ def test_outliers(ask, samples, texts):
             assert row["share_of_all_outside"] == pytest.approx(sum(values) / total, abs=1e-5)
             assert row["far"] == pytest.approx(np.mean(np.array(gaps[row["group"]]) > 2.0))
 
-    check("token", lambda row, place: texts[row["completion_token_ids"][place]][0])
+    def name(row: dict, place: int) -> str:
+        token = row["completion_token_ids"][place]
+        return f"<0x{token:02X}>" if texts[token][0] is None else texts[token][0]  # ids of this vocabulary are its bytes
+
+    check("token", name)
     check(
         "truncation",
         lambda row, _: {"length": "cut off at the length limit"}.get(row["finish_reason"], "ended by itself"),
@@ -285,7 +289,7 @@ def test_a_store_from_python_is_what_the_files_are(finished, samples):
     assert base.config["train"]["lr"] == 1e-3
     with pytest.raises(Exception, match="did you mean 'base'"):
         lab.run("bas")
-    with pytest.raises(Exception, match="exactly one SELECT|only one SELECT"):
+    with pytest.raises(Exception, match="only one SELECT"):
         lab.sql("DROP VIEW tokens")
 
 

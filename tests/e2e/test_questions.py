@@ -135,7 +135,9 @@ def test_outliers(ask, samples, texts):
 
     def name(row: dict, place: int) -> str:
         token = row["completion_token_ids"][place]
-        return f"<0x{token:02X}>" if texts[token][0] is None else texts[token][0]  # ids of this vocabulary are its bytes
+        return (
+            f"<0x{token:02X}>" if texts[token][0] is None else texts[token][0]
+        )  # ids of this vocabulary are its bytes
 
     check("token", name)
     check(

@@ -13,6 +13,7 @@ import pyarrow as pa
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -43,26 +44,13 @@ def print_list(as_json: bool, as_csv: bool, file: TextIO) -> None:
     """Every question, what it answers and its parameters with their defaults."""
     known = questions().values()
     if as_json or as_csv:
-        rows = [
-            {
-                "question": q.name,
-                "answers": q.doc,
-                "parameters": {p.name: p.doc for p in q.parameters},
-                "usage": q.usage,
-            }
-            for q in known
-        ]
-        table = pa.table(
-            {name: [row[name] if name != "parameters" else str(row[name]) for row in rows] for name in rows[0]}
-        )
+        table = pa.Table.from_pylist([{"question": q.name, "answers": q.doc, "usage": q.usage} for q in known])
         return (tables.write_json if as_json else tables.write_csv)(table, file)
     out = console()
     for asked in known:
         out.print(Text.assemble((asked.name, "bold"), "  ", (asked.usage, "cyan")))
-        out.print(Text(f"  {asked.doc}"))
-    out.print(
-        Text("\nask: opd query NAME QUESTION [PARAMETER=VALUE ...]; --sql prints the SQL; --json and --csv everything")
-    )
+        out.print(Padding(Text(asked.doc), (0, 0, 0, 2)))
+    out.print(Text("\nto ask: opd query NAME QUESTION [PARAMETER=VALUE ...]   (--sql prints its SQL)"))
 
 
 def check_run_given(root: Path, first: str | None) -> None:

@@ -163,7 +163,12 @@ def _table(tokens: list[dict[str, Any]]) -> Table:
     for token in tokens:
         numbers = [_number(token["gap"]), _share(token["student_logprob"]), _share(token["teacher_logprob"])]
         tops = [_alternatives(token[f"{model}_top"]) for model in models]
-        cells = [str(token["position"]), Text(visible(token["token"]), _style(token)), *numbers, *tops]
+        cells: list[str | Text] = [
+            str(token["position"]),
+            Text(visible(token["token"]), _style(token)),
+            *numbers,
+            *tops,
+        ]
         table.add_row(*cells, *([token["reasons"] or ""] if reasons else []))
     return table
 

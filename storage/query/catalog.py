@@ -152,7 +152,8 @@ class Catalog:
                 connection.execute(views.sql(name, rows_wanted=False))
             return views
         states = self._states()
-        tables = {table for name in wanted for table in views.all[name].tables}
+        columns = _columns_used(views, "tokens", sql) if "tokens" in wanted else None
+        tables = {table for name in wanted for table in views.tables(name, columns)}
         missing = missing_of(states, committed, tables)
         if missing:
             raise CorruptArtifact(
@@ -174,12 +175,10 @@ class Catalog:
         unpacking = unpack_functions(views.schemas[table] for table in tables)
         for name, (function, arguments, result) in unpacking.items():
             _add_function(connection, name, function, (arguments, result))
-        used = None
         if "tokens" in wanted:
-            used = _columns_used(views, "tokens", sql)
             _add_text_functions(connection, functools.cache(self._pieces))
         for name in views.all:
-            connection.execute(views.sql(name, rows_wanted=name in wanted, used=used))
+            connection.execute(views.sql(name, rows_wanted=name in wanted, used=columns))
         return views
 
 

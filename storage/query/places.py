@@ -29,8 +29,8 @@ class Pieces:
 
     def __init__(self, ids: list[int], tokens: list[str], texts: list[str | None], special: list[bool]) -> None:
         found: list[bytes | None] = [None] * (max(ids, default=-1) + 1)
-        for place, *entry in zip(ids, tokens, texts, special, strict=True):
-            found[place] = piece(*entry)
+        for place, token, text, is_special in zip(ids, tokens, texts, special, strict=True):
+            found[place] = piece(token, text, is_special)
         self.bytes = pa.array(found, pa.large_binary())
 
 

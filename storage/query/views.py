@@ -54,6 +54,14 @@ _USE = (
 CONTEXT = 40
 """Characters of `before` and `after`."""
 _IN_WORDS = {reason: (reason.name or "").lower().replace("_", " ") for reason in MaskReason}
+_MADE_FROM = {
+    "gap": ("student_logprob", "teacher_logprob"),
+    "teacher_mass": ("teacher_tail", "student_list_tail"),
+    "reasons": ("mask_reasons",),
+    "before": ("text_offset",),
+    "after": ("text_offset",),
+}
+"""Columns of `tokens` that are computed: what they need of what is exploded."""
 _MEANINGS = {
     "accuracy_greedy": "share of held-out prompts answered correctly, greedy",
     "accuracy_sampled": "the same, sampled",
@@ -366,8 +374,18 @@ class Views:
                 columns.append(f"{_identifier(signal)}.{_identifier(name)} AS {_identifier(column.name)}")
         return f"SELECT {', '.join(columns)} {self._with_signals(signals)}"
 
-    def _tokens(self, used: set[str]) -> str:
-        """Lists are exploded side by side; the texts come from the vocabulary that the run prepared."""
+    def tables(self, name: str, used: Collection[str] | None = None) -> set[str]:
+        """The tables that a view reads; of `tokens` those behind the `used` columns, by default all."""
+        if name != "tokens" or used is None:
+            return set(self.all[name].tables)
+        needed, lists = _needed(used), self._token_lists()
+        found = {"rollouts", *(lists[column][0] for column in needed & lists.keys())}
+        return (
+            found | ({"prompts"} if "teacher" in needed else set()) | ({"vocabulary"} if "token" in needed else set())
+        )
+
+    def _token_lists(self) -> dict[str, tuple[str, str]]:
+        """What `tokens` is exploded from, beside the ids: by column, the table and its column of lists."""
         lists = {
             "sampling_logprob": ("rollouts", "sampling_logprobs"),
             "student_logprob": ("sampled", "student_logprobs"),
@@ -379,23 +397,24 @@ class Views:
             "mask_reasons": ("mask", "mask_reasons"),
         }
         for signal in self._signals:
-            for name, column in self._added("tokens", signal).items():
-                lists[column.name] = (signal, name)
+            lists |= {column.name: (signal, name) for name, column in self._added("tokens", signal).items()}
+        return lists
+
+    def _tokens(self, used: set[str]) -> str:
+        """Lists are exploded side by side; the texts come from the vocabulary that the run prepared."""
+        lists = self._token_lists()
         mass = "1 - exp(CASE WHEN NOT isnan({0}) THEN {0} END)"
         words = ", ".join(
             f"CASE WHEN mask_reasons & {int(bit)} > 0 THEN '{text}' END" for bit, text in _IN_WORDS.items()
         )
-        made = {  # by column: what it is, and the lists that it needs
-            "gap": ("student_logprob - teacher_logprob", ("student_logprob", "teacher_logprob")),
-            "teacher_mass": (
-                f"coalesce({mass.format('teacher_tail')}, {mass.format('student_list_tail')})",
-                ("teacher_tail", "student_list_tail"),
-            ),
-            "reasons": (f"CASE WHEN mask_reasons IS NOT NULL THEN concat_ws(', ', {words}) END", ("mask_reasons",)),
-            "before": (f"right(left(completion_text, text_offset), {CONTEXT})", ("text_offset",)),
-            "after": (f"substr(completion_text, text_offset + text_length + 1, {CONTEXT})", ("text_offset",)),
+        made = {
+            "gap": "student_logprob - teacher_logprob",
+            "teacher_mass": f"coalesce({mass.format('teacher_tail')}, {mass.format('student_list_tail')})",
+            "reasons": f"CASE WHEN mask_reasons IS NOT NULL THEN concat_ws(', ', {words}) END",
+            "before": f"right(left(completion_text, text_offset), {CONTEXT})",
+            "after": f"substr(completion_text, text_offset + text_length + 1, {CONTEXT})",
         }
-        needed = used | {name for column in used & made.keys() for name in made[column][1]}
+        needed = _needed(used)
         exploded = {
             name: f"{_identifier(lists[name][0])}.{_identifier(lists[name][1])}" for name in lists if name in needed
         }
@@ -423,7 +442,7 @@ class Views:
         for column in self.all["tokens"].columns:
             name = _identifier(column.name)
             if column.name in used & made.keys():
-                columns.append(f"{made[column.name][0]} AS {name}")
+                columns.append(f"{made[column.name]} AS {name}")
             elif column.name == "token" and "token" in used:
                 columns.append("token")
             else:
@@ -480,6 +499,11 @@ class Views:
             f" SELECT *, difference - {Z95} * se AS low, difference + {Z95} * se AS high,"
             " coalesce(low > 0 OR high < 0, false) AS told_apart FROM found_"
         )
+
+
+def _needed(used: Collection[str]) -> set[str]:
+    """The columns of `tokens` that these are, or are made from."""
+    return {*used, *(part for column in used for part in _MADE_FROM.get(column, ()))}
 
 
 def uses_of(states: Iterable[RunState], artifacts: Iterable[Artifact], with_unused: bool) -> list[Use]:

@@ -98,6 +98,14 @@ class Store:
         """Time at which `opd gc` removed its data; None if the data is there. CorruptArtifact if it is not committed."""
         return self._manifest(artifact).evicted
 
+    def size(self, artifact: Artifact) -> int:
+        """Bytes of its files in the store: none of a user's own folder, or once `opd gc` removed its data."""
+        manifest = self._manifest(artifact)
+        if manifest.evicted is not None:
+            return 0
+        files = [file.bytes for tree in manifest.trees.values() if not tree.external for file in tree.files]
+        return sum(files) + sum(record.bytes for record in manifest.shards)
+
     def list(self, stage: str | None = None) -> list[Artifact]:
         """All committed and undamaged artifacts, evicted ones included, oldest first."""
         found = []

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli import tables
+from flows.cli.cells import cell, visible
 from flows.cli.options import console
 from storage.errors import InputError, did_you_mean
 from storage.query.questions import question, questions
@@ -32,7 +33,6 @@ _KEYS = ("rollouts", "student", "round")
 """Columns with keys of artifacts, or that name a row."""
 _TOKENS = ("token", "other_token")
 """Columns whose white space is shown."""
-_ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def is_name(text: str) -> bool:
@@ -93,7 +93,7 @@ def print_answer(answer: pa.Table, out: Console) -> None:
     if not answer.num_rows:
         return out.print("no rows")
     first = tables.rows(answer.slice(0, _SHOWN_ROWS))
-    rows = [{name: visible(value) if name in _TOKENS else _cell(value) for name, value in row.items()} for row in first]
+    rows = [{name: visible(value) if name in _TOKENS else cell(value) for name, value in row.items()} for row in first]
     columns = [_Column.of(field, [row[field.name] for row in rows]) for field in answer.schema]
     if sum(column.least for column in columns) + _GAP * (len(columns) - 1) <= out.width:
         out.print(_lines(columns, rows, out.width))
@@ -171,20 +171,3 @@ def _block(columns: Sequence[_Column], row: dict[str, str], width: int) -> Text:
         block.append(f"\n  {name.replace('_', ' '):{wide}}  ", style="dim")
         block.append(row[name])
     return block.append("\n")
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    return "".join(_ESCAPES.get(character, character) for character in str(value))
-
-
-def visible(token: str | None) -> str:
-    """A token's text with its white space shown."""
-    return _cell(token).replace(" ", "␣")

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.cli.cells import visible
 from flows.cli.options import Json, Root, RunName, console, example, existing_root
-from flows.cli.questions import visible
 from flows.run.hints import DEFAULT_ROOT
 from storage.errors import InputError, did_you_mean
 from storage.runs import Run

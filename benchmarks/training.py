@@ -2,6 +2,7 @@
 
 python benchmarks/training.py            prints one CSV row per model and number of processes, then one per memory setting
 python benchmarks/training.py --quick    the rows of speed with fewer repeats
+BENCH_PROFILE=1 python ...               and torch's profile of a block of each side
 
 Both sides have the same weights, objective and head (`TrainModule`), micro-batches, AdamW and clipping. The bare loop has its
 tensors ready in memory: forward, backward, `clip_grad_norm_`, `step`; with 2 processes inside DistributedDataParallel, which
@@ -226,13 +227,15 @@ def child(setting: Setting) -> None:
             float((a - b).detach().abs().max()) for a, b in zip(ours.parameters(), bare.parameters(), strict=True)
         )
         assert gap < 1e-4, gap  # the same work was done
-    if os.environ.get("BENCH_PROFILE") and rank == 0:
+    if os.environ.get("BENCH_PROFILE"):
         from torch.profiler import profile
 
         for block in blocks:
             with profile() as found:
                 block(setting.repeats - 1)
-            print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60))
+            table = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60)
+            if rank == 0:
+                print(table)
     if rank == 0:
         taken = taken[1:]  # warm-up
         tokens = int(samples.forward_lengths.sum()) / steps * setting.block

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch.distributed as dist
@@ -126,10 +126,10 @@ def _columns(samples: Samples) -> dict[str, np.ndarray]:
 
 def _with_columns(samples: Samples, columns: dict[str, np.ndarray]) -> Samples:
     """The inverse of `_columns`."""
-    lists = [
-        replace(own, **{name: columns.get(f"{place}.{name}") for name in _OF_LISTS})
-        for place, own in enumerate(lists_of(samples.support))
-    ]
+    lists = []
+    for place, own in enumerate(lists_of(samples.support)):
+        arrays: dict[str, Any] = {name: columns.get(f"{place}.{name}") for name in _OF_LISTS}
+        lists.append(replace(own, **arrays))
     return replace(
         samples,
         prompts=Ragged(columns["prompts"], samples.prompts.offsets),

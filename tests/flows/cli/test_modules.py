@@ -20,8 +20,8 @@ MODELS = {"annotated_types", "pydantic", "pydantic_core", "typing_inspection", "
 HELP = {"markdown_it", "mdurl", "pygments"}
 ARROW = {"cloudpickle", "numpy", "pyarrow"}
 CONFIG = {"msgspec", "psutil"}
-DUCKDB = {"_cyutility", "_duckdb", "dateutil", "duckdb", "pandas", "pytz", "six"}
-"""Arrow's datasets import pandas, where it is installed."""
+DUCKDB = {"_cyutility", "_duckdb", "dateutil", "duckdb", "pandas", "psutil", "pytz", "six"}
+"""Arrow's datasets import pandas, where it is installed; psutil says how much memory is free."""
 
 SCRIPT = """
 import json, sys

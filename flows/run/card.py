@@ -85,7 +85,8 @@ def _named(source: Mapping[str, Any]) -> str:
         return f"{source['repo']} at `{source['revision']}`"
     if "path" in source:
         return f"`{Path(source['path']).name}`"
-    return {"architecture": "made from an architecture, not pretrained", "addition": "generated sums"}.get(kind, kind)
+    said = {"architecture": "made from an architecture, not pretrained", "addition": "generated sums"}
+    return said.get(kind, str(kind))
 
 
 def base_of(source: Mapping[str, Any]) -> tuple[str | None, str | None]:

@@ -223,7 +223,8 @@ def _policy(student: Path, teacher: Path) -> TokenizerPolicy:
     """The policy that changes least of those with which the tokenizers fit. InputError, as the default one's, where none does."""
     from tasks.inputs.tokenizers import audit_tokenizers
 
-    own, merged = {}, {"stop_ids": "merge"}
+    own: dict[str, str] = {}
+    merged = {"stop_ids": "merge"}
     rendered = {"on_template_mismatch": "teacher"}
     first = audit_tokenizers(student, teacher)
     stops_differ = set(first.student.stop_ids) != set(first.teacher.stop_ids) or first.student.eos != first.teacher.eos

@@ -191,8 +191,8 @@ def test_space_is_estimated_before_a_run_starts(tmp_path: Path, template: Path) 
 def test_a_students_training_counts_before_the_run_and_before_its_stage(
     tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """4 bytes of the student, 12 of the state, three times 12 of checkpoints: 52 per float32 parameter; and the files of the round's
-    tokens, which the trainer maps."""
+    """4 bytes of the student, 12 of the state, three times 12 of checkpoints: 52 per float32 parameter; and the files of the
+    round's tokens, which the trainer maps."""
     store = Store(template)
     folder = store.materialize(store.list("model")[0])
     e = experiment(ROUNDS)

@@ -197,8 +197,9 @@ def _sizes(store: Store, inputs: Inputs) -> list[int]:
     if not inputs.names:
         return [record.rows for record in records]
     of, names = teacher_of_prompts(store, inputs.prompts), set(inputs.names)
-    shards = (store.read_shard(inputs.rollouts, "rollouts", record.shard) for record in records)
-    return [sum(of[prompt] in names for prompt in rows["prompt_id"].to_pylist()) for rows in shards]
+    readers = store.shard_readers(inputs.rollouts, "rollouts")
+    ids = [read(["prompt_id"])["prompt_id"].to_pylist() for read in readers[: len(records)]]
+    return [sum(of[prompt] in names for prompt in shard) for shard in ids]
 
 
 def _require_usable(ctx: Context, builders: Mapping[str, Builder], shards: int) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from storage.disk.files import append_durably, seal_line, unique, unseal_lines
@@ -42,18 +43,22 @@ class BatchLog:
     table: str
     _given: Queue = field(default_factory=list)
     """What the engine was given since the last line."""
+    _lock: Lock = field(default_factory=Lock)
+    """The engine's thread adds, another writes."""
 
     def __post_init__(self) -> None:
         self.path = self.folder / f"{self.table}-{time.time_ns():020d}-{unique()}{BATCH}"
 
     def add(self, shard: int, step: int) -> None:
         """The engine gets the requests of a shard before its step number `step`."""
-        self._given.append((shard, step))
+        with self._lock:
+            self._given.append((shard, step))
 
     def writing(self, shard: int) -> None:
         """Call before a shard is written: makes the record of its batch durable first."""
-        append_durably(self.path, seal_line({"queue": self._given, "written": [shard, time.time_ns()]}))
-        self._given = []
+        with self._lock:
+            given, self._given = self._given, []
+        append_durably(self.path, seal_line({"queue": given, "written": [shard, time.time_ns()]}))
 
 
 def unfinished_batches(folder: Path, table: str) -> list[Batch | None]:

@@ -191,7 +191,7 @@ def append_durably(path: Path, data: bytes) -> None:
         try:
             file.write(data)
             file.flush()
-            failpoint("file.before_fsync", path)
+            failpoint("file.before_append", path)
             os.fsync(file.fileno())
         except BaseException:
             file.truncate(before)

@@ -52,8 +52,10 @@ faults: setup  ## all fault tests in full (docs/reliability.md); takes hours, ca
 	@$(BIN)/python -m pytest -m "faults or promise"; code=$$?; \
 	  $(BIN)/python tests/support/fault_table.py docs/reliability.md; exit $$code
 
-bench: setup  ## speed of blended sampling relative to plain sampling; minutes on two idle cores
+bench: setup  ## speed of blended sampling, supervision and losses, each relative to a plain form; minutes on two idle cores
 	@$(BIN)/python benchmarks/blending.py
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/scoring.py
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/losses.py
 
 lint: setup  ## style, types and import contracts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -28,6 +28,8 @@ CONFIGS = next(
     CHECKOUT / "configs",
 )
 """The configs and recipes of this program: beside the packages in a checkout, inside `opdflow` where it is installed."""
+RECIPE = "recipe:"
+"""Begins the name of a recipe where a config's path is expected."""
 HUB = "a model of the Hub is {kind: hub, repo: OWNER/NAME, revision: COMMIT}, anything else: hf download OWNER/NAME"
 DISCRIMINATORS = ("kind", "estimator")
 """Keys that choose a variant: an override that changes one replaces the whole mapping of the base."""
@@ -44,11 +46,22 @@ def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dic
     base = data.pop("base", None)
     if base is not None and not isinstance(base, str):
         raise ConfigError(f"{path}: base: expected the path of a config, found {plain(base)!r}")
-    return [*(read_layers(path.parent / base, (*seen, path)) if base else []), (path, data)]
+    if base is None:
+        return [(path, data)]
+    below = Path(base) if base.startswith(RECIPE) else path.parent / base
+    return [*read_layers(below, (*seen, path)), (path, data)]
 
 
 def shipped(path: Path) -> Path:
-    """The path, or for a `configs/...` that is not there the file of that name that is installed with this program."""
+    """The path, or for a `configs/...` that is not there the file of that name that is installed with this program;
+    `recipe:NAME` is the recipe of that name. ConfigError for a name that no recipe has."""
+    if str(path).startswith(RECIPE):
+        name = str(path).removeprefix(RECIPE)
+        recipes = {file.stem: file for file in sorted((CONFIGS / "recipes").glob("*.yaml"))}
+        if name not in recipes:
+            hint = did_you_mean(name, list(recipes), "opd objectives lists them")
+            raise ConfigError(f"{path}: no recipe is named {name!r}; {hint}")
+        return recipes[name]
     if path.exists() or path.is_absolute() or path.parts[:1] != ("configs",):
         return path
     installed = CONFIGS.joinpath(*path.parts[1:])

@@ -54,10 +54,30 @@ def cross_problems(e: Experiment) -> list[str]:
             problems.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
     problems += signal_problems(e.supervise, e.objective.needs().signals)
     problems += cut_problems(e)
+    problems += student_problems(e)
     problems += served_problems(e)
     sizes = (declared_sizes(e.source_of(model))[0] for model in e.taught_by.values())
     problems += size_problems(e, *declared_sizes(e.student.source), *sizes)
     return problems
+
+
+def student_problems(e: Experiment) -> list[str]:
+    """What reads values of the rollout-time student, where supervise does not run it."""
+    if e.supervise.student == "full":
+        return []
+    readers = {
+        f"objective.estimator: {e.objective.estimator} compares the sampled tokens with": e.objective.estimator
+        != "direct",
+        f"train.importance_correction: {e.train.importance_correction.kind} weights tokens by": (
+            e.train.importance_correction.kind != "none"
+        ),
+        "train.max_drift: drift is measured from": e.train.max_drift is not None,
+    }
+    return [
+        f"{what} the rollout-time student's log-probabilities, but supervise.student is none; set supervise.student: full"
+        for what, reads in readers.items()
+        if reads
+    ]
 
 
 def _stop_problems(e: Experiment) -> list[str]:

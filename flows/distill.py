@@ -65,6 +65,8 @@ def distill(
             )  # fmt: skip
             round.ends_with(student)
             teacher = next_teacher(now.self_teacher, teacher, made)
+        if do.enough(number):
+            break
     return student
 
 

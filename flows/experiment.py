@@ -15,6 +15,7 @@ from storage.disk.yaml_text import dump
 from storage.errors import IdentityMismatch
 from storage.identity import Identity, RunPolicy, omit_at
 from storage.upkeep.retention import Retention
+from storage.upkeep.stop_rules import StopRules
 from tasks.evaluate import EvaluateConfig
 from tasks.inputs.contexts import columns_of
 from tasks.inputs.models import ModelSource, vocabulary_rows_of
@@ -95,6 +96,9 @@ class Policy(RunPolicy):
         (),
         description="rounds of which everything is kept. Of the best round, and of those where a fork begins, student and"
         " trainer_state are always kept",
+    )
+    stop: StopRules | None = Field(
+        None, description="end before `rounds` where one of these rules holds after a round; null: never"
     )
     allow_mixed_dtypes: bool = Field(
         False,

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 KEY_LENGTH = 16
 _OMIT_AT = "x-opd-omit-at"
 _BY_KIND = "x-opd-by-kind"
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode
 
 
 class Identity(BaseModel):
@@ -63,8 +64,7 @@ def canonical_json(value: object) -> str:
     Takes `Identity` models, dicts with string keys, lists, tuples, str, int, float, bool, None, Enum members (as their
     value) and paths (POSIX form).
     Raises TypeError for anything else (other pydantic models too) and ValueError for NaN and infinities."""
-    plain = _canonical(value, "value")
-    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return _encode(_canonical(value, "value"))
 
 
 def artifact_key(stage: str, version: int, identity: object, inputs: Mapping[str, str]) -> str:
@@ -78,7 +78,9 @@ def derive_seed(*parts: int | str) -> int:
     for part in parts:
         if isinstance(part, bool) or not isinstance(part, (int, str)):
             raise TypeError(f"derive_seed: part {part!r} is {type(part).__name__}; only int and str are stable")
-    digest = hashlib.sha256(canonical_json(list(parts)).encode("ascii")).digest()
+    # a round's permutation draws one per prompt: plain parts need no walk
+    plain = [part if type(part) in (int, str) else _canonical(part, "part") for part in parts]
+    digest = hashlib.sha256(_encode(plain).encode("ascii")).digest()
     return int.from_bytes(digest[:8], "big") % (2**31 - 1)
 
 

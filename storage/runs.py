@@ -86,6 +86,8 @@ class RunState(_State):
     rounds: list[RoundState] = []
     updated: str = ""
     forked_from: str | None = None
+    ended: str | None = None
+    """The rule of `policy.stop` that ended the run before `policy.rounds`."""
     error: str | None = None
     """Why the last call failed, in a stage or outside of all; `updated` is when. None for any other status."""
 

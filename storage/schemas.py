@@ -134,9 +134,9 @@ _ALL = (
         "sampled",
         "Signal: both models' log-probabilities of the tokens that were sampled (temperature 1, full vocabulary).",
         _SAMPLE_ID,
-        _col("student_logprobs", _FLOATS, "T values of the rollout-time student"),
+        _opt("student_logprobs", _FLOATS, "T values of the rollout-time student; null with supervise.student: none"),
         _col("teacher_logprobs", _FLOATS, "T values of the teacher"),
-        _col("student_entropy", _FLOATS, "T entropies in nats"),
+        _opt("student_entropy", _FLOATS, "T entropies in nats; null as student_logprobs"),
         _col("teacher_entropy", _FLOATS, "T entropies in nats"),
         _opt(
             "behaviour_logprobs",

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import pyarrow.dataset as pads
 
 from storage.artifacts.artifact import (
     MANIFEST,
@@ -23,7 +24,7 @@ from storage.artifacts.artifact import (
     load_manifest,
 )
 from storage.artifacts.builder import Builder, unfinished_work
-from storage.artifacts.shards import ShardWriter, absent_dataset, check_file, dataset, footer_sha256, read_parquet
+from storage.artifacts.shards import ShardWriter, check_file, footer_sha256, read_parquet
 from storage.artifacts.trees import added_files, damaged, damaged_by_stat, tree_directory
 from storage.artifacts.verify import Verified, move_damaged, verify_artifact
 from storage.disk.files import (
@@ -41,6 +42,9 @@ from storage.disk.locks import alone, build_lock, locked, probe, shared, use_loc
 from storage.errors import CorruptArtifact, Evicted, InputError, OpdError, StoreError
 from storage.runs import find_use
 from storage.schemas import TableSchema
+
+if TYPE_CHECKING:
+    from pyarrow.dataset import Dataset
 
 __all__ = ["Artifact", "ArtifactSpec", "Builder", "ShardRecord", "ShardWriter", "Store"]
 
@@ -93,6 +97,14 @@ class Store:
     def evicted(self, artifact: Artifact) -> str | None:
         """Time at which `opd gc` removed its data; None if the data is there. CorruptArtifact if it is not committed."""
         return self._manifest(artifact).evicted
+
+    def size(self, artifact: Artifact) -> int:
+        """Bytes of its files in the store: none of a user's own folder, or once `opd gc` removed its data."""
+        manifest = self._manifest(artifact)
+        if manifest.evicted is not None:
+            return 0
+        files = [file.bytes for tree in manifest.trees.values() if not tree.external for file in tree.files]
+        return sum(files) + sum(record.bytes for record in manifest.shards)
 
     def list(self, stage: str | None = None) -> list[Artifact]:
         """All committed and undamaged artifacts, evicted ones included, oldest first."""
@@ -212,9 +224,21 @@ class Store:
         self.require_data(artifact)
         return self._read(artifact, records[shard], None)
 
-    def arrow_dataset(self, artifact: Artifact, table: str) -> pads.Dataset:
+    def shard_readers(self, artifact: Artifact, table: str) -> Sequence[Callable[[Sequence[str] | None], pa.Table]]:
+        """A function per shard of a table, in order, that reads the given columns (None: all), verified like `read_table`. A
+        table without shards has one function, for no rows. Evicted where `opd gc` removed the data."""
+        manifest = self._manifest(artifact)
+        records, empty = self._shards(manifest, table), manifest.table_schema(table).arrow.empty_table()
+        self.require_data(artifact)
+        if not records:
+            return [lambda columns: empty if columns is None else empty.select(list(columns))]
+        return [partial(self._read, artifact, record) for record in records]
+
+    def arrow_dataset(self, artifact: Artifact, table: str) -> Dataset:
         """A lazy dataset for queries. Footers are verified now, page checksums during the scan. Scanning evicted shards raises
         FileNotFoundError; shards that a filter excludes are not opened."""
+        from storage.artifacts.datasets import absent_dataset, dataset
+
         directory = self._directory(artifact)
         manifest = self._manifest(artifact)
         records, schema = self._shards(manifest, table), manifest.table_schema(table).arrow
@@ -232,8 +256,6 @@ class Store:
                 problem = unreadable(error)
             if problem is not None:
                 self._bad_file(artifact, path, problem)
-        if not records:
-            return pads.dataset(schema.empty_table())
         return dataset([directory / record.file for record in records], schema)
 
     # --- trees -------------------------------------------------------------------------------------------------------

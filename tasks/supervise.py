@@ -53,6 +53,12 @@ class SuperviseConfig(Identity):
         json_schema_extra=omit_at(None),
     )
     special_tokens: SpecialTokens = SpecialTokens()
+    student: Literal["full", "none"] = Field(
+        "full",
+        description="none: the student is not run; for objectives that ask nothing of it. Its columns in `sampled` are null, the"
+        " mask marks invalid values of teacher and sampler alone, and training logs no drift",
+        json_schema_extra=omit_at("full"),
+    )
     teacher: TeacherField = Field(
         LocalTeacher(), description="how the teacher is asked", json_schema_extra=omit_at({"kind": "local"})
     )
@@ -120,9 +126,15 @@ def signal_problems(config: SuperviseConfig, needs: Sequence[SignalNeed]) -> lis
         except ConfigError as error:
             found.append(str(error))
             continue
-        lacking = config.teacher.capabilities.lacking(signal.wanted(need.k, {}))
+        wanted = signal.asked(need.k, {}, config.student)
+        lacking = config.teacher.capabilities.lacking(wanted)
         if problem := signal.problem(need.k):
             found.append(problem)
+        elif config.student == "none" and "student" in wanted.models:
+            found.append(
+                f"supervise.student: none, but the signal {need.name!r} of this objective is made by running the student;"
+                " set supervise.student: full"
+            )
         elif lacking:
             found.append(
                 f"supervise.teacher: kind {config.teacher.kind} cannot give {' and '.join(lacking)}, which the signal"
@@ -185,8 +197,9 @@ def _sizes(store: Store, inputs: Inputs) -> list[int]:
     if not inputs.names:
         return [record.rows for record in records]
     of, names = teacher_of_prompts(store, inputs.prompts), set(inputs.names)
-    shards = (store.read_shard(inputs.rollouts, "rollouts", record.shard) for record in records)
-    return [sum(of[prompt] in names for prompt in rows["prompt_id"].to_pylist()) for rows in shards]
+    readers = store.shard_readers(inputs.rollouts, "rollouts")
+    ids = [read(["prompt_id"])["prompt_id"].to_pylist() for read in readers[: len(records)]]
+    return [sum(of[prompt] in names for prompt in shard) for shard in ids]
 
 
 def _require_usable(ctx: Context, builders: Mapping[str, Builder], shards: int) -> None:
@@ -228,6 +241,7 @@ def _job(ctx: Context, inputs: Inputs, builders: Mapping[str, Builder]) -> Score
         flags=flags,
         stop_ids=merged_stop_ids(inputs.prompts),
         names=list(inputs.names) or None,
+        run_student=inputs.settings.student,
     )
 
 

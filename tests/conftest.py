@@ -161,6 +161,15 @@ def done(**artifacts: Artifact) -> StageState:
     return StageState(key=next(iter(keys.values())), state="done", seconds=2.0, rows=rows, artifacts=keys)
 
 
+EXAMPLE_CONFIG = {
+    "seed": 0,
+    "student": {"source": {"kind": "checkpoint", "path": "/models/small"}},
+    "teacher": {"source": {"kind": "hub", "repo": "acme/large", "revision": "0123abc"}},
+    "prompts": {"train": {"kind": "file", "path": "/data/train.jsonl"}, "eval": None},
+}
+"""What the example's runs have of a config."""
+
+
 @pytest.fixture(scope="session")
 def example_store_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run `demo` with rounds 0 to 2, run `other` that shares its rounds 0 and 1, and one artifact that none uses."""
@@ -207,7 +216,7 @@ def example_store_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rounds.append(RoundState(round=r, student_sha256=digest, metrics=metrics, stages=stages))
     commit(store, "rollout", 99, rollouts=[rollout(9, 0)])
     for name, part in (("demo", rounds), ("other", rounds[:2])):
-        run = Run.create(root, name, {"seed": 0}, {"seed": 0})
+        run = Run.create(root, name, EXAMPLE_CONFIG, {"seed": 0})
         with run.lock():
             state = run.state
             state.status, state.rounds = "finished", part

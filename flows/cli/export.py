@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from storage.artifacts.artifact import TreeRecord
     from storage.store import Store
 
+CARD = "README.md"
+
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
@@ -32,6 +34,10 @@ def export(
         Path, typer.Argument(metavar="DIR", help="a new or empty folder", show_default=False, callback=local)
     ],
     round: Annotated[int | None, typer.Option("--round", min=0, help="round (default: the last)")] = None,
+    best: Annotated[
+        bool,
+        typer.Option("--best", help="the round of the highest accuracy, or without a verifier the lowest reverse KL"),
+    ] = False,
     teacher: Annotated[bool, typer.Option("--teacher", help="the teacher instead, after its warm-up")] = False,
     teacher_name: Annotated[
         str | None,
@@ -40,14 +46,15 @@ def export(
     json_: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Copy a round's student to DIR: a Hugging Face checkpoint (safetensors, tokenizer, configs). With --teacher: the run's
-    teacher, for example to serve it; of several that with --teacher-name.
+    """Copy a round's student to DIR: a Hugging Face checkpoint (safetensors, tokenizer, configs) with a model card. With
+    --teacher: the run's teacher, for example to serve it; of several that with --teacher-name.
 
     The hash of every file and of the weights is verified; the hash of the weights is printed. DIR appears complete or not at
     all.
 
     Exit codes: 0 done, 1 the store is damaged or the disk full, 2 no such run or round, or DIR is not empty."""
     from flows.cli.report import student_of, tree_of
+    from flows.run.card import card
     from storage.store import Store
 
     run = Run.open(root, name)
@@ -55,7 +62,9 @@ def export(
     if teacher or teacher_name is not None:
         _export_teacher(run, store, directory, teacher_name, json_)
         return
-    chosen = _round(run, round)
+    if best and round is not None:
+        raise InputError("--best, --round: both are given; give one of them")
+    chosen = _round(run, best_of(run) if best else round)
     artifact = student_of(store, chosen)
     if artifact is None:
         raise CorruptArtifact(
@@ -64,7 +73,8 @@ def export(
         )
     _refuse_unless_free(directory)
     source = store.materialize(artifact)
-    sha = _copy(source, tree_of(store, artifact)[1], directory, str(chosen.student_sha256))
+    sha256 = str(chosen.student_sha256)
+    sha = _copy(source, tree_of(store, artifact)[1], directory, sha256, card(run, store, chosen.round, sha256))
     if json_:
         typer.echo(json.dumps({"run": name, "round": chosen.round, "directory": str(directory), "student_sha256": sha}))
         return
@@ -131,8 +141,19 @@ def _refuse_unless_free(directory: Path) -> None:
         raise InputError(f"{directory}: not empty; choose another DIR, nothing is overwritten")
 
 
-def _copy(source: Path, tree: TreeRecord, directory: Path, expected: str) -> str:
-    """Copies the recorded files to a folder beside DIR, verifies the copies, renames it. Returns the weights' sha256."""
+def best_of(run: Run) -> int:
+    """The best evaluated round. InputError where none is evaluated."""
+    from storage.upkeep.retention import best_round
+
+    found = best_round(run.state)
+    if found is None:
+        raise InputError(f"--best: no round of {run.name!r} is evaluated; choose one with --round")
+    return found
+
+
+def _copy(source: Path, tree: TreeRecord, directory: Path, expected: str, card: str | None = None) -> str:
+    """Copies the recorded files to a folder beside DIR, verifies the copies, adds the model card in place of a README.md, renames
+    the folder. Returns the weights' sha256."""
     from storage.artifacts.digests import file_sha256, weights_digest
     from storage.artifacts.trees import fsync_tree
 
@@ -151,7 +172,9 @@ def _copy(source: Path, tree: TreeRecord, directory: Path, expected: str) -> str
         sha = weights_digest(temporary)
         if sha != expected:
             raise CorruptArtifact(f"{source}: weights {sha[:16]}, the run recorded {expected[:16]}; run `opd resume`")
-        fsync_tree(temporary, [temporary / file.path for file in tree.files])
+        if card is not None:
+            (temporary / CARD).write_text(card)
+        fsync_tree(temporary, [path for path in temporary.rglob("*") if path.is_file()])
         _publish(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from flows.cli.options import Json, Root, RunName, console, example, existing_root, grid
-from flows.run.hints import DEFAULT_ROOT
-from storage.errors import InputError, did_you_mean
+from flows.run.hints import DEFAULT_ROOT, opd_command
+from storage.errors import InputError
 from storage.runs import RoundState, Run, RunState
 
 COMPARED = "± is one standard error over prompts; not told apart: the 95% interval contains 0"
+EXAMPLE_SQL = "SELECT run, round, accuracy_greedy, reverse_kl FROM rounds ORDER BY run, round"
 POLL_SECONDS = 0.5
 """How often `opd logs --follow` looks for new lines."""
 
@@ -103,9 +104,11 @@ def compare(
     """Paired differences between evaluations, on the prompts that both have, with standard errors clustered by prompt.
 
     One run: each evaluated round minus the one before. Several: each further one minus the first, a run without @ROUND at its
-    last evaluated round. Not told apart: the 95% interval contains 0. In SQL: the view `differences`.
+    last evaluated round; also where their configs differ, the figures of every round, and where the greedy answers part. Not told
+    apart: the 95% interval contains 0. In SQL: the view `differences`, and `opd query --list`.
 
     Exit codes: 0 shown, 1 damaged evaluations, 2 no such run or round, or not evaluated."""
+    from flows.cli import beside
     from flows.run.compare import compared, evaluated_rounds, point
     from flows.run.shown import apart
     from storage.store import Store
@@ -119,7 +122,8 @@ def compare(
         pairs = list(zip(rounds[1:], rounds, strict=False))
     found = [compared(store, one, other) for one, other in pairs]
     if json_:
-        typer.echo(json.dumps([line.as_json() for line in found], indent=2))
+        more = [beside.as_json(root, line) if others else {} for line in found]
+        typer.echo(json.dumps([line.as_json() | added for line, added in zip(found, more, strict=True)], indent=2))
         return
     forms = {"accuracy_greedy": "{:.1%}", "accuracy_sampled": "{:.1%}", "reverse_kl": "{:.4f}"}
     shown = [metric for metric in forms if any(metric in line.figures for line in found)]
@@ -128,6 +132,8 @@ def compare(
         cells = [apart(line.figures[m], forms[m]) if m in line.figures else "" for m in shown]
         table.add_row(f"{line.one} - {line.other}", *cells, line.prompts)
     console().print(table)
+    if others:
+        beside.print_beside(root, found, console())
 
 
 def logs(
@@ -156,46 +162,72 @@ def query(
         str | None, typer.Argument(metavar="NAME", help="a run (default: all runs)", show_default=False)
     ] = None,
     sql: Annotated[
-        str | None, typer.Argument(metavar="SQL", help="one SELECT, or a view's name", show_default=False)
+        str | None,
+        typer.Argument(metavar="SQL", help="one SELECT, a question's name, or a view's name", show_default=False),
     ] = None,
+    parameters: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PARAMETER=VALUE...", help="of the question, e.g. round=3", show_default=False),
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="list the named questions and their parameters")] = False,
+    show_sql: Annotated[bool, typer.Option("--sql", help="print the question's SQL instead of asking it")] = False,
     json_: Json = False,
     csv: Annotated[bool, typer.Option("--csv", help="print the result as CSV")] = False,
     limit_seconds: Annotated[float, typer.Option("--limit-seconds", min=0.001, help="time limit")] = 30.0,
-    memory: Annotated[str, typer.Option("--memory", help="DuckDB's memory limit")] = "1GB",
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="DuckDB's memory limit (default: half of what is free)")
+    ] = None,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Query the committed artifacts in SQL (DuckDB). Without SQL: list the views and their columns; with a view's name its own.
+    """Query the committed artifacts: a named question (--list), or SQL (DuckDB). Without SQL: list the views; with a view's name:
+    its columns.
 
     A query cannot write or read other files. --json prints an array of objects, with NaN and infinities as strings. A query
     that needs rows evicted by `opd gc` fails and names them.
 
     Exit codes: 0 done, 1 damaged or evicted data, 2 refused, wrong SQL, no such run, or limit exceeded."""
-    from flows.cli import tables
+    from flows.cli import questions, tables
     from storage.query.catalog import Catalog
-    from storage.query.limits import process_limits
+    from storage.query.limits import default_memory, process_limits
     from storage.query.views import Views
     from storage.store import Store
 
     if json_ and csv:
         raise InputError("--json and --csv: choose one")
+    if list_:
+        return questions.print_list(json_, csv, sys.stdout)
     name, statement = (name_or_sql, sql) if sql is not None else (None, name_or_sql)
     if statement is None or (sql is None and any(run.name == statement for run in Run.list(root))):
-        tables.print_views(console(), Catalog(Store(root)).views() if (root / "artifacts").is_dir() else Views())
+        views = Catalog(Store(root)).views() if (root / "artifacts").is_dir() else Views()
+        run_name = () if statement is None else (statement,)
+        commands = (
+            f"named questions: {opd_command(root, 'query', '--list')}",
+            f"columns of a view: {opd_command(root, 'query', *run_name, 'tokens')}",
+            f"a query: {opd_command(root, 'query', *run_name, EXAMPLE_SQL)}",
+        )
+        tables.print_views(views, json_, csv, sys.stdout, commands)
         return
-    run = Run.open(root, name) if name is not None else None
-    if statement.isidentifier():
+    questions.check_run_given(root, name_or_sql)
+    runs = [Run.open(root, name)] if name is not None else []
+    named = questions.is_name(statement)
+    if named:
         known = Catalog(Store(root)).views().all if (root / "artifacts").is_dir() else Views().all
-        if statement.casefold() not in known:
-            hint = did_you_mean(statement, known, f"views: {', '.join(known)}")
-            raise InputError(f"query: {statement!r} is no run, no view and no SELECT; {hint}")
-        return tables.print_columns(known[statement.casefold()], json_, csv, sys.stdout)
-    catalog = Catalog(Store(existing_root(root)), run)
+        if statement.casefold() in known:
+            return tables.print_columns(known[statement.casefold()], json_, csv, sys.stdout)
+        statement, runs = questions.statement(root, runs, statement, parameters or [], known)
+        if show_sql:
+            return typer.echo(statement, nl=False)
+    elif parameters or show_sql:
+        raise InputError("query: parameters and --sql belong to a named question; see: opd query --list")
+    catalog, memory = Catalog(Store(existing_root(root)), *runs), memory or default_memory()
     with process_limits(limit_seconds, memory):
         result = catalog.query(statement, limit_seconds=limit_seconds, memory=memory)
     if json_:
         tables.write_json(result, sys.stdout)
     elif csv:
         tables.write_csv(result, sys.stdout)
+    elif named:
+        questions.print_answer(result, console())
     else:
         tables.print_table(result, console())
 

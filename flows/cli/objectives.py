@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,9 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.cli.options import Json, console, example
-from flows.reference.catalogue import Entry, axes, catalogue
 from storage.errors import ConfigError, did_you_mean
-from tasks.plugins import load_plugins
+
+if TYPE_CHECKING:
+    from flows.reference.catalogue import Entry
 
 
 def register(app: typer.Typer) -> None:
@@ -32,6 +33,9 @@ def objectives(
     """List all recipes and all choices of an objective; with a name, show its equation, paper, code and fields.
 
     Exit codes: 0 shown, 2 no such name or plugin."""
+    from flows.reference.catalogue import catalogue
+    from tasks.plugins import load_plugins
+
     load_plugins(plugin or ())
     entries = catalogue()
     chosen = entries if name is None else [entry for entry in entries if entry.name == name]
@@ -49,6 +53,8 @@ def objectives(
 
 
 def _list(out: Console, entries: list[Entry]) -> None:
+    from flows.reference.catalogue import axes
+
     for axis in axes(entries):
         table = Table(title=f"[bold]{axis}[/]", title_justify="left", box=None, header_style="dim", pad_edge=False)
         own = [entry for entry in entries if entry.axis == axis]
@@ -61,7 +67,7 @@ def _list(out: Console, entries: list[Entry]) -> None:
             table.add_row(entry.label, escape(entry.summary) + mark, ", ".join(entry.papers), *shown)
         out.print(table)
         out.print()
-    out.print("Run a recipe: opd run configs/recipes/NAME.yaml. Equations and fields: opd objectives NAME")
+    out.print("Run a recipe: opd run recipe:NAME. Equations and fields: opd objectives NAME")
 
 
 def _show(out: Console, entry: Entry) -> None:

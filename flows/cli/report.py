@@ -189,7 +189,7 @@ def _question(round: int) -> str:
     if round == 0:
         return "SELECT prompt_id, completion_text, correct FROM evaluations LIMIT 10"
     return (
-        "SELECT token, count(*) AS n, avg(student_logprob - teacher_logprob) AS gap"
+        "SELECT token, count(*) AS n, avg(sampling_logprob - teacher_logprob) AS gap"
         f" FROM tokens WHERE round = {round} GROUP BY token ORDER BY gap DESC LIMIT 10"
     )
 
@@ -197,6 +197,8 @@ def _question(round: int) -> str:
 def _heading(state: RunState, root: Path, holder: str | None) -> Text:
     line = Text(state.name, style="bold")
     line.append(f"  {status_text(state, root)}", style=_COLOURS[state.status])
+    if state.ended:
+        line.append(f" after round {state.rounds_done}: {state.ended}", style="dim")
     if state.forked_from:
         line.append(f"  forked from {state.forked_from}", style="dim")
     if holder:

@@ -45,7 +45,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
-    config: Annotated[Path, typer.Argument(help="an experiment's YAML", show_default=False)],
+    config: Annotated[Path, typer.Argument(help="an experiment's YAML, or recipe:NAME", show_default=False)],
     name: Name = None,
     set_: Set = [],  # noqa: B006  typer copies it
     rounds: Rounds = None,
@@ -61,10 +61,11 @@ def run(
     Stages whose results are in the store are not run again.
 
     Exit codes: 0 done, 1 failed, 2 bad config or input, 75 the run is held by another process, 130 interrupted."""
+    from flows.config_file import shipped
     from flows.experiment import load_experiment
 
     experiment = load_experiment(config, set_)
-    name = name or config.stem
+    name = name or shipped(config).stem
     if dry_run:
         return _dry_run(experiment, name, root, rounds, json_)
     _go(experiment, name, root, rounds, no_prefect, json_)
@@ -164,7 +165,7 @@ def evaluate(
 
 
 def check(
-    config: Annotated[Path, typer.Argument(help="an experiment's YAML", show_default=False)],
+    config: Annotated[Path, typer.Argument(help="an experiment's YAML, or recipe:NAME", show_default=False)],
     set_: Set = [],  # noqa: B006
     root: Root = DEFAULT_ROOT,
 ) -> None:
@@ -250,7 +251,8 @@ def _go(
         return
     print_report(state, root)
     if built == 0:
-        out.print(f"nothing to do: every stage of {name!r} up to this round is in the store")
+        done = max((round.round for round in state.rounds), default=0) if rounds is None else rounds
+        out.print(f"nothing to do: {f'rounds 0 to {done}' if done else 'round 0'} of {name!r} are in the store")
 
 
 def _with_built(status: dict[str, Any], built: int) -> dict[str, Any]:

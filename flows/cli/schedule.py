@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 
 def schedule(
-    config: Annotated[Path, typer.Argument(help="an experiment's YAML", show_default=False)],
+    config: Annotated[Path, typer.Argument(help="an experiment's YAML, or recipe:NAME", show_default=False)],
     name: Annotated[str, typer.Option("--name", help="the run that every tick goes on with", show_default=False)],
     every: Annotated[str | None, typer.Option("--every", metavar="6h", help="time between ticks: 6h, 30m, 45s")] = None,
     cron: Annotated[str | None, typer.Option("--cron", metavar="'0 2 * * *'", help="when to tick, as cron")] = None,

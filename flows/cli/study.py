@@ -12,10 +12,7 @@ from rich.text import Text
 
 from flows.cli.options import Root, console, example, grid, local
 from flows.run.hints import DEFAULT_ROOT, opd_command
-from flows.run.progress import LineReporter, round_line
 from storage.errors import OpdError
-from storage.runs import RoundState, StageState
-from tasks.workers.metrics import Metrics
 
 if TYPE_CHECKING:
     from flows.study.results import Grid
@@ -49,6 +46,7 @@ def study(
     Exit codes: 0 done, 1 a run of a method failed, 2 bad study or config, 75 a run is held by another process,
     130 interrupted."""
     from flows.study.files import default_folder, write_files
+    from flows.study.progress import StudyReporter
     from flows.study.results import Known, grids, read_rows
     from flows.study.run import run_study
     from flows.study.spec import load_study
@@ -86,24 +84,6 @@ def study(
         raise OpdError(
             f"{len(missing)} runs of the methods did not finish: {', '.join(missing)}; the report has the reasons"
         )
-
-
-class StudyReporter(LineReporter):
-    """A line per round that was run, and progress lines in between."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
-        self._made = False
-
-    def stage(self, round: int, label: str, state: StageState, metrics: Metrics | None = None) -> None:
-        if state.state in ("running", "failed"):
-            self._made = True
-            super().stage(round, label, state) if state.state == "failed" else self._begin()
-
-    def round_done(self, state: RoundState) -> None:
-        if self._made:
-            self.console.print(f"  {round_line(state)}")
-        self._made = False
 
 
 def _table(result: Grid) -> Table:

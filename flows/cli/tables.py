@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 import pyarrow as pa
@@ -20,10 +21,23 @@ SHOWN_ROWS = 200
 _SHOWN_CHARACTERS = 60
 
 
-def print_views(console: Console, views: Views) -> None:
-    """Every view with its columns, their types and meanings."""
+def print_views(views: Views, as_json: bool, as_csv: bool, file: TextIO, commands: Sequence[str]) -> None:
+    """Every view with its meaning, as a table on standard output with `commands` to go on, or with its columns as JSON or CSV in
+    `file`."""
+    if as_json or as_csv:
+        listed = [
+            {"view": view.name, "meaning": view.doc, "columns": [column.name for column in view.columns]}
+            for view in views.all.values()
+        ]
+        return (write_json if as_json else write_csv)(pa.Table.from_pylist(listed), file)
+    console = terminal()
+    table = grid("view", "meaning", box=None, pad_edge=False)
     for view in views.all.values():
-        _print_view(console, view)
+        table.add_row(Text(view.name), Text(view.doc))
+    console.print(table)
+    console.print()
+    for command in commands:
+        console.print(Text(command), soft_wrap=True)
 
 
 def print_columns(view: View, as_json: bool, as_csv: bool, file: TextIO) -> None:

@@ -70,7 +70,20 @@ def serve(
         seen = f"; seen at {session.server.ui_url}" if session.server else ""
         say(f"{name}: {rounds} round(s) {times}; Ctrl-C stops it{seen}")
         what = {"config_path": config_path, "name": name, "root": str(root), "rounds": rounds, "overrides": overrides}
-        return asyncio.run(_serve(what, when, say))
+        try:
+            return asyncio.run(_serve(what, when, say))
+        except asyncio.CancelledError:  # stopped by a signal before the first tick
+            say(_stopping(name))
+            return INTERRUPTED
+
+
+def _stopping(name: str) -> str:
+    return f"stopping; what is finished stays. To go on: opd schedule again, or opd resume {name}"
+
+
+def _on_signals(call: Callable[[], object]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, call)
 
 
 async def _serve(what: dict[str, Any], when: Schedule, say: Callable[[str], None]) -> int:
@@ -79,6 +92,10 @@ async def _serve(what: dict[str, Any], when: Schedule, say: Callable[[str], None
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.runner import Runner
 
+    # An exception from a signal handler would come up in whatever the loop does at that moment, and end as a traceback.
+    main = asyncio.current_task()
+    assert main is not None
+    _on_signals(main.cancel)
     # What `flow.serve` does, with two differences: a tick is not fetched (and does not take the only slot) before its time,
     # and no limit of the runner's, over which a tick would wait: it must reach the server, whose CANCEL_NEW ends it.
     place = hashlib.sha256(f"{socket.gethostname()}:{Path(what['root']).resolve()}".encode()).hexdigest()[:6]
@@ -103,13 +120,14 @@ async def _serve(what: dict[str, Any], when: Schedule, say: Callable[[str], None
         try:
             while not runner.started and not serving.done():
                 await asyncio.sleep(0.05)
-            for number in (signal.SIGINT, signal.SIGTERM):  # replaces the runner's own handler, which blocks the loop
-                asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+            _on_signals(stopping.set)  # replaces the runner's own handler too, which blocks the loop
             code = await _watch(client, deployment, what["name"], stopping, serving, say)
         finally:
             if runner.started:
                 with suppress(Exception):
                     await runner.astop()
+            else:
+                serving.cancel()
             with suppress(Exception, asyncio.CancelledError):
                 await serving
     return code
@@ -160,7 +178,7 @@ async def _watch(
             raise ServerUnavailable(f"the Prefect server at {client.api_url} {problem}")
         with suppress(TimeoutError):
             await asyncio.wait_for(stopping.wait(), timeout=1.0)
-    say(f"stopping; what is finished stays. To go on: opd schedule again, or opd resume {name}")
+    say(_stopping(name))
     return INTERRUPTED
 
 
@@ -204,7 +222,8 @@ def tick(config_path: str, name: str, root: str, rounds: int, overrides: list[st
         return Failed(name=REFUSED if final else None, message=f"tick failed: {text} ({todo}; opd logs {name})")
     at = f"at round {state.rounds_done} after {time.monotonic() - started:.0f} s"
     if state.status == "finished":
-        return Completed(name=FINISHED, message=f"{at}; all configured rounds are done, the schedule ends")
+        why = state.ended or "all configured rounds are done"
+        return Completed(name=FINISHED, message=f"{at}; {why}, the schedule ends")
     return Completed(message=at)
 
 

@@ -72,6 +72,9 @@ class InPrefect(LineReporter):
         self.below.round_done(state)
         self.session.attempt(lambda: _round_table(self.run.name, state))
 
+    def _in_store(self, round: int, label: str, made: str) -> None:
+        self._line(round, label, f"already in the store{made}")  # at once: each stage has a log of its own
+
     def _line(self, round: int, label: str, text: str) -> None:
         self._log(f"round {round} {label}: {Text.from_markup(text).plain}")
 

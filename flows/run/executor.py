@@ -15,6 +15,7 @@ from storage.errors import InputError
 from storage.query.figures import with_errors
 from storage.runs import RoundState, Run, RunState, StageState
 from storage.store import Artifact, Builder, Store
+from storage.upkeep.stop_rules import StopRules
 from tasks.stage import Context, Work
 from tasks.workers.metrics import Metrics, StageProgress
 
@@ -60,6 +61,9 @@ class Executor(Protocol):
 
     def round(self, number: int) -> Any:
         """A context that yields a `RoundScope`."""
+
+    def enough(self, number: int) -> bool:
+        """Whether the run ends after this round."""
 
 
 def resolved(work: Work, store: Store) -> dict[str, Artifact]:
@@ -168,6 +172,10 @@ class Planner:
     def ends_with(self, student: Artifact) -> None:
         """Nothing to record in a plan."""
 
+    def enough(self, number: int) -> bool:
+        """A plan has all rounds: it knows no metrics of those that are not made."""
+        return False
+
 
 def _is_pending(value: Any) -> bool:
     if isinstance(value, Mapping):
@@ -215,15 +223,18 @@ class Maker:
         run_task: RunTask = directly,
         restore: int | None = None,
         after_round: Callable[[int], None] | None = None,
+        stop: StopRules | None = None,
     ) -> None:
         """`restore`: a round whose evicted artifacts are rebuilt, whether they are read or not. `after_round` is called
-        after every round in which something was built."""
+        after every round in which something was built. `stop`: rules that end the run."""
         self.store, self.run, self.state = store, run, state
         self.context, self.reporter, self.run_task = context, reporter, run_task
         self.built = 0
         self.lineage = Lineage(store)
-        self._restored_round, self._after_round = restore, after_round
+        self._restored_round, self._after_round, self._stop = restore, after_round, stop
         self._round = RoundState(round=0)
+        self._unsaved = False
+        """Whether `state` has changed since it was last saved."""
         self._inspection: Callable[[], None] | None = None
 
     def inspect(self, experiment: Experiment, student: Artifact, teachers: Teachers, prompts: Artifact) -> None:
@@ -248,16 +259,25 @@ class Maker:
         if number not in known:
             self.state.rounds.append(RoundState(round=number))
             self.state.rounds.sort(key=lambda r: r.round)
+            self._unsaved = True
         self._round = next(r for r in self.state.rounds if r.round == number)
         before = self.built
         yield self
-        self.run.save(self.state)
+        self._save()
         self.reporter.round_done(self._round)
         if self._after_round is not None and self.built > before:
             self._after_round(number)
 
     def ends_with(self, student: Artifact) -> None:
+        self._unsaved |= self._round.student_sha256 != student.content["weights"]
         self._round.student_sha256 = student.content["weights"]
+
+    def enough(self, number: int) -> bool:
+        reached = self.state.model_copy(update={"rounds": [r for r in self.state.rounds if r.round <= number]})
+        self.state.ended = None if self._stop is None else self._stop.reason(reached)
+        if self.state.ended is not None:
+            self.reporter.note(number, "run", f"ends here: {self.state.ended}")
+        return self.state.ended is not None
 
     def __call__(self, label: str, make: Callable[P, Work], *args: P.args, **inputs: P.kwargs) -> Made:
         work, given = make(*args, **inputs), (*args, *inputs.values())
@@ -375,16 +395,24 @@ class Maker:
         self, label: str, state: StageState, found: dict[str, Artifact], shown: str | None = None
     ) -> dict[str, Artifact]:
         """Records the end of a stage. `shown`: the state to report, if the record keeps the state of an earlier call."""
-        state.key = next(iter(state.artifacts.values()), None)
-        state.rows = rows_of(found)
+        state = state.model_copy(update={"key": next(iter(state.artifacts.values()), None), "rows": rows_of(found)})
         metrics = metrics_of(found, self.store)
+        before = dict(self._round.metrics)
         self._round.metrics |= round_metrics(label, metrics)
+        self._unsaved |= self._round.metrics != before
         self._note(label, state, shown, metrics)
         if metrics.get("clipped_ratio") == 1.0 and shown is None and state.state == "done":
             self._context(self._round.round, label).say(label, ALL_CLIPPED)
         return found
 
     def _note(self, label: str, state: StageState, shown: str | None = None, metrics: Metrics | None = None) -> None:
+        self._unsaved |= self._round.stages.get(label) != state
         self._round.stages[label] = state
-        self.run.save(self.state)
+        self._save()
         self.reporter.stage(self._round.round, label, state.model_copy(update={"state": shown or state.state}), metrics)
+
+    def _save(self) -> None:
+        """Write the state, unless the file says the same: a run that finds everything in the store writes nothing per stage."""
+        if self._unsaved:
+            self.run.save(self.state)
+            self._unsaved = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,6 +24,9 @@ from rich.text import Text
 from flows.run.shown import NOT_EVALUATED, amount, samples, with_error
 from storage.runs import RoundState, StageState
 from tasks.workers.metrics import Metrics, short_words, summary, words
+
+if TYPE_CHECKING:
+    from flows.run.executor import Reporter
 
 LINE_INTERVAL = 15.0
 """Seconds between two progress lines of one stage without a terminal."""
@@ -44,14 +48,47 @@ class SilentReporter:
     def round_done(self, state: RoundState) -> None: ...
 
 
+class OnlyWork(SilentReporter):
+    """Passes on what happens, without the stages and rounds that are found in the store."""
+
+    def __init__(self, below: Reporter) -> None:
+        self.below = below
+        self._worked = False
+
+    def stage(self, round: int, label: str, state: StageState, metrics: Metrics | None = None) -> None:
+        if state.state != "cached":
+            self._worked = True
+            self.below.stage(round, label, state, metrics)
+
+    def progress(
+        self, round: int, label: str, done: int, total: int, unit: str, metrics: Metrics | None = None
+    ) -> None:
+        self.below.progress(round, label, done, total, unit, metrics)
+
+    def note(self, round: int, label: str, text: str) -> None:
+        self.below.note(round, label, text)
+
+    def waiting(self, label: str, holder: str) -> None:
+        self.below.waiting(label, holder)
+
+    def round_done(self, state: RoundState) -> None:
+        if self._worked:
+            self.below.round_done(state)
+        self._worked = False
+
+
 class LineReporter(SilentReporter):
-    """One line per event, for logs and pipes."""
+    """One line per event, for logs and pipes; one for all stages of a round that are found in the store."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
         self._last = 0.0
         self._first: tuple[float, int] | None = None
         """Time and count of the stage's first report: the rate leaves out the engine's start."""
+        self._found: list[str] = []
+        """Stages of this round that are in the store, not reported yet."""
+        self._worked = False
+        """Whether a stage of this round was not in the store."""
 
     def _begin(self) -> None:
         self._last, self._first = time.monotonic(), None
@@ -59,10 +96,12 @@ class LineReporter(SilentReporter):
     def stage(self, round: int, label: str, state: StageState, metrics: Metrics | None = None) -> None:
         self._begin()
         made = f" ({text})" if (text := amount(label, state)) else ""
+        if state.state == "cached":
+            return self._in_store(round, label, made)
+        self._worked = True
+        self._report_found(round)
         if state.state == "running":
             self._line(round, label, "started")
-        elif state.state == "cached":
-            self._line(round, label, f"[dim]already in the store[/]{made}")
         elif state.state == "done":
             self._line(round, label, f"[green]done[/] in {state.seconds or 0:.1f} s{made}")
             if text := summary(metrics or {}):
@@ -90,7 +129,20 @@ class LineReporter(SilentReporter):
         self.console.print(f"{label}: another process is building this; waiting for {holder}")
 
     def round_done(self, state: RoundState) -> None:
-        self.console.print(f"[bold]{round_line(state)}[/]", soft_wrap=True)
+        found = "" if self._worked or not self._found else "  [dim]already in the store[/]"
+        if self._worked:
+            self._report_found(state.round)
+        self.console.print(f"[bold]{round_line(state)}[/]{found}", soft_wrap=True)
+        self._found, self._worked = [], False
+
+    def _in_store(self, round: int, label: str, made: str) -> None:
+        """A stage is in the store; `made`: how much it made."""
+        self._found.append(label)
+
+    def _report_found(self, round: int) -> None:
+        if self._found:
+            self._line(round, ", ".join(self._found), "[dim]already in the store[/]")
+        self._found = []
 
     def _line(self, round: int, label: str, text: str) -> None:
         self.console.print(f"[cyan]round {round}[/] {label:<15} {text}", soft_wrap=True)

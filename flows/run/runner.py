@@ -24,7 +24,7 @@ from flows.experiment import (
 )
 from flows.run.dates import with_date
 from flows.run.executor import Maker, PlanLine, Planner, Reporter
-from flows.run.progress import SilentReporter
+from flows.run.progress import OnlyWork, SilentReporter
 from flows.run.recovery import mend, stands_for
 from flows.run.stopping import terminating
 from storage.artifacts.checkpoints import KEPT
@@ -51,6 +51,15 @@ def plan(experiment: Experiment, root: str | Path, rounds: int | None = None, na
     experiment = with_date(with_plugins(experiment), name, root)
     distill(experiment, planner, experiment.policy.rounds if rounds is None else rounds)
     return planner.lines
+
+
+def nothing_to_do(
+    experiment: Experiment, store: Store, rounds: int, evaluated: Callable[[int], bool] | None = None
+) -> bool:
+    """Whether every stage up to a round is in the store, undamaged: then there is nothing that Prefect could show."""
+    planner = Planner(store)
+    distill(experiment, planner, rounds, evaluated)
+    return all(line.state == "cached" for line in planner.lines)
 
 
 def existing_run(name: str, root: str | Path) -> Run | None:
@@ -114,7 +123,7 @@ def run_experiment(
                 goal = min(goal, state.rounds_done + further)
                 evaluated = evaluated or partial(experiment.policy.evaluates, last=experiment.policy.rounds)
             refuse_full_disk(store, experiment)
-            state.status, state.error = "running", None
+            state.status, state.error, state.ended = "running", None, None
             run.save(state)
             with ExitStack() as stack:
                 pool = stack.enter_context(workers_for(experiment, run.log_path("run").parent, workers))
@@ -129,8 +138,12 @@ def run_experiment(
 
                 # what a restore has just rebuilt must stay
                 after_round = collect if experiment.policy.collect and restore is None else None
-                maker = Maker(store, run, state, context, reporter, restore=restore, after_round=after_round)
-                if prefect:
+                stop = experiment.policy.stop if restore is None else None
+                maker = Maker(store, run, state, context, reporter, restore=restore, after_round=after_round, stop=stop)
+                if restore is None and nothing_to_do(experiment, store, goal, evaluated):
+                    maker.reporter = OnlyWork(reporter)
+                    distill(experiment, maker, goal, evaluated)
+                elif prefect:
                     from flows.prefect_.tasks import distill_in_prefect
 
                     distill_in_prefect(experiment, maker, goal, evaluated)
@@ -140,7 +153,8 @@ def run_experiment(
             with suppress(OpdError, OSError):  # the first error is the one to report, also on a full disk
                 record_failure(run, state, error, log)
             raise
-        state.status = "finished" if state.rounds_done >= experiment.policy.rounds else "stopped"
+        over = state.ended is not None or state.rounds_done >= experiment.policy.rounds
+        state.status = "finished" if over else "stopped"
         run.save(state)
         return state, maker.built
 

@@ -229,9 +229,11 @@ def undecided(plan: StudyPlan, rows: Sequence[Row]) -> dict[str, list[float]]:
 def grids(plan: StudyPlan, rows: Sequence[Row]) -> list[Grid]:
     """The report's tables: reverse KL and accuracy by method and round, the sweep, failures."""
     tables = [
-        _metric(plan, rows, "reverse_kl", "Reverse KL to the teacher", "nats per token, full vocabulary", "{:.4f}"),
-        _metric(plan, rows, "accuracy", "Accuracy", "greedy, held-out prompts", "{:.1%}"),
+        _metric(plan, rows, "reverse_kl", "Reverse KL to the teacher", "nats per token, full vocabulary", "{:.4f}")
     ]
+    measured = {column for column in METRICS for row in rows if row[column] is not None}
+    if "accuracy" in measured or not measured:  # without a verifier there is none
+        tables.append(_metric(plan, rows, "accuracy", "Accuracy", "greedy, held-out prompts", "{:.1%}"))
     if plan.study.sweep is not None:
         tables.append(_sweep(plan, rows))
     failed = {row["run"]: row["error"] for row in rows if row["status"] == "failed"}

@@ -2,7 +2,7 @@
 same time, so a shard is repeated bit for bit only in the batch that it was in.
 
 A batch is a queue of (shard, step): the engine got the shard's requests before its step of that number. While the artifact is
-unfinished, a worker keeps a sealed file per batch beside the shards, and rewrites it before each shard that it writes; the
+unfinished, a worker keeps a file per batch beside the shards, and adds a sealed line to it before each shard that it writes; the
 manifest's provenance then has all batches. Artifacts made before batches were recorded had one shard per batch."""
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from storage.disk.files import replace_atomically, seal, unique, unseal
+from storage.disk.files import append_durably, seal_line, unique, unseal_lines
 from storage.errors import CorruptArtifact
 
 BATCH = ".batch.json"
@@ -40,36 +41,43 @@ class BatchLog:
 
     folder: Path
     table: str
-    queue: Queue = field(default_factory=list)
-    written: dict[int, int] = field(default_factory=dict)
+    _given: Queue = field(default_factory=list)
+    """What the engine was given since the last line."""
+    _lock: Lock = field(default_factory=Lock)
+    """The engine's thread adds, another writes."""
 
     def __post_init__(self) -> None:
         self.path = self.folder / f"{self.table}-{time.time_ns():020d}-{unique()}{BATCH}"
 
     def add(self, shard: int, step: int) -> None:
         """The engine gets the requests of a shard before its step number `step`."""
-        self.queue.append((shard, step))
+        with self._lock:
+            self._given.append((shard, step))
 
     def writing(self, shard: int) -> None:
         """Call before a shard is written: makes the record of its batch durable first."""
-        self.written[shard] = time.time_ns()
-        content = seal({"queue": self.queue, "written": list(self.written.items())})
-        replace_atomically(self.path, content)
+        with self._lock:
+            given, self._given = self._given, []
+        append_durably(self.path, seal_line({"queue": given, "written": [shard, time.time_ns()]}))
 
 
 def unfinished_batches(folder: Path, table: str) -> list[Batch | None]:
     """The batches of an unfinished artifact, oldest first; None for a damaged record. For a shard that was written in
     several, the last one counts."""
-    found: list[Batch | None] = []
-    for path in _files(folder, table):
-        try:
-            content = unseal(path)
-            queue = [(int(shard), int(step)) for shard, step in content["queue"]]
-            at = {int(shard): int(when) for shard, when in content["written"]}
-            found.append(Batch(queue, list(at), at))
-        except (CorruptArtifact, FileNotFoundError, KeyError, TypeError, ValueError):
-            found.append(None)
-    return found
+    return [_recorded(path) for path in _files(folder, table)]
+
+
+def _recorded(path: Path) -> Batch | None:
+    queue: Queue = []
+    at: dict[int, int] = {}
+    try:
+        for content in unseal_lines(path):
+            queue += [(int(shard), int(step)) for shard, step in content["queue"]]
+            shard, when = content["written"]
+            at[int(shard)] = int(when)
+    except (CorruptArtifact, FileNotFoundError, KeyError, TypeError, ValueError):
+        return None
+    return Batch(queue, list(at), at) if at else None
 
 
 def provenance_of(batches: Iterable[Batch | None], count: int) -> dict[str, Any]:

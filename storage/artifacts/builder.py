@@ -78,6 +78,8 @@ class Builder(ShardWriter):
         self._scratch: list[Path] = []
         self._started = time.monotonic()
         self._closed = False
+        self.made: Mapping[str, str] = {}
+        """The digests of what this builder has made, known from `commit` on."""
         if committed is None:
             failpoint("builder.before_sweep")
             self._sweep(recorded)
@@ -221,6 +223,7 @@ class Builder(ShardWriter):
             if found.get(name) != digest:
                 places = ", ".join(map(str, self._external.values())) or self._name
                 raise InputError(f"{places}: changed while it was read; let nothing write to it, and run again")
+        self.made = found
         manifest = self._manifest(shards, trees, found, rows, plain_meta, plain_provenance)
         failpoint("builder.before_publish")
         self.committed = self._publish(manifest)

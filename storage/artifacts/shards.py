@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset as pads
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
@@ -240,17 +238,3 @@ def footer_sha256(path: Path) -> str:
             raise CorruptArtifact(f"{path}: truncated, or not a Parquet file ({size} bytes)")
         file.seek(size - 8 - length)
         return hashlib.sha256(file.read(length + 8)).hexdigest()
-
-
-def dataset(paths: Sequence[Path], schema: pa.Schema) -> pads.Dataset:
-    """A lazy Arrow dataset that verifies page checksums as it scans."""
-    scan = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
-    form = pads.ParquetFileFormat(default_fragment_scan_options=scan)
-    return pads.dataset([str(path) for path in paths], schema=schema, format=form)
-
-
-def absent_dataset(paths: Sequence[Path], schema: pa.Schema) -> pads.Dataset:
-    """Like `dataset`, for files that do not exist: only a scan of them fails, and filters can prune them."""
-    form, system = pads.ParquetFileFormat(), pafs.LocalFileSystem()
-    fragments = [form.make_fragment(str(path), system) for path in paths]
-    return pads.FileSystemDataset(fragments, schema, form, system)

@@ -40,6 +40,7 @@ NAMES: dict[str, str] = {
     "shard.before_sidecar": "a shard is durable, no sidecar vouches for it",
     "shard.after_sidecar": "a shard and its sidecar are durable",
     "file.before_fsync": "a small file is written under its temporary name, not fsynced",
+    "file.before_append": "a line is written at the end of a file, not fsynced",
     "file.before_replace": "a small file is durable under its temporary name",
     "file.after_replace": "a small file has its name, its directory is not fsynced",
     "manifest.before_link": "a manifest is durable under its temporary name",

@@ -184,6 +184,22 @@ def replace_atomically(path: Path, data: bytes) -> None:
         fsync_directory(path.parent)
 
 
+def append_durably(path: Path, data: bytes) -> None:
+    """Adds to the end of a file, which may be missing, and fsyncs. What could not be written whole is taken back."""
+    with explain_full_disk(path), open(path, "ab") as file:
+        before = file.tell()
+        try:
+            file.write(data)
+            file.flush()
+            failpoint("file.before_append", path)
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(before)
+            raise
+    if before == 0:
+        fsync_directory(path.parent)
+
+
 def publish_exclusively(path: Path, data: bytes) -> bool:
     """Publishes a complete file under a free name, or returns False if the name is taken. One of several racers wins."""
     temporary = write_durably(path.parent, data)
@@ -223,8 +239,18 @@ def remove(path: Path) -> bool:
 
 def seal(content: dict[str, Any]) -> bytes:
     """JSON with the sha256 of its own content, so that damage is detected. Keeps the order of keys."""
-    checksum = hashlib.sha256(canonical_json(content).encode("ascii")).hexdigest()
-    return json.dumps({**content, "checksum": checksum}, indent=1, allow_nan=False).encode()
+    return json.dumps({**content, "checksum": _checksum(content)}, indent=1, allow_nan=False).encode()
+
+
+def seal_line(content: dict[str, Any]) -> bytes:
+    """The same on one line, for `append_durably`."""
+    return (
+        json.dumps({**content, "checksum": _checksum(content)}, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    )
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(content).encode("ascii")).hexdigest()
 
 
 def unreadable(error: OSError) -> str:
@@ -236,14 +262,31 @@ def unreadable(error: OSError) -> str:
 
 def unseal(path: Path) -> dict[str, Any]:
     """Content of a sealed JSON file. FileNotFoundError if missing, CorruptArtifact if damaged."""
+    return _unsealed(path, _read(path))
+
+
+def unseal_lines(path: Path) -> list[dict[str, Any]]:
+    """Contents of the lines of `seal_line`. A last line that is not whole was being written when its writer ended: it is left
+    out. FileNotFoundError if the file is missing, CorruptArtifact for any other damaged line."""
+    lines = _read(path).split(b"\n")
+    found = [_unsealed(path, line) for line in lines[:-2]]
+    with suppress(CorruptArtifact):
+        found += [_unsealed(path, line) for line in lines[-2:-1]]
+    return found
+
+
+def _read(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise CorruptArtifact(f"{path}: {unreadable(error)}") from error
+
+
+def _unsealed(path: Path, data: bytes) -> dict[str, Any]:
     try:
         content = json.loads(data)
         checksum = content.pop("checksum")
-        good = checksum == hashlib.sha256(canonical_json(content).encode("ascii")).hexdigest()
+        good = checksum == _checksum(content)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise CorruptArtifact(f"{path}: not a sealed record ({error})") from error
     if not good:

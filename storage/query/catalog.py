@@ -11,16 +11,20 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 from duckdb.func import FunctionNullHandling, PythonUDFType
 
 from storage.artifacts.artifact import Artifact
-from storage.errors import CorruptArtifact, Evicted, OpdError
+from storage.errors import CorruptArtifact, Evicted, OpdError, did_you_mean
 from storage.query.figures import completed
+from storage.query.limits import default_memory
+from storage.query.places import PLACED, Pieces, part_names, places_of
 from storage.query.views import METRICS, VIEWS, Use, Views, missing_of, unpack_functions, used_dataset, uses_of
 from storage.runs import Run, RunState
 from storage.schemas import TABLES, TableSchema
@@ -30,7 +34,11 @@ _BATCH_ROWS = 65_536
 _MAX_RESULT_BYTES = 1 << 30
 _MAX_SQL_CHARACTERS = 100_000
 _THREADS = 4
-_NARROW = "narrow it (WHERE run = ... AND round = ...), aggregate, or raise the limit (--memory 4GB)"
+_NARROW = (
+    "narrow it (WHERE run = ... AND round = ...), aggregate, or raise the limit (--memory 8GB; in Python memory='8GB')"
+)
+_NO_COLUMN = re.compile(r'Referenced column "([^"]+)" not found|does not have a column named "([^"]+)"')
+_PLAN_MEMORY = "100MB"
 _DAMAGED = re.compile(r"stream registered as '(\w+)@' failed")
 
 
@@ -41,15 +49,19 @@ class QueryRefused(OpdError):
 
 
 class Catalog:
-    """The views over a store, or over one run's part of it."""
+    """The views over a store, or over some runs' part of it."""
 
-    def __init__(self, store: Store, run: Run | None = None) -> None:
-        self.store, self.run = store, run
+    def __init__(self, store: Store, *runs: Run | None) -> None:
+        """`runs`: None, or none, for all of the store."""
+        self.store, self.runs = store, tuple(run for run in runs if run is not None)
 
-    def query(self, sql: str, limit_seconds: float = 30, memory: str = "1GB", max_rows: int = 1_000_000) -> pa.Table:
+    def query(
+        self, sql: str, limit_seconds: float = 30, memory: str | None = None, max_rows: int = 1_000_000
+    ) -> pa.Table:
         """The result of one SELECT over `views()`.
 
-        Raises QueryRefused for other statements, and beyond `limit_seconds`, `memory` (of the execution) or `max_rows`;
+        Raises QueryRefused for other statements, and beyond `limit_seconds`, `memory` (of the execution, in DuckDB's spelling; by
+        default half of what the machine has free) or `max_rows`;
         CorruptArtifact if a shard that the statement reads is damaged, Evicted if `opd gc` removed it. A function call on a
         huge constant can exceed the limits: `storage.query.limits` then ends the process.
         """
@@ -57,11 +69,13 @@ class Catalog:
             raise QueryRefused(f"a statement of {len(sql):,} characters; at most {_MAX_SQL_CHARACTERS:,} are read")
         if limit_seconds <= 0:
             raise QueryRefused(f"limit of {limit_seconds} seconds: must be above 0")
-        views = Views()
+        views, memory = self.views(), memory or default_memory()
         try:
             with duckdb.connect(":memory:") as connection:
                 statement = _one_select(connection, sql)
                 views = self._create_views(connection, sql)
+                # Scans of Arrow data have no row counts to choose by: the right side of a join is the smaller one, as written.
+                connection.execute("SET disabled_optimizers = 'build_side_probe_side'")
                 _seal(connection, memory)
                 return _run(connection, statement, limit_seconds, max_rows)
         except MemoryError as error:
@@ -70,7 +84,7 @@ class Catalog:
             if damaged := _DAMAGED.search(str(error)):
                 self._find_damage(damaged.group(1))
                 raise CorruptArtifact(f"a shard of {damaged.group(1)} could not be read: {error}") from error
-            raise _refusal(error, memory, views) from error
+            raise _refusal(error, memory, views, sql) from error
 
     def views(self) -> Views:
         """The views of this store: those over this program's own tables, and those that its manifests declare."""
@@ -93,10 +107,22 @@ class Catalog:
         }
         return Views(newest), others
 
+    def _states(self) -> list[RunState]:
+        return [run.state for run in self.runs or Run.list(self.store.root)]
+
+    def _pieces(self, run: str) -> Pieces:
+        """The bytes of the student's tokens in a run."""
+        for use in uses_of([state for state in self._states() if state.name == run], self.store.list("prepare"), False):
+            columns = ("id", "token", "text", "special", "tokenizer")
+            rows = self.store.read_table(use.artifact, "vocabulary", columns)
+            rows = rows.filter(pc.equal(rows["tokenizer"], "student"))
+            return Pieces(*(rows[name].to_pylist() for name in columns[:4]))
+        return Pieces([], [], [], [])
+
     def _find_damage(self, table: str) -> None:
         """Reads the table's shards one by one; the store names the bad one and moves it to quarantine."""
-        states = [run.state for run in ([self.run] if self.run else Run.list(self.store.root))]
-        uses = uses_of(states, self.store.list(), with_unused=self.run is None)
+        states = self._states()
+        uses = uses_of(states, self.store.list(), with_unused=not self.runs)
         for use in uses:
             if table in use.artifact.rows:
                 try:
@@ -125,15 +151,16 @@ class Catalog:
             for name in views.all:
                 connection.execute(views.sql(name, rows_wanted=False))
             return views
-        states = [run.state for run in ([self.run] if self.run else Run.list(self.store.root))]
-        tables = {table for name in wanted for table in views.all[name].tables}
+        states = self._states()
+        columns = _columns_used(views, "tokens", sql) if "tokens" in wanted else None
+        tables = {table for name in wanted for table in views.tables(name, columns)}
         missing = missing_of(states, committed, tables)
         if missing:
             raise CorruptArtifact(
                 f"damaged or gone: {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}; `opd resume`"
                 " of that run rebuilds just what is damaged. `opd query NAME` reads only the run NAME"
             )
-        uses = uses_of(states, committed, with_unused=self.run is None)
+        uses = uses_of(states, committed, with_unused=not self.runs)
         for table in sorted(tables):
             open_one = functools.partial(self.store.arrow_dataset, table=table)
             shown = [use for use in uses if use.artifact.key not in others]
@@ -147,11 +174,11 @@ class Catalog:
             connection.register("stages@", _stages_table(states))
         unpacking = unpack_functions(views.schemas[table] for table in tables)
         for name, (function, arguments, result) in unpacking.items():
-            connection.create_function(
-                name, function, arguments, result, type=PythonUDFType.ARROW, null_handling=FunctionNullHandling.SPECIAL
-            )
+            _add_function(connection, name, function, (arguments, result))
+        if "tokens" in wanted:
+            _add_text_functions(connection, functools.cache(self._pieces))
         for name in views.all:
-            connection.execute(views.sql(name, rows_wanted=name in wanted))
+            connection.execute(views.sql(name, rows_wanted=name in wanted, used=columns))
         return views
 
 
@@ -166,6 +193,49 @@ def _one_select(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.State
             " written or read from files here: to save a result, use `opd query --csv` or `--json` and redirect it"
         )
     return statements[0]
+
+
+def _add_function(
+    connection: duckdb.DuckDBPyConnection, name: str, function: Callable[..., pa.Array], types: tuple[Any, Any]
+) -> None:
+    """Adds a function of Arrow arrays. `types`: of its arguments and of its result."""
+    arguments, result = types
+    connection.create_function(
+        name, function, arguments, result, type=PythonUDFType.ARROW, null_handling=FunctionNullHandling.SPECIAL
+    )
+
+
+def _add_text_functions(connection: duckdb.DuckDBPyConnection, pieces: Callable[[str], Pieces]) -> None:
+    """What `tokens` calls, and a statement over it may."""
+    _add_function(connection, "places", places_of(pieces), PLACED)
+    _add_function(connection, "part_name", part_names, (["VARCHAR"], "VARCHAR"))
+
+
+def _columns_used(views: Views, view: str, sql: str) -> set[str] | None:
+    """The columns of a view that a statement reads, by DuckDB's own plan of it over empty tables; None where there is no plan.
+    DuckDB does not prune lists that are exploded side by side: without this, all of them would be read."""
+    with duckdb.connect(":memory:") as connection:
+        for name in views.all:
+            connection.execute(views.sql(name, rows_wanted=False).replace("CREATE VIEW", "CREATE TABLE", 1))
+        _add_text_functions(connection, lambda run: Pieces([], [], [], []))
+        optimizers = connection.sql("SELECT name FROM duckdb_optimizers()").fetchall()
+        others = ",".join(name for (name,) in optimizers if name != "unused_columns")
+        connection.execute(f"SET disabled_optimizers = '{others}'")
+        _seal(connection, _PLAN_MEMORY)
+        try:
+            plan = json.loads(connection.execute(f"EXPLAIN (FORMAT json) {sql}").fetchall()[0][1])
+        except duckdb.Error:
+            return None
+    found: set[str] = set()
+    left = list(plan)
+    while left:
+        node = left.pop()
+        left += node["children"]
+        scan = node["extra_info"]
+        if str(scan.get("Table", "")).rpartition(".")[2] == view:
+            names = scan.get("Projections") or []
+            found |= {names} if isinstance(names, str) else set(names)
+    return found
 
 
 def _seal(connection: duckdb.DuckDBPyConnection, memory: str) -> None:
@@ -207,7 +277,7 @@ def _run(
                 what = f"{max_rows:,} rows" if rows > max_rows else f"{_MAX_RESULT_BYTES:,} bytes"
                 raise QueryRefused(f"the result has more than {what}; aggregate, name fewer columns, or add a LIMIT")
             batches.append(batch)
-        return _distinct_names(pa.Table.from_batches(batches, reader.schema))
+        return _whole_numbers(_distinct_names(pa.Table.from_batches(batches, reader.schema)))
     except (duckdb.Error, OSError, pa.ArrowException) as error:
         if not late.is_set():
             raise duckdb.Error(str(error)) from error
@@ -219,13 +289,20 @@ def _run(
         timer.cancel()
 
 
-def _refusal(error: Exception, memory: str, views: Views) -> OpdError:
-    """An error of DuckDB or Arrow as one of this program."""
+def _refusal(error: Exception, memory: str, views: Views, sql: str) -> OpdError:
+    """An error of DuckDB or Arrow as one of this program; for an unknown column or view with the nearest one."""
     text = str(error).strip()
     if "Out of Memory" in text or "bad_alloc" in text:
         return QueryRefused(f"needs more than {memory} of memory; {_NARROW}")
+    if column := _NO_COLUMN.search(text):
+        name, read = column[1] or column[2], views.wanted(sql)
+        columns = {c.name: view for view in sorted(read) for c in views.all[view].columns}
+        near = did_you_mean(name, columns, f"{', '.join(sorted(read)) or 'it'}: no column of a similar name")
+        places = sorted({view for c, view in columns.items() if near == f"did you mean {c!r}?"})
+        where = f" (in {', '.join(places)})" if places else ""
+        return QueryRefused(f"no column {name!r}: {near}{where}\n`opd query NAME VIEW` lists a view's columns\n{text}")
     unknown = "does not exist" in text or "Referenced column" in text
-    hint = f"\nviews: {', '.join(views.all)}; `opd query` alone lists their columns" if unknown else ""
+    hint = f"\nviews: {', '.join(views.all)}; `opd query VIEW` lists the columns of one" if unknown else ""
     return QueryRefused(text + hint)
 
 
@@ -240,11 +317,27 @@ def _distinct_names(table: pa.Table) -> pa.Table:
     return table.rename_columns(names)
 
 
+def _whole_numbers(table: pa.Table) -> pa.Table:
+    """Sums of whole numbers (128 bits in DuckDB, decimals in Arrow) as int64 where they fit."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_decimal(field.type) and field.type.scale == 0:
+            with suppress(pa.ArrowInvalid):
+                table = table.set_column(place, field.name, table.column(place).cast(pa.int64()))
+    return table
+
+
 def _artifacts_table(artifacts: Iterable[Artifact], store: Store) -> pa.Table:
     """Rows of the view `artifacts`."""
     documents = ("content", "inputs", "identity", "meta")
     rows = [
-        {"stage": a.stage, "artifact": a.key, "created": a.created, "seconds": a.seconds, "rows": sum(a.rows.values())}
+        {
+            "stage": a.stage,
+            "artifact": a.key,
+            "created": a.created,
+            "seconds": a.seconds,
+            "rows": sum(a.rows.values()),
+            "bytes": store.size(a),
+        }
         | {name: json.dumps(getattr(a, name), sort_keys=True) for name in documents}
         | {"evicted": store.evicted(a)}
         for a in artifacts

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 GRACE_SECONDS = 2.0
 """Time after the limit for DuckDB to react to its interrupt."""
@@ -44,6 +45,19 @@ def process_limits(limit_seconds: float, memory: str) -> Iterator[None]:
     finally:
         ended.set()
         resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def default_memory() -> str:
+    """Half of the memory that this machine, or the container that this process is in, has free; at least 1 GB."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = (Path("/sys/fs/cgroup", name).read_text().strip() for name in ("memory.max", "memory.current"))
+        free = free if limit == "max" else min(free, int(limit) - int(used))
+    except (OSError, ValueError):
+        pass  # no cgroup v2
+    return f"{max(1000, free // 2_000_000)}MB"
 
 
 def memory_bytes(memory: str) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from storage.artifacts.artifact import Artifact
 from storage.artifacts.packed import FUNCTIONS, Part, packed_schema, parts
 from storage.query.figures import FIGURES, MODES, Z95
 from storage.runs import RunState
-from storage.schemas import TABLES, Column, TableSchema
+from storage.schemas import TABLES, Column, MaskReason, TableSchema
 
 _STR, _INT, _LONG, _FLOAT, _DOUBLE = pa.string(), pa.int32(), pa.int64(), pa.float32(), pa.float64()
 
@@ -51,6 +51,17 @@ _USE = (
     pa.field("use_stage", _STR),
     pa.field("use_artifact", _STR),
 )
+CONTEXT = 40
+"""Characters of `before` and `after`."""
+_IN_WORDS = {reason: (reason.name or "").lower().replace("_", " ") for reason in MaskReason}
+_MADE_FROM = {
+    "gap": ("student_logprob", "teacher_logprob"),
+    "teacher_mass": ("teacher_tail", "student_list_tail"),
+    "reasons": ("mask_reasons",),
+    "before": ("text_offset",),
+    "after": ("text_offset",),
+}
+"""Columns of `tokens` that are computed: what they need of what is exploded."""
 _MEANINGS = {
     "accuracy_greedy": "share of held-out prompts answered correctly, greedy",
     "accuracy_sampled": "the same, sampled",
@@ -138,25 +149,43 @@ _ALL = (
             _ROUND,
             Column("artifact", _STR, "key of the rollouts"),
             TABLES["rollouts"].columns[0],
+            Column("prompt_id", _STR, "the prompt that its sample answers"),
             _TEACHER,
             Column("position", _LONG, "index of the token in the completion, from 0; of its text see text_offset"),
             Column("token_id", _INT, "the student's token id"),
-            Column("token", _STR, "its text, or its name where it is no text alone", nullable=True),
+            Column(
+                "token", _STR, "its text; where it is no text alone its bytes, <0xE4><0xB8>, or its name", nullable=True
+            ),
+            Column("before", _STR, f"the text before it, at most {CONTEXT} characters", nullable=True),
+            Column("after", _STR, f"the text after it, at most {CONTEXT} characters", nullable=True),
             Column("sampling_logprob", _FLOAT, "under the distribution sampled from", nullable=True),
             Column("student_logprob", _FLOAT, "of the rollout-time student", nullable=True),
             Column("teacher_logprob", _FLOAT, "of the teacher", nullable=True),
+            Column(
+                "gap", _FLOAT, "student_logprob - teacher_logprob: the token's part in the reverse KL", nullable=True
+            ),
             Column("student_entropy", _FLOAT, "nats", nullable=True),
             Column("teacher_entropy", _FLOAT, "nats", nullable=True),
+            Column(
+                "teacher_mass",
+                _FLOAT,
+                "the teacher's probability of the stored list: its own likeliest tokens, else the student's",
+                nullable=True,
+            ),
             Column("mask_reasons", _INT, TABLES["mask"].columns[1].doc.removeprefix("T "), nullable=True),
+            Column(
+                "reasons", _STR, f"the same in words: {', '.join(_IN_WORDS.values())}; empty for none", nullable=True
+            ),
             Column(
                 "text_offset",
                 _LONG,
-                "characters of completion_text before the token's text (substr counts from 1); null in completions whose tokens"
-                " have no text one by one (half a character, a space that depends on the token before)",
+                "characters of completion_text before the token's text (substr counts from 1); null in completions whose text is"
+                " not that of their tokens. Parts of one character have the place of the character",
                 nullable=True,
             ),
+            Column("text_length", _LONG, "characters of completion_text that it is, or is a part of", nullable=True),
         ),
-        ("rollouts", "prompts", "sampled", "mask", "vocabulary"),
+        ("rollouts", "prompts", *SIGNALS, "vocabulary"),
     ),
     View(
         "training_steps",
@@ -187,6 +216,7 @@ _ALL = (
                 "seconds", _DOUBLE, "wall time of the stage that made it; artifacts of one stage share it: sum `stages`"
             ),
             Column("rows", _LONG, "rows of all its tables"),
+            Column("bytes", _LONG, "of its files in the store; 0 where its data was removed"),
             Column("content", _STR, "JSON: named digests of what it holds"),
             Column("inputs", _STR, "JSON: named digests of what went in"),
             Column("identity", _STR, "JSON: the configuration that decided it"),
@@ -285,8 +315,9 @@ class Views:
         text = sql.casefold()
         return {name for name in self.all if name in text}
 
-    def sql(self, name: str, rows_wanted: bool) -> str:
-        """`CREATE VIEW` over the datasets registered as `<table>@`; or, needing none, the same columns without rows."""
+    def sql(self, name: str, rows_wanted: bool, used: Collection[str] | None = None) -> str:
+        """`CREATE VIEW` over the datasets registered as `<table>@`; or, needing none, the same columns without rows. `used`:
+        the columns of `tokens` that a statement reads, by default all; the others are null, and nothing is read for them."""
         columns, view = self.all[name].columns, _identifier(name)
         if not rows_wanted:
             return f"CREATE VIEW {view} AS SELECT {_casts(columns, null=True)} WHERE false"
@@ -295,7 +326,7 @@ class Views:
         elif name == "supervision":
             rows = self._supervision()
         elif name == "tokens":
-            rows = self._tokens()
+            rows = self._tokens(set(used) if used is not None else {column.name for column in columns})
         elif name == "differences":
             rows = self._differences()
         elif name == "evaluations":
@@ -318,15 +349,16 @@ class Views:
         use = f'use_run AS run, {own_round} AS "round", use_stage AS stage, use_artifact AS artifact'
         return f"SELECT {use}, {', '.join(columns)} FROM {_identifier(table + '@')}"
 
-    def _with_signals(self, signals: Sequence[str]) -> str:
-        """The runs' rollouts, each beside its signals of the same round; nulls where a signal is not there.
+    def _with_signals(self, signals: Sequence[str], taught: bool = True) -> str:
+        """The runs' rollouts, each beside its signals of the same round; nulls where a signal is not there. `taught`: with the
+        name of the teacher.
 
         Run and round are join keys, so that a filter on them reaches the signals' shards too."""
         joins = " ".join(
             f'LEFT JOIN ({self._rows(s)}) AS {_identifier(s)} USING (run, "round", sample_id)' for s in signals
         )
         rollouts = f"FROM (SELECT * FROM ({self._rows('rollouts')}) WHERE run IS NOT NULL) AS rollouts"
-        return f"{rollouts} {self._teachers()} {joins}"
+        return f"{rollouts} {self._teachers() if taught else ''} {joins}"
 
     def _teachers(self) -> str:
         """A join that adds the name of the teacher to what has a run and a prompt_id."""
@@ -342,33 +374,87 @@ class Views:
                 columns.append(f"{_identifier(signal)}.{_identifier(name)} AS {_identifier(column.name)}")
         return f"SELECT {', '.join(columns)} {self._with_signals(signals)}"
 
-    def _tokens(self) -> str:
-        """Lists are exploded side by side; the texts come from the vocabulary that the run prepared."""
+    def tables(self, name: str, used: Collection[str] | None = None) -> set[str]:
+        """The tables that a view reads; of `tokens` those behind the `used` columns, by default all."""
+        if name != "tokens" or used is None:
+            return set(self.all[name].tables)
+        needed, lists = _needed(used), self._token_lists()
+        found = {"rollouts", *(lists[column][0] for column in needed & lists.keys())}
+        return (
+            found | ({"prompts"} if "teacher" in needed else set()) | ({"vocabulary"} if "token" in needed else set())
+        )
+
+    def _token_lists(self) -> dict[str, tuple[str, str]]:
+        """What `tokens` is exploded from, beside the ids: by column, the table and its column of lists."""
         lists = {
-            "token_id": "rollouts.completion_token_ids",
-            "sampling_logprob": "rollouts.sampling_logprobs",
-            "student_logprob": "sampled.student_logprobs",
-            "teacher_logprob": "sampled.teacher_logprobs",
-            "student_entropy": "sampled.student_entropy",
-            "teacher_entropy": "sampled.teacher_entropy",
-            "mask_reasons": "mask.mask_reasons",
+            "sampling_logprob": ("rollouts", "sampling_logprobs"),
+            "student_logprob": ("sampled", "student_logprobs"),
+            "teacher_logprob": ("sampled", "teacher_logprobs"),
+            "student_entropy": ("sampled", "student_entropy"),
+            "teacher_entropy": ("sampled", "teacher_entropy"),
+            "teacher_tail": ("teacher_topk", "tail_logmass"),
+            "student_list_tail": ("student_topk", "teacher_tail_logmass"),
+            "mask_reasons": ("mask", "mask_reasons"),
         }
         for signal in self._signals:
-            for name, column in self._added("tokens", signal).items():
-                lists[column.name] = f"{_identifier(signal)}.{_identifier(name)}"
-        exploded = ", ".join(f"unnest({values}) AS {_identifier(name)}" for name, values in lists.items())
-        position = "generate_subscripts(rollouts.completion_token_ids, 1) - 1 AS position"
-        samples = self._with_signals(("sampled", "mask", *self._signals))
-        sample = 'PARTITION BY run, "round", sample_id ORDER BY position ROWS BETWEEN UNBOUNDED PRECEDING AND'
-        written = f"string_agg(v.written, '') OVER ({sample} UNBOUNDED FOLLOWING)"
-        offset = f"sum(length(v.written)) OVER ({sample} CURRENT ROW) - length(v.written)"
+            lists |= {column.name: (signal, name) for name, column in self._added("tokens", signal).items()}
+        return lists
+
+    def _tokens(self, used: set[str]) -> str:
+        """Lists are exploded side by side; the texts come from the vocabulary that the run prepared."""
+        lists = self._token_lists()
+        mass = "1 - exp(CASE WHEN NOT isnan({0}) THEN {0} END)"
+        words = ", ".join(
+            f"CASE WHEN mask_reasons & {int(bit)} > 0 THEN '{text}' END" for bit, text in _IN_WORDS.items()
+        )
+        made = {
+            "gap": "student_logprob - teacher_logprob",
+            "teacher_mass": f"coalesce({mass.format('teacher_tail')}, {mass.format('student_list_tail')})",
+            "reasons": f"CASE WHEN mask_reasons IS NOT NULL THEN concat_ws(', ', {words}) END",
+            "before": f"right(left(completion_text, text_offset), {CONTEXT})",
+            "after": f"substr(completion_text, text_offset + text_length + 1, {CONTEXT})",
+        }
+        needed = _needed(used)
+        exploded = {
+            name: f"{_identifier(lists[name][0])}.{_identifier(lists[name][1])}" for name in lists if name in needed
+        }
+        exploded["token_id"] = "rollouts.completion_token_ids"
+        of_sample = {"run": "run", "round": '"round"', "artifact": "rollouts.artifact", "sample_id": "sample_id"}
+        of_sample["prompt_id"] = "prompt_id"
+        if "teacher" in used:
+            of_sample["teacher"] = "teacher"
+        if needed & {"text_offset", "text_length"}:
+            of_sample["completion_text"] = "completion_text"
+            found = "places(run, completion_token_ids, completion_text)"
+            exploded |= {"text_offset": f"{found}.start", "text_length": f"{found}.length"}
+        signals = [
+            s for s in (*SIGNALS, *self._signals) if any(lists[name][0] == s for name in exploded.keys() & lists)
+        ]
+        rows = ", ".join(
+            [
+                *of_sample.values(),
+                "generate_subscripts(rollouts.completion_token_ids, 1) - 1 AS position",
+                *(f"unnest({values}) AS {_identifier(name)}" for name, values in exploded.items()),
+            ]
+        )
+        there = {*of_sample, *exploded, "position"}
+        columns = []
+        for column in self.all["tokens"].columns:
+            name = _identifier(column.name)
+            if column.name in used & made.keys():
+                columns.append(f"{made[column.name]} AS {name}")
+            elif column.name == "token" and "token" in used:
+                columns.append("token")
+            else:
+                columns.append(name if column.name in there else f"NULL AS {name}")
+        of_id = (
+            "LEFT JOIN (SELECT run, id AS token_id,"
+            " any_value(CASE WHEN text IS NULL THEN part_name(token) ELSE text END) AS token"
+            f" FROM ({self._rows('vocabulary')}) WHERE tokenizer = 'student' GROUP BY ALL) USING (run, token_id)"
+        )
         return (
-            f"SELECT e.*, v.token, CASE WHEN {written} = completion_text THEN {offset} END AS text_offset"
-            f' FROM (SELECT run, "round", rollouts.artifact, sample_id, teacher, completion_text, {position}, {exploded}'
-            f" {samples})"
-            " AS e LEFT JOIN (SELECT run, id AS token_id, any_value(coalesce(text, token)) AS token,"
-            " any_value(CASE WHEN special THEN '' ELSE text END) AS written"
-            f" FROM ({self._rows('vocabulary')}) WHERE tokenizer = 'student' GROUP BY ALL) AS v USING (run, token_id)"
+            f"SELECT {', '.join(columns)} FROM (SELECT {rows} {self._with_signals(signals, taught='teacher' in used)})"
+            f" {of_id if 'token' in used else ''}"
         )
 
     def _differences(self) -> str:
@@ -413,6 +499,11 @@ class Views:
             f" SELECT *, difference - {Z95} * se AS low, difference + {Z95} * se AS high,"
             " coalesce(low > 0 OR high < 0, false) AS told_apart FROM found_"
         )
+
+
+def _needed(used: Collection[str]) -> set[str]:
+    """The columns of `tokens` that these are, or are made from."""
+    return {*used, *(part for column in used for part in _MADE_FROM.get(column, ()))}
 
 
 def uses_of(states: Iterable[RunState], artifacts: Iterable[Artifact], with_unused: bool) -> list[Use]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from storage.errors import ConfigError, InputError
 from tasks.engines.hf_folder import changed_logits, load_causal_lm, model_rows, positions
 from tasks.engines.teacher import QUANTIZATION_NEEDS, Passage
+from tasks.losses.products import logits_of
 
 _PROBE_IDS = 4
 _PROBE_TOLERANCE = {torch.float32: 1e-4}
@@ -104,33 +105,41 @@ class LoadedModel:
     def check(self, passages: Sequence[Passage], names: Sequence[str]) -> None:
         """Raises InputError for a passage that is empty, too long, or has ids that this model lacks."""
         for passage, name in zip(passages, names, strict=True):
-            if not passage.prompt:
+            if not len(passage.prompt):
                 raise InputError(f"{name}: a prompt without tokens; nothing predicts its completion's first token")
-            length = len(passage.inputs)
+            length = passage.length
             if self.positions is not None and length > self.positions:
                 raise InputError(
                     f"{name}: {length} tokens of prompt and completion, but {self.path} has {self.positions} positions;"
                     " lower max_completion_length or max_prompt_length"
                 )
-            if max(passage.inputs) >= self.rows or min(passage.inputs) < 0:
-                raise InputError(f"{name}: token id {max(passage.inputs)}, but {self.path} has {self.rows} rows")
+            inputs = passage.inputs
+            if inputs.max() >= self.rows or inputs.min() < 0:
+                raise InputError(f"{name}: token id {inputs.max()}, but {self.path} has {self.rows} rows")
 
     @torch.inference_mode()
     def hidden(self, passages: Sequence[Passage]) -> Tensor:
         """hidden_ND: for every completion token, passage after passage, the hidden state that predicts it (one position
         before). One forward, padded on the right."""
-        lengths = [len(passage.inputs) for passage in passages]
+        lengths = [passage.length for passage in passages]
         longest = max(lengths)
         ids_BT = torch.zeros(len(passages), longest, dtype=torch.long)
         mask_BT = torch.zeros_like(ids_BT)
         index: list[Tensor] = []
         for row, passage in enumerate(passages):
-            ids_BT[row, : lengths[row]] = torch.tensor(passage.inputs)
+            ids_BT[row, : lengths[row]] = torch.from_numpy(passage.inputs)
             mask_BT[row, : lengths[row]] = 1
             first = row * longest + len(passage.prompt) - 1
             index.append(torch.arange(first, first + len(passage.completion)))
         hidden_BTD = self._backbone(ids_BT.to(self.device), mask_BT.to(self.device))
         return hidden_BTD.flatten(0, 1).index_select(0, torch.cat(index).to(hidden_BTD.device))
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """The head's (N, V)."""
+        if type(self.head) is nn.Linear and self.head.bias is None:
+            return logits_of(hidden_ND, self.head.weight)
+        found: Tensor = self.head(hidden_ND)
+        return found
 
     def keep_head(self) -> None:
         """Free all of the model but its output head."""

@@ -45,10 +45,10 @@ def candidates(ask: Ask, entropy_k: int, rows: int) -> int:
 def readable(passage: Passage, rows: int) -> tuple[list[int], int]:
     """(token ids to send, completion tokens among them): all, or all before the first completion token that a model of `rows` ids
     lacks, with 0 in its place, since the distribution before that token is asked for too."""
-    foreign = next((at for at, token in enumerate(passage.completion) if token >= rows), None)
-    if foreign is None:
-        return [*passage.prompt, *passage.completion], len(passage.completion)
-    return [*passage.prompt, *passage.completion[:foreign], 0], foreign + 1
+    prompt, completion = (np.asarray(ids, np.int64) for ids in (passage.prompt, passage.completion))
+    foreign = np.flatnonzero(completion >= rows)[:1].tolist()
+    completion = np.append(completion[: foreign[0]], 0) if foreign else completion
+    return [*prompt.tolist(), *completion.tolist()], len(completion)
 
 
 def unfold(listed: Listed, passage: Passage, rows: int) -> Listed:

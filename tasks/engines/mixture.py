@@ -54,8 +54,8 @@ class MixtureModel:
         given: Mapping[int, Sequence[np.ndarray]],
     ) -> Values:
         """See `Teacher`."""
-        chunks = ((logprobs_NV, logprobs_NV) for logprobs_NV in self.distributions(passages, vocabulary))
-        return answers(chunks, passages, ask, vocabulary, given, self._device)
+        chunks = ((logprobs_NV, None) for logprobs_NV in self.distributions(passages, vocabulary))
+        return answers(chunks, passages, ask, vocabulary, given, self._device, normalised=True)
 
     @torch.inference_mode()
     def distributions(self, passages: Sequence[Passage], vocabulary: Vocabulary) -> Iterator[Tensor]:

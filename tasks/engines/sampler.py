@@ -3,7 +3,8 @@
 A job (`SampleJob`) is open: the engine gets the next shard's requests as soon as it has free slots, so that it stays full until
 the stage has no more shards, and every shard is written when its last completion is there. What one engine decodes from the
 start of a job until it is empty is a *batch* (storage/artifacts/batches.py). Its record has the step at which each shard was
-added, so that a shard can be sampled again in the same batch.
+added, so that a shard can be sampled again in the same batch. Shards are written by a thread, because the engine would wait for
+the disk at every one.
 
 Every request has its own seed. The requests decoded beside it can change the last bits of its log-probabilities; its tokens were
 the same in all measurements. Log-probabilities are of the distribution sampled from (temperature, top-p and top-k applied; at
@@ -13,9 +14,12 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +29,7 @@ import pyarrow.compute as pc
 from storage.artifacts.batches import BatchLog
 from storage.errors import InputError, OpdError
 from storage.schemas import TableSchema, schema_for
-from storage.store import Store
+from storage.store import ShardWriter, Store
 from tasks.behaviours import Answer, Behaviour, Completion, Draw, Start, behaviour_of
 from tasks.engines.drafts import Drafted, draft_of, load_drafts
 from tasks.engines.hf_folder import check_length, check_stop_ids, stop_token_ids
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 5
 """Samples that an error lists."""
+_UNWRITTEN = 2
+"""Complete shards that may wait for the disk; at more the engine waits too."""
 
 
 @dataclass
@@ -140,6 +146,40 @@ class Intake:
         return self._taken < len(self._steps) and self._steps[self._taken] <= step
 
 
+class Disk(AbstractContextManager["Disk"]):
+    """Does what it is given one after the other, in a thread. The block ends when all is done."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shards")
+        self._pending: deque[Future[None]] = deque()
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True)
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Do this next. Raises the first error of an earlier one; waits where too many are pending."""
+        self.check(_UNWRITTEN - 1)
+        self._pending.append(self._thread.submit(write))
+
+    def check(self, pending: int = 0) -> None:
+        """Wait until at most so many are pending. Raises the first error of one that is done."""
+        while self._pending and (len(self._pending) > pending or self._pending[0].done()):
+            self._pending.popleft().result()
+
+
+Part = tuple[ShardWriter, str, pa.Table, TableSchema | None]
+"""Rows of a shard: where they are written, their table, and its declaration where it is not this program's own."""
+
+
+def _write(item: SampleShard, parts: Sequence[Part], log: BatchLog | None, link: Link) -> None:
+    """Write a shard, after the record of its batch, and report it."""
+    if log is not None:
+        log.writing(item.shard)
+    for writer, table, rows, schema in parts:
+        writer.write_shard(table, item.shard, rows, schema)
+    link.done(ShardDone(item.shard, item.size))
+
+
 class Sampler:
     """Serves sampling jobs from one engine, kept warm between jobs and between weights.
 
@@ -171,52 +211,54 @@ class Sampler:
         tries: Counter[int] = Counter()
         retries = int(self.settings.get("retries", 2))
         done = passes = 0
-        while not intake.empty:
-            self._prepare(job)
-            self._scores = self._open_scores(job, behaviour, prompts, teacher_prompts)
-            log = BatchLog(writer.path, job.log_table) if job.batch is None else None
-            failed: list[OpenShard] = []
-            passes += 1
-            batch = self._batch(job, intake, prompts, behaviour, log, link, done)
-            for shard in batch:
-                number = shard.item.shard
-                if wanted is not None:
-                    if shard.problems:
+        with Disk() as disk:
+            while not intake.empty:
+                self._prepare(job)
+                self._scores = self._open_scores(job, behaviour, prompts, teacher_prompts)
+                log = BatchLog(writer.path, job.log_table) if job.batch is None else None
+                failed: list[OpenShard] = []
+                passes += 1
+                batch = self._batch(job, intake, prompts, behaviour, log, link, done)
+                for shard in batch:
+                    number = shard.item.shard
+                    if wanted is not None:
+                        if shard.problems:
+                            failed.append(shard)
+                            if number in wanted:
+                                break
+                        if number not in wanted:
+                            continue  # sampled for the batch's sake only, as are its problems
+                    elif shard.problems:
+                        tries[number] += 1
+                        if tries[number] > retries:
+                            raise shard.error()
                         failed.append(shard)
-                        if number in wanted:
+                        continue
+                    tables, parts = shard.item.tables or [job.table], list[Part]()
+                    if job.table in tables:
+                        rows = shard.rows(prompts, behaviour, self._text)
+                        parts.append((target, job.table, rows.select(schema_for(job.table).names), None))
+                    own = behaviour.table
+                    if values is not None and own is not None and own.name in tables:
+                        parts.append((values, own.name, shard.values(own), own))
+                    done += shard.item.size
+                    disk.submit(partial(_write, shard.item, parts, log, link))
+                    if wanted is not None:
+                        wanted.discard(number)
+                        if not wanted:
                             break
-                    if number not in wanted:
-                        continue  # sampled for the batch's sake only, as are its problems
-                elif shard.problems:
-                    tries[number] += 1
-                    if tries[number] > retries:
-                        raise shard.error()
-                    failed.append(shard)
-                    continue
-                if log is not None:
-                    log.writing(number)
-                tables = shard.item.tables or [job.table]
-                if job.table in tables:
-                    rows = shard.rows(prompts, behaviour, self._text)
-                    target.write_shard(job.table, number, rows.select(schema_for(job.table).names))
-                own = behaviour.table
-                if values is not None and own is not None and own.name in tables:
-                    values.write_shard(own.name, number, shard.values(own), own)
-                done += shard.item.size
-                link.done(ShardDone(number, shard.item.size))
-                if wanted is not None:
-                    wanted.discard(number)
-                    if not wanted:
-                        break
-            batch.close()
-            if wanted is None:
-                intake.again += [shard.item for shard in failed]  # whole, in the next batch: a shard is of one batch
-            elif not wanted:
-                break
-            elif failed:  # the whole batch again: in another one its shards would have other bits
-                if passes > retries:
-                    raise failed[-1].error()
-                intake.restart()
+                batch.close()
+                if wanted is None:
+                    intake.again += [
+                        shard.item for shard in failed
+                    ]  # whole, in the next batch: a shard is of one batch
+                elif not wanted:
+                    break
+                elif failed:  # the whole batch again: in another one its shards would have other bits
+                    if passes > retries:
+                        raise failed[-1].error()
+                    intake.restart()
+            disk.check()
         return SampleResult(self._stopped_by, self.engine.proof)
 
     def close(self) -> None:

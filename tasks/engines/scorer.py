@@ -13,6 +13,7 @@ import json
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -43,6 +44,7 @@ from tasks.rollout_config import Dtype
 from tasks.routing import teacher_of_prompts
 from tasks.signals import Shard, Values, Wanted, signal_named
 from tasks.signals.stop_ids import counted
+from tasks.signals.tables import arrays_of
 from tasks.workers.jobs import ArtifactRef, KLJob, KLShard, ModelRef, ScoreJob, ScoreResult, ScoreShard, ShardDone
 from tasks.workers.main import Link
 
@@ -58,12 +60,12 @@ _WEIGHTS_SHARE = 0.75
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion to score. `teacher_prompt` is the teacher's prompt where it differs from `prompt`."""
+    """One completion to score, in token ids. `teacher_prompt` is the teacher's prompt where it differs from `prompt`."""
 
     name: str
-    prompt: list[int]
-    completion: list[int]
-    teacher_prompt: list[int] | None = None
+    prompt: np.ndarray
+    completion: np.ndarray
+    teacher_prompt: np.ndarray | None = None
 
 
 class Scorer:
@@ -88,20 +90,27 @@ class Scorer:
         self.models = WarmModels(host)
         self._stores: dict[str, Store] = {}
         self._vocabularies: dict[tuple[str, str], int] = {}
-        self._teacher_prompts: tuple[str, dict[str, list[int]]] = ("", {})
+        self._teacher_prompts: tuple[str, dict[str, np.ndarray]] = ("", {})
         self._teacher_of: tuple[str, dict[str, str | None]] = ("", {})
 
     def handle(self, job: ScoreJob | KLJob, link: Link) -> ScoreResult:
         """Score shards until the supervisor has no more. Raises InputError for samples that a model cannot read and for
         checkpoints that do not load, ConfigError for what a backend cannot answer, CorruptArtifact, StoreError."""
         done = 0
-        while (item := link.next()) is not None:
-            progress = functools.partial(_report, link, done)
-            if isinstance(job, ScoreJob):
-                link.done(self._score_shard(job, item, progress))
-            else:
-                link.done(self._score_kl(job, item, progress))
-            done += item.size
+        writing: Future[ShardDone] | None = None
+        with ThreadPoolExecutor(1) as thread:  # a shard's tables are written while the next one is computed
+            while (item := link.next()) is not None:
+                progress = functools.partial(_report, link, done)
+                if isinstance(job, ScoreJob):
+                    write = self._score_shard(job, item, progress)
+                else:
+                    write = self._score_kl(job, item, progress)
+                if writing is not None:
+                    link.done(writing.result())
+                writing = thread.submit(write)
+                done += item.size
+            if writing is not None:
+                link.done(writing.result())
         return ScoreResult()
 
     def close(self) -> None:
@@ -110,7 +119,8 @@ class Scorer:
 
     # --- jobs ----------------------------------------------------------------------------------------------------
 
-    def _score_shard(self, job: ScoreJob, item: ScoreShard, progress: Report) -> ShardDone:
+    def _score_shard(self, job: ScoreJob, item: ScoreShard, progress: Report) -> Callable[[], ShardDone]:
+        """What writes the shard, with all that the models are needed for done."""
         store = self._store(job.store)
         rollouts = store.read_shard(store.require(job.rollouts.stage, job.rollouts.key), "rollouts", item.shard)
         if job.names is not None:
@@ -119,7 +129,7 @@ class Scorer:
         signals = {output.table: signal_named(output.table) for output in item.outputs}
         sampling = msgspec.structs.asdict(job.sampling)
         wants = [
-            signals[output.table].wanted(output.k, sampling)
+            signals[output.table].asked(output.k, sampling, job.run_student)
             for output in item.outputs
             if job.flags is None or output.table != "mask"  # with flags, the mask needs no model
         ]
@@ -133,15 +143,20 @@ class Scorer:
             flags = store.read_shard(store.require(job.flags.stage, job.flags.key), "sampled", item.shard)
         rules = msgspec.structs.asdict(job.mask) if job.mask is not None else {}
         rollouts = counted(rollouts, job.stop_ids)
-        for output in item.outputs:
-            signal = signals[output.table]
-            shard = Shard(rollouts, values, output.k, output.encoding, rules, flags, output.tail_mass)
-            rows = signal.table(shard) if rollouts.num_rows else signal.schema.arrow.empty_table()
-            writer = store.shard_writer(output.target.stage, output.target.key)
-            writer.write_shard(output.table, item.shard, rows, signal.schema)
-        return ShardDone(item.shard, item.size, int(sum(array.sum() for array in values.get("student_outside", []))))
 
-    def _score_kl(self, job: KLJob, item: KLShard, progress: Report) -> ShardDone:
+        def write() -> ShardDone:
+            for output in item.outputs:
+                signal = signals[output.table]
+                shard = Shard(rollouts, values, output.k, output.encoding, rules, flags, output.tail_mass)
+                rows = signal.table(shard) if rollouts.num_rows else signal.schema.arrow.empty_table()
+                writer = store.shard_writer(output.target.stage, output.target.key)
+                writer.write_shard(output.table, item.shard, rows, signal.schema)
+            outside = sum(array.sum() for array in values.get("student_outside", []))
+            return ShardDone(item.shard, item.size, int(outside))
+
+        return write
+
+    def _score_kl(self, job: KLJob, item: KLShard, progress: Report) -> Callable[[], ShardDone]:
         store = self._store(job.store)
         between = store.shard_writer(job.target.stage, job.target.key).intermediate()
         completions = between.require("rollouts", item.shard)
@@ -151,16 +166,22 @@ class Scorer:
             "sample_id": completions["sample_id"].combine_chunks(),
             "reverse_kl_sum": [value if math.isfinite(value) else None for value in sums],
         }
-        between.write_shard(COMPLETION_KL, item.shard, pa.table(columns, schema=schema_for(COMPLETION_KL)))
-        return ShardDone(item.shard, item.size)
+        rows = pa.table(columns, schema=schema_for(COMPLETION_KL))
+
+        def write() -> ShardDone:
+            between.write_shard(COMPLETION_KL, item.shard, rows)
+            return ShardDone(item.shard, item.size)
+
+        return write
 
     def _store(self, root: str) -> Store:
         return self._stores.get(root) or self._stores.setdefault(root, Store(root))
 
     def _samples(self, store: Store, prompts: ArtifactRef, rollouts: pa.Table) -> list[Sample]:
-        names = ("sample_id", "prompt_id", "prompt_token_ids", "completion_token_ids")
-        rows = zip(*(rollouts[name].to_pylist() for name in names), strict=True)
+        names = (rollouts[name].to_pylist() for name in ("sample_id", "prompt_id"))
+        ids = (token_arrays(rollouts[name]) for name in ("prompt_token_ids", "completion_token_ids"))
         other = self._other_prompts(store, prompts)
+        rows = zip(*names, *ids, strict=True)
         return [Sample(name, prompt, completion, other.get(prompt_id)) for name, prompt_id, prompt, completion in rows]
 
     def _routes(self, store: Store, prompts: ArtifactRef) -> dict[str, str | None]:
@@ -169,13 +190,14 @@ class Scorer:
             self._teacher_of = (prompts.key, teacher_of_prompts(store, store.require(prompts.stage, prompts.key)))
         return self._teacher_of[1]
 
-    def _other_prompts(self, store: Store, prompts: ArtifactRef) -> dict[str, list[int]]:
+    def _other_prompts(self, store: Store, prompts: ArtifactRef) -> dict[str, np.ndarray]:
         """By prompt_id the teacher's tokens, of the prompts where they are not the student's."""
         if self._teacher_prompts[0] != prompts.key:
             artifact = store.require(prompts.stage, prompts.key)
             table = store.read_table(artifact, "prompts", columns=["prompt_id", "teacher_token_ids"])
             table = table.filter(table["teacher_token_ids"].is_valid())
-            found = dict(zip(table["prompt_id"].to_pylist(), table["teacher_token_ids"].to_pylist(), strict=True))
+            ids = token_arrays(table["teacher_token_ids"])
+            found = dict(zip(table["prompt_id"].to_pylist(), ids, strict=True))
             self._teacher_prompts = (prompts.key, found)
         return self._teacher_prompts[1]
 
@@ -216,7 +238,7 @@ class Scorer:
             "teacher": Vocabulary(shared, shared, stops),
         }
         read = {name: [_passage(name, sample) for sample in samples] for name in wanted.models}
-        lengths = [max(len(passages[index].inputs) for passages in read.values()) for index in range(len(samples))]
+        lengths = [max(passages[index].length for passages in read.values()) for index in range(len(samples))]
         batches = plan_batches(lengths, self.batch_tokens)
         if "student" in read:
             _refuse_foreign(samples, student_rows)
@@ -300,8 +322,13 @@ def _passage(name: str, sample: Sample) -> Passage:
     return Passage(sample.prompt if other is None else other, sample.completion)
 
 
+def token_arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """Lists of token ids as int64, one array per row; no row is null."""
+    return [np.asarray(row, np.int64) for row in arrays_of(column)]
+
+
 def _refuse_foreign(samples: Sequence[Sample], rows: int) -> None:
     """InputError for a completion with an id that the student would read but does not have."""
     for sample in samples:
-        if (largest := max(sample.completion[:-1], default=0)) >= rows:
+        if (largest := np.max(sample.completion[:-1], initial=0)) >= rows:
             raise InputError(f"student, {sample.name}: token id {largest}, but the student has {rows} rows")

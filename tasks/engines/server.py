@@ -520,10 +520,10 @@ class ServerModel:
 def refuse_unreadable(passage: Passage, name: str, rows: int, limit: int | None, what: str) -> None:
     """InputError for a passage without a prompt, with an id of the prompt that the model lacks, or too long for `limit` tokens
     with the one that an engine must generate."""
-    if not passage.prompt:
+    if not len(passage.prompt):
         raise InputError(f"{name}: a prompt without tokens; nothing predicts its completion's first token")
-    if max(passage.prompt) >= rows or min(passage.prompt) < 0:
-        raise InputError(f"{name}: token id {max(passage.prompt)}, but the teacher has {rows} rows")
+    if np.max(passage.prompt) >= rows or np.min(passage.prompt) < 0:
+        raise InputError(f"{name}: token id {np.max(passage.prompt)}, but the teacher has {rows} rows")
     length = len(passage.prompt) + len(passage.completion) + 1
     if limit is not None and length > limit:
         raise InputError(
@@ -536,7 +536,7 @@ def _of_checkpoint(folder: Path, dtype: str, host: Host, rows: int) -> list[floa
     """Log-probabilities of the probes by transformers: once per store and teacher."""
     from tasks.engines.local import LocalModel
 
-    passages = [Passage(ids[:1], ids[1:]) for ids in probe_sequences(rows)]
+    passages = [Passage(np.array(ids[:1]), np.array(ids[1:])) for ids in probe_sequences(rows)]
     model = LocalModel(folder, dtype, host)
     try:
         found = model.score(passages, Ask(logprobs=True), Vocabulary(rows, rows), {})

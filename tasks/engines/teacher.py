@@ -34,15 +34,20 @@ QUANTIZATION_NEEDS = (
 
 @dataclass(frozen=True)
 class Passage:
-    """A prompt and a completion as one model reads them."""
+    """A prompt and a completion as one model reads them: token ids, int64."""
 
-    prompt: list[int]
-    completion: list[int]
+    prompt: np.ndarray
+    completion: np.ndarray
 
     @property
-    def inputs(self) -> list[int]:
-        """All but the last token, which predicts nothing that is scored."""
-        return [*self.prompt, *self.completion[:-1]] if self.completion else self.prompt
+    def length(self) -> int:
+        """Tokens that are read: all but the last, which predicts nothing that is scored."""
+        return len(self.prompt) + max(0, len(self.completion) - 1)
+
+    @property
+    def inputs(self) -> np.ndarray:
+        """The tokens that are read."""
+        return np.concatenate([self.prompt, self.completion[:-1]]).astype(np.int64, copy=False)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ SCALARS = ("answer", "id", "teacher_id", *PRIVILEGED)
 """Columns whose numbers are written as text."""
 CONVERSATIONS = ("prompt", "messages", "teacher_prompt")
 """Columns that may hold a list of messages."""
-_USUAL_NAMES = {
+USUAL_NAMES = {
     "messages": ("conversations", "conversation", "dialogue", "dialog", "chat"),
     "prompt": ("question", "problem", "instruction", "query", "input", "text"),
 }
@@ -153,7 +153,7 @@ def _refuse_undecodable(where: str, column: str, value: Any) -> None:
 
 def _way_out(found: tuple[str, ...]) -> str:
     """What to set where a column of the file looks like one of ours."""
-    for ours, usual in _USUAL_NAMES.items():
+    for ours, usual in USUAL_NAMES.items():
         for name in usual:
             if name in found:
                 more = ", last_turn_is_completion: true where they end with an answer" if ours == "messages" else ""

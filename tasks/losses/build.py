@@ -15,6 +15,8 @@ class Objective(Protocol):
     """Per-token values and metrics of a micro-batch; stateless."""
 
     needs: Needs
+    tokenwise: bool
+    """whether a token's loss depends on no other token: the loss of part of a batch is then part of the loss"""
 
     def __call__(self, batch: TokenBatch, student: StudentView, observed: StudentView | None = None) -> ObjectiveOutput:
         """`student` answers `needs.student`, with gradient; `observed`, if given, answers `needs.metrics`."""

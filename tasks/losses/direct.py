@@ -15,6 +15,8 @@ class DirectObjective:
     With reverse KL, teacher_topk and `renormalize` (Revisiting OPD, 2603.25562) the gradient at a logit v in S is
     `p^_v (log(p^_v / q^_v) - loss)` and zero elsewhere. With JSD: GKD (2306.13649)."""
 
+    tokenwise = True
+
     def __init__(self, config: DirectConfig) -> None:
         self.config = config
         self.needs = config.needs()

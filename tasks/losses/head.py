@@ -5,8 +5,11 @@ part). `ChunkedHead` has two ways with one result:
 
 - It makes the logits of a chunk of unmasked tokens at a time, and again in backward, so that N x V logits never exist.
 - Where only scores on the support are wanted (`renormalize`), it multiplies with these K rows of the head's weight alone.
-  That needs the weight itself: a head that is not exactly `nn.Linear`, or whose weight ZeRO-3 has partitioned, gets full
-  logits in chunks instead.
+
+A loss that is a sum over tokens needs no second time: `loss` forms its gradients with each chunk (`fused.py`).
+
+K rows and `loss` need the weight itself: a head that is not exactly `nn.Linear`, has hooks, or whose weight ZeRO-3 has
+partitioned, gets full logits in chunks instead.
 
 Logits are taken to float32 (float64 stays) before anything is summed.
 """
@@ -20,12 +23,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from tasks.losses import fused
 from tasks.losses.needs import StudentRequest
 from tasks.losses.stop_ids import merge_ids, merge_listed, merge_rows, merge_scores
 from tasks.losses.support import listed_mask
 from tasks.losses.types import StudentView, TokenBatch, lowest, required, working
 
 Parts = tuple[Tensor | None, ...]
+_SMALL_CHUNK = 128
+"""Tokens of a chunk below which matrix products become slow."""
 FIELDS = (
     "token_logprobs_N",
     "support_logprobs_NK",
@@ -74,6 +80,8 @@ class ChunkedHead:
         def part(*chunk: Tensor | None) -> Parts:
             hidden, tokens, ids, listed, teachers = chunk
             assert hidden is not None and tokens is not None
+            if not torch.is_grad_enabled():
+                return _in_tiles(head(hidden), tokens, [ids, listed, teachers], request)
             return from_logits(head(hidden), tokens, ids, listed, teachers, request)
 
         count = _chunk_count(kept_M.shape[0], self.chunk_tokens, head)
@@ -85,10 +93,63 @@ class ChunkedHead:
         whole = (_joined(list(column)) for column in zip(*chunks, strict=True))
         return view_of(tuple(None if value is None else _spread(value, kept_M, n) for value in whole))
 
-    def _rows_apply(self, head: nn.Module, k: int) -> bool:
-        if type(head) is not nn.Linear or _partitioned(head) or head._forward_hooks or head._forward_pre_hooks:
+    def fuses(self, head: nn.Module, batch: TokenBatch, request: StudentRequest) -> bool:
+        """Whether `loss` answers: not for K rows, which are faster, nor for a head whose weight is not at hand."""
+        if not torch.is_grad_enabled() or obstacle(head) or not fused.answers(request):
             return False
-        return head.out_features >= self.rows_from * k
+        ids_NK = None if request.support is None else batch.support_ids_NK
+        return ids_NK is None or request.whole_vocabulary or not self._rows_apply(head, ids_NK.shape[-1])
+
+    def loss(
+        self,
+        hidden_ND: Tensor,
+        head: nn.Module,
+        batch: TokenBatch,
+        request: StudentRequest,
+        observe: StudentRequest | None,
+        share: fused.Share,
+        seen_N: Tensor | None = None,
+    ) -> Tensor:
+        """The sum of `share` over chunks of the unmasked tokens; back-propagates once. `observe`: what metrics need, of the
+        tokens `seen_N` (bool; null: all) and zero at others.
+
+        A chunk has at most `chunk_tokens`, and at most an eighth of the tokens where these are many: its logits take an eighth of
+        the memory of all, and the weight's gradient, which every chunk reads and writes, does not take most of the time."""
+        assert isinstance(head, nn.Linear)
+        kept_M = batch.loss_mask_N.nonzero().squeeze(-1)
+        tokens_M = batch.token_ids_N.index_select(0, kept_M)
+
+        def kept(wanted: StudentRequest) -> list[Tensor | None]:
+            return [None if t is None else t.index_select(0, kept_M) for t in support_of(batch, wanted)]
+
+        seen_by_metrics: fused.Observe | None = None
+        if observe is not None:
+            lists = kept(observe)
+
+            def look(logits_CV: Tensor, rows: slice) -> StudentView:
+                tokens_C, lists_C = tokens_M[rows], [None if t is None else t[rows] for t in lists]
+                if seen_N is None:
+                    return view_of(_in_tiles(logits_CV, tokens_C, lists_C, observe))
+                seen = seen_N[kept_M[rows]].nonzero().squeeze(-1)
+                some = [None if t is None else t.index_select(0, seen) for t in lists_C]
+                parts = _in_tiles(logits_CV.index_select(0, seen), tokens_C.index_select(0, seen), some, observe)
+                return view_of(tuple(None if t is None else _spread(t, seen, len(logits_CV)) for t in parts))
+
+            seen_by_metrics = look
+        ids_MK, listed_MK, _ = kept(request)
+        return fused.fused_loss(
+            hidden_ND.index_select(0, kept_M),
+            head,
+            kept_M,
+            fused.Lists(tokens_M, ids_MK, listed_MK),
+            request,
+            share,
+            seen_by_metrics,
+            min(self.chunk_tokens, max(_SMALL_CHUNK, len(kept_M) // 8)),
+        )
+
+    def _rows_apply(self, head: nn.Module, k: int) -> bool:
+        return not obstacle(head) and isinstance(head, nn.Linear) and head.out_features >= self.rows_from * k
 
 
 def from_logits(
@@ -130,6 +191,16 @@ def from_logits(
             assert normaliser is not None
             scores = scores - normaliser.unsqueeze(-1)
     return token, scores, normaliser if request.log_normaliser else None, tail, entropy, overlap
+
+
+@torch.no_grad()
+def _in_tiles(logits_NV: Tensor, token_ids_N: Tensor, lists: list[Tensor | None], request: StudentRequest) -> Parts:
+    """`from_logits` of few tokens at a time: what it makes of them stays in a processor's cache."""
+    found = []
+    for tile in fused.tiles(logits_NV):
+        ids, listed, teacher = (None if t is None else t[tile] for t in lists)
+        found.append(from_logits(logits_NV[tile], token_ids_N[tile], ids, listed, teacher, request))
+    return tuple(_joined(list(column)) for column in zip(*found, strict=True))
 
 
 def _without(raw_NV: Tensor, ids_NK: Tensor, listed_NK: Tensor, exclude_ids: tuple[int, ...]) -> Tensor:
@@ -219,6 +290,17 @@ def _row_scores(hidden_MD: Tensor, head: nn.Module, ids_MK: Tensor, chunk_tokens
             hidden_MD, head.weight, head.bias, ids_MK, chunk
         )
     return scores
+
+
+def obstacle(head: nn.Module) -> str | None:
+    """Why the layer's weight and bias cannot be used in its place; null where they can."""
+    if type(head) is not nn.Linear:
+        return f"the output head is a {type(head).__name__}, not a plain nn.Linear"
+    if _partitioned(head):
+        return "ZeRO-3 holds the output head in pieces"
+    if head._forward_hooks or head._forward_pre_hooks:
+        return "the output head has hooks"
+    return None
 
 
 def _partitioned(head: nn.Module) -> bool:

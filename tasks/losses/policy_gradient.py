@@ -68,6 +68,7 @@ class PolicyGradientObjective:
     def __init__(self, config: PolicyGradientConfig) -> None:
         self.config = config
         self.needs = config.needs()
+        self.tokenwise = config.advantage.tokenwise
         self._side = None if config.side is None else DirectObjective(config.side)
 
     def __call__(self, batch: TokenBatch, student: StudentView, observed: StudentView | None = None) -> ObjectiveOutput:

@@ -10,6 +10,8 @@ from tasks.losses.types import ObjectiveOutput, StudentView, TokenBatch, lowest,
 class SftObjective:
     """per_token = -log p(y): maximum likelihood of the given text."""
 
+    tokenwise = True
+
     def __init__(self, config: SftConfig) -> None:
         self.config = config
         self.needs = config.needs()

@@ -22,7 +22,7 @@ def merge_scores(scores_NV: Tensor, stop_ids: Sequence[int]) -> Tensor:
     mass. ValueError when it does not have the first."""
     if len(stop_ids) < 2:
         return scores_NV
-    own, *others = _there(stop_ids, scores_NV.shape[-1])
+    own, *others = there(stop_ids, scores_NV.shape[-1])
     if not others:
         return scores_NV
     index_S = torch.tensor([own, *others], device=scores_NV.device)
@@ -31,11 +31,31 @@ def merge_scores(scores_NV: Tensor, stop_ids: Sequence[int]) -> Tensor:
     return scores_NV.index_copy(-1, index_S, merged_NS)
 
 
+def merge_in_place(scores_NV: Tensor, stop_ids: Sequence[int]) -> Tensor | None:
+    """`merge_scores` in the same memory. Returns the stop ids' scores (N, S) from before; null where nothing is merged."""
+    if len(stop_ids) < 2:
+        return None
+    index_S = torch.tensor(there(stop_ids, scores_NV.shape[-1]), device=scores_NV.device)
+    scores_NS = scores_NV.index_select(-1, index_S)
+    scores_NV.index_fill_(-1, index_S, float("-inf"))
+    scores_NV[..., stop_ids[0]] = merged_score(scores_NS)
+    return scores_NS
+
+
+def spread_in_place(gradient_NV: Tensor, stop_ids: Sequence[int], scores_NS: Tensor | None) -> None:
+    """The gradient by merged scores becomes that by the scores before `merge_in_place`, which returned `scores_NS`."""
+    if scores_NS is None:
+        return
+    index_S = torch.tensor(there(stop_ids, gradient_NV.shape[-1]), device=gradient_NV.device)
+    shares_NS = (scores_NS - merged_score(scores_NS).unsqueeze(-1)).exp().nan_to_num(0)
+    gradient_NV.index_copy_(-1, index_S, gradient_NV[..., stop_ids[:1]] * shares_NS)
+
+
 def merge_rows(ids_NK: Tensor, stop_ids: Sequence[int], rows: int) -> Tensor:
     """ids (N, K + S): the lists, then the stop ids of the `rows` that a model has. `merge_listed` takes their scores."""
     if len(stop_ids) < 2:
         return ids_NK
-    stops_S = torch.tensor(_there(stop_ids, rows), device=ids_NK.device, dtype=ids_NK.dtype)
+    stops_S = torch.tensor(there(stop_ids, rows), device=ids_NK.device, dtype=ids_NK.dtype)
     return torch.cat((ids_NK, stops_S.expand(*ids_NK.shape[:-1], len(stops_S))), -1)
 
 
@@ -62,7 +82,8 @@ def merge_ids(ids: Tensor, stop_ids: Sequence[int]) -> Tensor:
     return torch.where(torch.isin(ids, torch.tensor(list(stop_ids), device=ids.device)), stop_ids[0], ids)
 
 
-def _there(stop_ids: Sequence[int], rows: int) -> list[int]:
+def there(stop_ids: Sequence[int], rows: int) -> list[int]:
+    """Those that a model of `rows` ids has. ValueError when it does not have the first."""
     if stop_ids[0] >= rows:
         raise ValueError(f"stop_ids: {stop_ids[0]}, which stands for {list(stop_ids)}, is not among the {rows} ids")
     return [index for index in stop_ids if index < rows]

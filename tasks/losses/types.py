@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,16 @@ class TokenBatch:
             wanted = (n, *(widths[axis] for axis in name.rpartition("_N")[2] if name in tensors))
             if value is not None and tuple(value.shape) != wanted:
                 raise ValueError(f"TokenBatch.{name}: shape {tuple(value.shape)}, expected {wanted}")
+
+    def at(self, places_C: Tensor) -> TokenBatch:
+        """The batch of C of the tokens."""
+
+        def taken(values: Any) -> Any:
+            if isinstance(values, Mapping):
+                return {name: taken(value) for name, value in values.items()}
+            return None if values is None else values.index_select(0, places_C)
+
+        return replace(self, **{entry.name: taken(getattr(self, entry.name)) for entry in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from storage.schemas import TABLES, MaskReason
 from storage.store import Artifact, Store
 from tasks.signals.sampled import COLUMNS, sampled_table
 from tasks.signals.signal import Inputs, Shard, Signal, Written, register
-from tasks.signals.tables import check_lengths, lists, rows_of, usable_entropies, usable_logprobs
+from tasks.signals.tables import arrays_of, check_lengths, lists, rows_of, usable_entropies, usable_logprobs
 from tasks.signals.wanted import Ask, Wanted
 
 
@@ -38,12 +38,14 @@ class SpecialTokens(Identity):
 @register
 class Mask(Signal):
     """Per token the reasons to leave it out: special token, truncated, written by the teacher, unmapped in the teacher's
-    vocabulary, invalid value. Depends on both models because their invalid values are marked."""
+    vocabulary, invalid value. Depends on both models because their invalid values are marked; without the student on the
+    teacher, whose values and the sampler's then decide."""
 
     name = "mask"
     schema = TABLES[name]
     prompt_parts = ("audit", "vocabulary")
     checked = ("mask_reasons",)
+    without_student = True
 
     def wanted(self, k: int | None, sampling: Mapping[str, Any]) -> Wanted:
         return Wanted(Ask(logprobs=True, entropy=True), Ask(logprobs=True, entropy=True))
@@ -118,10 +120,15 @@ def mask_table(rollouts: pa.Table, sampled: pa.Table, rules: Mapping[str, Any]) 
     unmapped = np.array(sorted(rules["unmapped"]), np.int64)
     special = np.array(sorted(rules["special"]), np.int64)
     reasons = []
-    columns = ("completion_token_ids", "prefix_length", "finish_reason")
-    rows = zip(*(rollouts[name].to_pylist() for name in columns), invalid_tokens(rollouts, sampled), strict=True)
+    rows = zip(
+        arrays_of(rollouts["completion_token_ids"]),
+        rollouts["prefix_length"].to_pylist(),
+        rollouts["finish_reason"].to_pylist(),
+        invalid_tokens(rollouts, sampled),
+        strict=True,
+    )
     for completion, prefix_length, finish_reason, invalid in rows:
-        ids = np.array(completion, np.int64)
+        ids = np.asarray(completion, np.int64)
         found = np.zeros(len(ids), np.int32)
         is_special = np.isin(ids, special)
         if rules["occurrence"] == "first":
@@ -140,16 +147,15 @@ def mask_table(rollouts: pa.Table, sampled: pa.Table, rules: Mapping[str, Any]) 
 
 def invalid_tokens(rollouts: pa.Table, sampled: pa.Table) -> list[np.ndarray]:
     """Per sample the tokens (T, bool) where a model or the sampler gave no usable log-probability, or a model no usable
-    entropy. behaviour_logprobs count where there are any. Raises InputError by sample for a list not as long as its
-    completion."""
-    columns = {f"sampled.{name}": sampled[name].to_pylist() for name in COLUMNS}
-    columns["rollouts.sampling_logprobs"] = rollouts["sampling_logprobs"].to_pylist()
+    entropy. Null lists (of a student that was not run, say) do not count. Raises InputError by sample for a list not as long as
+    its completion."""
+    columns = {f"sampled.{name}": arrays_of(sampled[name]) for name in COLUMNS}
+    columns["rollouts.sampling_logprobs"] = arrays_of(rollouts["sampling_logprobs"])
     check_lengths(rollouts, columns)
+    checks = [usable_entropies if name.endswith("entropy") else usable_logprobs for name in columns]
     found = []
-    for *values, behaviour, sampling in zip(*columns.values(), strict=True):
-        student, teacher, *entropies = (np.array(value, np.float64) for value in values)
-        logprobs = [student, teacher, np.array(sampling, np.float64)]
-        logprobs += [] if behaviour is None else [np.array(behaviour, np.float64)]
-        usable = [usable_logprobs(value) for value in logprobs] + [usable_entropies(value) for value in entropies]
+    for values in zip(*columns.values(), strict=True):
+        pairs = zip(checks, values, strict=True)
+        usable = [check(value.astype(np.float64)) for check, value in pairs if value is not None]
         found.append(~np.all(usable, axis=0))
     return found

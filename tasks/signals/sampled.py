@@ -25,11 +25,12 @@ COLUMNS = {
 
 @register
 class Sampled(Signal):
-    """Log-probabilities of the sampled tokens under both models, and the entropies of both."""
+    """Log-probabilities of the sampled tokens under both models, and the entropies of both; or of the teacher alone."""
 
     name = "sampled"
     schema = TABLES[name]
     floats = tuple(COLUMNS)
+    without_student = True
 
     def wanted(self, k: int | None, sampling: Mapping[str, Any]) -> Wanted:
         return Wanted(Ask(logprobs=True, entropy=True, sampling=sampling), Ask(logprobs=True, entropy=True))
@@ -54,8 +55,8 @@ class Sampled(Signal):
 
 
 def sampled_table(rollouts: pa.Table, values: Values) -> pa.Table:
-    """Rows of `sampled`, in the order of the rollouts. `behaviour_logprobs` is null where it was not computed, and
-    where another than the student alone wrote the completion.
+    """Rows of `sampled`, in the order of the rollouts. What was not computed is null: the student's columns where it was not
+    run, `behaviour_logprobs` also where another than the student alone wrote the completion.
 
     Raises InputError by sample for a list that is not as long as its completion."""
     given = {column: values[quantity] for column, quantity in COLUMNS.items() if quantity in values}
@@ -65,7 +66,8 @@ def sampled_table(rollouts: pa.Table, values: Values) -> pa.Table:
         column: lists(arrays, pa.float32(), own if column == "behaviour_logprobs" else None)
         for column, arrays in given.items()
     }
-    columns.setdefault("behaviour_logprobs", pa.nulls(rollouts.num_rows, pa.list_(pa.float32())))
+    for column in COLUMNS:
+        columns.setdefault(column, pa.nulls(rollouts.num_rows, pa.list_(pa.float32())))
     return rows_of(TABLES["sampled"], rollouts, columns)
 
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -48,6 +48,8 @@ class Settings(Protocol):
     def tail_mass(self) -> float | None: ...
     @property
     def special_tokens(self) -> Any: ...
+    @property
+    def student(self) -> Literal["full", "none"]: ...
     @property
     def teacher(self) -> Any: ...
 
@@ -135,6 +137,8 @@ class Signal(ABC):
     """Whether it is a list of k candidates per token, of which a smaller k is a slice."""
     prompt_parts: ClassVar[tuple[str, ...]] = ()
     """Named contents of the prepared prompts that it depends on, beside the prompts of the split."""
+    without_student: ClassVar[bool] = False
+    """Whether it is made where the student is not run (`supervise.student: none`), with null in place of what is asked of it."""
     retention: ClassVar[Retained] = "signals"
     floats: ClassVar[tuple[str, ...]] = ()
     """Columns of one number per token that objectives read: `TokenBatch` has them as fields where the table is not prefixed,
@@ -145,6 +149,11 @@ class Signal(ABC):
     @abstractmethod
     def wanted(self, k: int | None, sampling: Mapping[str, Any]) -> Wanted:
         """What must be asked of the models. `sampling`: temperature, top_p, top_k of the rollouts."""
+
+    def asked(self, k: int | None, sampling: Mapping[str, Any], student: Literal["full", "none"]) -> Wanted:
+        """`wanted`, without what is asked of a student that is not run."""
+        wanted = self.wanted(k, sampling)
+        return Wanted(teacher=wanted.teacher) if student == "none" and self.without_student else wanted
 
     @abstractmethod
     def table(self, shard: Shard) -> pa.Table:
@@ -173,7 +182,7 @@ class Signal(ABC):
         Raises ConfigError for a list without k, and for a k where there is no list."""
         if problem := self.problem(k):
             raise ConfigError(problem)
-        models = self.wanted(k, inputs.sampling).models
+        models = self.asked(k, inputs.sampling, inputs.settings.student).models
         contents = {"rollouts": inputs.rollouts.content["rollouts"]}
         contents |= inputs.prompt_contents(self.prompt_parts)
         if STOP_IDS in inputs.prompts.content:

@@ -39,6 +39,15 @@ def check_lengths(rollouts: pa.Table, columns: Mapping[str, Sequence[Any]]) -> N
                 raise InputError(f"{column}: sample {sample!r} has {len(row)} values for {length} completion tokens")
 
 
+def arrays_of(column: pa.ChunkedArray) -> list[np.ndarray | None]:
+    """The lists of a column as views of its values, one array per row; None where the row is null. No object per token."""
+    array = column.combine_chunks()
+    array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
+    values, offsets = array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy().tolist()
+    ends = zip(offsets[:-1], offsets[1:], array.is_valid().to_pylist(), strict=True)
+    return [values[start:end] if here else None for start, end, here in ends]
+
+
 def rows_of(schema: TableSchema, rollouts: pa.Table, columns: dict[str, Any]) -> pa.Table:
     """The table of a signal: the samples of the rollouts, and its columns."""
     columns = {"sample_id": rollouts["sample_id"].combine_chunks(), **columns}

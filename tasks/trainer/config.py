@@ -157,6 +157,14 @@ class TrainConfig(OptimizerSettings):
     metrics_every: int = Field(
         10, ge=1, description="steps between those that also log what needs the whole vocabulary (entropy, mass, ...)"
     )
+    metrics_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of a step's tokens, spread evenly, of which metrics are computed that the loss does not yield itself"
+        " (entropies, overlap; with `renormalize` also masses, divergence, drift); 1: all",
+        json_schema_extra=omit_at(1.0),
+    )
     mask_reasons: tuple[MaskReasonName, ...] = Field(
         ("special_token", "teacher_prefix", "unmapped"),
         description="reasons that take a token out of the loss; an invalid value always does",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -18,7 +19,7 @@ from tasks.losses.needs import CreditNeeds, Needs
 from tasks.losses.types import TokenBatch
 from tasks.signals import signal_named
 from tasks.trainer import checks
-from tasks.trainer.topk_lists import Support, TopK, UnionTopK, check_width, harmless
+from tasks.trainer.topk_lists import Support, TopK, check_width, harmless, lists_of, support_of
 
 _SOURCES = {
     "teacher_topk": ("teacher_topk",),
@@ -37,7 +38,7 @@ class Ragged:
     values: np.ndarray
     offsets: np.ndarray
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
@@ -50,7 +51,8 @@ class Ragged:
 
 @dataclass(frozen=True)
 class Samples:
-    """All samples of a round (or of a warm-up) in memory, one row each."""
+    """Samples of a round (or of a warm-up), one row each. Arrays with an entry per token are in memory, or maps of files where
+    `stored.py` has collected a whole round."""
 
     ids: list[str]
     prompts: Ragged
@@ -74,6 +76,8 @@ class Samples:
     """Names of the teachers, where there are several."""
     teacher: np.ndarray | None = None
     """Per sample: the place of its teacher's name in `teachers`."""
+    maps: tuple[mmap.mmap, ...] = ()
+    """The files behind the arrays, where they are mapped."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -87,6 +91,11 @@ class Samples:
     def kept(self) -> np.ndarray:
         """Masked-in tokens per sample."""
         return _per_sample(self.keep, self.completions)
+
+    def drop_pages(self) -> None:
+        """Takes what was read of mapped files out of this process's memory; it is read again on access."""
+        for file in self.maps:
+            file.madvise(mmap.MADV_DONTNEED)
 
     @cached_property
     def group_rewards(self) -> np.ndarray:
@@ -111,6 +120,8 @@ class Forward:
     tokens: TokenBatch
     weight_N: torch.Tensor
     """Normalisation: weight of a token's loss in the global batch's loss; 0 where masked."""
+    counts: bool
+    """Whether its tokens are in the loss: all of them are, or (a filler, or samples without such a token) none."""
 
 
 def from_rollouts(
@@ -122,22 +133,32 @@ def from_rollouts(
     rows: int | None = None,
     cut: Collection[str] = (),
 ) -> Samples:
+    """The samples of a whole round that fits into memory: see `part_of_round`, `with_width`."""
+    return with_width(part_of_round(rollouts, signals, needs, mask_reasons, seed, rows), needs, cut)
+
+
+def part_of_round(
+    rollouts: pa.Table,
+    signals: Mapping[str, pa.Table],
+    needs: Needs,
+    mask_reasons: Iterable[MaskReason],
+    seed: int = 0,
+    rows: int | None = None,
+) -> Samples:
     """Joins rollouts with the signals that the objective needs, by sample_id. `seed` is the run's, for counter-based draws;
-    `rows` are the student's vocabulary. `cut` names the signals whose lists a tail mass ends: they may be shorter than
-    the objective's.
+    `rows` are the student's vocabulary. The lists keep all entries that are stored (`with_width`).
 
     Tokens that the mask marks as invalid, or that have an empty list, are left out and counted. Raises InputError when a
-    sample occurs twice, a signal is not given or lacks a sample, a list's length is not its completion's, a top-K list is
-    narrower than the objective asks for, or `full` support is not full, and for values that must not reach the loss
-    (`checks`)."""
+    sample occurs twice, a signal is not given or lacks a sample, a list's length is not its completion's, or `full`
+    support is not full, and for values that must not reach the loss (`checks`)."""
     ids = rollouts["sample_id"].to_pylist()
-    _places("rollouts", ids)
+    places_of("rollouts", ids)
     completions = _ragged(rollouts["completion_token_ids"], np.int64)
     widths = {need.name: need.k for need in needs.signals}
     absent = sorted(set(widths) - set(signals))
     if absent:
         raise InputError(f"train: the objective needs the signal {absent[0]!r}; given are {sorted(signals) or 'none'}")
-    ordered = {name: table.take(_order(name, table, ids)) for name, table in signals.items()}
+    ordered = {name: table.take(order_of(name, table["sample_id"].to_pylist(), ids)) for name, table in signals.items()}
 
     def aligned(table: pa.Table, where: str, column: str, dtype: type) -> np.ndarray:
         return _aligned(_ragged(table[column], dtype), completions, ids, f"{where}.{column}")
@@ -179,9 +200,22 @@ def from_rollouts(
     prompts = _ragged(rollouts["prompt_token_ids"], np.int64)
     samples = Samples(ids, prompts, completions, keep, floats, None, int(invalid.sum()), lost)
     samples = replace(
-        samples, support=_support(stored, tokens, needs, rows, cut), **_of_credit(rollouts, samples, needs.credit)
+        samples, support=_support(stored, tokens, needs, rows), **_of_credit(rollouts, samples, needs.credit)
     )
     return _checked(samples, "rollouts.prompt_token_ids", rows)
+
+
+def with_width(samples: Samples, needs: Needs, cut: Collection[str] = ()) -> Samples:
+    """The samples of a whole round, with as many entries per list as the objective reads. `cut` names the signals whose lists a
+    tail mass ends: they may be shorter than the objective's. InputError where a list is narrower than the objective asks for."""
+    if needs.student.support is None or samples.support is None:
+        return samples
+    widths = {need.name: need.k for need in needs.signals}
+    tops = [
+        replace(top, k=check_width(name, top.k, widths.get(name), name in cut))
+        for name, top in zip(_SOURCES[needs.student.support], lists_of(samples.support), strict=True)
+    ]
+    return replace(samples, support=support_of(tops))
 
 
 def with_teachers(samples: Samples, names: Sequence[str]) -> Samples:
@@ -192,8 +226,9 @@ def with_teachers(samples: Samples, names: Sequence[str]) -> Samples:
 
 def _per_sample(flags: np.ndarray, completions: Ragged) -> np.ndarray:
     """How many flat completion tokens of each sample have the flag."""
-    edges = np.concatenate([[0], np.cumsum(flags)])
-    found: np.ndarray = edges[completions.offsets[1:]] - edges[completions.offsets[:-1]]
+    found, there = np.zeros(len(completions), np.int64), completions.lengths > 0
+    if there.any():
+        found[there] = np.add.reduceat(flags, completions.offsets[:-1][there], dtype=np.int64)
     return found
 
 
@@ -204,28 +239,14 @@ class _CreditFields(TypedDict, total=False):
 
 
 def _of_credit(rollouts: pa.Table, samples: Samples, needs: CreditNeeds) -> _CreditFields:
-    """The fields of `Samples` that a credit needs. Raises InputError for a reward that is null or not finite, and for
-    entropies that are null."""
+    """The fields of `Samples` that a credit needs. Raises InputError for entropies that are null, and as `of_samples`."""
     found: _CreditFields = {}
     for name in ("teacher_entropy", "student_entropy"):
         if getattr(needs, name) and name not in samples.floats:
             raise InputError(
                 f"sampled.{name}: the objective's advantage needs it, but it is null; have it scored again"
             )
-    if needs.reward:
-        rewards = rollouts["reward"].to_numpy().astype(np.float64)  # null becomes NaN
-        if bad := np.flatnonzero(~np.isfinite(rewards)).tolist():
-            raise InputError(
-                f"rollouts.reward: sample {samples.ids[bad[0]]!r} has the reward {rollouts['reward'][bad[0]]}, and the"
-                f" objective's advantage needs a finite one of each sample ({len(bad)} of {len(rewards)} have none). The stage"
-                " `judge`, which gives rewards, is not built yet; use an advantage that needs no reward"
-                " (`opd objectives` lists them)"
-            )
-        found["rewards"] = rewards.astype(np.float32)
-    if needs.groups:
-        numbers: dict[str, int] = {}
-        prompts = rollouts["prompt_id"].to_pylist()
-        found["groups"] = np.array([numbers.setdefault(prompt, len(numbers)) for prompt in prompts], np.int64)
+    found |= of_samples(rollouts, needs)
     if needs.segment_ends:
         completions = samples.completions
         before = np.concatenate(
@@ -235,21 +256,40 @@ def _of_credit(rollouts: pa.Table, samples: Samples, needs: CreditNeeds) -> _Cre
     return found
 
 
-def _support(
-    stored: list[checks.Lists], tokens: checks.Tokens, needs: Needs, rows: int | None, cut: Collection[str]
-) -> Support | None:
-    """The lists of the objective's support, with their values checked."""
+def of_samples(rollouts: pa.Table, needs: CreditNeeds) -> _CreditFields:
+    """The fields with one value per sample, from the columns `sample_id`, `prompt_id` and `reward`. InputError for a reward that
+    is null or not finite."""
+    found: _CreditFields = {}
+    if needs.reward:
+        rewards = rollouts["reward"].to_numpy().astype(np.float64)  # null becomes NaN
+        if bad := np.flatnonzero(~np.isfinite(rewards)).tolist():
+            raise InputError(
+                f"rollouts.reward: sample {rollouts['sample_id'][bad[0]].as_py()!r} has the reward {rollouts['reward'][bad[0]]},"
+                f" and the objective's advantage needs a finite one of each sample ({len(bad)} of {len(rewards)} have none)."
+                " The stage `judge`, which gives rewards, is not built yet; use an advantage that needs no reward"
+                " (`opd objectives` lists them)"
+            )
+        found["rewards"] = rewards.astype(np.float32)
+    if needs.groups:
+        numbers: dict[str, int] = {}
+        prompts = rollouts["prompt_id"].to_pylist()
+        found["groups"] = np.array([numbers.setdefault(prompt, len(numbers)) for prompt in prompts], np.int64)
+    return found
+
+
+def _support(stored: list[checks.Lists], tokens: checks.Tokens, needs: Needs, rows: int | None) -> Support | None:
+    """The lists of the objective's support as they are stored, with their values checked."""
     widths = {need.name: need.k for need in needs.signals}
     tops = []
     for lists in stored:
         columns = signal_named(lists.name).lists
         checks.check_lists(tokens, lists, rows)
-        k = check_width(lists.name, lists.counts, widths.get(lists.name), lists.name in cut)
+        widest = int(lists.counts.max(initial=1))
         if needs.student.support == "full":
-            checks.check_full(tokens, k, lists, rows)
+            checks.check_full(tokens, widths.get(lists.name) or widest, lists, rows)
         tops.append(
             TopK(
-                k=k,
+                k=widest,
                 starts=lists.starts,
                 counts=lists.counts,
                 ids=lists.ids,
@@ -258,9 +298,7 @@ def _support(
                 teacher_tail=lists.tails[columns["teacher"][1]],
             )
         )
-    if len(tops) == 2:
-        return UnionTopK(*tops)
-    return tops[0] if tops else None
+    return support_of(tops)
 
 
 def _uniform(seed: int, ids: list[str], completions: Ragged) -> np.ndarray:
@@ -277,28 +315,15 @@ def _leading(counts: pa.ChunkedArray, completions: Ragged) -> np.ndarray:
     return (place < np.repeat(counts.to_numpy(), completions.lengths)).astype(np.float32)
 
 
-def from_prompts(prompts: pa.Table, split: str, rows: int | None = None) -> Samples:
-    """Supervised targets: the rows of `split`, prompt and completion tokens as prepared, nothing masked.
-
-    Raises InputError when the split is empty, a row has no completion, or an id is not below the student's `rows`."""
-    chosen = prompts.filter(pa.compute.equal(prompts["split"], split))
-    if chosen.num_rows == 0:
-        raise InputError(f"warmup: no prompt has the split {split!r}; give prompts.{split} rows with a `completion`")
-    ids = chosen["prompt_id"].to_pylist()
-    missing = [
-        i
-        for i, has in zip(ids, pa.compute.is_valid(chosen["completion_token_ids"]).to_pylist(), strict=True)
-        if not has
-    ]
-    if missing:
-        raise InputError(
-            f"warmup: {len(missing)} prompts of split {split!r} have no completion, the first is {missing[0]!r}"
-        )
-    completions = _ragged(chosen["completion_token_ids"], np.int64)
+def from_prompts(prompts: pa.Table, rows: int | None = None) -> Samples:
+    """Supervised targets: prompt and completion tokens as prepared, nothing masked. InputError for an id that is not below the
+    student's `rows`."""
+    ids = prompts["prompt_id"].to_pylist()
+    completions = _ragged(prompts["completion_token_ids"], np.int64)
     keep = np.ones(len(completions.values), bool)
     tokens = checks.Tokens(ids, completions.offsets, keep)
     checks.check_token_ids(tokens, "prompts.completion_token_ids", completions.values, rows)
-    return _checked(Samples(ids, _ragged(chosen["token_ids"], np.int64), completions, keep), "prompts.token_ids", rows)
+    return _checked(Samples(ids, _ragged(prompts["token_ids"], np.int64), completions, keep), "prompts.token_ids", rows)
 
 
 def _checked(samples: Samples, prompt_column: str, rows: int | None) -> Samples:
@@ -312,9 +337,10 @@ def _checked(samples: Samples, prompt_column: str, rows: int | None) -> Samples:
     return samples
 
 
-def _order(name: str, table: pa.Table, ids: list[str]) -> np.ndarray:
-    found = table["sample_id"].to_pylist()
-    place = _places(f"signal {name}", found)
+def order_of(name: str, found: list[str], ids: list[str]) -> np.ndarray:
+    """The rows of a signal that has the samples `found`, in the order of the rollouts `ids`. InputError unless it has each of
+    these once and no other."""
+    place = places_of(f"signal {name}", found)
     missing = [sample for sample in ids if sample not in place]
     if missing or len(found) != len(ids):
         what = (
@@ -326,7 +352,7 @@ def _order(name: str, table: pa.Table, ids: list[str]) -> np.ndarray:
     return np.fromiter((place[sample] for sample in ids), np.int64, len(ids))
 
 
-def _places(where: str, ids: list[str]) -> dict[str, int]:
+def places_of(where: str, ids: list[str]) -> dict[str, int]:
     """sample_id -> row. InputError for a duplicate: it would be trained on twice."""
     place = {sample: row for row, sample in enumerate(ids)}
     if len(place) != len(ids):
@@ -483,7 +509,7 @@ def forward_batch(
         **signals,
     )
     weight = weights[place_N].astype(np.float32) * float(counts)
-    return Forward(tensor(input_ids), tensor(hidden), batch, tensor(weight.astype(np.float32)))
+    return Forward(tensor(input_ids), tensor(hidden), batch, tensor(weight.astype(np.float32)), counts)
 
 
 def _at(name: str, values: np.ndarray, index: np.ndarray, counts: bool) -> np.ndarray:

@@ -12,8 +12,9 @@ from storage.artifacts.checkpoints import KEPT, Checkpoints
 from storage.artifacts.digests import weights_digest
 from storage.errors import ConfigError, CorruptArtifact
 from storage.identity import canonical_json
-from storage.store import Artifact, ArtifactSpec, Builder
+from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.inputs.models import parameter_count
+from tasks.signals import signal_named
 from tasks.stage import Context
 from tasks.trainer.config import OptimizerSettings, TrainConfig, WarmupConfig
 from tasks.workers.jobs import ArtifactRef, CheckpointPlace, TrainJob, TrainOutputs, TrainResult, WarmupJob
@@ -21,6 +22,9 @@ from tasks.workers.metrics import Metrics, left_out, summary
 
 _MUCH = 0.9
 """Share of an adapters' update lost to rounding that is worth a warning."""
+_COMPLETION_BYTES = 32
+"""Per completion token in mapped files, beside the signals: its id, whether it is in the loss, the sampler's log-probability, and
+where its lists are."""
 _TREES = {"student": "model", "trainer_state": "state", "teacher_ema": "model"}
 
 
@@ -84,15 +88,20 @@ def run_and_commit(
             f"warning: train.dtype: bfloat16 cannot represent {hidden:.0%} of the adapters' update; the student is what training"
             " computed with, but it moves in few weights. dtype: float32 or a larger lr keeps more of the update",
         )
-    weights = weights_digest(exported)
+    weights: str | None = None
     if earlier is not None:
+        weights = weights_digest(exported)
         _require_same_weights(job, earlier, weights, list(builders), last)
     provenance = {"numerics": numerics}
-    meta, belongs = {"steps": result.steps, "last_step": result.last_step}, {"student_weights": weights}
+    meta = {"steps": result.steps, "last_step": result.last_step}
     for name in order:
         if name == "student":
             builders[name].commit(meta=meta, provenance=provenance)
-        elif name in _TREES:
+            weights = weights or builders[name].made.get("weights")
+            continue
+        weights = weights or weights_digest(exported)
+        belongs = {"student_weights": weights}
+        if name in _TREES:
             builders[name].commit(meta=meta | belongs, provenance=provenance)
         else:
             own = meta | belongs | {"metrics": result.metrics}
@@ -161,4 +170,18 @@ def _require_space(job: TrainJob | WarmupJob, state: bool, context: Context) -> 
     settings = config.model_validate_json(bytes(job.config))
     states = state + (KEPT + 1 if context.runtime.trainer.checkpoint_minutes is not None else 0)
     needed = training_bytes(parameter_count(Path(job.model)), settings, states, job.average is not None)
-    context.store.require_space(needed, f"{job.stage}: student, optimizer state, checkpoints")
+    if isinstance(job, TrainJob):
+        needed += round_bytes(job, context.store)
+    context.store.require_space(needed, f"{job.stage}: student, optimizer state, checkpoints, the round's data")
+
+
+def round_bytes(job: TrainJob, store: Store) -> int:
+    """Estimate of the files that the ranks map while they train (`columns.py`), from the mean length of the completions; 0 where
+    that is not recorded."""
+    rollouts = store.require(job.rollouts.stage, job.rollouts.key)
+    length = (rollouts.meta.get("metrics") or {}).get("mean_length") or 0.0
+    per_token = _COMPLETION_BYTES
+    for name, places in job.signals.items():
+        made = store.require(places[0].stage, places[0].key)
+        per_token += signal_named(name).bytes_per_token(made.identity.get("k"))
+    return int(rollouts.rows["rollouts"] * length * per_token)

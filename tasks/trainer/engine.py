@@ -171,18 +171,20 @@ class Engine:
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=self.adamw, config=config, dist_init_required=False
         )
+        if self.stage == 0 and self.world == 1:
+            self.engine.enable_backward_allreduce = False  # it would copy all gradients out and back, unchanged
         if self.stage == 3:
             for user, parameter in _borrowed(module):
                 deepspeed.zero.register_external_parameter(user, parameter)
         self.engine.train()
 
-    def accumulate(self, batch: Forward, observe: bool, last: bool) -> float:
-        """Forward and backward of one micro-batch; its share of the global loss. `last` completes the step's gradient.
-        Collective: every rank calls it equally often."""
+    def accumulate(self, batch: Forward, observe: bool, last: bool) -> torch.Tensor:
+        """Forward and backward of one micro-batch; its share of the global loss, a scalar on the device. `last` completes the
+        step's gradient. Collective: every rank calls it equally often."""
         self.engine.set_gradient_accumulation_boundary(last)
         loss = self.engine(batch, observe)
         self.engine.backward(loss * self.world, scale_wrt_gas=False)
-        return float(loss.detach())
+        return loss.detach()
 
     def step(self, lr: float) -> float | None:
         """Clips, updates and clears the gradients. Returns the global gradient norm before clipping, or None if it is not
@@ -202,7 +204,9 @@ class Engine:
 
     def _norm_and_clip(self) -> float:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = float(torch.stack([g.float().square().sum() for g in gradients]).sum().sqrt())
+        squares = torch.empty(max(g.numel() for g in gradients), dtype=torch.float32, device=self.device)
+        sums = [torch.mul(g, g, out=squares[: g.numel()].view_as(g)).sum() for g in map(torch.Tensor.float, gradients)]
+        norm = float(torch.stack(sums).sum().sqrt())
         limit = self.settings.max_grad_norm
         if limit is not None and norm + 1e-6 > limit:
             for gradient in gradients:

@@ -28,6 +28,7 @@ METRICS = tuple(column.name for column in TABLES["training_steps"].columns if co
 """Columns with token means or percentiles; null where they were not computed."""
 BY_TEACHER = "by_teacher"
 """Entry of a step's row with the step's rows of `teacher_steps`; it is in no column."""
+_PLACES = {name: place for place, name in enumerate(METRICS)}
 _TEACHER_METRICS = ("reverse_kl", "teacher_mass", "teacher_entropy")
 _PERCENTILES = (("log_ratio_p05", 5), ("log_ratio_p50", 50), ("log_ratio_p95", 95))
 _NAMED = 8
@@ -79,7 +80,7 @@ def run_steps(
     for number, step in enumerate(plan.steps[len(done) :], len(done)):
         began = time.monotonic()
         now = plan.first_step + number + 1
-        torch.manual_seed(derive_seed(plan.seed, "dropout", plan.round, now, dist.get_rank()))
+        _seed(engine.device, derive_seed(plan.seed, "dropout", plan.round, now, dist.get_rank()))
         observe = plan.max_drift is not None or (now - 1) % plan.metrics_every == 0
         weights = loss_denominators(samples, step.rows, plan.normalisation, plan.normalisation_length)
         lengths = samples.forward_lengths[list(step.rows)].tolist()
@@ -88,7 +89,7 @@ def run_steps(
         for place, micro in enumerate(micros):
             batch = forward_batch(samples, step.rows, weights, micro.places, micro.filler, engine.device)
             loss = engine.accumulate(batch, observe, last=place == len(micros) - 1)
-            tally.add(loss, module.loss_head.stats)
+            tally.add(loss, module.loss_head.stats, batch.counts)
         tally.reduce()
         where = f"step {now} (round {plan.round}, epoch {step.epoch})"
         if tally.bad_places:
@@ -119,6 +120,7 @@ def run_steps(
                 **({BY_TEACHER: tally.by_teacher(now, plan.round)} if samples.teachers else {}),
             }
         )
+        samples.drop_pages()
         known |= latest(table[-1:])
         progress(number + 1, len(plan.steps), known)
         if dist.get_rank() == 0 and ((now - 1) % plan.metrics_every == 0 or number + 1 == len(plan.steps)):
@@ -137,6 +139,14 @@ def run_steps(
     if engine.ema is not None:
         engine.ema.round_done()
     return table
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """`torch.manual_seed` for the generators that a step draws from. That of every kind of accelerator that is not there costs a
+    millisecond each time: torch keeps a stack trace for its later initialisation."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def by_teacher(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -162,58 +172,78 @@ def _mean(running: float | None, row: Mapping[str, Any]) -> float | None:
 
 
 class Tally:
-    """Sums of a step over micro-batches, then over ranks. `rows`: the samples of the step."""
+    """Sums of a step over micro-batches, then over ranks. `rows`: the samples of the step.
+
+    Sums stay on the device until `reduce`: a micro-batch does not wait for the one before."""
 
     def __init__(self, device: torch.device, samples: Samples, rows: Sequence[int]) -> None:
         self.device, self._samples, self._rows = device, samples, list(rows)
         self.loss = 0.0
         self.bad_places: list[int] = []
-        self._sums = torch.zeros((len(METRICS), 2), dtype=torch.float64)
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._sums = torch.zeros((len(METRICS), 2), dtype=torch.float64, device=device)
+        self._counted: list[tuple[torch.Tensor, TokenStats]] = []
+        """Of micro-batches with tokens in the loss: whether the loss is finite, and the statistics."""
         self._by_teacher = torch.zeros((len(samples.teachers), 1 + len(_TEACHER_METRICS), 2), dtype=torch.float64)
         self._log_ratios: list[np.ndarray] = []
 
-    def add(self, loss: float, stats: TokenStats | None) -> None:
-        """Adds one micro-batch. Masked tokens are ignored."""
+    def add(self, loss: torch.Tensor, stats: TokenStats | None, counts: bool) -> None:
+        """Adds one micro-batch; `counts`: its tokens are in the loss."""
         assert stats is not None, "the loss head stores the statistics of its forward"
-        self.loss += loss
-        kept = stats.mask_N > 0
-        bad = kept & ~stats.per_token_N.isfinite()
-        if bad.any() or not math.isfinite(loss):
-            places = stats.sample_N[bad if bad.any() else kept].unique()
-            self.bad_places += [int(place) for place in places.tolist()]
+        self._loss += loss.double()
+        if not counts:
+            return
+        self._counted.append((stats.per_token_N.isfinite().all() & loss.isfinite(), stats))
         for name, values in stats.metrics.items():
-            if name in METRICS:
-                chosen = values[kept].double()
-                self._sums[METRICS.index(name)] += torch.tensor([float(chosen.sum()), float(len(chosen))]).double()
-        if self._samples.teacher is not None:
-            self._add_by_teacher(stats, kept)
-        if stats.log_ratio_N is not None:
-            self._log_ratios.append(stats.log_ratio_N[kept].cpu().numpy())
+            if name in _PLACES:
+                sums, seen_N = self._sums[_PLACES[name]], stats.seen(name)
+                sums[0] += (values.double() if seen_N is None else values.double().where(seen_N, 0.0)).sum()
+                sums[1] += len(values) if seen_N is None else seen_N.sum()
 
-    def _add_by_teacher(self, stats: TokenStats, kept: torch.Tensor) -> None:
+    def _add_by_teacher(self, stats: TokenStats) -> None:
         assert self._samples.teacher is not None
         of_place = torch.from_numpy(self._samples.teacher[self._rows])
-        teacher_N = of_place[stats.sample_N[kept].cpu()]
-        values = [stats.per_token_N, *(stats.metrics.get(name) for name in _TEACHER_METRICS)]
-        for place, value_N in enumerate(values):
+        teacher_N = of_place[stats.sample_N.cpu()]
+        values = {"loss": stats.per_token_N} | {name: stats.metrics.get(name) for name in _TEACHER_METRICS}
+        for place, (name, value_N) in enumerate(values.items()):
             if value_N is not None:
-                chosen = value_N[kept].detach().double().cpu()
-                self._by_teacher[:, place, 0].index_add_(0, teacher_N, chosen)
-                self._by_teacher[:, place, 1].index_add_(0, teacher_N, torch.ones_like(chosen))
+                seen_N = stats.seen(name)
+                kept_N = slice(None) if seen_N is None else seen_N.cpu()
+                chosen, of_N = value_N.detach().double().cpu()[kept_N], teacher_N[kept_N]
+                self._by_teacher[:, place, 0].index_add_(0, of_N, chosen)
+                self._by_teacher[:, place, 1].index_add_(0, of_N, torch.ones_like(chosen))
 
     def reduce(self) -> None:
         """Sums over all ranks; every rank gets the result. Collective."""
-        parts = [self._sums.flatten(), torch.tensor([self.loss], dtype=torch.float64), self._by_teacher.flatten()]
-        sums = torch.cat(parts).to(self.device)
-        dist.all_reduce(sums)
-        own, (loss,), by_teacher = sums.cpu().split([len(part) for part in parts])
+        finite = torch.stack([flag for flag, _ in self._counted]).tolist() if self._counted else []
+        for fine, (_, stats) in zip(finite, self._counted, strict=True):
+            if not fine:
+                bad = ~stats.per_token_N.isfinite()
+                places = stats.sample_N[bad] if bad.any() else stats.sample_N
+                self.bad_places += places.unique().tolist()
+            if self._samples.teacher is not None:
+                self._add_by_teacher(stats)
+            if stats.log_ratio_N is not None:
+                seen_N = stats.seen("log_ratio_mean")
+                self._log_ratios.append(
+                    (stats.log_ratio_N if seen_N is None else stats.log_ratio_N[seen_N]).cpu().numpy()
+                )
+        self._counted.clear()
+        lists = self._loss.new_tensor([len(self.bad_places) + len(self._log_ratios)])
+        parts = [self._sums.flatten(), self._loss[None], lists, self._by_teacher.flatten().to(self.device)]
+        sums = torch.cat(parts)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+        own, (loss,), (lists,), by_teacher = sums.cpu().split([len(part) for part in parts])
+        if dist.get_world_size() > 1 and lists > 0:
+            everywhere: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everywhere, (self.bad_places, self._log_ratios))
+            self.bad_places = [place for places, _ in everywhere for place in places]
+            self._log_ratios = [values for _, arrays in everywhere for values in arrays]
+        self.bad_places = sorted(set(self.bad_places))
         self.loss = float(loss)
         self._sums = own.reshape(self._sums.shape)
         self._by_teacher = by_teacher.reshape(self._by_teacher.shape)
-        everywhere: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, (self.bad_places, self._log_ratios))
-        self.bad_places = sorted({place for places, _ in everywhere for place in places})
-        self._log_ratios = [values for _, arrays in everywhere for values in arrays]
 
     def by_teacher(self, step: int, round: int) -> list[dict[str, Any]]:
         """The step's rows of `teacher_steps`: one per teacher that has samples in it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -121,10 +122,22 @@ def harmless(rectangle: Rectangle) -> Rectangle:
     )
 
 
-def check_width(name: str, counts: np.ndarray, k: int | None, cut: bool = False) -> int:
-    """The K to use of the signal `name`. InputError if the lists are narrower than the objective needs; lists that a tail mass
-    `cut` off may be."""
-    widest = int(counts.max(initial=1))
+def lists_of(support: Support | None) -> tuple[TopK, ...]:
+    """The stored signals that a support is made of, the teacher's first."""
+    if isinstance(support, UnionTopK):
+        return (support.teacher, support.student)
+    assert support is None or isinstance(support, TopK)
+    return () if support is None else (support,)
+
+
+def support_of(lists: Sequence[TopK]) -> Support | None:
+    """The inverse of `lists_of`."""
+    return UnionTopK(*lists) if len(lists) == 2 else lists[0] if lists else None
+
+
+def check_width(name: str, widest: int, k: int | None, cut: bool = False) -> int:
+    """The K to use of the signal `name`, whose lists have at most `widest` entries. InputError if the lists are narrower than the
+    objective needs; lists that a tail mass `cut` off may be."""
     if cut:
         return min(k or widest, widest)
     if k is not None and k > widest:

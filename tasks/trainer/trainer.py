@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter
@@ -28,18 +27,18 @@ from tasks.inputs.teachers import EmaStudent
 from tasks.losses.build import make_objective
 from tasks.losses.config import ObjectiveConfig
 from tasks.losses.head import ChunkedHead
-from tasks.routing import teacher_of_prompts
-from tasks.signals.stop_ids import counted
 from tasks.trainer import state
 from tasks.trainer.batching import Step, plan_steps
+from tasks.trainer.columns import shared
 from tasks.trainer.config import NoCorrection, OptimizerSettings, TrainConfig, TruncatedCorrection, WarmupConfig
-from tasks.trainer.data import Samples, from_prompts, from_rollouts, with_teachers
+from tasks.trainer.data import Samples
 from tasks.trainer.engine import Engine, load_for, start
 from tasks.trainer.export import export_student, rehearse_export
 from tasks.trainer.loop import BY_TEACHER, Plan, by_teacher, pinned, run_steps
 from tasks.trainer.midround import Keeper
 from tasks.trainer.model import TrainModule, Weights, trainable
-from tasks.workers.jobs import ArtifactRef, TrainJob, TrainResult, WarmupJob
+from tasks.trainer.reading import collect_round, collect_targets
+from tasks.workers.jobs import TrainJob, TrainResult, WarmupJob
 from tasks.workers.main import Link
 from tasks.workers.metrics import Progress, summarised
 
@@ -56,6 +55,7 @@ class TrainingJob:
     samples_per_step: int
     total_samples: int
     metrics_every: int = 1
+    metrics_share: float = 1.0
     max_drift: float | None = None
     drift_estimator: str | None = None
     stop_loss: float | None = None
@@ -118,7 +118,10 @@ class Trainer:
         if runtime["activation_checkpointing"]:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         provider = ChunkedHead(int(runtime["head_chunk_tokens"]))
-        module = TrainModule(model, make_objective(training.objective), provider, training.weights, training.stop_ids)
+        objective, share = make_objective(training.objective), training.metrics_share
+        module = TrainModule(model, objective, provider, training.weights, training.stop_ids, share)
+        if dist.get_rank() == 0 and module.loss_head.note:
+            print(module.loss_head.note, flush=True)
         engine = Engine(module, parameters, settings, runtime["deepspeed"], self.device)
         try:
             if average is not None:
@@ -216,15 +219,9 @@ class Trainer:
 def _train_job(job: TrainJob, store: Store) -> TrainingJob:
     config = TrainConfig.model_validate_json(bytes(job.config))
     objective = _OBJECTIVE.validate_json(bytes(job.objective))
-    rollouts = _table(store, job.rollouts, "rollouts")
-    signals = {name: _together(store, places, name) for name, places in job.signals.items()}
     reasons = [MaskReason[name.upper()] for name in config.mask_reasons]
     rows = model_rows(Path(job.model))
-    cut = [name for name, places in job.signals.items() if any(_cut_off(store, where) for where in places)]
-    samples = from_rollouts(counted(rollouts, job.stop_ids), signals, objective.needs(), reasons, job.seed, rows, cut)
-    if job.prompts is not None:
-        of = teacher_of_prompts(store, store.require(job.prompts.stage, job.prompts.key))
-        samples = with_teachers(samples, [of.get(prompt) or "" for prompt in rollouts["prompt_id"].to_pylist()])
+    samples = shared(store.root, partial(collect_round, job, objective.needs(), reasons, rows, store))
     correction, weights = config.importance_correction, None
     if not isinstance(correction, NoCorrection):
         over: Literal["behaviour_logprobs", "student_logprobs"]
@@ -242,6 +239,7 @@ def _train_job(job: TrainJob, store: Store) -> TrainingJob:
         samples_per_step=config.samples_per_step,
         total_samples=len(samples) * config.epochs_per_round,
         metrics_every=config.metrics_every,
+        metrics_share=config.metrics_share,
         max_drift=config.max_drift,
         drift_estimator=config.drift_estimator,
         weights=weights,
@@ -251,11 +249,8 @@ def _train_job(job: TrainJob, store: Store) -> TrainingJob:
 
 def _warmup_job(job: WarmupJob, store: Store) -> TrainingJob:
     config = WarmupConfig.model_validate_json(bytes(job.config))
-    prompts = _table(store, job.prompts, "prompts")
-    if job.teacher is not None:
-        of = prompts["teacher_id"]
-        prompts = prompts.filter(pc.or_kleene(pc.is_null(of), pc.equal(of, job.teacher)))
-    samples = from_prompts(prompts, "warmup", model_rows(Path(job.model)))
+    rows = model_rows(Path(job.model))
+    samples = shared(store.root, partial(collect_targets, job, rows, store))
     return TrainingJob(
         settings=config,
         objective=_OBJECTIVE.validate_json(bytes(job.objective)),
@@ -281,20 +276,6 @@ def refuse_lost_steps(samples: Samples, steps: Sequence[Step], round: int) -> No
                 f" infinite or out of range; the first in sample {first!r}) and all others are masked. The teacher, the"
                 " student or the sampler is broken; check them and have the round's signals made again"
             )
-
-
-def _together(store: Store, places: Sequence[ArtifactRef], table: str) -> pa.Table:
-    """A signal's rows, of all teachers."""
-    return pa.concat_tables([_table(store, where, table) for where in places])
-
-
-def _cut_off(store: Store, where: ArtifactRef) -> bool:
-    """Whether a tail mass ends its lists (supervise.tail_mass)."""
-    return store.require(where.stage, where.key).identity.get("tail_mass") is not None
-
-
-def _table(store: Store, where: ArtifactRef, table: str) -> pa.Table:
-    return store.read_table(store.require(where.stage, where.key), table)
 
 
 def _summary(rows: list[dict[str, Any]], samples: Samples, exported: dict[str, float]) -> TrainResult:

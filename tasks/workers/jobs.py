@@ -19,7 +19,7 @@ from storage.store import Artifact, Store
 from tasks.plugins import note_role
 from tasks.rollout_config import Dtype
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Increased when a schema changes: a worker refuses a supervisor with another number."""
 
 
@@ -208,7 +208,7 @@ class ScoreJob(Schema):
     `backend`: the JSON of the teacher's backend (tasks/engines/teacher.py). `flags`: a committed `sampled` that says which
     values are invalid, where only `mask` is wanted; then no model is read. `names`: the teacher's where there are several; only
     samples of prompts with one of these as their `teacher_id` are scored, and have rows. `stop_ids`: one category in every
-    distribution, named by the first; empty: nothing is merged."""
+    distribution, named by the first; empty: nothing is merged. `run_student`: `supervise.student`."""
 
     store: str
     rollouts: ArtifactRef
@@ -222,6 +222,7 @@ class ScoreJob(Schema):
     flags: ArtifactRef | None = None
     stop_ids: list[int] = []
     names: list[str] | None = None
+    run_student: Literal["full", "none"] = "full"
 
 
 class KLShard(Schema):

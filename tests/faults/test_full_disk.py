@@ -26,6 +26,7 @@ from flows.run.runner import bytes_per_round, refuse_full_disk
 from storage.errors import NotEnoughSpace
 from storage.store import Store
 from tasks.inputs.models import CheckpointModel
+from tasks.trainer import dispatch
 
 ROUND = ("rollout", "supervise", "train", "evaluate")
 STAGES = ("0 evaluate", *(f"{number} {stage}" for number in range(1, ROUNDS + 1) for stage in ROUND))
@@ -190,7 +191,8 @@ def test_space_is_estimated_before_a_run_starts(tmp_path: Path, template: Path) 
 def test_a_students_training_counts_before_the_run_and_before_its_stage(
     tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """4 bytes of the student, 12 of the state, three times 12 of checkpoints: 52 per float32 parameter."""
+    """4 bytes of the student, 12 of the state, three times 12 of checkpoints: 52 per float32 parameter; and the files of the
+    round's tokens, which the trainer maps."""
     store = Store(template)
     folder = store.materialize(store.list("model")[0])
     e = experiment(ROUNDS)
@@ -202,5 +204,8 @@ def test_a_students_training_counts_before_the_run_and_before_its_stage(
     refuse_full_disk(store, e.model_copy(update={"student": own}))
     assert asked == [round_bytes, round_bytes + 52 * 2048]
     shutil.copytree(template, tmp_path / "store")
+    tokens: list[int] = []
+    mapped = dispatch.round_bytes
+    monkeypatch.setattr(dispatch, "round_bytes", lambda *given: tokens.append(mapped(*given)) or tokens[-1])
     in_process.run(tmp_path / "store", rounds=1)
-    assert asked[-1] == 52 * 2048
+    assert tokens[-1] > 0 and asked[-1] == 52 * 2048 + tokens[-1]

@@ -188,7 +188,13 @@ def test_only_recorded_files_are_exported(name, example_store, tmp_path):
         if result.exception is not None:
             assert isinstance(result.exception, OpdError), result.exception
         else:
-            assert {path.name for path in target.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
+            there = {path.name for path in target.iterdir()}
+            assert there == {
+                "README.md",
+                "model.safetensors",
+                "config.json",
+                "tokenizer.json",
+            }  # the card is written anew
             assert not any(path.is_symlink() for path in target.iterdir())
             shutil.rmtree(target)
 

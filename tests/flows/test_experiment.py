@@ -57,6 +57,31 @@ def test_a_sampled_estimator_is_refused_with_a_nucleus_and_accepted_without():
     load_experiment(TINY, [change, "rollout.top_p=1"])
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            ["objective={estimator: policy_gradient, divergence: {kind: reverse_kl}}", "rollout.top_p=1"],
+            "objective.estimator",
+        ),
+        (["objective.support={kind: student_topk, k: 4}"], "'student_topk'"),
+        (["objective.support={kind: union, k: 4}"], "'student_topk'"),
+        (["train.importance_correction={kind: truncated}"], "train.importance_correction"),
+        (["train.max_drift=0.5"], "train.max_drift"),
+    ],
+)
+def test_what_reads_the_rollout_time_student_is_refused_where_it_is_not_run(changes, says):
+    load_experiment(TINY, changes)
+    message = refused("supervise.student=none", *changes)
+    assert says in message and "set supervise.student: full" in message
+
+
+def test_the_student_that_is_run_is_left_out_of_keys():
+    e = load_experiment(TINY)
+    assert canonical_json(e.supervise) == canonical_json(load_experiment(TINY, ["supervise.student=full"]).supervise)
+    assert canonical_json(e.supervise) != canonical_json(load_experiment(TINY, ["supervise.student=none"]).supervise)
+
+
 def test_merged_stop_ids_are_those_of_both_models():
     merge = "prompts.tokenizers.stop_ids=merge"
     load_experiment(TINY, [merge])

@@ -149,8 +149,9 @@ def test_it_is_queried_verified_and_collected_where_the_plugin_is_gone(root: Pat
     assert first.meta["metrics"] == {"teacher_margin": 0.0}  # candidates of the scripted teacher are equally likely
     rows = json.loads(opd(root, "query", SQL, "--json"))
     assert len(rows) == 8 and all(row["n"] == row["c"] > 0 and row["total"] == 0 for row in rows)
-    listed = opd(root, "query")
-    assert "teacher_margin: Signal: the teacher's certainty." in listed and "teacher_margin_margins" in listed
+    listed = {view["view"]: view for view in json.loads(opd(root, "query", "--json"))}
+    assert listed["teacher_margin"]["meaning"].startswith("Signal: the teacher's certainty.")
+    assert "teacher_margin_margins" in listed["supervision"]["columns"]
     opd(root, "verify", "--all")
     opd(root, "gc", "--keep", "signals=1", "--apply")
     store = Store(root)

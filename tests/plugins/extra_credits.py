@@ -20,6 +20,7 @@ class Decayed(Credit):
     equation = "delta = (w_f(u) - w_f(1)) 2^(-t / half_life)"
     paper = ""
     experimental = True
+    tokenwise = True
 
     def __call__(self, context: CreditContext) -> CreditTerms:
         divergence = context.divergence

@@ -18,9 +18,27 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from opdflow.plugin import register_role
-from tasks.engines.sampler import Sampler
+from tasks.engines import sampler
+from tasks.engines.sampler import Disk, Sampler
 
 register_role("sampler", f"{__name__}:Scripted")
+DISKS: list[Disk] = []
+
+
+class NotedDisk(Disk):
+    def __init__(self) -> None:
+        super().__init__()
+        DISKS.append(self)
+
+
+sampler.Disk = NotedDisk
+
+
+def die() -> None:
+    """SIGKILL, when all finished shards are written: how far the writing thread has got must not decide a trial."""
+    for disk in DISKS:
+        disk.check()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Scripted(Sampler):
@@ -41,7 +59,7 @@ class Scripted(Sampler):
     def _begin(self, shard, *how):
         deadly = self.engine.llm.store / "die-before-shard"
         if deadly.exists() and int(deadly.read_text()) == shard.item.shard:
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
         self.engine.llm.note("shards-done", str(shard.item.shard))
         return super()._begin(shard, *how)
 
@@ -101,7 +119,7 @@ class Engine:
         return fault["kind"]
 
     def kill(self, output):
-        os.kill(os.getpid(), signal.SIGKILL)
+        die()
 
     def hang(self, output):
         time.sleep(600)

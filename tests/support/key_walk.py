@@ -55,6 +55,7 @@ DEPENDS: dict[str, set[str]] = {
     "supervise.encoding": {"teacher_topk", "student_topk"},
     "supervise.tail_mass": {"teacher_topk"},
     "supervise.special_tokens": {"mask"},
+    "supervise.student": {"sampled", "mask"},  # lists of the teacher are the same without it
     "supervise.teacher": {"sampled", "mask", "teacher_topk"},  # those that ask the teacher something
     "objective": {"train"},
     "train": {"train"},
@@ -110,6 +111,9 @@ class Keys:
         yield self
 
     def ends_with(self, student: Any) -> None: ...
+
+    def enough(self, number: int) -> bool:
+        return False
 
     def inspect(self, *inputs: Any) -> None: ...
 

@@ -59,7 +59,7 @@ def nucleus_logprobs(logits_TV: torch.Tensor, temperature: float, top_p: float, 
         probs = torch.softmax(logits_V[order] / temperature, -1).tolist()
         kept, mass = [], 0.0
         for token, prob in zip(order, probs, strict=True):
-            if mass >= top_p:
+            if top_p < 1 and mass >= top_p:  # a sum may round to 1 before its end
                 break
             kept.append(token)
             mass += prob

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,43 @@ def test_metrics_tell_the_sampler_from_the_scorer(shared):
     top = shared.make()["teacher_topk"]
     tails = np.concatenate(shared.store.read_table(top, "teacher_topk")["tail_logmass"].to_pylist())
     assert top.meta["metrics"]["teacher_mass"] == pytest.approx(1 - np.exp(tails).mean(), rel=1e-6)
+
+
+def test_without_the_student_the_teacher_alone_is_run(world):
+    """What the teacher says is the same; the student's columns are null, and no value of it masks a token."""
+    full = world.make()
+    config = SuperviseConfig(student="none")
+    world.bench.workers.handlers["scorer"].close()
+    loads = world.bench.workers.handlers["scorer"].models.loads
+    jobs = world.jobs(config=config)
+    made = world.make(config=config)
+    assert world.bench.workers.handlers["scorer"].models.loads == loads + 1
+    assert outputs(jobs) == [(shard, ["mask", "sampled"]) for shard in (0, 1)]
+    assert made["teacher_topk"].key == full["teacher_topk"].key
+    before, after = (world.store.read_table(of["sampled"], "sampled") for of in (full, made))
+    for column in ("student_logprobs", "student_entropy", "behaviour_logprobs"):
+        assert after[column].null_count == after.num_rows and before[column].null_count == 0
+    for column in ("sample_id", "teacher_logprobs", "teacher_entropy"):
+        assert after[column] == before[column]
+    masks = [world.store.read_table(of["mask"], "mask") for of in (full, made)]
+    assert masks[0] == masks[1]
+    assert set(made["sampled"].meta["metrics"].values()) == {None}
+    with pytest.raises(ConfigError, match="student_topk"):
+        world.work((*NEEDS, SignalNeed("student_topk", 3)), config)
+
+
+def test_without_the_student_invalid_values_of_the_teacher_are_masked(world, tmp_path):
+    broken = shutil.copytree(world.folders["teacher"], tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    name = next(name for name in weights if "embed_tokens" in name)
+    weights[name][world.store.read_table(world.rollouts, "rollouts")["completion_token_ids"][0][0].as_py()] = math.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    world.bench.max_invalid = 1.0
+    made = world.make(config=SuperviseConfig(student="none"), teacher=world.bench.model(broken))
+    reasons = np.concatenate(world.store.read_table(made["mask"], "mask")["mask_reasons"].to_pylist())
+    values = np.concatenate(world.store.read_table(made["sampled"], "sampled")["teacher_logprobs"].to_pylist())
+    assert ((reasons & int(MaskReason.INVALID_VALUE) != 0) == ~np.isfinite(values)).all() and np.isnan(values).any()
+    assert made["mask"].meta["reasons"]["invalid_value"] > 0
 
 
 def test_one_pass_writes_what_is_missing_and_rewrites_nothing(world):

@@ -117,6 +117,9 @@ class Credit(Kind):
     """whether it is derived for exact samples of the student, which no importance weight stands in for"""
     sampled_only: ClassVar[bool] = True
     """whether it is defined for the sampled token alone, not for a list of candidates"""
+    tokenwise: ClassVar[bool] = False
+    """whether a token's factors depend on no other token, not even of its sample: the head's gradient is then formed with its
+    logits, which takes less time and memory"""
 
     @property
     def needs(self) -> CreditNeeds:

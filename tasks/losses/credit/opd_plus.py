@@ -19,6 +19,7 @@ class OpdPlus(Credit):
     paper = "2606.01039"
     exact_samples = True
     sampled_only = False
+    tokenwise = True
 
     def delta_at_one(self, divergence: Divergence) -> float:
         return divergence.w_at_one

@@ -18,6 +18,7 @@ class StopGradient(Credit):
     equation = "delta = -f(u)"
     paper = "2606.01039"
     sampled_only = False
+    tokenwise = True
 
     def of(self, divergence: Divergence) -> str:
         return f"delta = -({divergence.f_equation})"

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flows.cli.app import main
+from flows.run.card import base_of
 from storage.artifacts.digests import weights_digest
 from storage.runs import Run, StageState
 
@@ -40,10 +42,10 @@ def test_the_copy_is_the_recorded_student(args, round, export, example_store, tm
     target = tmp_path / "deep" / "student"
     code, out, err = export("demo", target, *args)
     assert (code, err) == (0, "")
-    assert files(target) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert files(target) == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
     assert recorded(example_store, round) in out
     assert weights_digest(target) == recorded(example_store, round)
-    assert files(target.parent)[:1] == ["config.json"]  # no temporary folder stays beside it
+    assert files(target.parent)[:1] == ["README.md"]  # no temporary folder stays beside it
 
 
 def test_an_empty_folder_is_filled_and_json_says_where(export, example_store, tmp_path):
@@ -116,3 +118,39 @@ def test_a_damaged_student_is_not_exported(export, example_store, tmp_path):
     code, _, err = export("demo", tmp_path / "student")  # the file is in quarantine now
     assert code == 1 and "opd resume demo" in err
     assert export("demo", tmp_path / "student", "--round", 1)[0] == 0
+
+
+def test_a_card_says_what_the_student_is(export, example_store, tmp_path):
+    code, _, err = export("demo", tmp_path / "student", "--round", 1)
+    assert (code, err) == (0, "")
+    head, _, text = (tmp_path / "student" / "README.md").read_text().removeprefix("---\n").partition("---\n")
+    assert yaml.safe_load(head) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["on-policy-distillation", "opdflow"],
+    }
+    assert "# demo, round 1" in text and "| base model | `small` |" in text
+    assert "| teacher | acme/large at `0123abc` |" in text and f"`{recorded(example_store, 1)}`" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| accuracy |")]
+    metrics = Run.open(example_store, "demo").state.rounds
+    for number in (0, 1):
+        assert f"{metrics[number].metrics['accuracy_greedy']:.1%}" in row
+    assert "/models" not in text and "/data" not in text  # no folder of this machine
+
+
+def test_the_card_of_a_base_model_keeps_its_licence(tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags: [chat]\n---\n# Base\n")
+    assert base_of({"kind": "checkpoint", "path": str(folder)}) == (None, "apache-2.0")
+    assert base_of({"kind": "hub", "repo": "acme/base", "revision": "1"}) == ("acme/base", None)
+    assert base_of({"kind": "architecture"}) == (None, None)
+
+
+def test_best_is_the_round_of_the_highest_accuracy(export, example_store, tmp_path):
+    metrics = {r.round: r.metrics["accuracy_greedy"] for r in Run.open(example_store, "demo").state.rounds}
+    expected = max(metrics, key=lambda round: (metrics[round], -round))
+    code, out, _ = export("demo", tmp_path / "student", "--best")
+    assert code == 0 and recorded(example_store, expected) in out
+    code, _, err = export("demo", tmp_path / "other", "--best", "--round", 1)
+    assert code == 2 and "both are given" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -123,6 +124,20 @@ def test_an_error_that_no_tick_cures_ends_the_schedule_with_its_code(server: Sto
     assert serve("bad", str(config), root, every(3), 1, [], lines.append) == 2
     assert "train.samples_per_step" in lines[-1] and "the schedule ends here" in lines[-1]
     assert {run["state_name"] for run in ticks(server, "bad") if run["state_type"] == "FAILED"} == {"Refused"}
+
+
+@pytest.mark.parametrize("moment", ["aadd_flow", "start"])
+def test_ctrl_c_before_the_first_tick_ends_in_order(
+    server: StoreServer, root: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    async def interrupted(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(f"prefect.runner.Runner.{moment}", interrupted)
+    lines: list[str] = []
+    assert serve("early", write(root, 1), root, every(60), 1, [], lines.append) == 130
+    assert "opd resume early" in lines[-1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

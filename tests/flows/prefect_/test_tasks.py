@@ -76,27 +76,31 @@ def reported_runs(server: StoreServer) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def reported(shared_server: StoreServer, tmp_path_factory: pytest.TempPathFactory) -> StoppedRun:
-    """A run of one round with workers, and the same once more, by the command line; both report to the shared server."""
+    """A run of one round with workers, then of a second round, by the command line; both report to the shared server. A third
+    call, which finds everything in the store, does not."""
     folder = tmp_path_factory.mktemp("reported")
     run = StoppedRun.of(scripted_run.prepare_root(folder / "template" / "store"), folder / "run", rounds=1)
     run.write(None)
     text = (run.folder / "config.yaml").read_text()
     (run.folder / "config.yaml").write_text(text.replace("scripted_family", "scripted_leaks"))
-    for _ in range(2):
+    for rounds in (1, 2, 2):
         leak = {"OPD_TEST_LEAK_HOW": "prints", "OPD_TEST_LEAK": "a line of the trainer's [worker]"}
-        process = run.begin(prefect=True, PREFECT_API_URL=shared_server.api_url, **leak)
+        more = ("--set", f"policy.rounds={rounds}")
+        process = run.begin(*more, prefect=True, PREFECT_API_URL=shared_server.api_url, **leak)
         process.join(PATIENCE)
         assert run.ended(process) == 0 and run.leftovers() == [], run.output
         assert "warning" not in run.output
+    assert run.output.count("nothing to do") == 1
     return run
 
 
 def tasks_of(server: StoreServer, flow_run: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Task runs by name, once all have arrived in their last state."""
+    """Task runs by name, once all (four a round) have arrived in their last state."""
+    count = 4 * (1 + flow_run["parameters"]["rounds"])
 
     def ended() -> dict[str, dict[str, Any]] | None:
         found = ask(server.api_url, "task_runs/filter", {"flow_runs": {"id": {"any_": [flow_run["id"]]}}})
-        complete = len(found) == 8 and all(run["state_type"] == "COMPLETED" for run in found)
+        complete = len(found) == count and all(run["state_type"] == "COMPLETED" for run in found)
         return {run["name"]: run for run in found} if complete else None
 
     return eventually(ended)
@@ -114,12 +118,12 @@ def messages(server: StoreServer, task_run: dict[str, Any]) -> list[str]:
 
 def test_a_flow_run_has_the_experiment_as_its_parameters_and_its_method_as_tags(reported, shared_server) -> None:
     first, second = reported_runs(shared_server)
-    for run in (first, second):
+    for run, rounds in ((first, 1), (second, 2)):
         assert run["state_type"] == "COMPLETED"
         assert set(run["tags"]) == {NAME, "direct", "reverse_kl"}
-        assert (run["parameters"]["run"], run["parameters"]["rounds"]) == (NAME, 1)
+        assert (run["parameters"]["run"], run["parameters"]["rounds"]) == (NAME, rounds)
     stored = Run.open(reported.root, NAME).experiment
-    assert Experiment.model_validate(first["parameters"]["experiment"]) == Experiment.model_validate(stored)
+    assert Experiment.model_validate(second["parameters"]["experiment"]) == Experiment.model_validate(stored)
 
 
 def test_tasks_are_the_stages_of_the_rounds_and_a_cached_one_says_so(reported, shared_server) -> None:
@@ -127,17 +131,20 @@ def test_tasks_are_the_stages_of_the_rounds_and_a_cached_one_says_so(reported, s
     round_0 = ("model", "model_teacher", "prepare", "evaluate")
     round_1 = ("rollout", "supervise", "train", "evaluate")
     names = {f"{label} · round 0" for label in round_0} | {f"{label} · round 1" for label in round_1}
-    assert first.keys() == second.keys() == names
+    later = {f"{label} · round 2" for label in round_1}
+    assert first.keys() == names and second.keys() == names | later
     assert set(first["train · round 1"]["tags"]) == {NAME, "direct", "reverse_kl", "round 1"}
     made = {name for name, run in first.items() if run["state_name"] == "Completed"}
     assert made == {"evaluate · round 0", *(f"{label} · round 1" for label in round_1)}
     assert {run["state_name"] for name, run in first.items() if name not in made} == {"Cached"}
-    assert {run["state_name"] for run in second.values()} == {"Cached"}
+    assert {name for name, run in second.items() if run["state_name"] == "Completed"} == later
+    assert {run["state_name"] for name, run in second.items() if name not in later} == {"Cached"}
 
 
 def test_a_round_is_a_table_and_the_end_a_summary(reported, shared_server) -> None:
     first, second = (artifacts_of(shared_server, run) for run in reported_runs(shared_server))
-    assert first.keys() == second.keys() == {f"{NAME}-round-0", f"{NAME}-round-1", f"{NAME}-summary"}
+    assert first.keys() == {f"{NAME}-round-0", f"{NAME}-round-1", f"{NAME}-summary"}
+    assert second.keys() == first.keys() | {f"{NAME}-round-2"}
     state = Run.open(reported.root, NAME).state
     one = state.rounds[1]
     table = first[f"{NAME}-round-1"]

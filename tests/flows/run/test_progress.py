@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from flows.run import progress
-from flows.run.progress import LineReporter, TerminalReporter, round_line
+from flows.run.progress import LineReporter, OnlyWork, TerminalReporter, round_line
 from flows.run.shown import sample_sizes
 from storage.runs import RoundState, StageState
 from tasks.workers.metrics import short_words, summarised, summary, words
@@ -78,15 +78,44 @@ def test_a_plain_log_has_figures_in_its_periodic_line_and_a_summary_at_the_end(m
     reporter.stage(2, "train", DONE, summarised(ROWS))
     signals = {"mask": "a", "sampled": "b", "teacher_topk": "c"}
     reporter.stage(2, "supervise", StageState(state="done", seconds=12.0, rows=1920, artifacts=signals))
-    reporter.stage(0, "model", StageState(state="cached", rows=0))
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     assert lines[0] == f"round 2 train           3/64 steps  {LINE}"
     assert lines[1] == "round 2 rollout         3/64 samples"
     assert lines[2] == "round 2 train           done in 12.0 s (64 steps)"
     assert lines[3] == f"round 2 train           {summary(summarised(ROWS))}"
-    assert lines[4:] == [
-        "round 2 supervise       done in 12.0 s (640 samples, 3 signals)",
-        "round 0 model           already in the store",
+    assert lines[4:] == ["round 2 supervise       done in 12.0 s (640 samples, 3 signals)"]
+
+
+def test_what_is_in_the_store_takes_one_line_of_a_round() -> None:
+    target, out = console(width=300)
+    reporter = LineReporter(target)
+    found = StageState(state="cached", rows=64)
+    for round, last in ((1, found), (2, DONE)):
+        for label in ("rollout", "supervise"):
+            reporter.stage(round, label, found)
+        reporter.stage(round, "train", last)
+        reporter.round_done(RoundState(round=round, metrics={"mean_length": 5.0}))
+    assert [line.rstrip() for line in out.getvalue().splitlines()] == [
+        "round 1:  length 5.0  already in the store",
+        "round 2 rollout, supervise already in the store",
+        "round 2 train           done in 12.0 s (64 steps)",
+        "round 2:  length 5.0",
+    ]
+
+
+def test_only_work_is_passed_on_when_nothing_is_to_be_done() -> None:
+    target, out = console(width=300)
+    reporter = OnlyWork(LineReporter(target))
+    for round, state in ((1, StageState(state="cached")), (2, DONE)):
+        reporter.stage(round, "train", state)
+        reporter.note(round, "train", f"note {round}")
+        reporter.round_done(RoundState(round=round))
+    shown = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert shown == [
+        "round 1 train           note 1",
+        "round 2 train           done in 12.0 s (64 steps)",
+        "round 2 train           note 2",
+        "round 2:",
     ]
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scoring import SAMPLING, VOCABULARY, described, model_folder, nucleus_logprobs, plain_logits, tokens
 
 from storage.errors import InputError
-from tasks.engines import distributions
+from tasks.engines import distributions, onepass
 from tasks.engines.forward import placement, plan_batches
 from tasks.engines.scorer import Sample, Scorer, fit_together
 from tasks.signals import Ask, Wanted
@@ -80,7 +80,18 @@ def close(found: np.ndarray, wanted: torch.Tensor, atol: float = 2e-5) -> None:
     torch.testing.assert_close(torch.as_tensor(found).double(), wanted.double(), atol=atol, rtol=2e-5)
 
 
+@pytest.fixture(params=["small", "large"])
+def vocabulary(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way that small vocabularies are answered, then that of large ones."""
+    if request.param == "large":
+        monkeypatch.setattr(onepass, "LARGE", 1)
+        monkeypatch.setattr(onepass, "WIDTH", 16)
+        monkeypatch.setattr(onepass, "SAMPLED", 4)
+        monkeypatch.setattr(onepass, "SAMPLED_MORE", 20)
+
+
 @pytest.mark.parametrize("teacher", ["teacher", "wider"])
+@pytest.mark.usefixtures("vocabulary")
 def test_every_signal_is_that_of_a_plain_computation(models, samples, teacher):
     values = score(models, samples, teacher=teacher, batch_tokens=40, head_chunk_tokens=7)
     for i, sample in enumerate(samples):
@@ -105,6 +116,7 @@ def test_every_signal_is_that_of_a_plain_computation(models, samples, teacher):
         assert (values["teacher_top5_valid"][i] == 5).all() and (values["student_top4_valid"][i] == 4).all()
 
 
+@pytest.mark.usefixtures("vocabulary")
 def test_chunks_and_batches_change_nothing_but_rounding(models, samples):
     plain = score(models, samples, batch_tokens=1, head_chunk_tokens=10_000)
     chunked = score(models, samples, batch_tokens=10_000, head_chunk_tokens=3)
@@ -141,6 +153,7 @@ def test_the_whole_vocabulary_leaves_no_tail(models, samples):
         score(models, samples, lists(VOCABULARY + 1))
 
 
+@pytest.mark.usefixtures("vocabulary")
 def test_a_student_with_more_rows_than_its_teacher(models):
     """Its padding rows are in no list, have no probability for the teacher, and are left out of the KL."""
     foreign = VOCABULARY + 3
@@ -183,6 +196,7 @@ def test_sampling_logprobs_are_those_of_the_truncated_distribution(seed, tempera
         assert found_N[outside_N].isfinite().all() and (found_N[outside_N] < 0).all()
 
 
+@pytest.mark.usefixtures("vocabulary")
 def test_behaviour_logprobs_of_the_model(models, samples):
     values = score(models, samples, Wanted(Ask(sampling=SAMPLING)))
     inside = 0

@@ -17,11 +17,11 @@ from places import DATA
 from plain_head import PlainHead
 from torch import Tensor, nn
 
-from tasks.losses.build import make_objective
+from tasks.losses.build import Objective, make_objective
 from tasks.losses.config import DirectConfig, PolicyGradientConfig, TopkSupport
 from tasks.losses.divergences import REGISTRY
 from tasks.losses.head import ChunkedHead
-from tasks.losses.types import TokenBatch
+from tasks.losses.types import StudentView, TokenBatch
 
 PATH = Path(os.environ.get("OPD_REFERENCE", DATA / "objectives.json"))
 REFERENCE: dict[str, Any] = json.loads(PATH.read_text())
@@ -94,10 +94,27 @@ def check_gradient(case: dict[str, Any], student_NV: Tensor, per_token_N: Tensor
     torch.testing.assert_close(grad, torch.tensor(case["grad"], dtype=grad.dtype), **TOLERANCE[grad.dtype])
 
 
+def check_fused(case: dict[str, Any], student_NV: Tensor, batch: TokenBatch, objective: Objective) -> None:
+    """Value and gradient from one pass over the logits of four tokens at a time."""
+    mask_N = batch.loss_mask_N
+    per_token_N = torch.zeros_like(mask_N)
+
+    def share(places_C: Tensor, view: StudentView, _: StudentView | None) -> Tensor:
+        found_C = objective(batch.at(places_C), view).per_token_N
+        per_token_N[places_C] = found_C.detach()
+        return (mask_N[places_C] * found_C).sum() / mask_N.sum()
+
+    head, request = identity_head(student_NV.shape[1], student_NV.dtype), objective.needs.student
+    loss = ChunkedHead(4, rows_from=1000).loss(student_NV, head, batch, request, None, share)
+    check_value(case, per_token_N, mask_N)
+    (grad,) = torch.autograd.grad(loss, student_NV)
+    torch.testing.assert_close(grad, torch.tensor(case["grad"], dtype=grad.dtype), **TOLERANCE[grad.dtype])
+
+
 @of_kind("support_divergence")
 @pytest.mark.parametrize(
     ("provider", "dtype"),
-    [*((name, torch.float64) for name in PROVIDERS), ("chunked", torch.float32)],  # the one that training uses
+    [*((name, torch.float64) for name in (*PROVIDERS, "fused")), ("chunked", torch.float32), ("fused", torch.float32)],
     ids=str,
 )
 def test_support_divergence(case: dict[str, Any], provider: str, dtype: torch.dtype) -> None:
@@ -111,6 +128,9 @@ def test_support_divergence(case: dict[str, Any], provider: str, dtype: torch.dt
     batch = batch_for(student, spec["support"], spec["k"])
     objective = make_objective(config)
     head = identity_head(student.shape[1], dtype)
+    if provider == "fused":  # the one that training uses
+        check_fused(case, student, batch, objective)
+        return
     view = PROVIDERS[provider](student, head, batch, objective.needs.student)
     assert (view.log_normaliser_N is None) == (spec["tail"] == "renormalize")
     per_token = objective(batch, view).per_token_N

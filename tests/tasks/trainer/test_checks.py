@@ -171,11 +171,11 @@ def test_ids_are_not_bounded_above_where_the_vocabulary_is_not_known() -> None:
 def test_ids_of_a_warm_up_lie_in_the_vocabulary() -> None:
     row = {"prompt_id": "w", "split": "warmup", "text": "", "token_ids": [1, 2], "completion_token_ids": [3, 9]}
     table = pa.Table.from_pylist([row], schema_for("prompts"))
-    assert len(from_prompts(table, "warmup", 10)) == 1
+    assert len(from_prompts(table, 10)) == 1
     for column, bad in (("completion_token_ids", [3, 10]), ("token_ids", [1, -1])):
         table = pa.Table.from_pylist([row | {column: bad}], schema_for("prompts"))
         with pytest.raises(InputError, match=rf"prompts.{column}: sample 'w', token 1: found {bad[1]}"):
-            from_prompts(table, "warmup", 10)
+            from_prompts(table, 10)
 
 
 def test_full_support_means_every_id_of_the_student() -> None:

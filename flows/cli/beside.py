@@ -100,6 +100,8 @@ def _print_figures(root: Path, names: Sequence[str], out: Console) -> None:
 
 
 def _print_parted(line: Compared, rows: pa.Table, out: Console) -> None:
+    if line.figures.get("accuracy_greedy") is None:
+        return None  # no greedy answers, or none to the same prompts
     if not rows.num_rows:
         return out.print(f"the greedy answers of {line.one} and {line.other} are equal")
     middle = pc.quantile(rows["position"], interpolation="lower")[0].as_py()

@@ -198,7 +198,7 @@ def _heading(state: RunState, root: Path, holder: str | None) -> Text:
     line = Text(state.name, style="bold")
     line.append(f"  {status_text(state, root)}", style=_COLOURS[state.status])
     if state.ended:
-        line.append(f" after round {state.rounds_done}: {state.ended}", style="dim")
+        line.append(f" {state.ended}", style="dim")
     if state.forked_from:
         line.append(f"  forked from {state.forked_from}", style="dim")
     if holder:

@@ -250,7 +250,11 @@ def _go(
         print(json.dumps(_with_built(status_json(state, root), built), indent=2))
         return
     print_report(state, root)
-    if built == 0:
+    if built == 0 and state.ended:
+        out.print(
+            f"nothing to do; to go on: {opd_command(root, 'resume', name, '--set', 'policy.stop=null')}", soft_wrap=True
+        )
+    elif built == 0:
         done = max((round.round for round in state.rounds), default=0) if rounds is None else rounds
         out.print(f"nothing to do: {f'rounds 0 to {done}' if done else 'round 0'} of {name!r} are in the store")
 

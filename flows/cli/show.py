@@ -85,7 +85,10 @@ def _found(catalog: Any, run: Run, sample: str | None, top: int) -> dict[str, An
         hint = did_you_mean(str(sample), ids, f"round {last} has {', '.join(ids[:3])}, ...")
         raise InputError(f"run {run.name!r} has no sample {sample!r}; {hint}")
     written = rows[0]
-    columns = "position, token_id, token, student_logprob, teacher_logprob, gap, teacher_mass, reasons, text_offset, text_length"
+    columns = (
+        "position, token_id, token, coalesce(student_logprob, sampling_logprob) AS student_logprob, teacher_logprob, gap,"
+        " teacher_mass, reasons, text_offset, text_length"
+    )
     tokens = catalog.query(f"SELECT {columns} FROM tokens WHERE {where} ORDER BY position").to_pylist()
     lists = catalog.query(
         "SELECT teacher_topk_ids AS teacher, teacher_topk_logprobs AS teacher_logprobs, student_topk_ids AS student,"

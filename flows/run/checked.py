@@ -20,7 +20,7 @@ from tasks.engines.hf_folder import (
     read_config,
 )
 from tasks.engines.teacher import VllmTeacher
-from tasks.inputs.models import ServedModel
+from tasks.inputs.models import CheckpointModel, HubModel, ServedModel
 from tasks.routing import taught_by, teacher_field
 from tasks.stage import merged_stop_ids
 from tasks.trainer.config import WarmupConfig
@@ -49,6 +49,8 @@ class Model:
     warmup: WarmupConfig | None = None
     teacher: str | None = None
     """Its name where prompts name their teachers."""
+    pretrained: bool = False
+    """Whether its weights come from a folder or the Hub."""
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -131,13 +133,19 @@ class Known:
         columns = ["prompt_id", "split", "teacher_id", "token_ids", "teacher_token_ids", "completion_token_ids"]
         return cls(
             experiment,
-            Model("student", store.materialize(student), experiment.student.warmup),
+            Model(
+                "student",
+                store.materialize(student),
+                experiment.student.warmup,
+                pretrained=isinstance(experiment.student.source, CheckpointModel | HubModel),
+            ),
             tuple(
                 Model(
                     teacher_field(name),
                     store.materialize(teacher),
                     experiment.taught_by[name].warmup,
                     name if experiment.routed else None,
+                    isinstance(experiment.taught_by[name].source, CheckpointModel | HubModel),
                 )
                 for name, teacher in teachers.items()
             ),

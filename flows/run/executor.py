@@ -274,10 +274,11 @@ class Maker:
 
     def enough(self, number: int) -> bool:
         reached = self.state.model_copy(update={"rounds": [r for r in self.state.rounds if r.round <= number]})
-        self.state.ended = None if self._stop is None else self._stop.reason(reached)
-        if self.state.ended is not None:
-            self.reporter.note(number, "run", f"ends here: {self.state.ended}")
-        return self.state.ended is not None
+        reason = None if self._stop is None else self._stop.reason(reached)
+        self.state.ended = None if reason is None else f"after round {number}: {reason}"
+        if reason is not None:
+            self.reporter.note(number, "run", f"ends here: {reason}; to go on: --set policy.stop=null")
+        return reason is not None
 
     def __call__(self, label: str, make: Callable[P, Work], *args: P.args, **inputs: P.kwargs) -> Made:
         work, given = make(*args, **inputs), (*args, *inputs.values())

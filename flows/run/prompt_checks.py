@@ -25,6 +25,17 @@ def sizes(known: Known) -> Found:
         yield Finding(text, refused=True)
 
 
+def warm_ups(known: Known) -> Found:
+    """Warm-ups of models that are trained already: `base:` brings those of the demo's recipes along."""
+    for model in (known.student, *known.teachers):
+        if model.warmup is not None and model.pretrained:
+            rows = known.read_by(model, "warmup").num_rows
+            yield Finding(
+                f"{model.side}.warmup: this checkpoint is trained for up to {model.warmup.steps:,} steps on {rows:,} rows of"
+                f" prompts.warmup before round 1; {model.side}.warmup: null leaves that out"
+            )
+
+
 def prompts_of_each(known: Known) -> Found:
     """Teachers that no prompt names: they would be loaded for nothing, and those with a warm-up have nothing to learn."""
     for teacher in known.teachers:

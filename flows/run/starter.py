@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from storage.errors import InputError
 from tasks.inputs.records import records
@@ -31,11 +32,15 @@ class PromptFile:
     columns: dict[str, str]
     """Our name -> theirs, where they differ."""
     answers: bool
+    answered: bool = False
+    """Whether its conversations end with an assistant's turn."""
 
     def source(self, folder: Path, limit: int | None = None) -> str:
         """Its section, for a config in this folder; `limit`: of the first rows only."""
         path = _quoted(_relative(self.path, folder))
         more = ""
+        if self.answered:
+            more += ", last_turn_is_completion: true"
         if self.columns:
             more += ", columns: {" + ", ".join(f"{ours}: {_quoted(name)}" for ours, name in self.columns.items()) + "}"
         if limit is not None:
@@ -46,10 +51,13 @@ class PromptFile:
     def read(cls, path: Path) -> PromptFile:
         """InputError for a file without rows, or without a column that holds prompts."""
         seen: set[str] = set()
-        rows = 0
-        for _, _, names in islice(records(path, {name: name for name in COLUMNS}), _LOOKED_AT):
+        rows, answered = 0, False
+        conversations = {"messages", *USUAL_NAMES["messages"]}
+        for _, values, names in islice(records(path, {name: name for name in COLUMNS}), _LOOKED_AT):
             rows += 1
             seen.update(names)
+            turns = [values[name] for name in conversations if isinstance(values.get(name), list) and values[name]]
+            answered |= any(_speaker(turn[-1]) in ("assistant", "gpt", "chatgpt") for turn in turns)
         if not rows:
             raise InputError(f"{path}: no rows")
         columns = {}
@@ -64,7 +72,7 @@ class PromptFile:
         answer = next((name for name in _ANSWERS if name in seen), None)
         if answer not in (None, "answer"):
             columns["answer"] = str(answer)
-        return cls(path, rows, columns, answer is not None)
+        return cls(path, rows, columns, answer is not None, answered)
 
 
 @dataclass(frozen=True)
@@ -109,9 +117,12 @@ class Starter:
     def text(self, folder: Path) -> str:
         """The config's YAML, for a file in this folder. InputError where models or prompts cannot be read, or do not fit."""
         named = {"student": self.student, "teacher": self.teacher}
-        models = Models.read(*(_folder(value, side) for side, value in named.items()))
-        train = PromptFile.read(self.prompts)
+        folders = [_folder(value, side) for side, value in named.items()]
+        train = PromptFile.read(self.prompts)  # before the models, whose tokenizers take seconds to compare
         held_out = PromptFile.read(self.held_out) if self.held_out is not None else None
+        if held_out is None and train.rows < 2:
+            raise InputError(f"{train.path}: has one row, and some must be held out; give more, or --eval FILE")
+        models = Models.read(*folders)
         gpu = self.device == "cuda"
         tokens, longest = (2048, 1024) if gpu else (128, 1024)
         if models.positions is not None:
@@ -163,7 +174,7 @@ class Starter:
             "train:",
             f"  samples_per_step: {step}   # of {prompts} in a round: {prompts // step} optimizer steps",
             f"  lr: {'2.0e-6' if gpu else '1.0e-5'}              # raise it as long as the reverse KL falls steadily",
-            "  schedule: {warmup_steps: 10}",
+            f"  schedule: {{warmup_steps: {min(10, prompts // step)}}}",
             *(["  dtype: bfloat16"] if gpu else []),
             "",
             "evaluate:                # held-out prompts after every round: reverse KL, and accuracy with a verifier",
@@ -187,6 +198,11 @@ class Starter:
         return "\n".join(lines)
 
 
+def _speaker(turn: Any) -> str | None:
+    """Who wrote a turn, under the field of either form."""
+    return (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
+
+
 def _folder(value: str, side: str) -> Path | None:
     """A checkpoint's folder; None for a model of the Hub. InputError for neither."""
     path = Path(value)
@@ -208,10 +224,8 @@ def _source(value: str, folder: Path) -> str:
 
 
 def _relative(path: Path, folder: Path) -> str:
-    """A path for a file in `folder`: relative where both are below one folder of the user's, else absolute."""
-    path, folder = path.absolute(), folder.absolute()
-    near = os.path.commonpath([path, folder]) not in (os.sep, path.anchor)
-    return os.path.relpath(path, folder) if near else str(path)
+    """A path for a file in `folder`: absolute if it was given so, else relative to the folder."""
+    return str(path) if path.is_absolute() else os.path.relpath(path.absolute(), folder.absolute())
 
 
 def _quoted(text: str) -> str:

@@ -55,7 +55,7 @@ CONTEXT = 40
 """Characters of `before` and `after`."""
 _IN_WORDS = {reason: (reason.name or "").lower().replace("_", " ") for reason in MaskReason}
 _MADE_FROM = {
-    "gap": ("student_logprob", "teacher_logprob"),
+    "gap": ("student_logprob", "sampling_logprob", "teacher_logprob"),
     "teacher_mass": ("teacher_tail", "student_list_tail"),
     "reasons": ("mask_reasons",),
     "before": ("text_offset",),
@@ -162,7 +162,11 @@ _ALL = (
             Column("student_logprob", _FLOAT, "of the rollout-time student", nullable=True),
             Column("teacher_logprob", _FLOAT, "of the teacher", nullable=True),
             Column(
-                "gap", _FLOAT, "student_logprob - teacher_logprob: the token's part in the reverse KL", nullable=True
+                "gap",
+                _FLOAT,
+                "student_logprob - teacher_logprob: the token's part in the reverse KL; sampling_logprob where the student did"
+                " not score (supervise.student: none)",
+                nullable=True,
             ),
             Column("student_entropy", _FLOAT, "nats", nullable=True),
             Column("teacher_entropy", _FLOAT, "nats", nullable=True),
@@ -408,7 +412,7 @@ class Views:
             f"CASE WHEN mask_reasons & {int(bit)} > 0 THEN '{text}' END" for bit, text in _IN_WORDS.items()
         )
         made = {
-            "gap": "student_logprob - teacher_logprob",
+            "gap": "coalesce(student_logprob, sampling_logprob) - teacher_logprob",
             "teacher_mass": f"coalesce({mass.format('teacher_tail')}, {mass.format('student_list_tail')})",
             "reasons": f"CASE WHEN mask_reasons IS NOT NULL THEN concat_ws(', ', {words}) END",
             "before": f"right(left(completion_text, text_offset), {CONTEXT})",

@@ -1,9 +1,11 @@
--- The tokens that the teacher finds least likely, compared with the student, and the text around them.
+-- The tokens that the teacher finds least likely, compared with the student, and the text around them. Where the student did not
+-- score (supervise.student: none) it is the distribution sampled from.
 -- Their place in the text is looked up last, for the rows that are shown.
 -- $round = last: the round whose rollouts are looked at
 -- $limit = 20: rows
 WITH worst AS (
-  SELECT run, round, sample_id, position, token, gap, student_logprob, teacher_logprob, reasons
+  SELECT run, round, sample_id, position, token, gap, teacher_logprob, reasons,
+    coalesce(student_logprob, sampling_logprob) AS student_logprob
   FROM tokens
   WHERE round = $round AND isfinite(gap)
   ORDER BY gap DESC

@@ -84,6 +84,18 @@ def test_tokenizers_that_differ_get_the_policy_that_fits(init, models, tmp_path)
     assert load_experiment(tmp_path / "experiment.yaml", []).prompts.tokenizers.stop_ids == "merge"
 
 
+def test_conversations_that_end_with_an_answer(init, models, tmp_path):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    file = tmp_path / "chat.jsonl"
+    file.write_text(
+        "".join(json.dumps({"conversations": [*turns[:1], turns[1] | {"value": f"{i}"}]}) + "\n" for i in range(9))
+    )
+    code, said = init("--student", models[0], "--teacher", models[0], "--prompts", file)
+    assert code == 0, said
+    train = load_experiment(tmp_path / "experiment.yaml", []).prompts.train
+    assert train.columns == {"messages": "conversations"} and train.last_turn_is_completion
+
+
 def test_a_gpu_gets_bfloat16_and_hub_models_their_revision(init, models, tmp_path):
     file = rows(tmp_path / "train.jsonl", "prompt", "answer", count=3000)
     code, said = init(
@@ -103,11 +115,13 @@ def test_a_gpu_gets_bfloat16_and_hub_models_their_revision(init, models, tmp_pat
         ({"--teacher": "Qwen/Qwen3-8B"}, "a model of the Hub is OWNER/NAME@COMMIT"),
         ({"--teacher": "."}, "no config.json in this folder"),
         ({"--prompts": "gone.jsonl"}, "gone.jsonl: no such prompt file"),
+        ({"--prompts": "single.jsonl"}, "has one row"),
         ({"--prompts": "odd.jsonl"}, "none of its columns (colour) is known to hold prompts"),
     ],
 )
 def test_what_cannot_be_read_is_refused_and_nothing_written(init, models, tmp_path, args, said):
     rows(tmp_path / "odd.jsonl", "colour")
+    rows(tmp_path / "single.jsonl", "prompt", count=1)
     given = {"--student": models[0], "--teacher": models[1], "--prompts": prompt_files(tmp_path)} | args
     code, shown = init(*(part for pair in given.items() for part in pair))
     assert code == 2 and said in shown.replace("\n", " ")

@@ -179,6 +179,10 @@ def _recipe(path: Path) -> Entry:
     made_of = _parts(objective)
     if (backend := experiment.supervise.teacher).kind != "local":
         made_of.append(("teacher backend", backend.kind, backend.equation))
+    if (behaviour := experiment.rollout.behaviour).kind != "student":
+        made_of.append(("behaviour", behaviour.kind, behaviour.equation))
+    if (own := experiment.self_teacher) is not None:
+        made_of.append(("teacher", own.kind, own.equation))
     if experiment.teachers:
         kind = "routed" if experiment.routed else "mixture"
         made_of.append(("teacher", kind, _ROUTED.equations[0] if experiment.routed else MixtureConfig.equation))

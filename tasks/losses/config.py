@@ -161,7 +161,8 @@ class PolicyGradientConfig(Weighted):
 
     estimator: Literal["policy_gradient"] = "policy_gradient"
     equation: ClassVar[str] = (
-        "a PPO(rho, A) + b w D, A = sg(m A_r + delta), rho = p(y) / sg(p_old(y)); by default -A rho"
+        "a PPO(rho, A) + b w D, A = sg(m A_r + delta), rho = p(y) / sg(p_old(y)); A_r = b = 0 and m = a = w = 1 unless the credit"
+        " gives them; PPO(rho, A) = -A rho without ppo_clip and dual_clip"
     )
     paper: ClassVar[str] = "2606.01039"
     divergence: DivergenceField = Field(ReverseKL(), description="what is minimised in expectation")

@@ -43,6 +43,10 @@ def test_the_student_is_the_same_bit_for_bit_and_nothing_but_sampled_and_mask_is
         " count(student_entropy) AS entropy, count(sampling_logprob) AS sampling FROM tokens"
     ).to_pylist()
     assert tokens["n"] == tokens["teacher"] == tokens["sampling"] > 0 == tokens["student"] == tokens["entropy"]
+    (gaps,) = run.query(
+        "SELECT count(*) FILTER (isfinite(gap)) AS n, max(abs(gap - (sampling_logprob - teacher_logprob))) AS off FROM tokens"
+    ).to_pylist()
+    assert gaps["n"] > 0 and gaps["off"] < 1e-6  # the distribution sampled from takes the student's place
     (rows,) = run.query(
         "SELECT count(*) AS n, count(teacher_logprobs) AS teacher, count(student_logprobs) AS student FROM supervision"
     ).to_pylist()

@@ -54,6 +54,21 @@ def test_models_that_run_are_found_fit(tmp_path, kind, fields):
     assert findings(tmp_path, family(tmp_path / kind, kind, **fields)) == ([], [])
 
 
+def test_a_warm_up_of_a_checkpoint_is_named(tmp_path):
+    """`base:` of a recipe brings the demo's along; a model made from an architecture needs one."""
+    student = family(tmp_path / "model", "qwen3")
+    train = prompt_files(tmp_path)
+    rows = [{"prompt": f"Say {i}.", "completion": str(i)} for i in range(3)]
+    warmup = tmp_path / "warmup.jsonl"
+    warmup.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = config(student, student, train, prompts={"warmup": {"kind": "file", "path": str(warmup)}})
+    data["student"]["warmup"] = {"steps": 700, "samples_per_step": 2, "lr": 1e-3}
+    (line,) = [
+        line for line in check_experiment(experiment_of(data, "test"), tmp_path / "store") if "student.warmup" in line
+    ]
+    assert "this checkpoint is trained for up to 700 steps on 3 rows" in line and "student.warmup: null" in line
+
+
 @pytest.mark.parametrize("text_config", [None, {"model_type": "qwen3"}])
 def test_a_text_config_without_fields_is_none(tmp_path, text_config):
     student = family(tmp_path / "model", "qwen3")

@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from small_store import STUDENT, build, model
+from small_store import SHARDS, STUDENT, build, model, rows
 
+from storage.artifacts.batches import BatchLog
 from storage.artifacts.checkpoints import write_file
 from storage.disk import failpoints
 from storage.disk.failpoints import failpoint
@@ -18,6 +19,7 @@ from storage.store import Artifact, ArtifactSpec, Store
 STEPS = 4
 OLD = ArtifactSpec.of("mask", 1, {"policy": "old"}, {"rollouts": "cd" * 32})
 """Committed before the story begins, and damaged since."""
+SAMPLED = ArtifactSpec.of("mask", 1, {"policy": "sampled"}, {"rollouts": "ef" * 32})
 
 
 def before(root: Path) -> None:
@@ -29,7 +31,7 @@ def before(root: Path) -> None:
 
 
 def story(root: Path) -> None:
-    """A run that makes two artifacts and repairs a third."""
+    """A run that makes three artifacts and repairs a fourth."""
     store = Store(root)
     run = Run.create(root, "story", {"seed": 0}, {"seed": 0})
     with run.lock():
@@ -37,7 +39,7 @@ def story(root: Path) -> None:
         state = run.state
         state.status, state.rounds = "running", [RoundState(round=0)]
         run.save(state)
-        made = [build(store)[0], learn(store), build(store, OLD, salt=3)[0]]
+        made = [build(store)[0], learn(store), sample(store), build(store, OLD, salt=3)[0]]
         keys = {f"{number} {artifact.stage}": artifact.key for number, artifact in enumerate(made)}
         state.rounds[0].stages["all"] = StageState(state="done", artifacts=keys)
         state.status = "finished"
@@ -61,6 +63,18 @@ def learn(store: Store) -> Artifact:
         if builder.needs_tree():
             model(builder.directory(), value)
         return builder.commit()
+
+
+def sample(store: Store) -> Artifact:
+    """Shards that are sampled in a batch, whose record is durable before each of them."""
+    with store.building(SAMPLED) as builder:
+        log = BatchLog(builder.path, "mask")
+        for shard in builder.missing("mask", SHARDS):
+            log.add(shard, shard)
+            log.writing(shard)
+            builder.write_shard("mask", shard, rows(shard, salt=5))
+        batches = builder.batches("mask", SHARDS) if builder.committed is None else None
+        return builder.commit(tables={"mask": SHARDS}, provenance=batches)
 
 
 def _write(value: bytes, path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from storage.errors import InputError
 from tasks.inputs.records import records
-from tasks.inputs.rows import COLUMNS, USUAL_NAMES, names_of
+from tasks.inputs.rows import COLUMNS, ROLES, USUAL_NAMES, names_of
 from tasks.inputs.tokenizers import TokenizerPolicy
 
 _LOOKED_AT = 2_000
@@ -57,7 +57,7 @@ class PromptFile:
             rows += 1
             seen.update(names)
             turns = [values[name] for name in conversations if isinstance(values.get(name), list) and values[name]]
-            answered |= any(_speaker(turn[-1]) in ("assistant", "gpt", "chatgpt") for turn in turns)
+            answered |= any(_speaker(turn[-1]) == "assistant" for turn in turns)
         if not rows:
             raise InputError(f"{path}: no rows")
         columns = {}
@@ -199,8 +199,9 @@ class Starter:
 
 
 def _speaker(turn: Any) -> str | None:
-    """Who wrote a turn, under the field of either form."""
-    return (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
+    """Who wrote a turn, under the field and the name of either form."""
+    found = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
+    return ROLES.get(found, found) if isinstance(found, str) else None
 
 
 def _folder(value: str, side: str) -> Path | None:
@@ -225,7 +226,7 @@ def _source(value: str, folder: Path) -> str:
 
 def _relative(path: Path, folder: Path) -> str:
     """A path for a file in `folder`: absolute if it was given so, else relative to the folder."""
-    return str(path) if path.is_absolute() else os.path.relpath(path.absolute(), folder.absolute())
+    return str(path) if path.is_absolute() else os.path.relpath(path, folder)
 
 
 def _quoted(text: str) -> str:
@@ -245,7 +246,7 @@ def _policy(student: Path, teacher: Path) -> TokenizerPolicy:
     for fields in (merged, merged | rendered) if stops_differ else (own, rendered):
         policy = TokenizerPolicy.model_validate(fields)
         with suppress(InputError):
-            audit_tokenizers(student, teacher, policy).require()
+            (audit_tokenizers(student, teacher, policy) if fields else first).require()
             return policy
     first.require()
     return TokenizerPolicy()

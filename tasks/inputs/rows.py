@@ -23,7 +23,7 @@ USUAL_NAMES = {
     "prompt": ("question", "problem", "instruction", "query", "input", "text"),
 }
 """Names that other programs give to our columns; errors suggest them for `columns`."""
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 """Roles of ShareGPT's messages (`from`, `value`) that have another name here."""
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -189,7 +189,7 @@ def _message(where: str, place: str, message: Any) -> dict[str, Any]:
     """A message with a role and a text content. Fields that are null are left out."""
     if isinstance(message, dict) and "role" not in message and isinstance(message.get("from"), str):
         role = message["from"].lower()
-        role = _ROLES.get(role, role)
+        role = ROLES.get(role, role)
         message = {"role": role, "content": message.get("value"), **_rest(message, "from", "value")}
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise InputError(f"{where}: {place} must have a role and a text content, found {shown(message)}")

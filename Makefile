@@ -8,7 +8,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup demo study test test-full faults bench lint clean
+.PHONY: help setup demo study test test-full faults bench bench-full lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -52,10 +52,11 @@ faults: setup  ## all fault tests in full (docs/reliability.md); takes hours, ca
 	@$(BIN)/python -m pytest -m "faults or promise"; code=$$?; \
 	  $(BIN)/python tests/support/fault_table.py docs/reliability.md; exit $$code
 
-bench: setup  ## speed of blended sampling, supervision and losses, each relative to a plain form; minutes on two idle cores
-	@$(BIN)/python benchmarks/blending.py
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/scoring.py
-	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/losses.py
+bench: setup  ## measure speed and memory, and write the table of docs/performance.md; about 20 minutes on two idle cores
+	@$(BIN)/python benchmarks/bench.py
+
+bench-full: setup  ## the same with the long ones (hours): PAIR and TRL are folders, see benchmarks/bench.py --help
+	@$(BIN)/python benchmarks/bench.py --full --pair $(PAIR) --trl $(TRL)
 
 lint: setup  ## style, types and import contracts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from record import record
 
 ROOT = Path(__file__).resolve().parent.parent
 LR = 1e-4
@@ -235,7 +236,7 @@ def main() -> None:
     if options.addition:
         addition(options.pair)
         return
-    speeds = {}
+    speeds, memory = {}, {}
     print("who,seconds_per_step,spread,tokens_per_s,peak_gb,parts")
     for who, half, steps in (("trl", trl, 1), ("ours", ours, options.steps)):
         if options.only not in (None, who):
@@ -245,10 +246,14 @@ def main() -> None:
         each = [s / steps for s in seconds]
         middle = statistics.median(each)
         speeds[who] = options.samples * options.tokens / middle
+        memory[who] = peak.gb
         parts = " ".join(f"{name} {gb:.2f}" for name, gb in sorted(peak.parts.items()))
         print(f"{who},{middle:.3f},{min(each):.3f}-{max(each):.3f},{speeds[who]:.1f},{peak.gb:.2f},{parts}", flush=True)
     if len(speeds) == 2:
         print(f"ratio,{speeds['ours'] / speeds['trl']:.3f}")
+        what = f"whole loop, {options.tokens} tokens, {options.dtype}, rounds of {options.steps} steps, of TRL"
+        record(f"{what}: tokens per second", [speeds["ours"] / speeds["trl"]], "at least 1.5")
+        record(f"{what}: peak memory", [memory["ours"] / memory["trl"]], "below 1")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import record
 from torch import Tensor, nn
 from turns import Spent, in_turns, machine, ratios, spread, table
 
@@ -187,6 +188,15 @@ def measure(case: Case, size: str, names: list[str], turns: int, chunk: int) -> 
         row += [f"{memory[name]:,.0f}" if name in memory else ""]
         row += [f"1/{memory[plain] / memory[name]:.3g}" if plain in memory and name in memory else ""]
         rows.append(row)
+        if name.endswith((" fused", " trl")):
+            where = f"loss {name}, d = {case.d}, of plain"
+            if plain in found:
+                record(f"{where}: time", ratios(spent, found[plain]), "at most 1.25")
+            if plain in memory:
+                record(f"{where}: memory", [memory[name] / memory[plain]], "at most 0.125")
+    if {"rows rows", "bucket fused"} <= found.keys():
+        of_bucket = ratios(found["rows rows"], found["bucket fused"])
+        record(f"loss over K rows (renormalize), d = {case.d}, of bucket: time", of_bucket, "at most 0.1")
     rate = spread(work / 1e9 / one.cpu for one in found["products"])
     print(f"\n{size}: T = {case.n}, d = {case.d}, V = {case.v:,}; products: {work / 1e9:.0f} GFLOP at {rate} GFLOP/s\n")
     columns = ("loss", "CPU seconds", "of plain", "clock, of plain", "of the products", "extra MB", "of plain's")

@@ -1,7 +1,13 @@
-"""How cost grows: prompts of a run, and shards of an artifact, each from small to large, with nothing but the store and the
-tokenizer at work.
+"""How cost grows: each of these from small to large, with nothing but our own code at work, without a model's forward.
 
-python benchmarks/scale.py [--prompts 1000 10000 100000 1000000] [--shards 250 1000 4000 16000]
+    prompts     of a run: read, rendered, tokenised, chosen, planned; per prompt
+    shards      of an artifact: written, found again, committed, read, queried; per shard
+    lengths     of completions, at equal numbers of tokens: a round is read by the trainer and made into micro-batches; per token
+    lists       entries K of a teacher's list: the same; per entry
+    vocabulary  rows of logits to answers: top 64, nucleus 0.9, entropy; per logit
+    weights     MiB of a checkpoint: its digest; per MiB. `read` is the file alone, from the page cache
+
+python benchmarks/scale.py [--prompts 1000 10000 100000 1000000] [--shards 250 1000 4000 16000] [--lengths ...] ...
 
 Each size runs in a process of its own. Prints one CSV row per step: CPU seconds, microseconds per item, and the growth of the
 process's peak memory in MiB. What grows no faster than its data has equal microseconds in all rows of a step."""
@@ -9,6 +15,7 @@ process's peak memory in MiB. What grows no faster than its data has equal micro
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import resource
 import subprocess
@@ -20,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from record import record
 
 from storage.artifacts import shards as shard_files
 from storage.artifacts.batches import BATCHES, BatchLog
@@ -28,23 +36,26 @@ from storage.store import ArtifactSpec, Store
 
 ROWS, TOKENS = 2, 8
 """Samples of a shard, and tokens of a sample: small, so that what is paid per shard shows."""
+TOKENS_OF_A_ROUND = 131_072
+HERE = Path(__file__).resolve().parent
 SPEC = ArtifactSpec.of("mask", 1, {"policy": "scale"}, {"rollouts": "ab" * 32})
 
 
 class Table:
     """Measures steps, and prints a row for each."""
 
-    def __init__(self, what: str, count: int) -> None:
-        self.what, self.count = what, count
+    def __init__(self, what: str, count: int, items: int | None = None) -> None:
+        """`items`: what the microseconds are per; `count` by default."""
+        self.what, self.count, self.items = what, count, items or count
 
     def step(self, name: str, do: Callable[[], Any]) -> Any:
         """Do it, and print what it took."""
         peak, begun, wall = _peak(), time.process_time(), time.perf_counter()
         result = do()
         took, lasted = time.process_time() - begun, time.perf_counter() - wall
-        micro = 1e6 * took / self.count
+        micro = 1e6 * took / self.items
         grown = _peak() - peak
-        print(f"{self.what},{self.count},{name},{took:.3f},{micro:.1f},{lasted:.2f},{grown:.0f}", flush=True)
+        print(f"{self.what},{self.count},{name},{took:.3f},{micro:.3g},{lasted:.2f},{grown:.0f}", flush=True)
         return result
 
 
@@ -114,20 +125,121 @@ def of_shards(count: int, folder: Path) -> None:
     assert found.num_rows == 1
 
 
+def of_lengths(length: int, folder: Path) -> None:
+    """Completions of `length` tokens, as many as make the same number of tokens."""
+    _round(Table("lengths", length, items=TOKENS_OF_A_ROUND), folder, length, 64)
+
+
+def of_lists(k: int, folder: Path) -> None:
+    """Lists of K entries, of equally many tokens."""
+    _round(Table("lists", k, items=TOKENS_OF_A_ROUND * k // 4), folder, 256, k, share=4)
+
+
+def _round(table: Table, folder: Path, length: int, k: int, share: int = 1) -> None:
+    """A round is stored, read as the trainer reads it, and made into micro-batches of 8,192 tokens or one completion."""
+    sys.path.append(str(HERE.parent / "tests" / "support"))
+    import torch
+    from synthetic_round import VOCABULARY, make_round, train_job
+
+    from tasks.losses.config import DirectConfig, TopkSupport
+    from tasks.trainer.batching import plan_steps, split_step
+    from tasks.trainer.data import forward_batch, loss_denominators
+    from tasks.trainer.reading import collect_round
+    from tasks.workers.jobs import ArtifactRef
+
+    samples = TOKENS_OF_A_ROUND // share // length
+    store, rollouts, signals = make_round(folder, samples, length, k, per_shard=max(1, samples // 8))
+    objective = DirectConfig(support=TopkSupport(k=k, outside="bucket"))
+    places = {name: [ArtifactRef.of(made)] for name, made in signals.items()}
+    job = train_job(folder, ArtifactRef.of(rollouts), places, objective)
+    read = table.step(
+        "read a round", lambda: collect_round(job, objective.needs(), [], VOCABULARY, store, folder).mapped()
+    )
+
+    def micro_batches() -> None:
+        for step in plan_steps(0, 1, len(read), 8, len(read)):
+            weights = loss_denominators(read, step.rows, "token", None)
+            (micros,) = split_step(read.forward_lengths[list(step.rows)].tolist(), 1, 8192)
+            for micro in micros:
+                forward_batch(read, step.rows, weights, micro.places, micro.filler, torch.device("cpu"))
+            read.drop_pages()
+
+    table.step("make micro-batches", micro_batches)
+
+
+def of_vocabulary(rows: int, folder: Path) -> None:
+    """Logits of 64 tokens over `rows` ids, peaked as a language model's."""
+    import torch
+
+    from tasks.engines import onepass
+    from tasks.engines.teacher import Vocabulary
+    from tasks.signals import Ask
+
+    tokens = 64
+    logits = torch.randn(tokens, rows, generator=torch.Generator().manual_seed(0)) * 10
+    ids = torch.zeros(tokens, dtype=torch.long)
+    ask = Ask(logprobs=True, entropy=True, top=frozenset({64}), sampling={"temperature": 1.0, "top_p": 0.9, "top_k": 0})
+    vocabulary = Vocabulary(rows, rows)
+    onepass.answer(logits.clone(), None, ids, ids, ask, vocabulary, {})  # fills caches
+    table = Table("vocabulary", rows, items=10 * tokens * rows)
+    copies = [logits.clone() for _ in range(10)]
+    table.step(
+        "logits to answers", lambda: [onepass.answer(one, None, ids, ids, ask, vocabulary, {}) for one in copies]
+    )
+
+
+def of_weights(mib: int, folder: Path) -> None:
+    """A checkpoint of `mib` MiB in one file."""
+    import torch
+    from safetensors.torch import save_file
+
+    from storage.artifacts.digests import weights_digest
+
+    save_file({f"layer.{i}": torch.randn(2**18) for i in range(mib)}, folder / "model.safetensors")
+    table = Table("weights", mib)
+
+    def read() -> None:
+        with open(folder / "model.safetensors", "rb") as file:
+            while file.read(2**20):
+                pass
+
+    table.step("read", read)
+    table.step("digest", lambda: weights_digest(folder))
+
+
+SIZES: dict[str, tuple[Callable[[int, Path], None], list[int]]] = {
+    "prompts": (of_prompts, [1_000, 10_000, 100_000, 1_000_000]),
+    "shards": (of_shards, [250, 1_000, 4_000, 16_000]),
+    "lengths": (of_lengths, [128, 1_024, 4_096, 16_384]),
+    "lists": (of_lists, [16, 64, 256]),
+    "vocabulary": (of_vocabulary, [8_192, 32_768, 151_936]),
+    "weights": (of_weights, [64, 256, 1_024]),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, nargs="*", default=[1_000, 10_000, 100_000, 1_000_000])
-    parser.add_argument("--shards", type=int, nargs="*", default=[250, 1_000, 4_000, 16_000])
+    for what, (_, counts) in SIZES.items():
+        parser.add_argument(f"--{what}", type=int, nargs="*", default=counts)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         with tempfile.TemporaryDirectory() as folder:
-            {"prompts": of_prompts, "shards": of_shards}[options.one[0]](int(options.one[1]), Path(folder))
+            SIZES[options.one[0]][0](int(options.one[1]), Path(folder))
         return
     print("what,count,step,cpu_s,us_each,wall_s,peak_growth_mib", flush=True)
-    for what in ("prompts", "shards"):
+    for what in SIZES:
+        each: dict[str, list[float]] = {}
         for count in getattr(options, what):
-            subprocess.run([sys.executable, __file__, "--one", what, str(count)], check=True)
+            child = [sys.executable, __file__, "--one", what, str(count)]
+            lines = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout
+            print(lines, end="", flush=True)
+            for row in csv.reader(lines.splitlines()):
+                each.setdefault(row[2], []).append(float(row[4]))
+        counts = getattr(options, what)
+        for step, micro in each.items() if len(counts) > 1 else ():
+            name = f"{step}, {what}: CPU time of each of {counts[-1]:,}, of each of {counts[0]:,}"
+            record(name, [micro[-1] / micro[0]], "about 1 or less")
 
 
 if __name__ == "__main__":

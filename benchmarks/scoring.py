@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from record import record
 from turns import Spent, in_turns, machine, ratios, spread, table
 
 from storage.schemas import schema_for
@@ -225,7 +226,11 @@ def main(root: Path, options: argparse.Namespace) -> None:
         compared["lists, beside vLLM"] = {"vLLM": vllm, **ways([loaded["teacher"]], lists, local)}
     rows: list[list[str]] = []
     for signals, each in compared.items():
-        rows += rows_of(signals, tokens, in_turns(each, options.turns))
+        found = in_turns(each, options.turns)
+        rows += rows_of(signals, tokens, found)
+        for way, aim in (("bare", "at least 0.85"), ("bare, oneDNN", ""), ("vLLM", "at least 3")):
+            if way in found:
+                record(f"speed of scoring ({signals}), of {way}", ratios(found[way], found["scorer"]), aim)
     print(f"\n{tokens} tokens, logits of standard deviation {options.spread:g}\n")
     table(("signals", "way", "CPU ms per token", "its CPU time by the scorer's", "clock"), rows)
 

@@ -1,6 +1,6 @@
 """How on-policy to be: the demo's student after equally many rollouts and optimizer steps, in rounds of 1, 2, 4, 8 and 20 steps.
 
-python benchmarks/steps_per_round.py ROOT [--steps 40] [--per-round 1 2 4 8 20] [--seeds 0 1 2] [--set train.lr=1e-3]
+python benchmarks/steps_per_round.py ROOT [--steps 80] [--per-round 1 2 4 8 20] [--seeds 0 1 2] [--set train.lr=1e-3]
 
 ROOT: a folder for the store; the same command goes on with what is missing there. A step takes 32 completions (16 prompts, two
 each). The later a step comes in its round, the older is the student that wrote its completions. Prints for each number of steps
@@ -29,7 +29,8 @@ def run(root: Path, per_round: int, seed: int, steps: int, extra: list[str]) -> 
         "rollout.prompts_per_round": PROMPTS_PER_STEP * per_round,
         "train.samples_per_step": 2 * PROMPTS_PER_STEP,
         "train.epochs_per_round": 1,
-        "train.schedule": "{kind: constant, warmup_steps: 5}",
+        "train.schedule": "{kind: constant, warmup_steps: 10}",
+        "train.lr": 3e-4,
         "policy.rounds": steps // per_round,
         "policy.evaluate_every": 10_000,
     }
@@ -57,7 +58,7 @@ def mean(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
-    parser.add_argument("--steps", type=int, default=40, help="of every run")
+    parser.add_argument("--steps", type=int, default=80, help="of every run")
     parser.add_argument("--per-round", type=int, nargs="+", default=[1, 2, 4, 8, 20])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
@@ -70,7 +71,7 @@ def main() -> None:
             name = run(options.root, per_round, seed, options.steps, options.set)
             done = opdflow.open(options.root).run(name)
             last = done.rounds.rows()[-1]
-            kl, accuracy = last["reverse_kl"], last["accuracy"]
+            kl, accuracy = last["reverse_kl"], last["accuracy_greedy"]
             found.setdefault(per_round, []).append((kl, accuracy, seconds_per_round(done)))
             print(f"# {name}: reverse KL {kl:.4f}, accuracy {accuracy:.3f}", flush=True)
     print("| steps per round | reverse KL | difference to the first | accuracy | seconds per round |")

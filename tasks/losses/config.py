@@ -14,11 +14,13 @@ from tasks.losses.axes import FullSupport, Normalised, SampledToken, StudentCand
 from tasks.losses.credit import CREDITS, Credit
 from tasks.losses.credit.opd_plus import OpdPlus
 from tasks.losses.divergences import DIVERGENCES, Divergence, ReverseKL
-from tasks.losses.needs import Needs, SignalNeed, StudentRequest, SupportKind
+from tasks.losses.needs import Needs, SignalNeed, StudentRequest, everything
+from tasks.losses.token_credit.config import CreditConfig
 from tasks.losses.token_weights import TOKEN_WEIGHTS, TokenWeight, Unweighted
 from tasks.losses.trust_regions import TRUST_REGIONS, NoTrustRegion, TrustRegion
 
 __all__ = [
+    "CreditConfig",
     "DirectConfig",
     "FullSupport",
     "Needs",
@@ -55,19 +57,6 @@ def _named(divergence: Divergence) -> str:
 def _tenths(limit: float) -> float:
     """A limit, rounded down to tenths."""
     return math.floor(limit * 10) / 10
-
-
-def everything(support: SupportKind, exclude_ids: tuple[int, ...] = ()) -> StudentRequest:
-    """What the metrics of an objective with a support need of the student."""
-    return StudentRequest(
-        support=support,
-        token_logprobs=True,
-        log_normaliser=True,
-        tail=True,
-        entropy=True,
-        overlap=True,
-        exclude_ids=exclude_ids,
-    )
 
 
 class Weighted(Normalised):
@@ -306,6 +295,6 @@ class SftConfig(Normalised):
         return Needs((), student, StudentRequest(token_logprobs=True, entropy=True))
 
 
-AnyObjective = DirectConfig | PolicyGradientConfig | SftConfig
+AnyObjective = DirectConfig | PolicyGradientConfig | CreditConfig | SftConfig
 ObjectiveConfig = Annotated[AnyObjective, Field(discriminator="estimator")]
 """The objective of an experiment, chosen by `estimator`."""

@@ -55,6 +55,8 @@ class TokenBatch:
     """log of the teacher's mass outside the support"""
     signals: Mapping[str, Tensor] | None = None
     """further numbers per token (N), of signals that plugins bring: `<signal>_<column>`"""
+    planned: Mapping[str, Tensor] | None = None
+    """numbers per token (N) that the step's plan has computed from the whole step (`losses/token_credit/plan.py`)"""
 
     def __post_init__(self) -> None:
         n = self.token_ids_N.shape[0]
@@ -62,8 +64,10 @@ class TokenBatch:
             axis: None if first is None else first.shape[-1]
             for axis, first in (("K", self.support_ids_NK), ("G", self.group_rewards_NG))
         }
-        tensors = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "signals"}
-        for name, value in {**tensors, **(self.signals or {})}.items():
+        tensors = {
+            entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in ("signals", "planned")
+        }
+        for name, value in {**tensors, **(self.signals or {}), **(self.planned or {})}.items():
             wanted = (n, *(widths[axis] for axis in name.rpartition("_N")[2] if name in tensors))
             if value is not None and tuple(value.shape) != wanted:
                 raise ValueError(f"TokenBatch.{name}: shape {tuple(value.shape)}, expected {wanted}")

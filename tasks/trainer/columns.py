@@ -22,6 +22,7 @@ from tasks.trainer.data import Ragged, Samples
 from tasks.trainer.topk_lists import lists_of, support_of
 
 _OF_LISTS = ("starts", "counts", "ids", "teacher", "student", "teacher_tail")
+_PER_TOKEN = ("segments", "scored", "spans")
 _NOTHING = np.empty(0)
 
 
@@ -116,8 +117,9 @@ def _columns(samples: Samples) -> dict[str, np.ndarray]:
     """Everything with an entry per token or per list entry, by name."""
     found = {"prompts": samples.prompts.values, "completions": samples.completions.values, "keep": samples.keep}
     found |= {f"floats.{name}": values for name, values in samples.floats.items()}
-    if samples.segments is not None:
-        found["segments"] = samples.segments
+    for name in _PER_TOKEN:
+        if (values := getattr(samples, name)) is not None:
+            found[name] = values
     for place, lists in enumerate(lists_of(samples.support)):
         arrays = {f"{place}.{name}": getattr(lists, name) for name in _OF_LISTS}
         found |= {name: values for name, values in arrays.items() if values is not None}
@@ -137,6 +139,8 @@ def _with_columns(samples: Samples, columns: dict[str, np.ndarray]) -> Samples:
         keep=columns["keep"],
         floats={name: columns[f"floats.{name}"] for name in samples.floats},
         segments=columns.get("segments"),
+        scored=columns.get("scored"),
+        spans=columns.get("spans"),
         support=support_of(lists),
     )
 

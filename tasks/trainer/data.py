@@ -6,7 +6,7 @@ import mmap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -72,6 +72,14 @@ class Samples:
     """Per sample: the number of its prompt, in order of first occurrence in the round's rollouts."""
     segments: np.ndarray | None = None
     """Per flat completion token: the index of its segment in its completion."""
+    contexts: np.ndarray | None = None
+    """Per sample: whether the teacher reads a context of its own; null: every sample has what the teacher reads."""
+    ended: np.ndarray | None = None
+    """Per sample: whether its completion ends with a stop token."""
+    scored: np.ndarray | None = None
+    """Per flat completion token: whether the student wrote it and its numbers are valid, also where the mask leaves it out."""
+    spans: np.ndarray | None = None
+    """Per flat completion token: 0, or the kind of the span it is in."""
     teachers: tuple[str, ...] = ()
     """Names of the teachers, where there are several."""
     teacher: np.ndarray | None = None
@@ -108,6 +116,15 @@ class Samples:
         by_group = np.full((len(sizes), int(sizes.max(initial=0))), np.nan, np.float32)
         by_group[self.groups[order], place] = self.rewards[order]
         return by_group[self.groups]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Numbers per completion token of a step's samples, in the order of the step."""
+
+    columns: dict[str, np.ndarray]
+    offsets: np.ndarray
+    """Where each sample's tokens begin."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +189,7 @@ def part_of_round(
                 name = f"{signal}_{column}" if kind.schema.prefixed else column
                 floats[name], columns[name] = aligned(table, signal, column, np.float32), f"{signal}.{column}"
     keep, invalid = np.ones(len(completions.values), bool), np.zeros(len(completions.values), bool)
+    written = np.ones(len(completions.values), bool)
     if "mask" in ordered:
         masked = MaskReason(0)
         for reason in mask_reasons:
@@ -180,6 +198,7 @@ def part_of_round(
             masked &= ~MaskReason.TEACHER_PREFIX  # the objective has a term for them
         reasons = aligned(ordered["mask"], "mask", "mask_reasons", np.int32)
         keep = (reasons & int(masked)) == 0
+        written = (reasons & int(MaskReason.TEACHER_PREFIX)) == 0
         invalid = (reasons & int(MaskReason.INVALID_VALUE)) != 0  # never trained on, whatever mask_reasons lists
     stored: list[checks.Lists] = []
     if needs.student.support is not None:
@@ -199,6 +218,8 @@ def part_of_round(
         floats["teacher_prefix"] = _leading(rollouts["prefix_length"], completions)
     prompts = _ragged(rollouts["prompt_token_ids"], np.int64)
     samples = Samples(ids, prompts, completions, keep, floats, None, int(invalid.sum()), lost)
+    if needs.credit.scored:
+        samples = replace(samples, scored=written & ~invalid)
     samples = replace(
         samples, support=_support(stored, tokens, needs, rows), **_of_credit(rollouts, samples, needs.credit)
     )
@@ -236,6 +257,7 @@ class _CreditFields(TypedDict, total=False):
     rewards: np.ndarray
     groups: np.ndarray
     segments: np.ndarray
+    ended: np.ndarray
 
 
 def _of_credit(rollouts: pa.Table, samples: Samples, needs: CreditNeeds) -> _CreditFields:
@@ -257,8 +279,8 @@ def _of_credit(rollouts: pa.Table, samples: Samples, needs: CreditNeeds) -> _Cre
 
 
 def of_samples(rollouts: pa.Table, needs: CreditNeeds) -> _CreditFields:
-    """The fields with one value per sample, from the columns `sample_id`, `prompt_id` and `reward`. InputError for a reward that
-    is null or not finite."""
+    """The fields with one value per sample, from the columns `sample_id`, `prompt_id`, `reward` and `finish_reason`. InputError
+    for a reward that is null or not finite."""
     found: _CreditFields = {}
     if needs.reward:
         rewards = rollouts["reward"].to_numpy().astype(np.float64)  # null becomes NaN
@@ -274,6 +296,8 @@ def of_samples(rollouts: pa.Table, needs: CreditNeeds) -> _CreditFields:
         numbers: dict[str, int] = {}
         prompts = rollouts["prompt_id"].to_pylist()
         found["groups"] = np.array([numbers.setdefault(prompt, len(numbers)) for prompt in prompts], np.int64)
+    if needs.ended:
+        found["ended"] = np.array([reason == "stop" for reason in rollouts["finish_reason"].to_pylist()], bool)
     return found
 
 
@@ -450,8 +474,9 @@ def forward_batch(
     places: Sequence[int],
     filler: bool,
     device: torch.device,
+    planned: Planned | None = None,
 ) -> Forward:
-    """One forward pass over the samples `places` of a step; `rows` and `weights` are the whole step's.
+    """One forward pass over the samples `places` of a step; `rows`, `weights` and what is `planned` are the whole step's.
 
     Only masked-in completion tokens are packed: the output head is never applied to the others. Where nothing is left,
     and for a filler, one token with mask 0 and harmless signals keeps the graph whole."""
@@ -476,9 +501,12 @@ def forward_batch(
         return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
     found_N = {name: tensor(_at(name, values, index, counts)) for name, values in samples.floats.items()}
-    signals = {f"{name}_N": value for name, value in found_N.items() if name in _OF_BATCH}
+    signals: dict[str, Any] = {f"{name}_N": value for name, value in found_N.items() if name in _OF_BATCH}
     others = {name: value for name, value in found_N.items() if name not in _OF_BATCH}
     row_N = np.asarray(rows)[place_N]
+    if planned is not None:
+        at_N = planned.offsets[place_N] + position
+        signals["planned"] = {name: tensor(values[at_N] * float(counts)) for name, values in planned.columns.items()}
     if samples.rewards is not None:
         signals["reward_N"] = tensor(samples.rewards[row_N])
     if samples.groups is not None:

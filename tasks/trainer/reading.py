@@ -40,6 +40,7 @@ def collect_round(
     """The samples of the job's rollouts, in their order, checked (`part_of_round`). `rows`: of the student's vocabulary."""
     rollouts = Table(store, [job.rollouts], "rollouts")
     wanted = ["sample_id", "prompt_id", *(["reward"] if needs.credit.reward else [])]
+    wanted += ["finish_reason"] if needs.credit.ended else []
     samples = pa.concat_tables([read(wanted) for read in rollouts.shards])
     ids = samples["sample_id"].to_pylist()
     places_of("rollouts", ids)

@@ -37,6 +37,7 @@ from tasks.trainer.export import export_student, rehearse_export
 from tasks.trainer.loop import BY_TEACHER, Plan, by_teacher, pinned, run_steps
 from tasks.trainer.midround import Keeper
 from tasks.trainer.model import TrainModule, Weights, trainable
+from tasks.trainer.planning import planner_of
 from tasks.trainer.reading import collect_round, collect_targets
 from tasks.workers.jobs import TrainJob, TrainResult, WarmupJob
 from tasks.workers.main import Link
@@ -96,6 +97,7 @@ class Trainer:
             job.seed, job.round, len(training.samples), training.samples_per_step, training.total_samples
         )
         refuse_lost_steps(training.samples, steps, job.round)
+        planner = planner_of(training.objective, training.samples)
         average = None if job.average is None else EmaStudent(decay=job.average.decay, per=job.average.per)
         keeper = Keeper(job, runtime["checkpoint_minutes"])
         midway = keeper.find(len(steps), progress)
@@ -142,6 +144,7 @@ class Trainer:
                 drift_estimator=training.drift_estimator,
                 stop_loss=training.stop_loss,
                 micro_batch_tokens=int(runtime["micro_batch_tokens"]),
+                planner=planner,
             )
             own = {"round": job.round, "lora": lora}
             rows = run_steps(

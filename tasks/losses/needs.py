@@ -72,8 +72,8 @@ class CreditNeeds:
     """token ids that end a segment of a completion, each the last token of its segment; none: no segments"""
     contexts: bool = False
     """which samples have a context of their own, that the teacher reads"""
-    scored: bool = False
-    """which tokens the student wrote and have valid numbers, also where the loss mask leaves them out"""
+    written: bool = False
+    """which tokens the student wrote, and which have valid numbers, also where the loss mask leaves them out"""
     ended: bool = False
     """which completions end with a stop token"""
     spans: bool = False

@@ -22,7 +22,7 @@ from tasks.trainer.data import Ragged, Samples
 from tasks.trainer.topk_lists import lists_of, support_of
 
 _OF_LISTS = ("starts", "counts", "ids", "teacher", "student", "teacher_tail")
-_PER_TOKEN = ("segments", "scored", "spans")
+_PER_TOKEN = ("segments", "written", "valid", "spans")
 _NOTHING = np.empty(0)
 
 
@@ -139,7 +139,8 @@ def _with_columns(samples: Samples, columns: dict[str, np.ndarray]) -> Samples:
         keep=columns["keep"],
         floats={name: columns[f"floats.{name}"] for name in samples.floats},
         segments=columns.get("segments"),
-        scored=columns.get("scored"),
+        written=columns.get("written"),
+        valid=columns.get("valid"),
         spans=columns.get("spans"),
         support=support_of(lists),
     )

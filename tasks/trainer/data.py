@@ -76,8 +76,10 @@ class Samples:
     """Per sample: whether the teacher reads a context of its own; null: every sample has what the teacher reads."""
     ended: np.ndarray | None = None
     """Per sample: whether its completion ends with a stop token."""
-    scored: np.ndarray | None = None
-    """Per flat completion token: whether the student wrote it and its numbers are valid, also where the mask leaves it out."""
+    written: np.ndarray | None = None
+    """Per flat completion token: whether the student wrote it."""
+    valid: np.ndarray | None = None
+    """Per flat completion token: whether its numbers are valid, also where the mask leaves it out for another reason."""
     spans: np.ndarray | None = None
     """Per flat completion token: 0, or the kind of the span it is in."""
     teachers: tuple[str, ...] = ()
@@ -218,8 +220,8 @@ def part_of_round(
         floats["teacher_prefix"] = _leading(rollouts["prefix_length"], completions)
     prompts = _ragged(rollouts["prompt_token_ids"], np.int64)
     samples = Samples(ids, prompts, completions, keep, floats, None, int(invalid.sum()), lost)
-    if needs.credit.scored:
-        samples = replace(samples, scored=written & ~invalid)
+    if needs.credit.written:
+        samples = replace(samples, written=written, valid=~invalid)
     samples = replace(
         samples, support=_support(stored, tokens, needs, rows), **_of_credit(rollouts, samples, needs.credit)
     )

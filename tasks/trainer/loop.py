@@ -79,6 +79,9 @@ def run_steps(
     for row in done:
         running = _mean(running, row)
     known = latest(done)
+    if plan.planner is not None:
+        for number, step in enumerate(plan.steps[: len(done)]):
+            plan.planner.repeat(step.rows, plan.first_step + number)
     for number, step in enumerate(plan.steps[len(done) :], len(done)):
         began = time.monotonic()
         now = plan.first_step + number + 1

@@ -4,7 +4,8 @@ Every rank plans the whole step, as it plans its batches, and takes its part. Re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -21,8 +22,10 @@ from tasks.trainer.data import Planned, Samples
 class Planner:
     """Plans the steps of a round in their order. InputError for groups of one, or where nothing was judged."""
 
-    def __init__(self, config: CreditConfig, samples: Samples) -> None:
+    def __init__(self, config: CreditConfig, samples: Samples, memory: Mapping[str, np.ndarray]) -> None:
         self.config, self.samples = config, samples
+        self.memory: Mapping[str, np.ndarray] = memory
+        """What the objective keeps from step to step, after the last planned one."""
         if config.reward.uses_rewards:
             self._refuse()
 
@@ -44,11 +47,22 @@ class Planner:
 
     def __call__(self, rows: Sequence[int], step: int) -> Planned:
         """The factors of the tokens of the samples `rows`, before the optimizer step number `step` of the run, from 0."""
-        stored = self._stored(rows, step)
+        stored = self._remembering(self._stored(rows, step))
         columns = plan_step(self.config, stored, self._returns(rows, step))
         lengths = self.samples.completions.lengths[list(rows)]
         offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         return Planned({name: values.numpy().astype(np.float32) for name, values in columns.items()}, offsets)
+
+    def repeat(self, rows: Sequence[int], step: int) -> None:
+        """Only what is remembered of a step that was done before an interruption."""
+        if self.config.add.remembers:
+            self._remembering(self._stored(rows, step))
+
+    def _remembering(self, stored: Stored) -> Stored:
+        if not self.config.add.remembers:
+            return stored
+        value, self.memory = self.config.add.remember(self.memory, stored)
+        return replace(stored, remembered=value)
 
     @cached_property
     def _per_sample(self) -> dict[str, np.ndarray]:
@@ -98,7 +112,8 @@ class Planner:
             sample_N=torch.from_numpy(np.repeat(np.arange(len(chosen)), lengths)),
             position_N=torch.from_numpy(np.arange(int(lengths.sum())) - np.repeat(first, lengths)),
             counted_N=given(tokens(samples.keep)),
-            valid_N=given(tokens(samples.keep if samples.scored is None else samples.scored)),
+            written_N=given(tokens(samples.written)),
+            valid_N=given(tokens(samples.valid)),
             log_p_N=given(harmless("student_logprobs")),
             log_q_N=given(harmless("teacher_logprobs")),
             teacher_entropy_N=harmless("teacher_entropy"),
@@ -125,6 +140,6 @@ class Planner:
         return torch.cat([found[parts[row]] for row in rows])
 
 
-def planner_of(objective: AnyObjective, samples: Samples) -> Planner | None:
-    """What plans the steps of an objective; null for one whose tokens need no plan."""
-    return Planner(objective, samples) if isinstance(objective, CreditConfig) else None
+def planner_of(objective: AnyObjective, samples: Samples, memory: Mapping[str, np.ndarray]) -> Planner | None:
+    """What plans the steps of an objective; null for one whose tokens need no plan. `memory`: of the trainer's state."""
+    return Planner(objective, samples, memory) if isinstance(objective, CreditConfig) else None

@@ -6,12 +6,13 @@ warm worker and in a fresh one."""
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
@@ -97,7 +98,8 @@ class Trainer:
             job.seed, job.round, len(training.samples), training.samples_per_step, training.total_samples
         )
         refuse_lost_steps(training.samples, steps, job.round)
-        planner = planner_of(training.objective, training.samples)
+        memory = {} if resumed is None else state.read_memory(resumed)
+        planner = planner_of(training.objective, training.samples, memory)
         average = None if job.average is None else EmaStudent(decay=job.average.decay, per=job.average.per)
         keeper = Keeper(job, runtime["checkpoint_minutes"])
         midway = keeper.find(len(steps), progress)
@@ -157,7 +159,8 @@ class Trainer:
                 midway.rows if midway is not None else [],
                 partial(keeper.step_done, engine, own),
             )
-            exported = self._write(job, engine, model, rows, settings, base, student, training.samples)
+            memory = {} if planner is None else planner.memory
+            exported = self._write(job, engine, model, rows, settings, base, student, training.samples, memory)
         finally:
             engine.close()
             del engine, module, model, parameters
@@ -176,6 +179,7 @@ class Trainer:
         base: Path,
         student: Path,
         samples: Samples,
+        memory: Mapping[str, np.ndarray],
     ) -> dict[str, float]:
         outputs, metrics = job.outputs, dict[str, float]()
         if outputs.trainer_state:
@@ -187,6 +191,8 @@ class Trainer:
             )
             frozen = base if settings.lora else None
             state.save(Path(outputs.trainer_state), engine, now, frozen, Path(job.store))
+            if dist.get_rank() == 0:
+                state.save_memory(Path(outputs.trainer_state), memory)
         if outputs.student:
             masters, target = state.full_tensors(engine, "master"), Path(outputs.student)
             trained: Iterator[Any] = iter(())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,8 @@ def stored_of(toy: Toy, config: CreditConfig, step: int = 0, contexts: bool = Tr
         sample_N=torch.tensor([i for i, sample in enumerate(toy.samples) for _ in sample.tokens]),
         position_N=flat(toy, lambda sample, t: t),
         counted_N=flat(toy, lambda sample, t: sample.k(t) > 0),
-        valid_N=flat(toy, lambda sample, t: bool(sample.written[t] and sample.signal[t])),
+        written_N=flat(toy, lambda sample, t: bool(sample.written[t])),
+        valid_N=flat(toy, lambda sample, t: bool(sample.signal[t])),
         log_p_N=sampled(toy, "old").detach(),
         log_q_N=sampled(toy, "teacher").detach(),
         teacher_entropy_N=-(teacher.exp() * teacher).sum(-1),
@@ -74,9 +76,11 @@ def stored_of(toy: Toy, config: CreditConfig, step: int = 0, contexts: bool = Tr
     )
 
 
-def planned(toy: Toy, config: CreditConfig, step: int = 0, contexts: bool = True) -> dict[str, Tensor]:
+def planned(
+    toy: Toy, config: CreditConfig, step: int = 0, contexts: bool = True, remembered: float | None = None
+) -> dict[str, Tensor]:
     """The columns of the toy's step."""
-    stored, returns = stored_of(toy, config, step, contexts), None
+    stored, returns = replace(stored_of(toy, config, step, contexts), remembered=remembered), None
     if config.returns.groups:
         group_N = stored.spread(torch.tensor([sample.prompt for sample in toy.samples]))
         returns = config.returns.normalise(returns_of(config, stored), stored.scored_N, group_N)
@@ -129,12 +133,13 @@ def loss_of(
     *,
     step: int = 0,
     contexts: bool = True,
+    remembered: float | None = None,
     parts: Sequence[Sequence[int]] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """The loss of a step, computed in the micro-batches `parts` of samples (null: one of all)."""
     objective = make_objective(config)
-    whole = batch_of(toy, config, planned(toy, config, step, contexts), dtype)
+    whole = batch_of(toy, config, planned(toy, config, step, contexts, remembered), dtype)
     logits = torch.cat([sample.live for sample in toy.samples]).to(dtype)
     weights, total = weights_of(toy, config).to(dtype), torch.zeros((), dtype=dtype)
     for part in [range(len(toy.samples))] if parts is None else parts:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from storage.identity import Identity
 from tasks.losses.axes import FullSupport, TopkSupport
-from tasks.losses.divergences import DIVERGENCES, JSD, Divergence, ForwardKL, ReverseKL
+from tasks.losses.divergences import DIVERGENCES, JSD, Divergence, ForwardKL, ReverseKL, refuse_overflow
 from tasks.losses.token_credit.targets import TARGETS, Target, Teacher
 from tasks.losses.token_credit.weights import DIVERGENCE_WEIGHTS, DivergenceWeight, Unweighted
 
@@ -102,6 +102,9 @@ class Beside(Identity):
                 f"term_clip: bounds the terms of forward_kl or reverse_kl, whose single terms are log-ratios, and the divergence"
                 f" is {self.divergence.kind}; leave it out"
             )
+        tail = {"tail_logmass_min": self.tail_logmass_min} if outside == "bucket" else {}
+        for divergence in self.divergences:
+            refuse_overflow(divergence, logprob_min=self.logprob_min, **tail)
         if self.cross_entropy and not isinstance(self.divergence, ForwardKL):
             raise ValueError(
                 f"cross_entropy: is forward_kl without the target's entropy, and the divergence is {self.divergence.kind}"

@@ -123,8 +123,8 @@ class CreditConfig(Normalised):
             teacher_entropy=(weight is not None and weight.teacher_entropy) or self.add.entropy == "teacher",
             student_entropy=self.add.entropy == "student",
             segment_ends=self.add.segments,
-            contexts=self.route.contexts or self.scale.contexts,
-            scored=True,
+            contexts=self.route.contexts or self.scale.contexts or self.add.contexts,
+            written=True,
             ended=not self.last_token,
             spans=self.route.spans,
         )
@@ -190,6 +190,11 @@ def _problems(c: CreditConfig) -> list[str]:
     if c.returns.kind != "token":
         if add.kind == "none":
             found.append(f"returns: {c.returns.kind} sums `add` over later tokens, and nothing is added; give `add`")
+        if add.remembers:
+            found.append(
+                f"returns: {c.returns.kind} is computed once a round, and add {add.kind} changes from step to step; use returns:"
+                " token"
+            )
         if c.advantage_at != "rollout" or add.lists is not None:
             found.append(
                 f"returns: {c.returns.kind} sums over whole completions of stored values; set advantage_at: rollout, and an `add`"
@@ -199,8 +204,8 @@ def _problems(c: CreditConfig) -> list[str]:
         found.append("clip: bounds the ratio, and ratio is none; leave it out")
     if beside is not None and (beside.on_errors is not None) != getattr(route, "errors", False):
         found.append("beside.on_errors: the divergence on error spans; it goes with route: {kind: spans, errors: true}")
-    if c.reference is not None and c.reference.where == "unrouted" and (beside is None or route.kind == "all"):
-        found.append("reference.where: no route sends tokens to a divergence; use where: all")
+    if c.reference is not None and c.reference.where == "unrouted" and route.kind != "failed_groups":
+        found.append(f"reference.where: route {route.kind} leaves no group to it; use where: all")
     return found
 
 

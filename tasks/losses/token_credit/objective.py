@@ -57,9 +57,7 @@ class CreditObjective:
                     log_rho_clip=config.log_rho_clip,
                 )
             else:
-                term, _ = surrogate(
-                    advantage, live, live, ppo_clip=None, dual_clip=None, log_rho_clip=config.log_rho_clip
-                )
+                term = -advantage * live.clamp(min=lowest(live))
             loss = loss + torch.where(a != 0, a * term, 0)
             if config.clip is not None:
                 metrics["clip_fraction"] = clipped
@@ -101,7 +99,9 @@ class CreditObjective:
         advantage = tokens.advantage_N
         if (m := config.scale(tokens)) is not None:
             advantage = m * advantage
-        delta = planned["delta"] if "delta" in planned else config.add(tokens)
+        if "delta" in planned:
+            return advantage + planned["delta"]
+        delta = config.add(tokens)
         return advantage if delta is None else advantage + delta.masked_fill(~scored, 0)
 
     def _listed(self, batch: TokenBatch, student: StudentView) -> Listed:

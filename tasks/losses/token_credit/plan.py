@@ -22,28 +22,25 @@ def plan_step(config: CreditConfig, stored: Stored, returns_N: Tensor | None = N
     found: Columns = {"scored": stored.scored_N.to(stored.log_p_N.dtype)}
     routed = config.route(stored)
     if config.policy:
-        found["a"] = routed.a_N * _factor(config, stored, counted_N, _own(config, counted_N, routed.a_N))
+        found["a"] = routed.a_N * _factor(config, stored, _own(config, counted_N, routed.a_N))
         advantage_S = stored.advantage_S
         found["advantage"] = (
             found["a"].new_zeros(found["a"].shape) if advantage_S is None else stored.spread(advantage_S)
         )
         found |= config.scale.plan(stored)
         if config.returns.kind != "token":
-            found["delta"] = returns_of(config, stored) if returns_N is None else returns_N
+            returns_N = returns_of(config, stored) if returns_N is None else returns_N
+            found["delta"] = returns_N.masked_fill(~stored.written_N, 0)
         else:
             found |= config.add.plan(stored)
     found |= _of_beside(config, stored, counted_N, routed)
     if config.likelihood is not None:
-        tokens_N = stored.scored_N.to(stored.log_p_N.dtype)
-        found["likelihood"] = (
-            config.likelihood.coef
-            * tokens_N
-            * _factor(config, stored, counted_N, counted_N & stored.scored_N if config.own_denominators else counted_N)
-        )
+        of_N = _own(config, counted_N, stored.spread(stored.context_S))
+        found["likelihood"] = config.likelihood.coef * stored.scored_N * _factor(config, stored, of_N)
     if config.reference is not None:
-        where_N = counted_N if config.reference.where == "all" else counted_N & (routed.b_N <= 0)
-        weight_N = config.reference.coef * where_N.to(stored.log_p_N.dtype)
-        found["reference"] = weight_N * _factor(config, stored, counted_N, _own(config, counted_N, weight_N))
+        rest_N = routed.rest_N
+        where_N = counted_N if config.reference.where == "all" or rest_N is None else counted_N & rest_N
+        found["reference"] = config.reference.coef * where_N * _factor(config, stored, _own(config, counted_N, where_N))
     return {name: values.masked_fill(~counted_N, 0) for name, values in found.items()}
 
 
@@ -68,8 +65,14 @@ def _of_beside(config: CreditConfig, stored: Stored, counted_N: Tensor, routed: 
     routed_N = counted_N & (routed.b_N > 0)
     weight_N = beside.weight(stored, routed_N)
     b_N = beside.coef * routed.b_N if weight_N is None else beside.coef * routed.b_N * weight_N
-    b_N = b_N * stored.valid_N
-    found = {"b": b_N * _factor(config, stored, counted_N, _own(config, counted_N, routed.b_N))}
+    known_N = stored.written_N & stored.valid_N
+    if config.route.by_length:
+        weight_S = 1 / (len(stored.context_S) * stored.length_S.clamp(min=1))
+        trainers_S = _trainers(config, stored)
+        factor_N = stored.spread((weight_S / trainers_S).masked_fill(trainers_S == 0, 0))
+    else:
+        factor_N = _factor(config, stored, _own(config, counted_N, b_N))
+    found = {"b": b_N * known_N * factor_N}
     if routed.error_N is not None and beside.on_errors is not None:
         found["error"] = routed.error_N.to(b_N.dtype)
     if (value := beside.target.value(stored.step)) is not None:
@@ -94,13 +97,25 @@ def _own(config: CreditConfig, counted_N: Tensor, weight_N: Tensor) -> Tensor:
     return counted_N & (weight_N > 0) if config.own_denominators else counted_N
 
 
-def _factor(config: CreditConfig, stored: Stored, counted_N: Tensor, own_N: Tensor) -> Tensor:
-    """What turns the trainer's denominator, of all tokens of the loss mask, into that of the tokens `own_N`; 0 without any."""
-    every_S, own_S = stored.sums(stored.counted_N), stored.sums(own_N)
+def _trainers(config: CreditConfig, stored: Stored) -> Tensor:
+    """What the trainer multiplies the loss of each sample's tokens by [S]: one over the tokens of the loss mask."""
+    return _weights(config, stored.sums(stored.counted_N))
+
+
+def _weights(config: CreditConfig, counts_S: Tensor) -> Tensor:
+    """One over a number of tokens, as `normalisation` has it; 0 where there are none. `constant` has its own number."""
     if config.normalisation == "token":
-        own = own_S.sum()
-        return torch.full_like(stored.log_p_N, float(every_S.sum() / own) if own > 0 else 0.0)
+        return (
+            torch.full_like(counts_S, 1 / float(counts_S.sum())) if counts_S.sum() > 0 else torch.zeros_like(counts_S)
+        )
     if config.normalisation == "sequence":
-        samples = (every_S > 0).sum() / (own_S > 0).sum().clamp(min=1)
-        return stored.spread(samples * every_S / own_S.clamp(min=1))
-    return torch.ones_like(stored.log_p_N)
+        return (counts_S > 0) / ((counts_S > 0).sum().clamp(min=1) * counts_S.clamp(min=1))
+    assert config.normalisation_length is not None
+    return torch.full_like(counts_S, 1 / (len(counts_S) * config.normalisation_length))
+
+
+def _factor(config: CreditConfig, stored: Stored, own_N: Tensor) -> Tensor:
+    """What turns the trainer's denominator [N], of all that count, into that of the tokens `own_N`; 0 without any."""
+    trainers_S = _trainers(config, stored)
+    factor_S = _weights(config, stored.sums(own_N)) / trainers_S
+    return stored.spread(factor_S.masked_fill(trainers_S == 0, 0))

@@ -22,7 +22,7 @@ class Return(Kind):
 
     @abstractmethod
     def __call__(self, values_N: Tensor, stored: Stored) -> Tensor:
-        """R [N]; `values_N` are 0 where not scored."""
+        """R [N]; `values_N` are 0 where they are not known. Later tokens count where the student wrote them."""
 
     def normalise(self, returns_N: Tensor, mask_N: Tensor, group_N: Tensor) -> Tensor:
         """The returns relative to those of the group; `mask_N`: the tokens that count in it."""
@@ -93,9 +93,9 @@ class MeanFuture(Return):
     def __call__(self, values_N: Tensor, stored: Stored) -> Tensor:
         found = values_N.clone()
         for rows in stored.each():
-            values, scored = values_N[rows], stored.scored_N[rows].to(values_N.dtype)
+            values, written = values_N[rows], stored.written_N[rows].to(values_N.dtype)
             later = (values.flip(0).cumsum(0) - values.flip(0)).flip(0)
-            count = (scored.flip(0).cumsum(0) - scored.flip(0)).flip(0)
+            count = (written.flip(0).cumsum(0) - written.flip(0)).flip(0)
             found[rows] = values + later / count.clamp(min=1)
         return found
 
@@ -112,4 +112,4 @@ class MeanFuture(Return):
         mean = sums(returns_N) / count.clamp(min=1)
         centred = returns_N - mean[group_N]
         deviation = (sums(centred**2) / (count - 1).clamp(min=1)).sqrt()
-        return centred / (deviation[group_N] + self.eps) * inside
+        return (centred / (deviation[group_N] + self.eps)).masked_fill((count < 2)[group_N], 0)

@@ -124,6 +124,6 @@ def all_equal(rewards_S: NDArray[np.float64], group_S: NDArray[np.int64]) -> NDA
 def success(
     correct_S: NDArray[np.bool_], judged_S: NDArray[np.bool_], group_S: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Share of correct samples among the judged ones of each sample's group; 0 without any."""
-    _, mean = _means(np.where(judged_S, correct_S.astype(np.float64), np.nan), group_S)
-    return mean[group_S]
+    """Share of correct samples among the judged ones of each sample's group; NaN without any."""
+    counts, mean = _means(np.where(judged_S, correct_S.astype(np.float64), np.nan), group_S)
+    return np.where(counts > 0, mean, np.nan)[group_S]

@@ -24,6 +24,8 @@ class Routed:
     b_N: Tensor
     error_N: Tensor | None = None
     """bool: the divergence of errors counts here, in place of the other"""
+    rest_N: Tensor | None = None
+    """bool: where a reference penalty counts that leaves out what is distilled"""
 
 
 class Route(Kind):
@@ -41,6 +43,8 @@ class Route(Kind):
     """whether it asks for spans of tokens"""
     beside: ClassVar[bool] = False
     """whether it makes no sense without a divergence"""
+    by_length: ClassVar[bool] = False
+    """whether the divergence of a sample is divided by its completion's length and by the number of samples"""
     equal_groups: ClassVar[bool] = False
     """whether the divergence counts on groups whose rewards are all equal"""
 
@@ -59,15 +63,15 @@ def _float(flags_N: Tensor, stored: Stored) -> Tensor:
 
 @register
 class Everywhere(Route):
-    """Both terms at every token."""
+    """The policy gradient at every token, the divergence where the teacher has what it reads."""
 
     kind: Literal["all"] = "all"
-    equation = "a = b = 1"
+    equation = "a = 1, b = 1 where the teacher has a context"
     paper = ""
 
     def __call__(self, stored: Stored) -> Routed:
-        ones = _float(stored.counted_N | True, stored)
-        return Routed(ones, ones)
+        b_N = _float(stored.spread(stored.context_S), stored)
+        return Routed(b_N**0, b_N)
 
 
 @register
@@ -105,20 +109,25 @@ class WithContext(Route):
 class SRPO(Route):
     """SRPO (2604.02288): wrong samples that have a context get the divergence, all others the policy gradient.
 
-    A wrong sample of a group without a correct one has no context to read, and no advantage either. A sample without a reward is
-    not routed."""
+    A wrong sample of a group without a correct one has no advantage either: its group has no gradient, unless a context from
+    `feedback` counts too. A sample without a reward is not routed."""
 
     kind: Literal["srpo"] = "srpo"
-    equation = "z = (1 - correct) has_context; a = 1 - z, b = z"
+    equation = "z = (1 - correct) has_context 1[a correct sample in the group]; a = 1 - z, b = z"
     paper = "2604.02288"
     splits = True
     contexts = True
     success = True
     beside = True
 
+    feedback: bool = Field(False, description="route wrong samples with a context of groups without a correct one too")
+
     def __call__(self, stored: Stored) -> Routed:
-        assert stored.correct_S is not None and stored.judged_S is not None
-        z_N = _float(stored.spread(~stored.correct_S & stored.judged_S & stored.context_S), stored)
+        assert stored.correct_S is not None and stored.judged_S is not None and stored.success_S is not None
+        z_S = ~stored.correct_S & stored.judged_S & stored.context_S
+        if not self.feedback:
+            z_S = z_S & (stored.success_S > 0)
+        z_N = _float(stored.spread(z_S), stored)
         return Routed(1 - z_N, z_N)
 
 
@@ -142,26 +151,30 @@ class FailedGroups(Route):
 
     def __call__(self, stored: Stored) -> Routed:
         assert stored.correct_S is not None and stored.judged_S is not None and stored.success_S is not None
-        failed_S = ~stored.correct_S & stored.judged_S & (stored.success_S < self.threshold) & stored.context_S
+        hard_S = stored.success_S < self.threshold  # not so of a group that nothing has judged
+        failed_S = ~stored.correct_S & stored.judged_S & hard_S & stored.context_S
         b_N = _float(stored.spread(failed_S), stored)
-        return Routed(_float(stored.counted_N | True, stored), b_N)
+        return Routed(b_N.new_ones(b_N.shape), b_N, rest_N=stored.spread(~hard_S))
 
 
 @register
 class Spans(Route):
     """TRACE (2605.10194): the divergence on key spans of correct samples, and on error spans of wrong ones where `errors`.
 
-    A span's sum is divided by the completion's length and weighed by lambda, which falls; the policy gradient on the tokens of
-    these spans grows as lambda falls. A sample whose spans cover more than `coverage` of it has the policy gradient alone."""
+    A sample's sum is divided by its completion's length, and the sum over samples by their number; lambda falls.
+    The policy gradient on the tokens of these spans grows as it does. A sample whose spans cover more than `coverage` of it
+    has the policy gradient alone."""
 
     kind: Literal["spans"] = "spans"
-    equation = "b = lambda / length on its spans, a = 1 - lambda / lambda_0 on its spans, 1 elsewhere"
+    equation = "b = lambda N / (samples x length) on its spans; a = 1 - lambda / lambda_0 there, 1 elsewhere"
     paper = "2605.10194"
     experimental = True
     splits = True
+    contexts = True
     success = True
     spans = True
     beside = True
+    by_length = True
 
     weight: ScheduleField = Field(
         LinearSchedule(initial=0.5, final=0.0, steps=30, start=10), description="lambda, over optimizer steps"
@@ -178,9 +191,10 @@ class Spans(Route):
 
     def __call__(self, stored: Stored) -> Routed:
         assert stored.correct_S is not None and stored.judged_S is not None and stored.span_N is not None
+        known_N = stored.spread(stored.judged_S & stored.context_S) & stored.written_N
         correct_N = stored.spread(stored.correct_S)
-        key_N = (stored.span_N == KEY_SPAN) & correct_N
-        error_N = (stored.span_N == ERROR_SPAN) & ~correct_N & stored.spread(stored.judged_S) & self.errors
+        key_N = (stored.span_N == KEY_SPAN) & correct_N & known_N
+        error_N = (stored.span_N == ERROR_SPAN) & ~correct_N & known_N & self.errors
         length_S = stored.length_S.clamp(min=1)
         fits_S = stored.sums(key_N | error_N) <= self.coverage * length_S
         fits_N = stored.spread(fits_S)
@@ -188,4 +202,4 @@ class Spans(Route):
         inside_N = _float(key_N | error_N, stored)
         now, most = self.weight.value(stored.step), self.weight.bounds[1]
         a_N = 1 - inside_N * (now / most)
-        return Routed(a_N, inside_N * now / stored.spread(length_S), error_N)
+        return Routed(a_N, inside_N * now, error_N)

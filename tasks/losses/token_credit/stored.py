@@ -27,8 +27,10 @@ class Stored:
     position_N: Tensor
     counted_N: Tensor
     """bool: the loss mask k"""
+    written_N: Tensor
+    """bool: the student wrote it"""
     valid_N: Tensor
-    """bool: the student wrote it, and its numbers are valid"""
+    """bool: its numbers are valid"""
     log_p_N: Tensor
     """log p_old(y) of the student that wrote the rollouts"""
     log_q_N: Tensor
@@ -46,18 +48,20 @@ class Stored:
     judged_S: Tensor | None = None
     """bool: it has a reward"""
     success_S: Tensor | None = None
-    """share of correct samples among the judged ones of its group; 0 without any"""
+    """share of correct samples among the judged ones of its group; NaN without any"""
     equal_S: Tensor | None = None
     """bool: all rewards of its group are equal"""
     context_S: Tensor
     """bool: the teacher reads a context of its own"""
+    remembered: float | None = None
+    """the number that a choice with a memory gives this step"""
     ended_S: Tensor | None = None
     """bool: the completion ends with a stop token"""
 
     @property
     def scored_N(self) -> Tensor:
-        """bool: valid, and its sample has the context that the teacher needs: where d is known."""
-        return self.valid_N & self.spread(self.context_S)
+        """bool: written, valid, and its sample has the context that the teacher needs: where d is known."""
+        return self.written_N & self.valid_N & self.spread(self.context_S)
 
     @property
     def d_N(self) -> Tensor:
@@ -67,7 +71,7 @@ class Stored:
     @property
     def length_S(self) -> Tensor:
         """Tokens of each completion."""
-        return self.sums(self.counted_N.new_ones(self.counted_N.shape).to(self.log_p_N.dtype))
+        return self.sums(self.counted_N | True)
 
     def sums(self, values_N: Tensor) -> Tensor:
         """Sums over each sample's tokens [S]."""

@@ -49,6 +49,7 @@ def cross_problems(e: Experiment) -> list[str]:
     problems += _stop_problems(e)
     problems += prefix_problems(e)
     problems += teacher_problems(e)
+    problems += credit_problems(e)
     for name, model in (("student", e.student), *((teacher_field(who), model) for who, model in e.taught_by.items())):
         if model.warmup is not None and e.prompts.warmup is None:
             problems.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
@@ -58,6 +59,24 @@ def cross_problems(e: Experiment) -> list[str]:
     problems += served_problems(e)
     sizes = (declared_sizes(e.source_of(model))[0] for model in e.taught_by.values())
     problems += size_problems(e, *declared_sizes(e.student.source), *sizes)
+    return problems
+
+
+def credit_problems(e: Experiment) -> list[str]:
+    """What rewards and token credit ask of the rollouts and of the teacher."""
+    if e.objective.estimator != "credit":
+        return []
+    problems, needs = [], e.objective.needs().credit
+    if needs.reward and e.rollout.num_generations < 2:
+        problems.append(
+            "rollout.num_generations: 1, but objective.reward group compares the samples of a prompt with each other; set it to 2"
+            " or more (8 is usual)"
+        )
+    if needs.contexts and (e.teacher is None or e.teacher.context is None):
+        problems.append(
+            "teacher.context: the objective asks which samples the teacher reads a context for, and there is none; give a"
+            ' template, for example "{prompt}\n{solution}"'
+        )
     return problems
 
 
@@ -262,7 +281,8 @@ def prefix_problems(e: Experiment) -> list[str]:
             "train.mask_reasons: teacher_prefix leaves out every token of these rollouts, none of which the student writes; take"
             " it out of the list"
         ]
-    if not left_out and e.objective.estimator == "policy_gradient":
+    sampled = e.objective.estimator == "credit" and e.objective.requires_untruncated_sampling
+    if not left_out and (sampled or e.objective.estimator == "policy_gradient"):
         return [
             "objective.estimator: a policy gradient needs the probability with which the student drew each token, but with"
             f" rollout.behaviour {behaviour.kind!r} others wrote some; put teacher_prefix into train.mask_reasons, take a trust"
@@ -274,6 +294,7 @@ def prefix_problems(e: Experiment) -> list[str]:
 def size_problems(e: Experiment, rows: int | None, positions: int | None, *teacher_rows: int | None) -> list[str]:
     """What does not fit models of these sizes: the student's rows and positions, each teacher's rows; None: unknown."""
     problems: list[str] = []
+    inside = "beside.support" if e.objective.estimator == "credit" else "support"
     for section, length in (
         ("rollout", e.rollout.max_completion_length),
         ("evaluate", e.evaluate.max_completion_length),
@@ -286,7 +307,7 @@ def size_problems(e: Experiment, rows: int | None, positions: int | None, *teach
     for need in e.objective.needs().signals:
         if rows and need.k and need.k > rows:
             side = getattr(e.objective, "side", None)
-            where = "trust_region" if side is not None and side.support.k == need.k else "support"
+            where = "trust_region" if side is not None and side.support.k == need.k else inside
             problems.append(f"objective.{where}.k: {need.k} is above the vocabulary of {rows}")
     support = getattr(e.objective, "support", None)
     if isinstance(support, FullSupport) and rows and all(teacher_rows):
@@ -294,12 +315,12 @@ def size_problems(e: Experiment, rows: int | None, positions: int | None, *teach
         shared = {min(rows, other) for other in known} if e.routed else {min([rows, *known])}
         if len(shared) > 1:
             problems.append(
-                f"objective.support: full support means every id, but the teachers share {' and '.join(map(str, sorted(shared)))}"
-                " of them with the student; take kind: teacher_topk with outside: bucket"
+                f"objective.{inside}: full support means every id, but the teachers share"
+                f" {' and '.join(map(str, sorted(shared)))} of them with the student; take kind: teacher_topk with outside: bucket"
             )
         elif support.k < (least := min(shared)):
             problems.append(
-                f"objective.support.k: full support means every id, but k is {support.k} and the vocabulary has {least}"
+                f"objective.{inside}.k: full support means every id, but k is {support.k} and the vocabulary has {least}"
                 f" rows; set k: {least}, or take kind: teacher_topk with outside: bucket"
             )
     return problems
@@ -361,7 +382,7 @@ def dtype_warning(e: Experiment) -> str | None:
         f"{shown}: the student that is sampled, scored and trained is not one and the same; its log-probabilities differ by"
         " rounding before any update"
     )
-    if e.objective.estimator == "policy_gradient" and not e.policy.allow_mixed_dtypes:
+    if e.objective.estimator in ("policy_gradient", "credit") and not e.policy.allow_mixed_dtypes:
         raise ConfigError(
             f"{text}, which a policy gradient takes for an importance ratio. Set one dtype for all three, or accept it with"
             " policy.allow_mixed_dtypes: true"

@@ -166,8 +166,10 @@ class Experiment(BaseModel):
     def _whole_vocabulary(cls, data: Any) -> Any:
         """A full support without `k` takes the smaller vocabulary of the two models, where it is known before loading."""
         objective = data.get("objective") if isinstance(data, dict) else None
-        support = objective.get("support") if isinstance(objective, dict) else None
-        if not isinstance(objective, dict) or not isinstance(support, dict):
+        beside = objective.get("beside") if isinstance(objective, dict) else None
+        holder = beside if isinstance(beside, dict) else objective
+        support = holder.get("support") if isinstance(holder, dict) else None
+        if not isinstance(objective, dict) or not isinstance(holder, dict) or not isinstance(support, dict):
             return data
         if support.get("kind") != "full" or "k" in support:
             return data
@@ -180,7 +182,8 @@ class Experiment(BaseModel):
         rows = [_rows(model) for model in models]
         if None in rows:
             return data
-        return data | {"objective": {**objective, "support": {**support, "k": min(filter(None, rows))}}}
+        filled = {**holder, "support": {**support, "k": min(filter(None, rows))}}
+        return data | {"objective": filled if holder is objective else {**objective, "beside": filled}}
 
     @field_validator("teachers", mode="before")
     @classmethod

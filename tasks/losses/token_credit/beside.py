@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,13 +26,20 @@ class SequenceGradient(Identity):
     """What a token does to the divergence at later positions: + sg(sum_{s>t} gamma^(s-t) b_s w_s D_s) log p(y_t).
 
     With gamma 1 and a sum over tokens this makes the gradient that of the expected sum over the completion; gamma < 1 is biased.
-    DistIL (2606.05152) is the cross-entropy with it."""
+    DistIL (2606.05152) is the cross-entropy with it; its paper's estimator is not known from summaries."""
+
+    equation: ClassVar[str] = "+ sg(sum_{s>t} gamma^(s-t) b_s w_s D_s) log p(y_t)"
+    paper: ClassVar[str] = "2606.05152"
+    experimental: ClassVar[bool] = True
 
     gamma: float = Field(1.0, gt=0, le=1, description="discount per token")
 
 
 class Beside(Identity):
-    """The divergence beside the policy gradient: b w c D(q', p)."""
+    """The divergence beside the policy gradient, of a target and the student over a support."""
+
+    equation: ClassVar[str] = "b w c coef D(q', p), c = min(is_clip, sg rho)"
+    paper: ClassVar[str] = "2601.20802"
 
     divergence: DivergenceField = Field(JSD(beta=0.5), description="D, of the target and the student")
     support: Annotated[TopkSupport | FullSupport, Field(discriminator="kind")] = Field(
@@ -115,6 +122,9 @@ class Beside(Identity):
 class Clip(Identity):
     """The clip of the ratio of live to rollout-time student, as PPO's; DAPO (2503.14476) has 0.2 below and 0.28 above."""
 
+    equation: ClassVar[str] = "PPO(rho, A) = -min(rho A, clip(rho, 1-low, 1+high) A), where A < 0 at most dual |A|"
+    paper: ClassVar[str] = "2503.14476"
+
     low: float = Field(0.2, gt=0, lt=1, description="rho is clipped from below to 1 - this")
     high: float = Field(0.2, gt=0, description="rho is clipped from above to 1 + this")
     dual: float | None = Field(
@@ -125,6 +135,9 @@ class Clip(Identity):
 class Likelihood(Identity):
     """SDAR (2605.15155): tokens that the teacher prefers are made likelier, by a gate of its log-ratio; p is live."""
 
+    equation: ClassVar[str] = "coef sg(sigmoid(slope d)) (log q(y) - log p(y))"
+    paper: ClassVar[str] = "2605.15155"
+
     coef: float = Field(0.1, gt=0, description="factor of the term")
     slope: float = Field(5.0, gt=0, description="slope of the gate: sigmoid(slope d)")
 
@@ -134,6 +147,9 @@ class Reference(Identity):
 
     `k3`: exp(r) - r - 1 with r = log p_ref(y) - log p(y), the estimate of KL(p || p_ref) that GRPO has. `squared`: r^2 / 2 (SDPG,
     2606.04036). `to: teacher` is the initial student where the run's teacher is that, and reads its context."""
+
+    equation: ClassVar[str] = "coef (e^r - r - 1), or coef r^2 / 2; r = log p_ref(y) - log p(y)"
+    paper: ClassVar[str] = "2402.03300"
 
     kind: Literal["k3", "squared"] = Field("k3", description="form of the penalty")
     coef: float = Field(1e-2, gt=0, description="factor of the penalty")

@@ -9,6 +9,7 @@ from flows.config_file import DISCRIMINATORS
 from storage.errors import ConfigError
 from storage.query.figures import PARTS
 from tasks.engines.teacher import ServerTeacher
+from tasks.inputs.contexts import JUDGED, SiblingConfig, named_in, templates_of
 from tasks.inputs.models import CheckpointModel, ServedModel, declared_sizes
 from tasks.inputs.teachers import SELF_TEACHERS, InitialStudent, is_self
 from tasks.losses.config import FullSupport
@@ -243,10 +244,32 @@ def self_teacher_problems(e: Experiment, teacher: TeacherConfig) -> list[str]:
             f" teacher.source {teacher.source.kind} is another model in every round; set teacher.source: {{kind: initial}}, or"
             " take a behaviour that reads no drafts"
         )
-    if context is not None and not e.prompts.chat_template and not context.endswith("{prompt}"):
+    for template in templates_of(context):
+        if not e.prompts.chat_template and not template.endswith("{prompt}"):
+            problems.append(
+                "teacher.context: with prompts.chat_template: false a completion continues the text itself, so the template must end"
+                f" with {{prompt}}, and it is {template!r}"
+            )
+    return problems + context_problems(e, teacher)
+
+
+def context_problems(e: Experiment, teacher: TeacherConfig) -> list[str]:
+    """What contexts of samples need that the rest does not give."""
+    named, problems = named_in(teacher.of_samples), []
+    if teacher.sibling != SiblingConfig() and not named & {"sibling", "verdict"}:
         problems.append(
-            "teacher.context: with prompts.chat_template: false a completion continues the text itself, so the template must end"
-            f" with {{prompt}}, and it is {context!r}"
+            "teacher.sibling: is set, but teacher.context names neither {sibling} nor {verdict}; name one, or leave it out"
+        )
+    if named & JUDGED and e.judge is None:
+        names = " and ".join(f"{{{name}}}" for name in sorted(named & JUDGED))
+        problems.append(
+            f"teacher.context: {names} need the judge's rewards or feedback of the rollouts; set `judge` (its verifiers), or"
+            " leave the column out"
+        )
+    if "sibling" in named and e.rollout.num_generations == 1:
+        problems.append(
+            "teacher.context: {sibling} is another completion of the same prompt, but rollout.num_generations is 1; raise it, or"
+            " leave the column out"
         )
     return problems
 

@@ -163,7 +163,7 @@ def inputs(first: Experiment, do: Executor) -> tuple[Artifact, dict[str | None, 
     prepared = do(
         "prepare", prepare_work, first.prompts,
         student_model=student_model, teacher_model=named or teacher_models[None], mixed=first.mixture is not None,
-        memo=memo, store=do.store, contexts=first.contexts,
+        memo=memo, store=do.store, contexts=first.contexts, context_columns=first.context_columns,
     )  # fmt: skip
     return student_model, teacher_models, Prompts(prepared["prepare"])
 

@@ -17,7 +17,7 @@ from storage.identity import Identity, RunPolicy, omit_at
 from storage.upkeep.retention import Retention
 from storage.upkeep.stop_rules import StopRules
 from tasks.evaluate import EvaluateConfig
-from tasks.inputs.contexts import columns_of
+from tasks.inputs.contexts import SiblingConfig, columns_of, kept_columns, per_sample, templates_of
 from tasks.inputs.models import ModelSource, vocabulary_rows_of
 from tasks.inputs.prompts import PrepareConfig
 from tasks.inputs.teachers import SELF_TEACHERS, EmaStudent, SelfTeacher, TeacherSource, is_self
@@ -35,6 +35,9 @@ KEPT_STATES = 2
 """Rounds whose trainer_state a new run keeps: the last, which the next round reads, and the one that it was trained from."""
 
 
+_PLAIN_SIBLING = {"rule": "first", "success_threshold": None, "strip_thinking": True}
+
+
 class ModelConfig(Identity):
     """Source of a model, and its optional supervised warm-up."""
 
@@ -49,19 +52,35 @@ class TeacherConfig(Identity):
         description="a model as for the student, or the student itself: initial, previous_round, ema (docs/teachers.md)"
     )
     warmup: WarmupConfig | None = Field(None, description="supervised fine-tuning before distillation (cold start)")
-    context: str | None = Field(
+    context: str | tuple[str, ...] | None = Field(
         None,
-        description="a template over {prompt}, {answer}, {solution} and {hint} that becomes the user's turn which the teacher"
-        " reads; null: it reads what the student reads. Where prompts are plain text it ends with {prompt}",
+        description="a template over {prompt}, {answer}, {solution} and {hint}, and over {sibling}, {feedback} and {verdict}, which"
+        " only the round knows; it becomes the user's turn which the teacher reads. A list: each sample gets the first template"
+        " that it has every column for, and those that get none are left out of the loss. null: the teacher reads what the"
+        " student reads. Where prompts are plain text a template ends with {prompt}",
         json_schema_extra=omit_at(None),
+    )
+    sibling: SiblingConfig = Field(
+        SiblingConfig(), description="which completion {sibling} is", json_schema_extra=omit_at(_PLAIN_SIBLING)
     )
 
     @field_validator("context")
     @classmethod
-    def _template(cls, value: str | None) -> str | None:
-        if value is not None and not columns_of(value):
-            raise ValueError("context: it names no column; write {prompt}, {answer}, {solution} or {hint}, or null")
+    def _template(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if value == ():
+            raise ValueError("context: an empty list; write a template, or null")
+        for template in templates_of(value):
+            if not columns_of(template):
+                raise ValueError(
+                    f"context: {template!r} names no column; write {{prompt}}, {{answer}}, {{solution}}, {{hint}}, {{sibling}},"
+                    " {feedback} or {verdict}, or null"
+                )
         return value
+
+    @property
+    def of_samples(self) -> tuple[str, ...]:
+        """The templates, where samples have contexts of their own; else empty."""
+        return templates_of(self.context) if per_sample(self.context) else ()
 
     @model_validator(mode="after")
     def _check(self) -> TeacherConfig:
@@ -245,10 +264,23 @@ class Experiment(BaseModel):
 
     @property
     def contexts(self) -> dict[str, str]:
-        """Split -> template of what the teacher reads. The held-out prompts have one if the evaluation asks the teacher."""
+        """Split -> template of what the teacher reads, where it is the same for all samples of a prompt. The held-out prompts have
+        one if the evaluation asks the teacher."""
         splits = ("train", "eval") if self.evaluate.generations("kl") else ("train",)
         template, sources = None if self.teacher is None else self.teacher.context, self.prompts.sources()
-        return {} if template is None else {split: template for split in splits if split in sources}
+        if not isinstance(template, str) or self.sample_contexts:
+            return {}
+        return {split: template for split in splits if split in sources}
+
+    @property
+    def sample_contexts(self) -> tuple[str, ...]:
+        """The teacher's templates, where the samples of a round have contexts of their own; else empty."""
+        return () if self.teacher is None else self.teacher.of_samples
+
+    @property
+    def context_columns(self) -> dict[str, bool] | None:
+        """What `prepare` keeps of the prompts for the contexts of samples; None where samples have none of their own."""
+        return kept_columns(self.sample_contexts) if self.sample_contexts else None
 
     @property
     def taught_by(self) -> dict[str | None, ModelConfig | TeacherConfig]:

@@ -16,6 +16,7 @@ from tasks.routing import all_routes, combined
 from tasks.signals import require_usable, signal_named
 from tasks.stage import (
     Context,
+    Contexts,
     Prompts,
     Rollouts,
     Student,
@@ -51,13 +52,15 @@ def train_work(
     plugins: Mapping[str, str] = NO_PLUGINS,
     prompts: Prompts | None = None,
     routed: bool = False,
+    contexts: Contexts | None = None,
 ) -> Work:
     """Work with the outputs `student` (tree model), `trainer_state` (tree state), `train` (table training_steps) and, with an
     `average`, `teacher_ema` (tree model): the average of the student's weights after this round, which `trainer_state` holds.
 
     `signals`: by name one teacher's signals, or by any label those of several teachers, which have every sample once between
     them. `prompts`: they say which stop ids are merged, and where they name their teachers (`routed`) whose prompt each is;
-    `train` then has the table teacher_steps.
+    `train` then has the table teacher_steps. `contexts`: of the samples, where they have their own; those without one are left
+    out of the loss, unless the objective tells them apart (estimator credit).
     Steps, learning rate and moments go on from `state`; without one they start at step 0 from the student's weights.
     `source`: of the first student, whose config says whether dropout is to be turned off. `plugins`: the run's, name -> digest of
     the source.
@@ -83,6 +86,8 @@ def train_work(
         if prompts is None:
             raise InputError("train: routed needs the prompts, which say whose each is")
         inputs["teachers"] = prompts.content[all_routes("train")]
+    if contexts is not None:
+        inputs["contexts"] = contexts.content["contexts"]
     if state is not None:
         inputs["state"] = state.content["state"]
     identity: dict[str, Any] = {"config": config, "objective": objective, "seed": seed, "round": round}
@@ -113,6 +118,7 @@ def train_work(
             rollouts=ArtifactRef.of(rollouts),
             signals={name: [ArtifactRef.of(part) for part in parts] for name, parts in used.items()},
             prompts=ArtifactRef.of(prompts) if prompts is not None and routed else None,
+            contexts=None if contexts is None else ArtifactRef.of(contexts),
             config=config_json(config),
             objective=config_json(objective),
             seed=seed,

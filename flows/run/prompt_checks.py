@@ -135,6 +135,8 @@ def given_completions(known: Known) -> Found:
 def self_teacher(known: Known) -> Found:
     """A teacher that is the student and reads the same prompts."""
     source, rows = known.experiment.self_teacher, known.of_split("train")
+    if known.experiment.sample_contexts:
+        return
     if source is not None and rows["teacher_token_ids"].null_count == rows.num_rows:
         yield Finding(
             f"teacher: it is the student itself ({source.kind}) and reads what the student reads, so there is nothing to distil;"

@@ -36,7 +36,7 @@ from tasks.stage import Context
 from tasks.workers.pool import WorkerPool
 from tasks.workers.runtime import RuntimeConfig
 
-STAGES = ("rollout", "supervise", "train", "evaluate")
+STAGES = ("rollout", "context", "supervise", "train", "evaluate")
 
 
 @dataclass(frozen=True)

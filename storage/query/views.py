@@ -27,9 +27,10 @@ _STR, _INT, _LONG, _FLOAT, _DOUBLE = pa.string(), pa.int32(), pa.int64(), pa.flo
 
 SIGNALS = ("sampled", "teacher_topk", "student_topk", "mask")
 _TABLES_OF = {
-    "prepare": ("prompts", "vocabulary"),
+    "prepare": ("prompts", "vocabulary", "context_columns"),
     "draft": ("drafts",),
     "rollout": ("rollouts",),
+    "context": ("contexts",),
     "train": ("training_steps", "teacher_steps"),
     "warmup": ("training_steps",),
     "evaluate": ("evaluations",),
@@ -128,6 +129,13 @@ _ALL = (
     View("vocabulary", TABLES["vocabulary"].doc, (_RUN, _ARTIFACT, *TABLES["vocabulary"].columns), ("vocabulary",)),
     View("drafts", TABLES["drafts"].doc, (_RUN, _ARTIFACT, *TABLES["drafts"].columns), ("drafts",)),
     View("rollouts", TABLES["rollouts"].doc, (_RUN, _ROUND, _ARTIFACT, *TABLES["rollouts"].columns), ("rollouts",)),
+    View("contexts", TABLES["contexts"].doc, (_RUN, _ROUND, _ARTIFACT, *TABLES["contexts"].columns), ("contexts",)),
+    View(
+        "context_columns",
+        TABLES["context_columns"].doc,
+        (_RUN, _ARTIFACT, *TABLES["context_columns"].columns),
+        ("context_columns",),
+    ),
     View(
         "supervision",
         "All signals of a run's rollouts, joined by sample_id; null where a signal was not asked for.",

@@ -76,6 +76,8 @@ class Samples:
     """Names of the teachers, where there are several."""
     teacher: np.ndarray | None = None
     """Per sample: the place of its teacher's name in `teachers`."""
+    contexts: np.ndarray | None = None
+    """Per sample, bool: whether the teacher read a context of the sample's own. None where samples have none of their own."""
     maps: tuple[mmap.mmap, ...] = ()
     """The files behind the arrays, where they are mapped."""
 
@@ -222,6 +224,12 @@ def with_teachers(samples: Samples, names: Sequence[str]) -> Samples:
     """The samples with each one's teacher, by name."""
     teachers = tuple(sorted(set(names)))
     return replace(samples, teachers=teachers, teacher=np.array([teachers.index(name) for name in names], np.int64))
+
+
+def without_those_that_lack(samples: Samples, contexts: np.ndarray) -> Samples:
+    """The samples with only those in the loss that have a context. `contexts`: bool, one per sample."""
+    keep = samples.keep & np.repeat(contexts, samples.completions.lengths)
+    return replace(samples, keep=keep, lost=None if samples.lost is None else np.where(contexts, samples.lost, 0))
 
 
 def _per_sample(flags: np.ndarray, completions: Ragged) -> np.ndarray:

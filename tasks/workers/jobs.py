@@ -19,7 +19,7 @@ from storage.store import Artifact, Store
 from tasks.plugins import note_role
 from tasks.rollout_config import Dtype
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Increased when a schema changes: a worker refuses a supervisor with another number."""
 
 
@@ -208,7 +208,8 @@ class ScoreJob(Schema):
     `backend`: the JSON of the teacher's backend (tasks/engines/teacher.py). `flags`: a committed `sampled` that says which
     values are invalid, where only `mask` is wanted; then no model is read. `names`: the teacher's where there are several; only
     samples of prompts with one of these as their `teacher_id` are scored, and have rows. `stop_ids`: one category in every
-    distribution, named by the first; empty: nothing is merged. `run_student`: `supervise.student`."""
+    distribution, named by the first; empty: nothing is merged. `run_student`: `supervise.student`. `contexts`: what the teacher
+    reads before each completion, in shards beside those of the rollouts; null, here or in a row: what it reads of the prompt."""
 
     store: str
     rollouts: ArtifactRef
@@ -223,6 +224,7 @@ class ScoreJob(Schema):
     stop_ids: list[int] = []
     names: list[str] | None = None
     run_student: Literal["full", "none"] = "full"
+    contexts: ArtifactRef | None = None
 
 
 class KLShard(Schema):
@@ -290,7 +292,7 @@ class TrainJob(Schema):
     JSON of a TrainConfig and of an objective; `state`: folder of the trainer state to continue from, or null. `signals`: by name
     the artifacts that hold it, one per teacher; each sample is in one of them. `prompts`: where there are several teachers,
     what says whose prompt each is. `stop_ids` as in `ScoreJob`. `average`: of the weights, which is kept for a teacher, or null.
-    """
+    `contexts`: says which samples the teacher has read with a context, where they have contexts of their own."""
 
     store: str
     model: str
@@ -306,6 +308,7 @@ class TrainJob(Schema):
     stop_ids: list[int] = []
     average: WeightAverage | None = None
     prompts: ArtifactRef | None = None
+    contexts: ArtifactRef | None = None
 
     stage = "train"
 

@@ -30,10 +30,11 @@ def cross_problems(e: Experiment) -> list[str]:
         )
     if e.objective.estimator == "sft":
         problems.append("objective.estimator: 'sft' trains on given text and belongs to student.warmup; choose another")
-    if e.objective.needs().credit.reward:
+    if e.judge is None and needs_judge(e):
         problems.append(
-            "objective.advantage: this one needs a reward of each sample, and rewards come with the stage `judge`, which is"
-            " not built yet; use an advantage that needs none (`opd objectives` lists them)"
+            "judge: this objective needs a reward of each completion, and nothing gives one; write judge: {verifiers: [{kind:"
+            " exact_match}]} (or math_verify, or {kind: function, target: MODULE:FUNCTION}), or take an objective that needs"
+            " none (`opd objectives` lists them)"
         )
     truncated = [
         f"rollout.{name} is {value}"
@@ -59,6 +60,15 @@ def cross_problems(e: Experiment) -> list[str]:
     sizes = (declared_sizes(e.source_of(model))[0] for model in e.taught_by.values())
     problems += size_problems(e, *declared_sizes(e.student.source), *sizes)
     return problems
+
+
+def needs_judge(e: Experiment) -> bool:
+    """Whether something reads rewards or feedback of the rollouts, so that the stage `judge` runs."""
+    return e.objective.needs().credit.reward
+
+
+NOT_JUDGED = "judge: nothing in this config reads rewards, so none are asked for and the stage does not run; judge: null leaves it out"
+"""What a plan says about a config with a judge that nothing reads."""
 
 
 def student_problems(e: Experiment) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
+from flows.cross_checks import needs_judge
 from flows.experiment import Experiment, ModelConfig, TeacherConfig
 from flows.run.executor import Executor, Made
 from storage.store import Artifact
@@ -13,12 +14,13 @@ from tasks.draft import draft_work
 from tasks.evaluate import evaluate_work
 from tasks.inputs.models import model_work
 from tasks.inputs.teachers import EmaStudent, PreviousRound, SelfTeacher, is_self
+from tasks.judge import judge_work
 from tasks.mixture import mixture_work
 from tasks.prepare import prepare_work
 from tasks.rollout import rollout_work
 from tasks.rollout_config import RolloutConfig
 from tasks.routing import teacher_label
-from tasks.stage import Drafts, Prompts, Rollouts, Student, Teacher, TrainerState, same_models
+from tasks.stage import Drafts, Judged, Prompts, Rollouts, Student, Teacher, TrainerState, same_models
 from tasks.supervise import supervise_work
 from tasks.train import train_work
 from tasks.warmup import warmup_work
@@ -43,6 +45,7 @@ def distill(
                 teacher=read_by(now.rollout, teacher), drafts=drafts, plugins=plugins,
             )  # fmt: skip
             rollouts = Rollouts(made["rollout"])
+            judged = rewarded(now, rollouts=rollouts, prompts=prompts, do=do)
             signals = {
                 label: do(
                     label, supervise_work, now.supervise,
@@ -55,7 +58,7 @@ def distill(
                 "train", train_work, now.train,
                 objective=now.objective, student=student, state=state, rollouts=rollouts, signals=signals, prompts=prompts,
                 seed=seed, round=number, source=now.student.source, average=now.averaged, plugins=plugins,
-                routed=isinstance(teacher, Mapping),
+                routed=isinstance(teacher, Mapping), judged=judged,
             )  # fmt: skip
             student, state = Student(made["student"]), TrainerState(made["trainer_state"])
             evaluate = do if evaluated(number) else do.stored
@@ -96,6 +99,14 @@ def drafted(e: Experiment, round: int, *, teacher: Taught, prompts: Prompts, do:
         rollout=rollout, teacher=teacher, prompts=prompts, seed=now.seed, rounds=rounds, plugins=now.plugin_sources,
     )  # fmt: skip
     return Drafts(made["draft"])
+
+
+def rewarded(now: Experiment, *, rollouts: Rollouts, prompts: Prompts, do: Executor) -> Judged | None:
+    """The rewards of a round's rollouts, where something reads them."""
+    if now.judge is None or not needs_judge(now):
+        return None
+    made = do("judge", judge_work, now.judge, rollouts=rollouts, prompts=prompts, plugins=now.plugin_sources)
+    return Judged(made["judge"])
 
 
 def one_by_one(teacher: Taught) -> Iterator[tuple[str, Teacher, tuple[str, ...]]]:

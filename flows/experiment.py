@@ -22,6 +22,7 @@ from tasks.inputs.models import ModelSource, vocabulary_rows_of
 from tasks.inputs.prompts import PrepareConfig
 from tasks.inputs.teachers import SELF_TEACHERS, EmaStudent, SelfTeacher, TeacherSource, is_self
 from tasks.inputs.verifiers import verifier_digest
+from tasks.judge import JudgeConfig, sources_of
 from tasks.losses.config import ObjectiveConfig
 from tasks.mixture import MixtureConfig
 from tasks.plugins import beside, changed, load_plugins, refuse_hidden, search_in
@@ -149,6 +150,10 @@ class Experiment(BaseModel):
     )
     prompts: PrepareConfig
     rollout: RolloutConfig
+    judge: JudgeConfig | None = Field(
+        None,
+        description="verifiers that give the rollouts rewards, for objectives and teachers' contexts that need them; null: none",
+    )
     supervise: SuperviseConfig = Field(default_factory=SuperviseConfig)
     objective: ObjectiveConfig
     train: TrainConfig
@@ -359,16 +364,14 @@ def import_plugins(data: dict[str, Any], where: str, folders: Sequence[Path] = (
 
     ConfigError for a missing module, and for secrets in the config."""
     refuse_secrets(data, where)
-    runtime, evaluate = data.get("runtime"), data.get("evaluate")
-    verifier = evaluate.get("verifier") if isinstance(evaluate, dict) else None
-    target = verifier.get("target") if isinstance(verifier, dict) else None
+    runtime = data.get("runtime")
     listed = runtime.get("modules") if isinstance(runtime, dict) else None
     stored = (
         [Path(item) for item in listed if isinstance(item, (str, Path))] if isinstance(listed, list | tuple) else []
     )
     parent = data["fork"].get("experiment") if isinstance(data.get("fork"), dict) else None
     plugins = [_names(part) for part in (parent, data) if isinstance(part, dict)]
-    wanted = [*plugins[-1], *([target.partition(":")[0]] if isinstance(target, str) else [])]
+    wanted = [*plugins[-1], *_functions(data)]
     used = list(dict.fromkeys(folder for name in wanted for folder in [beside(name, [*folders, *stored])] if folder))
     for folder in [*used, *stored]:
         search_in(folder)
@@ -377,6 +380,18 @@ def import_plugins(data: dict[str, Any], where: str, folders: Sequence[Path] = (
     for names in plugins:
         load_plugins(names)
     return [folder for folder in used if folder in folders]
+
+
+def _functions(data: dict[str, Any]) -> list[str]:
+    """The modules of the functions that verifiers name, of a config that is not validated yet."""
+    evaluate, judge = (data.get(section) for section in ("evaluate", "judge"))
+    listed = judge.get("verifiers") if isinstance(judge, dict) else None
+    verifiers = [
+        evaluate.get("verifier") if isinstance(evaluate, dict) else None,
+        *(listed if isinstance(listed, list | tuple) else ()),
+    ]
+    targets = [verifier.get("target") for verifier in verifiers if isinstance(verifier, dict)]
+    return [target.partition(":")[0] for target in targets if isinstance(target, str)]
 
 
 def _names(data: dict[str, Any]) -> list[str]:
@@ -408,12 +423,14 @@ def _younger_fields(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_plugins(experiment: Experiment, name: str = "NAME") -> Experiment:
-    """The experiment with its plugins imported, its verifier's function found, and the digests of the plugins' sources set, if it
-    had none.
+    """The experiment with its plugins imported, its verifiers' functions found, and the digests of the plugins' sources set,
+    if it had none.
 
     ConfigError for a missing plugin or function, IdentityMismatch if a plugin has changed since the run `name` began."""
     if experiment.evaluate.verifier is not None:
         verifier_digest(experiment.evaluate.verifier)
+    if experiment.judge is not None:
+        sources_of(experiment.judge)
     now = load_plugins(experiment.plugins)
     if not experiment.plugin_sources:
         return experiment.model_copy(update={"plugin_sources": now})

@@ -59,6 +59,8 @@ Prompts = NewType("Prompts", Artifact)
 Drafts = NewType("Drafts", Artifact)
 """Completions of training prompts that the teacher wrote once."""
 Rollouts = NewType("Rollouts", Artifact)
+Judged = NewType("Judged", Artifact)
+"""The rewards of a round's rollouts."""
 TrainerState = NewType("TrainerState", Artifact)
 
 

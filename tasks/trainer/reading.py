@@ -39,11 +39,10 @@ def collect_round(
 ) -> Collected:
     """The samples of the job's rollouts, in their order, checked (`part_of_round`). `rows`: of the student's vocabulary."""
     rollouts = Table(store, [job.rollouts], "rollouts")
-    wanted = ["sample_id", "prompt_id", *(["reward"] if needs.credit.reward else [])]
-    samples = pa.concat_tables([read(wanted) for read in rollouts.shards])
+    samples = pa.concat_tables([read(["sample_id", "prompt_id"]) for read in rollouts.shards])
     ids = samples["sample_id"].to_pylist()
     places_of("rollouts", ids)
-    per_sample = of_samples(samples, needs.credit)
+    per_sample = of_samples(samples, needs.credit, _rewards(store, job))
     signals = {name: Signal(store, places, name, ids) for name, places in job.signals.items()}
 
     def parts() -> Iterator[Samples]:
@@ -62,6 +61,13 @@ def collect_round(
         of = teacher_of_prompts(store, store.require(job.prompts.stage, job.prompts.key))
         whole = with_teachers(whole, [of.get(prompt) or "" for prompt in samples["prompt_id"].to_pylist()])
     return replace(found, samples=whole)
+
+
+def _rewards(store: Store, job: TrainJob) -> pa.Table | None:
+    """sample_id and reward of the samples that were judged."""
+    if job.judged is None:
+        return None
+    return pa.concat_tables([read(["sample_id", "reward"]) for read in Table(store, [job.judged], "rewards").shards])
 
 
 def collect_targets(job: WarmupJob, rows: int, store: Store, folder: Path) -> Collected:

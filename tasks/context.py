@@ -38,6 +38,8 @@ STAGE = "context"
 TABLE = "contexts"
 COLUMNS = "context_columns"
 """Table and content of `prepare`."""
+COMPARED = frozenset(("sibling", "verdict"))
+"""Columns that depend on which completions are correct."""
 TOO_LONG = "too long"
 _RENDERING = (
     "chat_template",
@@ -53,6 +55,7 @@ _RENDERING = (
 class _ContextIdentity(Identity):
     templates: tuple[str, ...]
     sibling: SiblingConfig | None
+    success_threshold: float | None
     seed: int | None
     rendering: dict[str, Any]
 
@@ -67,15 +70,17 @@ def context_work(
     prompts: Prompts,
     judged: Judged | None,
     seed: int,
+    success_threshold: float | None = None,
 ) -> Work:
-    """The contexts of one round's samples. `templates`: a sample gets the first one that it has every column for and that fits the
-    teacher: prompt, completion and one token within its positions, and `prepare.max_teacher_prompt_length`. `judged`: rewards and
-    feedback of the rollouts; read where a template names a column of `contexts.JUDGED`.
+    """The contexts of one round's samples. `templates`: a sample gets the first one that it has every column for and that fits
+    the teacher: prompt, completion and one token within its positions, and `prepare.max_teacher_prompt_length`. `judged`: rewards
+    and feedback of the rollouts; read where a template names a column of `contexts.JUDGED`. `success_threshold`: reward from which
+    a completion is correct; None: 0.5, for rewards that are 0 or 1.
 
     Output "context": table contexts, with the shards of the rollouts. Meta: metrics (samples, how many have a context from each
-    source, none, and too_long of those). The key holds what templates name: `sibling` only with {sibling} or {verdict}, the seed
-    only where siblings are drawn. Raises ConfigError where the rewards are needed and not given; when built, InputError for rewards
-    other than 0 and 1 without `sibling.success_threshold`."""
+    source, none, and too_long of those). The key holds what templates name: `sibling` only with {sibling}, the threshold with
+    {sibling} or {verdict}, the seed only where siblings are drawn. Raises ConfigError where the rewards are needed and not given;
+    when built, InputError for rewards other than 0 and 1 without a threshold."""
     named = named_in(templates)
     if named & JUDGED and judged is None:
         raise ConfigError(
@@ -85,7 +90,8 @@ def context_work(
     chosen = prepare.model_dump(mode="json")
     identity = _ContextIdentity(
         templates=tuple(templates),
-        sibling=sibling if named & {"sibling", "verdict"} else None,
+        sibling=sibling if "sibling" in named else None,
+        success_threshold=success_threshold if named & COMPARED else None,
         seed=seed if drawn else None,
         rendering={name: chosen[name] for name in _RENDERING},
     )
@@ -103,7 +109,7 @@ def context_work(
     if LOADING in content:
         inputs[LOADING] = content[LOADING]
     spec = ArtifactSpec.of(STAGE, VERSION, identity, inputs)
-    asked = _Asked(tuple(templates), sibling, prepare, rollouts, student, teacher, prompts, judged, seed)
+    asked = _Asked(tuple(templates), sibling, prepare, rollouts, student, teacher, prompts, judged, seed, success_threshold)
 
     def build(builders: dict[str, Builder], ctx: Context) -> None:
         _build(builders[STAGE], ctx, asked)
@@ -124,6 +130,7 @@ class _Asked:
     prompts: Artifact
     judged: Artifact | None
     seed: int
+    success_threshold: float | None
 
 
 @dataclass(frozen=True)
@@ -288,7 +295,7 @@ class _Maker:
         named = named_in(asked.templates)
         self._verdicts = Verdicts({}, {})
         if asked.judged is not None and named & JUDGED:
-            self._verdicts = _verdicts(store, asked.judged, asked.sibling, bool(named & {"sibling", "verdict"}))
+            self._verdicts = _verdicts(store, asked.judged, asked.success_threshold, bool(named & COMPARED))
         self._readers = store.shard_readers(asked.rollouts, "rollouts")
         self._groups = self._correct() if "sibling" in named else {}
 
@@ -364,22 +371,21 @@ def _prompts(store: Store, prompts: Artifact) -> dict[str, Row]:
     }
 
 
-def _verdicts(store: Store, judged: Artifact, sibling: SiblingConfig, compared: bool) -> Verdicts:
-    """The judge's rows of a round. `compared`: whether a template asks what is correct. InputError for rewards that are not 0 or 1
-    where no threshold says which of them are correct."""
+def _verdicts(store: Store, judged: Artifact, threshold: float | None, compared: bool) -> Verdicts:
+    """The judge's rows of a round. `compared`: whether a template asks what is correct. InputError for rewards that are not 0
+    or 1 where no threshold says which of them are correct."""
     table = store.read_table(judged, "rewards", columns=["sample_id", "reward", "feedback"])
     names = table["sample_id"].to_pylist()
     rewards = {name: value for name, value in zip(names, table["reward"].to_pylist(), strict=True) if value is not None}
     feedback = {name: text for name, text in zip(names, table["feedback"].to_pylist(), strict=True) if text is not None}
-    if compared and sibling.success_threshold is None:
+    if compared and threshold is None:
         other = next((name for name, value in rewards.items() if value not in (0, 1)), None)
         if other is not None:
             raise InputError(
-                f"teacher.sibling.success_threshold: missing, but sample {other!r} has the reward {rewards[other]:g}; for rewards"
-                " other than 0 and 1 it says from which reward a completion is correct"
+                f"judge.success_threshold: missing, but sample {other!r} has the reward {rewards[other]:g}; for rewards other"
+                " than 0 and 1 it says from which reward a completion is correct, and can be a {sibling}"
             )
-    threshold = DEFAULT_THRESHOLD if sibling.success_threshold is None else sibling.success_threshold
-    return Verdicts(rewards, feedback, threshold)
+    return Verdicts(rewards, feedback, DEFAULT_THRESHOLD if threshold is None else threshold)
 
 
 def _braced(names: set[str] | frozenset[str]) -> str:

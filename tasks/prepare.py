@@ -62,8 +62,8 @@ def prepare_work(
     and `filtered` (by reason) per split, `warnings`, `longest_prompt` in tokens, `audit`. `memo`: folder that
     remembers hashes of unchanged files. `store`: where the models' folders are found; what versions up to 0.1.0 made of
     them otherwise gets another key. `contexts`: split -> template of what the teacher reads (tasks/inputs/contexts.py).
-    `context_columns`: what the stage `context` reads of the training prompts, beside their text (`contexts.kept_columns`); they go
-    into the table of this name. None: that stage does not run.
+    `context_columns`: what the stage `context` reads of the training prompts, beside their text (`contexts.kept_columns`), for
+    the table of this name. None: that stage does not run.
     Raises InputError for an unreadable source, here or when built."""
     identity = json.loads(canonical_json(config))
     if contexts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow.compute as pc
 
-from flows.cross_checks import size_problems
+from flows.cross_checks import NOT_JUDGED, needs_judge, size_problems
 from flows.run.checked import Finding, Found, Known, list_lengths, prompt_lengths, read_by, token_ids
 from flows.run.given import given_problems
 from storage.errors import InputError
@@ -14,6 +14,7 @@ from tasks.engines.hf_folder import (
     stop_token_ids,
 )
 from tasks.evaluate import rank_of
+from tasks.inputs.judging import JudgeFunction, name_of
 from tasks.inputs.rounds import prompts_for_round
 from tasks.inputs.tokenizers import load_tokenizer
 
@@ -141,6 +142,26 @@ def self_teacher(known: Known) -> Found:
         yield Finding(
             f"teacher: it is the student itself ({source.kind}) and reads what the student reads, so there is nothing to distil;"
             " give it more with teacher.context"
+        )
+
+
+def answers(known: Known) -> Found:
+    """Answers of the training prompts, for verifiers that compare with them; and a judge that nothing asks."""
+    judge = known.experiment.judge
+    if judge is None:
+        return
+    if not needs_judge(known.experiment):
+        yield Finding(NOT_JUDGED)
+        return
+    rows = known.of_split("train")
+    without = rows.filter(pc.is_null(rows["answer"]))["prompt_id"]
+    compare = [name_of(verifier) for verifier in judge.verifiers if not isinstance(verifier, JudgeFunction)]
+    if len(without) and compare:
+        yield Finding(
+            f"judge.verifiers: {' and '.join(compare)} compare{'s' * (len(compare) == 1)} completions with an answer, but"
+            f" {len(without):,} of {rows.num_rows:,} prompts of train have none (the first has the id {without[0].as_py()!r});"
+            " add answers (prompts.train.columns), remove these prompts, or judge with a function of yours",
+            refused=True,
         )
 
 

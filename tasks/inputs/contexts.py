@@ -31,18 +31,12 @@ NOTHING: Mapping[str, str] = {}
 
 
 class SiblingConfig(Identity):
-    """Which completion {sibling} is: a correct one of the same prompt and round, another sample, and not the same text. Where the
-    first does not fit into the teacher's context the next one is taken."""
+    """Which completion {sibling} is: one of the same prompt and round that is correct (judge.success_threshold), another sample,
+    and not the same text. Where the first does not fit into the teacher's context the next one is taken."""
 
     rule: Literal["first", "draw"] = Field(
         "first",
-        description="first: the lowest sample_index (SDPO, SRPO); draw: an order of its own for every sample, from the run's seed",
-    )
-    success_threshold: float | None = Field(
-        None,
-        allow_inf_nan=False,
-        description="reward from which a completion is correct, also for {verdict}; null: 0.5, for rewards that are 0 or 1, and"
-        " refused for others",
+        description="first: the lowest sample_index (SDPO, SRPO); draw: an order of its own for every sample, from the seed",
     )
     strip_thinking: bool = Field(
         True, description="without what stands between <think> and </think>; one that is nothing else is no sibling"
@@ -90,8 +84,8 @@ def named_in(templates: Sequence[str]) -> set[str]:
 
 
 def kept_columns(templates: Sequence[str]) -> dict[str, bool]:
-    """The columns of prompts that the stage `context` reads, beside the prompt itself -> whether every template names them, so that
-    every row needs them."""
+    """The columns of prompts that the stage `context` reads, beside the prompt itself -> whether every template names them, so
+    that every row needs them."""
     each = [set(columns_of(template)) for template in templates]
     names = [name for name in OF_PROMPTS if name != "prompt" and any(name in of for of in each)]
     return {name: all(name in of for of in each) for name in names}

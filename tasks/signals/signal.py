@@ -30,7 +30,8 @@ STOP_IDS = "stop_ids"
 """Content of prepared prompts, there only where the stop ids of student and teacher are merged: a JSON list of the ids, first the
 one that stands for all."""
 _NOT_SIGNALS = {
-    "model", "mixture", "prepare", "warmup", "draft", "rollout", "context", "train", "student", "trainer_state", "teacher_ema", "evaluate",
+    "model", "mixture", "prepare", "warmup", "draft", "rollout", "judge", "context", "train", "student", "trainer_state",
+    "teacher_ema", "evaluate",
 }  # fmt: skip
 _PLAINLY_LOCAL = '{"kind":"local"}'
 """The backend that is left out of keys."""

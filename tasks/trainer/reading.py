@@ -47,11 +47,10 @@ def collect_round(
     """The samples of the job's rollouts, in their order, checked (`part_of_round`). `rows`: of the student's vocabulary.
     `every_context`: samples without a context stay in the loss, because the objective tells them apart."""
     rollouts = Table(store, [job.rollouts], "rollouts")
-    wanted = ["sample_id", "prompt_id", *(["reward"] if needs.credit.reward else [])]
-    samples = pa.concat_tables([read(wanted) for read in rollouts.shards])
+    samples = pa.concat_tables([read(["sample_id", "prompt_id"]) for read in rollouts.shards])
     ids = samples["sample_id"].to_pylist()
     places_of("rollouts", ids)
-    per_sample = of_samples(samples, needs.credit)
+    per_sample = of_samples(samples, needs.credit, _rewards(store, job))
     contexts = None if job.contexts is None else _contexts(store, job.contexts, ids)
     signals = {name: Signal(store, places, name, ids) for name, places in job.signals.items()}
 
@@ -72,6 +71,13 @@ def collect_round(
         of = teacher_of_prompts(store, store.require(job.prompts.stage, job.prompts.key))
         whole = with_teachers(whole, [of.get(prompt) or "" for prompt in samples["prompt_id"].to_pylist()])
     return replace(found, samples=whole)
+
+
+def _rewards(store: Store, job: TrainJob) -> pa.Table | None:
+    """sample_id and reward of the samples that were judged."""
+    if job.judged is None:
+        return None
+    return pa.concat_tables([read(["sample_id", "reward"]) for read in Table(store, [job.judged], "rewards").shards])
 
 
 def _contexts(store: Store, where: ArtifactRef, ids: list[str]) -> np.ndarray:

@@ -260,6 +260,32 @@ class ScoreResult(Schema):
     """A scorer's job has nothing to report beyond its shards."""
 
 
+# --- judge -----------------------------------------------------------------------------------------------------------
+
+
+class JudgeShard(Schema):
+    """Item: one shard of the rollouts."""
+
+    shard: int
+    size: int
+
+
+class JudgeJob(Schema):
+    """Judge rollouts by verifiers (role judge). Every item writes one shard of the table `rewards`. `config`: the JSON of a
+    JudgeConfig; `sources`: per verifier the digest of its function's file, or null."""
+
+    store: str
+    target: ArtifactRef
+    rollouts: ArtifactRef
+    prompts: ArtifactRef
+    config: msgspec.Raw
+    sources: list[str | None]
+
+
+class JudgeResult(Schema):
+    """A judge's job has nothing to report beyond its shards."""
+
+
 # --- trainer ---------------------------------------------------------------------------------------------------------
 
 
@@ -292,7 +318,8 @@ class TrainJob(Schema):
     JSON of a TrainConfig and of an objective; `state`: folder of the trainer state to continue from, or null. `signals`: by name
     the artifacts that hold it, one per teacher; each sample is in one of them. `prompts`: where there are several teachers,
     what says whose prompt each is. `stop_ids` as in `ScoreJob`. `average`: of the weights, which is kept for a teacher, or null.
-    `contexts`: says which samples the teacher has read with a context, where they have contexts of their own."""
+    `judged`: the rewards, where the objective needs them. `contexts`: says which samples the teacher has read
+    with a context, where they have contexts of their own."""
 
     store: str
     model: str
@@ -309,6 +336,7 @@ class TrainJob(Schema):
     average: WeightAverage | None = None
     prompts: ArtifactRef | None = None
     contexts: ArtifactRef | None = None
+    judged: ArtifactRef | None = None
 
     stage = "train"
 
@@ -347,13 +375,14 @@ ROLES: dict[str, str] = {
     "sampler": "tasks.engines.sampler:Sampler",
     "scorer": "tasks.engines.scorer:Scorer",
     "trainer": "tasks.trainer.trainer:Trainer",
+    "judge": "tasks.engines.judge:Judge",
 }
 """Role -> "module:class" of the handler that serves its jobs in the worker process."""
 
 _schemas: list[type[Schema]] = [
-    SampleJob, ScoreJob, KLJob, TrainJob, WarmupJob,
-    SampleShard, ScoreShard, KLShard,
-    SampleResult, ScoreResult, TrainResult, ShardDone,
+    SampleJob, ScoreJob, KLJob, JudgeJob, TrainJob, WarmupJob,
+    SampleShard, ScoreShard, KLShard, JudgeShard,
+    SampleResult, ScoreResult, JudgeResult, TrainResult, ShardDone,
 ]  # fmt: skip
 
 

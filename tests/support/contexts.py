@@ -113,6 +113,7 @@ class Room(Bench):
         sibling: dict[str, Any] | None = None,
         seed: int = 0,
         judged: bool = True,
+        success_threshold: float | None = None,
     ) -> Work:
         return context_work(
             templates,
@@ -124,6 +125,7 @@ class Room(Bench):
             prompts=self.prompts(templates),
             judged=self.rewards(shards) if judged else None,
             seed=seed,
+            success_threshold=success_threshold,
         )
 
     def contexts(self, *args: Any, **more: Any) -> list[dict[str, Any]]:

@@ -169,9 +169,9 @@ def test_draws_differ_by_sample_and_seed(shared: Room) -> None:
 
 def test_rewards_other_than_0_and_1_need_a_threshold(shared: Room) -> None:
     said = [[Said("a", "x", 0.2), Said("a", "2", 0.7), Said("a", "2.0", 0.9)]]
-    with pytest.raises(InputError, match=r"teacher\.sibling\.success_threshold: missing, but sample 'a/1/0' .* 0\.2"):
+    with pytest.raises(InputError, match=r"judge\.success_threshold: missing, but sample 'a/1/0' .* 0\.2"):
         shared.contexts([SIBLING], said)
-    rows = shared.contexts([SIBLING], said, sibling={"success_threshold": 0.8})
+    rows = shared.contexts([SIBLING], said, success_threshold=0.8)
     assert [row["sibling_id"] for row in rows] == ["a/1/2", "a/1/2", None]
     assert shared.contexts(["{feedback}", "{prompt}"], said)[0]["source"] == "prompt"  # nothing asks what is correct
 

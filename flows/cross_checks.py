@@ -70,7 +70,8 @@ def needs_judge(e: Experiment) -> bool:
 
 
 NOT_JUDGED = (
-    "judge: nothing in this config reads rewards, so none are asked for and the stage does not run; judge: null leaves it out"
+    "judge: nothing in this config reads rewards, so none are asked for and the stage does not run;"
+    " judge: null leaves it out"
 )
 """What a plan says about a config with a judge that nothing reads."""
 
@@ -270,7 +271,9 @@ def context_problems(e: Experiment, teacher: TeacherConfig) -> list[str]:
     """What contexts of samples need that the rest does not give."""
     named, problems = named_in(teacher.of_samples), []
     if teacher.sibling != SiblingConfig() and "sibling" not in named:
-        problems.append("teacher.sibling: is set, but teacher.context does not name {sibling}; name it, or leave this out")
+        problems.append(
+            "teacher.sibling: is set, but teacher.context does not name {sibling}; name it, or leave this out"
+        )
     if named & JUDGED and e.judge is None:
         names = " and ".join(f"{{{name}}}" for name in sorted(named & JUDGED))
         problems.append(

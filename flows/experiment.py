@@ -56,9 +56,9 @@ class TeacherConfig(Identity):
     context: str | tuple[str, ...] | None = Field(
         None,
         description="a template over {prompt}, {answer}, {solution} and {hint}, and over {sibling}, {feedback} and {verdict},"
-        " which only the round knows; it becomes the user's turn which the teacher reads. A list: each sample gets the first template"
-        " that it has every column for, and those that get none are left out of the loss. null: the teacher reads what the"
-        " student reads. Where prompts are plain text a template ends with {prompt}",
+        " which only the round knows; it becomes the user's turn which the teacher reads. A list: each sample gets the first"
+        " template that it has every column for, and those that get none are left out of the loss. null: the teacher reads what"
+        " the student reads. Where prompts are plain text a template ends with {prompt}",
         json_schema_extra=omit_at(None),
     )
     sibling: SiblingConfig = Field(

@@ -74,8 +74,8 @@ def context_work(
 ) -> Work:
     """The contexts of one round's samples. `templates`: a sample gets the first one that it has every column for and that fits
     the teacher: prompt, completion and one token within its positions, and `prepare.max_teacher_prompt_length`. `judged`: rewards
-    and feedback of the rollouts; read where a template names a column of `contexts.JUDGED`. `success_threshold`: reward from which
-    a completion is correct; None: 0.5, for rewards that are 0 or 1.
+    and feedback of the rollouts; read where a template names a column of `contexts.JUDGED`. `success_threshold`: reward from
+    which a completion is correct; None: 0.5, for rewards that are 0 or 1.
 
     Output "context": table contexts, with the shards of the rollouts. Meta: metrics (samples, how many have a context from each
     source, none, and too_long of those). The key holds what templates name: `sibling` only with {sibling}, the threshold with
@@ -109,7 +109,9 @@ def context_work(
     if LOADING in content:
         inputs[LOADING] = content[LOADING]
     spec = ArtifactSpec.of(STAGE, VERSION, identity, inputs)
-    asked = _Asked(tuple(templates), sibling, prepare, rollouts, student, teacher, prompts, judged, seed, success_threshold)
+    asked = _Asked(
+        tuple(templates), sibling, prepare, rollouts, student, teacher, prompts, judged, seed, success_threshold
+    )
 
     def build(builders: dict[str, Builder], ctx: Context) -> None:
         _build(builders[STAGE], ctx, asked)

@@ -9,6 +9,8 @@ from flows.config_file import DISCRIMINATORS
 from storage.errors import ConfigError
 from storage.query.figures import PARTS
 from tasks.engines.teacher import ServerTeacher
+from tasks.inputs.contexts import JUDGED, SiblingConfig, named_in, templates_of
+from tasks.inputs.judging import JudgeConfig, JudgeFunction
 from tasks.inputs.models import CheckpointModel, ServedModel, declared_sizes
 from tasks.inputs.teachers import SELF_TEACHERS, InitialStudent, is_self
 from tasks.losses.config import FullSupport
@@ -30,10 +32,11 @@ def cross_problems(e: Experiment) -> list[str]:
         )
     if e.objective.estimator == "sft":
         problems.append("objective.estimator: 'sft' trains on given text and belongs to student.warmup; choose another")
-    if e.objective.needs().credit.reward:
+    if e.judge is None and e.objective.needs().credit.reward:
         problems.append(
-            "objective.advantage: this one needs a reward of each sample, and rewards come with the stage `judge`, which is"
-            " not built yet; use an advantage that needs none (`opd objectives` lists them)"
+            "judge: this objective needs a reward of each completion, and nothing gives one; write judge: {verifiers: [{kind:"
+            " exact_match}]} (or math_verify, or {kind: function, target: MODULE:FUNCTION}), or take an objective that needs"
+            " none (`opd objectives` lists them)"
         )
     truncated = [
         f"rollout.{name} is {value}"
@@ -72,12 +75,30 @@ def credit_problems(e: Experiment) -> list[str]:
             "rollout.num_generations: 1, but objective.reward group compares the samples of a prompt with each other; set it to 2"
             " or more (8 is usual)"
         )
+    threshold = e.objective.reward.threshold
+    if threshold is not None and e.judge is not None and threshold != e.judge.success_threshold:
+        problems.append(
+            f"objective.reward.success_threshold: {threshold:g}, but judge.success_threshold, by which {{sibling}} is correct, is"
+            f" {e.judge.success_threshold}; give both the same"
+        )
     if needs.contexts and (e.teacher is None or e.teacher.context is None):
         problems.append(
             "teacher.context: the objective asks which samples the teacher reads a context for, and there is none; give a"
             ' template, for example "{prompt}\n{solution}"'
         )
     return problems
+
+
+def needs_judge(e: Experiment) -> bool:
+    """Whether something reads rewards or feedback of the rollouts, so that the stage `judge` runs."""
+    return e.objective.needs().credit.reward or bool(named_in(e.sample_contexts) & JUDGED)
+
+
+NOT_JUDGED = (
+    "judge: nothing in this config reads rewards, so none are asked for and the stage does not run;"
+    " judge: null leaves it out"
+)
+"""What a plan says about a config with a judge that nothing reads."""
 
 
 def student_problems(e: Experiment) -> list[str]:
@@ -262,10 +283,52 @@ def self_teacher_problems(e: Experiment, teacher: TeacherConfig) -> list[str]:
             f" teacher.source {teacher.source.kind} is another model in every round; set teacher.source: {{kind: initial}}, or"
             " take a behaviour that reads no drafts"
         )
-    if context is not None and not e.prompts.chat_template and not context.endswith("{prompt}"):
+    for template in templates_of(context):
+        if not e.prompts.chat_template and not template.endswith("{prompt}"):
+            problems.append(
+                "teacher.context: with prompts.chat_template: false a completion continues the text itself, so the template must"
+                f" end with {{prompt}}, and it is {template!r}"
+            )
+    return problems + context_problems(e, teacher)
+
+
+def context_problems(e: Experiment, teacher: TeacherConfig) -> list[str]:
+    """What contexts of samples need that the rest does not give."""
+    named, problems = named_in(teacher.of_samples), []
+    if teacher.sibling != SiblingConfig() and "sibling" not in named:
         problems.append(
-            "teacher.context: with prompts.chat_template: false a completion continues the text itself, so the template must end"
-            f" with {{prompt}}, and it is {context!r}"
+            "teacher.sibling: is set, but teacher.context does not name {sibling}; name it, or leave this out"
+        )
+    if named & JUDGED and e.judge is None:
+        names = " and ".join(f"{{{name}}}" for name in sorted(named & JUDGED))
+        problems.append(
+            f"teacher.context: {names} need the judge's rewards or feedback of the rollouts; set `judge` (its verifiers), or"
+            " leave the column out"
+        )
+    elif e.judge is not None:
+        problems += _judge_problems(e.judge, named)
+    if "sibling" in named and e.rollout.num_generations == 1:
+        problems.append(
+            "teacher.context: {sibling} is another completion of the same prompt, but rollout.num_generations is 1; raise it, or"
+            " leave the column out"
+        )
+    return problems
+
+
+def _judge_problems(judge: JudgeConfig, named: set[str]) -> list[str]:
+    """What contexts ask the judge for that its verifiers cannot give."""
+    problems = []
+    if "feedback" in named and not any(isinstance(verifier, JudgeFunction) for verifier in judge.verifiers):
+        problems.append(
+            f"teacher.context: {{feedback}} is a text of the judge's, but {' and '.join(judge.names)} give"
+            f"{'s' * (len(judge.names) == 1)} none; add a function of yours that returns {{reward, feedback}} to judge.verifiers"
+            " (docs/rewards.md), or leave the column out"
+        )
+    weights = [verifier.weight for verifier in judge.verifiers if verifier.weight]
+    if named & {"sibling", "verdict"} and judge.success_threshold is None and weights != [1.0]:
+        problems.append(
+            f"judge.success_threshold: missing, but with the weights {', '.join(f'{w:g}' for w in weights)} rewards are not 0 or"
+            " 1, and teacher.context asks which completions are correct; set it"
         )
     return problems
 
@@ -316,7 +379,8 @@ def size_problems(e: Experiment, rows: int | None, positions: int | None, *teach
         if len(shared) > 1:
             problems.append(
                 f"objective.{inside}: full support means every id, but the teachers share"
-                f" {' and '.join(map(str, sorted(shared)))} of them with the student; take kind: teacher_topk with outside: bucket"
+                f" {' and '.join(map(str, sorted(shared)))} of them with the student; take kind: teacher_topk with outside:"
+                " bucket"
             )
         elif support.k < (least := min(shared)):
             problems.append(

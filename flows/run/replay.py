@@ -36,7 +36,7 @@ from tasks.stage import Context
 from tasks.workers.pool import WorkerPool
 from tasks.workers.runtime import RuntimeConfig
 
-STAGES = ("rollout", "supervise", "train", "evaluate")
+STAGES = ("rollout", "judge", "context", "supervise", "train", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,11 @@ def _recall(run: Run, store: Store, experiment: Experiment, round: int, stages: 
         raise InputError(
             f"run {run.name!r}: round {round} was not evaluated (policy.evaluate_every); to do it now:"
             f" {opd_command(store.root, 'evaluate', run.name, '--round', str(round))}"
+        )
+    if "judge" in stages and "judge" not in states:
+        raise InputError(
+            f"run {run.name!r}: round {round} has no stage judge, because nothing in it reads rewards; leave it out"
+            " of --stages"
         )
     of_round = [label for stage in stages for label in _labels(stage, states)]
     for stage in of_round:

@@ -62,7 +62,7 @@ class CreditNeeds:
     """What a credit reads beside log-probabilities and positions; the trainer's data has it only where it is needed."""
 
     reward: bool = False
-    """the reward of each sample (rollouts.reward)"""
+    """the reward of each sample, from the stage `judge`; NaN where its judge failed"""
     groups: bool = False
     """which samples have the same prompt; with `reward`, the rewards of all of them"""
     teacher_entropy: bool = False

@@ -36,11 +36,11 @@ class TokenBatch:
     teacher_prefix_N: Tensor | None = None
     """1 where the teacher wrote the token"""
     reward_N: Tensor | None = None
-    """reward of the token's sample"""
+    """reward of the token's sample; NaN where its judge failed"""
     group_N: Tensor | None = None
     """index of the sample's prompt in the round"""
     group_rewards_NG: Tensor | None = None
-    """rewards of all samples of that prompt in the round, padded with NaN on the right"""
+    """rewards of all samples of that prompt in the round, NaN where a judge failed; padded with NaN on the right"""
     segment_N: Tensor | None = None
     """index of the token's segment in its completion"""
     support_ids_NK: Tensor | None = None

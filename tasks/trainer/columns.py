@@ -150,10 +150,7 @@ def _joined(parts: list[Samples]) -> Samples:
     """One after another, without their columns. The lists are as wide as the widest."""
     first = parts[0]
     lists = zip(*(lists_of(part.support) for part in parts), strict=True)
-    lost, rewards, groups = (
-        None if getattr(first, name) is None else np.concatenate([getattr(part, name) for part in parts])
-        for name in ("lost", "rewards", "groups")
-    )
+    lost = None if first.lost is None else np.concatenate([part.lost for part in parts if part.lost is not None])
     return replace(
         first,
         ids=[name for part in parts for name in part.ids],
@@ -162,8 +159,6 @@ def _joined(parts: list[Samples]) -> Samples:
         support=support_of([replace(same[0], k=max(own.k for own in same)) for same in lists]),
         invalid=sum(part.invalid for part in parts),
         lost=lost,
-        rewards=rewards,
-        groups=groups,
     )
 
 

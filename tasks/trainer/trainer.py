@@ -230,7 +230,10 @@ def _train_job(job: TrainJob, store: Store) -> TrainingJob:
     objective = _OBJECTIVE.validate_json(bytes(job.objective))
     reasons = [MaskReason[name.upper()] for name in config.mask_reasons]
     rows = model_rows(Path(job.model))
-    samples = shared(store.root, partial(collect_round, job, objective.needs(), reasons, rows, store))
+    apart = objective.estimator == "credit"  # it has terms for samples with and without a context
+    samples = shared(
+        store.root, partial(collect_round, job, objective.needs(), reasons, rows, store, every_context=apart)
+    )
     correction, weights = config.importance_correction, None
     if not isinstance(correction, NoCorrection):
         over: Literal["behaviour_logprobs", "student_logprobs"]
@@ -296,6 +299,7 @@ def _summary(rows: list[dict[str, Any]], samples: Samples, exported: dict[str, f
         "masked_tokens": float(sum(row.get("masked_tokens") or 0 for row in rows)),
         "empty_steps": float(sum(row["tokens"] == 0 for row in rows)),
         "invalid_tokens": samples.invalid,
+        **({} if samples.contexts is None else {"without_context": float((~samples.contexts).sum())}),
         **summarised(rows),
         **by_teacher(rows),
         **exported,

@@ -223,12 +223,18 @@ class Trainer(Engine):
         }
         ids = rollouts["sample_id"].to_pylist()
         assert all(sorted(table["sample_id"].to_pylist()) == sorted(ids) for table in signals.values())
+        rewards = []
+        if job.judged is not None:
+            rewards.append(store.read_table(store.require(job.judged.stage, job.judged.key), "rewards"))
+            assert rewards[0]["sample_id"].to_pylist() == ids
         teachers = None
         if job.prompts is not None:
             of = teacher_of_prompts(store, store.require(job.prompts.stage, job.prompts.key))
             teachers = {name: of[prompt] for name, prompt in zip(ids, rollouts["prompt_id"].to_pylist(), strict=True)}
         used = json.loads((Path(job.state) / "used.json").read_text()) if job.state else []
-        chain = digest(weights_digest(job.model), used, [table_digest(t) for t in (rollouts, *signals.values())])
+        chain = digest(
+            weights_digest(job.model), used, [table_digest(t) for t in (rollouts, *signals.values(), *rewards)]
+        )
         config, rows = json.loads(bytes(job.config)), []
         total = len(ids) * config["epochs_per_round"]
         steps = plan_steps(job.seed, job.round, len(ids), config["samples_per_step"], total)

@@ -28,7 +28,11 @@ class InProcess(InProcessPool):
     def __init__(self) -> None:
         import scripted_engines as engines
 
-        super().__init__(sampler=engines.Sampler({}), scorer=engines.Scorer({}), trainer=engines.Trainer({}))
+        from tasks.engines.judge import Judge
+
+        super().__init__(
+            sampler=engines.Sampler({}), scorer=engines.Scorer({}), trainer=engines.Trainer({}), judge=Judge({})
+        )
 
     @contextmanager
     def serving(self, *_: Any) -> Iterator[InProcess]:

@@ -76,10 +76,11 @@ def credit_problems(e: Experiment) -> list[str]:
             " or more (8 is usual)"
         )
     threshold = e.objective.reward.threshold
-    if threshold is not None and e.judge is not None and threshold != e.judge.success_threshold:
+    judged = None if e.judge is None else e.judge.success_threshold
+    if threshold is not None and judged is not None and threshold != judged:
         problems.append(
             f"objective.reward.success_threshold: {threshold:g}, but judge.success_threshold, by which {{sibling}} is correct, is"
-            f" {e.judge.success_threshold}; give both the same"
+            f" {judged:g}; give both the same"
         )
     if needs.contexts and (e.teacher is None or e.teacher.context is None):
         problems.append(

@@ -250,8 +250,8 @@ def with_teachers(samples: Samples, names: Sequence[str]) -> Samples:
 
 
 def with_spans(samples: Samples, rewards: pa.Table) -> Samples:
-    """The samples with the spans that the judge marked, key spans before error spans where they overlap; `rewards` has their rows,
-    in their order. InputError for a span past its completion."""
+    """The samples with the spans that the judge marked, key spans before error spans where they overlap; `rewards` has their
+    rows, in their order. InputError for a span past its completion."""
     spans = np.zeros(len(samples.completions.values), np.int8)
     for row, marked in enumerate(rewards.to_pylist()):
         first, last = samples.completions.offsets[row : row + 2]

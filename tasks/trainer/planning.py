@@ -87,6 +87,7 @@ class Planner:
 
     def _stored(self, rows: Sequence[int], step: int) -> Stored:
         samples, chosen = self.samples, list(rows)
+        of_sample = {name: torch.from_numpy(values[chosen]) for name, values in self._per_sample.items()}
         spans = [slice(*samples.completions.offsets[row : row + 2]) for row in chosen]
 
         def tokens(values: np.ndarray | None) -> torch.Tensor | None:
@@ -122,7 +123,11 @@ class Planner:
             span_N=tokens(samples.spans),
             context_S=torch.from_numpy(contexts),
             ended_S=None if samples.ended is None else torch.from_numpy(samples.ended[chosen]),
-            **{name: torch.from_numpy(values[chosen]) for name, values in self._per_sample.items()},
+            advantage_S=of_sample.get("advantage_S"),
+            correct_S=of_sample.get("correct_S"),
+            judged_S=of_sample.get("judged_S"),
+            success_S=of_sample.get("success_S"),
+            equal_S=of_sample.get("equal_S"),
         )
 
     def _returns(self, rows: Sequence[int], step: int) -> torch.Tensor | None:
@@ -133,7 +138,7 @@ class Planner:
             return None
         assert groups is not None
         chosen = np.flatnonzero(np.isin(groups, groups[list(rows)]))
-        stored = self._stored(chosen, step)
+        stored = self._stored(chosen.tolist(), step)
         group_N = torch.from_numpy(np.repeat(groups[chosen], self.samples.completions.lengths[chosen]))
         found = returns.normalise(returns_of(self.config, stored), stored.scored_N, group_N)
         parts = dict(zip(chosen.tolist(), stored.each(), strict=True))

@@ -98,7 +98,7 @@ class Trainer:
             job.seed, job.round, len(training.samples), training.samples_per_step, training.total_samples
         )
         refuse_lost_steps(training.samples, steps, job.round)
-        memory = {} if resumed is None else state.read_memory(resumed)
+        memory: Mapping[str, np.ndarray] = {} if resumed is None else state.read_memory(resumed)
         planner = planner_of(training.objective, training.samples, memory)
         average = None if job.average is None else EmaStudent(decay=job.average.decay, per=job.average.per)
         keeper = Keeper(job, runtime["checkpoint_minutes"])

@@ -27,6 +27,25 @@ from tasks.mixture import MixtureConfig
 Scenes = list[tuple[dict[str, Any], Experiment]]
 GOLDEN = yaml.safe_load((DATA / "golden.yaml").read_text())
 
+REWARD = {"kind": "group", "success_threshold": 0.5}
+CREDIT: list[dict[str, Any]] = [
+    {"reward": REWARD, "clip": {}, "likelihood": {}, "reference": {}, **{"normalisation": "constant", "normalisation_length": 32}},
+    {"reward": {**REWARD, "std": False}, "route": "srpo", "beside": {"support": {"kind": "student_topk", "k": 8}, "is_clip": 2.0,
+     "weight": {"kind": "teacher_entropy"}, "sequence_gradient": {}}},
+    {"reward": REWARD, "route": {"kind": "spans", "errors": True}, "beside": {"divergence": {"kind": "forward_kl"}, "on_errors":
+     {"kind": "reverse_kl"}, "support": {"kind": "student_topk", "k": 8}, "term_clip": 0.05}},
+    {"reward": REWARD, "route": "failed_groups", "reference": {"where": "unrouted"},
+     "beside": {"support": {"kind": "student_topk", "k": 8}, "target": {"kind": "floor"}}},
+    {"beside": {"support": {"kind": "full", "k": 264}, "divergence": {"kind": "forward_kl"}, "target": {"kind": "product"}}},
+    *({"reward": REWARD, "scale": kind} for kind in ("rlrt", "rlsd")),
+    {"reward": REWARD, "scale": {"kind": "visd", "k": 8}, "advantage_at": "live"},
+    *({"add": "log_ratio", "returns": kind} for kind in ("discounted", "mean_future")),
+    *({"reward": REWARD, "add": kind} for kind in ("sod", "iw", "power", "proximal", "anti_sd")),
+    {"add": {"kind": "vopd", "k": 8}},
+    {"add": {"kind": "dasd", "beta": 0.1, "entropy_of": "teacher", "normalised_by": "std"}},
+]  # fmt: skip
+"""Objectives of rewards and token credit, so that between them every field is somewhere."""
+
 VALUES: dict[tuple[str, str], Any] = {
     ("ArchitectureModel", "config"): {**GOLDEN["student"]["source"]["config"], "intermediate_size": 64},
     ("PrepareConfig", "chat_template_kwargs"): {"enable_thinking": False},
@@ -47,6 +66,18 @@ VALUES: dict[tuple[str, str], Any] = {
     ("ModelConfig", "warmup"): {"steps": 1, "lr": 1e-3},
     ("TeacherConfig", "warmup"): {"steps": 1, "lr": 1e-3},
     ("TeacherConfig", "context"): "{answer} {prompt}",
+    ("VOPD", "k"): 9,
+    ("VISD", "k"): 9,
+    ("SOD", "segment_ends"): [5],
+    ("Beside", "on_errors"): {"kind": "forward_kl"},
+    ("Beside", "support"): {"kind": "student_topk", "k": 9},
+    ("Beside", "sequence_gradient"): {"gamma": 0.5},
+    ("CreditConfig", "clip"): {"low": 0.1},
+    ("CreditConfig", "likelihood"): {"coef": 0.3},
+    ("CreditConfig", "reference"): {"coef": 0.3},
+    ("CreditConfig", "beside"): {"support": {"kind": "student_topk", "k": 9}, "coef": 0.3},
+    ("Spans", "weight"): 0.3,
+    ("Product", "beta"): 0.3,
     ("Experiment", "judge"): {"verifiers": [{"kind": "exact_match"}]},
     ("JudgeConfig", "verifiers"): [{"kind": "exact_match"}],
     ("JudgeExactMatch", "name"): "other",
@@ -107,6 +138,15 @@ SCENES: list[dict[str, Any]] = [
             "support": {"kind": "student_topk", "k": 8},
         }
     },
+    *(
+        {
+            "teacher": {"context": "{answer}\n{prompt}"},
+            "rollout": {"top_p": 1.0, "num_generations": 2},
+            "judge": {"verifiers": [{"kind": "exact_match"}]},
+            "objective": {"estimator": "credit", **objective},
+        }
+        for objective in CREDIT
+    ),
 ]
 """Configs laid over the golden one, so that between them every field of every model is somewhere. Variants on an axis
 whose fields all have defaults (divergences, trust regions, token weights) are found and added by `scenes`."""

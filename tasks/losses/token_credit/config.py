@@ -17,7 +17,11 @@ from tasks.losses.token_credit.routes import ROUTES, Everywhere, Route
 from tasks.losses.token_credit.scales import SCALES, NoScale, Scale
 
 if TYPE_CHECKING:
-    RewardField, ScaleField, AdditionField, ReturnField, RouteField = Reward, Scale, Addition, Return, Route
+    RewardField = Reward
+    ScaleField = Scale
+    AdditionField = Addition
+    ReturnField = Return
+    RouteField = Route
 else:
     RewardField = REWARDS.annotation(names=True)
     ScaleField = SCALES.annotation(names=True)
@@ -169,9 +173,10 @@ def _problems(c: CreditConfig) -> list[str]:
             )
     if reward.drops_equal_groups and route.equal_groups:
         found.append(f"reward.drop_equal_groups: route {route.kind} trains on groups that all fail; set it to false")
+    of_beside = None if beside is None else beside.support
     lists = [
         (name, support)
-        for name, support in (("beside", beside and beside.support), ("add", add.lists), ("scale", scale.lists))
+        for name, support in (("beside", of_beside), ("add", add.lists), ("scale", scale.lists))
         if support is not None
     ]
     if len(lists) > 1 and len({(support.kind, support.k) for _, support in lists}) > 1:

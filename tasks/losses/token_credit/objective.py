@@ -31,10 +31,11 @@ class CreditObjective:
     def __call__(self, batch: TokenBatch, student: StudentView, observed: StudentView | None = None) -> ObjectiveOutput:
         """Needs the plan, the log-probabilities of the sampled token under all three models, and the lists of the divergence."""
         config, out = self.config, batch.loss_mask_N <= 0
-        planned = {
-            name: working(values).masked_fill(out, 0)
-            for name, values in required(batch.planned, "batch.planned").items()
-        }
+        if batch.planned is None:
+            raise ValueError(
+                "the objective needs batch.planned, what the step's plan has computed (token_credit/plan.py)"
+            )
+        planned = {name: working(values).masked_fill(out, 0) for name, values in batch.planned.items()}
         live = working(required(student.token_logprobs_N, "student.token_logprobs_N")).masked_fill(out, 0)
         old = working(required(batch.student_logprobs_N, "batch.student_logprobs_N")).masked_fill(out, 0)
         teacher = working(required(batch.teacher_logprobs_N, "batch.teacher_logprobs_N")).masked_fill(out, 0)
@@ -151,7 +152,7 @@ class CreditObjective:
 @torch.no_grad()
 def _later(values_N: Tensor, batch: TokenBatch, gamma: float) -> Tensor:
     """sum_{s>t} gamma^(s-t) of the values at later positions of the same sample; masked ones count 0."""
-    samples, place_N = batch.sample_N.unique(return_inverse=True)
+    samples, place_N = torch.unique(batch.sample_N, return_inverse=True)
     position_N = batch.position_N.long()
     length = int(position_N.max()) + 1 if len(position_N) else 0
     table = values_N.new_zeros(len(samples), length).index_put_((place_N, position_N), values_N)

@@ -27,7 +27,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "visd": {"reward": GROUP, "scale": {"kind": "visd", "k": K}, "advantage_at": "live"},
     "vopd": {"add": {"kind": "vopd", "k": K}, "ratio": "none", "advantage_at": "live"},
     "distil": {"beside": {**TOP, "sequence_gradient": {"gamma": 0.9}}},
-    "power": {"add": "power", "ratio": "none", "last_token": False},
+    "power": {"add": {"kind": "power", "a": 0.5}, "ratio": "none", "last_token": False},
     "trace": {"reward": GROUP, "route": "spans", "beside": TOP},
 }
 

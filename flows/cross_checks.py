@@ -67,7 +67,9 @@ def needs_judge(e: Experiment) -> bool:
     return e.objective.needs().credit.reward
 
 
-NOT_JUDGED = "judge: nothing in this config reads rewards, so none are asked for and the stage does not run; judge: null leaves it out"
+NOT_JUDGED = (
+    "judge: nothing in this config reads rewards, so none are asked for and its stage does not run (null leaves it out)"
+)
 """What a plan says about a config with a judge that nothing reads."""
 
 

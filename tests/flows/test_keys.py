@@ -47,6 +47,7 @@ VALUES: dict[tuple[str, str], Any] = {
     ("TeacherConfig", "warmup"): {"steps": 1, "lr": 1e-3},
     ("TeacherConfig", "context"): "{answer} {prompt}",
     ("Experiment", "plugin_sources"): {"brings_nothing": "0" * 64},
+    ("JudgeConfig", "verifiers"): [{"kind": "exact_match"}],
 }
 """Another value of a field whose type alone does not tell one: (model, field) -> value. A new field whose test fails
 for want of a valid value is added here."""
@@ -90,6 +91,15 @@ SCENES: list[dict[str, Any]] = [
         "objective": {
             "estimator": "policy_gradient",
             "support": {"kind": "student_topk", "k": 8},
+        }
+    },
+    {
+        "judge": {
+            "verifiers": [
+                {"kind": "exact_match", "name": "equal"},
+                {"kind": "math_verify"},
+                {"kind": "function", "target": "module:score"},
+            ]
         }
     },
 ]

@@ -19,7 +19,7 @@ from storage.store import Artifact, Store
 
 PARTS = (
     "model", "weights", "architecture", "tokenizer", "generation", "prompts", "vocabulary", "audit", "prompts:train",
-    "prompts:eval", "prompts:warmup", "drafts", "rollouts", "sampled", "mask", "teacher_topk", "student_topk",
+    "prompts:eval", "prompts:warmup", "drafts", "rollouts", "rewards", "sampled", "mask", "teacher_topk", "student_topk",
     "teacher_margin", "state",
 )  # fmt: skip
 TEACHERS = ("add", "subtract")
@@ -51,6 +51,7 @@ DEPENDS: dict[str, set[str]] = {
     "rollout.top_p": {"rollout", "sampled"},
     "rollout.top_k": {"rollout", "sampled"},
     "rollout.min_p": {"rollout", "sampled"},
+    "judge": {"judge"},
     "supervise.dtype": SIGNALS,
     "supervise.encoding": {"teacher_topk", "student_topk"},
     "supervise.tail_mass": {"teacher_topk"},

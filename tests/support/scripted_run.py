@@ -34,6 +34,7 @@ from storage.schemas import schema_for
 from storage.store import Store
 from tasks.inputs.addition import additions
 from tasks.inputs.models import model_work
+from tasks.plugins import load_plugins
 from tasks.prepare import prepare_work
 
 WITHOUT_PANDAS = Path(__file__).resolve().parent / "without_pandas"
@@ -72,13 +73,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "teacher": {"source": {"kind": "ema", "per": "step"}},
         "rollout": {"top_p": 1.0, "behaviour": {"kind": "trb", "epsilon": 0.01}},
     },
+    "judged": {
+        "judge": {
+            "verifiers": [
+                {"kind": "function", "target": "judges:graded"},
+                {"kind": "function", "target": "judges:moody", "weight": 0.5},
+            ]
+        },
+        "objective": {"estimator": "policy_gradient", "advantage": {"kind": "grouped", "k": 4}},
+        "plugins": ["scripted_engines", "extra_credits"],
+    },
 }
 """What a run has beside the plain one: drafts that the teacher writes once; a rollout of two artifacts (rollouts, blending) and
-a teacher that the trainer averages and exports (`teacher_ema`)."""
+a teacher that the trainer averages and exports (`teacher_ema`); rewards, some of them null, which the trainer reads."""
 
 
 def experiment(rounds: int = ROUNDS, variant: str = "plain") -> Experiment:
     changes = VARIANTS[variant]
+    load_plugins(changes.get("plugins", ()))
     rollout = EXPERIMENT["rollout"] | changes.get("rollout", {})
     return Experiment.model_validate(EXPERIMENT | changes | {"rollout": rollout, "policy": {"rounds": rounds}})
 

@@ -83,9 +83,7 @@ def test_a_hanging_function_is_killed_with_what_it_started(named: VerifierProces
     assert not psutil.pid_exists(pid)
 
 
-def test_output_goes_to_this_process_without_secrets(
-    named: VerifierProcess, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_output_goes_to_this_process_without_secrets(named: VerifierProcess, capfd: pytest.CaptureFixture[str]) -> None:
     assert ask(named, "print") == Outcome(1.0)
     with pytest.raises(NoVerdict) as failed:
         ask(named, "raise")
@@ -136,7 +134,14 @@ def test_a_function_reads_what_it_asks_for() -> None:
     process = started({"kind": "function", "target": "judges:graded"})
     try:
         assert process.given() == [["prompt", "token_ids", "tokens"]]
-        question = {"completion": "b", "answer": None, "length": 2, "prompt": "a", "token_ids": [1, 2], "tokens": ["b", ""]}
+        question = {
+            "completion": "b",
+            "answer": None,
+            "length": 2,
+            "prompt": "a",
+            "token_ids": [1, 2],
+            "tokens": ["b", ""],
+        }
         found = process.ask(0, question)
         assert found == Outcome(0.0, "'a' expects None, found 'b' in 2 tokens", (1, 2), ((0, 1, "first"),))
     finally:

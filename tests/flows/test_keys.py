@@ -107,6 +107,15 @@ SCENES: list[dict[str, Any]] = [
             "support": {"kind": "student_topk", "k": 8},
         }
     },
+    {
+        "judge": {
+            "verifiers": [
+                {"kind": "exact_match", "name": "equal"},
+                {"kind": "math_verify"},
+                {"kind": "function", "target": "module:score"},
+            ]
+        }
+    },
 ]
 """Configs laid over the golden one, so that between them every field of every model is somewhere. Variants on an axis
 whose fields all have defaults (divergences, trust regions, token weights) are found and added by `scenes`."""

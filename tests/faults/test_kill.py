@@ -250,7 +250,8 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Undisturbed]:
         if variant == "contexts":
             with pytest.raises(KeyboardInterrupt):
                 in_process.run(root, 1, variant, scorer=Interrupted())
-            shutil.rmtree(root / "artifacts" / "context")
+            for stage in ("context", "sampled", "mask", "teacher_topk"):  # signals were begun
+                shutil.rmtree(root / "artifacts" / stage, ignore_errors=True)
         found[variant] = Undisturbed(root, folder / "run", variant=variant)
     return found
 

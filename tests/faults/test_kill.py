@@ -211,8 +211,8 @@ MOMENTS = {
     "blended": ("shard.before_sidecar killtree 2", "manifest.after_link killtree 1"),
     "judged": ("shard.before_sidecar killtree 2", "shard.after_rename kill 1"),
 }
-"""In `make test`: a shard without its sidecar; before the manifest of the drafts; one of the two artifacts is committed; a judge's
-worker dies and another one goes on."""
+"""In `make test`: a shard without its sidecar; before the manifest of the drafts; one of the two artifacts is committed; a
+judge's worker dies and another one goes on."""
 
 
 class Interrupted:

@@ -1,5 +1,6 @@
-"""Damage to, and loss of, drafts, the table of a blend, averaged teachers and rewards (row 2): `opd verify` names the file, the next start
-makes it again with the same digest, a collection keeps what a run uses and removes the rest, and the round replays (row 13)."""
+"""Damage to, and loss of, drafts, the table of a blend, averaged teachers and rewards (row 2): `opd verify` names the file, the
+next start makes it again with the same digest, a collection keeps what a run uses and removes the rest, and the round replays
+(row 13)."""
 
 from __future__ import annotations
 

@@ -51,7 +51,6 @@ DEPENDS: dict[str, set[str]] = {
     "rollout.top_p": {"rollout", "sampled"},
     "rollout.top_k": {"rollout", "sampled"},
     "rollout.min_p": {"rollout", "sampled"},
-    "judge": {"judge"},
     "supervise.dtype": SIGNALS,
     "supervise.encoding": {"teacher_topk", "student_topk"},
     "supervise.tail_mass": {"teacher_topk"},

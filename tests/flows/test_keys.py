@@ -17,7 +17,7 @@ from flows.experiment import Experiment, Fork, load_experiment
 from flows.study.spec import load_study
 from storage.identity import Identity, RunPolicy, Runtime
 from storage.store import Store
-from tasks.inputs.judging import JudgeFunction
+from tasks.inputs.judging import JudgeConfig, JudgeExactMatch, JudgeFunction, JudgeMathVerify
 from tasks.inputs.models import CheckpointModel, FolderTokenizer, HubModel, ServedModel
 from tasks.inputs.sources import FileSource
 from tasks.inputs.verifiers import FunctionVerifier
@@ -107,30 +107,22 @@ SCENES: list[dict[str, Any]] = [
             "support": {"kind": "student_topk", "k": 8},
         }
     },
-    {
-        "judge": {
-            "verifiers": [
-                {"kind": "exact_match", "name": "equal"},
-                {"kind": "math_verify"},
-                {"kind": "function", "target": "module:score"},
-            ]
-        }
-    },
 ]
 """Configs laid over the golden one, so that between them every field of every model is somewhere. Variants on an axis
 whose fields all have defaults (divergences, trust regions, token weights) are found and added by `scenes`."""
 
 ELSEWHERE = {CheckpointModel, FolderTokenizer, FileSource, HubModel, ServedModel, FunctionVerifier, SftConfig, Fork}
-ELSEWHERE |= {JudgeFunction}
-ELSEWHERE |= {MixtureConfig}
+ELSEWHERE |= {MixtureConfig, JudgeConfig, JudgeExactMatch, JudgeMathVerify, JudgeFunction}
 """What needs files, a user's code, or is never part of an experiment: their own tests show what of them enters keys."""
 ALONE = {
     ("ModelConfig", "source"), ("TeacherConfig", "source"), ("ArchitectureModel", "tokenizer"),
     ("Experiment", "fork"), ("Experiment", "teacher"), ("Experiment", "teachers"), ("Experiment", "mixture"),
+    ("Experiment", "judge"),
     ("FullSupport", "k"),
 }  # fmt: skip
 """Fields whose other variants are such, though the fields inside are changed one by one; the k of a full support has no
-other value, being the vocabulary's. For several teachers see `test_teachers.py`."""
+other value, being the vocabulary's. For several teachers see `test_teachers.py`, for the judge
+`tests/tasks/test_judge.py`."""
 
 
 @pytest.fixture(scope="module")

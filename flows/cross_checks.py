@@ -96,8 +96,7 @@ def needs_judge(e: Experiment) -> bool:
 
 
 NOT_JUDGED = (
-    "judge: nothing in this config reads rewards, so none are asked for and the stage does not run;"
-    " judge: null leaves it out"
+    "judge: nothing in this config reads rewards, so none are asked for and its stage does not run (null leaves it out)"
 )
 """What a plan says about a config with a judge that nothing reads."""
 

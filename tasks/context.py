@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from storage.artifacts.shards import read_parquet
 from storage.errors import ConfigError, InputError
-from storage.identity import Identity, canonical_json, derive_seed
+from storage.identity import Identity, canonical_json
 from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.inputs.contexts import (
     DEFAULT_THRESHOLD,
     JUDGED,
+    OF_ROUNDS,
     SiblingConfig,
-    columns_of,
     lacking,
     named_in,
     teacher_prompt,
@@ -31,7 +31,11 @@ from tasks.inputs.contexts import (
 )
 from tasks.inputs.prompts import PrepareConfig
 from tasks.inputs.rows import PRIVILEGED, Row
+from tasks.inputs.siblings import Candidate, Correct, Verdicts, candidates, siblings_of, source_of
 from tasks.stage import LOADING, Context, Judged, Prompts, Rollouts, Student, Teacher, Work
+
+if TYPE_CHECKING:
+    from tasks.inputs.rendering import Renderer
 
 VERSION = 1
 STAGE = "context"
@@ -135,44 +139,6 @@ class _Asked:
     success_threshold: float | None
 
 
-@dataclass(frozen=True)
-class Correct:
-    """A correct completion of a round, and what a sibling's context shows of it."""
-
-    sample_id: str
-    sample_index: int
-    text: str
-    shown: str
-
-
-@dataclass(frozen=True)
-class Verdicts:
-    """What the judge said of a round, by sample_id; without a reward there is no verdict."""
-
-    rewards: Mapping[str, float]
-    feedback: Mapping[str, str]
-    threshold: float = DEFAULT_THRESHOLD
-
-    def correct(self, sample_id: str) -> bool:
-        return self.rewards.get(sample_id, float("-inf")) >= self.threshold
-
-    def of(self, sample_id: str) -> dict[str, str]:
-        """The columns that a sample has whatever its siblings are."""
-        found = {"feedback": self.feedback[sample_id]} if sample_id in self.feedback else {}
-        if sample_id in self.rewards:
-            found["verdict"] = "correct" if self.correct(sample_id) else "incorrect"
-        return found
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One context that a sample may get."""
-
-    template: str
-    found: Mapping[str, str]
-    sibling_id: str | None = None
-
-
 @dataclass
 class _Sample:
     """One sample whose context is being looked for."""
@@ -195,48 +161,6 @@ class _Sample:
             "source": "none" if taken is None else source_of(taken.template),
             "reason": ", ".join(dict.fromkeys(self.reasons)) if taken is None else None,
         }
-
-
-def source_of(template: str) -> str:
-    """What of the round a template shows."""
-    names = set(columns_of(template))
-    if {"sibling", "feedback"} <= names:
-        return "both"
-    return next((name for name in ("sibling", "feedback") if name in names), "prompt")
-
-
-def candidates(
-    row: Row,
-    templates: Sequence[str],
-    own: Mapping[str, str],
-    siblings: Sequence[Correct],
-    reasons: list[str],
-) -> Iterator[Candidate]:
-    """The contexts that a sample can have, best first. `own`: its columns of the round, `siblings`: in order of preference. Every
-    column that keeps a template from being used is added to `reasons`."""
-    for template in templates:
-        if "sibling" in columns_of(template):
-            each = [({**own, "sibling": other.shown}, other.sample_id) for other in siblings] or [(dict(own), None)]
-        else:
-            each = [(dict(own), None)]
-        for found, sibling_id in each:
-            if missing := lacking(row, template, found):
-                reasons += [f"no {name}" for name in missing]
-                break  # it is missing with every sibling
-            yield Candidate(template, found, sibling_id)
-
-
-def siblings_of(
-    sample_id: str, text: str, group: Sequence[Correct], sibling: SiblingConfig, seed: int
-) -> list[Correct]:
-    """The correct completions of the group that a sample may be shown, best first: not its own, and nothing whose text, or whose
-    shown part, is the sample's own text (the teacher would copy it)."""
-    others = [
-        other for other in group if other.sample_id != sample_id and other.text != text and other.shown != text.strip()
-    ]
-    if sibling.rule == "first":
-        return sorted(others, key=lambda other: other.sample_index)
-    return sorted(others, key=lambda o: (derive_seed(seed, "sibling", sample_id, o.sample_id), o.sample_index))
 
 
 def _build(builder: Builder, ctx: Context, asked: _Asked) -> None:
@@ -282,17 +206,10 @@ class _Maker:
 
     def __init__(self, store: Store, asked: _Asked) -> None:
         from tasks.engines.hf_folder import positions, read_config
-        from tasks.inputs.rendering import Reader, Renderer
-        from tasks.inputs.shipped import load_tokenizer
-        from tasks.inputs.tokenizers import TokenizerAudit
 
         self._store, self._asked = store, asked
-        student, teacher = (store.materialize(model) for model in (asked.student, asked.teacher))
-        one = asked.student.content["tokenizer"] == asked.teacher.content["tokenizer"]
-        own = load_tokenizer(student)
-        audit = TokenizerAudit.model_validate(asked.prompts.meta["audit"])
-        self._renderer = Renderer(asked.prepare, own, {None: Reader(own if one else load_tokenizer(teacher), audit)})
-        self._positions = positions(read_config(teacher))
+        self._renderer, _ = _renderer(store, asked.prepare, asked.student, asked.teacher, asked.prompts)
+        self._positions = positions(read_config(store.materialize(asked.teacher)))
         self._rows = _prompts(store, asked.prompts)
         named = named_in(asked.templates)
         self._verdicts = Verdicts({}, {})
@@ -358,6 +275,42 @@ class _Maker:
                 if shown.strip():
                     found.setdefault(prompt_id, []).append(Correct(sample_id, index, text, shown))
         return found
+
+
+def _renderer(
+    store: Store, prepare: PrepareConfig, student: Artifact, teacher: Artifact, prompts: Artifact
+) -> tuple[Renderer, Any]:
+    """What renders and tokenises for the teacher as `prepare` does, and the teacher's tokenizer."""
+    from tasks.inputs.rendering import Reader, Renderer
+    from tasks.inputs.shipped import load_tokenizer
+    from tasks.inputs.tokenizers import TokenizerAudit
+
+    own = load_tokenizer(store.materialize(student))
+    one = student.content["tokenizer"] == teacher.content["tokenizer"]
+    its = own if one else load_tokenizer(store.materialize(teacher))
+    audit = TokenizerAudit.model_validate(prompts.meta["audit"])
+    return Renderer(prepare, own, {None: Reader(its, audit)}), its
+
+
+def examples(
+    templates: Sequence[str],
+    prepare: PrepareConfig,
+    student: Artifact,
+    teacher: Artifact,
+    prompts: Artifact,
+    store: Store,
+) -> Iterator[str]:
+    """For each template what the teacher reads of the first prompt that has its columns, special tokens included; the columns of
+    the round are shown by their names."""
+    renderer, tokenizer = _renderer(store, prepare, student, teacher, prompts)
+    shown = {name: f"{{{name}}}" for name in OF_ROUNDS}
+    rows = _prompts(store, prompts).values()
+    for template in templates:
+        row = next((row for row in rows if not lacking(row, template, shown)), None)
+        if row is not None:
+            read = Row(row.where, row.prompt, teacher_prompt=teacher_prompt(row, template, shown))
+            [ids] = renderer.contexts([read])
+            yield tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _prompts(store: Store, prompts: Artifact) -> dict[str, Row]:

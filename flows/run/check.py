@@ -23,6 +23,7 @@ from flows.run.runner import bytes_of_run, bytes_per_round
 from storage.errors import RELATIVE, ConfigError, InputError, OpdError
 from storage.runs import Run
 from storage.store import Artifact, Store
+from tasks.context import examples
 from tasks.engines.verifier_process import NoVerdict, VerifierProcess, reason_of
 from tasks.evaluate import Prompt, plan_shards
 from tasks.inputs.judging import name_of
@@ -91,6 +92,7 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
             yield from _routes(experiment, rows)
             readers = {name: load_tokenizer(folder) for name, folder in folders.items()}
             yield from _lengths_and_example(rows, load_tokenizer(store.materialize(student)), readers)
+            yield from _contexts(experiment, store, student, teachers, prompts)
             yield from _verifier(experiment, rows)
             yield from _judge(experiment, rows)
             parameters = parameter_count(store.materialize(student))
@@ -171,6 +173,17 @@ def _lengths_and_example(rows: pa.Table, tokenizer: Any, readers: Mapping[str | 
             if (ids := found[column][0].as_py()) is not None:
                 text = own.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
                 yield f"first prompt of {split}{reader}, {len(ids):,} tokens: {_shortened(repr(text))}"
+
+
+def _contexts(
+    experiment: Experiment, store: Store, student: Artifact, teachers: Mapping[str | None, Artifact], prompts: Artifact
+) -> Iterator[str]:
+    """What the teacher reads of a sample, where samples have contexts of their own."""
+    if not experiment.sample_contexts:
+        return
+    shown = examples(experiment.sample_contexts, experiment.prompts, student, teachers[None], prompts, store)
+    for number, text in enumerate(shown, 1):
+        yield f"context {number} of a sample, as the teacher reads it: {_shortened(repr(text))}"
 
 
 def _shortened(text: str) -> str:

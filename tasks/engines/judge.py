@@ -20,7 +20,7 @@ from tasks.workers.main import Link
 
 TABLE = "rewards"
 SPLIT = "train"
-HOPELESS = 20
+HOPELESS = 10
 """Completions, one after another from a job's first on, that may end the verifiers' process before the job is given up."""
 
 

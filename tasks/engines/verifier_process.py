@@ -7,6 +7,7 @@ line by line and without secrets, to this process's output (a worker's log)."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -48,6 +49,7 @@ START_SECONDS = 120.0
 """Limit for the start of the process: it imports the users' modules and math-verify."""
 REASON_LENGTH = 300
 """Characters of a reason that are kept."""
+_PR_SET_PDEATHSIG = 1
 _LINE = 65536
 """Bytes of output without a line break after which a line is cut."""
 
@@ -224,6 +226,8 @@ def answered(verifier: AnyVerifier, question: Mapping[str, Any]) -> dict[str, An
 
 def main(descriptor: int) -> None:
     """Answer questions until the socket closes, also when the parent dies."""
+    if sys.platform == "linux":  # also where a verifier hangs when the parent is killed
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rwb") as stream:
         connection.set_inheritable(False)  # programs that a verifier starts must not hold it open
 

@@ -60,7 +60,7 @@ class JudgeConfig(Identity):
     """Rewards of the training rollouts: the weighted sum of what the verifiers give. It runs in rounds whose objective, or whose
     teacher's context, needs it."""
 
-    verifiers: tuple[JudgeVerifier, ...] = Field(min_length=1, description="one or several; their rewards are added")
+    verifiers: tuple[JudgeVerifier, ...] = Field(description="one or several; their rewards are added")
     timeout: float = Field(
         10.0,
         gt=0,
@@ -82,6 +82,8 @@ class JudgeConfig(Identity):
 
     @model_validator(mode="after")
     def _check(self) -> JudgeConfig:
+        if not self.verifiers:
+            raise ValueError("judge.verifiers: the list is empty; give at least one, {kind: exact_match} for example")
         names = self.names
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(

@@ -17,7 +17,7 @@ from flows.experiment import Experiment, Fork, load_experiment
 from flows.study.spec import load_study
 from storage.identity import Identity, RunPolicy, Runtime
 from storage.store import Store
-from tasks.inputs.judging import JudgeFunction
+from tasks.inputs.judging import JudgeConfig, JudgeExactMatch, JudgeFunction, JudgeMathVerify
 from tasks.inputs.models import CheckpointModel, FolderTokenizer, HubModel, ServedModel
 from tasks.inputs.sources import FileSource
 from tasks.inputs.verifiers import FunctionVerifier
@@ -29,7 +29,7 @@ GOLDEN = yaml.safe_load((DATA / "golden.yaml").read_text())
 
 REWARD = {"kind": "group", "success_threshold": 0.5}
 CREDIT: list[dict[str, Any]] = [
-    {"reward": REWARD, "clip": {}, "likelihood": {}, "reference": {}, **{"normalisation": "constant", "normalisation_length": 32}},
+    {"reward": REWARD, "clip": {}, "likelihood": {}, "reference": {}, "normalisation": "constant", "normalisation_length": 32},
     {"reward": {**REWARD, "std": False}, "route": "srpo", "beside": {"support": {"kind": "student_topk", "k": 8}, "is_clip": 2.0,
      "weight": {"kind": "teacher_entropy"}, "sequence_gradient": {}}},
     {"reward": REWARD, "route": {"kind": "spans", "errors": True}, "beside": {"divergence": {"kind": "forward_kl"}, "on_errors":
@@ -41,7 +41,8 @@ CREDIT: list[dict[str, Any]] = [
     {"reward": REWARD, "scale": {"kind": "visd", "k": 8}, "advantage_at": "live"},
     *({"add": "log_ratio", "returns": kind} for kind in ("discounted", "mean_future")),
     *({"reward": REWARD, "add": kind} for kind in ("sod", "iw", "power", "proximal", "anti_sd")),
-    {"add": {"kind": "vopd", "k": 8}},
+    {"add": {"kind": "vopd", "k": 264}, "advantage_at": "live"},
+    {"reward": REWARD, "route": "spans", "beside": {"support": {"kind": "student_topk", "k": 8}}},
     {"add": {"kind": "dasd", "beta": 0.1, "entropy_of": "teacher", "normalised_by": "std"}},
 ]  # fmt: skip
 """Objectives of rewards and token credit, so that between them every field is somewhere."""
@@ -66,7 +67,7 @@ VALUES: dict[tuple[str, str], Any] = {
     ("ModelConfig", "warmup"): {"steps": 1, "lr": 1e-3},
     ("TeacherConfig", "warmup"): {"steps": 1, "lr": 1e-3},
     ("TeacherConfig", "context"): "{answer} {prompt}",
-    ("VOPD", "k"): 9,
+    ("VOPD", "k"): 260,
     ("VISD", "k"): 9,
     ("SOD", "segment_ends"): [5],
     ("Beside", "on_errors"): {"kind": "forward_kl"},
@@ -152,16 +153,17 @@ SCENES: list[dict[str, Any]] = [
 whose fields all have defaults (divergences, trust regions, token weights) are found and added by `scenes`."""
 
 ELSEWHERE = {CheckpointModel, FolderTokenizer, FileSource, HubModel, ServedModel, FunctionVerifier, SftConfig, Fork}
-ELSEWHERE |= {JudgeFunction}
-ELSEWHERE |= {MixtureConfig}
+ELSEWHERE |= {MixtureConfig, JudgeConfig, JudgeExactMatch, JudgeMathVerify, JudgeFunction}
 """What needs files, a user's code, or is never part of an experiment: their own tests show what of them enters keys."""
 ALONE = {
     ("ModelConfig", "source"), ("TeacherConfig", "source"), ("ArchitectureModel", "tokenizer"),
     ("Experiment", "fork"), ("Experiment", "teacher"), ("Experiment", "teachers"), ("Experiment", "mixture"),
+    ("Experiment", "judge"),
     ("FullSupport", "k"),
 }  # fmt: skip
 """Fields whose other variants are such, though the fields inside are changed one by one; the k of a full support has no
-other value, being the vocabulary's. For several teachers see `test_teachers.py`."""
+other value, being the vocabulary's. For several teachers see `test_teachers.py`, for the judge
+`tests/tasks/test_judge.py`."""
 
 
 @pytest.fixture(scope="module")

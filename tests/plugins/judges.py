@@ -28,6 +28,11 @@ def parity(completion: str, answer: str | None) -> int:
     return sum(map(ord, completion)) % 2
 
 
+def moody(completion: str, answer: str | None) -> float:
+    """No number for some of the completions of the scripted sampler."""
+    return float("nan") if parity(completion, answer) and "1" in completion else len(completion) / 4
+
+
 def named(completion: str, answer: str | None) -> object:
     """Does what the completion says: one function for every fault."""
     return FAULTS[completion.partition(" ")[0]](completion)

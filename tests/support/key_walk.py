@@ -19,8 +19,8 @@ from storage.store import Artifact, Store
 
 PARTS = (
     "model", "weights", "architecture", "tokenizer", "generation", "prompts", "vocabulary", "audit", "prompts:train",
-    "prompts:eval", "prompts:warmup", "drafts", "rollouts", "sampled", "mask", "teacher_topk", "student_topk",
-    "teacher_margin", "state", "rewards", "contexts", "context_columns",
+    "prompts:eval", "prompts:warmup", "drafts", "rollouts", "rewards", "sampled", "mask", "teacher_topk", "student_topk",
+    "teacher_margin", "state", "contexts", "context_columns",
 )  # fmt: skip
 TEACHERS = ("add", "subtract")
 SEVERAL = (

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import ConfigError, InputError
-from tasks.context import Correct, siblings_of, source_of
+from tasks.context import examples
 from tasks.inputs.contexts import SiblingConfig, per_sample, without_thinking
+from tasks.inputs.siblings import Correct, siblings_of, source_of
 
 SIBLING = "{prompt} see {sibling}"
 SDPO = ("{prompt} see {sibling}", "{prompt} note {feedback}")
@@ -222,6 +223,17 @@ def test_missing_shards_are_made_alone_and_equal(tmp_path: Path) -> None:
 def test_a_round_without_any_context_says_so(shared: Room) -> None:
     shared.contexts([SIBLING], [[Said("a", "1"), Said("b", "1")]])
     assert any("no sample of this round has a context" in line for line in shared.said)
+
+
+def test_a_check_shows_where_the_columns_of_the_round_stand(tmp_path: Path) -> None:
+    rows = [{"id": "a", "prompt": "1+1="}, {"id": "b", "prompt": "2+2=", "solution": "4"}]
+    desk = room(tmp_path, rows=rows)
+    templates = ("{prompt} see {sibling}", "{solution} ({verdict})")
+    found = list(examples(templates, desk.config, desk.model, desk.model, desk.prompts(templates), desk.store))
+    assert found == [
+        "<|user|>1+1= see {sibling}<|end|><|assistant|>",
+        "<|user|>2+2=\n\n4 ({verdict})<|end|><|assistant|>",
+    ]
 
 
 def test_which_contexts_are_of_samples() -> None:

@@ -59,7 +59,9 @@ class Beside(Identity):
         False,
         description="forward KL without its entropy: -sum q' log p. Same gradient at the token, another sequence_gradient",
     )
-    on_errors: DivergenceField | None = Field(None, description="D on the error spans of `route: spans`")
+    on_errors: DivergenceField | None = Field(
+        None, description="D on the error spans of `route: spans`; null: the same"
+    )
     student_temperature: float = Field(1.0, gt=0, description="temperature of p in D")
     teacher_temperature: float = Field(1.0, gt=0, description="temperature of q in D")
     sequence_gradient: SequenceGradient | None = Field(

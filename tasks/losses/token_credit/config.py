@@ -207,7 +207,7 @@ def _problems(c: CreditConfig) -> list[str]:
             )
     if c.ratio == "none" and c.clip is not None:
         found.append("clip: bounds the ratio, and ratio is none; leave it out")
-    if beside is not None and (beside.on_errors is not None) != getattr(route, "errors", False):
+    if beside is not None and beside.on_errors is not None and not getattr(route, "errors", False):
         found.append("beside.on_errors: the divergence on error spans; it goes with route: {kind: spans, errors: true}")
     if c.reference is not None and c.reference.where == "unrouted" and route.kind != "failed_groups":
         found.append(f"reference.where: route {route.kind} leaves no group to it; use where: all")

@@ -180,7 +180,7 @@ class Spans(Route):
         LinearSchedule(initial=0.5, final=0.0, steps=30, start=10), description="lambda, over optimizer steps"
     )
     coverage: float = Field(0.25, gt=0, le=1, description="largest share of a completion that its spans may cover")
-    errors: bool = Field(False, description="the divergence of `beside.on_errors` on error spans of wrong samples")
+    errors: bool = Field(False, description="the divergence on error spans of wrong samples too (`beside.on_errors`)")
 
     @field_validator("weight")
     @classmethod

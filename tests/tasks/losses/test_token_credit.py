@@ -172,7 +172,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"beside": {"cross_entropy": True}}, "cross_entropy", "forward_kl"),
     ({"beside": {"divergence": {"kind": "alpha", "alpha": 2.9}, "logprob_min": -60}}, "logprob_min", "float32"),
     ({"beside": {"on_errors": {"kind": "reverse_kl"}}}, "on_errors", "spans"),
-    ({"reward": GROUP, "route": {"kind": "spans", "errors": True}, "beside": {}}, "on_errors", "spans"),
     ({"reward": GROUP, "route": {"kind": "spans", "weight": -0.1}, "beside": {}}, "weight", "negative"),
     ({"add": {"kind": "dasd"}}, "beta", "required"),
     ({"reward": "group", "scale": "visd"}, "advantage_at", "live"),

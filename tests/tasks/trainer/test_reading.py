@@ -46,7 +46,11 @@ NEEDS["rewards"] = replace(NEEDS["sampled"], credit=CreditNeeds(reward=True, gro
 def tables(spoil: bool = False) -> dict[str, pa.Table]:
     made = clean_round.rows(lengths=LENGTHS)
     for number, row in enumerate(made["rollouts"]):
-        row |= {"prompt_id": f"p{number // 2}", "reward": number % 3 / 2}
+        row |= {"prompt_id": f"p{number // 2}"}
+    made["rewards"] = [
+        {"sample_id": row["sample_id"], "reward": None if number == 4 else number % 3 / 2}
+        for number, row in enumerate(made["rollouts"])
+    ]
     made["mask"][0]["mask_reasons"] = [1, 0, 16]
     made["mask"][3]["mask_reasons"] = [16] * 5  # a shard whose lists are all empty, below
     for table in ("teacher_topk", "student_topk"):
@@ -86,7 +90,10 @@ def read(
             stored(root, name, [whole[name].take(np.array(rows[::-1], np.int64)) for rows in shards], number)
             for number, shards in enumerate(places)
         ]
-    job = train_job(root, rollouts, signals, DirectConfig())
+    judged = (
+        stored(root, "rewards", [whole["rewards"].slice(a, b - a) for a, b in edges]) if needs.credit.reward else None
+    )
+    job = train_job(root, rollouts, signals, DirectConfig(), judged)
     if contexts is not None:
         columns = {
             "sample_id": whole["rollouts"]["sample_id"],
@@ -107,7 +114,8 @@ def test_every_batch_is_that_of_whole_tables(tmp_path: Path, name: str, cuts: tu
     needs = NEEDS[name]
     made = tables()
     wanted = [need.name for need in needs.signals]
-    whole = from_rollouts(made["rollouts"], {n: made[n] for n in wanted}, needs, REASONS, 0, clean_round.ROWS)
+    signals = {name: made[name] for name in wanted}
+    whole = from_rollouts(made["rollouts"], signals, needs, REASONS, 0, clean_round.ROWS, rewards=made["rewards"])
     mapped = read(tmp_path, made, cuts, needs, of)
     assert mapped.ids == whole.ids and mapped.invalid == whole.invalid
     for column in ("lost", "kept", "forward_lengths"):

@@ -165,7 +165,7 @@ def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
     location = tuple(error["loc"])
     unknown = error["type"] == "extra_forbidden"
     tags = _walk(model, location[:-1] if unknown else location)[1]
-    field = ".".join(str(part) for part in location if part not in tags) or "(whole config)"
+    field = ".".join(str(part) for part in location if isinstance(part, int) or part not in tags) or "(whole config)"
     found = error.get("input")
     if unknown:
         known = _fields_at(model, location[:-1])

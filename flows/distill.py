@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
+from flows.cross_checks import needs_judge
 from flows.experiment import Experiment, ModelConfig, TeacherConfig
 from flows.run.executor import Executor, Made
 from storage.store import Artifact
 from tasks.behaviours.drafts import ReadsDrafts
+from tasks.context import context_work
 from tasks.draft import draft_work
 from tasks.evaluate import evaluate_work
 from tasks.inputs.models import model_work
 from tasks.inputs.teachers import EmaStudent, PreviousRound, SelfTeacher, is_self
+from tasks.judge import judge_work
 from tasks.mixture import mixture_work
 from tasks.prepare import prepare_work
 from tasks.rollout import rollout_work
 from tasks.rollout_config import RolloutConfig
 from tasks.routing import teacher_label
-from tasks.stage import Drafts, Prompts, Rollouts, Student, Teacher, TrainerState, same_models
+from tasks.stage import Contexts, Drafts, Judged, Prompts, Rollouts, Student, Teacher, TrainerState, same_models
 from tasks.supervise import supervise_work
 from tasks.train import train_work
 from tasks.warmup import warmup_work
@@ -43,11 +46,16 @@ def distill(
                 teacher=read_by(now.rollout, teacher), drafts=drafts, plugins=plugins,
             )  # fmt: skip
             rollouts = Rollouts(made["rollout"])
+            judged = rewarded(now, rollouts=rollouts, prompts=prompts, do=do)
+            contexts = contextual(
+                now, rollouts=rollouts, student=student, teacher=teacher, prompts=prompts, judged=judged, do=do
+            )
             signals = {
                 label: do(
                     label, supervise_work, now.supervise,
                     rollouts=rollouts, student=student, teacher=one, prompts=prompts, names=names,
                     needs=now.objective.needs().signals, sampling=now.rollout, store=do.store, plugins=plugins,
+                    contexts=contexts,
                 )
                 for label, one, names in one_by_one(teacher)
             }  # fmt: skip
@@ -55,7 +63,7 @@ def distill(
                 "train", train_work, now.train,
                 objective=now.objective, student=student, state=state, rollouts=rollouts, signals=signals, prompts=prompts,
                 seed=seed, round=number, source=now.student.source, average=now.averaged, plugins=plugins,
-                routed=isinstance(teacher, Mapping),
+                routed=isinstance(teacher, Mapping), judged=judged, contexts=contexts,
             )  # fmt: skip
             student, state = Student(made["student"]), TrainerState(made["trainer_state"])
             evaluate = do if evaluated(number) else do.stored
@@ -96,6 +104,35 @@ def drafted(e: Experiment, round: int, *, teacher: Taught, prompts: Prompts, do:
         rollout=rollout, teacher=teacher, prompts=prompts, seed=now.seed, rounds=rounds, plugins=now.plugin_sources,
     )  # fmt: skip
     return Drafts(made["draft"])
+
+
+def rewarded(now: Experiment, *, rollouts: Rollouts, prompts: Prompts, do: Executor) -> Judged | None:
+    """The rewards of a round's rollouts, where something reads them."""
+    if now.judge is None or not needs_judge(now):
+        return None
+    made = do("judge", judge_work, now.judge, rollouts=rollouts, prompts=prompts, plugins=now.plugin_sources)
+    return Judged(made["judge"])
+
+
+def contextual(
+    now: Experiment,
+    *,
+    rollouts: Rollouts,
+    student: Student,
+    teacher: Taught,
+    prompts: Prompts,
+    judged: Judged | None,
+    do: Executor,
+) -> Contexts | None:
+    """What the teacher reads of each sample, where its context is not the same for all samples of a prompt."""
+    if not now.sample_contexts or now.teacher is None or isinstance(teacher, Mapping):
+        return None
+    made = do(
+        "context", context_work, now.sample_contexts,
+        sibling=now.teacher.sibling, prepare=now.prompts, rollouts=rollouts, student=student, teacher=teacher, prompts=prompts,
+        judged=judged, seed=now.seed, success_threshold=None if now.judge is None else now.judge.success_threshold,
+    )  # fmt: skip
+    return Contexts(made["context"])
 
 
 def one_by_one(teacher: Taught) -> Iterator[tuple[str, Teacher, tuple[str, ...]]]:
@@ -163,7 +200,7 @@ def inputs(first: Experiment, do: Executor) -> tuple[Artifact, dict[str | None, 
     prepared = do(
         "prepare", prepare_work, first.prompts,
         student_model=student_model, teacher_model=named or teacher_models[None], mixed=first.mixture is not None,
-        memo=memo, store=do.store, contexts=first.contexts,
+        memo=memo, store=do.store, contexts=first.contexts, context_columns=first.context_columns,
     )  # fmt: skip
     return student_model, teacher_models, Prompts(prepared["prepare"])
 

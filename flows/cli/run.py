@@ -180,6 +180,7 @@ def check(
 
 
 def _dry_run(experiment: Experiment, name: str, root: Path, rounds: int | None, as_json: bool) -> None:
+    from flows.cross_checks import NOT_JUDGED, needs_judge
     from flows.run.runner import plan
 
     lines = plan(experiment, root, rounds, name)
@@ -189,6 +190,8 @@ def _dry_run(experiment: Experiment, name: str, root: Path, rounds: int | None, 
         return
     out.print(experiment.to_yaml())
     out.print(_plan_table(name, lines))
+    if experiment.judge is not None and not needs_judge(experiment):
+        out.print(f"note: {NOT_JUDGED}", soft_wrap=True)
 
 
 def _plan_table(name: str, lines: list[PlanLine]) -> Table:

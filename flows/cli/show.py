@@ -65,7 +65,7 @@ def show(
 
 
 def _found(catalog: Any, run: Run, sample: str | None, top: int) -> dict[str, Any]:
-    """The sample with its tokens; each has `teacher_top` and `student_top`, lists of [token, probability], or none."""
+    """The sample with its tokens and what the judge gave it; each token has `teacher_top` and `student_top`, lists of [token, probability], or none."""
     from storage.query.questions import last_written
 
     last = last_written(run.state)
@@ -106,8 +106,10 @@ def _found(catalog: Any, run: Run, sample: str | None, top: int) -> dict[str, An
     prompt = catalog.query(
         f"SELECT text FROM rollouts JOIN prompts USING (run, prompt_id) WHERE {where} LIMIT 1"
     ).to_pylist()
+    judged = catalog.query(f"SELECT reward, feedback, failed FROM rewards WHERE {where}").to_pylist()
     kept = ("sample_id", "prompt_id", "round", "behaviour", "finish_reason", "completion_text")
-    return {key: written[key] for key in kept} | {"prompt": prompt[0]["text"] if prompt else None, "tokens": tokens}
+    known = {"prompt": prompt[0]["text"] if prompt else None, "judged": judged[0] if judged else None}
+    return {key: written[key] for key in kept} | known | {"tokens": tokens}
 
 
 def _top(ids: Any, logprobs: Any, place: int, top: int, names: dict[int, str]) -> list[tuple[str, float]] | None:
@@ -124,11 +126,16 @@ def _print(found: dict[str, Any], out: Console) -> None:
     gaps = [token["gap"] for token in tokens if token["gap"] is not None]
     facts = [f"{len(tokens)} tokens", {"stop": "ended by itself", "length": "cut off"}.get(found["finish_reason"], "")]
     facts += [f"mean gap {sum(gaps) / len(gaps):.3f} nats"] if gaps else []
+    judged = found["judged"] or {}
+    facts += [f"reward {judged['reward']:g}"] if judged.get("reward") is not None else []
+    facts += [f"no reward: {judged['failed']}"] if judged.get("failed") else []
     facts += [f"written by {found['behaviour']}"] if found["behaviour"] != "student" else []
     out.print(Text.assemble((found["sample_id"], "bold"), "  ", ", ".join(filter(None, facts))))
     if found["prompt"] is not None:
         out.print(Text(found["prompt"], style="dim"))
     out.print(_coloured(found["completion_text"], tokens))
+    if judged.get("feedback"):
+        out.print(Text(f"feedback: {judged['feedback']}", style="dim"))
     out.print()
     out.print(_table(tokens))
     out.print(Text.assemble(*LEGEND, style="dim"))

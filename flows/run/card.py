@@ -21,7 +21,7 @@ _FIGURES = (
     ("length (tokens)", "mean_length", "{:.1f}"),
     ("clipped", "clipped_ratio", "{:.1%}"),
 )
-_SECTIONS = ("objective", "rollout", "supervise", "train", "evaluate")
+_SECTIONS = ("objective", "rollout", "judge", "supervise", "train", "evaluate")
 
 
 def card(run: Run, store: Store, round: int, sha256: str) -> str:
@@ -56,7 +56,7 @@ def card(run: Run, store: Store, round: int, sha256: str) -> str:
         "<details><summary>All fields that determine the result, beside models and prompts</summary>",
         "",
         "```yaml",
-        dump({"seed": config.get("seed", 0), **{name: config[name] for name in _SECTIONS if name in config}}).strip(),
+        dump({"seed": config.get("seed", 0), **{name: config[name] for name in _SECTIONS if config.get(name)}}).strip(),
         "```",
         "",
         "</details>",

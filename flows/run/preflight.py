@@ -33,13 +33,15 @@ CHECKS: tuple[tuple[Callable[[Known], Found], str], ...] = (
     (prompt_checks.ids_within_rows, "scorer"),
     (prompt_checks.given_completions, "sampler"),
     (prompt_checks.self_teacher, "scorer"),
+    (prompt_checks.sample_contexts, "scorer"),
+    (prompt_checks.answers, "judge"),
 )
 """Every check, with the role that it is about."""
 
 
 def any_check() -> bool:
-    """Whether a role is served by a worker of this program, so that there is something to check."""
-    return any(ours(role) for role in jobs.ROLES)
+    """Whether an engine of this program serves a role, so that there is something to check."""
+    return any(ours(role) for role in jobs.ROLES if role != "judge")
 
 
 def findings(known: Known) -> list[Finding]:

@@ -14,7 +14,7 @@ _NAMES |= {"mean_length": "length", "clipped_ratio": "clipped"}
 
 
 _UNITS = {"train": "steps", "warmup": "steps"}
-_UNITS |= dict.fromkeys(("draft", "rollout", "supervise", "evaluate"), "samples")
+_UNITS |= dict.fromkeys(("draft", "rollout", "judge", "context", "supervise", "evaluate"), "samples")
 
 
 def amount(label: str, stage: StageState) -> str:

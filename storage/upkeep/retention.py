@@ -17,6 +17,7 @@ Name = tuple[str, str]
 
 ROLES = {
     "rollout": "rollouts",
+    "context": "signals",
     "sampled": "signals",
     "teacher_topk": "signals",
     "student_topk": "signals",

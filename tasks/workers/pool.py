@@ -244,7 +244,7 @@ class WorkerPool:
         return self.logs / f"{role if number == 0 else f'{role}-{number}'}.log"
 
     def _count(self, role: str) -> int:
-        return {"sampler": self.runtime.sampler.workers, "scorer": self.runtime.scorer.workers}.get(role, 1)
+        return int(getattr(getattr(self.runtime, role, None), "workers", 1))
 
     def _worker(self, role: str, number: int) -> Worker:
         settings = self._settings(role) | {"number": number}

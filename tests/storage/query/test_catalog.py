@@ -55,6 +55,17 @@ def test_every_view_has_the_declared_columns_when_it_has_rows(view, example_stor
         }  # fmt: skip
         builder.write_shard("drafts", 0, pa.Table.from_pylist([draft], schema_for("drafts")))
         builder.commit()
+    with store.building(ArtifactSpec.of("judge", 1, {}, {})) as builder:
+        judged = {
+            "sample_id": "p0/1/0",
+            "reward": 1.0,
+            "parts": [1.0],
+            "span_starts": [0],
+            "span_ends": [1],
+            "span_kinds": ["x"],
+        }
+        builder.write_shard("rewards", 0, pa.Table.from_pylist([judged], schema_for("rewards")))
+        builder.commit()
     table = Catalog(store).query(f"SELECT * FROM {view}")
     assert table.num_rows > 0
     assert table.schema.equals(VIEWS[view].arrow)

@@ -1,0 +1,44 @@
+"""A second, plain implementation of methods.md section 5: loops over samples and tokens, float64, one function per row.
+
+It shares no code with the product and is what the product is compared with. `toy.py` describes the input, `terms.py` has
+the pieces of the expression, `rewarded.py` and `distilled.py` the rows. `ROWS` names them as the recipes do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from . import distilled, rewarded
+from .rewarded import Gate
+from .terms import Clip, Reduction, Result
+from .toy import Sample, Toy, toys
+
+ROWS: dict[str, Callable[..., Result]] = {
+    "grpo": rewarded.grpo,
+    "sdpo": distilled.sdpo,
+    "srpo": distilled.srpo,
+    "sdft": distilled.sdft,
+    "opsd-script": distilled.opsd_script,
+    "opsd-paper": distilled.opsd_paper,
+    "rlrt": rewarded.rlrt,
+    "rlsd": rewarded.rlsd,
+    "visd": rewarded.visd,
+    "antisd": rewarded.antisd,
+    "dasd": rewarded.dasd,
+    "sod": rewarded.sod,
+    "trace": distilled.trace,
+    "ptd-po": rewarded.ptd_po,
+    "resd": distilled.resd,
+    "pbsd": distilled.pbsd,
+    "distil": distilled.distil,
+    "iw-opd": rewarded.iw_opd,
+    "vopd": rewarded.vopd,
+    "power-opd": rewarded.power_opd,
+    "veto": distilled.veto,
+    "sdar": rewarded.sdar,
+    "sdpg": rewarded.sdpg,
+    "top-d": rewarded.top_d,
+    "opd": rewarded.opd,
+}
+
+__all__ = ["ROWS", "Clip", "Gate", "Reduction", "Result", "Sample", "Toy", "toys"]

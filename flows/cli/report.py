@@ -11,6 +11,7 @@ from rich.text import Text
 
 from flows.cli.options import PIPE_WIDTH, console, grid
 from flows.run.earlier import outdated
+from flows.run.figures import EVALUATED, SAMPLED
 from flows.run.hints import opd_command
 from flows.run.shown import NOT_EVALUATED, by_teacher, sample_sizes, with_error
 from storage.artifacts.artifact import Artifact, TreeRecord, artifact_directory, load_manifest
@@ -20,17 +21,6 @@ from storage.query.figures import FIGURES, completed
 from storage.runs import RoundState, Run, RunState, StageState
 from storage.store import Store
 
-_METRICS = (
-    ("accuracy", "accuracy_greedy", "{:.1%}"),
-    ("sampled", "accuracy_sampled", "{:.1%}"),
-    ("reverse KL", "reverse_kl", "{:.4f}"),
-    ("length", "mean_length", "{:.1f}"),
-    ("clipped", "clipped_ratio", "{:.1%}"),
-    ("tokens", "rollout_tokens", "{:,.0f}"),
-)
-"""Heading, metric, form. `accuracy` is greedy; `tokens` are those sampled for training."""
-
-_EVALUATED = tuple(metric for _, metric, _ in _METRICS if metric in FIGURES)
 _LEGEND = (
     "round 0 is the student before distillation; reverse KL is to the teacher, on fresh rollouts; ± is one standard error"
     " over prompts"
@@ -109,7 +99,7 @@ def report(state: RunState, root: Path, holder: str | None, out: Console) -> lis
             for row in rows:
                 table.add_row(*row)
             parts.append(table)
-        sizes = sample_sizes(state.rounds, _EVALUATED)
+        sizes = sample_sizes(state.rounds, FIGURES)
         parts.append(Text(f"{_LEGEND}: {sizes}" if sizes else _LEGEND, style="dim"))
         if any(round.unevaluated for round in state.rounds):
             later = opd_command(root, "evaluate", state.name, "--round", "N")
@@ -208,17 +198,17 @@ def _heading(state: RunState, root: Path, holder: str | None) -> Text:
 
 def _rounds(state: RunState, gone: dict[tuple[int, str], list[str]], out: Console) -> list[Table | Text]:
     """The table of rounds. Where it is wider than `out`, the seconds of the stages follow it, a line per round."""
-    shown = [f for f in _METRICS if any(r.metrics.get(f[1]) is not None for r in state.rounds)]
+    shown = [f for f in (*EVALUATED, SAMPLED) if any(r.metrics.get(f.metric) is not None for r in state.rounds)]
     rounds = sorted(state.rounds, key=lambda r: r.round)
     times = [_stages(round, {label for number, label in gone if number == round.round}) for round in rounds]
     table, narrow = grid("round"), grid("round")
-    for heading, _, _ in shown:
-        table.add_column(heading, justify="right")
-        narrow.add_column(heading, justify="right", overflow="fold")
+    for figure in shown:
+        table.add_column(figure.heading, justify="right")
+        narrow.add_column(figure.heading, justify="right", overflow="fold")
     table.add_column("seconds per stage")
     for round, time in zip(rounds, times, strict=True):
-        metrics = [with_error(round.metrics, metric, form) for _, metric, form in shown]
-        if round.unevaluated and shown and shown[0][1] in FIGURES:
+        metrics = [with_error(round.metrics, figure.metric, figure.form) for figure in shown]
+        if round.unevaluated and shown and shown[0].metric in FIGURES:
             metrics[0] = NOT_EVALUATED
         table.add_row(str(round.round), *metrics, time)
         narrow.add_row(str(round.round), *metrics)

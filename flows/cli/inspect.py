@@ -59,9 +59,9 @@ def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
     """List the runs of a store, the most recently changed last.
 
     Exit codes: 0, also when there is no run."""
-    from flows.cli.report import evicted, status_text
+    from flows.cli.report import evicted
     from flows.run.figures import MAIN
-    from flows.run.shown import NOT_EVALUATED, samples, with_error
+    from flows.run.shown import NOT_EVALUATED, samples, status_text, with_error
     from storage.runs import settled
 
     states = sorted((settled(run.state, run.holder()) for run in Run.list(root)), key=lambda state: state.updated)

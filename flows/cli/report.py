@@ -13,12 +13,20 @@ from flows.cli.options import PIPE_WIDTH, console, grid
 from flows.run.earlier import outdated
 from flows.run.figures import EVALUATED, SAMPLED
 from flows.run.hints import opd_command
-from flows.run.shown import NOT_EVALUATED, by_teacher, sample_sizes, with_error
+from flows.run.shown import (
+    NOT_EVALUATED,
+    by_teacher,
+    failed_stages,
+    failure,
+    sample_sizes,
+    status_text,
+    with_error,
+)
 from storage.artifacts.artifact import Artifact, TreeRecord, artifact_directory, load_manifest
 from storage.artifacts.trees import tree_directory
-from storage.errors import CorruptArtifact, InputError, StoreError
+from storage.errors import CorruptArtifact, StoreError
 from storage.query.figures import FIGURES, completed
-from storage.runs import RoundState, Run, RunState, StageState
+from storage.runs import RoundState, RunState, StageState
 from storage.store import Store
 
 _LEGEND = (
@@ -40,17 +48,6 @@ def status_json(state: RunState, root: Path) -> dict[str, Any]:
         for label, stage in round["stages"].items():
             stage["evicted"] = gone.get((round["round"], label), [])
     return status | {"error": failure(state), "next": next_commands(state, root)}
-
-
-def failure(state: RunState) -> str | None:
-    """Why a failed run failed, and in which stage if in one; None for a run that did not fail."""
-    if state.status != "failed":
-        return None
-    failed = _failed(state)
-    if not failed:
-        return state.error or "no reason was recorded; see its logs"
-    round, label, stage = failed[-1]
-    return f"round {round.round} {label}: {state.error or stage.error or 'no reason was recorded'}"
 
 
 def evicted(state: RunState, root: Path) -> dict[tuple[int, str], list[str]]:
@@ -114,25 +111,12 @@ def report(state: RunState, root: Path, holder: str | None, out: Console) -> lis
                 )
             )
     if why is None:
-        parts += [_trouble(round.round, label, stage) for round, label, stage in _failed(state)]
+        parts += [_trouble(round.round, label, stage) for round, label, stage in failed_stages(state)]
     last = state.last_trained
     if last is not None:
         parts.append(_student(state, root, last))
     parts.append(Text("next:", style="bold"))
     return parts + [Text(f"  {command}") for command in next_commands(state, root)]
-
-
-def status_text(state: RunState, root: Path) -> str:
-    """The status as `status` and `ls` print it. A run that was asked for fewer rounds than policy.rounds is stored as
-    `stopped`; it is shown as `paused at round 1 of 5`."""
-    last = state.rounds[-1] if state.rounds else None
-    if state.status != "stopped" or last is None or last.student_sha256 is None or last.round != state.rounds_done:
-        return state.status
-    try:
-        goal = (Run.open(root, state.name).experiment.get("policy") or {}).get("rounds")
-    except (InputError, CorruptArtifact):
-        goal = None
-    return f"paused at round {last.round}" + (f" of {goal}" if goal is not None else "")
 
 
 def student_of(store: Store, round: RoundState) -> Artifact | None:
@@ -158,7 +142,7 @@ def tree_of(store: Store, artifact: Artifact, name: str = "model") -> tuple[Path
 def next_commands(state: RunState, root: Path) -> list[str]:
     """Up to three useful commands."""
     name, last = state.name, state.last_trained
-    failed = [label for _, label, _ in _failed(state)]
+    failed = [label for _, label, _ in failed_stages(state)]
     if state.status == "running":
         watch = [("logs", name, "--follow"), ("status", name), ("stop", name)]
         return [opd_command(root, *words) for words in watch]
@@ -231,10 +215,6 @@ def _stages(round: RoundState, gone: set[str]) -> Text:
         if label in gone:
             line.append(" (evicted)", style="yellow")
     return line
-
-
-def _failed(state: RunState) -> list[tuple[RoundState, str, StageState]]:
-    return [(r, label, stage) for r in state.rounds for label, stage in r.stages.items() if stage.state == "failed"]
 
 
 def _trouble(round: int, label: str, stage: StageState) -> Text:

@@ -38,7 +38,7 @@ def card(run: Run, store: Store, round: int, sha256: str) -> str:
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in _origins(config)),
+        *(f"| {name} | {value} |" for name, value in origins(config)),
         f"| weights (sha256) | `{sha256}` |",
         "",
         "## Figures",
@@ -61,7 +61,8 @@ def card(run: Run, store: Store, round: int, sha256: str) -> str:
     return "\n".join(lines)
 
 
-def _origins(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def origins(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a run was made from: (role, source in a few words, in Markdown)."""
     yield "base model", _named(config["student"]["source"])
     if config.get("teacher"):
         yield "teacher", _named(config["teacher"]["source"])

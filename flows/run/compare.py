@@ -92,11 +92,16 @@ def compared(store: Store, one: Point, other: Point) -> Compared:
 
 
 def config_differences(root: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Fields of the resolved configs that are not equal in all runs: `field`, and by run its value (None: not set)."""
-    configs = {name: dict(_leaves(_own(Run.open(root, name).experiment))) for name in names}
+    """Fields of the runs' resolved configs that are not equal in all: `field`, and by run its value (None: not set)."""
+    return differing({name: Run.open(root, name).experiment for name in names})
+
+
+def differing(experiments: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same of any experiments, by name."""
+    configs = {name: dict(_leaves(_own(experiment))) for name, experiment in experiments.items()}
     fields = sorted(set(itertools.chain(*configs.values())))
     rows = [{"field": field} | {name: config.get(field) for name, config in configs.items()} for field in fields]
-    return [row for row in rows if len({json.dumps(row[name], default=str) for name in names}) > 1]
+    return [row for row in rows if len({json.dumps(row[name], default=str) for name in configs}) > 1]
 
 
 def _own(experiment: dict[str, Any]) -> dict[str, Any]:

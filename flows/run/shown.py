@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from flows.run.figures import BY_METRIC, PAIRED, TRAINED
+from storage.errors import CorruptArtifact, InputError
 from storage.query.figures import PARTS, Figure
-from storage.runs import RoundState, StageState
+from storage.runs import RoundState, Run, RunState, StageState
 
 NOT_EVALUATED = "not evaluated"
 """What is shown for a round that `policy.evaluate_every` left out."""
@@ -95,3 +97,32 @@ def apart(found: Figure, form: str) -> str:
     sign, error = "+" if found.value >= 0 else "-", "" if found.se is None else f" ± {form.format(found.se)}"
     text = f"{sign}{form.format(abs(found.value))}{error}"
     return text if found.told_apart else f"{text}, not told apart"
+
+
+def status_text(state: RunState, root: Path) -> str:
+    """The status as `status` and `ls` print it. A run that was asked for fewer rounds than policy.rounds is stored as
+    `stopped`; it is shown as `paused at round 1 of 5`."""
+    last = state.rounds[-1] if state.rounds else None
+    if state.status != "stopped" or last is None or last.student_sha256 is None or last.round != state.rounds_done:
+        return state.status
+    try:
+        goal = (Run.open(root, state.name).experiment.get("policy") or {}).get("rounds")
+    except (InputError, CorruptArtifact):
+        goal = None
+    return f"paused at round {last.round}" + (f" of {goal}" if goal is not None else "")
+
+
+def failure(state: RunState) -> str | None:
+    """Why a failed run failed, and in which stage if in one; None for a run that did not fail."""
+    if state.status != "failed":
+        return None
+    failed = failed_stages(state)
+    if not failed:
+        return state.error or "no reason was recorded; see its logs"
+    round, label, stage = failed[-1]
+    return f"round {round.round} {label}: {state.error or stage.error or 'no reason was recorded'}"
+
+
+def failed_stages(state: RunState) -> list[tuple[RoundState, str, StageState]]:
+    """(round, label, stage) of the failed ones."""
+    return [(r, label, stage) for r in state.rounds for label, stage in r.stages.items() if stage.state == "failed"]

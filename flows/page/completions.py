@@ -16,6 +16,8 @@ GAPS = (0.5, 2.0, 4.0)
 """Gaps (nats) from which on a token is coloured, more strongly each; below minus the first it has another colour."""
 SECONDS = 600
 """Limit of a query."""
+_IDS, _NAMED = 40_000, 1_000
+"""A statement has at most 100,000 characters: characters of ids in half a sample; ids of tokens that are named one by one."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,11 @@ def choose(catalog: Catalog, round: int, budget: int, longest: int) -> Sample:
 
 
 def _within(rows: Sequence[dict[str, Any]], budget: int, longest: int) -> list[dict[str, Any]]:
-    """The first rows whose tokens fit the budget; at least one, where there is one and some budget."""
-    ends = itertools.accumulate(min(row["tokens"], longest) for row in rows)
-    return [
-        row for place, (row, end) in enumerate(zip(rows, ends, strict=True)) if end <= budget or place == 0 < budget
-    ]
+    """The first rows whose tokens and ids fit; at least one, where there is one and some budget."""
+    tokens = itertools.accumulate(min(row["tokens"], longest) for row in rows)
+    written = itertools.accumulate(len(row["sample_id"]) + 4 for row in rows)
+    ends = enumerate(zip(rows, tokens, written, strict=True))
+    return [row for place, (row, end, text) in ends if (end <= budget and text <= _IDS) or place == 0 < budget]
 
 
 def read(
@@ -140,14 +142,9 @@ def _lists(where: str, top: int, longest: int | None) -> str:
 
 def _names(catalog: Catalog, lists: Iterable[dict[str, Any]]) -> dict[int, str]:
     ids = {i for row in lists for model in ("teacher", "student") for kept in row[model] or () for i in kept}
-    wanted = ", ".join(map(str, sorted(ids))) or "NULL"
-    return {
-        row["id"]: row["token"]
-        for row in _query(
-            catalog,
-            f"SELECT id, coalesce(text, token) AS token FROM vocabulary WHERE tokenizer = 'student' AND id IN ({wanted})",
-        )
-    }
+    wanted = f" AND id IN ({', '.join(map(str, sorted(ids))) or 'NULL'})" if len(ids) < _NAMED else ""
+    sql = f"SELECT id, coalesce(text, token) AS token FROM vocabulary WHERE tokenizer = 'student'{wanted}"
+    return {row["id"]: row["token"] for row in _query(catalog, sql)}
 
 
 def _tops(lists: dict[str, Any], place: int, names: dict[int, str]) -> dict[str, Any]:

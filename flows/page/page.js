@@ -208,7 +208,7 @@
       ["teacher", p(completion.teacher)],
       ["gap", completion.gap ? `${nats(completion.gap[place])} nats` : ""],
       ["reverse KL (list)", completion.divergence ? `${nats(completion.divergence[place])} nats` : ""],
-      ["teacher's mass", completion.mass ? share(completion.mass[place] ?? undefined) : ""],
+      ["list mass", completion.mass ? share(completion.mass[place] ?? undefined) : ""],
       ["mask reasons", completion.reasons[place] ? "" : "none"],
     ].filter(([, text]) => text);
     const parts = [element("dl", {}, ...facts.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)]))];
@@ -311,7 +311,12 @@
     extend();
   }
 
-  list.addEventListener("pointerover", (event) => choose(event.target.closest(".tokens span")));
+  let pointer = "";
+  list.addEventListener("pointerover", (event) => {
+    const at = `${event.screenX},${event.screenY}`;
+    if (at !== pointer) choose(event.target.closest(".tokens span")); // not where the page moved below a pointer at rest
+    pointer = at;
+  });
   list.addEventListener("click", (event) => choose(event.target.closest(".tokens span")));
   list.addEventListener("focusin", (event) => choose(event.target.closest(".tokens span")));
   list.addEventListener("keydown", (event) => {
@@ -319,7 +324,11 @@
     const siblings = at && { ArrowRight: at.nextSibling, ArrowLeft: at.previousSibling, Home: at.parentNode.firstChild, End: at.parentNode.lastChild };
     if (siblings && event.key in siblings) {
       event.preventDefault();
-      if (siblings[event.key]) siblings[event.key].focus();
+      const next = siblings[event.key];
+      if (next) {
+        if (!next.hasAttribute("tabindex")) next.tabIndex = -1; // can be focused, and is no stop of the Tab key
+        next.focus();
+      }
     }
   });
   filters.addEventListener("input", refresh);

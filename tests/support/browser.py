@@ -34,6 +34,7 @@ class Browser:
         self._loaded = False
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)  # as if its window were in front
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """A command's result. AssertionError for one that the browser refuses."""
@@ -64,6 +65,11 @@ class Browser:
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
+
+    def frames(self, count: int = 2) -> None:
+        """Waits until the browser has drawn."""
+        for _ in range(count):
+            self.ask("new Promise(requestAnimationFrame)")
 
     def hover(self, x: float, y: float) -> None:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)

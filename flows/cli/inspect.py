@@ -59,8 +59,9 @@ def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
     """List the runs of a store, the most recently changed last.
 
     Exit codes: 0, also when there is no run."""
-    from flows.cli.report import evicted, status_text
-    from flows.run.shown import NOT_EVALUATED, samples, with_error
+    from flows.cli.report import evicted
+    from flows.run.figures import MAIN
+    from flows.run.shown import NOT_EVALUATED, samples, status_text, with_error
     from storage.runs import settled
 
     states = sorted((settled(run.state, run.holder()) for run in Run.list(root)), key=lambda state: state.updated)
@@ -72,13 +73,13 @@ def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
     if not states:
         typer.echo(f"no runs in {root}; start one with: opd run CONFIG")
         return
-    table = grid("run", "status", "round", "accuracy", "reverse KL", "evicted", "changed (UTC)")
+    table = grid("run", "status", "round", *(figure.heading for figure in MAIN), "evicted", "changed (UTC)")
     for state in states:
         last = _last(state, root)
         cells = ["", ""]
-        for place, (name, form) in enumerate((("accuracy_greedy", "{:.1%}"), ("reverse_kl", "{:.4f}"))):
-            if last is not None and (text := with_error(last.metrics, name, form)):
-                size = samples(last.metrics, name)
+        for place, figure in enumerate(MAIN):
+            if last is not None and (text := with_error(last.metrics, figure.metric, figure.form)):
+                size = samples(last.metrics, figure.metric)
                 cells[place] = text + (f" ({size})" if size else "")
         if last is not None and last.unevaluated:
             cells[0] = NOT_EVALUATED
@@ -110,6 +111,7 @@ def compare(
     Exit codes: 0 shown, 1 damaged evaluations, 2 no such run or round, or not evaluated."""
     from flows.cli import beside
     from flows.run.compare import compared, evaluated_rounds, point
+    from flows.run.figures import PAIRED
     from flows.run.shown import apart
     from storage.store import Store
 
@@ -125,11 +127,12 @@ def compare(
         more = [beside.as_json(root, line) if others else {} for line in found]
         typer.echo(json.dumps([line.as_json() | added for line, added in zip(found, more, strict=True)], indent=2))
         return
-    forms = {"accuracy_greedy": "{:.1%}", "accuracy_sampled": "{:.1%}", "reverse_kl": "{:.4f}"}
-    shown = [metric for metric in forms if any(metric in line.figures for line in found)]
-    table = grid("difference", *shown, "prompts", caption=COMPARED, caption_justify="left")
+    shown = [figure for figure in PAIRED if any(figure.metric in line.figures for line in found)]
+    table = grid(
+        "difference", *(figure.metric for figure in shown), "prompts", caption=COMPARED, caption_justify="left"
+    )
     for line in found:
-        cells = [apart(line.figures[m], forms[m]) if m in line.figures else "" for m in shown]
+        cells = [apart(line.figures[f.metric], f.form) if f.metric in line.figures else "" for f in shown]
         table.add_row(f"{line.one} - {line.other}", *cells, line.prompts)
     console().print(table)
     if others:

@@ -18,7 +18,7 @@ from storage.errors import InputError, did_you_mean
 from storage.runs import Run
 
 SHADES = ((4.0, "bold red"), (2.0, "red"), (0.5, "yellow"), (-0.5, ""), (float("-inf"), "green"))
-"""From which gap (nats) on a token has a style."""
+"""From which gap (nats) on a token has a style; a page has the same (flows.page.completions.GAPS)."""
 LEGEND = (
     "gap: log p(student) - log p(teacher), the token's part in the reverse KL; ",
     ("yellow", "yellow"),
@@ -67,6 +67,7 @@ def show(
 def _found(catalog: Any, run: Run, sample: str | None, top: int) -> dict[str, Any]:
     """The sample with what the judge gave it (`judged`: reward, feedback, failed; or none) and its tokens; each token has
     `teacher_top` and `student_top`, lists of [token, probability], or none."""
+    from flows.page.completions import literal, read
     from storage.query.questions import last_written
 
     last = last_written(run.state)
@@ -79,47 +80,18 @@ def _found(catalog: Any, run: Run, sample: str | None, top: int) -> dict[str, An
         sample = named[0]["sample_id"]
     part = str(sample).rsplit("/", 2)
     at = int(part[1]) if len(part) == 3 and part[1].isdigit() else last
-    where = f"round = {at} AND sample_id = '{str(sample).replace(chr(39), chr(39) * 2)}'"
-    rows = catalog.query(f"SELECT * FROM rollouts WHERE {where}").to_pylist()
-    if not rows:
+    where = f"round = {at} AND sample_id = {literal(str(sample))}"
+    if not catalog.query(f"SELECT sample_id FROM rollouts WHERE {where}").num_rows:
         ids = catalog.query(f"SELECT sample_id FROM rollouts WHERE round = {at}")["sample_id"].to_pylist()
         hint = did_you_mean(str(sample), ids, f"round {last} has {', '.join(ids[:3])}, ...")
         raise InputError(f"run {run.name!r} has no sample {sample!r}; {hint}")
-    written = rows[0]
-    columns = (
-        "position, token_id, token, coalesce(student_logprob, sampling_logprob) AS student_logprob, teacher_logprob, gap,"
-        " teacher_mass, reasons, text_offset, text_length"
-    )
-    tokens = catalog.query(f"SELECT {columns} FROM tokens WHERE {where} ORDER BY position").to_pylist()
-    lists = catalog.query(
-        "SELECT teacher_topk_ids AS teacher, teacher_topk_logprobs AS teacher_logprobs, student_topk_ids AS student,"
-        f" student_topk_student_logprobs AS student_logprobs FROM supervision WHERE {where}"
-    ).to_pylist()[0]
-    ids = {i for model in ("teacher", "student") for kept in lists[model] or () for i in kept[:top]}
-    known = catalog.query(
-        "SELECT id, coalesce(text, token) AS token FROM vocabulary WHERE tokenizer = 'student'"
-        f" AND id IN ({', '.join(map(str, sorted(ids))) or 'NULL'})"
-    ).to_pylist()
-    names = {row["id"]: row["token"] for row in known}
-    for place, token in enumerate(tokens):
-        for model in ("teacher", "student"):
-            token[f"{model}_top"] = _top(lists[model], lists[f"{model}_logprobs"], place, top, names)
-    prompt = catalog.query(
-        f"SELECT text FROM rollouts JOIN prompts USING (run, prompt_id) WHERE {where} LIMIT 1"
-    ).to_pylist()
+    found = read(catalog, at, [str(sample)], top)[0]
+    for token in found["tokens"]:
+        del token["divergence"]
+        token["student_top"] = token["student_top"] and [entry[:2] for entry in token["student_top"]]
     judged = catalog.query(f"SELECT reward, feedback, failed FROM rewards WHERE {where}").to_pylist()
-    kept = ("sample_id", "prompt_id", "round", "behaviour", "finish_reason", "completion_text")
-    known = {"prompt": prompt[0]["text"] if prompt else None, "judged": judged[0] if judged else None}
-    return {key: written[key] for key in kept} | known | {"tokens": tokens}
-
-
-def _top(ids: Any, logprobs: Any, place: int, top: int, names: dict[int, str]) -> list[tuple[str, float]] | None:
-    import math
-
-    if ids is None:
-        return None
-    pairs = zip(ids[place][:top], logprobs[place][:top], strict=True)
-    return [(names.get(token, str(token)), math.exp(logprob)) for token, logprob in pairs]
+    kept = ("sample_id", "prompt_id", "round", "behaviour", "finish_reason", "completion_text", "prompt", "tokens")
+    return {key: found[key] for key in kept} | {"judged": judged[0] if judged else None}
 
 
 def _print(found: dict[str, Any], out: Console) -> None:

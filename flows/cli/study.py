@@ -72,7 +72,8 @@ def study(
         err.print(f"continue with: {opd_command(root, *words)}", soft_wrap=True)
         raise typer.Exit(130) from None
     rows = read_rows(plan, root, known)
-    written = write_files(plan, rows, folder)
+    pages = _page(plan, root, folder)
+    written = [*write_files(plan, rows, folder), *pages]
     for result in grids(plan, rows):
         out.print(_table(result))
     out.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
@@ -84,6 +85,28 @@ def study(
         raise OpdError(
             f"{len(missing)} runs of the methods did not finish: {', '.join(missing)}; the report has the reasons"
         )
+
+
+def _page(plan: StudyPlan, root: Path, folder: Path) -> list[Path]:
+    """Writes the page of the methods' runs with the first seed, and returns its path. None where no run has a finished round, or
+    where their data cannot be read: the study's own results do not depend on it."""
+    from flows.cli.page import write
+    from flows.page.build import MOST_RUNS, page
+    from flows.study.files import PAGE
+    from storage.runs import Run
+
+    wanted = [run.name for run in plan.method_runs() if run.seed == plan.study.seeds[0]]
+    try:
+        there = {run.name for run in Run.list(root) if run.name in wanted and run.state.last_trained is not None}
+        names = [name for name in wanted if name in there][:MOST_RUNS]
+        if not names:
+            return []
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / PAGE, page(root, names).html)
+    except OpdError as error:
+        err.print(f"{folder / PAGE} is not written: {error}", markup=False, soft_wrap=True)
+        return []
+    return [folder / PAGE]
 
 
 def _table(result: Grid) -> Table:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from flows.config_file import CHECKOUT, CONFIGS
-from flows.experiment import load_experiment
+from flows.experiment import Experiment, load_experiment
 from tasks.behaviours import BEHAVIOURS
 from tasks.engines.teacher import TEACHERS
 from tasks.inputs.teachers import SELF_TEACHERS
@@ -211,7 +211,7 @@ def _of_class(name: str, axis: str, cls: Any) -> Entry:
     return Entry(
         name=name,
         axis=axis,
-        summary=_first_sentence(about),
+        summary=first_sentence(about),
         equations=tuple(equations),
         papers=tuple(dict.fromkeys([cls.paper] if cls.paper else _PAPER.findall(about))),
         experimental=getattr(cls, "experimental", False),
@@ -224,7 +224,7 @@ def _of_class(name: str, axis: str, cls: Any) -> Entry:
 def _support(estimator: str, kind: str) -> Entry:
     cls, equation = _SUPPORT_CLASSES.get((estimator, kind), TopkSupport), SUPPORTS[estimator][kind]
     about = inspect.getdoc(cls) or ""
-    summary = equation if estimator == "direct" else _first_sentence(about)
+    summary = equation if estimator == "direct" else first_sentence(about)
     code, fields = _where(cls), _fields(cls)
     return Entry(kind, "support", summary, (equation,), (), False, code, fields, about, estimator=estimator)
 
@@ -241,21 +241,12 @@ def _recipe(path: Path) -> Entry:
     about = " ".join(header)
     experiment = load_experiment(path)
     objective = experiment.objective
-    made_of = _parts(objective)
-    if (backend := experiment.supervise.teacher).kind != "local":
-        made_of.append(("teacher backend", backend.kind, backend.equation))
-    if (behaviour := experiment.rollout.behaviour).kind != "student":
-        made_of.append(("behaviour", behaviour.kind, behaviour.equation))
-    if (own := experiment.self_teacher) is not None:
-        made_of.append(("teacher", own.kind, own.equation))
-    if experiment.teachers:
-        kind = "routed" if experiment.routed else "mixture"
-        made_of.append(("teacher", kind, _ROUTED.equations[0] if experiment.routed else MixtureConfig.equation))
+    made_of = parts_of(experiment)
     equations = [f"{axis} {name}: {equation}" for axis, name, equation in made_of]
     return Entry(
         name=path.stem,
         axis="recipe",
-        summary=_first_sentence(about),
+        summary=first_sentence(about),
         equations=tuple(equations),
         papers=tuple(dict.fromkeys(_PAPER.findall(about))),
         experimental="experimental" in about.lower(),
@@ -270,6 +261,21 @@ def _recipe(path: Path) -> Entry:
         ),
         file=str(path.relative_to(CONFIGS.parent)),
     )
+
+
+def parts_of(experiment: Experiment) -> list[tuple[str, str, str]]:
+    """(axis, name, equation) of a method's parts: of the objective, and who teaches and writes where that is not the default."""
+    found = _parts(experiment.objective)
+    if (backend := experiment.supervise.teacher).kind != "local":
+        found.append(("teacher backend", backend.kind, backend.equation))
+    if (behaviour := experiment.rollout.behaviour).kind != "student":
+        found.append(("behaviour", behaviour.kind, behaviour.equation))
+    if (own := experiment.self_teacher) is not None:
+        found.append(("teacher", own.kind, own.equation))
+    if experiment.teachers:
+        kind = "routed" if experiment.routed else "mixture"
+        found.append(("teacher", kind, _ROUTED.equations[0] if experiment.routed else MixtureConfig.equation))
+    return found
 
 
 def _parts(objective: Any) -> list[tuple[str, str, str]]:
@@ -360,5 +366,5 @@ def _where(cls: Any) -> str:
     return f"{path} {cls.__name__}"
 
 
-def _first_sentence(text: str) -> str:
+def first_sentence(text: str) -> str:
     return re.split(r"\.(?:\s|$)", " ".join(text.split()), maxsplit=1)[0]

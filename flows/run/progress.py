@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from flows.run.figures import EVALUATED, MAIN
 from flows.run.shown import NOT_EVALUATED, amount, samples, with_error
 from storage.runs import RoundState, StageState
 from tasks.workers.metrics import Metrics, short_words, summary, words
@@ -211,13 +212,8 @@ class TerminalReporter(LineReporter):
 def round_line(state: RoundState) -> str:
     """A round's metrics in one line, with their standard errors; sizes of samples for accuracy and KL."""
     shown = [f"round {state.round}:", *([NOT_EVALUATED] if state.unevaluated else [])]
-    for name, label, form in (
-        ("accuracy_greedy", "accuracy", "{:.1%}"),
-        ("reverse_kl", "reverse KL", "{:.4f}"),
-        ("mean_length", "length", "{:.1f}"),
-        ("clipped_ratio", "clipped", "{:.1%}"),
-    ):
-        if text := with_error(state.metrics, name, form):
-            size = samples(state.metrics, name) if name in ("accuracy_greedy", "reverse_kl") else ""
-            shown.append(f"{label} {text}" + (f" ({size})" if size else ""))
+    for figure in EVALUATED:
+        if figure.metric != "accuracy_sampled" and (text := with_error(state.metrics, figure.metric, figure.form)):
+            size = samples(state.metrics, figure.metric) if figure in MAIN else ""
+            shown.append(f"{figure.heading} {text}" + (f" ({size})" if size else ""))
     return "  ".join(shown)

@@ -31,13 +31,14 @@ EVALUATED = (
 )
 """What an evaluation measures, each with a standard error. `accuracy` is greedy."""
 SAMPLED = Shown("rollout_tokens", "tokens", "{:,.0f}", "tokens sampled for training")
+REWARD = Shown("judge_reward", "reward", "{:.3f}", "mean reward of the rollouts")
 TRAINED = (
     Shown("train_loss", "training loss", "{:.4f}", "training loss"),
     Shown("train_reverse_kl", "training reverse KL", "{:.4f}", "training reverse KL"),
     Shown("train_tokens", "trained tokens", "{:,.0f}", "trained tokens"),
 )
 """Of a training, by teacher where there are several."""
-BY_METRIC = {shown.metric: shown for shown in (*EVALUATED, SAMPLED, *TRAINED)}
+BY_METRIC = {shown.metric: shown for shown in (*EVALUATED, SAMPLED, REWARD, *TRAINED)}
 MAIN = (BY_METRIC["accuracy_greedy"], BY_METRIC["reverse_kl"])
 """Where there is room for two."""
 PAIRED = EVALUATED[:3]

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from flows.run.figures import EVALUATED, MAIN
+from flows.run.figures import EVALUATED, MAIN, REWARD
 from flows.run.shown import NOT_EVALUATED, amount, samples, with_error
 from storage.runs import RoundState, StageState
 from tasks.workers.metrics import Metrics, short_words, summary, words
@@ -212,7 +212,7 @@ class TerminalReporter(LineReporter):
 def round_line(state: RoundState) -> str:
     """A round's metrics in one line, with their standard errors; sizes of samples for accuracy and KL."""
     shown = [f"round {state.round}:", *([NOT_EVALUATED] if state.unevaluated else [])]
-    for figure in EVALUATED:
+    for figure in (*EVALUATED, REWARD):
         if figure.metric != "accuracy_sampled" and (text := with_error(state.metrics, figure.metric, figure.form)):
             size = samples(state.metrics, figure.metric) if figure in MAIN else ""
             shown.append(f"{figure.heading} {text}" + (f" ({size})" if size else ""))

@@ -22,6 +22,7 @@ from flows.config_file import merge
 from flows.cross_checks import NOT_JUDGED, needs_judge
 from flows.experiment import Experiment, experiment_of, with_plugins
 from flows.run.executor import Planner
+from flows.run.progress import round_line
 from flows.run.replay import replay_round
 from storage.errors import ConfigError, InputError
 from storage.query.catalog import Catalog
@@ -217,6 +218,16 @@ def test_what_the_page_says(root: Path) -> None:
     cells = re.findall(r"^\| (`judge_.*?) \|", page, re.MULTILINE)
     names = {name.replace("NAME", "judges:graded") for cell in cells for name in re.findall(r"`(.*?)`", cell)}
     assert names and names <= told
+
+
+def test_status_has_the_reward_of_every_round(root: Path) -> None:
+    command = ["status", scripted_run.NAME, "--root", str(root)]
+    shown = CliRunner().invoke(make_app(), command, env={"COLUMNS": "200"}, catch_exceptions=False).stdout
+    rounds = Run.open(root, scripted_run.NAME).state.rounds
+    rewards = [f"{r.metrics['judge_reward']:.3f} ± {r.metrics['judge_reward_se']:.3f}" for r in rounds[1:]]
+    assert "reward" in shown and all(reward in shown for reward in rewards)
+    assert all(f"reward {reward}" in round_line(r) for reward, r in zip(rewards, rounds[1:], strict=True))
+    assert "reward" not in round_line(rounds[0])
 
 
 def test_show_has_the_reward_and_the_feedback(root: Path) -> None:

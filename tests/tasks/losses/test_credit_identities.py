@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from credit_engine import product
 from credit_rows import ROWS, Clip, Gate, Reduction, Sample, Toy, toys
 from token_trees import Prefix, Tree, cosine, flat, groups
 from torch import Tensor
@@ -53,7 +54,11 @@ def plain(row: str, toy: Toy, **fields: Any) -> Answer:
     return Answer(result.loss.item(), result.per_token, result.gradients(toy))
 
 
-ENGINES: list[Engine] = [plain]
+def ours(row: str, toy: Toy, **fields: Any) -> Answer:
+    return Answer(*product(row, toy, **fields))
+
+
+ENGINES: list[Engine] = [plain, ours]
 
 
 @pytest.fixture(params=ENGINES, ids=lambda engine: engine.__name__)

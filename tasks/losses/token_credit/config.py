@@ -195,7 +195,7 @@ def _problems(c: CreditConfig) -> list[str]:
         )
     if add.judged_segments and not reward.uses_rewards:
         found.append(
-            f"add.segments_of: the judge runs for rewards, and there are none; give reward: group, or {add.kind} ids"
+            "add.segments_of: the judge runs for rewards, and there are none; give reward: group, or segment_ends"
         )
     if c.returns.kind != "token":
         if add.kind == "none":

@@ -105,6 +105,10 @@ support, `rho = p(y) / p_old(y)`, `M` a gate. `A = m A_r + delta` is an advantag
 `delta` from student and teacher. Temperature 1, natural logarithms. The loss is the sum over the unmasked tokens of an
 optimizer step divided by their number (`normalisation: token`).
 
+With `estimator: credit` a method is one choice on each factor of `a PPO(rho, m A + delta) + b w c D(q', p)`: A the reward's
+advantage, m a scale, delta an addition (with a return), a and b a route, w a divergence weight, c = min(is_clip, rho), q' a
+target; `d = log q(y) - log p(y)`. The family of SRPO (2604.02288): recipes name the method, its row, and what of it is ours.
+
 A method is one choice on each axis. Entries marked [experimental] are implemented from summaries of their paper only, or are our
 own and untried at scale.
 

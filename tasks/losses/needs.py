@@ -78,6 +78,8 @@ class CreditNeeds:
     """which completions end with a stop token"""
     spans: bool = False
     """which tokens are in the spans that the judge found"""
+    judged_segments: bool = False
+    """the segments of a completion that the judge found"""
     signals: tuple[SignalNeed, ...] = ()
     """further signals of supervision, beside `sampled`, `mask` and the lists of the support and of `side`"""
 

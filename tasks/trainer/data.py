@@ -266,6 +266,16 @@ def with_spans(samples: Samples, rewards: pa.Table) -> Samples:
     return replace(samples, spans=spans)
 
 
+def with_segments(samples: Samples, rewards: pa.Table) -> Samples:
+    """The samples with the segments whose ends the judge found (half-open, in tokens); one segment where it found none. `rewards`
+    has their rows, in their order."""
+    parts = []
+    for row, ends in enumerate(rewards["segment_ends"].to_pylist()):
+        places = np.arange(samples.completions.lengths[row])
+        parts.append(np.searchsorted(np.array(ends or [], np.int64), places, side="right"))
+    return replace(samples, segments=np.concatenate(parts) if parts else np.empty(0, np.int64))
+
+
 def without_those_that_lack(samples: Samples, contexts: np.ndarray) -> Samples:
     """The samples with only those in the loss that have a context. `contexts`: bool, one per sample."""
     keep = samples.keep & np.repeat(contexts, samples.completions.lengths)

@@ -26,6 +26,7 @@ from tasks.trainer.data import (
     order_of,
     part_of_round,
     places_of,
+    with_segments,
     with_spans,
     with_teachers,
     with_width,
@@ -52,7 +53,7 @@ def collect_round(
     samples = pa.concat_tables([read(wanted) for read in rollouts.shards])
     ids = samples["sample_id"].to_pylist()
     places_of("rollouts", ids)
-    rewards = _rewards(store, job, needs.credit.spans)
+    rewards = _rewards(store, job)
     if rewards is not None:
         rewards = rewards.take(order_of("rewards", rewards["sample_id"].to_pylist(), ids))
     per_sample = of_samples(samples, needs.credit, rewards)
@@ -68,6 +69,8 @@ def collect_round(
             part = part_of_round(shard, given, needs, mask_reasons, job.seed, rows)
             if needs.credit.spans and rewards is not None:
                 part = with_spans(part, rewards.slice(start, len(shard)))
+            if needs.credit.judged_segments and rewards is not None:
+                part = with_segments(part, rewards.slice(start, len(shard)))
             yield part if contexts is None or every_context else without_those_that_lack(part, contexts[own])
             start += len(shard)
 
@@ -80,11 +83,11 @@ def collect_round(
     return replace(found, samples=whole)
 
 
-def _rewards(store: Store, job: TrainJob, spans: bool) -> pa.Table | None:
-    """sample_id and reward of the samples that were judged, and their spans."""
+def _rewards(store: Store, job: TrainJob) -> pa.Table | None:
+    """Of the samples that were judged the reward, spans and segments."""
     if job.judged is None:
         return None
-    columns = ["sample_id", "reward", *(["span_starts", "span_ends", "span_kinds"] if spans else [])]
+    columns = ["sample_id", "reward", "segment_ends", "span_starts", "span_ends", "span_kinds"]
     return pa.concat_tables([read(columns) for read in Table(store, [job.judged], "rewards").shards])
 
 

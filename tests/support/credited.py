@@ -124,7 +124,9 @@ def weights_of(toy: Toy, config: CreditConfig) -> Tensor:
         of_sample = [1 / (max(1, sum(k > 0 for k in kept)) * max(1, k)) for k in kept]
     else:
         of_sample = [1 / (len(kept) * (config.normalisation_length or 1))] * len(kept)
-    return torch.tensor([w for w, sample in zip(of_sample, toy.samples, strict=True) for _ in sample.tokens])
+    return torch.tensor(
+        [w for w, sample in zip(of_sample, toy.samples, strict=True) for _ in sample.tokens], dtype=torch.float64
+    )
 
 
 def loss_of(

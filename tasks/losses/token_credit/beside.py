@@ -127,7 +127,7 @@ class Clip(Identity):
     equation: ClassVar[str] = "PPO(rho, A) = -min(rho A, clip(rho, 1-low, 1+high) A), where A < 0 at most dual |A|"
     paper: ClassVar[str] = "2503.14476"
 
-    low: float = Field(0.2, gt=0, lt=1, description="rho is clipped from below to 1 - this")
+    low: float = Field(0.2, gt=0, le=1, description="rho is clipped from below to 1 - this")
     high: float = Field(0.2, gt=0, description="rho is clipped from above to 1 + this")
     dual: float | None = Field(
         3.0, gt=1, description="the loss of a negative advantage is at most this x |A|; null for none"

@@ -131,6 +131,7 @@ class CreditConfig(Normalised):
             written=True,
             ended=not self.last_token,
             spans=self.route.spans,
+            judged_segments=self.add.judged_segments,
         )
         return Needs((SignalNeed("sampled"), SignalNeed("mask"), *signals), student, metrics, credit=credit)
 
@@ -191,6 +192,10 @@ def _problems(c: CreditConfig) -> list[str]:
         found.append(
             f"advantage_at: add {add.kind} over the whole vocabulary needs the student's, which is not stored;"
             " set advantage_at: live"
+        )
+    if add.judged_segments and not reward.uses_rewards:
+        found.append(
+            "add.segments_of: the judge runs for rewards, and there are none; give reward: group, or segment_ends"
         )
     if c.returns.kind != "token":
         if add.kind == "none":

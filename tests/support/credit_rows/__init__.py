@@ -7,6 +7,7 @@ the pieces of the expression, `rewarded.py` and `distilled.py` the rows. `ROWS` 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from . import distilled, rewarded
 from .rewarded import Gate
@@ -41,4 +42,20 @@ ROWS: dict[str, Callable[..., Result]] = {
     "opd": rewarded.opd,
 }
 
-__all__ = ["ROWS", "Clip", "Gate", "Reduction", "Result", "Sample", "Toy", "toys"]
+# What a row needs on `toys`: the fields without a default, and a top k below the vocabulary, so that there is a tail.
+ON_TOYS: dict[str, dict[str, Any]] = {
+    "sdpo": {"top_k": 3},
+    "srpo": {"top_k": 3},
+    "sdft": {"top_k": 3},
+    "visd": {"top_k": 3},
+    "antisd": {"gate": Gate(step=9, warm=0.1, g=1)},
+    "dasd": {"entropy_of": "q", "normalise": lambda d: d, "beta": 0.7},
+    "trace": {"lam": 0.3, "term_clip": 0.2, "coverage": 0.5},
+    "ptd-po": {"top_k": 3},
+    "resd": {"top_k": 3},
+    "pbsd": {"beta": 0.1},
+    "veto": {"beta": 0.8},
+    "top-d": {"a": 0.5},
+}
+
+__all__ = ["ON_TOYS", "ROWS", "Clip", "Gate", "Reduction", "Result", "Sample", "Toy", "toys"]

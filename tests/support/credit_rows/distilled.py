@@ -270,7 +270,7 @@ def pbsd(toy: Toy, *, beta: float) -> Result:
     values = [-torch.nn.functional.logsigmoid(beta * (log_ratio(i) - log_ratio(j))) for i, j in toy.pairs]
     for value in values:
         result.loss = result.loss + value / len(values)
-    result.parts["pairs"] = [float(value) for value in values]
+    result.parts["pairs"] = [value.item() for value in values]
     return result
 
 

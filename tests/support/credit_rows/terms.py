@@ -206,7 +206,8 @@ def top(logs_V: Tensor, k: int) -> list[int]:
 def log_tail(logs_S: Tensor, floor: float) -> Tensor:
     """log(1 - sum exp(logs)), not below the floor (no gradient below it)."""
     inside = logs_S.logsumexp(0)
-    if float(inside) >= 0 or math.log(max(-math.expm1(float(inside)), 1e-300)) < floor:
+    rest = -math.expm1(inside.item())
+    if rest <= 0 or math.log(rest) < floor:
         return torch.tensor(floor, dtype=logs_S.dtype)
     return torch.log(-torch.expm1(inside))
 

@@ -174,6 +174,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"beside": {"on_errors": {"kind": "reverse_kl"}}}, "on_errors", "spans"),
     ({"reward": GROUP, "route": {"kind": "spans", "weight": -0.1}, "beside": {}}, "weight", "negative"),
     ({"add": {"kind": "dasd"}}, "beta", "required"),
+    ({"add": {"kind": "sod", "segments_of": "judge"}}, "add.segments_of", "reward: group"),
+    ({"add": {"kind": "sod", "segments_of": "judge", "segment_ends": [5]}}, "segment_ends", "leave the ids out"),
     ({"reward": "group", "scale": "visd"}, "advantage_at", "live"),
     ({"add": {"kind": "vopd", "support": "full", "k": 8}}, "advantage_at", "live"),
     ({"add": {"kind": "vopd", "k": 4}, "beside": {"support": TOP | {"k": 8}}}, "beside, add, scale", "different lists"),

@@ -11,7 +11,7 @@ import torch
 
 from storage.errors import InputError
 from tasks.losses.token_credit.config import CreditConfig
-from tasks.trainer.data import Ragged, Samples, forward_batch, loss_denominators, with_spans
+from tasks.trainer.data import Ragged, Samples, forward_batch, loss_denominators, with_segments, with_spans
 from tasks.trainer.planning import Planner, planner_of
 
 CPU = torch.device("cpu")
@@ -126,6 +126,14 @@ def test_memory_goes_on_where_it_was() -> None:
     assert {name: values.tolist() for name, values in later.memory.items()} == {
         name: values.tolist() for name, values in whole.memory.items()
     }
+
+
+def test_segments_of_the_judge_are_half_open() -> None:
+    import pyarrow as pa
+
+    samples = round_of([1, 0, 1], [0, 0, 0])
+    found = with_segments(samples, pa.table({"segment_ends": [None, [1], [1, 2]]}))
+    assert found.segments.tolist() == [0, 0, 1, 0, 1, 2]
 
 
 def test_spans_are_counted_in_tokens_and_united() -> None:

@@ -24,6 +24,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "grpo": {"reward": GROUP, "clip": {}},
     "sdpo": {"route": "contexts", "beside": {**TOP, "is_clip": 2.0}},
     "srpo": {"reward": GROUP, "route": "srpo", "clip": {}, "beside": {**TOP, "weight": {"kind": "teacher_entropy"}}},
+    "sod": {"reward": GROUP, "add": {"kind": "sod", "segments_of": "judge"}},
     "visd": {"reward": GROUP, "scale": {"kind": "visd", "k": K}, "advantage_at": "live"},
     "vopd": {"add": {"kind": "vopd", "k": K}, "ratio": "none", "advantage_at": "live"},
     "distil": {"beside": {**TOP, "sequence_gradient": {"gamma": 0.9}}},
@@ -46,7 +47,7 @@ class Judged:
 def judged(world: World) -> Judged:
     samples = [row | {"prompt_id": f"p{number // 3}"} for number, row in enumerate(world.samples)]
     rewards = [
-        {"sample_id": row["sample_id"], "reward": reward}
+        {"sample_id": row["sample_id"], "reward": reward, "segment_ends": [1]}
         | ({"span_starts": [0], "span_ends": [1], "span_kinds": ["key"]} if reward else {})
         for row, reward in zip(samples, REWARDS, strict=True)
     ]

@@ -38,6 +38,11 @@ class Addition(Kind):
         return ()
 
     @property
+    def judged_segments(self) -> bool:
+        """Whether the judge says where segments end."""
+        return False
+
+    @property
     def lists(self) -> TopkSupport | FullSupport | None:
         """The support on which it compares both distributions."""
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.losses.token_credit.additions import Addition, register
 from tasks.losses.token_credit.stored import Stored, Tokens
@@ -18,7 +18,7 @@ class SOD(Addition):
     """SOD (2605.07725): the log-ratio, weighed down in segments where student and teacher are further apart than in the first.
 
     d_k is the mean of |d| over the tokens of segment k; segments without tokens are skipped. The paper's segments are the runs of
-    the assistant's tokens between tool outputs; here an id of `segment_ends` ends one."""
+    the assistant's tokens between tool outputs; here an id of `segment_ends` ends one, or the judge says where they end."""
 
     kind: Literal["sod"] = "sod"
     equation = "delta = coef w_k d, w_1 = 1, w_k = min((d_1 + eps) / (d_k + eps), 1 + rise)"
@@ -30,9 +30,23 @@ class SOD(Addition):
         (), description="token ids, each the last of its segment; none: one segment, whose weight is 1"
     )
 
+    segments_of: Literal["ids", "judge"] = Field(
+        "ids", description="what ends a segment: `segment_ends`, or the judge's `segments`"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> SOD:
+        if self.segments_of == "judge" and self.segment_ends:
+            raise ValueError("segment_ends: with segments_of: judge the judge ends segments; leave the ids out")
+        return self
+
     @property
     def segments(self) -> tuple[int, ...]:
         return self.segment_ends
+
+    @property
+    def judged_segments(self) -> bool:
+        return self.segments_of == "judge"
 
     def plan(self, stored: Stored) -> dict[str, Tensor]:
         gap_N, weight_N = stored.d_N.abs(), stored.d_N.new_ones(stored.d_N.shape)

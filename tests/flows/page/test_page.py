@@ -175,6 +175,21 @@ def test_rollouts_that_nobody_scored_are_shown_without_colours(tmp_path: Path) -
     assert all(c["gap"] is None and c["teacher"] is None for c in found.data["completions"])
 
 
+def test_several_teachers_have_figures_of_their_own(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    run = add_run(root, rounds=0)
+    with run.lock():
+        state = run.state
+        state.rounds[0].metrics |= {
+            f"{name}/{teacher}": 0.5 for name in ("eval_tokens", "reverse_kl") for teacher in ("math", "code")
+        }
+        run.save(state)
+    assert (
+        "By teacher round teacher reverse KL 0 code 0.5000 0 math 0.5000"
+        in PageReader(page(root, ["hostile"]).html).text
+    )
+
+
 def test_before_any_evaluation_and_without_rollouts(tmp_path: Path) -> None:
     root = tmp_path / "store"
     run = add_run(root, rounds=0)

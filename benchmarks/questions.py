@@ -4,8 +4,8 @@ python benchmarks/questions.py FOLDER [TOKENS]     makes the store once (a minut
 
 Two runs that share their two rounds: round 1 of a thousand tokens, round 2 of TOKENS. Completions of 256 tokens, on average, over
 a byte-level vocabulary of 50,000, some of them parts of characters; teacher_topk lists of 8. Each question is asked REPEATS times
-in this process with its default parameters: the median and the slowest wall time, the processor's time, the rows of the answer. The
-last line is the page of `opd report`, made once.
+in this process with its default parameters: the median and the slowest wall time, the processor's time, the rows of the answer.
+The last line is the page of `opd report`, made once.
 On a machine that others use, the processor's time over the number of cores is what the wall time would be."""
 
 from __future__ import annotations

@@ -111,6 +111,17 @@ def test_runs_side_by_side(root: Path) -> None:
     assert "configs" in found.ids and {c["run"] for c in found.data["completions"]} == {"hostile", "other"}
 
 
+def test_a_single_fork_is_compared_with_its_parent(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    run = add_run(root, rounds=1, completions=1)
+    parent = run.experiment
+    with run.lock():
+        mine = parent | {"train": parent["train"] | {"lr": 0.25}}
+        run.save_experiment(mine | {"fork": {"run": "first", "round": 1, "experiment": parent}})
+    found = PageReader(page(root, ["hostile"]).html)
+    assert "config field hostile first (forked at round 1) train.lr 0.25 0.001" in found.text
+
+
 def test_the_sample_is_stated_and_the_same_in_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "store"
     run = add_run(root, rounds=1, completions=90, length=20)

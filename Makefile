@@ -45,7 +45,7 @@ study: setup  ## compare the methods over seeds (configs/study.yaml); can be sto
 test: setup  ## the test suite in two processes, without the long tests
 	@$(BIN)/python -m pytest -n 2
 
-test-full: setup  ## the test suite with the long tests
+test-full: setup  ## the test suite with the long tests; needs Chromium (Debian: apt-get install chromium)
 	@$(BIN)/python -m pytest -m "not faults"
 
 faults: setup  ## all fault tests in full (docs/reliability.md); takes hours, can be stopped and continued

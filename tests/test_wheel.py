@@ -15,8 +15,19 @@ from places import CHECKOUT
 from flows import config_file
 
 
+def package_data(name: str) -> list[str]:
+    return tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][name]
+
+
+def test_what_a_page_is_made_of_is_in_the_package():
+    page = CHECKOUT / "flows" / "page"
+    packed = {path for pattern in package_data("flows") for path in (CHECKOUT / "flows").glob(pattern)}
+    files = {path for path in page.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert packed == files and page / "vendor" / "chart.LICENSE.md" in packed
+
+
 def test_every_config_is_in_the_package():
-    patterns = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["opdflow"]
+    patterns = package_data("opdflow")
     package = CHECKOUT / "opdflow"
     packed = {path.relative_to(package).as_posix() for pattern in patterns for path in package.glob(pattern)}
     assert packed == {

@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 def report(
     name: RunName,
     others: Annotated[
-        list[str] | None, typer.Argument(metavar="[OTHER]...", help="further runs to compare with", show_default=False)
+        list[str] | None, typer.Argument(metavar="OTHER...", help="further runs to compare with", show_default=False)
     ] = None,
     compare: Annotated[
         list[str] | None, typer.Option("--compare", metavar="OTHER...", help="runs beside it", show_default=False)

@@ -45,7 +45,7 @@ def study(
 
     Exit codes: 0 done, 1 a run of a method failed, 2 bad study or config, 75 a run is held by another process,
     130 interrupted."""
-    from flows.study.files import default_folder, write_files
+    from flows.study.files import PAGE, default_folder, write_files
     from flows.study.progress import StudyReporter
     from flows.study.results import Known, grids, read_rows
     from flows.study.run import run_study
@@ -72,7 +72,7 @@ def study(
         err.print(f"continue with: {opd_command(root, *words)}", soft_wrap=True)
         raise typer.Exit(130) from None
     rows = read_rows(plan, root, known)
-    pages = _page(plan, root, folder)
+    pages = [folder / PAGE] if built == 0 and (folder / PAGE).exists() else _page(plan, root, folder)
     written = [*write_files(plan, rows, folder), *pages]
     for result in grids(plan, rows):
         out.print(_table(result))

@@ -200,7 +200,7 @@ def _packed(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return float(f"{value:.3g}")
 
     def top(entries: Sequence[Sequence[Any]] | None) -> list[Any] | None:
-        return entries and [[word(text), *map(share, shares)] for text, *shares in entries]
+        return None if entries is None else [[word(text), *map(share, shares)] for text, *shares in entries]
 
     packed = []
     for group in groups:

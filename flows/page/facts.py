@@ -11,7 +11,7 @@ from typing import Any
 
 from flows.run.card import origins
 from flows.run.figures import EVALUATED, SAMPLED
-from flows.run.shown import NOT_EVALUATED, failure, sample_sizes, status_text, with_error
+from flows.run.shown import NOT_EVALUATED, by_teacher, failure, sample_sizes, status_text, with_error
 from storage.disk.redact import redact
 from storage.disk.yaml_text import dump
 from storage.errors import InputError, OpdError
@@ -36,6 +36,8 @@ class RunFacts:
     columns: tuple[str, ...]
     rounds: tuple[RoundRow, ...]
     sizes: str
+    teachers: tuple[list[str], list[list[str]]]
+    """(headings, rows) of the figures by teacher, where there are several."""
     config: str
     experiment: dict[str, Any]
     state: RunState
@@ -90,6 +92,7 @@ def facts_of(store: Store, run: Run) -> RunFacts:
         columns=tuple(figure.heading for figure in shown),
         rounds=tuple(_row(round, [(f.metric, f.form) for f in shown]) for round in rounds),
         sizes=sample_sizes(rounds, [figure.metric for figure in EVALUATED]),
+        teachers=by_teacher(rounds),
         config=redact(dump(config)).strip(),
         experiment=config,
         state=state,

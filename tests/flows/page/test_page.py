@@ -111,6 +111,17 @@ def test_runs_side_by_side(root: Path) -> None:
     assert "configs" in found.ids and {c["run"] for c in found.data["completions"]} == {"hostile", "other"}
 
 
+def test_a_single_fork_is_compared_with_its_parent(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    run = add_run(root, rounds=1, completions=1)
+    parent = run.experiment
+    with run.lock():
+        mine = parent | {"train": parent["train"] | {"lr": 0.25}}
+        run.save_experiment(mine | {"fork": {"run": "first", "round": 1, "experiment": parent}})
+    found = PageReader(page(root, ["hostile"]).html)
+    assert "config field hostile first (forked at round 1) train.lr 0.25 0.001" in found.text
+
+
 def test_the_sample_is_stated_and_the_same_in_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "store"
     run = add_run(root, rounds=1, completions=90, length=20)
@@ -173,6 +184,21 @@ def test_rollouts_that_nobody_scored_are_shown_without_colours(tmp_path: Path) -
     found = PageReader(page(root, ["hostile"]).html)
     assert "40 of 40 completions, 320 of 320 tokens; the models have not scored them" in found.text
     assert all(c["gap"] is None and c["teacher"] is None for c in found.data["completions"])
+
+
+def test_several_teachers_have_figures_of_their_own(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    run = add_run(root, rounds=0)
+    with run.lock():
+        state = run.state
+        state.rounds[0].metrics |= {
+            f"{name}/{teacher}": 0.5 for name in ("eval_tokens", "reverse_kl") for teacher in ("math", "code")
+        }
+        run.save(state)
+    assert (
+        "By teacher round teacher reverse KL 0 code 0.5000 0 math 0.5000"
+        in PageReader(page(root, ["hostile"]).html).text
+    )
 
 
 def test_before_any_evaluation_and_without_rollouts(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup demo study test test-full faults bench bench-full lint clean
+.PHONY: help setup demo study study-rewards test test-full faults bench bench-full lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -41,6 +41,9 @@ demo: setup  ## distil a small model on this machine's CPU; 3 to 4 minutes on tw
 
 study: setup  ## compare the methods over seeds (configs/study.yaml); can be stopped and continued
 	@$(BIN)/opd study configs/study.yaml
+
+study-rewards: setup  ## compare rewards and token credit over seeds (configs/study-rewards.yaml); can be stopped and continued
+	@$(BIN)/opd study configs/study-rewards.yaml
 
 test: setup  ## the test suite in two processes, without the long tests
 	@$(BIN)/python -m pytest -n 2

@@ -27,6 +27,7 @@ _METRICS = (
     ("length", "mean_length", "{:.1f}"),
     ("clipped", "clipped_ratio", "{:.1%}"),
     ("tokens", "rollout_tokens", "{:,.0f}"),
+    ("reward", "judge_reward", "{:.3f}"),
 )
 """Heading, metric, form. `accuracy` is greedy; `tokens` are those sampled for training."""
 

@@ -65,7 +65,8 @@ def show(
 
 
 def _found(catalog: Any, run: Run, sample: str | None, top: int) -> dict[str, Any]:
-    """The sample with its tokens and what the judge gave it; each token has `teacher_top` and `student_top`, lists of [token, probability], or none."""
+    """The sample with what the judge gave it (`judged`: reward, feedback, failed; or none) and its tokens; each token has
+    `teacher_top` and `student_top`, lists of [token, probability], or none."""
     from storage.query.questions import last_written
 
     last = last_written(run.state)

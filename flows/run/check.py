@@ -94,7 +94,7 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
             yield from _lengths_and_example(rows, load_tokenizer(store.materialize(student)), readers)
             yield from _contexts(experiment, store, student, teachers, prompts)
             yield from _verifier(experiment, rows)
-            yield from _judge(experiment, rows)
+            yield from _judge(experiment, rows, load_tokenizer(store.materialize(student)))
             parameters = parameter_count(store.materialize(student))
             found = findings(Known.of(experiment, store, student, teachers, prompts))
             yield from (f"note: {finding.text}" for finding in found if not finding.refused)
@@ -225,7 +225,7 @@ def _verifier(experiment: Experiment, rows: pa.Table) -> Iterator[str]:
     )
 
 
-def _judge(experiment: Experiment, rows: pa.Table) -> Iterator[str]:
+def _judge(experiment: Experiment, rows: pa.Table, tokenizer: Any) -> Iterator[str]:
     """Tries the judge's verifiers on the first training prompt that has an answer, with that in place of a completion."""
     if experiment.judge is None or not needs_judge(experiment):
         return
@@ -234,14 +234,13 @@ def _judge(experiment: Experiment, rows: pa.Table) -> Iterator[str]:
     prompt = (known if known.num_rows else train).slice(0, 1).to_pylist()
     if not prompt:
         return
-    text, ids = prompt[0]["answer"] or "", prompt[0]["token_ids"]
+    text = prompt[0]["answer"] or ""
+    ids = tokenizer.encode(text, add_special_tokens=False)
     question = {
-        "completion": text, "answer": prompt[0]["answer"], "length": len(ids),
-        "prompt": prompt[0]["text"], "token_ids": ids, "tokens": [""] * len(ids),
+        "completion": text, "answer": prompt[0]["answer"], "length": len(ids), "prompt": prompt[0]["text"],
+        "token_ids": ids, "tokens": [tokenizer.decode([index]) for index in ids],
     }  # fmt: skip
-    process = VerifierProcess(
-        experiment.judge, sources_of(experiment.judge), [str(folder) for folder in experiment.runtime.modules]
-    )
+    process = VerifierProcess(experiment.judge, sources_of(experiment.judge))
     try:
         for place, (verifier, names) in enumerate(zip(experiment.judge.verifiers, process.given(), strict=True)):
             asked = {name: question[name] for name in ("completion", "answer", "length", *names)}

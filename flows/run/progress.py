@@ -216,6 +216,7 @@ def round_line(state: RoundState) -> str:
         ("reverse_kl", "reverse KL", "{:.4f}"),
         ("mean_length", "length", "{:.1f}"),
         ("clipped_ratio", "clipped", "{:.1%}"),
+        ("judge_reward", "reward", "{:.3f}"),
     ):
         if text := with_error(state.metrics, name, form):
             size = samples(state.metrics, name) if name in ("accuracy_greedy", "reverse_kl") else ""

@@ -131,7 +131,12 @@ _ALL = (
     View("prompts", TABLES["prompts"].doc, (_RUN, _ARTIFACT, *TABLES["prompts"].columns), ("prompts",)),
     View("vocabulary", TABLES["vocabulary"].doc, (_RUN, _ARTIFACT, *TABLES["vocabulary"].columns), ("vocabulary",)),
     View("drafts", TABLES["drafts"].doc, (_RUN, _ARTIFACT, *TABLES["drafts"].columns), ("drafts",)),
-    View("rollouts", TABLES["rollouts"].doc, (_RUN, _ROUND, _ARTIFACT, *TABLES["rollouts"].columns), ("rollouts",)),
+    View(  # its old column `reward` is always null, and would hide that of `rewards` in a join
+        "rollouts",
+        TABLES["rollouts"].doc,
+        (_RUN, _ROUND, _ARTIFACT, *_columns(TABLES["rollouts"], without=("reward",))),
+        ("rollouts",),
+    ),
     View("contexts", TABLES["contexts"].doc, (_RUN, _ROUND, _ARTIFACT, *TABLES["contexts"].columns), ("contexts",)),
     View(
         "context_columns",

@@ -36,7 +36,6 @@ class Judge:
     """Serves JudgeJob (role judge). The verifiers' process stays between jobs of one config."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._folders = [str(folder) for folder in settings.get("modules", ())]
         self._process: VerifierProcess | None = None
         self._of: tuple[bytes, tuple[str | None, ...]] | None = None
 
@@ -76,7 +75,7 @@ class Judge:
         if self._process is None or self._of != wanted:
             self.close()
             config = JudgeConfig.model_validate_json(bytes(job.config))
-            self._process, self._of = VerifierProcess(config, job.sources, self._folders), wanted
+            self._process, self._of = VerifierProcess(config, job.sources), wanted
         return self._process
 
 

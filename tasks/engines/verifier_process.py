@@ -69,11 +69,11 @@ def reason_of(text: str) -> str:
 
 
 class VerifierProcess:
-    """The child of one config. `sources`: digests of its functions' files, None for other verifiers; `folders`: where modules are
-    looked for beside the import path. It is started at the first question."""
+    """The child of one config. `sources`: digests of its functions' files, None for other verifiers. It is started at the first
+    question, and finds the modules that this process finds."""
 
-    def __init__(self, config: JudgeConfig, sources: Sequence[str | None], folders: Sequence[str] = ()) -> None:
-        self.config, self.sources, self._folders = config, list(sources), list(folders)
+    def __init__(self, config: JudgeConfig, sources: Sequence[str | None]) -> None:
+        self.config, self.sources = config, list(sources)
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._output: threading.Thread | None = None
@@ -156,7 +156,7 @@ class VerifierProcess:
         self._socket = ours
         self._output = threading.Thread(target=_pass_on, args=(self._process,), daemon=True, name="verifier-output")
         self._output.start()
-        first = {"config": self.config.model_dump(mode="json"), "folders": self._folders, "sources": self.sources}
+        first = {"config": self.config.model_dump(mode="json"), "path": sys.path, "sources": self.sources}
         reply = self._exchange(json.dumps(first).encode() + b"\n", START_SECONDS)
         if reply is None:
             how = self._ended() or f"not ready after {START_SECONDS:g} s"
@@ -238,7 +238,7 @@ def main(descriptor: int) -> None:
         first = json.loads(stream.readline())
         config = JudgeConfig.model_validate(first["config"])
         try:
-            given = prepared(config, first["sources"], first["folders"])
+            given = prepared(config, first["sources"], first["path"])
         except OpdError as error:
             reply({"refused": str(error), "kind": type(error).__name__})
             return
@@ -248,10 +248,10 @@ def main(descriptor: int) -> None:
             reply(answered(config.verifiers[place], question))
 
 
-def prepared(config: JudgeConfig, sources: Sequence[str | None], folders: Sequence[str]) -> list[list[str]]:
-    """Import what the verifiers need; per verifier what it is asked with. ConfigError for a function that is not found,
-    InputError for one whose file has changed."""
-    for folder in folders:
+def prepared(config: JudgeConfig, sources: Sequence[str | None], path: Sequence[str]) -> list[list[str]]:
+    """Import what the verifiers need, also from `path`; per verifier what it is asked with. ConfigError for a function that is
+    not found, InputError for one whose file has changed."""
+    for folder in filter(None, path):
         search_in(Path(folder))
     given: list[list[str]] = []
     for verifier, source in zip(config.verifiers, sources, strict=True):

@@ -70,8 +70,9 @@ class JudgeConfig(Identity):
     )
     success_threshold: float | None = Field(
         None,
-        description="reward from which a completion counts as correct in the metrics; null: 0.5 where every reward of the"
-        " round is 0 or 1, else none is counted as correct or wrong",
+        description="reward from which a completion counts as correct, in the metrics and for {sibling} and {verdict} of a"
+        " teacher's context; null: 0.5 where every reward of the round is 0 or 1, else none is counted as correct or wrong, and"
+        " such contexts are refused",
     )
 
     @field_validator("timeout")

@@ -66,10 +66,9 @@ def candidates(
     """The contexts that a sample can have, best first. `own`: its columns of the round, `siblings`: in order of preference. Every
     column that keeps a template from being used is added to `reasons`."""
     for template in templates:
-        if "sibling" in columns_of(template):
-            each = [({**own, "sibling": other.shown}, other.sample_id) for other in siblings] or [(dict(own), None)]
-        else:
-            each = [(dict(own), None)]
+        each: list[tuple[dict[str, str], str | None]] = [(dict(own), None)]
+        if "sibling" in columns_of(template) and siblings:
+            each = [({**own, "sibling": other.shown}, other.sample_id) for other in siblings]
         for found, sibling_id in each:
             if missing := lacking(row, template, found):
                 reasons += [f"no {name}" for name in missing]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import in_process
 import pytest
 import scripted_run
 from key_walk import keys_of
-from places import PLUGINS
+from places import CHECKOUT, PLUGINS
 from registries import plugin_path
 from typer.testing import CliRunner
 
@@ -21,14 +22,17 @@ from flows.config_file import merge
 from flows.cross_checks import NOT_JUDGED, needs_judge
 from flows.experiment import Experiment, experiment_of, with_plugins
 from flows.run.executor import Planner
+from flows.run.progress import round_line
 from flows.run.replay import replay_round
 from storage.errors import ConfigError, InputError
 from storage.query.catalog import Catalog
 from storage.query.questions import question
 from storage.runs import Run
+from storage.schemas import schema_for
 from storage.store import Artifact, Store
 from storage.upkeep.gc import Collector
 from storage.upkeep.retention import Retention
+from tasks.inputs.judging import outcome_of
 from tasks.train import train_work
 
 JUDGED = scripted_run.VARIANTS["judged"]
@@ -193,6 +197,50 @@ def test_the_rewards_of_a_run_in_sql(root: Path) -> None:
         known = [reward for reward in own if reward is not None]
         rate = sum(reward >= 0.9 for reward in known) / len(known) if known else None
         assert row["success_rate"] == (None if rate is None else pytest.approx(rate))
+
+
+def test_what_the_page_says(root: Path) -> None:
+    """Its functions return what may be returned, its columns are those of the table, its statements answer."""
+    page = (CHECKOUT / "docs" / "rewards.md").read_text()
+    code, sql = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL)[0] for kind in ("python", "sql"))
+    given: dict[str, Any] = {}
+    exec(code, given)
+    assert outcome_of(given["short"]("x", None), 1).reward == 1.0
+    whole = outcome_of(given["steps"]("1 7", "7", ["1\n", "???", "7"]), 3)
+    assert (whole.reward, whole.segments, whole.spans) == (1.0, (1,), ((1, 2, "error"),))
+    table = page.partition("Table `rewards`")[2].partition("The view")[0]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    assert [name for cell in cells for name in re.findall(r"`(\w+)`", cell)] == list(schema_for("rewards").names)
+    catalog = Catalog(Store(root))
+    rows = [catalog.query(statement).to_pylist() for statement in sql.split(";") if statement.strip()]
+    assert [len(found) for found in rows[:2]] == [2, 2] and len(rows) == 3
+    told = set(Run.open(root, scripted_run.NAME).state.rounds[1].metrics)
+    cells = re.findall(r"^\| (`judge_.*?) \|", page, re.MULTILINE)
+    names = {name.replace("NAME", "judges:graded") for cell in cells for name in re.findall(r"`(.*?)`", cell)}
+    assert names and names <= told
+
+
+def test_status_has_the_reward_of_every_round(root: Path) -> None:
+    command = ["status", scripted_run.NAME, "--root", str(root)]
+    shown = CliRunner().invoke(make_app(), command, env={"COLUMNS": "200"}, catch_exceptions=False).stdout
+    rounds = Run.open(root, scripted_run.NAME).state.rounds
+    rewards = [f"{r.metrics['judge_reward']:.3f} ± {r.metrics['judge_reward_se']:.3f}" for r in rounds[1:]]
+    assert "reward" in shown and all(reward in shown for reward in rewards)
+    assert all(f"reward {reward}" in round_line(r) for reward, r in zip(rewards, rounds[1:], strict=True))
+    assert "reward" not in round_line(rounds[0])
+
+
+def test_show_has_the_reward_and_the_feedback(root: Path) -> None:
+    sql = "SELECT sample_id, reward, feedback, failed FROM rewards WHERE round = 2 ORDER BY reward NULLS FIRST"
+    rows = Catalog(Store(root)).query(sql).to_pylist()
+    for row in (rows[0], rows[-1]):
+        command = ["show", scripted_run.NAME, "--sample", row["sample_id"], "--root", str(root)]
+        shown = CliRunner().invoke(make_app(), command, env={"COLUMNS": "200"}, catch_exceptions=False).stdout
+        if row["reward"] is None:
+            assert f"no reward: {row['failed']}" in " ".join(shown.split())
+        else:
+            assert f"reward {row['reward']:g}" in shown and "feedback: " in shown
+    assert rows[0]["reward"] is None and rows[-1]["reward"] is not None
 
 
 def test_it_is_planned_as_cached_collected_and_replayed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ class InProcess(InProcessPool):
             sampler=engines.Sampler({}),
             scorer=engines.Scorer({}),
             trainer=engines.Trainer({}),
-            judge=Judge({"modules": [scripted_run.PLUGINS]}),
+            judge=Judge({}),
         )
 
     @contextmanager

@@ -66,6 +66,14 @@ def test_every_view_has_the_declared_columns_when_it_has_rows(view, example_stor
         }
         builder.write_shard("rewards", 0, pa.Table.from_pylist([judged], schema_for("rewards")))
         builder.commit()
+    with store.building(ArtifactSpec.of("context", 1, {}, {})) as builder:
+        context = {"sample_id": "p0/1/0", "prompt_token_ids": [1], "sibling_id": "p0/1/1", "source": "sibling"}
+        builder.write_shard("contexts", 0, pa.Table.from_pylist([context], schema_for("contexts")))
+        builder.commit()
+    with store.building(ArtifactSpec.of("prepare", 1, {"kept": True}, {})) as builder:
+        kept = pa.Table.from_pylist([{"prompt_id": "p0", "prompt": '"x"'}], schema_for("context_columns"))
+        builder.write_shard("context_columns", 0, kept)
+        builder.commit()
     table = Catalog(store).query(f"SELECT * FROM {view}")
     assert table.num_rows > 0
     assert table.schema.equals(VIEWS[view].arrow)

@@ -29,7 +29,7 @@ def _judges(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def started(*verifiers: dict[str, Any], **fields: Any) -> VerifierProcess:
     config = JudgeConfig.model_validate({"verifiers": list(verifiers), **fields})
-    return VerifierProcess(config, sources_of(config), [str(PLUGINS)])
+    return VerifierProcess(config, sources_of(config))
 
 
 @pytest.fixture
@@ -153,13 +153,13 @@ def test_a_file_that_changed_since_the_plan_is_refused(tmp_path: Path, monkeypat
     file.write_text("def score(completion, answer): return 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     config = JudgeConfig.model_validate({"verifiers": [{"kind": "function", "target": "edited_judge:score"}]})
-    process = VerifierProcess(config, sources_of(config), [str(tmp_path)])
+    process = VerifierProcess(config, sources_of(config))
     file.write_text("def score(completion, answer): return 0\n")
     with pytest.raises(InputError, match="has changed"):
         process.given()
     file.unlink()
     with pytest.raises(ConfigError, match="no module 'edited_judge'"):
-        VerifierProcess(config, process.sources, []).given()
+        VerifierProcess(config, process.sources).given()
 
 
 def test_the_process_ends_with_the_one_that_asks(named: VerifierProcess) -> None:

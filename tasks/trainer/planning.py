@@ -26,6 +26,7 @@ class Planner:
         self.config, self.samples = config, samples
         self.memory: Mapping[str, np.ndarray] = memory
         """What the objective keeps from step to step, after the last planned one."""
+        self._routed = self._planned = 0
         if config.reward.uses_rewards:
             self._refuse()
 
@@ -51,12 +52,21 @@ class Planner:
         columns = plan_step(self.config, stored, self._returns(rows, step))
         lengths = self.samples.completions.lengths[list(rows)]
         offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        if "b" in columns:
+            self._routed += int((stored.sums(columns["b"] > 0) > 0).sum())
+        self._planned += len(lengths)
         return Planned({name: values.numpy().astype(np.float32) for name, values in columns.items()}, offsets)
 
     def repeat(self, rows: Sequence[int], step: int) -> None:
-        """Only what is remembered of a step that was done before an interruption."""
-        if self.config.add.remembers:
-            self._remembering(self._stored(rows, step))
+        """Goes on after a step that was done before an interruption: what it remembers and counts of it."""
+        self(rows, step)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """`routed_samples`: share of the planned samples that the divergence counts for; nothing without a divergence."""
+        if self.config.beside is None:
+            return {}
+        return {"routed_samples": self._routed / max(1, self._planned)}
 
     def _remembering(self, stored: Stored) -> Stored:
         if not self.config.add.remembers:

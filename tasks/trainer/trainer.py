@@ -167,7 +167,7 @@ class Trainer:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return _summary(rows, training.samples, exported)
+        return _summary(rows, training.samples, exported, {} if planner is None else planner.metrics)
 
     def _write(
         self,
@@ -290,7 +290,9 @@ def refuse_lost_steps(samples: Samples, steps: Sequence[Step], round: int) -> No
             )
 
 
-def _summary(rows: list[dict[str, Any]], samples: Samples, exported: dict[str, float]) -> TrainResult:
+def _summary(
+    rows: list[dict[str, Any]], samples: Samples, exported: dict[str, float], planned: dict[str, float]
+) -> TrainResult:
     tokens = sum(row["tokens"] for row in rows)
     loss = sum(row["loss"] * row["tokens"] for row in rows) / max(1, tokens)
     metrics = {
@@ -300,6 +302,7 @@ def _summary(rows: list[dict[str, Any]], samples: Samples, exported: dict[str, f
         "empty_steps": float(sum(row["tokens"] == 0 for row in rows)),
         "invalid_tokens": samples.invalid,
         **({} if samples.contexts is None else {"without_context": float((~samples.contexts).sum())}),
+        **planned,
         **summarised(rows),
         **by_teacher(rows),
         **exported,

@@ -64,9 +64,11 @@ def test_a_step_with_a_part_of_a_group_has_the_advantages_of_the_whole() -> None
 def test_weights_are_relative_to_the_whole_step() -> None:
     """The mean over the step's routed tokens of SRPO's weights is 1, and masked tokens have none."""
     samples = round_of([1, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 1], contexts=np.array([True] * 5 + [False]))
-    found = planner(samples, **SRPO)(range(6), 0)
+    plan = planner(samples, **SRPO)
+    found = plan(range(6), 0)
     routed = found.columns["b"] > 0
     kept = samples.keep
+    assert plan.metrics == {"routed_samples": 3 / 6}
     assert routed.sum() == 2 + 2 + 2  # samples 1, 2 and 4, without the masked last token of sample 2
     assert found.columns["b"][routed].mean() == pytest.approx(1)
     assert (found.columns["a"][kept] == ~routed[kept]).all() and not found.columns["a"][~kept].any()

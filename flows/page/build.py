@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from flows.page import completions, curves, prompts
 from flows.page.facts import RunFacts, facts_of, opened
-from flows.run.compare import Point, compared, differing
+from flows.run.compare import Compared, Point, compared, differing
 from flows.run.figures import PAIRED
 from flows.run.shown import apart
 from storage.disk.files import utc_now
@@ -87,8 +87,7 @@ def _context(store: Store, runs: Sequence[Run], facts: Sequence[RunFacts]) -> di
         "names": [fact.name for fact in facts],
         "facts": facts,
         "differences": _differences(runs),
-        "pairs": [(difference, *cells, count) for difference, cells, count in _pairs(store, facts)],
-        "paired": [figure.heading for figure in PAIRED],
+        "pairs": _pairs(store, facts),
         "charts": {
             "rounds": curves.by_round(states),
             "steps": steps,
@@ -116,26 +115,31 @@ def _differences(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     return list(experiments), [["" if row[n] is None else str(row[n]) for n in ("field", *experiments)] for row in rows]
 
 
-def _pairs(store: Store, facts: Sequence[RunFacts]) -> list[tuple[str, list[str], str]]:
-    """(difference, cells of `PAIRED`, prompts) of every further run minus the first, at the last round that both evaluated."""
-    rows = []
+def _pairs(store: Store, facts: Sequence[RunFacts]) -> tuple[list[str], list[list[str]]]:
+    """(headings, a row per further run): its paired difference from the first, at the last round that both evaluated."""
+    found: list[tuple[str, Compared | str]] = []
     for other in facts[1:]:
         both = [{round.round: round for round in fact.state.rounds if round.evaluated} for fact in (other, facts[0])]
         shared = both[0].keys() & both[1].keys()
+        title = f"{other.name} - {facts[0].name}"
         if not shared:
-            rows.append(
-                (f"{other.name} - {facts[0].name}", ["no round that both evaluated", *[""] * (len(PAIRED) - 1)], "")
-            )
+            found.append((title, "no round that both evaluated"))
             continue
-        last = max(shared)
+        one, base = Point(other.name, both[0][max(shared)]), Point(facts[0].name, both[1][max(shared)])
         try:
-            line = compared(store, Point(other.name, both[0][last]), Point(facts[0].name, both[1][last]))
+            found.append((f"{one} - {base}", compared(store, one, base)))
         except OpdError as error:
-            rows.append((f"{other.name} - {facts[0].name}", [str(error), *[""] * (len(PAIRED) - 1)], ""))
-            continue
-        cells = [apart(line.figures[f.metric], f.form) if f.metric in line.figures else "" for f in PAIRED]
-        rows.append((f"{line.one} - {line.other}", cells, line.prompts))
-    return rows
+            found.append((f"{one} - {base}", str(error)))
+    lines = [line for _, line in found if not isinstance(line, str)]
+    shown = [figure for figure in PAIRED if any(figure.metric in line.figures for line in lines)]
+    rows = []
+    for title, line in found:
+        if isinstance(line, str):
+            rows.append([title, *[""] * len(shown), line])
+        else:
+            cells = [apart(line.figures[f.metric], f.form) if f.metric in line.figures else "" for f in shown]
+            rows.append([title, *cells, line.prompts])
+    return ["difference", *(figure.heading for figure in shown), "prompts"], rows
 
 
 def _masks(catalog: Catalog, run: Run, round: int) -> list[dict[str, Any]]:

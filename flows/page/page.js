@@ -113,7 +113,7 @@
         pointStyle: POINTS[own % POINTS.length],
         pointRadius: dots || chart.runs[name].length < 3 ? 4 : 0,
         pointHitRadius: 6,
-        borderWidth: 2,
+        borderWidth: chart.runs[name].length > 100 ? 1.25 : 2,
         data: chart.runs[name].map(([at, y, error]) => ({ x: at, y, error })),
       };
     });

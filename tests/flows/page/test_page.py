@@ -108,6 +108,7 @@ def test_runs_side_by_side(root: Path) -> None:
     assert found.data["names"] == ["hostile", "other"]
     assert all(set(chart["runs"]) == {"hostile", "other"} for chart in found.data["charts"]["rounds"])
     assert re.search(r"train\.lr 0\.001 0\.5", found.text) and "other@2 - hostile@2" in found.text
+    assert re.search(r"difference accuracy reverse KL prompts other@2 - hostile@2 .* not told apart 30", found.text)
     assert "configs" in found.ids and {c["run"] for c in found.data["completions"]} == {"hostile", "other"}
 
 

@@ -48,17 +48,14 @@ class SilentReporter:
     def round_done(self, state: RoundState) -> None: ...
 
 
-class OnlyWork(SilentReporter):
-    """Passes on what happens, without the stages and rounds that are found in the store."""
+class PassingOn(SilentReporter):
+    """Passes every event on to `below`."""
 
     def __init__(self, below: Reporter) -> None:
         self.below = below
-        self._worked = False
 
     def stage(self, round: int, label: str, state: StageState, metrics: Metrics | None = None) -> None:
-        if state.state != "cached":
-            self._worked = True
-            self.below.stage(round, label, state, metrics)
+        self.below.stage(round, label, state, metrics)
 
     def progress(
         self, round: int, label: str, done: int, total: int, unit: str, metrics: Metrics | None = None
@@ -72,8 +69,24 @@ class OnlyWork(SilentReporter):
         self.below.waiting(label, holder)
 
     def round_done(self, state: RoundState) -> None:
+        self.below.round_done(state)
+
+
+class OnlyWork(PassingOn):
+    """Passes on what happens, without the stages and rounds that are found in the store."""
+
+    def __init__(self, below: Reporter) -> None:
+        super().__init__(below)
+        self._worked = False
+
+    def stage(self, round: int, label: str, state: StageState, metrics: Metrics | None = None) -> None:
+        if state.state != "cached":
+            self._worked = True
+            super().stage(round, label, state, metrics)
+
+    def round_done(self, state: RoundState) -> None:
         if self._worked:
-            self.below.round_done(state)
+            super().round_done(state)
         self._worked = False
 
 

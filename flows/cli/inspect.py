@@ -24,6 +24,7 @@ POLL_SECONDS = 0.5
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
     app.command(epilog=example("opd status demo --json"))(status)
+    app.command(epilog=example("opd watch demo"))(watch)
     app.command("ls", epilog=example("opd ls --json"))(list_runs)
     app.command(epilog=example("opd compare demo@5 wider@5"))(compare)
     app.command(epilog=example("opd logs demo --stage train --follow"))(logs)
@@ -55,11 +56,28 @@ def status(
         print_report(state, root, holder)
 
 
+def watch(
+    name: Annotated[str | None, typer.Argument(help="a run's name (default: the run that changed last)")] = None,
+    every: Annotated[float, typer.Option("--every", min=0.2, help="seconds between two looks")] = 2.0,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Show a run's status again and again until no process works on it or Ctrl-C. It reads only: beside a run it changes nothing.
+
+    Without a terminal: a report whenever the run's state has changed.
+
+    Exit codes: 0 the run is over or not running, 1 it failed, 2 no such run, 130 Ctrl-C."""
+    from flows.cli.watch import follow
+
+    run = Run.open(root, name) if name is not None else _latest(root)
+    if not follow(run, root, every):
+        raise typer.Exit(1)
+
+
 def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
     """List the runs of a store, the most recently changed last.
 
     Exit codes: 0, also when there is no run."""
-    from flows.cli.report import evicted, status_text
+    from flows.cli.report import evicted, pace_text, status_text
     from flows.run.shown import NOT_EVALUATED, samples, with_error
     from storage.runs import settled
 
@@ -84,7 +102,7 @@ def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
             cells[0] = NOT_EVALUATED
         table.add_row(
             state.name,
-            status_text(state, root),
+            ", ".join(filter(None, (status_text(state, root), pace_text(state, root)))),
             str(last.round) if last else "",
             *cells,
             f"of {len(gone[state.name])} rounds" if gone[state.name] else "",
@@ -254,6 +272,7 @@ def _line(state: RunState, last: RoundState | None) -> dict[str, Any]:
     return {
         "name": state.name,
         "status": state.status,
+        "ended": state.ended,
         "round": last.round if last else None,
         "student_sha256": last.student_sha256 if last else None,
         "metrics": last.metrics if last else {},

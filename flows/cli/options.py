@@ -41,6 +41,15 @@ SetOfRun = Annotated[
     list[str],
     typer.Option("--set", metavar="FIELD=VALUE", help="a field of runtime or policy, e.g. policy.rounds=8"),
 ]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="a line per stage, with its metrics")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print warnings and errors only")]
+RunJson = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="print the result as JSON on standard output, every event as a line of JSON on standard error",
+    ),
+]
 RunName = Annotated[str, typer.Argument(metavar="NAME", help="a run's name", show_default=False)]
 
 

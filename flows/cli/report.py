@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from rich.text import Text
 from flows.cli.options import PIPE_WIDTH, console, grid
 from flows.run.earlier import outdated
 from flows.run.hints import opd_command
+from flows.run.pace import configured_rounds, pace
 from flows.run.shown import NOT_EVALUATED, by_teacher, sample_sizes, with_error
+from flows.run.warnings import run_warnings
 from storage.artifacts.artifact import Artifact, TreeRecord, artifact_directory, load_manifest
 from storage.artifacts.trees import tree_directory
 from storage.errors import CorruptArtifact, InputError, StoreError
@@ -49,7 +52,8 @@ def status_json(state: RunState, root: Path) -> dict[str, Any]:
     for round in status["rounds"]:
         for label, stage in round["stages"].items():
             stage["evicted"] = gone.get((round["round"], label), [])
-    return status | {"error": failure(state), "next": next_commands(state, root)}
+    told = {"error": failure(state), "pace": pace_text(state, root), "warnings": run_warnings(state)}
+    return status | told | {"next": next_commands(state, root)}
 
 
 def failure(state: RunState) -> str | None:
@@ -88,6 +92,8 @@ def print_report(state: RunState, root: Path, holder: str | None = None, out: Co
 def report(state: RunState, root: Path, holder: str | None, out: Console) -> list[Table | Text]:
     """Of a failed run the error, its time and the way on; then the table of rounds, the student's folder and useful commands."""
     parts: list[Table | Text] = [_heading(state, root, holder)]
+    if (where := pace_text(state, root)) is not None:
+        parts.append(Text(where))
     resume = opd_command(root, "resume", state.name)
     if (why := failure(state)) is not None:
         parts.append(Text(f"failed at {state.updated}: {why}", style="red"))
@@ -123,6 +129,7 @@ def report(state: RunState, root: Path, holder: str | None, out: Console) -> lis
                     style="dim",
                 )
             )
+    parts += [Text(f"warning: {line}", style="yellow") for line in run_warnings(state)]
     if why is None:
         parts += [_trouble(round.round, label, stage) for round, label, stage in _failed(state)]
     last = state.last_trained
@@ -136,13 +143,28 @@ def status_text(state: RunState, root: Path) -> str:
     """The status as `status` and `ls` print it. A run that was asked for fewer rounds than policy.rounds is stored as
     `stopped`; it is shown as `paused at round 1 of 5`."""
     last = state.rounds[-1] if state.rounds else None
+    if state.status == "finished" and state.ended:
+        return "ended by a rule"
     if state.status != "stopped" or last is None or last.student_sha256 is None or last.round != state.rounds_done:
         return state.status
-    try:
-        goal = (Run.open(root, state.name).experiment.get("policy") or {}).get("rounds")
-    except (InputError, CorruptArtifact):
-        goal = None
+    goal = goal_of(state, root)
     return f"paused at round {last.round}" + (f" of {goal}" if goal is not None else "")
+
+
+def goal_of(state: RunState, root: Path) -> int | None:
+    """The run's policy.rounds; None where its config cannot be read."""
+    try:
+        return configured_rounds(Run.open(root, state.name))
+    except InputError:
+        return None
+
+
+def pace_text(state: RunState, root: Path) -> str | None:
+    """`round 7 of 25, done at about 03:40` of a run that is going on; None for any other."""
+    goal = goal_of(state, root) if state.status == "running" else None
+    now = datetime.now().astimezone()
+    found = None if goal is None else pace(state, goal, now)
+    return None if found is None else found.text(now)
 
 
 def student_of(store: Store, round: RoundState) -> Artifact | None:
@@ -170,7 +192,7 @@ def next_commands(state: RunState, root: Path) -> list[str]:
     name, last = state.name, state.last_trained
     failed = [label for _, label, _ in _failed(state)]
     if state.status == "running":
-        watch = [("logs", name, "--follow"), ("status", name), ("stop", name)]
+        watch = [("watch", name), ("logs", name, "--follow"), ("stop", name)]
         return [opd_command(root, *words) for words in watch]
     commands: list[tuple[str, ...]] = []
     if state.status != "finished":
@@ -188,10 +210,7 @@ def next_commands(state: RunState, root: Path) -> list[str]:
 def _question(round: int) -> str:
     if round == 0:
         return "SELECT prompt_id, completion_text, correct FROM evaluations LIMIT 10"
-    return (
-        "SELECT token, count(*) AS n, avg(sampling_logprob - teacher_logprob) AS gap"
-        f" FROM tokens WHERE round = {round} GROUP BY token ORDER BY gap DESC LIMIT 10"
-    )
+    return "worst-tokens"
 
 
 def _heading(state: RunState, root: Path, holder: str | None) -> Text:

@@ -131,8 +131,10 @@ def run_experiment(
             refuse_full_disk(store, experiment)
             state.status, state.error, state.ended = "running", None, None
             run.save(state)
+            reporter.begins(state, goal)
             with ExitStack() as stack:
                 pool = stack.enter_context(workers_for(experiment, run.log_path("run").parent, workers))
+                pool.say = lambda text: reporter.note(state.rounds[-1].round if state.rounds else 0, "start", text)
 
                 def context(progress: StageProgress) -> Context:
                     return Context(store, experiment.runtime, pool, progress, log, experiment.plugins)
@@ -165,6 +167,9 @@ def run_experiment(
                     distill_in_prefect(experiment, maker, goal, evaluated)
                 else:
                     distill(experiment, maker, goal, evaluated)
+                over = state.ended is not None or state.rounds_done >= experiment.policy.rounds
+                state.status = "finished" if over else "stopped"
+                run.save(state)  # before workers and trackers end: what is done is done
         except BaseException as error:
             with suppress(OpdError, OSError):  # the first error is the one to report, also on a full disk
                 record_failure(run, state, error, log)
@@ -174,9 +179,6 @@ def run_experiment(
                         log(warned)
                         reporter.note(0, "run", warned)
             raise
-        over = state.ended is not None or state.rounds_done >= experiment.policy.rounds
-        state.status = "finished" if over else "stopped"
-        run.save(state)
         return state, maker.built
 
 

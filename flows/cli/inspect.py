@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import deque
 from pathlib import Path
@@ -15,7 +16,10 @@ from flows.run.hints import DEFAULT_ROOT, opd_command
 from storage.errors import InputError
 from storage.runs import RoundState, Run, RunState
 
-COMPARED = "± is one standard error over prompts; not told apart: the 95% interval contains 0"
+COMPARED = (
+    "each row: second minus first, as its name says; ± is one standard error over prompts; not told apart: the 95% interval"
+    " contains 0"
+)
 EXAMPLE_SQL = "SELECT run, round, accuracy_greedy, reverse_kl FROM rounds ORDER BY run, round"
 POLL_SECONDS = 0.5
 """How often `opd logs --follow` looks for new lines."""
@@ -145,7 +149,7 @@ def compare(
         return
     forms = {"accuracy_greedy": "{:.1%}", "accuracy_sampled": "{:.1%}", "reverse_kl": "{:.4f}"}
     shown = [metric for metric in forms if any(metric in line.figures for line in found)]
-    table = grid("difference", *shown, "prompts", caption=COMPARED, caption_justify="left")
+    table = grid("second - first", *shown, "prompts", caption=COMPARED, caption_justify="left")
     for line in found:
         cells = [apart(line.figures[m], forms[m]) if m in line.figures else "" for m in shown]
         table.add_row(f"{line.one} - {line.other}", *cells, line.prompts)
@@ -177,7 +181,10 @@ def logs(
 
 def query(
     name_or_sql: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="a run (default: all runs)", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="NAME[@ROUND]", help="a run (default: all runs); for a question also its round", show_default=False
+        ),
     ] = None,
     sql: Annotated[
         str | None,
@@ -214,6 +221,7 @@ def query(
         raise InputError("--json and --csv: choose one")
     if list_:
         return questions.print_list(json_, csv, sys.stdout)
+    name_or_sql, number = _asked_round(name_or_sql)
     name, statement = (name_or_sql, sql) if sql is not None else (None, name_or_sql)
     if statement is None or (sql is None and any(run.name == statement for run in Run.list(root))):
         views = Catalog(Store(root)).views() if (root / "artifacts").is_dir() else Views()
@@ -232,11 +240,14 @@ def query(
         known = Catalog(Store(root)).views().all if (root / "artifacts").is_dir() else Views().all
         if statement.casefold() in known:
             return tables.print_columns(known[statement.casefold()], json_, csv, sys.stdout)
-        statement, runs = questions.statement(root, runs, statement, parameters or [], known)
+        given = [*(parameters or []), *([f"round={number}"] if number is not None else [])]
+        statement, runs = questions.statement(root, runs, statement, given, known)
         if show_sql:
             return typer.echo(statement, nl=False)
     elif parameters or show_sql:
         raise InputError("query: parameters and --sql belong to a named question; see: opd query --list")
+    if number is not None and not named:
+        raise InputError(f"{name}@{number}: in SQL a round is a condition: WHERE round = {number}")
     catalog, memory = Catalog(Store(existing_root(root)), *runs), memory or default_memory()
     with process_limits(limit_seconds, memory):
         result = catalog.query(statement, limit_seconds=limit_seconds, memory=memory)
@@ -248,6 +259,12 @@ def query(
         questions.print_answer(result, console())
     else:
         tables.print_table(result, console())
+
+
+def _asked_round(text: str | None) -> tuple[str | None, int | None]:
+    """Run and round of `NAME@ROUND`; any other text, as SQL with an @ in it, stays as it is."""
+    found = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)@(\d+)", text or "")
+    return (text, None) if found is None else (found[1], int(found[2]))
 
 
 def _latest(root: Path) -> Run:

@@ -18,7 +18,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows.cli.options import Quiet, Root, RunJson, RunName, Set, SetOfRun, Verbose, console, example, grid
+from flows.cli.options import (
+    AtRound,
+    Quiet,
+    Root,
+    RunJson,
+    RunName,
+    Set,
+    SetOfRun,
+    Verbose,
+    at_round,
+    console,
+    example,
+    grid,
+)
 from flows.run.hints import DEFAULT_ROOT, opd_command, with_resume_hint
 from storage.errors import ConfigError, InputError, OpdError
 from storage.runs import Run
@@ -109,12 +122,21 @@ def fork(
     again.
 
     Exit codes: as for `opd run`."""
-    from flows.run.runner import fork_experiment
+    from flows.run.recovery import stands_for
+    from flows.run.runner import changed_fields, existing_run, fork_experiment
 
     parent, at, number = point.rpartition("@")
     if not at or not number.isdigit():
         raise ConfigError(f"{point!r}: expected NAME@ROUND, for example demo@2")
-    _go(fork_experiment(parent, int(number), root, set_), name, root, rounds, no_prefect, Output(json_, verbose, quiet))
+    experiment = fork_experiment(parent, int(number), root, set_)
+    if (held := existing_run(name, root)) is not None and stands_for(held, experiment):
+        changed = ", ".join(changed_fields(held.experiment, experiment))
+        err.print(
+            f"run {name!r} is this fork already: it goes on, as by opd resume"
+            + (f", with {changed}" if changed else ""),
+            soft_wrap=True,
+        )
+    _go(experiment, name, root, rounds, no_prefect, Output(json_, verbose, quiet))
 
 
 def stop(
@@ -145,7 +167,7 @@ def stop(
 
 
 def evaluate(
-    name: RunName,
+    name: AtRound,
     round: Annotated[
         list[int], typer.Option("--round", min=0, help="a round; can be repeated (default: all not evaluated yet)")
     ] = [],  # noqa: B006
@@ -161,6 +183,8 @@ def evaluate(
     Exit codes: as for `opd run`; 2 also for a round that is not trained yet."""
     from flows.run.runner import stored_experiment
 
+    name, at = at_round(name)
+    round = [*round, at] if at is not None else round
     held = Run.open(root, name)
     known = [r.round for r in held.state.rounds if r.student_sha256]
     if missing := sorted(set(round) - set(known)):

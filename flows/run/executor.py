@@ -321,14 +321,12 @@ class Maker:
                 found |= self._build(label, work, found, context)
         except BaseException as error:
             seconds = time.monotonic() - started
-            text = (
-                "stopped"
-                if isinstance(error, KeyboardInterrupt)
-                else str(error).splitlines()[0]
-                if str(error)
-                else repr(error)
-            )
-            self._note(label, StageState(state="failed", artifacts=keys, seconds=seconds, error=redact(text)))
+            if isinstance(error, KeyboardInterrupt):
+                ended = StageState(state="pending", artifacts=keys, error="interrupted")
+            else:
+                text = redact(str(error).splitlines()[0] if str(error) else repr(error))
+                ended = StageState(state="failed", artifacts=keys, seconds=seconds, error=text)
+            self._note(label, ended)
             raise
         self.built += 1
         context.workers.stage_done()

@@ -58,7 +58,7 @@ def _call(
             process = subprocess.Popen(
                 command if isinstance(command, str) else list(command),
                 shell=isinstance(command, str),
-                env=dict(os.environ) | variables,
+                env={**os.environ, **variables},
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,

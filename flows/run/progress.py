@@ -158,6 +158,8 @@ class LineReporter(SilentReporter):
                 self._line(round, label, f"[green]done[/] in {state.seconds or 0:.1f} s{made}")
             if told and (text := summary(metrics or {})):
                 self._line(round, label, text)
+        elif state.state == "pending":
+            self._line(round, label, "[yellow]interrupted[/]")
         else:
             self._line(round, label, f"[red]{state.state}[/]: {state.error}")
 

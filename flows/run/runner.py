@@ -327,6 +327,17 @@ def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str
     return made
 
 
+def changed_fields(stored: dict[str, Any], experiment: Experiment) -> list[str]:
+    """`policy.rounds 9 instead of 5` for each field of a run's changeable sections that a call changes."""
+    now, then = experiment.model_dump(mode="json"), as_stored(stored)
+    return [
+        f"{section}.{field} {value} instead of {then[section].get(field)}"
+        for section in ("runtime", "policy", "hooks")
+        for field, value in now[section].items()
+        if isinstance(then.get(section), dict) and then[section].get(field, value) != value
+    ]
+
+
 def refuse_full_disk(store: Store, experiment: Experiment) -> None:
     """Raises NotEnoughSpace when one round would not fit on the disk: its rollouts and signals, and its training where the
     student's size is known already."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import netrc
 import os
 import secrets
@@ -59,8 +60,7 @@ def _has_key() -> bool:
 
 class _Run:
     def __init__(self, config: WandB, run: Tracked) -> None:
-        import wandb
-
+        wandb: Any = importlib.import_module("wandb")
         self.id = run.id or secrets.token_hex(8)
         folder = config.folder or run.folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ class _Run:
             group=config.group or run.group,
             id=self.id,
             resume="allow",
-            mode=config.chosen,  # type: ignore[arg-type]  # WANDB_MODE may hold others of its modes
+            mode=config.chosen,
             dir=str(folder),
             config=dict(run.config),
             settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),

@@ -11,8 +11,9 @@ import pytest
 from places import TINY
 
 from flows.experiment import Hooks, load_experiment
+from flows.run import runner
 from flows.run.hooks import after_failure, after_round
-from storage.errors import ConfigError
+from storage.errors import ConfigError, StoreError
 from storage.runs import RoundState, Run, RunState
 
 STATE = RunState(
@@ -78,3 +79,20 @@ def test_an_empty_command_is_refused() -> None:
     for value in ("[]", "''", "['']"):
         with pytest.raises(ConfigError, match=r"hooks\.on_round"):
             load_experiment(TINY, [f"hooks.on_round={value}"])
+
+
+def test_a_run_that_fails_calls_the_command_and_one_that_is_stopped_does_not(tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    e = load_experiment(TINY, [f'hooks.on_failure=echo "$OPD_RUN $OPD_ERROR" >> {out}; exit 1'])
+    for error in (KeyboardInterrupt(), StoreError("the disk went away")):
+
+        def fail(*args: object, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(runner, "distill", fail)
+        monkeypatch.setattr(runner, "nothing_to_do", lambda *args: False)
+        with pytest.raises(type(error)):
+            runner.run_experiment(e, name="base", root=tmp_path / "store", prefect=False)
+    assert out.read_text() == "base the disk went away\n"
+    log = Run.open(tmp_path / "store", "base").log_path("run").read_text()
+    assert "warning: hooks.on_failure: exit code 1" in log

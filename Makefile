@@ -26,6 +26,7 @@ $(VENV)/.installed-cpu: requirements/cpu.txt requirements/dev.txt pyproject.toml
 	@$(PIP) install --no-deps -r requirements/dev.txt
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
+	@echo "Installed. Next: make demo, or with models of yours: . $(VENV)/bin/activate && opd init --help"
 
 $(VENV)/.installed-gpu: requirements/gpu.txt requirements/dev.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed; set PYTHON=/path/to/python3.11"; exit 1; }
@@ -35,6 +36,7 @@ $(VENV)/.installed-gpu: requirements/gpu.txt requirements/dev.txt pyproject.toml
 	@$(PIP) install --no-deps -r requirements/dev.txt
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
+	@echo "Installed. Next: make demo, or with models of yours: . $(VENV)/bin/activate && opd init --help"
 
 demo: setup  ## distil a small model on this machine's CPU; 3 to 4 minutes on two idle cores
 	@$(BIN)/opd run configs/quickstart.yaml --name demo

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from flows.config_file import Settled, merge, parse_override, read_layers, refuse_secrets, validate
 from flows.cross_checks import WITH_DTYPE, cross_problems
+from flows.trackers import AnyTracker, TrackerConfig
 from storage.disk.yaml_text import dump
 from storage.errors import IdentityMismatch
 from storage.identity import Identity, RunPolicy, omit_at
@@ -37,6 +38,8 @@ KEPT_STATES = 2
 
 
 _PLAIN_SIBLING = {"rule": "first", "strip_thinking": True}
+CHANGEABLE = ("policy", "trackers", "hooks")
+"""Sections that may change between two calls of a run, beside `runtime`."""
 
 
 class ModelConfig(Identity):
@@ -141,6 +144,27 @@ class Policy(RunPolicy):
         return round % self.evaluate_every == 0 or round in (last, self.rounds)
 
 
+class Hooks(RunPolicy):
+    """Commands of yours, called on the machine of the run: a list of words, or one line for the shell. They get OPD_RUN,
+    OPD_ROUND, OPD_STATUS and OPD_ROOT in the environment and the round's metrics as JSON on standard input. One that fails is a
+    warning."""
+
+    on_round: tuple[str, ...] | str | None = Field(
+        None, description="called after every round in which something was made"
+    )
+    on_failure: tuple[str, ...] | str | None = Field(
+        None, description="called when the run fails; OPD_ERROR has the reason. Not when it is stopped"
+    )
+    timeout: float = Field(60, gt=0, description="seconds after which a command is ended, with all its processes")
+
+    @field_validator("on_round", "on_failure")
+    @classmethod
+    def _words(cls, value: tuple[str, ...] | str | None) -> tuple[str, ...] | str | None:
+        if value is not None and not (value.strip() if isinstance(value, str) else value and value[0].strip()):
+            raise ValueError("it has no command; write a list of words or a line for the shell, or null")
+        return value
+
+
 class Fork(BaseModel):
     """The round of another run from which this one started."""
 
@@ -152,7 +176,7 @@ class Fork(BaseModel):
 
 
 class Experiment(BaseModel):
-    """A run's whole config. Fields above `runtime` are identity."""
+    """A run's whole config. Fields above `runtime` are identity; `runtime` and the fields below it may change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -184,6 +208,24 @@ class Experiment(BaseModel):
     fork: Fork | None = Field(None, description="set by `opd fork`")
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
     policy: Policy = Field(default_factory=Policy)
+    trackers: tuple[AnyTracker, ...] = Field(
+        (), description="where metrics go beside the store: tensorboard, wandb, mlflow, trackio, or a plugin's"
+    )
+    hooks: Hooks = Field(default_factory=Hooks)
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        """One tracker stands for a list of it."""
+        return [value] if isinstance(value, str | dict) else () if value is None else value
+
+    @field_validator("trackers")
+    @classmethod
+    def _each_once(cls, value: tuple[TrackerConfig, ...]) -> tuple[TrackerConfig, ...]:
+        kinds = [tracker.kind for tracker in value]
+        if twice := sorted({kind for kind in kinds if kinds.count(kind) > 1}):
+            raise ValueError(f"{twice[0]} is there twice; name each tracker once")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -224,7 +266,7 @@ class Experiment(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """The part that determines results, as JSON."""
-        return self.model_dump(mode="json", exclude={"runtime", "policy"})
+        return self.model_dump(mode="json", exclude={"runtime", *CHANGEABLE})
 
     def at(self, round: int) -> Experiment:
         """The experiment that applies to a round: the parent's for rounds up to a fork, and with the behaviour that holds at the

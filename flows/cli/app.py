@@ -22,7 +22,6 @@ def make_app() -> typer.Typer:
         name="opd",
         epilog=EPILOG,
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="markdown",
     )

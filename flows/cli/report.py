@@ -18,10 +18,12 @@ from flows.run.shown import (
     by_teacher,
     failed_stages,
     failure,
+    pace_text,
     sample_sizes,
     status_text,
     with_error,
 )
+from flows.run.warnings import run_warnings
 from storage.artifacts.artifact import Artifact, TreeRecord, artifact_directory, load_manifest
 from storage.artifacts.trees import tree_directory
 from storage.errors import CorruptArtifact, StoreError
@@ -47,7 +49,8 @@ def status_json(state: RunState, root: Path) -> dict[str, Any]:
     for round in status["rounds"]:
         for label, stage in round["stages"].items():
             stage["evicted"] = gone.get((round["round"], label), [])
-    return status | {"error": failure(state), "next": next_commands(state, root)}
+    told = {"error": failure(state), "pace": pace_text(state, root), "warnings": run_warnings(state)}
+    return status | told | {"next": next_commands(state, root)}
 
 
 def evicted(state: RunState, root: Path) -> dict[tuple[int, str], list[str]]:
@@ -75,6 +78,8 @@ def print_report(state: RunState, root: Path, holder: str | None = None, out: Co
 def report(state: RunState, root: Path, holder: str | None, out: Console) -> list[Table | Text]:
     """Of a failed run the error, its time and the way on; then the table of rounds, the student's folder and useful commands."""
     parts: list[Table | Text] = [_heading(state, root, holder)]
+    if (where := pace_text(state, root)) is not None:
+        parts.append(Text(where))
     resume = opd_command(root, "resume", state.name)
     if (why := failure(state)) is not None:
         parts.append(Text(f"failed at {state.updated}: {why}", style="red"))
@@ -110,6 +115,7 @@ def report(state: RunState, root: Path, holder: str | None, out: Console) -> lis
                     style="dim",
                 )
             )
+    parts += [Text(f"warning: {line}", style="yellow") for line in run_warnings(state)]
     if why is None:
         parts += [_trouble(round.round, label, stage) for round, label, stage in failed_stages(state)]
     last = state.last_trained
@@ -144,7 +150,7 @@ def next_commands(state: RunState, root: Path) -> list[str]:
     name, last = state.name, state.last_trained
     failed = [label for _, label, _ in failed_stages(state)]
     if state.status == "running":
-        watch = [("logs", name, "--follow"), ("status", name), ("stop", name)]
+        watch = [("watch", name), ("logs", name, "--follow"), ("stop", name)]
         return [opd_command(root, *words) for words in watch]
     commands: list[tuple[str, ...]] = []
     if state.status != "finished":
@@ -162,10 +168,7 @@ def next_commands(state: RunState, root: Path) -> list[str]:
 def _question(round: int) -> str:
     if round == 0:
         return "SELECT prompt_id, completion_text, correct FROM evaluations LIMIT 10"
-    return (
-        "SELECT token, count(*) AS n, avg(sampling_logprob - teacher_logprob) AS gap"
-        f" FROM tokens WHERE round = {round} GROUP BY token ORDER BY gap DESC LIMIT 10"
-    )
+    return "worst-tokens"
 
 
 def _heading(state: RunState, root: Path, holder: str | None) -> Text:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.cells import visible
-from flows.cli.options import Json, Root, RunName, console, example, existing_root
+from flows.cli.options import AtRound, Json, Root, at_round, console, example, existing_root
 from flows.run.hints import DEFAULT_ROOT
 from storage.errors import InputError, did_you_mean
 from storage.runs import Run
@@ -40,10 +40,12 @@ def register(app: typer.Typer) -> None:
 
 
 def show(
-    name: RunName,
+    name: AtRound,
     sample: Annotated[
         str | None,
-        typer.Option("--sample", help="a sample_id (default: that of the last round with the largest mean gap)"),
+        typer.Option(
+            "--sample", help="a sample_id (default: that of the round, or the last one, with the largest mean gap)"
+        ),
     ] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="alternatives shown for each token")] = 3,
     json_: Json = False,
@@ -56,21 +58,24 @@ def show(
     from storage.query.catalog import Catalog
     from storage.store import Store
 
+    name, round = at_round(name)
+    if round is not None and sample is not None:
+        raise InputError(f"{name}@{round} and --sample {sample}: a sample's name has its round; give one of them")
     run = Run.open(root, name)
-    found = _found(Catalog(Store(existing_root(root)), run), run, sample, top)
+    found = _found(Catalog(Store(existing_root(root)), run), run, sample, top, round)
     if json_:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
     else:
         _print(found, console())
 
 
-def _found(catalog: Any, run: Run, sample: str | None, top: int) -> dict[str, Any]:
+def _found(catalog: Any, run: Run, sample: str | None, top: int, round: int | None) -> dict[str, Any]:
     """The sample with what the judge gave it (`judged`: reward, feedback, failed; or none) and its tokens; each token has
     `teacher_top` and `student_top`, lists of [token, probability], or none."""
     from flows.page.completions import literal, read
-    from storage.query.questions import last_written
+    from storage.query.questions import last_written, with_rollouts
 
-    last = last_written(run.state)
+    last = last_written(run.state) if round is None else with_rollouts(run.state, round)
     if sample is None:
         worst = f"SELECT sample_id FROM tokens WHERE round = {last} AND isfinite(gap) GROUP BY ALL ORDER BY avg(gap) DESC LIMIT 1"
         named = (

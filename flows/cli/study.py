@@ -129,6 +129,22 @@ def _dry_run(plan: StudyPlan, root: Path) -> None:
         lr, *counts = ("after the sweep", "", "") if waits else _counts(plan, known, root)
         table.add_row(run.name, run.method, str(run.seed), lr, str(run.rounds), *counts)
     out.print(table)
+    if (takes := _takes(plan, root)) is not None:
+        out.print(takes)
+
+
+def _takes(plan: StudyPlan, root: Path) -> str | None:
+    """How long the rounds that are not done take, from those of this study that are."""
+    from flows.run.pace import estimate, round_seconds
+    from flows.run.runner import existing_run
+
+    left, known = 0, list[float]()
+    for run in (*plan.sweep_runs(), *plan.method_runs()):
+        held = existing_run(run.name, root)
+        state = None if held is None else held.state
+        left += run.rounds - min(run.rounds, 0 if state is None else state.rounds_done)
+        known += [] if state is None else round_seconds(state.rounds)
+    return estimate(left, known)
 
 
 def _counts(plan: StudyPlan, run: StudyRun, root: Path) -> tuple[str, str, str]:

@@ -26,10 +26,11 @@ from uuid import UUID
 from flows.prefect_.server import ServerUnavailable
 from flows.prefect_.session import prefect_session
 from flows.run.hints import with_resume_hint
+from flows.run.pace import configured_rounds, estimate, round_seconds
 from storage.disk import locks
 from storage.disk.redact import redact
 from storage.errors import InputError, OpdError, RunBusy
-from storage.runs import RUN_NAME
+from storage.runs import RUN_NAME, Run
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
@@ -224,7 +225,9 @@ def tick(config_path: str, name: str, root: str, rounds: int, overrides: list[st
     if state.status == "finished":
         why = state.ended or "all configured rounds are done"
         return Completed(name=FINISHED, message=f"{at}; {why}, the schedule ends")
-    return Completed(message=at)
+    goal = configured_rounds(Run.open(root, name))
+    left = None if goal is None else estimate(goal - state.rounds_done, round_seconds(state.rounds))
+    return Completed(message=at + (f" of {goal}; left: {left}" if left else ""))
 
 
 def _end_with_parent() -> None:

@@ -23,8 +23,9 @@ from tasks.signals import SIGNALS, Signal
 INTRO = """# Config reference
 
 Generated from the schema by `python -m flows.reference.pages config > docs/config.md`; a test compares the two. Everything above
-`runtime` is identity: it determines results and enters the keys. `runtime` sets where and how to run, `policy` how long; both
-may change between two calls of a run. `base: other.yaml` merges a config over another one; `--set a.b=c` overrides a field,
+`runtime` is identity: it determines results and enters the keys. `runtime` sets where and how to run, `policy` how long,
+`trackers` where metrics go besides, `hooks` which commands of yours are called; all of these may change between two calls of a
+run. `base: other.yaml` merges a config over another one; `--set a.b=c` overrides a field,
 `--set 'a."b.c".d=e'` one below a name with dots.
 
 Relative paths in a file are relative to that file (also in a base and in a study), those of `--set` to the working directory. A

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 
 from flows.run.figures import BY_METRIC, PAIRED, TRAINED
+from flows.run.pace import configured_rounds, pace
 from storage.errors import CorruptArtifact, InputError
 from storage.query.figures import PARTS, Figure
 from storage.runs import RoundState, Run, RunState, StageState
@@ -103,13 +105,28 @@ def status_text(state: RunState, root: Path) -> str:
     """The status as `status` and `ls` print it. A run that was asked for fewer rounds than policy.rounds is stored as
     `stopped`; it is shown as `paused at round 1 of 5`."""
     last = state.rounds[-1] if state.rounds else None
+    if state.status == "finished" and state.ended:
+        return "ended by a rule"
     if state.status != "stopped" or last is None or last.student_sha256 is None or last.round != state.rounds_done:
         return state.status
-    try:
-        goal = (Run.open(root, state.name).experiment.get("policy") or {}).get("rounds")
-    except (InputError, CorruptArtifact):
-        goal = None
+    goal = goal_of(state, root)
     return f"paused at round {last.round}" + (f" of {goal}" if goal is not None else "")
+
+
+def goal_of(state: RunState, root: Path) -> int | None:
+    """The run's policy.rounds; None where its config cannot be read."""
+    try:
+        return configured_rounds(Run.open(root, state.name))
+    except (InputError, CorruptArtifact):
+        return None
+
+
+def pace_text(state: RunState, root: Path) -> str | None:
+    """`round 7 of 25, done at about 03:40` of a run that is going on; None for any other."""
+    goal = goal_of(state, root) if state.status == "running" else None
+    now = datetime.now().astimezone()
+    found = None if goal is None else pace(state, goal, now)
+    return None if found is None else found.text(now)
 
 
 def failure(state: RunState) -> str | None:

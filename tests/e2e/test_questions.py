@@ -214,7 +214,7 @@ def test_two_runs(finished, run, ask):
     assert fork.returncode == 0
     found = lab.run("again").ask("two-runs", other="base").rows()
     assert [row["value"] for row in found] == [row["other_value"] for row in found] == pytest.approx(metrics)
-    assert all(row["difference"] == 0 and not row["told_apart"] and row["prompts"] == 32 for row in found)
+    assert all(row["other_minus_value"] == 0 and not row["told_apart"] and row["prompts"] == 32 for row in found)
 
 
 def test_where_they_part(ask, read, texts):

@@ -13,7 +13,7 @@ from places import DATA
 from pydantic import BaseModel
 
 from flows.config_file import DISCRIMINATORS, merge
-from flows.experiment import Experiment, Fork, load_experiment
+from flows.experiment import CHANGEABLE, Experiment, Fork, load_experiment
 from flows.study.spec import load_study
 from storage.identity import Identity, RunPolicy, Runtime
 from storage.store import Store
@@ -231,7 +231,7 @@ def test_every_field_changes_the_keys_that_depend_on_it_and_no_other(store: Stor
         before = stages_of(keys_of(experiment, store))
         for path, model, name in fields(experiment):
             place = (type(model).__name__, name)
-            if path[0] in ("runtime", "policy") or place in tried | ALONE or is_fixed(model, name):
+            if path[0] in ("runtime", *CHANGEABLE) or place in tried | ALONE or is_fixed(model, name):
                 continue
             held = getattr(model, name)
             if isinstance(held, Identity) and place not in VALUES and not list(other_values(model, name)):
@@ -262,7 +262,7 @@ def test_every_field_changes_the_keys_that_depend_on_it_and_no_other(store: Stor
         for model in reachable(Experiment) - ELSEWHERE - reachable(Runtime) - reachable(RunPolicy)
         if not issubclass(model, Runtime | RunPolicy)
         for name in model.model_fields
-        if name not in ("runtime", "policy") and (model.__name__, name) not in ALONE
+        if name not in ("runtime", *CHANGEABLE) and (model.__name__, name) not in ALONE
         if not is_fixed(model, name)
     }
     assert not wanted - tried, f"fields that no scene has; add one to SCENES: {sorted(wanted - tried)}"
@@ -281,7 +281,7 @@ def test_runtime_and_policy_change_no_key(store: Store, scenery: Scenes) -> None
     before = keys_of(experiment, store)
     tried = set()
     for path, model, name in fields(experiment):
-        if path[0] not in ("runtime", "policy"):
+        if path[0] not in ("runtime", *CHANGEABLE):
             continue
         others = [e for e in mutations(data, path, model, name) if e != experiment]
         for other in others[:2]:

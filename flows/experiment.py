@@ -374,14 +374,17 @@ def _is_students(teacher: Any) -> bool:
     return isinstance(source, dict) and source.get("kind") in SELF_TEACHERS
 
 
-def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:
-    """Read, override and validate a config. Paths in a file are relative to it, those of overrides to the working directory.
+def load_experiment(
+    path: str | Path, overrides: list[str] | None = None, folder: str | Path | None = None
+) -> Experiment:
+    """Read, override and validate a config. Paths in a file are relative to it, those of overrides to `folder` (default: the
+    working directory).
 
     ConfigError names file and field, what was found, and what to do."""
     layers = read_layers(Path(path))
     given = [(f"--set {text}", parse_override(text)) for text in overrides or []]
     parts = [(data, file.parent, str(file)) for file, data in layers] + [
-        (data, Path.cwd(), where) for where, data in given
+        (data, Path.cwd() if folder is None else Path(folder), where) for where, data in given
     ]
     return assembled(parts, str(path), [file.parent for file, _ in reversed(layers)])
 

@@ -71,6 +71,16 @@ def test_a_wheel_has_recipes_and_checks_one(tmp_path):
         settings = environment | {"PYTHONPATH": str(tmp_path / "site")}
         return subprocess.run(command, check=True, cwd=tmp_path, env=settings, capture_output=True, text=True).stdout
 
+    installed = tmp_path / "site" / "opdflow" / "configs"
+    for file in (
+        "recipes/gkd.yaml",
+        "deepspeed/zero3.json",
+        "quickstart.yaml",
+        "deploy/Dockerfile.gpu",
+        "deploy/slurm.sh",
+    ):
+        assert (installed / file).is_file(), file
+    assert "opdflow" in opd("version")
     assert "topk-bucket" in opd("objectives") and "configs/recipes/gkd.yaml" in opd("objectives", "gkd")
     assert "tokenizers: identical" in opd("check", "configs/recipes/opd.yaml")
     assert "study-objectives-opd-s0" in opd(

@@ -237,6 +237,11 @@ class Maker:
         """Whether `state` has changed since it was last saved."""
         self._inspection: Callable[[], None] | None = None
 
+    @property
+    def number(self) -> int:
+        """The round that is being made."""
+        return self._round.round
+
     def inspect(self, experiment: Experiment, student: Artifact, teachers: Teachers, prompts: Artifact) -> None:
         """Check models and prompts once, when the first stage that needs a worker is about to run: InputError for what would
         fail. Notes go to the log and the reporter."""

@@ -134,7 +134,6 @@ def run_experiment(
             reporter.begins(state, goal)
             with ExitStack() as stack:
                 pool = stack.enter_context(workers_for(experiment, run.log_path("run").parent, workers))
-                pool.say = lambda text: reporter.note(state.rounds[-1].round if state.rounds else 0, "start", text)
 
                 def context(progress: StageProgress) -> Context:
                     return Context(store, experiment.runtime, pool, progress, log, experiment.plugins)
@@ -155,6 +154,7 @@ def run_experiment(
                 then = after if restore is None else None
                 stop = experiment.policy.stop if restore is None else None
                 maker = Maker(store, run, state, context, reporter, restore=restore, after_round=then, stop=stop)
+                pool.say = lambda text: reporter.note(maker.number, "start", text)
                 idle = restore is None and nothing_to_do(experiment, store, goal, evaluated)
                 maker.reporter = stack.enter_context(
                     tracking(experiment, store, run, OnlyWork(reporter) if idle else reporter, log)

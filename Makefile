@@ -8,7 +8,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup demo study study-rewards test test-full faults bench bench-full lint clean
+.PHONY: help setup demo demo-text study study-rewards test test-full faults bench bench-full lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -40,6 +40,11 @@ $(VENV)/.installed-gpu: requirements/gpu.txt requirements/dev.txt pyproject.toml
 
 demo: setup  ## distil a small model on this machine's CPU; 3 to 4 minutes on two idle cores
 	@$(BIN)/opd run configs/quickstart.yaml --name demo
+
+demo-text: setup  ## SmolLM2-135M teaches 20 of its own 30 layers real text; about ten minutes on two idle cores
+	@test -e smollm2/student/config.json || $(BIN)/python benchmarks/smollm2.py smollm2
+	@$(BIN)/opd run configs/demo-text.yaml --name demo-text
+	@$(BIN)/python benchmarks/demo_text.py demo-text
 
 study: setup  ## compare the methods over seeds (configs/study.yaml); can be stopped and continued
 	@$(BIN)/opd study configs/study.yaml

@@ -53,6 +53,7 @@ def cross_problems(e: Experiment) -> list[str]:
     problems += prefix_problems(e)
     problems += teacher_problems(e)
     problems += credit_problems(e)
+    problems += _set_problems(e)
     for name, model in (("student", e.student), *((teacher_field(who), model) for who, model in e.taught_by.items())):
         if model.warmup is not None and e.prompts.warmup is None:
             problems.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
@@ -223,6 +224,17 @@ def served_problems(e: Experiment) -> list[str]:
                 f" {field}.source kind served does not have; set evaluate.kl_prompts: 0 (then it is not measured), or give a"
                 f" checkpoint as {field}.source"
             )
+    return problems
+
+
+def _set_problems(e: Experiment) -> list[str]:
+    """What is wrong with named evaluation sets."""
+    problems = []
+    served = any(isinstance(model.source, ServedModel) for model in e.taught_by.values())
+    for name, one in e.evaluate.sets.items():
+        if one.kl_prompts != 0 and (e.routed or served):
+            why = "its prompts name none of several teachers" if e.routed else "a served teacher has no weights"
+            problems.append(f"evaluate.sets.{name}.kl_prompts: {why}; set it to 0 (then no KL is measured)")
     return problems
 
 

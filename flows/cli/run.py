@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -37,6 +38,7 @@ from storage.errors import ConfigError, InputError, OpdError
 from storage.runs import Run
 
 if TYPE_CHECKING:
+    from flows.distill import FurtherSet
     from flows.experiment import Experiment
     from flows.run.executor import PlanLine, Reporter
 
@@ -53,7 +55,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=example("opd run configs/quickstart.yaml --name demo --set train.lr=1e-3"))(run)
     app.command(epilog=example("opd resume demo"))(resume)
     app.command(epilog=example("opd stop demo"))(stop)
-    app.command(epilog=example("opd evaluate demo --round 3"))(evaluate)
+    app.command(epilog=example("opd evaluate demo --round 3 --prompts gsm8k.jsonl --verifier math_verify"))(evaluate)
     app.command(epilog=example("opd fork demo@2 --name wider --set objective.support.k=32"))(fork)
     app.command(epilog=example("opd check configs/qwen3-gpu.yaml"))(check)
 
@@ -169,18 +171,31 @@ def stop(
 def evaluate(
     name: AtRound,
     round: Annotated[
-        list[int], typer.Option("--round", min=0, help="a round; can be repeated (default: all not evaluated yet)")
+        list[int],
+        typer.Option(
+            "--round", min=0, help="a round; can be repeated (default: all not evaluated yet; of a set the last)"
+        ),
     ] = [],  # noqa: B006
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", metavar="FILE", help="another evaluation set: prompts, with answers, or {path: ...}"),
+    ] = None,
+    verifier: Annotated[
+        str | None,
+        typer.Option("--verifier", metavar="KIND[:ARG]", help="of the set (default: the run's): exact_match:REGEX"),
+    ] = None,
+    set_name: Annotated[str | None, typer.Option("--set-name", help="the set's name (default: the file's)")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="prompts of the set at most")] = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
     json_: RunJson = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Evaluate rounds that `policy.evaluate_every` left out.
+    """Evaluate rounds that `policy.evaluate_every` left out, or with --prompts any round on another set of prompts.
 
-    A student that `opd gc` evicted is rebuilt first.
+    A student that `opd gc` evicted is rebuilt first. A set's metrics stand apart under its name.
 
-    Exit codes: as for `opd run`; 2 also for a round that is not trained yet."""
+    Exit codes: as for `opd run`; 2 also for a round that is not trained yet, and for a set that cannot be measured."""
     from flows.run.runner import stored_experiment
 
     name, at = at_round(name)
@@ -189,11 +204,22 @@ def evaluate(
     known = [r.round for r in held.state.rounds if r.student_sha256]
     if missing := sorted(set(round) - set(known)):
         raise InputError(f"run {name!r}: round {missing[0]} is not trained yet; trained are {known or 'none'}")
+    last = max(known, default=0)
+    if prompts is not None:
+        from flows.run.further_set import further_set
+
+        if not known:
+            raise InputError(f"run {name!r}: no round has a student yet; {opd_command(root, 'resume', name)}")
+        label = re.sub(r"\W", "_", Path(prompts).stem).lower() if set_name is None else set_name
+        experiment = stored_experiment(held)
+        one = further_set(held, experiment, label, prompts, verifier, limit, sorted(set(round) or {last}))
+        return _go(experiment, name, root, last, True, Output(json_, verbose, quiet), lambda _: False, one)
+    if (given := [f for f, value in (("verifier", verifier), ("set-name", set_name), ("limit", limit)) if value]) != []:
+        raise ConfigError(f"--{given[0]}: belongs to an evaluation set; give its prompts with --prompts")
     wanted = set(round) or {r.round for r in held.state.rounds if r.unevaluated}
     if not wanted and not json_:
         out.print(f"nothing to do: run {name!r} left out no evaluation (policy.evaluate_every)")
         return
-    last = max(known, default=0)
     _go(stored_experiment(held), name, root, last, True, Output(json_, verbose, quiet), wanted.__contains__)
 
 
@@ -288,8 +314,10 @@ def _go(
     no_prefect: bool,
     output: Output,
     evaluated: Callable[[int], bool] | None = None,
+    on_set: FurtherSet | None = None,
 ) -> None:
-    """Run in the foreground with progress; print the report at the end. `evaluated`: instead of policy.evaluate_every."""
+    """Run in the foreground with progress; print the report at the end. `evaluated`: instead of policy.evaluate_every.
+    `on_set`: another evaluation set."""
     from flows.cli.report import print_report, status_json
     from flows.run.runner import run_experiment
 
@@ -303,6 +331,7 @@ def _go(
                 prefect=not no_prefect,
                 reporter=output.reporter(stack),
                 evaluated=evaluated,
+                on_set=on_set,
             )
         except KeyboardInterrupt:
             stack.close()

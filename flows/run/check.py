@@ -17,6 +17,7 @@ from flows.experiment import Experiment, with_plugins
 from flows.run.checked import Known
 from flows.run.dates import with_date
 from flows.run.executor import Maker
+from flows.run.further_set import check_rows
 from flows.run.preflight import findings, require
 from flows.run.progress import SilentReporter
 from flows.run.runner import bytes_of_run, bytes_per_round
@@ -95,6 +96,7 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
             yield from _contexts(experiment, store, student, teachers, prompts)
             yield from _verifier(experiment, rows)
             yield from _judge(experiment, rows, load_tokenizer(store.materialize(student)))
+            yield from (check_rows(one, f"evaluate.sets.{name}") for name, one in experiment.evaluate.sets.items())
             parameters = parameter_count(store.materialize(student))
             found = findings(Known.of(experiment, store, student, teachers, prompts))
             yield from (f"note: {finding.text}" for finding in found if not finding.refused)
@@ -113,6 +115,7 @@ def _require_files(experiment: Experiment) -> None:
     sources: dict[str, Any] = {"student.source": experiment.student.source}
     sources |= {f"{teacher_field(name)}.source": model.source for name, model in experiment.taught_by.items()}
     sources |= {f"prompts.{split}": getattr(experiment.prompts, split) for split in ("train", "eval", "warmup")}
+    sources |= {f"evaluate.sets.{name}.prompts": one.prompts for name, one in experiment.evaluate.sets.items()}
     paths = {f"{field}.path": s.path for field, s in sources.items() if isinstance(s, CheckpointModel | FileSource)}
     missing = [f"{field}: {path}" for field, path in paths.items() if not Path(path).exists()]
     if len(missing) > 1:

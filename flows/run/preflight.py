@@ -26,6 +26,7 @@ CHECKS: tuple[tuple[Callable[[Known], Found], str], ...] = (
     (model_checks.adapters, "trainer"),
     (model_checks.export, "trainer"),
     (prompt_checks.sizes, "sampler"),
+    (prompt_checks.evaluation_sets, "sampler"),
     (prompt_checks.warm_ups, "trainer"),
     (prompt_checks.prompts_of_each, "scorer"),
     (prompt_checks.stop_ids, "sampler"),

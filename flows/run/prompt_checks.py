@@ -6,8 +6,9 @@ import pyarrow.compute as pc
 
 from flows.cross_checks import NOT_JUDGED, needs_judge, size_problems
 from flows.run.checked import Finding, Found, Known, list_lengths, prompt_lengths, read_by, token_ids
+from flows.run.further_set import check_rows
 from flows.run.given import given_problems
-from storage.errors import InputError
+from storage.errors import ConfigError, InputError
 from tasks.engines.hf_folder import (
     check_stop_ids,
     positions,
@@ -24,6 +25,15 @@ def sizes(known: Known) -> Found:
     rows = [teacher.rows for teacher in known.teachers]
     for text in size_problems(known.experiment, known.student.rows, positions(known.student.config), *rows):
         yield Finding(text, refused=True)
+
+
+def evaluation_sets(known: Known) -> Found:
+    """Whether what a named evaluation set compares with is there."""
+    for name, one in known.experiment.evaluate.sets.items():
+        try:
+            check_rows(one, f"evaluate.sets.{name}.prompts")
+        except (ConfigError, InputError) as error:
+            yield Finding(str(error), refused=True)
 
 
 def warm_ups(known: Known) -> Found:

@@ -110,7 +110,8 @@ def _recall(run: Run, store: Store, experiment: Experiment, round: int, stages: 
             raise InputError(
                 f"run {run.name!r}: round {round} has no stage {stage}, because {why}; leave it out of --stages"
             )
-    of_round = [label for stage in stages for label in _labels(stage, states)]
+    planned = {line.stage for line in planner.lines}  # not what `opd evaluate --prompts` measured beside
+    of_round = [label for stage in stages for label in _labels(stage, states) if label == stage or label in planned]
     for stage in of_round:
         origin = planner.lineage.find(round, stage)
         keys = {name: artifact.key for name, artifact in origin.made.items()} if origin else {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.cross_checks import dtype_warning, refuse_changed_fork
-from flows.distill import distill
+from flows.distill import FurtherSet, distill
 from flows.experiment import (
     CHANGEABLE,
     Experiment,
@@ -59,11 +59,15 @@ def plan(experiment: Experiment, root: str | Path, rounds: int | None = None, na
 
 
 def nothing_to_do(
-    experiment: Experiment, store: Store, rounds: int, evaluated: Callable[[int], bool] | None = None
+    experiment: Experiment,
+    store: Store,
+    rounds: int,
+    evaluated: Callable[[int], bool] | None = None,
+    on_set: FurtherSet | None = None,
 ) -> bool:
     """Whether every stage up to a round is in the store, undamaged: then there is nothing that Prefect could show."""
     planner = Planner(store)
-    distill(experiment, planner, rounds, evaluated)
+    distill(experiment, planner, rounds, evaluated, on_set)
     return all(line.state == "cached" for line in planner.lines)
 
 
@@ -96,12 +100,14 @@ def run_experiment(
     workers: WorkerPool | None = None,
     restore: int | None = None,
     evaluated: Callable[[int], bool] | None = None,
+    on_set: FurtherSet | None = None,
 ) -> tuple[RunState, int]:
     """Run until `rounds` rounds are done (default: policy.rounds), or `further` more than are done now.
 
     `workers`: a pool that the caller shares among runs and ends; without one the run starts and ends its own.
     `restore`: a round whose evicted artifacts are rebuilt. `evaluated`: which rounds are evaluated, instead of those of
-    policy.evaluate_every and the last one of this call (with `further`: of the run).
+    policy.evaluate_every and the last one of this call (with `further`: of the run). `on_set`: another evaluation set, without
+    Prefect.
     Returns the state and the number of stages built.
     Raises RunBusy when another process holds the name, IdentityMismatch when the name belongs to another experiment, and
     any error of a stage."""
@@ -155,18 +161,18 @@ def run_experiment(
                 stop = experiment.policy.stop if restore is None else None
                 maker = Maker(store, run, state, context, reporter, restore=restore, after_round=then, stop=stop)
                 pool.say = lambda text: reporter.note(maker.number, "start", text)
-                idle = restore is None and nothing_to_do(experiment, store, goal, evaluated)
+                idle = restore is None and nothing_to_do(experiment, store, goal, evaluated, on_set)
                 maker.reporter = stack.enter_context(
                     tracking(experiment, store, run, OnlyWork(reporter) if idle else reporter, log)
                 )
                 if idle:
-                    distill(experiment, maker, goal, evaluated)
-                elif prefect:
+                    distill(experiment, maker, goal, evaluated, on_set)
+                elif prefect and on_set is None:
                     from flows.prefect_.tasks import distill_in_prefect
 
                     distill_in_prefect(experiment, maker, goal, evaluated)
                 else:
-                    distill(experiment, maker, goal, evaluated)
+                    distill(experiment, maker, goal, evaluated, on_set)
                 over = state.ended is not None or state.rounds_done >= experiment.policy.rounds
                 state.status = "finished" if over else "stopped"
                 run.save(state)  # before workers and trackers end: what is done is done

@@ -55,6 +55,9 @@ _USE = (
 )
 _SAMPLE_ID = "^(.*)/[^/]*/([0-9]+)$"
 """prompt_id (which may have slashes), round, sample_index."""
+_OF_SET = "evaluate_"
+_LABELS_OF_SETS = {"evaluations": _OF_SET, "prompts": "prepare_", "vocabulary": "prepare_"}
+"""By table: how the labels of stages begin that belong to a named evaluation set."""
 CONTEXT = 40
 """Characters of `before` and `after`."""
 _IN_WORDS = {reason: (reason.name or "").lower().replace("_", " ") for reason in MaskReason}
@@ -252,6 +255,12 @@ _ALL = (
         ("evaluations", "prompts"),
     ),
     View(
+        "set_evaluations",
+        "One row per completion of a named evaluation set (evaluate.sets, `opd evaluate --prompts`).",
+        (_RUN, _ROUND, Column("set_name", _STR, "its name"), _ARTIFACT, *TABLES["evaluations"].columns),
+        ("evaluations",),
+    ),
+    View(
         "teacher_steps",
         TABLES["teacher_steps"].doc,
         (_RUN, _ROUND, _STAGE, _ARTIFACT, *_columns(TABLES["teacher_steps"], without=("round",))),
@@ -387,12 +396,17 @@ class Views:
             rows = self._groups()
         elif name == "evaluations":
             rows = f"SELECT * FROM ({self._rows(name)}) {self._teachers()}"
+        elif name == "set_evaluations":
+            of_set = (
+                f"SELECT *, substr(stage, {len(_OF_SET) + 1}) AS set_name FROM ({self._rows('evaluations', sets=True)})"
+            )
+            rows = f"{of_set} WHERE starts_with(stage, '{_OF_SET}')"
         else:
             rows = self._rows(name)
         return f"CREATE VIEW {view} AS SELECT {_casts(columns)} FROM ({rows})"
 
-    def _rows(self, table: str) -> str:
-        """A table's dataset under the views' names."""
+    def _rows(self, table: str, sets: bool = False) -> str:
+        """A table's dataset under the views' names. Without `sets` what named evaluation sets have in it is left out."""
         names = self.schemas[table].names
         layout = packed_schema(self.schemas[table])
         made = parts(layout.names) if layout is not None else {}
@@ -403,7 +417,9 @@ class Views:
         ]
         own_round = 'coalesce(use_round, "round")' if "round" in names else "use_round"
         use = f'use_run AS run, {own_round} AS "round", use_stage AS stage, use_artifact AS artifact'
-        return f"SELECT {use}, {', '.join(columns)} FROM {_identifier(table + '@')}"
+        rows = f"SELECT {use}, {', '.join(columns)} FROM {_identifier(table + '@')}"
+        label = _LABELS_OF_SETS.get(table)
+        return rows if label is None or sets else f"{rows} WHERE NOT coalesce(starts_with(use_stage, '{label}'), false)"
 
     def _rewards(self) -> str:
         """With the prompt and the index of each sample, which its id has: rewards stay where rollouts were removed."""

@@ -17,6 +17,7 @@ from flows.experiment import CHANGEABLE, Experiment, Fork, load_experiment
 from flows.study.spec import load_study
 from storage.identity import Identity, RunPolicy, Runtime
 from storage.store import Store
+from tasks.evaluate import EvaluationSet
 from tasks.inputs.judging import JudgeConfig, JudgeExactMatch, JudgeFunction, JudgeMathVerify
 from tasks.inputs.models import CheckpointModel, FolderTokenizer, HubModel, ServedModel
 from tasks.inputs.sources import FileSource
@@ -153,17 +154,16 @@ SCENES: list[dict[str, Any]] = [
 whose fields all have defaults (divergences, trust regions, token weights) are found and added by `scenes`."""
 
 ELSEWHERE = {CheckpointModel, FolderTokenizer, FileSource, HubModel, ServedModel, FunctionVerifier, SftConfig, Fork}
-ELSEWHERE |= {MixtureConfig, JudgeConfig, JudgeExactMatch, JudgeMathVerify, JudgeFunction}
+ELSEWHERE |= {MixtureConfig, EvaluationSet, JudgeConfig, JudgeExactMatch, JudgeMathVerify, JudgeFunction}
 """What needs files, a user's code, or is never part of an experiment: their own tests show what of them enters keys."""
 ALONE = {
     ("ModelConfig", "source"), ("TeacherConfig", "source"), ("ArchitectureModel", "tokenizer"),
     ("Experiment", "fork"), ("Experiment", "teacher"), ("Experiment", "teachers"), ("Experiment", "mixture"),
-    ("Experiment", "judge"),
-    ("FullSupport", "k"),
+    ("Experiment", "judge"), ("FullSupport", "k"), ("EvaluateConfig", "sets"),
 }  # fmt: skip
 """Fields whose other variants are such, though the fields inside are changed one by one; the k of a full support has no
-other value, being the vocabulary's. For several teachers see `test_teachers.py`, for the judge
-`tests/tasks/test_judge.py`."""
+other value, being the vocabulary's. For several teachers see `test_teachers.py`, for named evaluation sets below, for the
+judge `tests/tasks/test_judge.py`."""
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +273,31 @@ def test_a_variant_of_its_own_has_its_own_keys(store: Store, scenery: Scenes) ->
     """Discriminators are fields too: two scenes that differ in a variant differ in the train, source or verifier key."""
     keys = [json.dumps(keys_of(experiment, store), sort_keys=True) for _, experiment in scenery]
     assert len(set(keys)) == len(keys)
+
+
+def test_a_named_evaluation_set_changes_its_own_keys_alone(store: Store) -> None:
+    def keys(**fields: Any) -> dict[str, set[str]]:
+        one = {"prompts": {"kind": "addition", "count": 7}} | fields
+        experiment = validated(merge(GOLDEN, {"evaluate": {"sets": {"a": one}}}))
+        assert experiment is not None
+        return stages_of(keys_of(experiment, store))
+
+    plain = validated(GOLDEN)
+    assert plain is not None
+    before, own = keys(), {"prepare_a", "evaluate_a"}
+    assert {stage: found for stage, found in before.items() if stage not in own} == stages_of(keys_of(plain, store))
+    changes: dict[str, Any] = {
+        "prompts": {"kind": "addition", "count": 8},
+        "verifier": None,
+        "limit": 3,
+        "kl_prompts": 2,
+    }
+    assert changes.keys() == EvaluationSet.model_fields.keys()
+    for field, value in changes.items():
+        after = keys(**{field: value})
+        assert {stage for stage in before if before[stage] != after[stage]} == {
+            "prepare_a" if field == "prompts" else "evaluate_a"
+        }
 
 
 @pytest.mark.promise(12, "runtime and policy: no key changes")

@@ -74,6 +74,11 @@ def test_every_view_has_the_declared_columns_when_it_has_rows(view, example_stor
         kept = pa.Table.from_pylist([{"prompt_id": "p0", "prompt": '"x"'}], schema_for("context_columns"))
         builder.write_shard("context_columns", 0, kept)
         builder.commit()
+    run = Run.open(example_store, "demo")
+    with run.lock():
+        state = run.state
+        state.rounds[0].stages["evaluate_hard"] = state.rounds[1].stages["evaluate"]
+        run.save(state)
     table = Catalog(store).query(f"SELECT * FROM {view}")
     assert table.num_rows > 0
     assert table.schema.equals(VIEWS[view].arrow)

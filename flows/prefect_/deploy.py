@@ -123,7 +123,8 @@ def _path_of(config: Path) -> str:
 def _apply(
     name: str, pool: str, when: Schedule | None, parameters: dict[str, Any], job_variables: dict[str, Any]
 ) -> None:
-    from prefect.deployments.runner import EntrypointType, RunnerDeployment
+    from prefect.deployments.runner import RunnerDeployment
+    from prefect.types.entrypoint import EntrypointType
 
     from flows.prefect_.deployed import opd_run
 

@@ -40,7 +40,8 @@ class InProcess(InProcessPool):
     @contextmanager
     def serving(self, *_: Any) -> Iterator[InProcess]:
         yield self
-        self.handlers["judge"].close()
+        if (judge := self.handlers.get("judge")) is not None:
+            judge.close()
 
 
 def run(

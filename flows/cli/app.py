@@ -61,7 +61,9 @@ LIBRARIES = (
 
 
 def version() -> None:
-    """Print the versions of this program, of Python and of the main libraries. Imports none of them."""
+    """Print the versions of this program, of Python and of the main libraries. Imports none of them.
+
+    Exit codes: 0."""
     lines = [("opdflow", importlib.metadata.version("opdflow")), ("python", platform.python_version())]
     for name in LIBRARIES:
         with suppress(importlib.metadata.PackageNotFoundError):

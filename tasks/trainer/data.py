@@ -68,7 +68,7 @@ class Samples:
     lost: np.ndarray | None = None
     """Per sample: the number of tokens that only an invalid value leaves out of the loss. None without signals."""
     rewards: np.ndarray | None = None
-    """Per sample; NaN where its judge failed."""
+    """Per sample, float64 as it is stored: 0.7 in float32 is below a threshold of 0.7. NaN where its judge failed."""
     groups: np.ndarray | None = None
     """Per sample: the number of its prompt, in order of first occurrence in the round's rollouts."""
     segments: np.ndarray | None = None
@@ -328,7 +328,7 @@ def of_samples(rollouts: pa.Table, needs: CreditNeeds, rewards: pa.Table | None)
                 f"rewards.reward: sample {ids[bad[0]]!r} has the reward {values[bad[0]]}, no finite number; the stage `judge`"
                 " writes none such, so something else has written the table"
             )
-        found["rewards"] = values.astype(np.float32)
+        found["rewards"] = values
     if needs.groups:
         numbers: dict[str, int] = {}
         prompts = rollouts["prompt_id"].to_pylist()
@@ -545,7 +545,7 @@ def forward_batch(
         at_N = planned.offsets[place_N] + position
         signals["planned"] = {name: tensor(values[at_N] * float(counts)) for name, values in planned.columns.items()}
     if samples.rewards is not None:
-        signals["reward_N"] = tensor(samples.rewards[row_N])
+        signals["reward_N"] = tensor(samples.rewards[row_N].astype(np.float32))
     if samples.groups is not None:
         signals["group_N"] = tensor(samples.groups[row_N])
         if samples.rewards is not None:

@@ -170,7 +170,7 @@ def _problems(c: CreditConfig) -> list[str]:
         if asks and reward.threshold is None:
             found.append(
                 f"reward.success_threshold: {what} asks which samples are correct; give reward: {{kind: group, success_threshold:"
-                " 0.5}} (0.5 for rewards of 0 and 1)"
+                " 0.5} (0.5 for rewards of 0 and 1)"
             )
     if reward.drops_equal_groups and route.equal_groups:
         found.append(f"reward.drop_equal_groups: route {route.kind} trains on groups that all fail; set it to false")

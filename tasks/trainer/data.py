@@ -250,8 +250,8 @@ def with_teachers(samples: Samples, names: Sequence[str]) -> Samples:
 
 
 def with_spans(samples: Samples, rewards: pa.Table) -> Samples:
-    """The samples with the spans that the judge marked, key spans before error spans where they overlap; `rewards` has their
-    rows, in their order. InputError for a span past its completion."""
+    """The samples with the spans that the judge marked, key spans before error spans where they overlap, other kinds left out;
+    `rewards` has their rows, in their order. InputError for a span past its completion."""
     spans = np.zeros(len(samples.completions.values), np.int8)
     for row, marked in enumerate(rewards.to_pylist()):
         first, last = samples.completions.offsets[row : row + 2]
@@ -262,7 +262,8 @@ def with_spans(samples: Samples, rewards: pa.Table) -> Samples:
                     f"rewards.span_ends: sample {samples.ids[row]!r} has a span from {start} to {end}, but its completion has"
                     f" {last - first} tokens; spans are half-open, in tokens of the completion"
                 )
-            spans[first + start : first + end] = {"key": KEY_SPAN, "error": ERROR_SPAN}.get(kind, 0)
+            if (known := {"key": KEY_SPAN, "error": ERROR_SPAN}.get(kind)) is not None:
+                spans[first + start : first + end] = known
     return replace(samples, spans=spans)
 
 

@@ -78,7 +78,8 @@ class Samples:
     written: np.ndarray | None = None
     """Per flat completion token: whether the student wrote it."""
     valid: np.ndarray | None = None
-    """Per flat completion token: whether its numbers are valid, also where the mask leaves it out for another reason."""
+    """Per flat completion token: whether its numbers are valid, also where the mask leaves it out for another reason than that
+    the teacher reads another token in its id."""
     spans: np.ndarray | None = None
     """Per flat completion token: 0, or the kind of the span it is in."""
     teachers: tuple[str, ...] = ()
@@ -195,7 +196,7 @@ def part_of_round(
                 name = f"{signal}_{column}" if kind.schema.prefixed else column
                 floats[name], columns[name] = aligned(table, signal, column, np.float32), f"{signal}.{column}"
     keep, invalid = np.ones(len(completions.values), bool), np.zeros(len(completions.values), bool)
-    written = np.ones(len(completions.values), bool)
+    written, foreign = np.ones(len(completions.values), bool), np.zeros(len(completions.values), bool)
     if "mask" in ordered:
         masked = MaskReason(0)
         for reason in mask_reasons:
@@ -205,6 +206,7 @@ def part_of_round(
         reasons = aligned(ordered["mask"], "mask", "mask_reasons", np.int32)
         keep = (reasons & int(masked)) == 0
         written = (reasons & int(MaskReason.TEACHER_PREFIX)) == 0
+        foreign = (reasons & int(masked & MaskReason.UNMAPPED)) != 0
         invalid = (reasons & int(MaskReason.INVALID_VALUE)) != 0  # never trained on, whatever mask_reasons lists
     stored: list[checks.Lists] = []
     if needs.student.support is not None:
@@ -225,7 +227,7 @@ def part_of_round(
     prompts = _ragged(rollouts["prompt_token_ids"], np.int64)
     samples = Samples(ids, prompts, completions, keep, floats, None, int(invalid.sum()), lost)
     if needs.credit.written:
-        samples = replace(samples, written=written, valid=~invalid)
+        samples = replace(samples, written=written, valid=~invalid & ~foreign)
     samples = replace(samples, support=_support(stored, tokens, needs, rows), segments=_segments(samples, needs.credit))
     return _checked(samples, "rollouts.prompt_token_ids", rows)
 

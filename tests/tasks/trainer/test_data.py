@@ -247,6 +247,19 @@ def test_a_reward_at_the_threshold_is_correct_in_training_as_it_is_for_siblings(
     assert tokens.reward_N.dtype == tokens.group_rewards_NG.dtype == torch.float32
 
 
+@pytest.mark.parametrize("left_out", [True, False])
+def test_statistics_of_log_ratios_leave_out_what_the_teacher_reads_otherwise(left_out: bool) -> None:
+    """An unmapped token's log-ratio is that of two different tokens; special and truncated ones have a log-ratio of their own."""
+    rollouts, signals = tables([4])
+    marks = [MaskReason(0), MaskReason.UNMAPPED, MaskReason.SPECIAL_TOKEN, MaskReason.INVALID_VALUE]
+    signals["mask"] = replaced(signals["mask"], "mask_reasons", [[int(mark) for mark in marks]])
+    config = CreditConfig.model_validate({"add": "sod"})
+    reasons = [*SPECIAL, *([MaskReason.UNMAPPED] if left_out else [])]
+    samples = from_rollouts(rollouts, signals, config.needs(), reasons)
+    assert samples.valid.tolist() == [True, not left_out, True, False]
+    assert samples.keep.tolist() == [True, not left_out, False, False]
+
+
 def test_a_sample_whose_judge_failed_has_no_number_and_stays_in_its_group() -> None:
     rollouts, signals, rewards = judged([3, 1, 2], ["a", "a", "b"], [1.0, None, None])
     samples = from_rollouts(rollouts, signals, credited(reward=True, groups=True), SPECIAL, rewards=rewards)

@@ -173,7 +173,9 @@ def _problems(c: CreditConfig) -> list[str]:
                 " 0.5} (0.5 for rewards of 0 and 1)"
             )
     if reward.drops_equal_groups and route.equal_groups:
-        found.append(f"reward.drop_equal_groups: route {route.kind} trains on groups that all fail; set it to false")
+        found.append(
+            f"reward.drop_equal_groups: route {route.kind} trains on groups that all fail (or all succeed) too; set it to false"
+        )
     of_beside = None if beside is None else beside.support
     lists = [
         (name, support)

@@ -189,6 +189,16 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"add": "log_ratio", "ratio": "none", "clip": {}}, "clip", "ratio is none"),
     ({"reward": GROUP, "reference": {"where": "unrouted"}}, "reference.where", "where: all"),
     ({"reward": GROUP | {"drop_equal_groups": True}, "route": "failed_groups", "beside": {}}, "drop_equal", "all fail"),
+    ({"reward": GROUP | {"drop_equal_groups": True}, "route": "spans", "beside": {}}, "drop_equal", "all fail"),
+    (
+        {
+            "reward": GROUP | {"drop_equal_groups": True},
+            "route": {"kind": "srpo", "feedback": True},
+            "beside": {},
+        },
+        "drop_equal",
+        "all fail",
+    ),
     ({"reward": "group", "normalisation": "constant"}, "normalisation_length", "required"),
 ]
 

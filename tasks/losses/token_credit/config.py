@@ -78,6 +78,12 @@ class CreditConfig(Normalised):
         return self.route.policy and (self.reward.uses_rewards or self.add.kind != "none")
 
     @property
+    def distils(self) -> bool:
+        """Whether the teacher is in the loss, other than as a reference."""
+        compared = self.beside is not None or self.likelihood is not None
+        return compared or self.add.kind != "none" or self.scale.kind != "none"
+
+    @property
     def own_denominators(self) -> bool:
         """Whether each term is divided by the number of its own tokens."""
         return (self.denominator or ("all" if self.route.splits else "own")) == "own"

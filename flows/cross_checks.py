@@ -83,6 +83,14 @@ def credit_problems(e: Experiment) -> list[str]:
             f"objective.reward.success_threshold: {threshold:g}, but judge.success_threshold, by which {{sibling}} is correct, is"
             f" {judged:g}; give both the same"
         )
+    marks = {"route: spans": ("spans", needs.spans), "add.segments_of: judge": ("segments", needs.judged_segments)}
+    for field, (key, asked) in marks.items():
+        if asked and e.judge is not None and not any(isinstance(v, JudgeFunction) for v in e.judge.verifiers):
+            problems.append(
+                f"objective.{field} reads the judge's {key}, but {' and '.join(e.judge.names)} give"
+                f"{'s' * (len(e.judge.names) == 1)} none; add a function of yours that returns {{reward, {key}}} to"
+                " judge.verifiers (docs/rewards.md)"
+            )
     if needs.contexts and (e.teacher is None or e.teacher.context is None):
         problems.append(
             "teacher.context: the objective asks which samples the teacher reads a context for, and there is none; give a"

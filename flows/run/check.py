@@ -129,7 +129,8 @@ def _same_model(experiment: Experiment, student: Artifact, teachers: Mapping[str
     own = student.content.get("weights")
     for name, teacher in teachers.items():
         same = own is not None and own == teacher.content.get("weights")
-        if same and experiment.student.warmup == experiment.taught_by[name].warmup:
+        rewarded = experiment.objective.estimator == "credit" and not experiment.objective.distils
+        if same and not rewarded and experiment.student.warmup == experiment.taught_by[name].warmup:
             yield (
                 f"warning: student and {teacher_field(name)} are the same model, so there is nothing to distil (every loss"
                 " is 0)"

@@ -144,8 +144,15 @@ def given_completions(known: Known) -> Found:
 
 
 def self_teacher(known: Known) -> Found:
-    """A teacher that is the student and reads the same prompts."""
+    """A teacher that is the student and reads the same prompts, or that no loss reads."""
     source, rows = known.experiment.self_teacher, known.of_split("train")
+    objective = known.experiment.objective
+    if objective.estimator == "credit" and not objective.distils:
+        if objective.reference is None or objective.reference.to != "teacher":
+            yield Finding(
+                "teacher: this objective trains on rewards alone; the teacher is scored for metrics, and is in no loss"
+            )
+        return
     if known.experiment.sample_contexts:  # it reads more of the samples that have one
         return
     if source is not None and rows["teacher_token_ids"].null_count == rows.num_rows:

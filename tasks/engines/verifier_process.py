@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -49,6 +50,7 @@ START_SECONDS = 120.0
 """Limit for the start of the process: it imports the users' modules and math-verify."""
 REASON_LENGTH = 300
 """Characters of a reason that are kept."""
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _PR_SET_PDEATHSIG = 1
 _LINE = 65536
 """Bytes of output without a line break after which a line is cut."""
@@ -63,8 +65,9 @@ class NoVerdict(Exception):
 
 
 def reason_of(text: str) -> str:
-    """A reason as it is stored: one line, without secrets, not longer than `REASON_LENGTH`, valid Unicode."""
-    line = " ".join(redact(text).encode("utf-8", "backslashreplace").decode().split())
+    """A reason as it is stored: one line, without secrets, not longer than `REASON_LENGTH`, valid Unicode. Addresses in memory,
+    which an object's text has, are left out: they differ between processes, and the table is to come out equal."""
+    line = " ".join(_ADDRESS.sub("", redact(text)).encode("utf-8", "backslashreplace").decode().split())
     return line if len(line) <= REASON_LENGTH else line[: REASON_LENGTH - 3] + "..."
 
 

@@ -68,7 +68,7 @@ class Samples:
     lost: np.ndarray | None = None
     """Per sample: the number of tokens that only an invalid value leaves out of the loss. None without signals."""
     rewards: np.ndarray | None = None
-    """Per sample; NaN where its judge failed."""
+    """Per sample, float64 as it is stored: 0.7 in float32 is below a threshold of 0.7. NaN where its judge failed."""
     groups: np.ndarray | None = None
     """Per sample: the number of its prompt, in order of first occurrence in the round's rollouts."""
     segments: np.ndarray | None = None
@@ -78,7 +78,8 @@ class Samples:
     written: np.ndarray | None = None
     """Per flat completion token: whether the student wrote it."""
     valid: np.ndarray | None = None
-    """Per flat completion token: whether its numbers are valid, also where the mask leaves it out for another reason."""
+    """Per flat completion token: whether its numbers are valid, also where the mask leaves it out for another reason than that
+    the teacher reads another token in its id."""
     spans: np.ndarray | None = None
     """Per flat completion token: 0, or the kind of the span it is in."""
     teachers: tuple[str, ...] = ()
@@ -195,7 +196,7 @@ def part_of_round(
                 name = f"{signal}_{column}" if kind.schema.prefixed else column
                 floats[name], columns[name] = aligned(table, signal, column, np.float32), f"{signal}.{column}"
     keep, invalid = np.ones(len(completions.values), bool), np.zeros(len(completions.values), bool)
-    written = np.ones(len(completions.values), bool)
+    written, foreign = np.ones(len(completions.values), bool), np.zeros(len(completions.values), bool)
     if "mask" in ordered:
         masked = MaskReason(0)
         for reason in mask_reasons:
@@ -205,6 +206,7 @@ def part_of_round(
         reasons = aligned(ordered["mask"], "mask", "mask_reasons", np.int32)
         keep = (reasons & int(masked)) == 0
         written = (reasons & int(MaskReason.TEACHER_PREFIX)) == 0
+        foreign = (reasons & int(masked & MaskReason.UNMAPPED)) != 0
         invalid = (reasons & int(MaskReason.INVALID_VALUE)) != 0  # never trained on, whatever mask_reasons lists
     stored: list[checks.Lists] = []
     if needs.student.support is not None:
@@ -225,7 +227,7 @@ def part_of_round(
     prompts = _ragged(rollouts["prompt_token_ids"], np.int64)
     samples = Samples(ids, prompts, completions, keep, floats, None, int(invalid.sum()), lost)
     if needs.credit.written:
-        samples = replace(samples, written=written, valid=~invalid)
+        samples = replace(samples, written=written, valid=~invalid & ~foreign)
     samples = replace(samples, support=_support(stored, tokens, needs, rows), segments=_segments(samples, needs.credit))
     return _checked(samples, "rollouts.prompt_token_ids", rows)
 
@@ -250,8 +252,8 @@ def with_teachers(samples: Samples, names: Sequence[str]) -> Samples:
 
 
 def with_spans(samples: Samples, rewards: pa.Table) -> Samples:
-    """The samples with the spans that the judge marked, key spans before error spans where they overlap; `rewards` has their
-    rows, in their order. InputError for a span past its completion."""
+    """The samples with the spans that the judge marked, key spans before error spans where they overlap, other kinds left out;
+    `rewards` has their rows, in their order. InputError for a span past its completion."""
     spans = np.zeros(len(samples.completions.values), np.int8)
     for row, marked in enumerate(rewards.to_pylist()):
         first, last = samples.completions.offsets[row : row + 2]
@@ -262,7 +264,8 @@ def with_spans(samples: Samples, rewards: pa.Table) -> Samples:
                     f"rewards.span_ends: sample {samples.ids[row]!r} has a span from {start} to {end}, but its completion has"
                     f" {last - first} tokens; spans are half-open, in tokens of the completion"
                 )
-            spans[first + start : first + end] = {"key": KEY_SPAN, "error": ERROR_SPAN}.get(kind, 0)
+            if (known := {"key": KEY_SPAN, "error": ERROR_SPAN}.get(kind)) is not None:
+                spans[first + start : first + end] = known
     return replace(samples, spans=spans)
 
 
@@ -328,7 +331,7 @@ def of_samples(rollouts: pa.Table, needs: CreditNeeds, rewards: pa.Table | None)
                 f"rewards.reward: sample {ids[bad[0]]!r} has the reward {values[bad[0]]}, no finite number; the stage `judge`"
                 " writes none such, so something else has written the table"
             )
-        found["rewards"] = values.astype(np.float32)
+        found["rewards"] = values
     if needs.groups:
         numbers: dict[str, int] = {}
         prompts = rollouts["prompt_id"].to_pylist()
@@ -545,7 +548,7 @@ def forward_batch(
         at_N = planned.offsets[place_N] + position
         signals["planned"] = {name: tensor(values[at_N] * float(counts)) for name, values in planned.columns.items()}
     if samples.rewards is not None:
-        signals["reward_N"] = tensor(samples.rewards[row_N])
+        signals["reward_N"] = tensor(samples.rewards[row_N].astype(np.float32))
     if samples.groups is not None:
         signals["group_N"] = tensor(samples.groups[row_N])
         if samples.rewards is not None:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from flows.cli.app import make_app
 from flows.config_file import merge
 from flows.cross_checks import NOT_JUDGED, needs_judge
-from flows.experiment import Experiment, experiment_of, with_plugins
+from flows.experiment import Experiment, experiment_of, load_experiment, with_plugins
 from flows.run.executor import Planner
 from flows.run.progress import round_line
 from flows.run.replay import replay_round
@@ -67,6 +67,24 @@ def config(over: dict[str, Any]) -> Experiment:
 def test_what_is_refused_when_a_config_loads(judge: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config({"judge": judge})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "over", "message"),
+    [
+        ("trace", {}, r"objective\.route: spans reads the judge's spans, but exact_match gives none"),
+        (
+            "sod",
+            {"objective": {"add": {"segment_ends": [], "segments_of": "judge"}}},
+            r"objective\.add\.segments_of: judge reads the judge's segments, but exact_match gives none",
+        ),
+    ],
+)
+def test_marks_that_no_verifier_gives_are_refused(recipe: str, over: dict[str, Any], message: str) -> None:
+    data = load_experiment(CHECKOUT / f"configs/recipes/{recipe}.yaml").model_dump(mode="json")
+    experiment_of(data, "test")
+    with pytest.raises(ConfigError, match=message):
+        experiment_of(merge(data, {"judge": EXACT, **over}), "test")
 
 
 def test_a_function_that_is_not_found_is_refused_before_anything_starts() -> None:

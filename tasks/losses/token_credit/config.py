@@ -78,6 +78,12 @@ class CreditConfig(Normalised):
         return self.route.policy and (self.reward.uses_rewards or self.add.kind != "none")
 
     @property
+    def distils(self) -> bool:
+        """Whether the teacher is in the loss, other than as a reference."""
+        compared = self.beside is not None or self.likelihood is not None
+        return compared or self.add.kind != "none" or self.scale.kind != "none"
+
+    @property
     def own_denominators(self) -> bool:
         """Whether each term is divided by the number of its own tokens."""
         return (self.denominator or ("all" if self.route.splits else "own")) == "own"
@@ -170,10 +176,12 @@ def _problems(c: CreditConfig) -> list[str]:
         if asks and reward.threshold is None:
             found.append(
                 f"reward.success_threshold: {what} asks which samples are correct; give reward: {{kind: group, success_threshold:"
-                " 0.5}} (0.5 for rewards of 0 and 1)"
+                " 0.5} (0.5 for rewards of 0 and 1)"
             )
     if reward.drops_equal_groups and route.equal_groups:
-        found.append(f"reward.drop_equal_groups: route {route.kind} trains on groups that all fail; set it to false")
+        found.append(
+            f"reward.drop_equal_groups: route {route.kind} trains on groups that all fail (or all succeed) too; set it to false"
+        )
     of_beside = None if beside is None else beside.support
     lists = [
         (name, support)

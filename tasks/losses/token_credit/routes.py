@@ -45,8 +45,11 @@ class Route(Kind):
     """whether it makes no sense without a divergence"""
     by_length: ClassVar[bool] = False
     """whether the divergence of a sample is divided by its completion's length and by the number of samples"""
-    equal_groups: ClassVar[bool] = False
-    """whether the divergence counts on groups whose rewards are all equal"""
+
+    @property
+    def equal_groups(self) -> bool:
+        """Whether it sends samples of groups whose rewards are all equal to the divergence."""
+        return False
 
     @abstractmethod
     def __call__(self, stored: Stored) -> Routed:
@@ -122,6 +125,10 @@ class SRPO(Route):
 
     feedback: bool = Field(False, description="route wrong samples with a context of groups without a correct one too")
 
+    @property
+    def equal_groups(self) -> bool:
+        return self.feedback
+
     def __call__(self, stored: Stored) -> Routed:
         assert stored.correct_S is not None and stored.judged_S is not None and stored.success_S is not None
         z_S = ~stored.correct_S & stored.judged_S & stored.context_S
@@ -145,9 +152,12 @@ class FailedGroups(Route):
     contexts = True
     success = True
     beside = True
-    equal_groups = True
 
     threshold: float = Field(1.0, gt=0, le=1, description="groups whose share of correct samples is below this")
+
+    @property
+    def equal_groups(self) -> bool:
+        return True
 
     def __call__(self, stored: Stored) -> Routed:
         assert stored.correct_S is not None and stored.judged_S is not None and stored.success_S is not None
@@ -188,6 +198,10 @@ class Spans(Route):
         if weight.bounds[0] < 0 or weight.bounds[1] <= 0:
             raise ValueError(f"weight: lambda must not be negative, nor always 0; it lies in {list(weight.bounds)}")
         return weight
+
+    @property
+    def equal_groups(self) -> bool:
+        return True
 
     def __call__(self, stored: Stored) -> Routed:
         assert stored.correct_S is not None and stored.judged_S is not None and stored.span_N is not None

@@ -82,6 +82,31 @@ def test_the_same_model_twice_is_noticed(tmp_path):
     assert "warning: student and teacher are the same model" in check(tmp_path, *settings)
 
 
+REWARDED = (
+    "objective={estimator: credit, reward: group}",
+    "judge={verifiers: [exact_match]}",
+    "rollout.top_p=1.0",
+    "supervise.student=full",
+    "rollout.num_generations=2",
+)
+
+
+@pytest.mark.parametrize("teacher", [{"kind": "initial"}, None])
+def test_rewards_alone_leave_nothing_to_distil_and_that_is_no_fault(tmp_path, teacher):
+    """The advice to give the teacher a context is for objectives that have the teacher in the loss."""
+    source = teacher or yaml.safe_load(TINY.read_text())["student"]["source"] | {"init_seed": 7}
+    student = yaml.safe_load(TINY.read_text())["student"]["source"] | {"init_seed": 7}
+    models = [
+        f"{side}={json.dumps({'source': s, 'warmup': None})}" for side, s in (("student", student), ("teacher", source))
+    ]
+    text = check(tmp_path, *REWARDED, *models)
+    assert "nothing to distil" not in text
+    assert "note: teacher: this objective trains on rewards alone" in text
+    referred = check(tmp_path, *REWARDED, *models, "objective.reference={kind: k3}")
+    assert "nothing to distil" not in referred and "rewards alone" not in referred
+    assert "nothing to distil" in check(tmp_path, *REWARDED, *models, "objective.add=log_ratio")
+
+
 TASK = """
 def exact(completion, answer):
     return completion == answer

@@ -100,6 +100,11 @@ def test_reasons_are_short_and_can_be_stored() -> None:
     assert reason_of("a \ud800\n b").encode() == b"a \\ud800 b"
 
 
+def test_a_reason_is_the_same_in_every_process() -> None:
+    reason = reason_of(f"it must return a number, found {object()!r}, and {object()!r}")
+    assert reason == "it must return a number, found <object object>, and <object object>"
+
+
 def test_own_verifiers_judge_as_in_evaluations() -> None:
     process = started({"kind": "exact_match", "extract": r"#(\d+)"}, {"kind": "math_verify", "timeout": 5})
     try:

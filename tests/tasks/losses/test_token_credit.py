@@ -155,7 +155,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({}, "reward, add, beside", "nothing is trained on"),
     ({"reward": GROUP, "route": "srpo"}, "beside", "sends tokens to a divergence"),
     ({"reward": "group", "route": "srpo", "beside": {}}, "success_threshold", "which samples are correct"),
-    ({"reward": "group", "scale": "rlrt"}, "success_threshold", "which samples are correct"),
+    (
+        {"reward": "group", "scale": "rlrt"},
+        "success_threshold",
+        "give reward: {kind: group, success_threshold: 0.5} (0.5",
+    ),
     ({"reward": {"kind": "group", "center": "leave_one_out"}}, "std", "leave_one_out"),
     ({"add": "log_ratio", "scale": "rlsd"}, "scale", "no reward"),
     ({"add": "log_ratio", "route": "contexts", "beside": {}}, "route", "no policy gradient"),
@@ -185,6 +189,16 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"add": "log_ratio", "ratio": "none", "clip": {}}, "clip", "ratio is none"),
     ({"reward": GROUP, "reference": {"where": "unrouted"}}, "reference.where", "where: all"),
     ({"reward": GROUP | {"drop_equal_groups": True}, "route": "failed_groups", "beside": {}}, "drop_equal", "all fail"),
+    ({"reward": GROUP | {"drop_equal_groups": True}, "route": "spans", "beside": {}}, "drop_equal", "all fail"),
+    (
+        {
+            "reward": GROUP | {"drop_equal_groups": True},
+            "route": {"kind": "srpo", "feedback": True},
+            "beside": {},
+        },
+        "drop_equal",
+        "all fail",
+    ),
     ({"reward": "group", "normalisation": "constant"}, "normalisation_length", "required"),
 ]
 

@@ -13,12 +13,13 @@ import torch
 
 from storage.errors import ConfigError, InputError
 from storage.schemas import MaskReason, schema_for
-from tasks.losses.config import DirectConfig, PolicyGradientConfig, SftConfig, TopkSupport
+from tasks.losses.config import CreditConfig, DirectConfig, PolicyGradientConfig, SftConfig, TopkSupport
 from tasks.losses.needs import CreditNeeds, Needs
 from tasks.trainer.batching import Step
 from tasks.trainer.config import OptimizerSettings
 from tasks.trainer.data import Samples, forward_batch, from_rollouts, loss_denominators
 from tasks.trainer.deepspeed_file import deepspeed_config
+from tasks.trainer.planning import Planner
 from tasks.trainer.topk_lists import TopK, UnionTopK
 from tasks.trainer.trainer import refuse_lost_steps
 
@@ -233,10 +234,36 @@ def test_a_credit_gets_rewards_groups_and_segments_and_nothing_unasked() -> None
     assert (none.reward_N, none.group_N, none.group_rewards_NG, none.segment_N) == (None,) * 4
 
 
+def test_a_reward_at_the_threshold_is_correct_in_training_as_it_is_for_siblings() -> None:
+    """0.7 rounded to float32 is less than 0.7; the stage `context` compares the stored number."""
+    rollouts, signals, rewards = judged([3, 1, 2], ["a", "a", "a"], [0.7, 0.9, 0.0])
+    group = {"kind": "group", "success_threshold": 0.7}
+    config = CreditConfig.model_validate({"reward": group, "scale": "rlrt"})
+    samples = from_rollouts(rollouts, signals, config.needs(), SPECIAL, rewards=rewards)
+    planned = Planner(config, samples, {})((0, 1, 2), 0)
+    assert (planned.columns["scale_share"] > 0).tolist() == [True] * 4 + [False] * 2
+    weights = loss_denominators(samples, (0, 1, 2), "token", None)
+    tokens = forward_batch(samples, (0, 1, 2), weights, (0,), False, CPU).tokens
+    assert tokens.reward_N.dtype == tokens.group_rewards_NG.dtype == torch.float32
+
+
+@pytest.mark.parametrize("left_out", [True, False])
+def test_statistics_of_log_ratios_leave_out_what_the_teacher_reads_otherwise(left_out: bool) -> None:
+    """An unmapped token's log-ratio is that of two different tokens; special and truncated ones have a log-ratio of their own."""
+    rollouts, signals = tables([4])
+    marks = [MaskReason(0), MaskReason.UNMAPPED, MaskReason.SPECIAL_TOKEN, MaskReason.INVALID_VALUE]
+    signals["mask"] = replaced(signals["mask"], "mask_reasons", [[int(mark) for mark in marks]])
+    config = CreditConfig.model_validate({"add": "sod"})
+    reasons = [*SPECIAL, *([MaskReason.UNMAPPED] if left_out else [])]
+    samples = from_rollouts(rollouts, signals, config.needs(), reasons)
+    assert samples.valid.tolist() == [True, not left_out, True, False]
+    assert samples.keep.tolist() == [True, not left_out, False, False]
+
+
 def test_a_sample_whose_judge_failed_has_no_number_and_stays_in_its_group() -> None:
     rollouts, signals, rewards = judged([3, 1, 2], ["a", "a", "b"], [1.0, None, None])
     samples = from_rollouts(rollouts, signals, credited(reward=True, groups=True), SPECIAL, rewards=rewards)
-    assert np.array_equal(samples.rewards, np.array([1.0, np.nan, np.nan], np.float32), equal_nan=True)
+    assert np.array_equal(samples.rewards, np.array([1.0, np.nan, np.nan]), equal_nan=True)
     assert np.isnan(samples.group_rewards).tolist() == [[False, True], [False, True], [True, True]]
 
 

@@ -148,6 +148,10 @@ def test_spans_are_counted_in_tokens_and_united() -> None:
         "span_kinds": [None, ["key", "other"], ["error", "key"]],
     }
     assert with_spans(samples, pa.table(table)).spans.tolist() == [0, 1, 0, 2, 1, 2]
+    marked = {"span_starts": [None, None, [0, 1]], "span_ends": [None, None, [2, 3]]}
+    kinds = [None, None, ["error", "remark"]]
+    found = with_spans(samples, pa.table(marked | {"span_kinds": kinds})).spans.tolist()
+    assert found == [0, 0, 0, 2, 2, 0], "a span of another kind takes nothing away"
     table["span_ends"][2] = [4, 2]
     with pytest.raises(InputError, match="'s2' has a span from 0 to 4, but its completion has 3 tokens"):
         with_spans(samples, pa.table(table))

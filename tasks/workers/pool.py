@@ -223,7 +223,12 @@ class WorkerPool:
 
         def heard(done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None:
             ready()
-            report(done, total, metrics, note)
+            report(
+                done,
+                total,
+                *(() if note is None and metrics is None else (metrics,)),
+                *(() if note is None else (note,)),
+            )
 
         def take() -> Any:
             ready()

@@ -8,7 +8,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup demo study test test-full faults bench bench-full lint clean
+.PHONY: help setup demo demo-text study study-rewards test test-full faults bench bench-full lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -26,6 +26,7 @@ $(VENV)/.installed-cpu: requirements/cpu.txt requirements/dev.txt pyproject.toml
 	@$(PIP) install --no-deps -r requirements/dev.txt
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
+	@echo "Installed. Next: make demo, or with models of yours: . $(VENV)/bin/activate && opd init --help"
 
 $(VENV)/.installed-gpu: requirements/gpu.txt requirements/dev.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed; set PYTHON=/path/to/python3.11"; exit 1; }
@@ -35,17 +36,26 @@ $(VENV)/.installed-gpu: requirements/gpu.txt requirements/dev.txt pyproject.toml
 	@$(PIP) install --no-deps -r requirements/dev.txt
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
+	@echo "Installed. Next: make demo, or with models of yours: . $(VENV)/bin/activate && opd init --help"
 
 demo: setup  ## distil a small model on this machine's CPU; 3 to 4 minutes on two idle cores
 	@$(BIN)/opd run configs/quickstart.yaml --name demo
 
+demo-text: setup  ## SmolLM2-135M teaches 20 of its own 30 layers real text; about ten minutes on two idle cores
+	@test -e smollm2/student/config.json || $(BIN)/python benchmarks/smollm2.py smollm2
+	@$(BIN)/opd run configs/demo-text.yaml --name demo-text
+	@$(BIN)/python benchmarks/demo_text.py demo-text
+
 study: setup  ## compare the methods over seeds (configs/study.yaml); can be stopped and continued
 	@$(BIN)/opd study configs/study.yaml
+
+study-rewards: setup  ## compare rewards and token credit over seeds (configs/study-rewards.yaml); can be stopped and continued
+	@$(BIN)/opd study configs/study-rewards.yaml
 
 test: setup  ## the test suite in two processes, without the long tests
 	@$(BIN)/python -m pytest -n 2
 
-test-full: setup  ## the test suite with the long tests
+test-full: setup  ## the test suite with the long tests; needs Chromium (Debian: apt-get install chromium)
 	@$(BIN)/python -m pytest -m "not faults"
 
 faults: setup  ## all fault tests in full (docs/reliability.md); takes hours, can be stopped and continued

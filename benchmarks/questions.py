@@ -5,6 +5,7 @@ python benchmarks/questions.py FOLDER [TOKENS]     makes the store once (a minut
 Two runs that share their two rounds: round 1 of a thousand tokens, round 2 of TOKENS. Completions of 256 tokens, on average, over
 a byte-level vocabulary of 50,000, some of them parts of characters; teacher_topk lists of 8. Each question is asked REPEATS times
 in this process with its default parameters: the median and the slowest wall time, the processor's time, the rows of the answer.
+The last line is the page of `opd report`, made once.
 On a machine that others use, the processor's time over the number of cores is what the wall time would be."""
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 from record import record
 
+from flows.experiment import load_experiment
+from flows.page.build import page
 from storage.artifacts.artifact import Artifact, ArtifactSpec
 from storage.query.catalog import Catalog
 from storage.query.questions import questions
@@ -31,6 +34,8 @@ TOKENS, LENGTH, SHARD = 10_000_000, 256, 640
 VOCABULARY, PROMPTS, HELD_OUT, K = 50_000, 4_000, 500, 8
 REPEATS = 3
 RUN, OTHER = "large", "other"
+CONFIG = Path(__file__).resolve().parent.parent / "tests" / "data" / "tiny.yaml"
+"""What the runs' records say that they are; nothing is run."""
 
 
 def words() -> list[bytes]:
@@ -184,7 +189,7 @@ def make_store(root: Path, tokens: int) -> None:
         metrics = {"rollout_tokens": float(wanted), "reverse_kl": 1 / (1 + round)}
         rounds.append(RoundState(round=round, student_sha256=f"{round:064x}", metrics=metrics, stages=stages))
     for name in (RUN, OTHER):
-        run = Run.create(root, name, {"seed": 0}, {"seed": 0})
+        run = Run.create(root, name, load_experiment(CONFIG).model_dump(mode="json"), {"seed": 0})
         with run.lock():
             state = run.state
             state.status, state.rounds = "finished", rounds
@@ -220,6 +225,10 @@ def measure(root: Path, tokens: int) -> None:
         medians[name] = statistics.median(walls)
     slowest = max(medians, key=lambda name: medians[name])
     record(f"slowest named question over {tokens:,} tokens ({slowest})", [medians[slowest]], "3 s for 10,000,000", "s")
+    began, processor = time.perf_counter(), time.process_time()
+    made = page(root, [RUN])
+    wall, processor = time.perf_counter() - began, time.process_time() - processor
+    print(f"page of opd report: {wall:.1f} s, {processor:.1f} s of the processor, {len(made.html):,} bytes")
 
 
 if __name__ == "__main__":

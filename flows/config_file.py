@@ -59,8 +59,10 @@ def shipped(path: Path) -> Path:
         name = str(path).removeprefix(RECIPE)
         recipes = {file.stem: file for file in sorted((CONFIGS / "recipes").glob("*.yaml"))}
         if name not in recipes:
-            hint = did_you_mean(name, list(recipes), "opd objectives lists them")
-            raise ConfigError(f"{path}: no recipe is named {name!r}; {hint}")
+            hint = did_you_mean(name, list(recipes))
+            raise ConfigError(
+                f"{path}: no recipe is named {name!r}{f'; {hint}' if hint else ''}\nrecipes: {', '.join(recipes)}"
+            )
         return recipes[name]
     if path.exists() or path.is_absolute() or path.parts[:1] != ("configs",):
         return path
@@ -165,7 +167,7 @@ def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
     location = tuple(error["loc"])
     unknown = error["type"] == "extra_forbidden"
     tags = _walk(model, location[:-1] if unknown else location)[1]
-    field = ".".join(str(part) for part in location if part not in tags) or "(whole config)"
+    field = ".".join(str(part) for part in location if isinstance(part, int) or part not in tags) or "(whole config)"
     found = error.get("input")
     if unknown:
         known = _fields_at(model, location[:-1])

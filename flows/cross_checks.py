@@ -9,6 +9,8 @@ from flows.config_file import DISCRIMINATORS
 from storage.errors import ConfigError
 from storage.query.figures import PARTS
 from tasks.engines.teacher import ServerTeacher
+from tasks.inputs.contexts import JUDGED, SiblingConfig, named_in, templates_of
+from tasks.inputs.judging import JudgeConfig, JudgeFunction
 from tasks.inputs.models import CheckpointModel, ServedModel, declared_sizes
 from tasks.inputs.teachers import SELF_TEACHERS, InitialStudent, is_self
 from tasks.losses.config import FullSupport
@@ -30,10 +32,11 @@ def cross_problems(e: Experiment) -> list[str]:
         )
     if e.objective.estimator == "sft":
         problems.append("objective.estimator: 'sft' trains on given text and belongs to student.warmup; choose another")
-    if e.objective.needs().credit.reward:
+    if e.judge is None and e.objective.needs().credit.reward:
         problems.append(
-            "objective.advantage: this one needs a reward of each sample, and rewards come with the stage `judge`, which is"
-            " not built yet; use an advantage that needs none (`opd objectives` lists them)"
+            "judge: this objective needs a reward of each completion, and nothing gives one; write judge: {verifiers: [{kind:"
+            " exact_match}]} (or math_verify, or {kind: function, target: MODULE:FUNCTION}), or take an objective that needs"
+            " none (`opd objectives` lists them)"
         )
     truncated = [
         f"rollout.{name} is {value}"
@@ -49,6 +52,8 @@ def cross_problems(e: Experiment) -> list[str]:
     problems += _stop_problems(e)
     problems += prefix_problems(e)
     problems += teacher_problems(e)
+    problems += credit_problems(e)
+    problems += _set_problems(e)
     for name, model in (("student", e.student), *((teacher_field(who), model) for who, model in e.taught_by.items())):
         if model.warmup is not None and e.prompts.warmup is None:
             problems.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
@@ -59,6 +64,50 @@ def cross_problems(e: Experiment) -> list[str]:
     sizes = (declared_sizes(e.source_of(model))[0] for model in e.taught_by.values())
     problems += size_problems(e, *declared_sizes(e.student.source), *sizes)
     return problems
+
+
+def credit_problems(e: Experiment) -> list[str]:
+    """What rewards and token credit ask of the rollouts and of the teacher."""
+    if e.objective.estimator != "credit":
+        return []
+    problems, needs = [], e.objective.needs().credit
+    if needs.reward and e.rollout.num_generations < 2:
+        problems.append(
+            "rollout.num_generations: 1, but objective.reward group compares the samples of a prompt with each other; set it to 2"
+            " or more (8 is usual)"
+        )
+    threshold = e.objective.reward.threshold
+    judged = None if e.judge is None else e.judge.success_threshold
+    if threshold is not None and judged is not None and threshold != judged:
+        problems.append(
+            f"objective.reward.success_threshold: {threshold:g}, but judge.success_threshold, by which {{sibling}} is correct, is"
+            f" {judged:g}; give both the same"
+        )
+    marks = {"route: spans": ("spans", needs.spans), "add.segments_of: judge": ("segments", needs.judged_segments)}
+    for field, (key, asked) in marks.items():
+        if asked and e.judge is not None and not any(isinstance(v, JudgeFunction) for v in e.judge.verifiers):
+            problems.append(
+                f"objective.{field} reads the judge's {key}, but {' and '.join(e.judge.names)} give"
+                f"{'s' * (len(e.judge.names) == 1)} none; add a function of yours that returns {{reward, {key}}} to"
+                " judge.verifiers (docs/rewards.md)"
+            )
+    if needs.contexts and (e.teacher is None or e.teacher.context is None):
+        problems.append(
+            "teacher.context: the objective asks which samples the teacher reads a context for, and there is none; give a"
+            ' template, for example "{prompt}\n{solution}"'
+        )
+    return problems
+
+
+def needs_judge(e: Experiment) -> bool:
+    """Whether something reads rewards or feedback of the rollouts, so that the stage `judge` runs."""
+    return e.objective.needs().credit.reward or bool(named_in(e.sample_contexts) & JUDGED)
+
+
+NOT_JUDGED = (
+    "judge: nothing in this config reads rewards, so none are asked for and its stage does not run (null leaves it out)"
+)
+"""What a plan says about a config with a judge that nothing reads."""
 
 
 def student_problems(e: Experiment) -> list[str]:
@@ -186,6 +235,17 @@ def served_problems(e: Experiment) -> list[str]:
     return problems
 
 
+def _set_problems(e: Experiment) -> list[str]:
+    """What is wrong with named evaluation sets."""
+    problems = []
+    served = any(isinstance(model.source, ServedModel) for model in e.taught_by.values())
+    for name, one in e.evaluate.sets.items():
+        if one.kl_prompts != 0 and (e.routed or served):
+            why = "its prompts name none of several teachers" if e.routed else "a served teacher has no weights"
+            problems.append(f"evaluate.sets.{name}.kl_prompts: {why}; set it to 0 (then no KL is measured)")
+    return problems
+
+
 def teacher_problems(e: Experiment) -> list[str]:
     """What is wrong with the choice of one teacher, of several, or of a mixture."""
     problems = []
@@ -243,10 +303,52 @@ def self_teacher_problems(e: Experiment, teacher: TeacherConfig) -> list[str]:
             f" teacher.source {teacher.source.kind} is another model in every round; set teacher.source: {{kind: initial}}, or"
             " take a behaviour that reads no drafts"
         )
-    if context is not None and not e.prompts.chat_template and not context.endswith("{prompt}"):
+    for template in templates_of(context):
+        if not e.prompts.chat_template and not template.endswith("{prompt}"):
+            problems.append(
+                "teacher.context: with prompts.chat_template: false a completion continues the text itself, so the template must"
+                f" end with {{prompt}}, and it is {template!r}"
+            )
+    return problems + context_problems(e, teacher)
+
+
+def context_problems(e: Experiment, teacher: TeacherConfig) -> list[str]:
+    """What contexts of samples need that the rest does not give."""
+    named, problems = named_in(teacher.of_samples), []
+    if teacher.sibling != SiblingConfig() and "sibling" not in named:
         problems.append(
-            "teacher.context: with prompts.chat_template: false a completion continues the text itself, so the template must end"
-            f" with {{prompt}}, and it is {context!r}"
+            "teacher.sibling: is set, but teacher.context does not name {sibling}; name it, or leave this out"
+        )
+    if named & JUDGED and e.judge is None:
+        names = " and ".join(f"{{{name}}}" for name in sorted(named & JUDGED))
+        problems.append(
+            f"teacher.context: {names} need the judge's rewards or feedback of the rollouts; set `judge` (its verifiers), or"
+            " leave the column out"
+        )
+    elif e.judge is not None:
+        problems += _judge_problems(e.judge, named)
+    if "sibling" in named and e.rollout.num_generations == 1:
+        problems.append(
+            "teacher.context: {sibling} is another completion of the same prompt, but rollout.num_generations is 1; raise it, or"
+            " leave the column out"
+        )
+    return problems
+
+
+def _judge_problems(judge: JudgeConfig, named: set[str]) -> list[str]:
+    """What contexts ask the judge for that its verifiers cannot give."""
+    problems = []
+    if "feedback" in named and not any(isinstance(verifier, JudgeFunction) for verifier in judge.verifiers):
+        problems.append(
+            f"teacher.context: {{feedback}} is a text of the judge's, but {' and '.join(judge.names)} give"
+            f"{'s' * (len(judge.names) == 1)} none; add a function of yours that returns {{reward, feedback}} to judge.verifiers"
+            " (docs/rewards.md), or leave the column out"
+        )
+    weights = [verifier.weight for verifier in judge.verifiers if verifier.weight]
+    if named & {"sibling", "verdict"} and judge.success_threshold is None and weights != [1.0]:
+        problems.append(
+            f"judge.success_threshold: missing, but with the weights {', '.join(f'{w:g}' for w in weights)} rewards are not 0 or"
+            " 1, and teacher.context asks which completions are correct; set it"
         )
     return problems
 
@@ -262,7 +364,8 @@ def prefix_problems(e: Experiment) -> list[str]:
             "train.mask_reasons: teacher_prefix leaves out every token of these rollouts, none of which the student writes; take"
             " it out of the list"
         ]
-    if not left_out and e.objective.estimator == "policy_gradient":
+    sampled = e.objective.estimator == "credit" and e.objective.requires_untruncated_sampling
+    if not left_out and (sampled or e.objective.estimator == "policy_gradient"):
         return [
             "objective.estimator: a policy gradient needs the probability with which the student drew each token, but with"
             f" rollout.behaviour {behaviour.kind!r} others wrote some; put teacher_prefix into train.mask_reasons, take a trust"
@@ -274,6 +377,7 @@ def prefix_problems(e: Experiment) -> list[str]:
 def size_problems(e: Experiment, rows: int | None, positions: int | None, *teacher_rows: int | None) -> list[str]:
     """What does not fit models of these sizes: the student's rows and positions, each teacher's rows; None: unknown."""
     problems: list[str] = []
+    inside = "beside.support" if e.objective.estimator == "credit" else "support"
     for section, length in (
         ("rollout", e.rollout.max_completion_length),
         ("evaluate", e.evaluate.max_completion_length),
@@ -286,7 +390,7 @@ def size_problems(e: Experiment, rows: int | None, positions: int | None, *teach
     for need in e.objective.needs().signals:
         if rows and need.k and need.k > rows:
             side = getattr(e.objective, "side", None)
-            where = "trust_region" if side is not None and side.support.k == need.k else "support"
+            where = "trust_region" if side is not None and side.support.k == need.k else inside
             problems.append(f"objective.{where}.k: {need.k} is above the vocabulary of {rows}")
     support = getattr(e.objective, "support", None)
     if isinstance(support, FullSupport) and rows and all(teacher_rows):
@@ -294,12 +398,13 @@ def size_problems(e: Experiment, rows: int | None, positions: int | None, *teach
         shared = {min(rows, other) for other in known} if e.routed else {min([rows, *known])}
         if len(shared) > 1:
             problems.append(
-                f"objective.support: full support means every id, but the teachers share {' and '.join(map(str, sorted(shared)))}"
-                " of them with the student; take kind: teacher_topk with outside: bucket"
+                f"objective.{inside}: full support means every id, but the teachers share"
+                f" {' and '.join(map(str, sorted(shared)))} of them with the student; take kind: teacher_topk with outside:"
+                " bucket"
             )
         elif support.k < (least := min(shared)):
             problems.append(
-                f"objective.support.k: full support means every id, but k is {support.k} and the vocabulary has {least}"
+                f"objective.{inside}.k: full support means every id, but k is {support.k} and the vocabulary has {least}"
                 f" rows; set k: {least}, or take kind: teacher_topk with outside: bucket"
             )
     return problems
@@ -361,7 +466,7 @@ def dtype_warning(e: Experiment) -> str | None:
         f"{shown}: the student that is sampled, scored and trained is not one and the same; its log-probabilities differ by"
         " rounding before any update"
     )
-    if e.objective.estimator == "policy_gradient" and not e.policy.allow_mixed_dtypes:
+    if e.objective.estimator in ("policy_gradient", "credit") and not e.policy.allow_mixed_dtypes:
         raise ConfigError(
             f"{text}, which a policy gradient takes for an importance ratio. Set one dtype for all three, or accept it with"
             " policy.allow_mixed_dtypes: true"

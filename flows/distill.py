@@ -3,34 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 
+from flows.cross_checks import needs_judge
 from flows.experiment import Experiment, ModelConfig, TeacherConfig
 from flows.run.executor import Executor, Made
 from storage.store import Artifact
 from tasks.behaviours.drafts import ReadsDrafts
+from tasks.context import context_work
 from tasks.draft import draft_work
-from tasks.evaluate import evaluate_work
+from tasks.evaluate import EvaluationSet, evaluate_work
 from tasks.inputs.models import model_work
 from tasks.inputs.teachers import EmaStudent, PreviousRound, SelfTeacher, is_self
+from tasks.judge import judge_work
 from tasks.mixture import mixture_work
 from tasks.prepare import prepare_work
 from tasks.rollout import rollout_work
 from tasks.rollout_config import RolloutConfig
 from tasks.routing import teacher_label
-from tasks.stage import Drafts, Prompts, Rollouts, Student, Teacher, TrainerState, same_models
+from tasks.stage import Contexts, Drafts, Judged, Prompts, Rollouts, Student, Teacher, TrainerState, same_models
 from tasks.supervise import supervise_work
 from tasks.train import train_work
 from tasks.warmup import warmup_work
 
 
+@dataclass(frozen=True)
+class FurtherSet:
+    """A named evaluation set that the config does not have, and the rounds to measure on it."""
+
+    name: str
+    set: EvaluationSet
+    rounds: tuple[int, ...]
+
+
 def distill(
-    experiment: Experiment, do: Executor, rounds: int, evaluated: Callable[[int], bool] | None = None
+    experiment: Experiment,
+    do: Executor,
+    rounds: int,
+    evaluated: Callable[[int], bool] | None = None,
+    further: FurtherSet | None = None,
 ) -> Student:
     """Round 0 prepares and evaluates the student; every further round makes it a little more like its teacher.
     `evaluated`: which rounds are; by default those of policy.evaluate_every, and the last."""
     evaluated = evaluated or partial(experiment.policy.evaluates, last=rounds)
-    student, teacher, prompts = begin(experiment, do, evaluated)
+    student, teacher, prompts, sets = begin(experiment, do, evaluated, further)
     state: TrainerState | None = None
     for number in range(1, rounds + 1):
         now = experiment.at(number)
@@ -43,11 +60,16 @@ def distill(
                 teacher=read_by(now.rollout, teacher), drafts=drafts, plugins=plugins,
             )  # fmt: skip
             rollouts = Rollouts(made["rollout"])
+            judged = rewarded(now, rollouts=rollouts, prompts=prompts, do=do)
+            contexts = contextual(
+                now, rollouts=rollouts, student=student, teacher=teacher, prompts=prompts, judged=judged, do=do
+            )
             signals = {
                 label: do(
                     label, supervise_work, now.supervise,
                     rollouts=rollouts, student=student, teacher=one, prompts=prompts, names=names,
                     needs=now.objective.needs().signals, sampling=now.rollout, store=do.store, plugins=plugins,
+                    contexts=contexts,
                 )
                 for label, one, names in one_by_one(teacher)
             }  # fmt: skip
@@ -55,14 +77,10 @@ def distill(
                 "train", train_work, now.train,
                 objective=now.objective, student=student, state=state, rollouts=rollouts, signals=signals, prompts=prompts,
                 seed=seed, round=number, source=now.student.source, average=now.averaged, plugins=plugins,
-                routed=isinstance(teacher, Mapping),
+                routed=isinstance(teacher, Mapping), judged=judged, contexts=contexts,
             )  # fmt: skip
             student, state = Student(made["student"]), TrainerState(made["trainer_state"])
-            evaluate = do if evaluated(number) else do.stored
-            evaluate(
-                "evaluate", evaluate_work, now.evaluate,
-                student=student, teacher=teacher, prompts=prompts, seed=seed, plugins=plugins,
-            )  # fmt: skip
+            measure(now, number, student, teacher, prompts, sets, evaluated, do)
             round.ends_with(student)
             teacher = next_teacher(now.self_teacher, teacher, made)
         if do.enough(number):
@@ -98,6 +116,35 @@ def drafted(e: Experiment, round: int, *, teacher: Taught, prompts: Prompts, do:
     return Drafts(made["draft"])
 
 
+def rewarded(now: Experiment, *, rollouts: Rollouts, prompts: Prompts, do: Executor) -> Judged | None:
+    """The rewards of a round's rollouts, where something reads them."""
+    if now.judge is None or not needs_judge(now):
+        return None
+    made = do("judge", judge_work, now.judge, rollouts=rollouts, prompts=prompts, plugins=now.plugin_sources)
+    return Judged(made["judge"])
+
+
+def contextual(
+    now: Experiment,
+    *,
+    rollouts: Rollouts,
+    student: Student,
+    teacher: Taught,
+    prompts: Prompts,
+    judged: Judged | None,
+    do: Executor,
+) -> Contexts | None:
+    """What the teacher reads of each sample, where its context is not the same for all samples of a prompt."""
+    if not now.sample_contexts or now.teacher is None or isinstance(teacher, Mapping):
+        return None
+    made = do(
+        "context", context_work, now.sample_contexts,
+        sibling=now.teacher.sibling, prepare=now.prompts, rollouts=rollouts, student=student, teacher=teacher, prompts=prompts,
+        judged=judged, seed=now.seed, success_threshold=None if now.judge is None else now.judge.success_threshold,
+    )  # fmt: skip
+    return Contexts(made["context"])
+
+
 def one_by_one(teacher: Taught) -> Iterator[tuple[str, Teacher, tuple[str, ...]]]:
     """(label of its stage, teacher, names whose prompts it has) of each pass of supervision; names of one checkpoint share it."""
     if not isinstance(teacher, Mapping):
@@ -115,11 +162,24 @@ def next_teacher(source: SelfTeacher | None, teacher: Taught, made: Made) -> Tau
     return Teacher(made["teacher_ema"]) if isinstance(source, EmaStudent) else teacher
 
 
-def begin(experiment: Experiment, do: Executor, evaluated: Callable[[int], bool]) -> tuple[Student, Taught, Prompts]:
+Sets = Mapping[str, tuple[EvaluationSet, Prompts, Callable[[int], bool]]]
+"""By name: an evaluation set, its prompts, and which rounds are measured on it."""
+
+
+def begin(
+    experiment: Experiment, do: Executor, evaluated: Callable[[int], bool], further: FurtherSet | None = None
+) -> tuple[Student, Taught, Prompts, Sets]:
     """Round 0: the models, the prompts, the warm-ups, and the student's metrics before distillation."""
     first = experiment.at(0)
     with do.round(0) as round:
         student_model, teacher_models, prompts = inputs(first, do)
+        sets = {
+            name: (one, set_prompts(first, name, one, student_model, teacher_models, do), evaluated)
+            for name, one in experiment.evaluate.sets.items()
+        }
+        if further is not None:
+            own = set_prompts(first, further.name, further.set, student_model, teacher_models, do)
+            sets[further.name] = (further.set, own, further.rounds.__contains__)
         do.inspect(experiment, student_model, teacher_models, prompts)
         warm = {
             name: warmed(teacher_label("warmup_teacher", name), config, teacher_models[name], prompts, first, do, name)
@@ -127,13 +187,49 @@ def begin(experiment: Experiment, do: Executor, evaluated: Callable[[int], bool]
         }
         student = Student(warmed("warmup", first.student, student_model, prompts, first, do))
         teacher = Teacher(student) if first.self_teacher is not None else together(first, warm, do)
-        evaluate = do if evaluated(0) else do.stored
-        evaluate(
-            "evaluate", evaluate_work, first.evaluate,
-            student=student, teacher=teacher, prompts=prompts, seed=first.seed, plugins=first.plugin_sources,
-        )  # fmt: skip
+        measure(first, 0, student, teacher, prompts, sets, evaluated, do)
         round.ends_with(student)
-    return student, teacher, prompts
+    return student, teacher, prompts, sets
+
+
+def measure(
+    now: Experiment, number: int, student: Student, teacher: Taught, prompts: Prompts, sets: Sets,
+    evaluated: Callable[[int], bool], do: Executor,
+) -> None:  # fmt: skip
+    """The round's student on the held-out prompts, and on each named set."""
+    evaluate = do if evaluated(number) else do.stored
+    evaluate(
+        "evaluate", evaluate_work, now.evaluate.main,
+        student=student, teacher=teacher, prompts=prompts, seed=now.seed, plugins=now.plugin_sources,
+    )  # fmt: skip
+    unnamed = next(iter(teacher.values())) if isinstance(teacher, Mapping) else teacher  # sets measure no KL to several
+    for name, (one, own, wanted) in sets.items():
+        evaluate = do if wanted(number) else do.stored
+        evaluate(
+            set_label("evaluate", name), evaluate_work, now.evaluate.on(one),
+            student=student, teacher=unnamed, prompts=own, seed=now.seed, plugins=now.plugin_sources,
+        )  # fmt: skip
+
+
+def set_label(stage: str, name: str) -> str:
+    """What the stage of a named evaluation set is called in a round."""
+    return f"{stage}_{name}"
+
+
+def set_prompts(
+    first: Experiment, name: str, one: EvaluationSet, student: Artifact, teachers: dict[str | None, Artifact], do: Executor
+) -> Prompts:  # fmt: skip
+    """The prompts of a named evaluation set, rendered as the held-out ones are. Where each prompt names its teacher, those of
+    a set name none, and no teacher reads them."""
+    named = {who: model for who, model in teachers.items() if who is not None}
+    read = None if first.routed else named or teachers[None]
+    template = first.contexts.get("train") if one.kl_prompts != 0 else None  # contexts of samples: none, as held-out prompts
+    prepared = do(
+        set_label("prepare", name), prepare_work, first.prompts.only(one.prompts),
+        student_model=student, teacher_model=read, mixed=first.mixture is not None,
+        memo=do.store.memo, store=do.store, contexts={} if template is None else {"eval": template},
+    )  # fmt: skip
+    return Prompts(prepared["prepare"])
 
 
 def together(first: Experiment, warm: Mapping[str | None, Artifact], do: Executor) -> Taught:
@@ -163,7 +259,7 @@ def inputs(first: Experiment, do: Executor) -> tuple[Artifact, dict[str | None, 
     prepared = do(
         "prepare", prepare_work, first.prompts,
         student_model=student_model, teacher_model=named or teacher_models[None], mixed=first.mixture is not None,
-        memo=memo, store=do.store, contexts=first.contexts,
+        memo=memo, store=do.store, contexts=first.contexts, context_columns=first.context_columns,
     )  # fmt: skip
     return student_model, teacher_models, Prompts(prepared["prepare"])
 

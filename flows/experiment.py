@@ -11,17 +11,19 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from flows.config_file import Settled, merge, parse_override, read_layers, refuse_secrets, validate
 from flows.cross_checks import WITH_DTYPE, cross_problems
+from flows.trackers import AnyTracker, TrackerConfig
 from storage.disk.yaml_text import dump
 from storage.errors import IdentityMismatch
 from storage.identity import Identity, RunPolicy, omit_at
 from storage.upkeep.retention import Retention
 from storage.upkeep.stop_rules import StopRules
 from tasks.evaluate import EvaluateConfig
-from tasks.inputs.contexts import columns_of
+from tasks.inputs.contexts import SiblingConfig, columns_of, kept_columns, per_sample, templates_of
 from tasks.inputs.models import ModelSource, vocabulary_rows_of
 from tasks.inputs.prompts import PrepareConfig
 from tasks.inputs.teachers import SELF_TEACHERS, EmaStudent, SelfTeacher, TeacherSource, is_self
 from tasks.inputs.verifiers import verifier_digest
+from tasks.judge import JudgeConfig, sources_of
 from tasks.losses.config import ObjectiveConfig
 from tasks.mixture import MixtureConfig
 from tasks.plugins import beside, changed, load_plugins, refuse_hidden, search_in
@@ -33,6 +35,11 @@ from tasks.workers.runtime import RuntimeConfig
 
 KEPT_STATES = 2
 """Rounds whose trainer_state a new run keeps: the last, which the next round reads, and the one that it was trained from."""
+
+
+_PLAIN_SIBLING = {"rule": "first", "strip_thinking": True}
+CHANGEABLE = ("policy", "trackers", "hooks")
+"""Sections that may change between two calls of a run, beside `runtime`."""
 
 
 class ModelConfig(Identity):
@@ -49,19 +56,35 @@ class TeacherConfig(Identity):
         description="a model as for the student, or the student itself: initial, previous_round, ema (docs/teachers.md)"
     )
     warmup: WarmupConfig | None = Field(None, description="supervised fine-tuning before distillation (cold start)")
-    context: str | None = Field(
+    context: str | tuple[str, ...] | None = Field(
         None,
-        description="a template over {prompt}, {answer}, {solution} and {hint} that becomes the user's turn which the teacher"
-        " reads; null: it reads what the student reads. Where prompts are plain text it ends with {prompt}",
+        description="a template over {prompt}, {answer}, {solution} and {hint}, and over {sibling}, {feedback} and {verdict},"
+        " which only the round knows; it becomes the user's turn which the teacher reads. A list: each sample gets the first"
+        " template that it has every column for, and those that get none are left out of the loss. null: the teacher reads what"
+        " the student reads. Where prompts are plain text a template ends with {prompt}",
         json_schema_extra=omit_at(None),
+    )
+    sibling: SiblingConfig = Field(
+        SiblingConfig(), description="which completion {sibling} is", json_schema_extra=omit_at(_PLAIN_SIBLING)
     )
 
     @field_validator("context")
     @classmethod
-    def _template(cls, value: str | None) -> str | None:
-        if value is not None and not columns_of(value):
-            raise ValueError("context: it names no column; write {prompt}, {answer}, {solution} or {hint}, or null")
+    def _template(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if value == ():
+            raise ValueError("context: an empty list; write a template, or null")
+        for template in templates_of(value):
+            if not columns_of(template):
+                raise ValueError(
+                    f"context: {template!r} names no column; write {{prompt}}, {{answer}}, {{solution}}, {{hint}}, {{sibling}},"
+                    " {feedback} or {verdict}, or null"
+                )
         return value
+
+    @property
+    def of_samples(self) -> tuple[str, ...]:
+        """The templates, where samples have contexts of their own; else empty."""
+        return templates_of(self.context) if per_sample(self.context) else ()
 
     @model_validator(mode="after")
     def _check(self) -> TeacherConfig:
@@ -121,6 +144,27 @@ class Policy(RunPolicy):
         return round % self.evaluate_every == 0 or round in (last, self.rounds)
 
 
+class Hooks(RunPolicy):
+    """Commands of yours, called on the machine of the run: a list of words, or one line for the shell. They get OPD_RUN,
+    OPD_ROUND, OPD_STATUS and OPD_ROOT in the environment and the round's metrics as JSON on standard input. One that fails is a
+    warning."""
+
+    on_round: tuple[str, ...] | str | None = Field(
+        None, description="called after every round in which something was made"
+    )
+    on_failure: tuple[str, ...] | str | None = Field(
+        None, description="called when the run fails; OPD_ERROR has the reason. Not when it is stopped"
+    )
+    timeout: float = Field(60, gt=0, description="seconds after which a command is ended, with all its processes")
+
+    @field_validator("on_round", "on_failure")
+    @classmethod
+    def _words(cls, value: tuple[str, ...] | str | None) -> tuple[str, ...] | str | None:
+        if value is not None and not (value.strip() if isinstance(value, str) else value and value[0].strip()):
+            raise ValueError("it has no command; write a list of words or a line for the shell, or null")
+        return value
+
+
 class Fork(BaseModel):
     """The round of another run from which this one started."""
 
@@ -132,7 +176,7 @@ class Fork(BaseModel):
 
 
 class Experiment(BaseModel):
-    """A run's whole config. Fields above `runtime` are identity."""
+    """A run's whole config. Fields above `runtime` are identity; `runtime` and the fields below it may change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -149,6 +193,10 @@ class Experiment(BaseModel):
     )
     prompts: PrepareConfig
     rollout: RolloutConfig
+    judge: JudgeConfig | None = Field(
+        None,
+        description="verifiers that give the rollouts rewards, for objectives and teachers' contexts that need them; null: none",
+    )
     supervise: SuperviseConfig = Field(default_factory=SuperviseConfig)
     objective: ObjectiveConfig
     train: TrainConfig
@@ -160,14 +208,34 @@ class Experiment(BaseModel):
     fork: Fork | None = Field(None, description="set by `opd fork`")
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
     policy: Policy = Field(default_factory=Policy)
+    trackers: tuple[AnyTracker, ...] = Field(
+        (), description="where metrics go beside the store: tensorboard, wandb, mlflow, trackio, or a plugin's"
+    )
+    hooks: Hooks = Field(default_factory=Hooks)
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        """One tracker stands for a list of it."""
+        return [value] if isinstance(value, str | dict) else () if value is None else value
+
+    @field_validator("trackers")
+    @classmethod
+    def _each_once(cls, value: tuple[TrackerConfig, ...]) -> tuple[TrackerConfig, ...]:
+        kinds = [tracker.kind for tracker in value]
+        if twice := sorted({kind for kind in kinds if kinds.count(kind) > 1}):
+            raise ValueError(f"{twice[0]} is there twice; name each tracker once")
+        return value
 
     @model_validator(mode="before")
     @classmethod
     def _whole_vocabulary(cls, data: Any) -> Any:
         """A full support without `k` takes the smaller vocabulary of the two models, where it is known before loading."""
         objective = data.get("objective") if isinstance(data, dict) else None
-        support = objective.get("support") if isinstance(objective, dict) else None
-        if not isinstance(objective, dict) or not isinstance(support, dict):
+        beside = objective.get("beside") if isinstance(objective, dict) else None
+        holder = beside if isinstance(beside, dict) else objective
+        support = holder.get("support") if isinstance(holder, dict) else None
+        if not isinstance(objective, dict) or not isinstance(holder, dict) or not isinstance(support, dict):
             return data
         if support.get("kind") != "full" or "k" in support:
             return data
@@ -180,7 +248,8 @@ class Experiment(BaseModel):
         rows = [_rows(model) for model in models]
         if None in rows:
             return data
-        return data | {"objective": {**objective, "support": {**support, "k": min(filter(None, rows))}}}
+        filled = {**holder, "support": {**support, "k": min(filter(None, rows))}}
+        return data | {"objective": filled if holder is objective else {**objective, "beside": filled}}
 
     @field_validator("teachers", mode="before")
     @classmethod
@@ -197,7 +266,7 @@ class Experiment(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """The part that determines results, as JSON."""
-        return self.model_dump(mode="json", exclude={"runtime", "policy"})
+        return self.model_dump(mode="json", exclude={"runtime", *CHANGEABLE})
 
     def at(self, round: int) -> Experiment:
         """The experiment that applies to a round: the parent's for rounds up to a fork, and with the behaviour that holds at the
@@ -245,10 +314,23 @@ class Experiment(BaseModel):
 
     @property
     def contexts(self) -> dict[str, str]:
-        """Split -> template of what the teacher reads. The held-out prompts have one if the evaluation asks the teacher."""
+        """Split -> template of what the teacher reads, where it is the same for all samples of a prompt. The held-out prompts
+        have one if the evaluation asks the teacher."""
         splits = ("train", "eval") if self.evaluate.generations("kl") else ("train",)
         template, sources = None if self.teacher is None else self.teacher.context, self.prompts.sources()
-        return {} if template is None else {split: template for split in splits if split in sources}
+        if not isinstance(template, str) or self.sample_contexts:
+            return {}
+        return {split: template for split in splits if split in sources}
+
+    @property
+    def sample_contexts(self) -> tuple[str, ...]:
+        """The teacher's templates, where the samples of a round have contexts of their own; else empty."""
+        return () if self.teacher is None else self.teacher.of_samples
+
+    @property
+    def context_columns(self) -> dict[str, bool] | None:
+        """What `prepare` keeps of the prompts for the contexts of samples; None where samples have none of their own."""
+        return kept_columns(self.sample_contexts) if self.sample_contexts else None
 
     @property
     def taught_by(self) -> dict[str | None, ModelConfig | TeacherConfig]:
@@ -292,14 +374,17 @@ def _is_students(teacher: Any) -> bool:
     return isinstance(source, dict) and source.get("kind") in SELF_TEACHERS
 
 
-def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:
-    """Read, override and validate a config. Paths in a file are relative to it, those of overrides to the working directory.
+def load_experiment(
+    path: str | Path, overrides: list[str] | None = None, folder: str | Path | None = None
+) -> Experiment:
+    """Read, override and validate a config. Paths in a file are relative to it, those of overrides to `folder` (default: the
+    working directory).
 
     ConfigError names file and field, what was found, and what to do."""
     layers = read_layers(Path(path))
     given = [(f"--set {text}", parse_override(text)) for text in overrides or []]
     parts = [(data, file.parent, str(file)) for file, data in layers] + [
-        (data, Path.cwd(), where) for where, data in given
+        (data, Path.cwd() if folder is None else Path(folder), where) for where, data in given
     ]
     return assembled(parts, str(path), [file.parent for file, _ in reversed(layers)])
 
@@ -359,16 +444,14 @@ def import_plugins(data: dict[str, Any], where: str, folders: Sequence[Path] = (
 
     ConfigError for a missing module, and for secrets in the config."""
     refuse_secrets(data, where)
-    runtime, evaluate = data.get("runtime"), data.get("evaluate")
-    verifier = evaluate.get("verifier") if isinstance(evaluate, dict) else None
-    target = verifier.get("target") if isinstance(verifier, dict) else None
+    runtime = data.get("runtime")
     listed = runtime.get("modules") if isinstance(runtime, dict) else None
     stored = (
         [Path(item) for item in listed if isinstance(item, (str, Path))] if isinstance(listed, list | tuple) else []
     )
     parent = data["fork"].get("experiment") if isinstance(data.get("fork"), dict) else None
     plugins = [_names(part) for part in (parent, data) if isinstance(part, dict)]
-    wanted = [*plugins[-1], *([target.partition(":")[0]] if isinstance(target, str) else [])]
+    wanted = [*plugins[-1], *_functions(data)]
     used = list(dict.fromkeys(folder for name in wanted for folder in [beside(name, [*folders, *stored])] if folder))
     for folder in [*used, *stored]:
         search_in(folder)
@@ -377,6 +460,18 @@ def import_plugins(data: dict[str, Any], where: str, folders: Sequence[Path] = (
     for names in plugins:
         load_plugins(names)
     return [folder for folder in used if folder in folders]
+
+
+def _functions(data: dict[str, Any]) -> list[str]:
+    """The modules of the functions that verifiers name, of a config that is not validated yet."""
+    evaluate, judge = (data.get(section) for section in ("evaluate", "judge"))
+    listed = judge.get("verifiers") if isinstance(judge, dict) else None
+    verifiers = [
+        evaluate.get("verifier") if isinstance(evaluate, dict) else None,
+        *(listed if isinstance(listed, list | tuple) else ()),
+    ]
+    targets = [verifier.get("target") for verifier in verifiers if isinstance(verifier, dict)]
+    return [target.partition(":")[0] for target in targets if isinstance(target, str)]
 
 
 def _names(data: dict[str, Any]) -> list[str]:
@@ -408,12 +503,14 @@ def _younger_fields(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_plugins(experiment: Experiment, name: str = "NAME") -> Experiment:
-    """The experiment with its plugins imported, its verifier's function found, and the digests of the plugins' sources set, if it
-    had none.
+    """The experiment with its plugins imported, its verifiers' functions found, and the digests of the plugins' sources set,
+    if it had none.
 
     ConfigError for a missing plugin or function, IdentityMismatch if a plugin has changed since the run `name` began."""
     if experiment.evaluate.verifier is not None:
         verifier_digest(experiment.evaluate.verifier)
+    if experiment.judge is not None:
+        sources_of(experiment.judge)
     now = load_plugins(experiment.plugins)
     if not experiment.plugin_sources:
         return experiment.model_copy(update={"plugin_sources": now})

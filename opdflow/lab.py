@@ -22,7 +22,7 @@ from storage.disk.files import scheme
 from storage.errors import InputError
 from storage.query.catalog import Catalog
 from storage.query.questions import question, questions
-from storage.runs import Run
+from storage.runs import Run, RunState, settled
 from storage.store import Store
 
 MAX_ROWS = 20_000_000
@@ -92,6 +92,11 @@ class LabRun:
         return Run.open(self.lab.root, self.name).experiment
 
     @property
+    def status(self) -> str:
+        """new, running, stopped, failed or finished: as `opd status --json` has it."""
+        return _state(Run.open(self.lab.root, self.name)).status
+
+    @property
     def rounds(self) -> Result:
         """Figures per round, with standard errors."""
         return self.sql("SELECT * EXCLUDE (run, stages) FROM rounds ORDER BY round")
@@ -125,10 +130,17 @@ class LabRun:
         return self.lab._query(sql, Run.open(self.lab.root, self.name), **limits)
 
     def __repr__(self) -> str:
-        state = Run.open(self.lab.root, self.name).state
-        return f"<run {self.name}: {state.status}, {len(state.rounds)} rounds>"
+        state = _state(Run.open(self.lab.root, self.name))
+        last = state.last_trained
+        return f"<run {self.name}: {state.status}{'' if last is None else f', round {last.round}'}>"
 
     def _of(self, view: str, round: int | None) -> Result:
+        if round is not None:
+            known = [known.round for known in Run.open(self.lab.root, self.name).state.rounds]
+            if round not in known:
+                raise InputError(
+                    f"round={round}: run {self.name!r} has the rounds {', '.join(map(str, sorted(known))) or 'none'}"
+                )
         where = "" if round is None else f" WHERE round = {int(round)}"
         return self.sql(f"SELECT * EXCLUDE (run) FROM {view}{where}")
 
@@ -141,8 +153,8 @@ class Lab:
 
     @property
     def runs(self) -> Result:
-        """Name, status, rounds and last change of every run, the last changed first."""
-        states = sorted((run.state for run in Run.list(self.root)), key=lambda state: state.updated, reverse=True)
+        """Name, status, last finished round and last change of every run, the last changed first; as `opd ls`."""
+        states = sorted((_state(run) for run in Run.list(self.root)), key=lambda state: state.updated, reverse=True)
         rows = [{"run": s.name, "status": s.status, "rounds": s.rounds_done, "updated": s.updated} for s in states]
         types = [("run", pa.string()), ("status", pa.string()), ("rounds", pa.int64()), ("updated", pa.string())]
         return Result(pa.Table.from_pylist(rows, pa.schema(types)))
@@ -178,6 +190,12 @@ def open(root: str | Path = "opd-store") -> Lab:
     if not (folder / "artifacts").is_dir():
         raise InputError(f"{folder}: no store in this folder; give the folder that `opd run --root` wrote to")
     return Lab(folder)
+
+
+def _state(run: Run) -> RunState:
+    """The state as the command line shows it: of a run whose process is gone `stopped`, not `running`."""
+    holder = run.holder()
+    return settled(run.state, holder)
 
 
 def _library(name: str) -> Any:

@@ -8,7 +8,7 @@ generated pages, queries, collection and replays.
     class Mine(Divergence): ...
 
 `register` takes a class of any open axis: a behaviour, divergence, trust region, token weight,
-credit, signal or teacher backend.
+credit, signal, teacher backend or tracker.
 `register_role` lets a class of the plugin's serve the jobs of a worker role, `register_schema` adds jobs of its own."""
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from flows import trackers as _trackers
+from flows.trackers import Point, Tracked, Tracker, TrackerConfig
 from storage.schemas import Column, TableSchema
 from tasks import behaviours as _behaviours
 from tasks.behaviours import Behaviour, Completion, Draw, Drawn, Score, Scored, Start, Stops
@@ -36,8 +38,9 @@ from tasks.workers.jobs import Schema, register_role, register_schema
 
 __all__ = [
     "Ask", "Behaviour", "Capabilities", "Column", "Completion", "Credit", "CreditContext", "CreditNeeds", "CreditTerms",
-    "Divergence", "Draw", "Drawn", "Host", "Passage", "Schema", "Score", "Scored", "Shard", "SideTerm", "Signal",
-    "SignalNeed", "Start", "Stops", "TableSchema", "Teacher", "TeacherBackend", "TokenWeight", "TrustRegion", "Values",
+    "Divergence", "Draw", "Drawn", "Host", "Passage", "Point", "Schema", "Score", "Scored", "Shard", "SideTerm", "Signal",
+    "SignalNeed", "Start", "Stops", "TableSchema", "Teacher", "TeacherBackend", "TokenWeight", "Tracked", "Tracker",
+    "TrackerConfig", "TrustRegion", "Values",
     "Vocabulary", "Wanted", "Weighable", "Written", "register", "register_role", "register_schema",
 ]  # fmt: skip
 
@@ -50,6 +53,7 @@ _AXES: tuple[tuple[type, Callable[[Any], Any]], ...] = (
     (Credit, _credit.register),
     (Signal, _register_signal),
     (TeacherBackend, _teacher.register),
+    (TrackerConfig, _trackers.register),
 )
 
 

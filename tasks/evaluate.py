@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from storage.artifacts.shards import IntermediateShards, read_parquet
 from storage.errors import CorruptArtifact, InputError
@@ -18,6 +18,7 @@ from storage.identity import Identity, derive_seed, omit_at
 from storage.query.figures import errors_of, sums_of
 from storage.schemas import COMPLETION_KL, schema_for
 from storage.store import Artifact, ArtifactSpec, Builder, Store
+from tasks.inputs.sources import PromptSource
 from tasks.inputs.verifiers import ExactMatch, FunctionVerifier, VerifierConfig, verifier_digest, verify
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.rollout_config import Dtype, StopTokenIds
@@ -46,6 +47,24 @@ COMPLETIONS = "rollouts"
 MODES: tuple[Literal["greedy", "sampled", "kl"], ...] = ("greedy", "sampled", "kl")
 
 
+class EvaluationSet(Identity):
+    """A further set of held-out prompts, measured beside the main one and kept apart from it. Sampling is that of `evaluate`."""
+
+    prompts: PromptSource = Field(
+        description="rendered and filtered as prompts.eval is; training rows are not left out of it"
+    )
+    verifier: VerifierConfig | None = Field(
+        ExactMatch(), description="judges greedy and sampled completions; null: no accuracy"
+    )
+    limit: int | None = Field(None, ge=1, description="at most this many of its prompts; null: all")
+    kl_prompts: int | None = Field(
+        0, ge=0, description="prompts whose fresh temperature-1 rollouts give reverse_kl; null: all of them; 0: none"
+    )
+
+
+SetName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+
+
 class EvaluateConfig(Identity):
     """What is measured of every round's student. Prompts and seeds are the same in every round."""
 
@@ -68,12 +87,33 @@ class EvaluateConfig(Identity):
     )
     dtype: Dtype = Field("float32", description="of the engine and of the scorer")
     shard_prompts: int = Field(64, ge=1, description="prompts per shard: the unit of redo and of data parallelism")
+    sets: dict[SetName, EvaluationSet] = Field(
+        {},
+        description="further sets by name, each measured in the rounds that are evaluated; their metrics are called"
+        " evaluate_NAME_METRIC",
+        json_schema_extra=omit_at({}),
+    )
 
     @model_validator(mode="after")
     def _something(self) -> EvaluateConfig:
         if not any(self.generations(mode) for mode in MODES):
             raise ValueError("nothing to evaluate: set greedy, or num_generations, or kl_prompts")
+        for name, one in self.sets.items():
+            if not any(self.on(one).generations(mode) for mode in MODES):
+                raise ValueError(
+                    f"sets.{name}: nothing to evaluate: set evaluate.greedy, or evaluate.num_generations, or its kl_prompts"
+                )
         return self
+
+    @property
+    def main(self) -> EvaluateConfig:
+        """Without the sets: what the evaluation of the held-out prompts depends on."""
+        return self.model_copy(update={"sets": {}})
+
+    def on(self, one: EvaluationSet) -> EvaluateConfig:
+        """What the evaluation on a set depends on."""
+        own = {"prompts": one.limit, "verifier": one.verifier, "kl_prompts": one.kl_prompts}
+        return self.model_copy(update={"sets": {}} | own)
 
     def generations(self, mode: str) -> int:
         """Completions per prompt in a mode; 0 where it is off."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +21,10 @@ from storage.identity import canonical_json, digest_of
 from storage.schemas import schema_for
 from storage.store import ArtifactSpec, Builder, Store
 from tasks.inputs.completions import depends_on_context
-from tasks.inputs.contexts import privileged_columns, teacher_prompt
+from tasks.inputs.contexts import missing_column, privileged_columns, teacher_prompt, users_turn
 from tasks.inputs.prompts import SPLITS, PrepareConfig
 from tasks.inputs.rendering import BATCH, Reader, RenderedPrompt, Renderer
-from tasks.inputs.rows import Row
+from tasks.inputs.rows import PRIVILEGED, Row
 from tasks.inputs.shipped import load_tokenizer, read_otherwise
 from tasks.inputs.sources import read_rows, source_identity
 from tasks.inputs.tokenizers import TokenizerAudit, TokenizerPolicy, audit_tokenizers, vocabulary_rows
@@ -37,6 +37,10 @@ SHARD_ROWS = 20_000
 CHECKED = "changed_since_0_1"
 """Entry of the meta data by which prompts of this version are told from those of 0.1.0, which may be wrong."""
 NO_CONTEXTS: Mapping[str, str] = {}
+KEPT = "context_columns"
+"""Table, and content, of what the stage `context` reads of the prompts; there only where it runs."""
+SAMPLED = "train"
+"""The split that rollouts answer."""
 
 
 def prepare_work(
@@ -48,6 +52,7 @@ def prepare_work(
     memo: Path | None = None,
     store: Store | None = None,
     contexts: Mapping[str, str] = NO_CONTEXTS,
+    context_columns: Mapping[str, bool] | None = None,
 ) -> Work:
     """Work with the output `prepare`: tables `prompts` and `vocabulary`. `teacher_model`: the teacher, or several by name. Of
     several every prompt for training and evaluation names its own; `mixed`: all of them read every prompt.
@@ -57,10 +62,14 @@ def prepare_work(
     and `filtered` (by reason) per split, `warnings`, `longest_prompt` in tokens, `audit`. `memo`: folder that
     remembers hashes of unchanged files. `store`: where the models' folders are found; what versions up to 0.1.0 made of
     them otherwise gets another key. `contexts`: split -> template of what the teacher reads (tasks/inputs/contexts.py).
+    `context_columns`: what the stage `context` reads of the training prompts, beside their text (`contexts.kept_columns`), for
+    the table of this name. None: that stage does not run.
     Raises InputError for an unreadable source, here or when built."""
     identity = json.loads(canonical_json(config))
     if contexts:
         identity["contexts"] = dict(contexts)
+    if context_columns is not None:
+        identity[KEPT] = dict(context_columns)
     contents = {split: source_identity(source, memo) for split, source in config.sources().items()}
     inputs = {"tokenizer": _tokenizer_content(student_model)}
     several = dict(sorted(teacher_model.items())) if isinstance(teacher_model, Mapping) else {}
@@ -93,7 +102,7 @@ def prepare_work(
             context.say("prepare", reason)
         student = context.store.materialize(student_model)
         readers = {name: context.store.materialize(model) for name, model in teachers.items()}
-        prepared = prepare(config, student, readers, context, mixed, contexts)
+        prepared = prepare(config, student, readers, context, mixed, contexts, context_columns)
         for split, source in config.sources().items():
             if source_identity(source, memo) != contents[split]:
                 raise InputError(f"{split}: {getattr(source, 'path', source)} changed while it was read; run again")
@@ -131,6 +140,7 @@ class Prepared:
     warnings: list[str]
     audits: dict[str | None, TokenizerAudit]
     """By teacher's name; None: the only one, or a mixture."""
+    context_columns: pa.Table | None = None
 
 
 def prepare(
@@ -140,6 +150,7 @@ def prepare(
     context: Context,
     mixed: bool = False,
     contexts: Mapping[str, str] = NO_CONTEXTS,
+    context_columns: Mapping[str, bool] | None = None,
 ) -> Prepared:
     """Read, filter, render and tokenise all splits with the tokenizers of checkpoint folders: the student's, and by name the
     teachers' (None: the only one). Raises InputError, naming the row, where several teachers do not have every prompt once."""
@@ -162,11 +173,16 @@ def prepare(
     taken = _Taken(config.equal_ids)
     stops = set(audits[None].stop_ids) if None in audits else set()  # with several teachers nothing is merged
     columns: dict[str, list[Any]] = {name: [] for name in schema_for("prompts").names}
+    of_contexts: list[dict[str, str | None]] = []
     filtered: dict[str, dict[str, int]] = {}
     warnings: list[str] = []
     for split, source in config.sources().items():
         template = contexts.get(split)
-        rows, notes = read_rows(source, privileged_columns(template))
+        wanted = context_columns if split == SAMPLED else None
+        privileged = privileged_columns(template) if wanted is None else [name for name in PRIVILEGED if name in wanted]
+        rows, notes = read_rows(source, privileged)
+        if wanted is not None:
+            _require_kept(split, rows, wanted)
         if template is not None:
             rows = [replace(row, teacher_prompt=teacher_prompt(row, template)) for row in rows]
         warnings += [f"{split}: {note}" for note in notes]
@@ -181,8 +197,11 @@ def prepare(
                 left_out[reason] += 1
             else:
                 kept += 1
-                for name, value in taken.add(split, row, prompt).items():
+                added = taken.add(split, row, prompt)
+                for name, value in added.items():
                     columns[name].append(value)
+                if wanted is not None:
+                    of_contexts.append(_kept_of(row, wanted, added["prompt_id"]))
             if done % BATCH == 0 or done == len(rows):
                 context.progress(done, len(rows), "prompts")
         warnings += [f"{split}: {note}" for note in renderer.notes.take()]
@@ -204,7 +223,30 @@ def prepare(
         filtered=filtered,
         warnings=warnings,
         audits=audits,
+        context_columns=None if context_columns is None else pa.Table.from_pylist(of_contexts, schema=schema_for(KEPT)),
     )
+
+
+def _require_kept(split: str, rows: Sequence[Row], kept: Mapping[str, bool]) -> None:
+    """InputError for a row that cannot have a context, that lacks a column which every template names, and for a column that no
+    row has."""
+    for row in rows:
+        users_turn(row)
+        for name, required in kept.items():
+            if required and not (getattr(row, name) or "").strip():
+                raise missing_column(row, name)
+    for name in kept:
+        if not any((getattr(row, name) or "").strip() for row in rows):
+            raise InputError(
+                f"{split}: teacher.context uses {{{name}}}, which no row has; say what it is called (the source's columns:"
+                f" {{{name}: NAME}}), or leave the template out"
+            )
+
+
+def _kept_of(row: Row, kept: Mapping[str, bool], prompt_id: str) -> dict[str, str | None]:
+    """A row of the table `context_columns`."""
+    prompt = json.dumps(row.prompt, ensure_ascii=False)
+    return {"prompt_id": prompt_id, "prompt": prompt, **{name: getattr(row, name) for name in kept}}
 
 
 def audited(
@@ -293,7 +335,8 @@ class _Taken:
 
 
 def _commit(builder: Builder, prepared: Prepared, changes: dict[str, tuple[str, str]]) -> None:
-    shards = {name: _write(builder, name, getattr(prepared, name)) for name in ("prompts", "vocabulary")}
+    tables = ("prompts", "vocabulary", *(() if prepared.context_columns is None else (KEPT,)))
+    shards = {name: _write(builder, name, getattr(prepared, name)) for name in tables}
     prompts, audits = prepared.prompts, prepared.audits
     found: dict[str, pa.Table] = {split: prompts.filter(pc.equal(prompts["split"], split)) for split in SPLITS}
     dumped = {name: audit.record() for name, audit in audits.items()}

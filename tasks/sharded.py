@@ -36,9 +36,10 @@ class ShardedStage:
 
     def expect(self, passes: Mapping[int, int]) -> None:
         """Set how many passes workers make over each missing shard (default 1), for progress."""
+        self._unit = "samples" if all(number == 1 for number in passes.values()) else "sample passes"
         self._total = sum(size * passes.get(shard, 1) for shard, size in enumerate(self.sizes))
         self._done = self._total - sum(self.sizes[shard] * passes[shard] for shard in passes)
-        self.ctx.progress(self._done, self._total, "samples")
+        self.ctx.progress(self._done, self._total, self._unit)
 
     def run(
         self,
@@ -52,7 +53,7 @@ class ShardedStage:
         before = self._done
 
         def report(done: int) -> None:
-            self.ctx.progress(min(before + done, self._total), self._total, "samples")
+            self.ctx.progress(min(before + done, self._total), self._total, self._unit)
 
         found = self.ctx.workers.share(role, job, items, report, written or self._written)
         self._done = min(before + sum(item.size for item in items), self._total)
@@ -102,7 +103,7 @@ class ShardedStage:
 
         def report(number: int, done: int) -> None:
             counted[number] = min(done, limits[number])
-            self.ctx.progress(min(before + sum(counted), self._total), self._total, "samples")
+            self.ctx.progress(min(before + sum(counted), self._total), self._total, self._unit)
 
         def there(number: int, shard: int) -> bool:
             return shard not in batches[number].shards or written(shard)
@@ -122,7 +123,7 @@ class ShardedStage:
         """Publish a table, with the numerics of its shards (and where they were sampled their `batches`) in the provenance. A
         repaired artifact keeps what was recorded."""
         builder, count = self._outputs[table], len(self.sizes)
-        self.ctx.progress(self._total, self._total, "samples")
+        self.ctx.progress(self._total, self._total, self._unit)
         provenance = builder.shard_numerics(table, count) | dict(batches or {})
         builder.commit(meta=meta, tables={table: count}, provenance=provenance)
 

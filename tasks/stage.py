@@ -59,6 +59,10 @@ Prompts = NewType("Prompts", Artifact)
 Drafts = NewType("Drafts", Artifact)
 """Completions of training prompts that the teacher wrote once."""
 Rollouts = NewType("Rollouts", Artifact)
+Judged = NewType("Judged", Artifact)
+"""Rewards and feedback of a round's rollouts."""
+Contexts = NewType("Contexts", Artifact)
+"""What the teacher reads before each completion of a round's rollouts."""
 TrainerState = NewType("TrainerState", Artifact)
 
 

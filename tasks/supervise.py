@@ -19,7 +19,7 @@ from tasks.routing import teacher_of_prompts
 from tasks.sharded import ShardedStage
 from tasks.signals import Inputs, Written, require_usable, signal_named
 from tasks.signals.mask import SpecialTokens, mask_rules
-from tasks.stage import Context, Prompts, Rollouts, Student, Teacher, Work, merged_stop_ids
+from tasks.stage import Context, Contexts, Prompts, Rollouts, Student, Teacher, Work, merged_stop_ids
 from tasks.workers.jobs import (
     ArtifactRef,
     MaskRules,
@@ -88,10 +88,12 @@ def supervise_work(
     store: Store | None = None,
     plugins: Mapping[str, str] = NO_PLUGINS,
     names: Sequence[str] = (),
+    contexts: Contexts | None = None,
 ) -> Work:
     """The signals that an objective needs of one round's rollouts, each an artifact of its own. `plugins`: the run's, name ->
     digest of the source. `names`: the teacher's, where there are several (more than one: of one checkpoint); the signals then
-    have rows of its own samples only, and shards may be empty.
+    have rows of its own samples only, and shards may be empty. `contexts`: what the teacher reads before each completion, where
+    samples have contexts of their own.
 
     Outputs: one per signal, of its name, with one table of that name that has the shards of the rollouts. Meta: see each
     signal. With a `store`, a committed list of more candidates serves where fewer are asked for (`Work.shared`). Raises
@@ -102,7 +104,7 @@ def supervise_work(
     how: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     if sampling.min_p:  # younger than version 0.1: left out of keys at 0
         how["min_p"] = sampling.min_p
-    context = Inputs(config, rollouts, student, teacher, prompts, how, plugins, tuple(names))
+    context = Inputs(config, rollouts, student, teacher, prompts, how, plugins, tuple(names), contexts)
     outputs: dict[str, ArtifactSpec] = {need.name: signal_named(need.name).spec(context, need.k) for need in made}
     shared: dict[str, str] = {}
     for need in made:
@@ -242,6 +244,7 @@ def _job(ctx: Context, inputs: Inputs, builders: Mapping[str, Builder]) -> Score
         stop_ids=merged_stop_ids(inputs.prompts),
         names=list(inputs.names) or None,
         run_student=inputs.settings.student,
+        contexts=None if inputs.contexts is None else ArtifactRef.of(inputs.contexts),
     )
 
 

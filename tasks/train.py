@@ -16,6 +16,8 @@ from tasks.routing import all_routes, combined
 from tasks.signals import require_usable, signal_named
 from tasks.stage import (
     Context,
+    Contexts,
+    Judged,
     Prompts,
     Rollouts,
     Student,
@@ -51,17 +53,22 @@ def train_work(
     plugins: Mapping[str, str] = NO_PLUGINS,
     prompts: Prompts | None = None,
     routed: bool = False,
+    contexts: Contexts | None = None,
+    judged: Judged | None = None,
 ) -> Work:
     """Work with the outputs `student` (tree model), `trainer_state` (tree state), `train` (table training_steps) and, with an
     `average`, `teacher_ema` (tree model): the average of the student's weights after this round, which `trainer_state` holds.
 
     `signals`: by name one teacher's signals, or by any label those of several teachers, which have every sample once between
     them. `prompts`: they say which stop ids are merged, and where they name their teachers (`routed`) whose prompt each is;
-    `train` then has the table teacher_steps.
+    `train` then has the table teacher_steps. `judged`: the rewards; read where the objective needs them. `contexts`: of the
+    samples, where they have their own; those without one are left out of the loss, unless the objective tells them apart
+    (estimator credit).
     Steps, learning rate and moments go on from `state`; without one they start at step 0 from the student's weights.
     `source`: of the first student, whose config says whether dropout is to be turned off. `plugins`: the run's, name -> digest of
     the source.
-    Raises InputError when the state belongs to another student, or a signal that the objective needs is not given."""
+    Raises InputError when the state belongs to another student, or a signal or the rewards that the objective needs are not
+    given."""
     needed = {need.name: need for need in objective.needs().signals}
     given = by_signal(signals)
     missing = sorted(set(needed) - set(given))
@@ -83,6 +90,13 @@ def train_work(
         if prompts is None:
             raise InputError("train: routed needs the prompts, which say whose each is")
         inputs["teachers"] = prompts.content[all_routes("train")]
+    rewards = judged if objective.needs().credit.reward else None
+    if objective.needs().credit.reward:
+        if judged is None:
+            raise InputError("train: the objective needs the rewards of the stage `judge`, and none are given")
+        inputs["rewards"] = judged.content["rewards"]
+    if contexts is not None:
+        inputs["contexts"] = contexts.content["contexts"]
     if state is not None:
         inputs["state"] = state.content["state"]
     identity: dict[str, Any] = {"config": config, "objective": objective, "seed": seed, "round": round}
@@ -113,6 +127,7 @@ def train_work(
             rollouts=ArtifactRef.of(rollouts),
             signals={name: [ArtifactRef.of(part) for part in parts] for name, parts in used.items()},
             prompts=ArtifactRef.of(prompts) if prompts is not None and routed else None,
+            contexts=None if contexts is None else ArtifactRef.of(contexts),
             config=config_json(config),
             objective=config_json(objective),
             seed=seed,
@@ -120,6 +135,7 @@ def train_work(
             outputs=TrainOutputs(),
             stop_ids=merged_stop_ids(prompts),
             average=None if average is None else WeightAverage(average.decay, average.per),
+            judged=ArtifactRef.of(rewards) if rewards is not None else None,
         )
         run_and_commit(job, outputs, builders, context)
 

@@ -260,6 +260,7 @@ def own_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         "sampler": "tasks.engines.sampler:Sampler",
         "scorer": "tasks.engines.scorer:Scorer",
         "trainer": "tasks.trainer.trainer:Trainer",
+        "judge": "tasks.engines.judge:Judge",
     }
     monkeypatch.setattr(jobs, "ROLES", own)
     monkeypatch.setattr(launch, "launch_command", OWN_LAUNCH)

@@ -15,8 +15,19 @@ from places import CHECKOUT
 from flows import config_file
 
 
+def package_data(name: str) -> list[str]:
+    return tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][name]
+
+
+def test_what_a_page_is_made_of_is_in_the_package():
+    page = CHECKOUT / "flows" / "page"
+    packed = {path for pattern in package_data("flows") for path in (CHECKOUT / "flows").glob(pattern)}
+    files = {path for path in page.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert packed == files and page / "vendor" / "chart.LICENSE.md" in packed
+
+
 def test_every_config_is_in_the_package():
-    patterns = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["opdflow"]
+    patterns = package_data("opdflow")
     package = CHECKOUT / "opdflow"
     packed = {path.relative_to(package).as_posix() for pattern in patterns for path in package.glob(pattern)}
     assert packed == {
@@ -60,6 +71,16 @@ def test_a_wheel_has_recipes_and_checks_one(tmp_path):
         settings = environment | {"PYTHONPATH": str(tmp_path / "site")}
         return subprocess.run(command, check=True, cwd=tmp_path, env=settings, capture_output=True, text=True).stdout
 
+    installed = tmp_path / "site" / "opdflow" / "configs"
+    for file in (
+        "recipes/gkd.yaml",
+        "deepspeed/zero3.json",
+        "quickstart.yaml",
+        "deploy/Dockerfile.gpu",
+        "deploy/slurm.sh",
+    ):
+        assert (installed / file).is_file(), file
+    assert "opdflow" in opd("version")
     assert "topk-bucket" in opd("objectives") and "configs/recipes/gkd.yaml" in opd("objectives", "gkd")
     assert "tokenizers: identical" in opd("check", "configs/recipes/opd.yaml")
     assert "study-objectives-opd-s0" in opd(

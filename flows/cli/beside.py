@@ -3,9 +3,7 @@ where the greedy answers part."""
 
 from __future__ import annotations
 
-import itertools
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ from rich.text import Text
 
 from flows.cli.options import grid
 from flows.cli.questions import print_answer
-from flows.run.compare import Compared
+from flows.run.compare import Compared, config_differences
+from flows.run.figures import MAIN
 from flows.run.shown import with_error
 from storage.query.catalog import Catalog
 from storage.query.figures import completed
@@ -24,18 +23,9 @@ from storage.query.questions import question
 from storage.runs import Run
 from storage.store import Store
 
-FORMS = {"accuracy_greedy": ("accuracy", "{:.1%}"), "reverse_kl": ("reverse KL", "{:.4f}")}
 SHOWN = 3
 """Prompts of which it is shown where the answers part."""
 _ALL = 1_000_000
-
-
-def config_differences(root: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Fields of the resolved configs that are not equal in all runs: `field`, and by run its value (None: not set)."""
-    configs = {name: dict(_leaves(_own(Run.open(root, name).experiment))) for name in names}
-    fields = sorted(set(itertools.chain(*configs.values())))
-    rows = [{"field": field} | {name: config.get(field) for name, config in configs.items()} for field in fields]
-    return [row for row in rows if len({json.dumps(row[name], default=str) for name in names}) > 1]
 
 
 def parted(root: Path, line: Compared) -> pa.Table:
@@ -62,20 +52,6 @@ def print_beside(root: Path, lines: Sequence[Compared], out: Console) -> None:
         _print_parted(line, parted(root, line), out)
 
 
-def _own(experiment: dict[str, Any]) -> dict[str, Any]:
-    """The config; of a fork the run and round that it was forked from, without the config of that run."""
-    fork = experiment.get("fork")
-    return experiment | ({"fork": f"{fork['run']}@{fork['round']}"} if fork else {})
-
-
-def _leaves(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, part in value.items():
-            yield from _leaves(part, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, value
-
-
 def _print_config(rows: list[dict[str, Any]], names: Sequence[str], out: Console) -> None:
     if not rows:
         return out.print("the configs are equal")
@@ -88,12 +64,12 @@ def _print_config(rows: list[dict[str, Any]], names: Sequence[str], out: Console
 def _print_figures(root: Path, names: Sequence[str], out: Console) -> None:
     """One row per round and run, so that any number of runs fits."""
     states = {name: completed(Store(root), Run.open(root, name).state) for name in names}
-    table = grid("round", "run", *(heading for heading, _ in FORMS.values()))
+    table = grid("round", "run", *(figure.heading for figure in MAIN))
     for number in sorted({round.round for state in states.values() for round in state.rounds}):
         for name, state in states.items():
             for round in state.rounds:
                 if round.round == number:
-                    cells = (with_error(round.metrics, metric, form) for metric, (_, form) in FORMS.items())
+                    cells = (with_error(round.metrics, figure.metric, figure.form) for figure in MAIN)
                     table.add_row(str(number), name, *cells)
         table.add_section()
     out.print(table)

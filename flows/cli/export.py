@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.options import Json, Root, RunName, example, existing_root, local
+from flows.cli.options import AtRound, Json, Root, at_round, example, existing_root, local
 from flows.run.hints import DEFAULT_ROOT, opd_command
 from storage.disk.files import TEMPORARY, explain_full_disk, fsync_directory, require_space, unique
 from storage.errors import CorruptArtifact, InputError
@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    name: RunName,
+    name: AtRound,
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="a new or empty folder", show_default=False, callback=local)
     ],
@@ -57,13 +57,14 @@ def export(
     from flows.run.card import card
     from storage.store import Store
 
+    name, round = at_round(name, round)
     run = Run.open(root, name)
     store = Store(existing_root(root))
     if teacher or teacher_name is not None:
         _export_teacher(run, store, directory, teacher_name, json_)
         return
     if best and round is not None:
-        raise InputError("--best, --round: both are given; give one of them")
+        raise InputError("--best and a round: both are given; give one of them")
     chosen = _round(run, best_of(run) if best else round)
     artifact = student_of(store, chosen)
     if artifact is None:

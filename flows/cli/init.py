@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from flows.cli.options import example, local
 from storage.errors import InputError, OpdError
 
+if TYPE_CHECKING:
+    from flows.experiment import Experiment
+
 
 def register(app: typer.Typer) -> None:
     """Add this file's command."""
     app.command(epilog=example("opd init --student models/small --teacher models/large --prompts train.jsonl"))(init)
+
+
+def decisions(e: Experiment, held_out: Path | None) -> list[str]:
+    """What the config has that nobody gave: a line each, with the field to change."""
+    prompts, rollout, verifier = e.prompts, e.rollout, e.evaluate.verifier
+    held = (
+        f"the rows of {held_out}" if held_out is not None else "the first rows of the prompts, which are not trained on"
+    )
+    policy = prompts.tokenizers.model_dump(exclude_defaults=True)
+    found = {
+        "runtime.device": e.runtime.device,
+        "prompts.eval": held,
+        "prompts.max_prompt_length": f"{prompts.max_prompt_length} tokens; longer prompts are left out",
+        "prompts.chat_template": None if prompts.chat_template is not False else "none: a tokenizer has none",
+        "prompts.tokenizers": ", ".join(f"{k}: {v}" for k, v in policy.items()) or None,
+        "rollout": f"{rollout.prompts_per_round} prompts a round, at most {rollout.max_completion_length} tokens each",
+        "train": f"{rollout.prompts_per_round // e.train.samples_per_step} steps a round, lr {e.train.lr:g}, {e.train.dtype}",
+        "evaluate.verifier": verifier.kind if verifier is not None else "none: the prompts have no answers",
+        "policy.rounds": str(e.policy.rounds),
+    }
+    return ["decided from the files:", *(f"  {field:<26} {text}" for field, text in found.items() if text is not None)]
 
 
 def init(
@@ -47,4 +71,6 @@ def init(
     except OpdError:
         output.unlink()
         raise
+    for line in decisions(load_experiment(output, []), held_out):
+        typer.echo(line)
     typer.echo(f"{output} is written. Next:\n  opd check {output}\n  opd run {output} --rounds 1")

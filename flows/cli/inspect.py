@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import deque
 from pathlib import Path
@@ -15,7 +16,10 @@ from flows.run.hints import DEFAULT_ROOT, opd_command
 from storage.errors import InputError
 from storage.runs import RoundState, Run, RunState
 
-COMPARED = "± is one standard error over prompts; not told apart: the 95% interval contains 0"
+COMPARED = (
+    "each row: second minus first, as its name says; ± is one standard error over prompts; not told apart: the 95% interval"
+    " contains 0"
+)
 EXAMPLE_SQL = "SELECT run, round, accuracy_greedy, reverse_kl FROM rounds ORDER BY run, round"
 POLL_SECONDS = 0.5
 """How often `opd logs --follow` looks for new lines."""
@@ -24,6 +28,7 @@ POLL_SECONDS = 0.5
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
     app.command(epilog=example("opd status demo --json"))(status)
+    app.command(epilog=example("opd watch demo"))(watch)
     app.command("ls", epilog=example("opd ls --json"))(list_runs)
     app.command(epilog=example("opd compare demo@5 wider@5"))(compare)
     app.command(epilog=example("opd logs demo --stage train --follow"))(logs)
@@ -55,12 +60,30 @@ def status(
         print_report(state, root, holder)
 
 
+def watch(
+    name: Annotated[str | None, typer.Argument(help="a run's name (default: the run that changed last)")] = None,
+    every: Annotated[float, typer.Option("--every", min=0.2, help="seconds between two looks")] = 2.0,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Show a run's status again and again until no process works on it or Ctrl-C. It reads only: beside a run it changes nothing.
+
+    Without a terminal: a report whenever the run's state has changed.
+
+    Exit codes: 0 the run is over or not running, 1 it failed, 2 no such run, 130 Ctrl-C."""
+    from flows.cli.watch import follow
+
+    run = Run.open(root, name) if name is not None else _latest(root)
+    if not follow(run, root, every):
+        raise typer.Exit(1)
+
+
 def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
     """List the runs of a store, the most recently changed last.
 
     Exit codes: 0, also when there is no run."""
-    from flows.cli.report import evicted, status_text
-    from flows.run.shown import NOT_EVALUATED, samples, with_error
+    from flows.cli.report import evicted
+    from flows.run.figures import MAIN
+    from flows.run.shown import NOT_EVALUATED, pace_text, samples, status_text, with_error
     from storage.runs import settled
 
     states = sorted((settled(run.state, run.holder()) for run in Run.list(root)), key=lambda state: state.updated)
@@ -72,19 +95,19 @@ def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
     if not states:
         typer.echo(f"no runs in {root}; start one with: opd run CONFIG")
         return
-    table = grid("run", "status", "round", "accuracy", "reverse KL", "evicted", "changed (UTC)")
+    table = grid("run", "status", "round", *(figure.heading for figure in MAIN), "evicted", "changed (UTC)")
     for state in states:
         last = _last(state, root)
         cells = ["", ""]
-        for place, (name, form) in enumerate((("accuracy_greedy", "{:.1%}"), ("reverse_kl", "{:.4f}"))):
-            if last is not None and (text := with_error(last.metrics, name, form)):
-                size = samples(last.metrics, name)
+        for place, figure in enumerate(MAIN):
+            if last is not None and (text := with_error(last.metrics, figure.metric, figure.form)):
+                size = samples(last.metrics, figure.metric)
                 cells[place] = text + (f" ({size})" if size else "")
         if last is not None and last.unevaluated:
             cells[0] = NOT_EVALUATED
         table.add_row(
             state.name,
-            status_text(state, root),
+            ", ".join(filter(None, (status_text(state, root), pace_text(state, root)))),
             str(last.round) if last else "",
             *cells,
             f"of {len(gone[state.name])} rounds" if gone[state.name] else "",
@@ -110,6 +133,7 @@ def compare(
     Exit codes: 0 shown, 1 damaged evaluations, 2 no such run or round, or not evaluated."""
     from flows.cli import beside
     from flows.run.compare import compared, evaluated_rounds, point
+    from flows.run.figures import PAIRED
     from flows.run.shown import apart
     from storage.store import Store
 
@@ -125,11 +149,12 @@ def compare(
         more = [beside.as_json(root, line) if others else {} for line in found]
         typer.echo(json.dumps([line.as_json() | added for line, added in zip(found, more, strict=True)], indent=2))
         return
-    forms = {"accuracy_greedy": "{:.1%}", "accuracy_sampled": "{:.1%}", "reverse_kl": "{:.4f}"}
-    shown = [metric for metric in forms if any(metric in line.figures for line in found)]
-    table = grid("difference", *shown, "prompts", caption=COMPARED, caption_justify="left")
+    shown = [figure for figure in PAIRED if any(figure.metric in line.figures for line in found)]
+    table = grid(
+        "second - first", *(figure.metric for figure in shown), "prompts", caption=COMPARED, caption_justify="left"
+    )
     for line in found:
-        cells = [apart(line.figures[m], forms[m]) if m in line.figures else "" for m in shown]
+        cells = [apart(line.figures[f.metric], f.form) if f.metric in line.figures else "" for f in shown]
         table.add_row(f"{line.one} - {line.other}", *cells, line.prompts)
     console().print(table)
     if others:
@@ -159,7 +184,10 @@ def logs(
 
 def query(
     name_or_sql: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="a run (default: all runs)", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="NAME[@ROUND]", help="a run (default: all runs); for a question also its round", show_default=False
+        ),
     ] = None,
     sql: Annotated[
         str | None,
@@ -196,6 +224,7 @@ def query(
         raise InputError("--json and --csv: choose one")
     if list_:
         return questions.print_list(json_, csv, sys.stdout)
+    name_or_sql, number = _asked_round(name_or_sql)
     name, statement = (name_or_sql, sql) if sql is not None else (None, name_or_sql)
     if statement is None or (sql is None and any(run.name == statement for run in Run.list(root))):
         views = Catalog(Store(root)).views() if (root / "artifacts").is_dir() else Views()
@@ -214,11 +243,14 @@ def query(
         known = Catalog(Store(root)).views().all if (root / "artifacts").is_dir() else Views().all
         if statement.casefold() in known:
             return tables.print_columns(known[statement.casefold()], json_, csv, sys.stdout)
-        statement, runs = questions.statement(root, runs, statement, parameters or [], known)
+        given = [*(parameters or []), *([f"round={number}"] if number is not None else [])]
+        statement, runs = questions.statement(root, runs, statement, given, known)
         if show_sql:
             return typer.echo(statement, nl=False)
     elif parameters or show_sql:
         raise InputError("query: parameters and --sql belong to a named question; see: opd query --list")
+    if number is not None and not named:
+        raise InputError(f"{name}@{number}: in SQL a round is a condition: WHERE round = {number}")
     catalog, memory = Catalog(Store(existing_root(root)), *runs), memory or default_memory()
     with process_limits(limit_seconds, memory):
         result = catalog.query(statement, limit_seconds=limit_seconds, memory=memory)
@@ -230,6 +262,12 @@ def query(
         questions.print_answer(result, console())
     else:
         tables.print_table(result, console())
+
+
+def _asked_round(text: str | None) -> tuple[str | None, int | None]:
+    """Run and round of `NAME@ROUND`; any other text, as SQL with an @ in it, stays as it is."""
+    found = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)@(\d+)", text or "")
+    return (text, None) if found is None else (found[1], int(found[2]))
 
 
 def _latest(root: Path) -> Run:
@@ -254,6 +292,7 @@ def _line(state: RunState, last: RoundState | None) -> dict[str, Any]:
     return {
         "name": state.name,
         "status": state.status,
+        "ended": state.ended,
         "round": last.round if last else None,
         "student_sha256": last.student_sha256 if last else None,
         "metrics": last.metrics if last else {},

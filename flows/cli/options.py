@@ -41,7 +41,29 @@ SetOfRun = Annotated[
     list[str],
     typer.Option("--set", metavar="FIELD=VALUE", help="a field of runtime or policy, e.g. policy.rounds=8"),
 ]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="a line per stage, with its metrics")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print warnings and errors only")]
+RunJson = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="print the result as JSON on standard output, every event as a line of JSON on standard error",
+    ),
+]
+AtRound = Annotated[str, typer.Argument(metavar="NAME[@ROUND]", help="a run, or a round of it", show_default=False)]
 RunName = Annotated[str, typer.Argument(metavar="NAME", help="a run's name", show_default=False)]
+
+
+def at_round(text: str, round: int | None = None) -> tuple[str, int | None]:
+    """Name and round of `NAME@ROUND`; of `NAME` the round that an option gave. InputError for both, and for no number."""
+    name, at, number = text.rpartition("@")
+    if not at:
+        return text, round
+    if not number.isdigit():
+        raise InputError(f"{text!r}: expected NAME@ROUND with the number of a round, for example demo@2")
+    if round is not None and round != int(number):
+        raise InputError(f"{text!r} and --round {round}: two rounds are named; give one of them")
+    return name, int(number)
 
 
 def example(command: str) -> str:

@@ -48,8 +48,8 @@ def print_list(as_json: bool, as_csv: bool, file: TextIO) -> None:
         return (tables.write_json if as_json else tables.write_csv)(table, file)
     out = console()
     for asked in known:
-        out.print(Text.assemble((asked.name, "bold"), "  ", (asked.usage, "cyan")))
-        out.print(Padding(Text(asked.doc), (0, 0, 0, 2)))
+        out.print(Text.assemble((asked.name, "bold"), *(("  ", (asked.usage, "cyan")) if asked.usage else ())))
+        out.print(Padding(Text(asked.doc), (0, 0, 0, 2), expand=False))
     out.print(Text("\nto ask: opd query NAME QUESTION [PARAMETER=VALUE ...]   (--sql prints its SQL)"))
 
 

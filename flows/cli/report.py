@@ -9,28 +9,29 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.cli.of_sets import sets_table
 from flows.cli.options import PIPE_WIDTH, console, grid
 from flows.run.earlier import outdated
+from flows.run.figures import EVALUATED, REWARD, SAMPLED
 from flows.run.hints import opd_command
-from flows.run.shown import NOT_EVALUATED, by_teacher, sample_sizes, with_error
+from flows.run.shown import (
+    NOT_EVALUATED,
+    by_teacher,
+    failed_stages,
+    failure,
+    pace_text,
+    sample_sizes,
+    status_text,
+    with_error,
+)
+from flows.run.warnings import run_warnings
 from storage.artifacts.artifact import Artifact, TreeRecord, artifact_directory, load_manifest
 from storage.artifacts.trees import tree_directory
-from storage.errors import CorruptArtifact, InputError, StoreError
+from storage.errors import CorruptArtifact, StoreError
 from storage.query.figures import FIGURES, completed
-from storage.runs import RoundState, Run, RunState, StageState
+from storage.runs import RoundState, RunState, StageState
 from storage.store import Store
 
-_METRICS = (
-    ("accuracy", "accuracy_greedy", "{:.1%}"),
-    ("sampled", "accuracy_sampled", "{:.1%}"),
-    ("reverse KL", "reverse_kl", "{:.4f}"),
-    ("length", "mean_length", "{:.1f}"),
-    ("clipped", "clipped_ratio", "{:.1%}"),
-    ("tokens", "rollout_tokens", "{:,.0f}"),
-)
-"""Heading, metric, form. `accuracy` is greedy; `tokens` are those sampled for training."""
-
-_EVALUATED = tuple(metric for _, metric, _ in _METRICS if metric in FIGURES)
 _LEGEND = (
     "round 0 is the student before distillation; reverse KL is to the teacher, on fresh rollouts; ± is one standard error"
     " over prompts"
@@ -49,18 +50,8 @@ def status_json(state: RunState, root: Path) -> dict[str, Any]:
     for round in status["rounds"]:
         for label, stage in round["stages"].items():
             stage["evicted"] = gone.get((round["round"], label), [])
-    return status | {"error": failure(state), "next": next_commands(state, root)}
-
-
-def failure(state: RunState) -> str | None:
-    """Why a failed run failed, and in which stage if in one; None for a run that did not fail."""
-    if state.status != "failed":
-        return None
-    failed = _failed(state)
-    if not failed:
-        return state.error or "no reason was recorded; see its logs"
-    round, label, stage = failed[-1]
-    return f"round {round.round} {label}: {state.error or stage.error or 'no reason was recorded'}"
+    told = {"error": failure(state), "pace": pace_text(state, root), "warnings": run_warnings(state)}
+    return status | told | {"next": next_commands(state, root)}
 
 
 def evicted(state: RunState, root: Path) -> dict[tuple[int, str], list[str]]:
@@ -88,6 +79,8 @@ def print_report(state: RunState, root: Path, holder: str | None = None, out: Co
 def report(state: RunState, root: Path, holder: str | None, out: Console) -> list[Table | Text]:
     """Of a failed run the error, its time and the way on; then the table of rounds, the student's folder and useful commands."""
     parts: list[Table | Text] = [_heading(state, root, holder)]
+    if (where := pace_text(state, root)) is not None:
+        parts.append(Text(where))
     resume = opd_command(root, "resume", state.name)
     if (why := failure(state)) is not None:
         parts.append(Text(f"failed at {state.updated}: {why}", style="red"))
@@ -109,7 +102,8 @@ def report(state: RunState, root: Path, holder: str | None, out: Console) -> lis
             for row in rows:
                 table.add_row(*row)
             parts.append(table)
-        sizes = sample_sizes(state.rounds, _EVALUATED)
+        parts += [sets] if (sets := sets_table(state)) is not None else []
+        sizes = sample_sizes(state.rounds, FIGURES)
         parts.append(Text(f"{_LEGEND}: {sizes}" if sizes else _LEGEND, style="dim"))
         if any(round.unevaluated for round in state.rounds):
             later = opd_command(root, "evaluate", state.name, "--round", "N")
@@ -123,26 +117,14 @@ def report(state: RunState, root: Path, holder: str | None, out: Console) -> lis
                     style="dim",
                 )
             )
+    parts += [Text(f"warning: {line}", style="yellow") for line in run_warnings(state)]
     if why is None:
-        parts += [_trouble(round.round, label, stage) for round, label, stage in _failed(state)]
+        parts += [_trouble(round.round, label, stage) for round, label, stage in failed_stages(state)]
     last = state.last_trained
     if last is not None:
         parts.append(_student(state, root, last))
     parts.append(Text("next:", style="bold"))
     return parts + [Text(f"  {command}") for command in next_commands(state, root)]
-
-
-def status_text(state: RunState, root: Path) -> str:
-    """The status as `status` and `ls` print it. A run that was asked for fewer rounds than policy.rounds is stored as
-    `stopped`; it is shown as `paused at round 1 of 5`."""
-    last = state.rounds[-1] if state.rounds else None
-    if state.status != "stopped" or last is None or last.student_sha256 is None or last.round != state.rounds_done:
-        return state.status
-    try:
-        goal = (Run.open(root, state.name).experiment.get("policy") or {}).get("rounds")
-    except (InputError, CorruptArtifact):
-        goal = None
-    return f"paused at round {last.round}" + (f" of {goal}" if goal is not None else "")
 
 
 def student_of(store: Store, round: RoundState) -> Artifact | None:
@@ -168,9 +150,9 @@ def tree_of(store: Store, artifact: Artifact, name: str = "model") -> tuple[Path
 def next_commands(state: RunState, root: Path) -> list[str]:
     """Up to three useful commands."""
     name, last = state.name, state.last_trained
-    failed = [label for _, label, _ in _failed(state)]
+    failed = [label for _, label, _ in failed_stages(state)]
     if state.status == "running":
-        watch = [("logs", name, "--follow"), ("status", name), ("stop", name)]
+        watch = [("watch", name), ("logs", name, "--follow"), ("stop", name)]
         return [opd_command(root, *words) for words in watch]
     commands: list[tuple[str, ...]] = []
     if state.status != "finished":
@@ -188,10 +170,7 @@ def next_commands(state: RunState, root: Path) -> list[str]:
 def _question(round: int) -> str:
     if round == 0:
         return "SELECT prompt_id, completion_text, correct FROM evaluations LIMIT 10"
-    return (
-        "SELECT token, count(*) AS n, avg(sampling_logprob - teacher_logprob) AS gap"
-        f" FROM tokens WHERE round = {round} GROUP BY token ORDER BY gap DESC LIMIT 10"
-    )
+    return "worst-tokens"
 
 
 def _heading(state: RunState, root: Path, holder: str | None) -> Text:
@@ -208,17 +187,17 @@ def _heading(state: RunState, root: Path, holder: str | None) -> Text:
 
 def _rounds(state: RunState, gone: dict[tuple[int, str], list[str]], out: Console) -> list[Table | Text]:
     """The table of rounds. Where it is wider than `out`, the seconds of the stages follow it, a line per round."""
-    shown = [f for f in _METRICS if any(r.metrics.get(f[1]) is not None for r in state.rounds)]
+    shown = [f for f in (*EVALUATED, SAMPLED, REWARD) if any(r.metrics.get(f.metric) is not None for r in state.rounds)]
     rounds = sorted(state.rounds, key=lambda r: r.round)
     times = [_stages(round, {label for number, label in gone if number == round.round}) for round in rounds]
     table, narrow = grid("round"), grid("round")
-    for heading, _, _ in shown:
-        table.add_column(heading, justify="right")
-        narrow.add_column(heading, justify="right", overflow="fold")
+    for figure in shown:
+        table.add_column(figure.heading, justify="right")
+        narrow.add_column(figure.heading, justify="right", overflow="fold")
     table.add_column("seconds per stage")
     for round, time in zip(rounds, times, strict=True):
-        metrics = [with_error(round.metrics, metric, form) for _, metric, form in shown]
-        if round.unevaluated and shown and shown[0][1] in FIGURES:
+        metrics = [with_error(round.metrics, figure.metric, figure.form) for figure in shown]
+        if round.unevaluated and shown and shown[0].metric in FIGURES:
             metrics[0] = NOT_EVALUATED
         table.add_row(str(round.round), *metrics, time)
         narrow.add_row(str(round.round), *metrics)
@@ -241,10 +220,6 @@ def _stages(round: RoundState, gone: set[str]) -> Text:
         if label in gone:
             line.append(" (evicted)", style="yellow")
     return line
-
-
-def _failed(state: RunState) -> list[tuple[RoundState, str, StageState]]:
-    return [(r, label, stage) for r in state.rounds for label, stage in r.stages.items() if stage.state == "failed"]
 
 
 def _trouble(round: int, label: str, stage: StageState) -> Text:

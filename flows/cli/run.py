@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows.cli.options import Json, Root, RunName, Set, SetOfRun, console, example, grid
+from flows.cli.options import (
+    AtRound,
+    Quiet,
+    Root,
+    RunJson,
+    RunName,
+    Set,
+    SetOfRun,
+    Verbose,
+    at_round,
+    console,
+    example,
+    grid,
+)
 from flows.run.hints import DEFAULT_ROOT, opd_command, with_resume_hint
 from storage.errors import ConfigError, InputError, OpdError
 from storage.runs import Run
 
 if TYPE_CHECKING:
+    from flows.distill import FurtherSet
     from flows.experiment import Experiment
     from flows.run.executor import PlanLine, Reporter
 
@@ -39,7 +55,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=example("opd run configs/quickstart.yaml --name demo --set train.lr=1e-3"))(run)
     app.command(epilog=example("opd resume demo"))(resume)
     app.command(epilog=example("opd stop demo"))(stop)
-    app.command(epilog=example("opd evaluate demo --round 3"))(evaluate)
+    app.command(epilog=example("opd evaluate demo --round 3 --prompts gsm8k.jsonl --verifier math_verify"))(evaluate)
     app.command(epilog=example("opd fork demo@2 --name wider --set objective.support.k=32"))(fork)
     app.command(epilog=example("opd check configs/qwen3-gpu.yaml"))(check)
 
@@ -50,10 +66,12 @@ def run(
     set_: Set = [],  # noqa: B006  typer copies it
     rounds: Rounds = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the resolved config and the plan; start nothing")
+        bool, typer.Option("--dry-run", help="print the plan, with -v also the resolved config; start nothing")
     ] = False,
     no_prefect: NoPrefect = False,
-    json_: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    json_: RunJson = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Run an experiment; if the run exists, continue it up to policy.rounds.
@@ -67,8 +85,8 @@ def run(
     experiment = load_experiment(config, set_)
     name = name or shipped(config).stem
     if dry_run:
-        return _dry_run(experiment, name, root, rounds, json_)
-    _go(experiment, name, root, rounds, no_prefect, json_)
+        return _dry_run(experiment, name, root, rounds, json_, verbose)
+    _go(experiment, name, root, rounds, no_prefect, Output(json_, verbose, quiet))
 
 
 def resume(
@@ -76,7 +94,9 @@ def resume(
     set_: SetOfRun = [],  # noqa: B006
     rounds: Rounds = None,
     no_prefect: NoPrefect = False,
-    json_: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    json_: RunJson = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Continue a run where it stopped. Only fields of `runtime` and `policy` can be set.
@@ -84,7 +104,7 @@ def resume(
     Exit codes: as for `opd run`."""
     from flows.run.runner import resume_experiment
 
-    _go(resume_experiment(name, root, set_), name, root, rounds, no_prefect, json_)
+    _go(resume_experiment(name, root, set_), name, root, rounds, no_prefect, Output(json_, verbose, quiet))
 
 
 def fork(
@@ -93,7 +113,9 @@ def fork(
     set_: Set = [],  # noqa: B006
     rounds: Rounds = None,
     no_prefect: NoPrefect = False,
-    json_: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    json_: RunJson = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Start a new run from a round of another run, with other fields (another loss, for example).
@@ -102,12 +124,21 @@ def fork(
     again.
 
     Exit codes: as for `opd run`."""
-    from flows.run.runner import fork_experiment
+    from flows.run.recovery import stands_for
+    from flows.run.runner import changed_fields, existing_run, fork_experiment
 
     parent, at, number = point.rpartition("@")
     if not at or not number.isdigit():
         raise ConfigError(f"{point!r}: expected NAME@ROUND, for example demo@2")
-    _go(fork_experiment(parent, int(number), root, set_), name, root, rounds, no_prefect, json_)
+    experiment = fork_experiment(parent, int(number), root, set_)
+    if (held := existing_run(name, root)) is not None and stands_for(held, experiment):
+        changed = ", ".join(changed_fields(held.experiment, experiment))
+        err.print(
+            f"run {name!r} is this fork already: it goes on, as by opd resume"
+            + (f", with {changed}" if changed else ""),
+            soft_wrap=True,
+        )
+    _go(experiment, name, root, rounds, no_prefect, Output(json_, verbose, quiet))
 
 
 def stop(
@@ -138,30 +169,58 @@ def stop(
 
 
 def evaluate(
-    name: RunName,
+    name: AtRound,
     round: Annotated[
-        list[int], typer.Option("--round", min=0, help="a round; can be repeated (default: all not evaluated yet)")
+        list[int],
+        typer.Option(
+            "--round", min=0, help="a round; can be repeated (default: all not evaluated yet; of a set the last)"
+        ),
     ] = [],  # noqa: B006
-    json_: Json = False,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", metavar="FILE", help="another evaluation set: prompts, with answers, or {path: ...}"),
+    ] = None,
+    verifier: Annotated[
+        str | None,
+        typer.Option("--verifier", metavar="KIND[:ARG]", help="of the set (default: the run's): exact_match:REGEX"),
+    ] = None,
+    set_name: Annotated[str | None, typer.Option("--set-name", help="the set's name (default: the file's)")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="prompts of the set at most")] = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    json_: RunJson = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Evaluate rounds that `policy.evaluate_every` left out.
+    """Evaluate rounds that `policy.evaluate_every` left out, or with --prompts any round on another set of prompts.
 
-    A student that `opd gc` evicted is rebuilt first.
+    A student that `opd gc` evicted is rebuilt first. A set's metrics stand apart under its name.
 
-    Exit codes: as for `opd run`; 2 also for a round that is not trained yet."""
+    Exit codes: as for `opd run`; 2 also for a round that is not trained yet, and for a set that cannot be measured."""
     from flows.run.runner import stored_experiment
 
+    name, at = at_round(name)
+    round = [*round, at] if at is not None else round
     held = Run.open(root, name)
     known = [r.round for r in held.state.rounds if r.student_sha256]
     if missing := sorted(set(round) - set(known)):
         raise InputError(f"run {name!r}: round {missing[0]} is not trained yet; trained are {known or 'none'}")
+    last = max(known, default=0)
+    if prompts is not None:
+        from flows.run.further_set import further_set
+
+        if not known:
+            raise InputError(f"run {name!r}: no round has a student yet; {opd_command(root, 'resume', name)}")
+        label = re.sub(r"\W", "_", Path(prompts).stem).lower() if set_name is None else set_name
+        experiment = stored_experiment(held)
+        one = further_set(held, experiment, label, prompts, verifier, limit, sorted(set(round) or {last}))
+        return _go(experiment, name, root, last, True, Output(json_, verbose, quiet), lambda _: False, one)
+    if (given := [f for f, value in (("verifier", verifier), ("set-name", set_name), ("limit", limit)) if value]) != []:
+        raise ConfigError(f"--{given[0]}: belongs to an evaluation set; give its prompts with --prompts")
     wanted = set(round) or {r.round for r in held.state.rounds if r.unevaluated}
     if not wanted and not json_:
         out.print(f"nothing to do: run {name!r} left out no evaluation (policy.evaluate_every)")
         return
-    last = max(known, default=0)
-    _go(stored_experiment(held), name, root, last, True, json_, wanted.__contains__)
+    _go(stored_experiment(held), name, root, last, True, Output(json_, verbose, quiet), wanted.__contains__)
 
 
 def check(
@@ -179,16 +238,29 @@ def check(
         out.print(line, markup=False, soft_wrap=True)
 
 
-def _dry_run(experiment: Experiment, name: str, root: Path, rounds: int | None, as_json: bool) -> None:
-    from flows.run.runner import plan
+def _dry_run(experiment: Experiment, name: str, root: Path, rounds: int | None, as_json: bool, verbose: bool) -> None:
+    from flows.cross_checks import NOT_JUDGED, needs_judge
+    from flows.run.pace import estimate, round_seconds
+    from flows.run.runner import existing_run, plan
 
     lines = plan(experiment, root, rounds, name)
+    held = existing_run(name, root)
+    known = [] if held is None else round_seconds(held.state.rounds)
+    left = {line.round for line in lines if line.stage == "train" and line.state in ("run", "pending")}
+    takes = estimate(len(left), known)
     if as_json:
         data = {"name": name, "config": experiment.model_dump(mode="json"), "plan": [vars(line) for line in lines]}
-        print(json.dumps(data, indent=2))
+        print(json.dumps(data | {"estimate": takes}, indent=2))
         return
-    out.print(experiment.to_yaml())
     out.print(_plan_table(name, lines))
+    if experiment.judge is not None and not needs_judge(experiment):
+        out.print(f"note: {NOT_JUDGED}", soft_wrap=True)
+    if left:
+        out.print(takes or f"{len(left)} rounds to train; how long one takes is known after the first")
+    if verbose:
+        out.print(experiment.to_yaml(), markup=False)
+    else:
+        out.print("the resolved config: --dry-run -v", style="dim")
 
 
 def _plan_table(name: str, lines: list[PlanLine]) -> Table:
@@ -209,24 +281,47 @@ def _plan_table(name: str, lines: list[PlanLine]) -> Table:
     return table
 
 
+@dataclass(frozen=True)
+class Output:
+    """How a call reports: a terminal's bars or plain lines, with a line per stage (`verbose`), what is wrong (`quiet`), JSON."""
+
+    json: bool = False
+    verbose: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.quiet and (self.json or self.verbose):
+            raise InputError(f"--quiet and {'--json' if self.json else '--verbose'}: choose one")
+
+    def reporter(self, stack: ExitStack) -> Reporter:
+        from flows.run.events import EventReporter
+        from flows.run.progress import LineReporter, QuietReporter, TerminalReporter
+
+        if self.json:
+            return EventReporter()
+        if self.quiet:
+            return QuietReporter()
+        if sys.stderr.isatty():
+            return stack.enter_context(TerminalReporter(verbose=self.verbose))
+        return LineReporter(verbose=self.verbose)
+
+
 def _go(
     experiment: Experiment,
     name: str,
     root: Path,
     rounds: int | None,
     no_prefect: bool,
-    as_json: bool,
+    output: Output,
     evaluated: Callable[[int], bool] | None = None,
+    on_set: FurtherSet | None = None,
 ) -> None:
-    """Run in the foreground with progress; print the report at the end. `evaluated`: instead of policy.evaluate_every."""
+    """Run in the foreground with progress; print the report at the end. `evaluated`: instead of policy.evaluate_every.
+    `on_set`: another evaluation set."""
     from flows.cli.report import print_report, status_json
-    from flows.run.progress import LineReporter, SilentReporter, TerminalReporter
     from flows.run.runner import run_experiment
 
     with ExitStack() as stack:
-        reporter: Reporter = SilentReporter() if as_json else LineReporter()
-        if not as_json and sys.stderr.isatty():
-            reporter = stack.enter_context(TerminalReporter())
         try:
             state, built = run_experiment(
                 experiment,
@@ -234,8 +329,9 @@ def _go(
                 root=root,
                 rounds=rounds,
                 prefect=not no_prefect,
-                reporter=reporter,
+                reporter=output.reporter(stack),
                 evaluated=evaluated,
+                on_set=on_set,
             )
         except KeyboardInterrupt:
             stack.close()
@@ -246,8 +342,10 @@ def _go(
             stack.close()
             error.args = (with_resume_hint(error, name, root), *error.args[1:])
             raise
-    if as_json:
-        print(json.dumps(_with_built(status_json(state, root), built), indent=2))
+    if output.json:
+        print(json.dumps(status_json(state, root) | {"stages_built": built}, indent=2))
+        return
+    if output.quiet:
         return
     print_report(state, root)
     if built == 0 and state.ended:
@@ -257,7 +355,3 @@ def _go(
     elif built == 0:
         done = max((round.round for round in state.rounds), default=0) if rounds is None else rounds
         out.print(f"nothing to do: {f'rounds 0 to {done}' if done else 'round 0'} of {name!r} are in the store")
-
-
-def _with_built(status: dict[str, Any], built: int) -> dict[str, Any]:
-    return status | {"stages_built": built}

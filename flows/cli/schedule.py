@@ -14,7 +14,7 @@ from zoneinfo import available_timezones
 import typer
 from rich.console import Console
 
-from flows.cli.options import Root, example
+from flows.cli.options import Root, Set, example
 from flows.run.hints import DEFAULT_ROOT
 from storage.disk.redact import redact
 from storage.errors import ConfigError, did_you_mean
@@ -22,7 +22,11 @@ from storage.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from prefect.schedules import Schedule
 
-Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="override a field, e.g. train.lr=1e-4")]
+Every = Annotated[
+    str | None, typer.Option("--every", "--interval", metavar="6h", help="time between two: 6h, 30m, 45s")
+]
+Cron = Annotated[str | None, typer.Option("--cron", metavar="'0 2 * * *'", help="when, as cron")]
+Timezone = Annotated[str | None, typer.Option("--timezone", "--zone", help="for --cron (default: this machine's)")]
 
 out = Console(highlight=False)
 
@@ -36,9 +40,9 @@ def register(app: typer.Typer) -> None:
 def schedule(
     config: Annotated[Path, typer.Argument(help="an experiment's YAML, or recipe:NAME", show_default=False)],
     name: Annotated[str, typer.Option("--name", help="the run that every tick goes on with", show_default=False)],
-    every: Annotated[str | None, typer.Option("--every", metavar="6h", help="time between ticks: 6h, 30m, 45s")] = None,
-    cron: Annotated[str | None, typer.Option("--cron", metavar="'0 2 * * *'", help="when to tick, as cron")] = None,
-    timezone: Annotated[str | None, typer.Option("--timezone", help="for --cron (default: this machine's)")] = None,
+    every: Every = None,
+    cron: Cron = None,
+    timezone: Timezone = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="rounds that one tick runs")] = 1,
     set_: Set = [],  # noqa: B006  typer copies it
     root: Root = DEFAULT_ROOT,

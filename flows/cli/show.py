@@ -12,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.cells import visible
-from flows.cli.options import Json, Root, RunName, console, example, existing_root
+from flows.cli.options import AtRound, Json, Root, at_round, console, example, existing_root
 from flows.run.hints import DEFAULT_ROOT
 from storage.errors import InputError, did_you_mean
 from storage.runs import Run
 
 SHADES = ((4.0, "bold red"), (2.0, "red"), (0.5, "yellow"), (-0.5, ""), (float("-inf"), "green"))
-"""From which gap (nats) on a token has a style."""
+"""From which gap (nats) on a token has a style; a page has the same (flows.page.completions.GAPS)."""
 LEGEND = (
     "gap: log p(student) - log p(teacher), the token's part in the reverse KL; ",
     ("yellow", "yellow"),
@@ -40,10 +40,12 @@ def register(app: typer.Typer) -> None:
 
 
 def show(
-    name: RunName,
+    name: AtRound,
     sample: Annotated[
         str | None,
-        typer.Option("--sample", help="a sample_id (default: that of the last round with the largest mean gap)"),
+        typer.Option(
+            "--sample", help="a sample_id (default: that of the round, or the last one, with the largest mean gap)"
+        ),
     ] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="alternatives shown for each token")] = 3,
     json_: Json = False,
@@ -56,19 +58,24 @@ def show(
     from storage.query.catalog import Catalog
     from storage.store import Store
 
+    name, round = at_round(name)
+    if round is not None and sample is not None:
+        raise InputError(f"{name}@{round} and --sample {sample}: a sample's name has its round; give one of them")
     run = Run.open(root, name)
-    found = _found(Catalog(Store(existing_root(root)), run), run, sample, top)
+    found = _found(Catalog(Store(existing_root(root)), run), run, sample, top, round)
     if json_:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
     else:
         _print(found, console())
 
 
-def _found(catalog: Any, run: Run, sample: str | None, top: int) -> dict[str, Any]:
-    """The sample with its tokens; each has `teacher_top` and `student_top`, lists of [token, probability], or none."""
-    from storage.query.questions import last_written
+def _found(catalog: Any, run: Run, sample: str | None, top: int, round: int | None) -> dict[str, Any]:
+    """The sample with what the judge gave it (`judged`: reward, feedback, failed; or none) and its tokens; each token has
+    `teacher_top` and `student_top`, lists of [token, probability], or none."""
+    from flows.page.completions import literal, read
+    from storage.query.questions import last_written, with_rollouts
 
-    last = last_written(run.state)
+    last = last_written(run.state) if round is None else with_rollouts(run.state, round)
     if sample is None:
         worst = f"SELECT sample_id FROM tokens WHERE round = {last} AND isfinite(gap) GROUP BY ALL ORDER BY avg(gap) DESC LIMIT 1"
         named = (
@@ -78,45 +85,18 @@ def _found(catalog: Any, run: Run, sample: str | None, top: int) -> dict[str, An
         sample = named[0]["sample_id"]
     part = str(sample).rsplit("/", 2)
     at = int(part[1]) if len(part) == 3 and part[1].isdigit() else last
-    where = f"round = {at} AND sample_id = '{str(sample).replace(chr(39), chr(39) * 2)}'"
-    rows = catalog.query(f"SELECT * FROM rollouts WHERE {where}").to_pylist()
-    if not rows:
+    where = f"round = {at} AND sample_id = {literal(str(sample))}"
+    if not catalog.query(f"SELECT sample_id FROM rollouts WHERE {where}").num_rows:
         ids = catalog.query(f"SELECT sample_id FROM rollouts WHERE round = {at}")["sample_id"].to_pylist()
         hint = did_you_mean(str(sample), ids, f"round {last} has {', '.join(ids[:3])}, ...")
         raise InputError(f"run {run.name!r} has no sample {sample!r}; {hint}")
-    written = rows[0]
-    columns = (
-        "position, token_id, token, coalesce(student_logprob, sampling_logprob) AS student_logprob, teacher_logprob, gap,"
-        " teacher_mass, reasons, text_offset, text_length"
-    )
-    tokens = catalog.query(f"SELECT {columns} FROM tokens WHERE {where} ORDER BY position").to_pylist()
-    lists = catalog.query(
-        "SELECT teacher_topk_ids AS teacher, teacher_topk_logprobs AS teacher_logprobs, student_topk_ids AS student,"
-        f" student_topk_student_logprobs AS student_logprobs FROM supervision WHERE {where}"
-    ).to_pylist()[0]
-    ids = {i for model in ("teacher", "student") for kept in lists[model] or () for i in kept[:top]}
-    known = catalog.query(
-        "SELECT id, coalesce(text, token) AS token FROM vocabulary WHERE tokenizer = 'student'"
-        f" AND id IN ({', '.join(map(str, sorted(ids))) or 'NULL'})"
-    ).to_pylist()
-    names = {row["id"]: row["token"] for row in known}
-    for place, token in enumerate(tokens):
-        for model in ("teacher", "student"):
-            token[f"{model}_top"] = _top(lists[model], lists[f"{model}_logprobs"], place, top, names)
-    prompt = catalog.query(
-        f"SELECT text FROM rollouts JOIN prompts USING (run, prompt_id) WHERE {where} LIMIT 1"
-    ).to_pylist()
-    kept = ("sample_id", "prompt_id", "round", "behaviour", "finish_reason", "completion_text")
-    return {key: written[key] for key in kept} | {"prompt": prompt[0]["text"] if prompt else None, "tokens": tokens}
-
-
-def _top(ids: Any, logprobs: Any, place: int, top: int, names: dict[int, str]) -> list[tuple[str, float]] | None:
-    import math
-
-    if ids is None:
-        return None
-    pairs = zip(ids[place][:top], logprobs[place][:top], strict=True)
-    return [(names.get(token, str(token)), math.exp(logprob)) for token, logprob in pairs]
+    found = read(catalog, at, [str(sample)], top)[0]
+    for token in found["tokens"]:
+        del token["divergence"]
+        token["student_top"] = token["student_top"] and [entry[:2] for entry in token["student_top"]]
+    judged = catalog.query(f"SELECT reward, feedback, failed FROM rewards WHERE {where}").to_pylist()
+    kept = ("sample_id", "prompt_id", "round", "behaviour", "finish_reason", "completion_text", "prompt", "tokens")
+    return {key: found[key] for key in kept} | {"judged": judged[0] if judged else None}
 
 
 def _print(found: dict[str, Any], out: Console) -> None:
@@ -124,11 +104,16 @@ def _print(found: dict[str, Any], out: Console) -> None:
     gaps = [token["gap"] for token in tokens if token["gap"] is not None]
     facts = [f"{len(tokens)} tokens", {"stop": "ended by itself", "length": "cut off"}.get(found["finish_reason"], "")]
     facts += [f"mean gap {sum(gaps) / len(gaps):.3f} nats"] if gaps else []
+    judged = found["judged"] or {}
+    facts += [f"reward {judged['reward']:g}"] if judged.get("reward") is not None else []
+    facts += [f"no reward: {judged['failed']}"] if judged.get("failed") else []
     facts += [f"written by {found['behaviour']}"] if found["behaviour"] != "student" else []
     out.print(Text.assemble((found["sample_id"], "bold"), "  ", ", ".join(filter(None, facts))))
     if found["prompt"] is not None:
         out.print(Text(found["prompt"], style="dim"))
     out.print(_coloured(found["completion_text"], tokens))
+    if judged.get("feedback"):
+        out.print(Text(f"feedback: {judged['feedback']}", style="dim"))
     out.print()
     out.print(_table(tokens))
     out.print(Text.assemble(*LEGEND, style="dim"))

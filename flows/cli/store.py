@@ -174,7 +174,9 @@ def restore(
 def replay(
     name: RunName,
     round: Annotated[int, typer.Option("--round", min=1, help="round to replay", show_default=False)],
-    stages: Annotated[str, typer.Option("--stages", help="any of rollout,supervise,train,evaluate")] = "train",
+    stages: Annotated[
+        str, typer.Option("--stages", help="any of rollout,judge,context,supervise,train,evaluate")
+    ] = "train",
     set_: Annotated[
         list[str],
         typer.Option("--set", metavar="runtime.X=Y", help="runtime fields that differ from the recorded ones"),

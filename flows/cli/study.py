@@ -45,7 +45,7 @@ def study(
 
     Exit codes: 0 done, 1 a run of a method failed, 2 bad study or config, 75 a run is held by another process,
     130 interrupted."""
-    from flows.study.files import default_folder, write_files
+    from flows.study.files import PAGE, default_folder, write_files
     from flows.study.progress import StudyReporter
     from flows.study.results import Known, grids, read_rows
     from flows.study.run import run_study
@@ -72,7 +72,8 @@ def study(
         err.print(f"continue with: {opd_command(root, *words)}", soft_wrap=True)
         raise typer.Exit(130) from None
     rows = read_rows(plan, root, known)
-    written = write_files(plan, rows, folder)
+    pages = [folder / PAGE] if built == 0 and (folder / PAGE).exists() else _page(plan, root, folder)
+    written = [*write_files(plan, rows, folder), *pages]
     for result in grids(plan, rows):
         out.print(_table(result))
     out.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
@@ -84,6 +85,28 @@ def study(
         raise OpdError(
             f"{len(missing)} runs of the methods did not finish: {', '.join(missing)}; the report has the reasons"
         )
+
+
+def _page(plan: StudyPlan, root: Path, folder: Path) -> list[Path]:
+    """Writes the page of the methods' runs with the first seed, and returns its path. None where no run has a finished round, or
+    where their data cannot be read: the study's own results do not depend on it."""
+    from flows.cli.page import write
+    from flows.page.build import MOST_RUNS, page
+    from flows.study.files import PAGE
+    from storage.runs import Run
+
+    wanted = [run.name for run in plan.method_runs() if run.seed == plan.study.seeds[0]]
+    try:
+        there = {run.name for run in Run.list(root) if run.name in wanted and run.state.last_trained is not None}
+        names = [name for name in wanted if name in there][:MOST_RUNS]
+        if not names:
+            return []
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / PAGE, page(root, names).html)
+    except OpdError as error:
+        err.print(f"{folder / PAGE} is not written: {error}", markup=False, soft_wrap=True)
+        return []
+    return [folder / PAGE]
 
 
 def _table(result: Grid) -> Table:
@@ -106,6 +129,22 @@ def _dry_run(plan: StudyPlan, root: Path) -> None:
         lr, *counts = ("after the sweep", "", "") if waits else _counts(plan, known, root)
         table.add_row(run.name, run.method, str(run.seed), lr, str(run.rounds), *counts)
     out.print(table)
+    if (takes := _takes(plan, root)) is not None:
+        out.print(takes)
+
+
+def _takes(plan: StudyPlan, root: Path) -> str | None:
+    """How long the rounds that are not done take, from those of this study that are."""
+    from flows.run.pace import estimate, round_seconds
+    from flows.run.runner import existing_run
+
+    left, known = 0, list[float]()
+    for run in (*plan.sweep_runs(), *plan.method_runs()):
+        held = existing_run(run.name, root)
+        state = None if held is None else held.state
+        left += run.rounds - min(run.rounds, 0 if state is None else state.rounds_done)
+        known += [] if state is None else round_seconds(state.rounds)
+    return estimate(left, known)
 
 
 def _counts(plan: StudyPlan, run: StudyRun, root: Path) -> tuple[str, str, str]:

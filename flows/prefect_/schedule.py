@@ -23,20 +23,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from flows.prefect_.outcome import FINISHED, REFUSED, outcome
 from flows.prefect_.server import ServerUnavailable
 from flows.prefect_.session import prefect_session
-from flows.run.hints import with_resume_hint
 from storage.disk import locks
-from storage.disk.redact import redact
-from storage.errors import InputError, OpdError, RunBusy
-from storage.runs import RUN_NAME
+from storage.errors import InputError, RunBusy
+from storage.runs import RUN_NAME, RunState
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
     from prefect.schedules import Schedule
 
-FINISHED, REFUSED, SKIPPED = "Finished", "Refused", "Skipped"
-"""Names of a tick's last state: nothing is left to do; no further tick could cure it; another process is at the run."""
 INTERRUPTED = 130
 SILENT_SECONDS = 120.0
 """How long the server may plan no tick (it plans one within 5 seconds, or 60), or not answer, before the schedule ends."""
@@ -201,30 +198,20 @@ async def _end_old_ticks(client: PrefectClient, deployment: UUID) -> None:
 
 
 def tick(config_path: str, name: str, root: str, rounds: int, overrides: list[str]) -> Any:
-    """Run the next `rounds` round(s) of run `name` from where it stands; its last state says how it went, by name
-    (`FINISHED`, `REFUSED`, `SKIPPED`) and message. After any other failure the next tick tries again."""
-    from prefect.states import Completed, Failed
-
+    """Run the next `rounds` round(s) of run `name` from where it stands; its last state says how it went (`outcome`). After a
+    failure that is not REFUSED the next tick tries again."""
     from flows.run.runner import run_rounds
 
     _end_with_parent()
-    started = time.monotonic()
+
+    def work() -> RunState:
+        return run_rounds(config_path, name, root, rounds, overrides)
+
     try:
-        state = run_rounds(config_path, name, root, rounds, overrides)
-    except RunBusy as error:
-        return Completed(name=SKIPPED, message=f"tick skipped: {error}")
+        again, over = "the next tick tries again", "the schedule ends here"
+        return outcome(work, name, Path(root), who="tick", again=again, over=over, done=", the schedule ends")
     except (KeyboardInterrupt, SystemExit):
         raise SystemExit(INTERRUPTED) from None
-    except Exception as error:
-        final = isinstance(error, OpdError) and error.exit_code == 2
-        todo = "the schedule ends here" if final else "the next tick tries again"
-        text = redact(with_resume_hint(error, name, Path(root)) if isinstance(error, OpdError) else repr(error))
-        return Failed(name=REFUSED if final else None, message=f"tick failed: {text} ({todo}; opd logs {name})")
-    at = f"at round {state.rounds_done} after {time.monotonic() - started:.0f} s"
-    if state.status == "finished":
-        why = state.ended or "all configured rounds are done"
-        return Completed(name=FINISHED, message=f"{at}; {why}, the schedule ends")
-    return Completed(message=at)
 
 
 def _end_with_parent() -> None:

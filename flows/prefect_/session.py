@@ -65,7 +65,7 @@ def prefect_session(root: Path, *, warn: Warn = to_stderr) -> Iterator[Session]:
             if not external:
                 session.server = stack.enter_context(store_server(root, warn))
                 values = environment(home, PREFECT_API_URL=session.server.api_url)
-            stack.enter_context(_settings(values))
+            stack.enter_context(prefect_settings(values))
             if external:
                 _check_answer()
             stack.callback(_settle, session)
@@ -90,7 +90,7 @@ def _check_answer() -> None:
 
 
 @contextmanager
-def _settings(values: Mapping[str, str]) -> Iterator[None]:
+def prefect_settings(values: Mapping[str, str]) -> Iterator[None]:
     """Prefect's settings and loggers in the block: in the environment, for a first import and for child processes, and set up
     anew, for Prefect may have been imported long ago. The root logger keeps its handlers."""
     before, handlers, raising = dict(os.environ), list(logging.root.handlers), logging.raiseExceptions

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from flows.prefect_.session import Session
 from flows.run.executor import Reporter
+from flows.run.figures import EVALUATED, SAMPLED
 from flows.run.hints import opd_command
 from flows.run.progress import LineReporter, round_line
 from flows.run.shown import NOT_EVALUATED, all_with_errors, amount, by_teacher, sample_sizes, with_error
@@ -25,7 +26,7 @@ LONG_SECONDS, BETWEEN_SECONDS = 10.0, 5.0
 """A stage that takes longer gets a progress bar; at most that often it is moved, and the workers' logs are read."""
 NEWEST_BYTES = 64 * 1024
 """Of what a worker wrote between two looks at its log, the last that Prefect gets."""
-SHOWN = ("accuracy_greedy", "accuracy_sampled", "reverse_kl", "mean_length", "clipped_ratio", "rollout_tokens")
+SHOWN = tuple(figure.metric for figure in (*EVALUATED, SAMPLED))
 """Metrics of the summary."""
 
 

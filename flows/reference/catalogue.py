@@ -15,14 +15,23 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from flows.config_file import CHECKOUT, CONFIGS
-from flows.experiment import load_experiment
+from flows.experiment import Experiment, load_experiment
 from tasks.behaviours import BEHAVIOURS
 from tasks.engines.teacher import TEACHERS
 from tasks.inputs.teachers import SELF_TEACHERS
 from tasks.losses.axes import FullSupport, SampledToken, StudentCandidates, TopkSupport
-from tasks.losses.config import DirectConfig, PolicyGradientConfig, SftConfig
+from tasks.losses.config import CreditConfig, DirectConfig, PolicyGradientConfig, SftConfig
 from tasks.losses.credit import CREDITS
 from tasks.losses.divergences import DIVERGENCES, Divergence
+from tasks.losses.registry import Registry
+from tasks.losses.token_credit.additions import ADDITIONS
+from tasks.losses.token_credit.beside import Beside, Clip, Likelihood, Reference, SequenceGradient
+from tasks.losses.token_credit.returns import RETURNS
+from tasks.losses.token_credit.rewards import REWARDS
+from tasks.losses.token_credit.routes import ROUTES
+from tasks.losses.token_credit.scales import SCALES
+from tasks.losses.token_credit.targets import TARGETS
+from tasks.losses.token_credit.weights import DIVERGENCE_WEIGHTS
 from tasks.losses.token_weights import TOKEN_WEIGHTS
 from tasks.losses.trust_regions import TRUST_REGIONS
 from tasks.mixture import MixtureConfig
@@ -101,10 +110,63 @@ def catalogue() -> list[Entry]:
     found += [_of_class(kind, "credit", c) for kind, c in CREDITS.classes.items()]
     found += [_of_class(kind, "trust region", c) for kind, c in TRUST_REGIONS.classes.items()]
     found += [_of_class(kind, "token weight", c) for kind, c in TOKEN_WEIGHTS.classes.items()]
+    for axis, registry in _CREDIT_AXES.items():
+        found += [_of_class(kind, axis, c) for kind, c in registry.classes.items()]
+    found += [_of_class(name, "term", c) for name, c in _TERMS.items()]
     found += [_of_class(kind, "behaviour", c) for kind, c in BEHAVIOURS.classes.items()]
     found += [_of_class(kind, "teacher backend", c) for kind, c in TEACHERS.classes.items()]
     found += [_of_class(kind, "teacher", c) for kind, c in SELF_TEACHERS.items()]
-    return [*found, _ROUTED, _of_class("mixture", "teacher", MixtureConfig)]
+    return [*found, _ROUTED, _of_class("mixture", "teacher", MixtureConfig), *_NOT_BUILT]
+
+
+_CREDIT_AXES: dict[str, Registry[Any]] = {
+    "reward": REWARDS,
+    "scale": SCALES,
+    "addition": ADDITIONS,
+    "return": RETURNS,
+    "route": ROUTES,
+    "target": TARGETS,
+    "divergence weight": DIVERGENCE_WEIGHTS,
+}
+"""Axes of `estimator: credit`."""
+_TERMS: dict[str, Any] = {
+    "beside": Beside,
+    "sequence_gradient": SequenceGradient,
+    "clip": Clip,
+    "likelihood": Likelihood,
+    "reference": Reference,
+}
+
+
+def _missing(name: str, why: str, code: str) -> Entry:
+    return Entry(
+        name, "not built", why, ("not known",), (), False, code, (), f"{why}. The nearest that is here: {code}."
+    )
+
+
+_NOT_BUILT = (
+    _missing(
+        "pgpo",
+        "Not here: the function of teacher and student that weighs its policy gradient is not known from summaries",
+        "tasks/losses/token_credit/scales.py Scale",
+    ),
+    _missing(
+        "socratic-po",
+        "Not here: it learns from a dialogue of several turns, and what its discount applies to is not known from summaries",
+        "tasks/losses/token_credit/returns.py Discounted",
+    ),
+    _missing(
+        "raps-da",
+        "Not here: how it selects a teacher is not known from summaries; its routing by label is `teachers` with a teacher_id",
+        "tasks/routing.py own_prompts",
+    ),
+    _missing(
+        "pbsd",
+        "Not here: its loss compares a completion of the teacher with one of the student as a pair (2605.05040), and the"
+        " trainer's loss is a sum over tokens",
+        "tasks/losses/token_credit/objective.py CreditObjective",
+    ),
+)
 
 
 _ROUTED = Entry(
@@ -129,8 +191,11 @@ def axes(entries: list[Entry]) -> list[str]:
 _ESTIMATORS: dict[type[BaseModel], str] = {  # where each is computed; named, so that listing them loads no torch
     DirectConfig: "tasks/losses/direct.py DirectObjective",
     PolicyGradientConfig: "tasks/losses/policy_gradient.py PolicyGradientObjective",
+    CreditConfig: "tasks/losses/token_credit/objective.py CreditObjective",
     SftConfig: "tasks/losses/sft.py SftObjective",
 }
+_SUPPORT_OF = {"credit": "direct"}
+"""By estimator the one whose supports it has."""
 _SUPPORT_CLASSES: dict[tuple[str, str], type[BaseModel]] = {
     ("direct", "full"): FullSupport,
     ("policy_gradient", "sampled"): SampledToken,
@@ -146,7 +211,7 @@ def _of_class(name: str, axis: str, cls: Any) -> Entry:
     return Entry(
         name=name,
         axis=axis,
-        summary=_first_sentence(about),
+        summary=first_sentence(about),
         equations=tuple(equations),
         papers=tuple(dict.fromkeys([cls.paper] if cls.paper else _PAPER.findall(about))),
         experimental=getattr(cls, "experimental", False),
@@ -159,7 +224,7 @@ def _of_class(name: str, axis: str, cls: Any) -> Entry:
 def _support(estimator: str, kind: str) -> Entry:
     cls, equation = _SUPPORT_CLASSES.get((estimator, kind), TopkSupport), SUPPORTS[estimator][kind]
     about = inspect.getdoc(cls) or ""
-    summary = equation if estimator == "direct" else _first_sentence(about)
+    summary = equation if estimator == "direct" else first_sentence(about)
     code, fields = _where(cls), _fields(cls)
     return Entry(kind, "support", summary, (equation,), (), False, code, fields, about, estimator=estimator)
 
@@ -176,21 +241,12 @@ def _recipe(path: Path) -> Entry:
     about = " ".join(header)
     experiment = load_experiment(path)
     objective = experiment.objective
-    made_of = _parts(objective)
-    if (backend := experiment.supervise.teacher).kind != "local":
-        made_of.append(("teacher backend", backend.kind, backend.equation))
-    if (behaviour := experiment.rollout.behaviour).kind != "student":
-        made_of.append(("behaviour", behaviour.kind, behaviour.equation))
-    if (own := experiment.self_teacher) is not None:
-        made_of.append(("teacher", own.kind, own.equation))
-    if experiment.teachers:
-        kind = "routed" if experiment.routed else "mixture"
-        made_of.append(("teacher", kind, _ROUTED.equations[0] if experiment.routed else MixtureConfig.equation))
+    made_of = parts_of(experiment)
     equations = [f"{axis} {name}: {equation}" for axis, name, equation in made_of]
     return Entry(
         name=path.stem,
         axis="recipe",
-        summary=_first_sentence(about),
+        summary=first_sentence(about),
         equations=tuple(equations),
         papers=tuple(dict.fromkeys(_PAPER.findall(about))),
         experimental="experimental" in about.lower(),
@@ -198,16 +254,35 @@ def _recipe(path: Path) -> Entry:
         fields=_values(objective),
         about=about,
         uses=tuple(
-            f"{axis} {name} ({objective.estimator})" if axis == "support" else f"{axis} {name}"
+            f"{axis} {name} ({_SUPPORT_OF.get(objective.estimator, objective.estimator)})"
+            if axis == "support"
+            else f"{axis} {name}"
             for axis, name, _ in made_of
         ),
         file=str(path.relative_to(CONFIGS.parent)),
     )
 
 
+def parts_of(experiment: Experiment) -> list[tuple[str, str, str]]:
+    """(axis, name, equation) of a method's parts: of the objective, and who teaches and writes where that is not the default."""
+    found = _parts(experiment.objective)
+    if (backend := experiment.supervise.teacher).kind != "local":
+        found.append(("teacher backend", backend.kind, backend.equation))
+    if (behaviour := experiment.rollout.behaviour).kind != "student":
+        found.append(("behaviour", behaviour.kind, behaviour.equation))
+    if (own := experiment.self_teacher) is not None:
+        found.append(("teacher", own.kind, own.equation))
+    if experiment.teachers:
+        kind = "routed" if experiment.routed else "mixture"
+        found.append(("teacher", kind, _ROUTED.equations[0] if experiment.routed else MixtureConfig.equation))
+    return found
+
+
 def _parts(objective: Any) -> list[tuple[str, str, str]]:
     """(axis, name, equation) of an objective's parts, without parts that have no effect."""
     parts = [("estimator", objective.estimator, objective.equation)]
+    if isinstance(objective, CreditConfig):
+        return parts + _parts_of_credit(objective)
     divergence = objective.divergence
     if objective.estimator == "direct":
         parts.append(("divergence", divergence.kind, f"D = {divergence.equation}"))
@@ -228,6 +303,30 @@ def _parts(objective: Any) -> list[tuple[str, str, str]]:
     ):
         if choice is not None and choice.kind != "none":
             parts.append((axis, choice.kind, choice.configured))
+    return parts
+
+
+def _parts_of_credit(objective: CreditConfig) -> list[tuple[str, str, str]]:
+    """The same of rewards and token credit."""
+    beside = objective.beside
+    chosen: list[tuple[str, Any, str]] = [
+        ("reward", objective.reward, "none"),
+        ("scale", objective.scale, "none"),
+        ("addition", objective.add, "none"),
+        ("return", objective.returns, "token"),
+        ("route", objective.route, "all"),
+    ]
+    if beside is not None:
+        chosen += [("target", beside.target, "teacher"), ("divergence weight", beside.weight, "none")]
+    parts = [(axis, choice.kind, choice.configured) for axis, choice, plain in chosen if choice.kind != plain]
+    terms = {name: getattr(objective, name) for name in ("beside", "clip", "likelihood", "reference")}
+    terms["sequence_gradient"] = None if beside is None else beside.sequence_gradient
+    parts += [("term", name, term.equation) for name, term in terms.items() if term is not None]
+    if beside is not None:
+        parts.append(("divergence", beside.divergence.kind, f"D = {beside.divergence.equation}"))
+        parts.append(("support", beside.support.kind, SUPPORTS["direct"][beside.support.kind]))
+        if beside.support.kind != "full":
+            parts.append(("outside", beside.support.outside, OUTSIDE[beside.support.outside]))
     return parts
 
 
@@ -267,5 +366,5 @@ def _where(cls: Any) -> str:
     return f"{path} {cls.__name__}"
 
 
-def _first_sentence(text: str) -> str:
+def first_sentence(text: str) -> str:
     return re.split(r"\.(?:\s|$)", " ".join(text.split()), maxsplit=1)[0]

@@ -23,8 +23,9 @@ from tasks.signals import SIGNALS, Signal
 INTRO = """# Config reference
 
 Generated from the schema by `python -m flows.reference.pages config > docs/config.md`; a test compares the two. Everything above
-`runtime` is identity: it determines results and enters the keys. `runtime` sets where and how to run, `policy` how long; both
-may change between two calls of a run. `base: other.yaml` merges a config over another one; `--set a.b=c` overrides a field,
+`runtime` is identity: it determines results and enters the keys. `runtime` sets where and how to run, `policy` how long,
+`trackers` where metrics go besides, `hooks` which commands of yours are called; all of these may change between two calls of a
+run. `base: other.yaml` merges a config over another one; `--set a.b=c` overrides a field,
 `--set 'a."b.c".d=e'` one below a name with dots.
 
 Relative paths in a file are relative to that file (also in a base and in a study), those of `--set` to the working directory. A
@@ -104,6 +105,10 @@ two. Each name links to its equation, and each equation to its code. `opd object
 support, `rho = p(y) / p_old(y)`, `M` a gate. `A = m A_r + delta` is an advantage (constant in the gradient): `A_r` from rewards,
 `delta` from student and teacher. Temperature 1, natural logarithms. The loss is the sum over the unmasked tokens of an
 optimizer step divided by their number (`normalisation: token`).
+
+With `estimator: credit` a method is one choice on each factor of `a PPO(rho, m A + delta) + b w c D(q', p)`: A the reward's
+advantage, m a scale, delta an addition (with a return), a and b a route, w a divergence weight, c = min(is_clip, rho), q' a
+target; `d = log q(y) - log p(y)`. The family of SRPO (2604.02288): recipes name the method, its row, and what of it is ours.
 
 A method is one choice on each axis. Entries marked [experimental] are implemented from summaries of their paper only, or are our
 own and untried at scale.

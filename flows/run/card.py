@@ -8,20 +8,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flows.run.figures import EVALUATED
 from flows.run.shown import sample_sizes, with_error
 from storage.disk.yaml_text import dump
 from storage.query.figures import completed
 from storage.runs import RoundState, Run
 from storage.store import Store
 
-_FIGURES = (
-    ("accuracy", "accuracy_greedy", "{:.1%}"),
-    ("sampled accuracy", "accuracy_sampled", "{:.1%}"),
-    ("reverse KL (nats per token)", "reverse_kl", "{:.4f}"),
-    ("length (tokens)", "mean_length", "{:.1f}"),
-    ("clipped", "clipped_ratio", "{:.1%}"),
-)
-_SECTIONS = ("objective", "rollout", "supervise", "train", "evaluate")
+_SECTIONS = ("objective", "rollout", "judge", "supervise", "train", "evaluate")
 
 
 def card(run: Run, store: Store, round: int, sha256: str) -> str:
@@ -44,7 +38,7 @@ def card(run: Run, store: Store, round: int, sha256: str) -> str:
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in _origins(config)),
+        *(f"| {name} | {value} |" for name, value in origins(config)),
         f"| weights (sha256) | `{sha256}` |",
         "",
         "## Figures",
@@ -56,7 +50,7 @@ def card(run: Run, store: Store, round: int, sha256: str) -> str:
         "<details><summary>All fields that determine the result, beside models and prompts</summary>",
         "",
         "```yaml",
-        dump({"seed": config.get("seed", 0), **{name: config[name] for name in _SECTIONS if name in config}}).strip(),
+        dump({"seed": config.get("seed", 0), **{name: config[name] for name in _SECTIONS if config.get(name)}}).strip(),
         "```",
         "",
         "</details>",
@@ -67,7 +61,8 @@ def card(run: Run, store: Store, round: int, sha256: str) -> str:
     return "\n".join(lines)
 
 
-def _origins(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def origins(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a run was made from: (role, source in a few words, in Markdown)."""
     yield "base model", _named(config["student"]["source"])
     if config.get("teacher"):
         yield "teacher", _named(config["teacher"]["source"])
@@ -102,12 +97,12 @@ def base_of(source: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 
 def _table(rounds: list[RoundState], last: int) -> list[str]:
-    known = [f for f in _FIGURES if any(r.metrics.get(f[1]) is not None for r in rounds)]
+    known = [f for f in EVALUATED if any(r.metrics.get(f.metric) is not None for r in rounds)]
     if not known:
         return [f"Round {last} was not evaluated."]
     headings = ["", *("before (round 0)" if r.round == 0 else f"this model (round {r.round})" for r in rounds)]
-    rows = [[name, *(with_error(r.metrics, metric, form) or "-" for r in rounds)] for name, metric, form in known]
-    sizes = sample_sizes(rounds, tuple(metric for _, metric, _ in known))
+    rows = [[f.with_unit, *(with_error(r.metrics, f.metric, f.form) or "-" for r in rounds)] for f in known]
+    sizes = sample_sizes(rounds, tuple(f.metric for f in known))
     return [
         f"| {' | '.join(headings)} |",
         "|" + "---|" * len(headings),

@@ -11,23 +11,28 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flows.cross_checks import dtype_warning
+from flows.cross_checks import dtype_warning, needs_judge
 from flows.distill import inputs
 from flows.experiment import Experiment, with_plugins
 from flows.run.checked import Known
 from flows.run.dates import with_date
 from flows.run.executor import Maker
+from flows.run.further_set import check_rows
 from flows.run.preflight import findings, require
 from flows.run.progress import SilentReporter
 from flows.run.runner import bytes_of_run, bytes_per_round
 from storage.errors import RELATIVE, ConfigError, InputError, OpdError
 from storage.runs import Run
 from storage.store import Artifact, Store
+from tasks.context import examples
+from tasks.engines.verifier_process import NoVerdict, VerifierProcess, reason_of
 from tasks.evaluate import Prompt, plan_shards
+from tasks.inputs.judging import name_of
 from tasks.inputs.models import CheckpointModel, ModelSource, model_work, parameter_count
 from tasks.inputs.sources import FileSource
 from tasks.inputs.tokenizers import load_tokenizer
 from tasks.inputs.verifiers import FunctionVerifier, function_place, verify
+from tasks.judge import sources_of
 from tasks.plugins import source_place
 from tasks.prepare import audited, require_audit
 from tasks.routing import teacher_field
@@ -88,7 +93,10 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
             yield from _routes(experiment, rows)
             readers = {name: load_tokenizer(folder) for name, folder in folders.items()}
             yield from _lengths_and_example(rows, load_tokenizer(store.materialize(student)), readers)
+            yield from _contexts(experiment, store, student, teachers, prompts)
             yield from _verifier(experiment, rows)
+            yield from _judge(experiment, rows, load_tokenizer(store.materialize(student)))
+            yield from (check_rows(one, f"evaluate.sets.{name}") for name, one in experiment.evaluate.sets.items())
             parameters = parameter_count(store.materialize(student))
             found = findings(Known.of(experiment, store, student, teachers, prompts))
             yield from (f"note: {finding.text}" for finding in found if not finding.refused)
@@ -107,6 +115,7 @@ def _require_files(experiment: Experiment) -> None:
     sources: dict[str, Any] = {"student.source": experiment.student.source}
     sources |= {f"{teacher_field(name)}.source": model.source for name, model in experiment.taught_by.items()}
     sources |= {f"prompts.{split}": getattr(experiment.prompts, split) for split in ("train", "eval", "warmup")}
+    sources |= {f"evaluate.sets.{name}.prompts": one.prompts for name, one in experiment.evaluate.sets.items()}
     paths = {f"{field}.path": s.path for field, s in sources.items() if isinstance(s, CheckpointModel | FileSource)}
     missing = [f"{field}: {path}" for field, path in paths.items() if not Path(path).exists()]
     if len(missing) > 1:
@@ -120,7 +129,8 @@ def _same_model(experiment: Experiment, student: Artifact, teachers: Mapping[str
     own = student.content.get("weights")
     for name, teacher in teachers.items():
         same = own is not None and own == teacher.content.get("weights")
-        if same and experiment.student.warmup == experiment.taught_by[name].warmup:
+        rewarded = experiment.objective.estimator == "credit" and not experiment.objective.distils
+        if same and not rewarded and experiment.student.warmup == experiment.taught_by[name].warmup:
             yield (
                 f"warning: student and {teacher_field(name)} are the same model, so there is nothing to distil (every loss"
                 " is 0)"
@@ -169,6 +179,17 @@ def _lengths_and_example(rows: pa.Table, tokenizer: Any, readers: Mapping[str | 
                 yield f"first prompt of {split}{reader}, {len(ids):,} tokens: {_shortened(repr(text))}"
 
 
+def _contexts(
+    experiment: Experiment, store: Store, student: Artifact, teachers: Mapping[str | None, Artifact], prompts: Artifact
+) -> Iterator[str]:
+    """What the teacher reads of a sample, where samples have contexts of their own."""
+    if not experiment.sample_contexts:
+        return
+    shown = examples(experiment.sample_contexts, experiment.prompts, student, teachers[None], prompts, store)
+    for number, text in enumerate(shown, 1):
+        yield f"context {number} of a sample, as the teacher reads it: {_shortened(repr(text))}"
+
+
 def _shortened(text: str) -> str:
     if len(text) <= EXAMPLE_CHARACTERS:
         return text
@@ -206,6 +227,37 @@ def _verifier(experiment: Experiment, rows: pa.Table) -> Iterator[str]:
         f"verifier: {name}; it judges the completion {_shortened(repr(chosen.answer))}, the answer of prompt"
         f" {chosen.prompt_id!r} alone, as {_judged(verdict)}{hint}"
     )
+
+
+def _judge(experiment: Experiment, rows: pa.Table, tokenizer: Any) -> Iterator[str]:
+    """Tries the judge's verifiers on the first training prompt that has an answer, with that in place of a completion."""
+    if experiment.judge is None or not needs_judge(experiment):
+        return
+    train = rows.filter(pc.equal(rows["split"], "train"))
+    known = train.filter(pc.is_valid(train["answer"]))
+    prompt = (known if known.num_rows else train).slice(0, 1).to_pylist()
+    if not prompt:
+        return
+    text = prompt[0]["answer"] or ""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    question = {
+        "completion": text, "answer": prompt[0]["answer"], "length": len(ids), "prompt": prompt[0]["text"],
+        "token_ids": ids, "tokens": [tokenizer.decode([index]) for index in ids],
+    }  # fmt: skip
+    process = VerifierProcess(experiment.judge, sources_of(experiment.judge))
+    try:
+        for place, (verifier, names) in enumerate(zip(experiment.judge.verifiers, process.given(), strict=True)):
+            asked = {name: question[name] for name in ("completion", "answer", "length", *names)}
+            try:
+                found = f"the reward {process.ask(place, asked).reward:g}"
+            except NoVerdict as error:
+                found = f"no reward: {reason_of(str(error))}"
+            yield (
+                f"judge: {name_of(verifier)} (weight {verifier.weight:g}) gives the completion {_shortened(repr(text))}, the"
+                f" answer of prompt {prompt[0]['prompt_id']!r} alone, {found}"
+            )
+    finally:
+        process.close()
 
 
 def _judged(verdict: bool) -> str:

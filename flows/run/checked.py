@@ -96,7 +96,7 @@ class Known:
     student: Model
     teachers: tuple[Model, ...]
     prompts: pa.Table
-    """Columns prompt_id, split, teacher_id, token_ids, teacher_token_ids, completion_token_ids."""
+    """Columns prompt_id, split, teacher_id, token_ids, teacher_token_ids, completion_token_ids, answer."""
     merged: tuple[int, ...] = ()
     """The stop ids that are one category for both models."""
 
@@ -130,7 +130,15 @@ class Known:
         teachers: Mapping[str | None, Artifact],
         prompts: Artifact,
     ) -> Known:
-        columns = ["prompt_id", "split", "teacher_id", "token_ids", "teacher_token_ids", "completion_token_ids"]
+        columns = [
+            "prompt_id",
+            "split",
+            "teacher_id",
+            "token_ids",
+            "teacher_token_ids",
+            "completion_token_ids",
+            "answer",
+        ]
         return cls(
             experiment,
             Model(

@@ -1,8 +1,10 @@
-"""`opd compare`: paired differences between the evaluations of two rounds, of one run or of two."""
+"""`opd compare`: paired differences between the evaluations of two rounds, of one run or of two; where configs differ."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,3 +89,30 @@ def compared(store: Store, one: Point, other: Point) -> Compared:
             raise CorruptArtifact(f"the evaluation of {at}: {error}; to rebuild it: opd resume {at.run}") from error
     mine, theirs = sums
     return Compared(one, other, {name: difference([(mine[name], theirs[name])]) for name in mine if name in theirs})
+
+
+def config_differences(root: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Fields of the runs' resolved configs that are not equal in all: `field`, and by run its value (None: not set)."""
+    return differing({name: Run.open(root, name).experiment for name in names})
+
+
+def differing(experiments: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same of any experiments, by name."""
+    configs = {name: dict(_leaves(_own(experiment))) for name, experiment in experiments.items()}
+    fields = sorted(set(itertools.chain(*configs.values())))
+    rows = [{"field": field} | {name: config.get(field) for name, config in configs.items()} for field in fields]
+    return [row for row in rows if len({json.dumps(row[name], default=str) for name in configs}) > 1]
+
+
+def _own(experiment: dict[str, Any]) -> dict[str, Any]:
+    """The config; of a fork the run and round that it was forked from, without the config of that run."""
+    fork = experiment.get("fork")
+    return experiment | ({"fork": f"{fork['run']}@{fork['round']}"} if fork else {})
+
+
+def _leaves(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, part in value.items():
+            yield from _leaves(part, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, Protocol, cast
 
 from flows.experiment import Experiment
 from flows.run.lineage import Lineage, Origin, Rebuild, artifacts_in, rebuild, require_plugins
+from flows.run.warnings import fresh, run_warnings
 from storage.disk.redact import redact
 from storage.errors import InputError
 from storage.query.figures import with_errors
@@ -27,10 +28,6 @@ class Pending:
         return self
 
 
-ALL_CLIPPED = (
-    "warning: every completion reached its length limit (max_completion_length) and none ended by itself; raise the limit, or"
-    " check stop_token_ids and the chat template"
-)
 OTHER_PROMPTS = (
     "warning: these are other prompts than this run had (prepare/{then} then, prepare/{now} now), because a prompt file has"
     " changed, or this version reads it otherwise; what depends on them is made again"
@@ -186,6 +183,9 @@ def _is_pending(value: Any) -> bool:
 class Reporter(Protocol):
     """Receives a run's events: a terminal, a log, a test."""
 
+    def begins(self, state: RunState, goal: int) -> None:
+        """A call of the run begins. `state` goes on changing with the run; `goal`: its last round."""
+
     def stage(self, round: int, label: str, state: StageState, metrics: Metrics | None = None) -> None:
         """A stage starts or ends; `metrics` are those of its outputs."""
 
@@ -236,6 +236,11 @@ class Maker:
         self._unsaved = False
         """Whether `state` has changed since it was last saved."""
         self._inspection: Callable[[], None] | None = None
+
+    @property
+    def number(self) -> int:
+        """The round that is being made."""
+        return self._round.round
 
     def inspect(self, experiment: Experiment, student: Artifact, teachers: Teachers, prompts: Artifact) -> None:
         """Check models and prompts once, when the first stage that needs a worker is about to run: InputError for what would
@@ -321,14 +326,12 @@ class Maker:
                 found |= self._build(label, work, found, context)
         except BaseException as error:
             seconds = time.monotonic() - started
-            text = (
-                "stopped"
-                if isinstance(error, KeyboardInterrupt)
-                else str(error).splitlines()[0]
-                if str(error)
-                else repr(error)
-            )
-            self._note(label, StageState(state="failed", artifacts=keys, seconds=seconds, error=redact(text)))
+            if isinstance(error, KeyboardInterrupt):
+                ended = StageState(state="pending", artifacts=keys, error="interrupted")
+            else:
+                text = redact(str(error).splitlines()[0] if str(error) else repr(error))
+                ended = StageState(state="failed", artifacts=keys, seconds=seconds, error=text)
+            self._note(label, ended)
             raise
         self.built += 1
         context.workers.stage_done()
@@ -398,12 +401,13 @@ class Maker:
         """Records the end of a stage. `shown`: the state to report, if the record keeps the state of an earlier call."""
         state = state.model_copy(update={"key": next(iter(state.artifacts.values()), None), "rows": rows_of(found)})
         metrics = metrics_of(found, self.store)
-        before = dict(self._round.metrics)
+        before, known = dict(self._round.metrics), run_warnings(self.state)
         self._round.metrics |= round_metrics(label, metrics)
         self._unsaved |= self._round.metrics != before
         self._note(label, state, shown, metrics)
-        if metrics.get("clipped_ratio") == 1.0 and shown is None and state.state == "done":
-            self._context(self._round.round, label).say(label, ALL_CLIPPED)
+        if shown is None:
+            for line in fresh(known, run_warnings(self.state)):
+                self._context(self._round.round, label).say(label, f"warning: {line}")
         return found
 
     def _note(self, label: str, state: StageState, shown: str | None = None, metrics: Metrics | None = None) -> None:

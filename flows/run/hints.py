@@ -28,13 +28,14 @@ def opd_command(root: Path, *words: str) -> str:
     """A command line to paste: with the path of `opd` where the shell would not find it, with --root where the store is not the
     default one."""
     given = () if root.absolute() == DEFAULT_ROOT.absolute() else ("--root", str(root))
-    return shlex.join((_program(), *words, *given))
+    return shlex.join((program("opd"), *words, *given))
 
 
-def _program() -> str:
-    beside = Path(sys.executable).parent / "opd"
-    found = shutil.which("opd")
+def program(name: str) -> str:
+    """A console script of this environment as a shell finds it: by name, else by its path."""
+    beside = Path(sys.executable).parent / name
+    found = shutil.which(name)
     if not beside.exists() or (found is not None and Path(found).resolve() == beside.resolve()):
-        return "opd"
+        return name
     here = Path.cwd()
     return str(beside.relative_to(here) if beside.is_relative_to(here) else beside)

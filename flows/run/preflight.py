@@ -26,6 +26,7 @@ CHECKS: tuple[tuple[Callable[[Known], Found], str], ...] = (
     (model_checks.adapters, "trainer"),
     (model_checks.export, "trainer"),
     (prompt_checks.sizes, "sampler"),
+    (prompt_checks.evaluation_sets, "sampler"),
     (prompt_checks.warm_ups, "trainer"),
     (prompt_checks.prompts_of_each, "scorer"),
     (prompt_checks.stop_ids, "sampler"),
@@ -33,13 +34,15 @@ CHECKS: tuple[tuple[Callable[[Known], Found], str], ...] = (
     (prompt_checks.ids_within_rows, "scorer"),
     (prompt_checks.given_completions, "sampler"),
     (prompt_checks.self_teacher, "scorer"),
+    (prompt_checks.sample_contexts, "scorer"),
+    (prompt_checks.answers, "judge"),
 )
 """Every check, with the role that it is about."""
 
 
 def any_check() -> bool:
-    """Whether a role is served by a worker of this program, so that there is something to check."""
-    return any(ours(role) for role in jobs.ROLES)
+    """Whether an engine of this program serves a role, so that there is something to check."""
+    return any(ours(role) for role in jobs.ROLES if role != "judge")
 
 
 def findings(known: Known) -> list[Finding]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -21,8 +23,11 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from flows.run.figures import EVALUATED, MAIN, REWARD
+from flows.run.lines import short_line
+from flows.run.pace import pace
 from flows.run.shown import NOT_EVALUATED, amount, samples, with_error
-from storage.runs import RoundState, StageState
+from storage.runs import RoundState, RunState, StageState
 from tasks.workers.metrics import Metrics, short_words, summary, words
 
 if TYPE_CHECKING:
@@ -34,6 +39,8 @@ LINE_INTERVAL = 15.0
 
 class SilentReporter:
     """Reports nothing."""
+
+    def begins(self, state: RunState, goal: int) -> None: ...
 
     def stage(self, round: int, label: str, state: StageState, metrics: Metrics | None = None) -> None: ...
 
@@ -48,17 +55,17 @@ class SilentReporter:
     def round_done(self, state: RoundState) -> None: ...
 
 
-class OnlyWork(SilentReporter):
-    """Passes on what happens, without the stages and rounds that are found in the store."""
+class PassingOn(SilentReporter):
+    """Passes every event on to `below`."""
 
     def __init__(self, below: Reporter) -> None:
         self.below = below
-        self._worked = False
+
+    def begins(self, state: RunState, goal: int) -> None:
+        self.below.begins(state, goal)
 
     def stage(self, round: int, label: str, state: StageState, metrics: Metrics | None = None) -> None:
-        if state.state != "cached":
-            self._worked = True
-            self.below.stage(round, label, state, metrics)
+        self.below.stage(round, label, state, metrics)
 
     def progress(
         self, round: int, label: str, done: int, total: int, unit: str, metrics: Metrics | None = None
@@ -72,16 +79,48 @@ class OnlyWork(SilentReporter):
         self.below.waiting(label, holder)
 
     def round_done(self, state: RoundState) -> None:
+        self.below.round_done(state)
+
+
+class OnlyWork(PassingOn):
+    """Passes on what happens, without the stages and rounds that are found in the store."""
+
+    def __init__(self, below: Reporter) -> None:
+        super().__init__(below)
+        self._worked = False
+
+    def stage(self, round: int, label: str, state: StageState, metrics: Metrics | None = None) -> None:
+        if state.state != "cached":
+            self._worked = True
+            super().stage(round, label, state, metrics)
+
+    def round_done(self, state: RoundState) -> None:
         if self._worked:
-            self.below.round_done(state)
+            super().round_done(state)
         self._worked = False
 
 
-class LineReporter(SilentReporter):
-    """One line per event, for logs and pipes; one for all stages of a round that are found in the store."""
+class QuietReporter(SilentReporter):
+    """Warnings and failures only."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
+
+    def stage(self, round: int, label: str, state: StageState, metrics: Metrics | None = None) -> None:
+        if state.state == "failed":
+            self.console.print(f"round {round} {label}: {escape(str(state.error))}", soft_wrap=True)
+
+    def note(self, round: int, label: str, text: str) -> None:
+        if text.startswith("warning: "):
+            self.console.print(f"round {round} {label}: {escape(text)}", soft_wrap=True)
+
+
+class LineReporter(SilentReporter):
+    """One line per event, for logs and pipes; one for all stages of a round that are found in the store. Not `verbose`: one line
+    per round, and what is long or has to be known: progress of stages that take long, warm-ups, notes, failures."""
+
+    def __init__(self, console: Console | None = None, verbose: bool = True) -> None:
+        self.console, self.verbose = console or Console(stderr=True, highlight=False), verbose
         self._last = 0.0
         self._first: tuple[float, int] | None = None
         """Time and count of the stage's first report: the rate leaves out the engine's start."""
@@ -89,6 +128,17 @@ class LineReporter(SilentReporter):
         """Stages of this round that are in the store, not reported yet."""
         self._worked = False
         """Whether a stage of this round was not in the store."""
+        self._run: tuple[RunState, int] | None = None
+        """The run's state, which the run goes on changing, and its last round."""
+
+    def begins(self, state: RunState, goal: int) -> None:
+        self._run = (state, goal)
+
+    def pace(self) -> str:
+        """`round 7 of 25, done at about 03:40`; empty before the run has begun and after its last round."""
+        now = datetime.now().astimezone()
+        found = None if self._run is None else pace(*self._run, now)
+        return "" if found is None else found.text(now)
 
     def _begin(self) -> None:
         self._last, self._first = time.monotonic(), None
@@ -100,12 +150,17 @@ class LineReporter(SilentReporter):
             return self._in_store(round, label, made)
         self._worked = True
         self._report_found(round)
+        told = self.verbose or label.startswith("warmup")
         if state.state == "running":
-            self._line(round, label, "started")
+            if self.verbose:
+                self._line(round, label, "started")
         elif state.state == "done":
-            self._line(round, label, f"[green]done[/] in {state.seconds or 0:.1f} s{made}")
-            if text := summary(metrics or {}):
+            if told:
+                self._line(round, label, f"[green]done[/] in {state.seconds or 0:.1f} s{made}")
+            if told and (text := summary(metrics or {})):
                 self._line(round, label, text)
+        elif state.state == "pending":
+            self._line(round, label, "[yellow]interrupted[/]")
         else:
             self._line(round, label, f"[red]{state.state}[/]: {state.error}")
 
@@ -119,7 +174,7 @@ class LineReporter(SilentReporter):
         self._last = now
         rate = (done - before) / (now - since) if now > since else 0.0
         pace = f" ({rate:,.1f}/s, {(total - done) / rate:.0f} s left)" if rate > 0 else ""
-        text = f"  {words(metrics)}" if metrics else ""
+        text = f"  {words(metrics)}" if metrics and self.verbose else ""
         self._line(round, label, f"{done:,}/{total:,} {unit}{pace}{text}")
 
     def note(self, round: int, label: str, text: str) -> None:
@@ -132,7 +187,14 @@ class LineReporter(SilentReporter):
         found = "" if self._worked or not self._found else "  [dim]already in the store[/]"
         if self._worked:
             self._report_found(state.round)
-        self.console.print(f"[bold]{round_line(state)}[/]{found}", soft_wrap=True)
+        if self.verbose:
+            self.console.print(f"[bold]{round_line(state)}[/]{found}", soft_wrap=True)
+        else:
+            goal = None if self._run is None else self._run[1]
+            text = short_line(state, goal, self.console.width, in_store=bool(found))
+            self.console.print(text, soft_wrap=True, markup=False)
+        if self._worked and (pace := self.pace()) and not self.console.is_terminal:
+            self.console.print(f"[dim]next: {pace}[/]", soft_wrap=True)
         self._found, self._worked = [], False
 
     def _in_store(self, round: int, label: str, made: str) -> None:
@@ -140,7 +202,7 @@ class LineReporter(SilentReporter):
         self._found.append(label)
 
     def _report_found(self, round: int) -> None:
-        if self._found:
+        if self._found and self.verbose:
             self._line(round, ", ".join(self._found), "[dim]already in the store[/]")
         self._found = []
 
@@ -168,12 +230,27 @@ class MetricsColumn(ProgressColumn):
         return Text(short_words(task.fields["metrics"], self.console.width - taken))
 
 
-class TerminalReporter(LineReporter):
-    """A live bar for the running stage (done/total, rate, time left, metrics of the last step) below the lines of finished
-    stages."""
+class RunLine:
+    """The line of the whole run above the stage's bar: finished rounds, where it is, when it ends."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        super().__init__(console)
+    def __init__(self, reporter: LineReporter) -> None:
+        self.reporter = reporter
+
+    def __rich__(self) -> Text:
+        pace, run = self.reporter.pace(), self.reporter._run
+        if run is None or not pace:
+            return Text("", end="")
+        done, goal = run[0].rounds_done, max(run[1], 1)
+        full = round(16 * min(done / goal, 1.0))
+        return Text.assemble((f"{run[0].name} ", "bold"), ("━" * full, "green"), ("━" * (16 - full), "dim"), f" {pace}")
+
+
+class TerminalReporter(LineReporter):
+    """A live bar for the running stage (done/total, rate, time left, metrics of the last step) and a line for the run above it,
+    below the lines of finished rounds."""
+
+    def __init__(self, console: Console | None = None, verbose: bool = True) -> None:
+        super().__init__(console, verbose)
         columns = (
             TextColumn("[cyan]{task.description}"),
             BarColumn(bar_width=16),
@@ -184,13 +261,20 @@ class TerminalReporter(LineReporter):
         metrics = MetricsColumn(self.console, columns)
         self._bar = Progress(*columns, metrics, console=self.console, transient=True)
         self._task = self._add("", visible=False)
+        self._live = Live(
+            Group(RunLine(self), self._bar),
+            console=self.console,
+            transient=True,
+            refresh_per_second=4,
+            redirect_stderr=False,
+        )
 
     def __enter__(self) -> TerminalReporter:
-        self._bar.start()
+        self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._live.stop()
 
     def _add(self, description: str, visible: bool) -> TaskID:
         return self._bar.add_task(description, total=None, unit="", metrics={}, visible=visible)
@@ -211,13 +295,8 @@ class TerminalReporter(LineReporter):
 def round_line(state: RoundState) -> str:
     """A round's metrics in one line, with their standard errors; sizes of samples for accuracy and KL."""
     shown = [f"round {state.round}:", *([NOT_EVALUATED] if state.unevaluated else [])]
-    for name, label, form in (
-        ("accuracy_greedy", "accuracy", "{:.1%}"),
-        ("reverse_kl", "reverse KL", "{:.4f}"),
-        ("mean_length", "length", "{:.1f}"),
-        ("clipped_ratio", "clipped", "{:.1%}"),
-    ):
-        if text := with_error(state.metrics, name, form):
-            size = samples(state.metrics, name) if name in ("accuracy_greedy", "reverse_kl") else ""
-            shown.append(f"{label} {text}" + (f" ({size})" if size else ""))
+    for figure in (*EVALUATED, REWARD):
+        if figure.metric != "accuracy_sampled" and (text := with_error(state.metrics, figure.metric, figure.form)):
+            size = samples(state.metrics, figure.metric) if figure in MAIN else ""
+            shown.append(f"{figure.heading} {text}" + (f" ({size})" if size else ""))
     return "  ".join(shown)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pyarrow.compute as pc
 
-from flows.cross_checks import size_problems
+from flows.cross_checks import NOT_JUDGED, needs_judge, size_problems
 from flows.run.checked import Finding, Found, Known, list_lengths, prompt_lengths, read_by, token_ids
+from flows.run.further_set import check_rows
 from flows.run.given import given_problems
-from storage.errors import InputError
+from storage.errors import ConfigError, InputError
 from tasks.engines.hf_folder import (
     check_stop_ids,
     positions,
     stop_token_ids,
 )
 from tasks.evaluate import rank_of
+from tasks.inputs.judging import JudgeFunction, name_of
 from tasks.inputs.rounds import prompts_for_round
 from tasks.inputs.tokenizers import load_tokenizer
 
@@ -23,6 +25,15 @@ def sizes(known: Known) -> Found:
     rows = [teacher.rows for teacher in known.teachers]
     for text in size_problems(known.experiment, known.student.rows, positions(known.student.config), *rows):
         yield Finding(text, refused=True)
+
+
+def evaluation_sets(known: Known) -> Found:
+    """Whether what a named evaluation set compares with is there."""
+    for name, one in known.experiment.evaluate.sets.items():
+        try:
+            check_rows(one, f"evaluate.sets.{name}.prompts")
+        except (ConfigError, InputError) as error:
+            yield Finding(str(error), refused=True)
 
 
 def warm_ups(known: Known) -> Found:
@@ -133,12 +144,66 @@ def given_completions(known: Known) -> Found:
 
 
 def self_teacher(known: Known) -> Found:
-    """A teacher that is the student and reads the same prompts."""
+    """A teacher that is the student and reads the same prompts, or that no loss reads."""
     source, rows = known.experiment.self_teacher, known.of_split("train")
+    objective = known.experiment.objective
+    if objective.estimator == "credit" and not objective.distils:
+        if objective.reference is None or objective.reference.to != "teacher":
+            yield Finding(
+                "teacher: this objective trains on rewards alone; the teacher is scored for metrics, and is in no loss"
+            )
+        return
+    if known.experiment.sample_contexts:  # it reads more of the samples that have one
+        return
     if source is not None and rows["teacher_token_ids"].null_count == rows.num_rows:
         yield Finding(
             f"teacher: it is the student itself ({source.kind}) and reads what the student reads, so there is nothing to distil;"
             " give it more with teacher.context"
+        )
+
+
+def answers(known: Known) -> Found:
+    """Answers of the training prompts, for verifiers that compare with them; and a judge that nothing asks."""
+    judge = known.experiment.judge
+    if judge is None:
+        return
+    if not needs_judge(known.experiment):
+        yield Finding(NOT_JUDGED)
+        return
+    rows = known.of_split("train")
+    without = rows.filter(pc.is_null(rows["answer"]))["prompt_id"]
+    compare = [name_of(verifier) for verifier in judge.verifiers if not isinstance(verifier, JudgeFunction)]
+    if len(without) and compare:
+        yield Finding(
+            f"judge.verifiers: {' and '.join(compare)} compare{'s' * (len(compare) == 1)} completions with an answer, but"
+            f" {len(without):,} of {rows.num_rows:,} prompts of train have none (the first has the id {without[0].as_py()!r});"
+            " add answers (prompts.train.columns), remove these prompts, or judge with a function of yours",
+            refused=True,
+        )
+
+
+def sample_contexts(known: Known) -> Found:
+    """What the teacher has room for beside prompt and completion, where samples have contexts of their own; and what the
+    evaluation compares with then."""
+    e = known.experiment
+    if not e.sample_contexts:
+        return
+    longest, limits = e.prompts.max_teacher_prompt_length, []
+    for teacher in known.teachers:
+        prompt = pc.max(prompt_lengths(known.of_split("train"), teacher.side)).as_py() or 0
+        limit = positions(teacher.config)
+        limits += [] if limit is None else [limit - 1 - e.rollout.max_completion_length - prompt]
+        limits += [] if longest is None else [longest - prompt]
+    if limits and (room := min(limits)) < e.rollout.max_completion_length:
+        yield Finding(
+            f"teacher.context: beside the longest prompt of train and a completion of {e.rollout.max_completion_length} tokens"
+            f" the teacher has room for {max(0, room)} tokens (its positions, and prompts.max_teacher_prompt_length); where a"
+            " context is longer the next one is taken, or none, and both are counted"
+        )
+    if e.evaluate.generations("kl"):
+        yield Finding(
+            "evaluate.kl_prompts: held-out prompts have no siblings and no feedback, so the KL is to the teacher without a"
+            " context; evaluate.kl_prompts: 0 leaves it out"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flows.distill import distill
+from flows.distill import distill, set_label
 from flows.experiment import Experiment, as_stored, experiment_of, refuse_other_plugins
 from flows.run.executor import Made, P, Planner, metrics_of, round_metrics, rows_of
 from storage.artifacts.artifact import artifact_directory
@@ -80,9 +80,13 @@ def rebuilt_state(name: str, experiment: Experiment, store: Store) -> RunState:
         recorder = _Recorder(store)
         distill(experiment, recorder, rounds)
         # an evaluation that is not there hinders no later round
-        if any(line.state in ("run", "pending") for line in recorder.lines if line.stage != "evaluate"):
+        if any(line.state in ("run", "pending") for line in recorder.lines if not _only_measures(line.stage)):
             return RunState(name=name, status="stopped", rounds=recorder.rounds)
         rounds = 2 * rounds + 1  # everything is there: it may have run more rounds than its config asks for now
+
+
+def _only_measures(label: str) -> bool:
+    return label == "evaluate" or label.startswith((set_label("evaluate", ""), set_label("prepare", "")))
 
 
 class _Recorder(Planner):

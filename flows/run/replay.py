@@ -36,7 +36,12 @@ from tasks.stage import Context
 from tasks.workers.pool import WorkerPool
 from tasks.workers.runtime import RuntimeConfig
 
-STAGES = ("rollout", "supervise", "train", "evaluate")
+STAGES = ("rollout", "judge", "context", "supervise", "train", "evaluate")
+
+NOT_IN_EVERY_ROUND = {
+    "judge": "nothing in it reads rewards",
+    "context": "its samples have no contexts of their own",
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,13 @@ def _recall(run: Run, store: Store, experiment: Experiment, round: int, stages: 
             f"run {run.name!r}: round {round} was not evaluated (policy.evaluate_every); to do it now:"
             f" {opd_command(store.root, 'evaluate', run.name, '--round', str(round))}"
         )
-    of_round = [label for stage in stages for label in _labels(stage, states)]
+    for stage, why in NOT_IN_EVERY_ROUND.items():
+        if stage in stages and stage not in states:
+            raise InputError(
+                f"run {run.name!r}: round {round} has no stage {stage}, because {why}; leave it out of --stages"
+            )
+    planned = {line.stage for line in planner.lines}  # not what `opd evaluate --prompts` measured beside
+    of_round = [label for stage in stages for label in _labels(stage, states) if label == stage or label in planned]
     for stage in of_round:
         origin = planner.lineage.find(round, stage)
         keys = {name: artifact.key for name, artifact in origin.made.items()} if origin else {}

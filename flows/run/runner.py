@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from flows.cross_checks import dtype_warning, refuse_changed_fork
-from flows.distill import distill
+from flows.distill import FurtherSet, distill
 from flows.experiment import (
+    CHANGEABLE,
     Experiment,
     as_stored,
     experiment_of,
@@ -24,9 +26,12 @@ from flows.experiment import (
 )
 from flows.run.dates import with_date
 from flows.run.executor import Maker, PlanLine, Planner, Reporter
+from flows.run.hooks import after_failure, after_round
 from flows.run.progress import OnlyWork, SilentReporter
 from flows.run.recovery import mend, stands_for
 from flows.run.stopping import terminating
+from flows.run.tracking import tracking
+from flows.trackers import require_trackers
 from storage.artifacts.checkpoints import KEPT
 from storage.disk.files import explain_full_disk
 from storage.disk.redact import redact
@@ -54,11 +59,15 @@ def plan(experiment: Experiment, root: str | Path, rounds: int | None = None, na
 
 
 def nothing_to_do(
-    experiment: Experiment, store: Store, rounds: int, evaluated: Callable[[int], bool] | None = None
+    experiment: Experiment,
+    store: Store,
+    rounds: int,
+    evaluated: Callable[[int], bool] | None = None,
+    on_set: FurtherSet | None = None,
 ) -> bool:
     """Whether every stage up to a round is in the store, undamaged: then there is nothing that Prefect could show."""
     planner = Planner(store)
-    distill(experiment, planner, rounds, evaluated)
+    distill(experiment, planner, rounds, evaluated, on_set)
     return all(line.state == "cached" for line in planner.lines)
 
 
@@ -91,18 +100,21 @@ def run_experiment(
     workers: WorkerPool | None = None,
     restore: int | None = None,
     evaluated: Callable[[int], bool] | None = None,
+    on_set: FurtherSet | None = None,
 ) -> tuple[RunState, int]:
     """Run until `rounds` rounds are done (default: policy.rounds), or `further` more than are done now.
 
     `workers`: a pool that the caller shares among runs and ends; without one the run starts and ends its own.
     `restore`: a round whose evicted artifacts are rebuilt. `evaluated`: which rounds are evaluated, instead of those of
-    policy.evaluate_every and the last one of this call (with `further`: of the run).
+    policy.evaluate_every and the last one of this call (with `further`: of the run). `on_set`: another evaluation set, without
+    Prefect.
     Returns the state and the number of stages built.
     Raises RunBusy when another process holds the name, IdentityMismatch when the name belongs to another experiment, and
     any error of a stage."""
     refuse_launchers(os.environ)
     experiment.runtime.tell_libraries()
     experiment.runtime.require_gpus()
+    require_trackers(experiment.trackers)
     experiment = with_policy_of(name, root, experiment)
     mixed = dtype_warning(experiment)
     experiment = with_date(with_plugins(experiment, name), name, root)
@@ -125,6 +137,7 @@ def run_experiment(
             refuse_full_disk(store, experiment)
             state.status, state.error, state.ended = "running", None, None
             run.save(state)
+            reporter.begins(state, goal)
             with ExitStack() as stack:
                 pool = stack.enter_context(workers_for(experiment, run.log_path("run").parent, workers))
 
@@ -136,26 +149,42 @@ def run_experiment(
                         log(line)
                         reporter.note(round, "collect", line)
 
-                # what a restore has just rebuilt must stay
-                after_round = collect if experiment.policy.collect and restore is None else None
+                def after(round: int) -> None:
+                    if experiment.policy.collect:
+                        collect(round)
+                    if (line := after_round(experiment.hooks, run, state, round, store.root)) is not None:
+                        log(line)
+                        reporter.note(round, "run", line)
+
+                # what a restore has just rebuilt must stay, and is no round's news
+                then = after if restore is None else None
                 stop = experiment.policy.stop if restore is None else None
-                maker = Maker(store, run, state, context, reporter, restore=restore, after_round=after_round, stop=stop)
-                if restore is None and nothing_to_do(experiment, store, goal, evaluated):
-                    maker.reporter = OnlyWork(reporter)
-                    distill(experiment, maker, goal, evaluated)
-                elif prefect:
+                maker = Maker(store, run, state, context, reporter, restore=restore, after_round=then, stop=stop)
+                pool.say = lambda text: reporter.note(maker.number, "start", text)
+                idle = restore is None and nothing_to_do(experiment, store, goal, evaluated, on_set)
+                maker.reporter = stack.enter_context(
+                    tracking(experiment, store, run, OnlyWork(reporter) if idle else reporter, log)
+                )
+                if idle:
+                    distill(experiment, maker, goal, evaluated, on_set)
+                elif prefect and on_set is None:
                     from flows.prefect_.tasks import distill_in_prefect
 
                     distill_in_prefect(experiment, maker, goal, evaluated)
                 else:
-                    distill(experiment, maker, goal, evaluated)
+                    distill(experiment, maker, goal, evaluated, on_set)
+                over = state.ended is not None or state.rounds_done >= experiment.policy.rounds
+                state.status = "finished" if over else "stopped"
+                run.save(state)  # before workers and trackers end: what is done is done
         except BaseException as error:
             with suppress(OpdError, OSError):  # the first error is the one to report, also on a full disk
                 record_failure(run, state, error, log)
+                if state is not None and state.status == "failed":
+                    warned = after_failure(experiment.hooks, run, state, store.root)
+                    if warned is not None:
+                        log(warned)
+                        reporter.note(0, "run", warned)
             raise
-        over = state.ended is not None or state.rounds_done >= experiment.policy.rounds
-        state.status = "finished" if over else "stopped"
-        run.save(state)
         return state, maker.built
 
 
@@ -275,10 +304,10 @@ def resume_experiment(name: str, root: str | Path, overrides: list[str]) -> Expe
     """A run's stored experiment with `overrides` of `runtime` and `policy`. ConfigError for other fields."""
     run = Run.open(root, name)
     for text in overrides:
-        if text.split(".")[0] not in ("runtime", "policy"):
+        if re.split("[.=]", text)[0] not in ("runtime", *CHANGEABLE):
             raise ConfigError(
-                f"--set {text}: only runtime.* and policy.* of a run can change, its identity is fixed; to try something"
-                f" else from this point: opd fork {name}@ROUND --name NEW --set {text}"
+                f"--set {text}: only runtime, {', '.join(CHANGEABLE)} of a run can change, its identity is fixed; to try"
+                f" something else from this point: opd fork {name}@ROUND --name NEW --set {text}"
             )
     return experiment_of(overridden(as_stored(run.experiment), overrides), f"run {name}")
 
@@ -291,14 +320,28 @@ def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str
     if round > done:
         raise ConfigError(f"run {name!r} has finished {done} round(s); it cannot be forked at round {round}")
     # its own rounds use the current plugins, the shared rounds keep theirs
-    parent = as_stored(run.experiment)
-    stored: dict[str, Any] = parent | {"plugin_sources": {}}
+    own = as_stored(run.experiment)
+    parent = {
+        name: value for name, value in own.items() if name not in ("trackers", "hooks")
+    }  # they determine no result
+    stored: dict[str, Any] = own | {"plugin_sources": {}}
     import_plugins(stored, f"run {name}")
     data = overridden(stored, overrides)
     data["fork"] = {"run": name, "round": round, "experiment": parent}
     made = experiment_of(data, f"fork of {name}@{round}")
     refuse_changed_fork(made)
     return made
+
+
+def changed_fields(stored: dict[str, Any], experiment: Experiment) -> list[str]:
+    """`policy.rounds 9 instead of 5` for each field of a run's changeable sections that a call changes."""
+    now, then = experiment.model_dump(mode="json"), as_stored(stored)
+    return [
+        f"{section}.{field} {value} instead of {then[section].get(field)}"
+        for section in ("runtime", "policy", "hooks")
+        for field, value in now[section].items()
+        if isinstance(then.get(section), dict) and then[section].get(field, value) != value
+    ]
 
 
 def refuse_full_disk(store: Store, experiment: Experiment) -> None:

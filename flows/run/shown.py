@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
 
+from flows.run.figures import BY_METRIC, PAIRED, TRAINED
+from flows.run.pace import configured_rounds, pace
+from storage.errors import CorruptArtifact, InputError
 from storage.query.figures import PARTS, Figure
-from storage.runs import RoundState, StageState
+from storage.runs import RoundState, Run, RunState, StageState
 
 NOT_EVALUATED = "not evaluated"
 """What is shown for a round that `policy.evaluate_every` left out."""
-_NAMES = {"accuracy_greedy": "accuracy", "accuracy_sampled": "sampled accuracy", "reverse_kl": "reverse KL"}
-_NAMES |= {"mean_length": "length", "clipped_ratio": "clipped"}
-
-
 _UNITS = {"train": "steps", "warmup": "steps"}
-_UNITS |= dict.fromkeys(("draft", "rollout", "supervise", "evaluate"), "samples")
+_UNITS |= dict.fromkeys(("draft", "rollout", "judge", "context", "supervise", "evaluate"), "samples")
 
 
 def amount(label: str, stage: StageState) -> str:
@@ -28,15 +29,8 @@ def amount(label: str, stage: StageState) -> str:
     return f"{rows:,} {next((unit for stage, unit in _UNITS.items() if label.startswith(stage)), 'rows')}"
 
 
-BY_TEACHER = (
-    ("accuracy", "accuracy_greedy", "{:.1%}"),
-    ("sampled", "accuracy_sampled", "{:.1%}"),
-    ("reverse KL", "reverse_kl", "{:.4f}"),
-    ("training loss", "train_loss", "{:.4f}"),
-    ("training reverse KL", "train_reverse_kl", "{:.4f}"),
-    ("trained tokens", "train_tokens", "{:,.0f}"),
-)
-"""Heading, metric (its value for a teacher is METRIC/TEACHER), form."""
+BY_TEACHER = (*PAIRED, *TRAINED)
+"""Figures that a teacher has of its own: METRIC/TEACHER."""
 
 
 def by_teacher(rounds: Iterable[RoundState]) -> tuple[list[str], list[list[str]]]:
@@ -45,7 +39,7 @@ def by_teacher(rounds: Iterable[RoundState]) -> tuple[list[str], list[list[str]]
     known = {
         name.partition("/")[0] for r in rounds for name, value in r.metrics.items() if "/" in name and value is not None
     }
-    shown = [field for field in BY_TEACHER if field[1] in known]
+    shown = [figure for figure in BY_TEACHER if figure.metric in known]
     rows = []
     for round in sorted(rounds, key=lambda round: round.round):
         names = {name.partition("/")[2] for name in round.metrics if name.startswith(("eval_tokens/", "train_tokens/"))}
@@ -53,11 +47,11 @@ def by_teacher(rounds: Iterable[RoundState]) -> tuple[list[str], list[list[str]]
             [
                 str(round.round),
                 name,
-                *(with_error(round.metrics, f"{metric}/{name}", form) for _, metric, form in shown),
+                *(with_error(round.metrics, f"{of.metric}/{name}", of.form) for of in shown),
             ]
             for name in sorted(names)
         ]
-    return ["round", "teacher", *(heading for heading, _, _ in shown)], rows
+    return ["round", "teacher", *(of.heading for of in shown)], rows
 
 
 def all_with_errors(metrics: Mapping[str, float | None], form: str) -> dict[str, str]:
@@ -92,7 +86,7 @@ def sample_sizes(rounds: Iterable[RoundState], names: Iterable[str]) -> str:
     rounds, by_size = list(rounds), dict[str, list[str]]()
     for name in names:
         if sizes := dict.fromkeys(size for round in rounds if (size := samples(round.metrics, name))):
-            by_size.setdefault(" or ".join(sizes), []).append(_NAMES.get(name, name))
+            by_size.setdefault(" or ".join(sizes), []).append(BY_METRIC[name].name if name in BY_METRIC else name)
     if len(by_size) == 1:
         return next(iter(by_size))
     return "; ".join(f"{', '.join(metrics)} {size}" for size, metrics in by_size.items())
@@ -105,3 +99,47 @@ def apart(found: Figure, form: str) -> str:
     sign, error = "+" if found.value >= 0 else "-", "" if found.se is None else f" ± {form.format(found.se)}"
     text = f"{sign}{form.format(abs(found.value))}{error}"
     return text if found.told_apart else f"{text}, not told apart"
+
+
+def status_text(state: RunState, root: Path) -> str:
+    """The status as `status` and `ls` print it. A run that was asked for fewer rounds than policy.rounds is stored as
+    `stopped`; it is shown as `paused at round 1 of 5`."""
+    last = state.rounds[-1] if state.rounds else None
+    if state.status == "finished" and state.ended:
+        return "ended by a rule"
+    if state.status != "stopped" or last is None or last.student_sha256 is None or last.round != state.rounds_done:
+        return state.status
+    goal = goal_of(state, root)
+    return f"paused at round {last.round}" + (f" of {goal}" if goal is not None else "")
+
+
+def goal_of(state: RunState, root: Path) -> int | None:
+    """The run's policy.rounds; None where its config cannot be read."""
+    try:
+        return configured_rounds(Run.open(root, state.name))
+    except (InputError, CorruptArtifact):
+        return None
+
+
+def pace_text(state: RunState, root: Path) -> str | None:
+    """`round 7 of 25, done at about 03:40` of a run that is going on; None for any other."""
+    goal = goal_of(state, root) if state.status == "running" else None
+    now = datetime.now().astimezone()
+    found = None if goal is None else pace(state, goal, now)
+    return None if found is None else found.text(now)
+
+
+def failure(state: RunState) -> str | None:
+    """Why a failed run failed, and in which stage if in one; None for a run that did not fail."""
+    if state.status != "failed":
+        return None
+    failed = failed_stages(state)
+    if not failed:
+        return state.error or "no reason was recorded; see its logs"
+    round, label, stage = failed[-1]
+    return f"round {round.round} {label}: {state.error or stage.error or 'no reason was recorded'}"
+
+
+def failed_stages(state: RunState) -> list[tuple[RoundState, str, StageState]]:
+    """(round, label, stage) of the failed ones."""
+    return [(r, label, stage) for r in state.rounds for label, stage in r.stages.items() if stage.state == "failed"]

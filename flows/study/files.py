@@ -1,4 +1,4 @@
-"""The files of a study: report.md, results.csv, results.parquet, curves.svg."""
+"""The files of a study: report.md, results.csv, results.parquet, curves.svg; report.md links to report.html where it is there."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from flows.study.spec import StudyPlan
 
 REPORT, CSV, PARQUET, CURVES = "report.md", "results.csv", "results.parquet", "curves.svg"
+PAGE = "report.html"
+"""`opd report` of the methods' runs with the first seed; `opd study` writes it at its end."""
 _DASHES = ("-", "--", ":")
 
 
@@ -34,7 +36,7 @@ def write_files(plan: StudyPlan, rows: Sequence[Row], folder: Path) -> list[Path
     pyarrow.csv.write_csv(table, csv)
     pyarrow.parquet.write_table(table, parquet)
     content = {
-        REPORT: markdown(plan, rows).encode(),
+        REPORT: markdown(plan, rows, page=(folder / PAGE).exists()).encode(),
         CSV: csv.getvalue(),
         PARQUET: parquet.getvalue(),
         CURVES: curves(plan, rows),
@@ -48,14 +50,16 @@ def _with_study() -> pa.Schema:
     return pa.schema([("study", pa.string()), *SCHEMA])
 
 
-def markdown(plan: StudyPlan, rows: Sequence[Row]) -> str:
-    """The report in Markdown."""
+def markdown(plan: StudyPlan, rows: Sequence[Row], page: bool = False) -> str:
+    """The report in Markdown. `page`: with a link to the page of its runs."""
     study = plan.study
     seeds = ", ".join(map(str, study.seeds))
     about = f"Methods: {len(study.methods)}, seeds: {seeds}, rounds: {study.rounds}. Command: `opd study {plan.where}`."
-    return (
-        "\n\n".join([f"# Study {study.name}", about, f"![curves]({CURVES})", *map(_markdown, grids(plan, rows))]) + "\n"
+    link = (
+        [f"[{PAGE}]({PAGE}): the runs with seed {study.seeds[0]} side by side, down to their tokens."] if page else []
     )
+    parts = [f"# Study {study.name}", about, *link, f"![curves]({CURVES})", *map(_markdown, grids(plan, rows))]
+    return "\n\n".join(parts) + "\n"
 
 
 def _markdown(grid: Grid) -> str:

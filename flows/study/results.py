@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from flows.run.figures import BY_METRIC
 from storage.errors import CorruptArtifact, OpdError
 from storage.query.catalog import Catalog
 from storage.query.figures import Sums, difference, evaluation_of, figure, read_sums
@@ -45,6 +46,7 @@ SCHEMA = pa.schema(
 round's steps, before clipping."""
 METRICS = {"accuracy": "accuracy_greedy", "reverse_kl": "reverse_kl"}
 """Column -> the evaluation's metric."""
+_FORMS = {column: BY_METRIC[metric].form for column, metric in METRICS.items()}
 
 _NORMS = (
     "SELECT round, max(grad_norm) AS grad_norm_max, count(*) AS steps FROM training_steps WHERE stage = 'train'"
@@ -228,12 +230,10 @@ def undecided(plan: StudyPlan, rows: Sequence[Row]) -> dict[str, list[float]]:
 
 def grids(plan: StudyPlan, rows: Sequence[Row]) -> list[Grid]:
     """The report's tables: reverse KL and accuracy by method and round, the sweep, failures."""
-    tables = [
-        _metric(plan, rows, "reverse_kl", "Reverse KL to the teacher", "nats per token, full vocabulary", "{:.4f}")
-    ]
+    tables = [_metric(plan, rows, "reverse_kl", "Reverse KL to the teacher", "nats per token, full vocabulary")]
     measured = {column for column in METRICS for row in rows if row[column] is not None}
     if "accuracy" in measured or not measured:  # without a verifier there is none
-        tables.append(_metric(plan, rows, "accuracy", "Accuracy", "greedy, held-out prompts", "{:.1%}"))
+        tables.append(_metric(plan, rows, "accuracy", "Accuracy", "greedy, held-out prompts"))
     if plan.study.sweep is not None:
         tables.append(_sweep(plan, rows))
     failed = {row["run"]: row["error"] for row in rows if row["status"] == "failed"}
@@ -243,13 +243,13 @@ def grids(plan: StudyPlan, rows: Sequence[Row]) -> list[Grid]:
     return tables
 
 
-def _metric(plan: StudyPlan, rows: Sequence[Row], column: str, title: str, unit: str, form: str) -> Grid:
+def _metric(plan: StudyPlan, rows: Sequence[Row], column: str, title: str, unit: str) -> Grid:
     rounds = range(plan.study.rounds + 1)
     seeds = len(plan.study.seeds)
     lines = []
     for method in plan.study.methods:
         mine = [row for row in rows if row["part"] == "study" and row["method"] == method]
-        cells = [_cell([r for r in mine if r["round"] == number], column, form, seeds) for number in rounds]
+        cells = [_cell([r for r in mine if r["round"] == number], column, seeds) for number in rounds]
         lines.append(
             (method, _lrs(mine), _seeds(mine, seeds), *cells, *([_norm(mine)] if column == "reverse_kl" else []))
         )
@@ -276,9 +276,9 @@ def _seeds(rows: Sequence[Row], seeds: int) -> str:
     return f"{finished} of {seeds}" + (f", {failed} failed" if failed else "")
 
 
-def _cell(rows: Sequence[Row], column: str, form: str, seeds: int) -> str:
+def _cell(rows: Sequence[Row], column: str, seeds: int) -> str:
     """The mean of a column over seeds, with its error."""
-    return spread([row[column] for row in rows], form, seeds, mean_error(rows, column))
+    return spread([row[column] for row in rows], _FORMS[column], seeds, mean_error(rows, column))
 
 
 def mean_error(rows: Sequence[Row], column: str) -> float | None:
@@ -326,10 +326,7 @@ def _sweep(plan: StudyPlan, rows: Sequence[Row]) -> Grid:
                 remark += ", the end of its list" if lr in edges and len(group.lrs) > 1 else ""
             elif lr in close.get(name, ()):
                 remark = "not told apart from the best"
-            kl, accuracy = (
-                _cell(last, column, form, len(sweep.seeds))
-                for column, form in (("reverse_kl", "{:.4f}"), ("accuracy", "{:.1%}"))
-            )
+            kl, accuracy = (_cell(last, column, len(sweep.seeds)) for column in ("reverse_kl", "accuracy"))
             lines.append((name, group.method, f"{lr:g}", kl, accuracy, _norm(mine), remark))
     note = (
         f"each group: {len(group.lrs)} rates, seed {', '.join(map(str, sweep.seeds))}, rounds: {sweep.rounds}; used is the"

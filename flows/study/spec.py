@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flows.config_file import Settled, merge, read_layers, read_yaml, shipped, validate
-from flows.experiment import Experiment, Part, assembled
+from flows.experiment import CHANGEABLE, Experiment, Part, assembled
 from storage.errors import ConfigError, did_you_mean
 from storage.runs import RUN_NAME
 
-OWN_FIELDS = ("seed", "policy", "runtime", "plugins", "fork")
+OWN_FIELDS = ("seed", *CHANGEABLE, "runtime", "plugins", "fork")
 """Sections that a method cannot set: the study sets the first two, all runs share workers, and none is a fork."""
 
 Seed = Annotated[int, Field(ge=0)]

@@ -137,11 +137,24 @@ def _round(name: str, value: str, run: RunState) -> int:
 
 def last_written(run: RunState) -> int:
     """The last round with finished rollouts. InputError where there is none."""
+    return max(_written(run))
+
+
+def with_rollouts(run: RunState, number: int) -> int:
+    """The number of a round, if its rollouts are finished. InputError, naming the rounds whose are, if not."""
+    if number not in (known := _written(run)):
+        raise InputError(
+            f"run {run.name!r} has no finished rollouts of round {number}; of {', '.join(map(str, known))} it has"
+        )
+    return number
+
+
+def _written(run: RunState) -> list[int]:
     stages = {round.round: round.stages.get("rollout") for round in run.rounds}
-    written = [number for number, stage in stages.items() if stage is not None and stage.state in ("done", "cached")]
-    if not written:
+    found = [number for number, stage in stages.items() if stage is not None and stage.state in ("done", "cached")]
+    if not found:
         raise InputError(f"run {run.name!r} has no finished rollouts yet; see: opd status {run.name}")
-    return max(written)
+    return sorted(found)
 
 
 def _text(value: str) -> str:

@@ -27,9 +27,11 @@ _STR, _INT, _LONG, _FLOAT, _DOUBLE = pa.string(), pa.int32(), pa.int64(), pa.flo
 
 SIGNALS = ("sampled", "teacher_topk", "student_topk", "mask")
 _TABLES_OF = {
-    "prepare": ("prompts", "vocabulary"),
+    "prepare": ("prompts", "vocabulary", "context_columns"),
     "draft": ("drafts",),
     "rollout": ("rollouts",),
+    "judge": ("rewards",),
+    "context": ("contexts",),
     "train": ("training_steps", "teacher_steps"),
     "warmup": ("training_steps",),
     "evaluate": ("evaluations",),
@@ -51,6 +53,11 @@ _USE = (
     pa.field("use_stage", _STR),
     pa.field("use_artifact", _STR),
 )
+_SAMPLE_ID = "^(.*)/[^/]*/([0-9]+)$"
+"""prompt_id (which may have slashes), round, sample_index."""
+_OF_SET = "evaluate_"
+_LABELS_OF_SETS = {"evaluations": _OF_SET, "prompts": "prepare_", "vocabulary": "prepare_"}
+"""By table: how the labels of stages begin that belong to a named evaluation set."""
 CONTEXT = 40
 """Characters of `before` and `after`."""
 _IN_WORDS = {reason: (reason.name or "").lower().replace("_", " ") for reason in MaskReason}
@@ -127,7 +134,51 @@ _ALL = (
     View("prompts", TABLES["prompts"].doc, (_RUN, _ARTIFACT, *TABLES["prompts"].columns), ("prompts",)),
     View("vocabulary", TABLES["vocabulary"].doc, (_RUN, _ARTIFACT, *TABLES["vocabulary"].columns), ("vocabulary",)),
     View("drafts", TABLES["drafts"].doc, (_RUN, _ARTIFACT, *TABLES["drafts"].columns), ("drafts",)),
-    View("rollouts", TABLES["rollouts"].doc, (_RUN, _ROUND, _ARTIFACT, *TABLES["rollouts"].columns), ("rollouts",)),
+    View(  # its old column `reward` is always null, and would hide that of `rewards` in a join
+        "rollouts",
+        TABLES["rollouts"].doc,
+        (_RUN, _ROUND, _ARTIFACT, *_columns(TABLES["rollouts"], without=("reward",))),
+        ("rollouts",),
+    ),
+    View("contexts", TABLES["contexts"].doc, (_RUN, _ROUND, _ARTIFACT, *TABLES["contexts"].columns), ("contexts",)),
+    View(
+        "context_columns",
+        TABLES["context_columns"].doc,
+        (_RUN, _ARTIFACT, *TABLES["context_columns"].columns),
+        ("context_columns",),
+    ),
+    View(
+        "rewards",
+        "One row per judged sample of a round's rollouts; a null reward counts for no group.",
+        (
+            _RUN,
+            _ROUND,
+            _ARTIFACT,
+            TABLES["rewards"].columns[0],
+            Column("prompt_id", _STR, "the prompt that the sample answers"),
+            Column("sample_index", _INT, "0 .. num_generations-1"),
+            *TABLES["rewards"].columns[1:],
+        ),
+        ("rewards",),
+    ),
+    View(
+        "groups",
+        "One row per prompt and round of a run: the rewards of its samples.",
+        (
+            _RUN,
+            _ROUND,
+            Column("artifact", _STR, "key of the rewards"),
+            Column("prompt_id", _STR, "the prompt that the samples answer"),
+            Column("n", _LONG, "samples with a reward"),
+            Column("n_failed", _LONG, "samples whose judge failed; they are left out of all else"),
+            Column("mean", _DOUBLE, "mean reward; null without any", nullable=True),
+            Column("std", _DOUBLE, "standard deviation (n - 1 in the denominator); null below two", nullable=True),
+            Column("low", _DOUBLE, "least reward", nullable=True),
+            Column("high", _DOUBLE, "largest reward", nullable=True),
+            Column("all_equal", pa.bool_(), "whether no two rewards differ: no advantage, no signal"),
+        ),
+        ("rewards",),
+    ),
     View(
         "supervision",
         "All signals of a run's rollouts, joined by sample_id; null where a signal was not asked for.",
@@ -202,6 +253,12 @@ _ALL = (
         TABLES["evaluations"].doc,
         (_RUN, _ROUND, _ARTIFACT, _TEACHER, *TABLES["evaluations"].columns),
         ("evaluations", "prompts"),
+    ),
+    View(
+        "set_evaluations",
+        "One row per completion of a named evaluation set (evaluate.sets, `opd evaluate --prompts`).",
+        (_RUN, _ROUND, Column("set_name", _STR, "its name"), _ARTIFACT, *TABLES["evaluations"].columns),
+        ("evaluations",),
     ),
     View(
         "teacher_steps",
@@ -333,14 +390,23 @@ class Views:
             rows = self._tokens(set(used) if used is not None else {column.name for column in columns})
         elif name == "differences":
             rows = self._differences()
+        elif name == "rewards":
+            rows = self._rewards()
+        elif name == "groups":
+            rows = self._groups()
         elif name == "evaluations":
             rows = f"SELECT * FROM ({self._rows(name)}) {self._teachers()}"
+        elif name == "set_evaluations":
+            of_set = (
+                f"SELECT *, substr(stage, {len(_OF_SET) + 1}) AS set_name FROM ({self._rows('evaluations', sets=True)})"
+            )
+            rows = f"{of_set} WHERE starts_with(stage, '{_OF_SET}')"
         else:
             rows = self._rows(name)
         return f"CREATE VIEW {view} AS SELECT {_casts(columns)} FROM ({rows})"
 
-    def _rows(self, table: str) -> str:
-        """A table's dataset under the views' names."""
+    def _rows(self, table: str, sets: bool = False) -> str:
+        """A table's dataset under the views' names. Without `sets` what named evaluation sets have in it is left out."""
         names = self.schemas[table].names
         layout = packed_schema(self.schemas[table])
         made = parts(layout.names) if layout is not None else {}
@@ -351,7 +417,24 @@ class Views:
         ]
         own_round = 'coalesce(use_round, "round")' if "round" in names else "use_round"
         use = f'use_run AS run, {own_round} AS "round", use_stage AS stage, use_artifact AS artifact'
-        return f"SELECT {use}, {', '.join(columns)} FROM {_identifier(table + '@')}"
+        rows = f"SELECT {use}, {', '.join(columns)} FROM {_identifier(table + '@')}"
+        label = _LABELS_OF_SETS.get(table)
+        return rows if label is None or sets else f"{rows} WHERE NOT coalesce(starts_with(use_stage, '{label}'), false)"
+
+    def _rewards(self) -> str:
+        """With the prompt and the index of each sample, which its id has: rewards stay where rollouts were removed."""
+        return (
+            f"SELECT *, regexp_extract(sample_id, '{_SAMPLE_ID}', 1) AS prompt_id,"
+            f" regexp_extract(sample_id, '{_SAMPLE_ID}', 2) AS sample_index FROM ({self._rows('rewards')})"
+        )
+
+    def _groups(self) -> str:
+        return (
+            'SELECT run, "round", artifact, prompt_id, count(reward) AS n, count(*) - count(reward) AS n_failed,'
+            " avg(reward) AS mean, stddev_samp(reward) AS std, min(reward) AS low, max(reward) AS high,"
+            " coalesce(min(reward) = max(reward), true) AS all_equal"
+            f" FROM ({self._rewards()}) GROUP BY ALL"
+        )
 
     def _with_signals(self, signals: Sequence[str], taught: bool = True) -> str:
         """The runs' rollouts, each beside its signals of the same round; nulls where a signal is not there. `taught`: with the

@@ -17,6 +17,7 @@ Name = tuple[str, str]
 
 ROLES = {
     "rollout": "rollouts",
+    "context": "signals",
     "sampled": "signals",
     "teacher_topk": "signals",
     "student_topk": "signals",
@@ -35,7 +36,9 @@ class Retention(RunPolicy):
     Replaying the training of round R reads rollouts and signals of R, students and trainer_state of R-1."""
 
     rollouts: int | None = Field(None, ge=0, description="last rounds whose completions are kept; null: all")
-    signals: int | None = Field(None, ge=0, description="last rounds whose teacher signals are kept; null: all")
+    signals: int | None = Field(
+        None, ge=0, description="last rounds whose teacher signals, and contexts of samples, are kept; null: all"
+    )
     trainer_state: int | None = Field(
         None,
         ge=1,

@@ -136,7 +136,7 @@ class Scorer:
         wanted = functools.reduce(operator.or_, wants, Wanted())
         values: Values = {}
         if wanted.models and rollouts.num_rows:
-            samples = self._samples(store, job.prompts, rollouts)
+            samples = _in_context(store, job, item.shard, self._samples(store, job.prompts, rollouts))
             values = self.score(job, samples, wanted, progress, backend_of(json.loads(bytes(job.backend))))
         flags = None
         if job.flags is not None:
@@ -320,6 +320,20 @@ def _answers(
 def _passage(name: str, sample: Sample) -> Passage:
     other = sample.teacher_prompt if name == "teacher" else None
     return Passage(sample.prompt if other is None else other, sample.completion)
+
+
+def _in_context(store: Store, job: ScoreJob, shard: int, samples: list[Sample]) -> list[Sample]:
+    """The samples of a shard of the rollouts, with what the teacher reads before each completion. InputError for contexts that
+    lack a sample."""
+    if job.contexts is None:
+        return samples
+    rows = store.read_shard(store.require(job.contexts.stage, job.contexts.key), "contexts", shard)
+    known = set(rows["sample_id"].to_pylist())
+    if lacking := [sample.name for sample in samples if sample.name not in known]:
+        raise InputError(f"{job.contexts.stage}/{job.contexts.key}: shard {shard} has no row of sample {lacking[0]!r}")
+    rows = rows.filter(rows["prompt_token_ids"].is_valid())
+    own = dict(zip(rows["sample_id"].to_pylist(), token_arrays(rows["prompt_token_ids"]), strict=True))
+    return [replace(sample, teacher_prompt=own.get(sample.name, sample.teacher_prompt)) for sample in samples]
 
 
 def token_arrays(column: pa.ChunkedArray) -> list[np.ndarray]:

@@ -14,9 +14,11 @@ transformer learns one of the tasks in a few hundred steps, and knows nothing of
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -124,3 +126,16 @@ def additions(source: AdditionSource) -> Iterator[dict[str, str]]:
         if len(source.operations) > 1:
             row["teacher_id"] = operation
         yield row | {"completion": row["solution"]}
+
+
+def marked(completion: str, answer: str, tokens: list[str]) -> dict[str, Any]:
+    """A verifier that marks spans: whether the result is right, and the tokens of the result as a `key` or an `error` span."""
+    found = re.search(ANSWER_PATTERN, completion)
+    if found is None:
+        return {"reward": 0.0, "spans": []}
+    right, ends = found.group(1) == answer, list(itertools.accumulate(map(len, tokens)))
+    inside = [
+        place for place, end in enumerate(ends) if end > found.start(1) and end - len(tokens[place]) < found.end(1)
+    ]
+    spans = [(inside[0], inside[-1] + 1, "key" if right else "error")] if inside else []
+    return {"reward": float(right), "spans": spans}

@@ -83,6 +83,10 @@ class PrepareConfig(Identity):
             raise ValueError("no prompts: give train, eval or warmup a source")
         return self
 
+    def only(self, source: FileSource | AdditionSource) -> PrepareConfig:
+        """The same rendering of these prompts alone, as the split eval."""
+        return self.model_copy(update={"train": None, "warmup": None, "eval": source})
+
     def sources(self) -> dict[str, FileSource | AdditionSource]:
         """The configured splits, in order of precedence."""
         return {split: source for split in SPLITS if (source := getattr(self, split)) is not None}

@@ -90,6 +90,14 @@ class Renderer:
                     self._note_bos(reader.tokenizer, row, teacher_ids[index] or [])
                 yield row, RenderedPrompt(texts[index], token_ids[index], teacher_ids[index], targets[index])
 
+    def contexts(self, rows: list[Row]) -> list[list[int]]:
+        """The tokens that the teacher reads of rows that have a teacher_prompt. InputError for one that has no teacher."""
+        found = self._teacher_tokens(rows, [""] * len(rows), [[] for _ in rows])
+        for row, ids in zip(rows, found, strict=True):
+            if ids is None:
+                raise InputError(f"{row.where}: it has no teacher, or no context")
+        return [ids or [] for ids in found]
+
     def _completions(self, rows: list[Row], texts: list[str]) -> list[list[int] | None]:
         """Tokens of the completions, as the student would have to write them after the prompt."""
         chosen = [index for index, row in enumerate(rows) if row.completion is not None]

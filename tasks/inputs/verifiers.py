@@ -85,7 +85,7 @@ def verify(config: ExactMatch | MathVerify | FunctionVerifier, completion_text: 
         )
     if isinstance(config, MathVerify):
         return _judge().ask(completion_text, answer, config.timeout)
-    return _exact(config, completion_text, answer)
+    return exact(config, completion_text, answer)
 
 
 def verifier_digest(config: ExactMatch | MathVerify | FunctionVerifier) -> str | None:
@@ -95,7 +95,13 @@ def verifier_digest(config: ExactMatch | MathVerify | FunctionVerifier) -> str |
     return hashlib.sha256(function_place(config)[1].read_bytes()).hexdigest()
 
 
-def _exact(config: ExactMatch, completion_text: str, answer: str) -> bool:
+def hard_limit(timeout: float) -> float:
+    """Seconds after which mathematics is stopped from outside, where its own `timeout` has no effect."""
+    return 2 * timeout + 5
+
+
+def exact(config: ExactMatch, completion_text: str, answer: str) -> bool:
+    """Whether the completion, or what the config's pattern extracts from it, equals the answer."""
     found = completion_text
     if config.extract is not None:
         matches = list(re.finditer(config.extract, completion_text))
@@ -108,14 +114,15 @@ def _exact(config: ExactMatch, completion_text: str, answer: str) -> bool:
 
 def function_place(config: FunctionVerifier) -> tuple[Callable[[str, str | None], object], Path]:
     """The user's function and its source file. ConfigError where one of them is not found, or its module fails on import."""
-    function = _function(config.target)
+    function = function_of(config.target)
     path = inspect.getsourcefile(sys.modules[config.target.partition(":")[0]])
     if path is None:
         raise ConfigError(f"verifier: {config.target!r} has no source file, so it has no identity")
     return function, Path(path)
 
 
-def _function(target: str) -> Callable[[str, str | None], object]:
+def function_of(target: str) -> Callable[[str, str | None], object]:
+    """The function `module:function`. ConfigError where it is not found, or its module fails on import."""
     module, name = target.split(":")
     try:
         found = importlib.import_module(module)
@@ -135,7 +142,7 @@ def _function(target: str) -> Callable[[str, str | None], object]:
 
 
 def _call(config: FunctionVerifier, completion_text: str, answer: str | None) -> bool:
-    function = _function(config.target)
+    function = function_of(config.target)
     try:
         verdict = function(completion_text, answer)
     except Exception as error:
@@ -167,7 +174,7 @@ class _Judge:
         with self._lock:
             process = self._started()
             question = {"completion": completion_text, "answer": answer, "timeout": timeout}
-            reply = self._exchange(process, json.dumps(question).encode() + b"\n", 2 * timeout + 5)
+            reply = self._exchange(process, json.dumps(question).encode() + b"\n", hard_limit(timeout))
             if reply is None:
                 self._stop()
                 return False
@@ -235,27 +242,40 @@ def _judge() -> _Judge:
 
 def _serve() -> None:
     """The child: answers questions until its input closes, also when the parent dies."""
-    import logging
-
-    from math_verify import parse
-    from math_verify import verify as equal
-
-    logging.disable(logging.CRITICAL)
+    import_mathematics()
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # library output must not mix with the replies
     replies.write(b"{}\n")
     replies.flush()
     for line in sys.stdin.buffer:
         question = json.loads(line)
-        seconds = max(1, round(question["timeout"] / 3))
-        try:
-            gold = _parse_gold(parse, question["answer"], seconds)
-            found = parse(question["completion"], parsing_timeout=seconds)
-            correct = bool(gold and found) and equal(gold, found, timeout_seconds=seconds)
-        except Exception:  # sympy raises various errors; an incomparable answer counts as wrong
-            correct = False
-        replies.write(json.dumps({"correct": bool(correct)}).encode() + b"\n")
+        correct = equal_mathematics(question["completion"], question["answer"], question["timeout"])
+        replies.write(json.dumps({"correct": correct}).encode() + b"\n")
         replies.flush()
+
+
+def import_mathematics() -> None:
+    """Import math-verify (seconds), without its log messages."""
+    import logging
+
+    import math_verify  # noqa: F401
+
+    logging.disable(logging.CRITICAL)
+
+
+def equal_mathematics(completion: str, answer: str, timeout: float) -> bool:
+    """Whether the completion's last expression equals the answer. In the main thread of a process only: math-verify limits its
+    time, a third of `timeout` per step, by SIGALRM."""
+    from math_verify import parse
+    from math_verify import verify as equal
+
+    seconds = max(1, round(timeout / 3))
+    try:
+        gold = _parse_gold(parse, answer, seconds)
+        found = parse(completion, parsing_timeout=seconds)
+        return bool(gold and found) and bool(equal(gold, found, timeout_seconds=seconds))
+    except Exception:  # sympy raises various errors; an incomparable answer counts as wrong
+        return False
 
 
 def _parse_gold(parse: Callable[..., list[Any]], answer: str, seconds: int) -> list[Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tasks.losses.config import AnyObjective, DirectConfig, Needs, PolicyGradientConfig, SftConfig
+from tasks.losses.config import AnyObjective, CreditConfig, DirectConfig, Needs, PolicyGradientConfig, SftConfig
 from tasks.losses.direct import DirectObjective
 from tasks.losses.policy_gradient import PolicyGradientObjective
 from tasks.losses.sft import SftObjective
+from tasks.losses.token_credit.objective import CreditObjective
 from tasks.losses.types import ObjectiveOutput, StudentView, TokenBatch
 
 
@@ -29,5 +30,7 @@ def make_objective(config: AnyObjective) -> Objective:
             return DirectObjective(config)
         case PolicyGradientConfig():
             return PolicyGradientObjective(config)
+        case CreditConfig():
+            return CreditObjective(config)
         case SftConfig():
             return SftObjective(config)

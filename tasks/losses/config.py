@@ -3,7 +3,6 @@ reason. Imports no torch."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -13,12 +12,22 @@ from storage.identity import by_kind, omit_at
 from tasks.losses.axes import FullSupport, Normalised, SampledToken, StudentCandidates, TopkSupport
 from tasks.losses.credit import CREDITS, Credit
 from tasks.losses.credit.opd_plus import OpdPlus
-from tasks.losses.divergences import DIVERGENCES, Divergence, ReverseKL
-from tasks.losses.needs import Needs, SignalNeed, StudentRequest, SupportKind
+from tasks.losses.divergences import (
+    DIVERGENCES,
+    LARGEST_EXPONENT,
+    Divergence,
+    ReverseKL,
+    fields_of,
+    refuse_overflow,
+    tenths,
+)
+from tasks.losses.needs import Needs, SignalNeed, StudentRequest, everything
+from tasks.losses.token_credit.config import CreditConfig
 from tasks.losses.token_weights import TOKEN_WEIGHTS, TokenWeight, Unweighted
 from tasks.losses.trust_regions import TRUST_REGIONS, NoTrustRegion, TrustRegion
 
 __all__ = [
+    "CreditConfig",
     "DirectConfig",
     "FullSupport",
     "Needs",
@@ -42,32 +51,6 @@ else:
     DivergenceField = DIVERGENCES.annotation()
     TrustRegionField = TRUST_REGIONS.annotation()
     TokenWeightField = TOKEN_WEIGHTS.annotation()
-
-
-LARGEST_EXPONENT = 80.0
-"""Largest x of an admitted e^x: float32 overflows at e^88.7, and sums and factors (x itself, 1 / alpha) need a margin."""
-
-
-def _named(divergence: Divergence) -> str:
-    return ", ".join(f"{name} {value}" for name, value in divergence)
-
-
-def _tenths(limit: float) -> float:
-    """A limit, rounded down to tenths."""
-    return math.floor(limit * 10) / 10
-
-
-def everything(support: SupportKind, exclude_ids: tuple[int, ...] = ()) -> StudentRequest:
-    """What the metrics of an objective with a support need of the student."""
-    return StudentRequest(
-        support=support,
-        token_logprobs=True,
-        log_normaliser=True,
-        tail=True,
-        entropy=True,
-        overlap=True,
-        exclude_ids=exclude_ids,
-    )
 
 
 class Weighted(Normalised):
@@ -123,13 +106,7 @@ class DirectConfig(Weighted):
         floors = {"logprob_min": self.logprob_min}
         if support.outside == "bucket":
             floors["tail_logmass_min"] = self.tail_logmass_min
-        for name, floor in floors.items():
-            if self.divergence.growth * -floor > LARGEST_EXPONENT:
-                raise ValueError(
-                    f"{name}: at {floor:g} a term of {_named(self.divergence)} reaches"
-                    f" e^{self.divergence.growth * -floor:g}, which float32 cannot hold; use"
-                    f" {-_tenths(LARGEST_EXPONENT / self.divergence.growth):g} or more"
-                )
+        refuse_overflow(self.divergence, **floors)
         return self
 
     def needs(self) -> Needs:
@@ -232,9 +209,9 @@ class PolicyGradientConfig(Weighted):
         reached = growth * self.log_ratio_clip + self.log_rho_clip
         if reached > LARGEST_EXPONENT:
             raise ValueError(
-                f"log_ratio_clip: with {_named(self.divergence)}, log_ratio_clip {self.log_ratio_clip:g} and log_rho_clip"
+                f"log_ratio_clip: with {fields_of(self.divergence)}, log_ratio_clip {self.log_ratio_clip:g} and log_rho_clip"
                 f" {self.log_rho_clip:g} an advantage times its ratio reaches e^{reached:g}, which float32 cannot hold; use"
-                f" {_tenths((LARGEST_EXPONENT - self.log_rho_clip) / growth):g} or less"
+                f" {tenths((LARGEST_EXPONENT - self.log_rho_clip) / growth):g} or less"
             )
         return self
 
@@ -306,6 +283,6 @@ class SftConfig(Normalised):
         return Needs((), student, StudentRequest(token_logprobs=True, entropy=True))
 
 
-AnyObjective = DirectConfig | PolicyGradientConfig | SftConfig
+AnyObjective = DirectConfig | PolicyGradientConfig | CreditConfig | SftConfig
 ObjectiveConfig = Annotated[AnyObjective, Field(discriminator="estimator")]
 """The objective of an experiment, chosen by `estimator`."""

@@ -33,6 +33,10 @@ ALPHA_FROM_A_LIMIT = 1e-3
 """Closer to 0 or 1 the order cannot be distinguished from its limit, and 1 / alpha overflows float32."""
 
 
+LARGEST_EXPONENT = 80.0
+"""Largest x of an admitted e^x: float32 overflows at e^88.7, and sums and factors (x itself, 1 / alpha) need a margin."""
+
+
 class Divergence(Kind):
     """A divergence; zero where p = q, non-negative between distributions over the same categories."""
 
@@ -69,6 +73,27 @@ class Divergence(Kind):
         Its sign says what an unnormalised sum over a support (`drop`) does at p = q: the derivative of `p f(q/p)` with
         respect to p is -w_f, so a negative value pushes student mass off the support, without end."""
         return 0.0
+
+
+def fields_of(divergence: Divergence) -> str:
+    """A divergence and its fields, in words."""
+    return ", ".join(f"{name} {value}" for name, value in divergence)
+
+
+def tenths(limit: float) -> float:
+    """A limit, rounded down to tenths."""
+    return math.floor(limit * 10) / 10
+
+
+def refuse_overflow(divergence: Divergence, **floors: float) -> None:
+    """ValueError for a floor of log-probabilities, by its field's name, at which a term exceeds float32."""
+    for name, floor in floors.items():
+        if divergence.growth * -floor > LARGEST_EXPONENT:
+            raise ValueError(
+                f"{name}: at {floor:g} a term of {fields_of(divergence)} reaches"
+                f" e^{divergence.growth * -floor:g}, which float32 cannot hold; use"
+                f" {-tenths(LARGEST_EXPONENT / divergence.growth):g} or more"
+            )
 
 
 DIVERGENCES: Registry[Divergence] = Registry("divergence")

@@ -44,12 +44,25 @@ class StudentRequest:
         return self.token_logprobs or self.log_normaliser or self.tail or self.entropy or self.overlap
 
 
+def everything(support: SupportKind, exclude_ids: tuple[int, ...] = ()) -> StudentRequest:
+    """What the metrics of an objective with a support need of the student."""
+    return StudentRequest(
+        support=support,
+        token_logprobs=True,
+        log_normaliser=True,
+        tail=True,
+        entropy=True,
+        overlap=True,
+        exclude_ids=exclude_ids,
+    )
+
+
 @dataclass(frozen=True)
 class CreditNeeds:
     """What a credit reads beside log-probabilities and positions; the trainer's data has it only where it is needed."""
 
     reward: bool = False
-    """the reward of each sample (rollouts.reward)"""
+    """the reward of each sample, from the stage `judge`; NaN where its judge failed"""
     groups: bool = False
     """which samples have the same prompt; with `reward`, the rewards of all of them"""
     teacher_entropy: bool = False
@@ -57,6 +70,16 @@ class CreditNeeds:
     """of the student that wrote the rollouts"""
     segment_ends: tuple[int, ...] = ()
     """token ids that end a segment of a completion, each the last token of its segment; none: no segments"""
+    contexts: bool = False
+    """which samples have a context of their own, that the teacher reads"""
+    written: bool = False
+    """which tokens the student wrote, and which have valid numbers, also where the loss mask leaves them out"""
+    ended: bool = False
+    """which completions end with a stop token"""
+    spans: bool = False
+    """which tokens are in the spans that the judge found"""
+    judged_segments: bool = False
+    """the segments of a completion that the judge found"""
     signals: tuple[SignalNeed, ...] = ()
     """further signals of supervision, beside `sampled`, `mask` and the lists of the support and of `side`"""
 

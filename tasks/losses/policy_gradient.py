@@ -23,14 +23,14 @@ def surrogate(
     logprobs_N: Tensor,
     old_logprobs_N: Tensor,
     *,
-    ppo_clip: float | None,
+    ppo_clip: float | tuple[float, float] | None,
     dual_clip: float | None,
     log_rho_clip: float,
 ) -> tuple[Tensor, Tensor]:
     """(-sg(A) rho, 1 where a clip holds), rho = exp(log p - sg(log p_old)).
 
-    With ppo_clip e (1707.06347): -min(rho A, clip(rho, 1-e, 1+e) A). With dual_clip c (1912.09729): where A < 0 not
-    above c |A|. A clipped token has no gradient."""
+    With ppo_clip e (1707.06347): -min(rho A, clip(rho, 1-e, 1+e) A); a pair (2503.14476) is e below and e above. With
+    dual_clip c (1912.09729): where A < 0 not above c |A|. A clipped token has no gradient."""
     a = advantage_N.detach()
     p, p_old = working(logprobs_N), working(old_logprobs_N).detach()
     log_rho = (p.clamp(min=lowest(p)) - p_old.clamp(min=lowest(p_old))).clamp(-log_rho_clip, log_rho_clip)
@@ -38,7 +38,8 @@ def surrogate(
     loss = -a * rho
     clipped = torch.zeros_like(loss, dtype=torch.bool)
     if ppo_clip is not None:
-        bounded = -a * rho.clamp(1 - ppo_clip, 1 + ppo_clip)
+        low, high = ppo_clip if isinstance(ppo_clip, tuple) else (ppo_clip, ppo_clip)
+        bounded = -a * rho.clamp(1 - low, 1 + high)
         clipped = bounded > loss
         loss = torch.where(clipped, bounded, loss)
     if dual_clip is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, Union, cast
 
-from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, SerializeAsAny
+from pydantic import BaseModel, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, SerializeAsAny
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
 from storage.identity import Identity
@@ -30,7 +30,7 @@ class Kind(Identity):
         return self.equation
 
 
-C = TypeVar("C", bound=Kind)
+C = TypeVar("C", bound=BaseModel)
 
 
 def require_methods(cls: type) -> None:
@@ -79,7 +79,7 @@ class _Open:
         self.known = frozenset(registry.classes)
 
     @property
-    def models(self) -> list[type[Kind]]:
+    def models(self) -> list[type[BaseModel]]:
         """The classes that are accepted now; errors name their fields."""
         return list(self.registry.classes.values())
 

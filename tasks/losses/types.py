@@ -36,11 +36,11 @@ class TokenBatch:
     teacher_prefix_N: Tensor | None = None
     """1 where the teacher wrote the token"""
     reward_N: Tensor | None = None
-    """reward of the token's sample"""
+    """reward of the token's sample; NaN where its judge failed"""
     group_N: Tensor | None = None
     """index of the sample's prompt in the round"""
     group_rewards_NG: Tensor | None = None
-    """rewards of all samples of that prompt in the round, padded with NaN on the right"""
+    """rewards of all samples of that prompt in the round, NaN where a judge failed; padded with NaN on the right"""
     segment_N: Tensor | None = None
     """index of the token's segment in its completion"""
     support_ids_NK: Tensor | None = None
@@ -55,6 +55,8 @@ class TokenBatch:
     """log of the teacher's mass outside the support"""
     signals: Mapping[str, Tensor] | None = None
     """further numbers per token (N), of signals that plugins bring: `<signal>_<column>`"""
+    planned: Mapping[str, Tensor] | None = None
+    """numbers per token (N) that the step's plan has computed from the whole step (`losses/token_credit/plan.py`)"""
 
     def __post_init__(self) -> None:
         n = self.token_ids_N.shape[0]
@@ -62,8 +64,10 @@ class TokenBatch:
             axis: None if first is None else first.shape[-1]
             for axis, first in (("K", self.support_ids_NK), ("G", self.group_rewards_NG))
         }
-        tensors = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "signals"}
-        for name, value in {**tensors, **(self.signals or {})}.items():
+        tensors = {
+            entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in ("signals", "planned")
+        }
+        for name, value in {**tensors, **(self.signals or {}), **(self.planned or {})}.items():
             wanted = (n, *(widths[axis] for axis in name.rpartition("_N")[2] if name in tensors))
             if value is not None and tuple(value.shape) != wanted:
                 raise ValueError(f"TokenBatch.{name}: shape {tuple(value.shape)}, expected {wanted}")

@@ -30,7 +30,8 @@ STOP_IDS = "stop_ids"
 """Content of prepared prompts, there only where the stop ids of student and teacher are merged: a JSON list of the ids, first the
 one that stands for all."""
 _NOT_SIGNALS = {
-    "model", "mixture", "prepare", "warmup", "draft", "rollout", "train", "student", "trainer_state", "teacher_ema", "evaluate",
+    "model", "mixture", "prepare", "warmup", "draft", "rollout", "judge", "context", "train", "student", "trainer_state",
+    "teacher_ema", "evaluate",
 }  # fmt: skip
 _PLAINLY_LOCAL = '{"kind":"local"}'
 """The backend that is left out of keys."""
@@ -70,6 +71,8 @@ class Inputs:
     names: tuple[str, ...] = ()
     """names of the teacher where there are several (more than one: of one checkpoint); it scores the samples of its prompts
     alone. Empty: the only teacher"""
+    contexts: Artifact | None = None
+    """what the teacher reads before each sample's completion, where that is not its prompt's"""
 
     def prompt_contents(self, parts: Sequence[str]) -> dict[str, str]:
         """The contents of the prompts by which they enter the keys. Of several teachers one's signals depend on its own prompts,
@@ -191,6 +194,8 @@ class Signal(ABC):
             parts = ("weights", "architecture") if who in models else ("architecture",)
             contents |= {f"{who}:{part}": model.content[part] for part in parts}
         identity = {"dtype": inputs.settings.dtype, **self.identity(inputs, k)}
+        if inputs.contexts is not None and "teacher" in models:
+            contents["contexts"] = inputs.contexts.content["contexts"]
         backend = inputs.settings.teacher if "teacher" in models else None
         if backend is not None and canonical_json(backend) != _PLAINLY_LOCAL:
             identity["teacher"] = backend

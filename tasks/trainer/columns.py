@@ -22,6 +22,7 @@ from tasks.trainer.data import Ragged, Samples
 from tasks.trainer.topk_lists import lists_of, support_of
 
 _OF_LISTS = ("starts", "counts", "ids", "teacher", "student", "teacher_tail")
+_PER_TOKEN = ("segments", "written", "valid", "spans")
 _NOTHING = np.empty(0)
 
 
@@ -116,8 +117,9 @@ def _columns(samples: Samples) -> dict[str, np.ndarray]:
     """Everything with an entry per token or per list entry, by name."""
     found = {"prompts": samples.prompts.values, "completions": samples.completions.values, "keep": samples.keep}
     found |= {f"floats.{name}": values for name, values in samples.floats.items()}
-    if samples.segments is not None:
-        found["segments"] = samples.segments
+    for name in _PER_TOKEN:
+        if (values := getattr(samples, name)) is not None:
+            found[name] = values
     for place, lists in enumerate(lists_of(samples.support)):
         arrays = {f"{place}.{name}": getattr(lists, name) for name in _OF_LISTS}
         found |= {name: values for name, values in arrays.items() if values is not None}
@@ -137,6 +139,9 @@ def _with_columns(samples: Samples, columns: dict[str, np.ndarray]) -> Samples:
         keep=columns["keep"],
         floats={name: columns[f"floats.{name}"] for name in samples.floats},
         segments=columns.get("segments"),
+        written=columns.get("written"),
+        valid=columns.get("valid"),
+        spans=columns.get("spans"),
         support=support_of(lists),
     )
 
@@ -145,10 +150,7 @@ def _joined(parts: list[Samples]) -> Samples:
     """One after another, without their columns. The lists are as wide as the widest."""
     first = parts[0]
     lists = zip(*(lists_of(part.support) for part in parts), strict=True)
-    lost, rewards, groups = (
-        None if getattr(first, name) is None else np.concatenate([getattr(part, name) for part in parts])
-        for name in ("lost", "rewards", "groups")
-    )
+    lost = None if first.lost is None else np.concatenate([part.lost for part in parts if part.lost is not None])
     return replace(
         first,
         ids=[name for part in parts for name in part.ids],
@@ -157,8 +159,6 @@ def _joined(parts: list[Samples]) -> Samples:
         support=support_of([replace(same[0], k=max(own.k for own in same)) for same in lists]),
         invalid=sum(part.invalid for part in parts),
         lost=lost,
-        rewards=rewards,
-        groups=groups,
     )
 
 

@@ -6,7 +6,7 @@ import mmap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ from storage.errors import ConfigError, InputError
 from storage.identity import derive_seed
 from storage.schemas import MaskReason
 from tasks.losses.needs import CreditNeeds, Needs
+from tasks.losses.token_credit.stored import ERROR_SPAN, KEY_SPAN
 from tasks.losses.types import TokenBatch
 from tasks.signals import signal_named
 from tasks.trainer import checks
@@ -67,15 +68,26 @@ class Samples:
     lost: np.ndarray | None = None
     """Per sample: the number of tokens that only an invalid value leaves out of the loss. None without signals."""
     rewards: np.ndarray | None = None
-    """Per sample."""
+    """Per sample, float64 as it is stored: 0.7 in float32 is below a threshold of 0.7. NaN where its judge failed."""
     groups: np.ndarray | None = None
     """Per sample: the number of its prompt, in order of first occurrence in the round's rollouts."""
     segments: np.ndarray | None = None
     """Per flat completion token: the index of its segment in its completion."""
+    ended: np.ndarray | None = None
+    """Per sample: whether its completion ends with a stop token."""
+    written: np.ndarray | None = None
+    """Per flat completion token: whether the student wrote it."""
+    valid: np.ndarray | None = None
+    """Per flat completion token: whether its numbers are valid, also where the mask leaves it out for another reason than that
+    the teacher reads another token in its id."""
+    spans: np.ndarray | None = None
+    """Per flat completion token: 0, or the kind of the span it is in."""
     teachers: tuple[str, ...] = ()
     """Names of the teachers, where there are several."""
     teacher: np.ndarray | None = None
     """Per sample: the place of its teacher's name in `teachers`."""
+    contexts: np.ndarray | None = None
+    """Per sample, bool: whether the teacher read a context of the sample's own. None where samples have none of their own."""
     maps: tuple[mmap.mmap, ...] = ()
     """The files behind the arrays, where they are mapped."""
 
@@ -99,8 +111,8 @@ class Samples:
 
     @cached_property
     def group_rewards(self) -> np.ndarray:
-        """float32 [samples, G]: rewards of all samples of each sample's prompt, padded with NaN on the right. Needs `rewards`
-        and `groups`."""
+        """float32 [samples, G]: rewards of all samples of each sample's prompt (NaN where a judge failed), padded with NaN on
+        the right. Needs `rewards` and `groups`."""
         assert self.rewards is not None and self.groups is not None
         order = np.argsort(self.groups, kind="stable")
         sizes = np.bincount(self.groups)
@@ -108,6 +120,15 @@ class Samples:
         by_group = np.full((len(sizes), int(sizes.max(initial=0))), np.nan, np.float32)
         by_group[self.groups[order], place] = self.rewards[order]
         return by_group[self.groups]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Numbers per completion token of a step's samples, in the order of the step."""
+
+    columns: dict[str, np.ndarray]
+    offsets: np.ndarray
+    """Where each sample's tokens begin."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +153,11 @@ def from_rollouts(
     seed: int = 0,
     rows: int | None = None,
     cut: Collection[str] = (),
+    rewards: pa.Table | None = None,
 ) -> Samples:
-    """The samples of a whole round that fits into memory: see `part_of_round`, `with_width`."""
-    return with_width(part_of_round(rollouts, signals, needs, mask_reasons, seed, rows), needs, cut)
+    """The samples of a whole round that fits into memory: see `part_of_round`, `of_samples`, `with_width`."""
+    part = part_of_round(rollouts, signals, needs, mask_reasons, seed, rows)
+    return with_width(replace(part, **of_samples(rollouts, needs.credit, rewards)), needs, cut)
 
 
 def part_of_round(
@@ -146,7 +169,8 @@ def part_of_round(
     rows: int | None = None,
 ) -> Samples:
     """Joins rollouts with the signals that the objective needs, by sample_id. `seed` is the run's, for counter-based draws;
-    `rows` are the student's vocabulary. The lists keep all entries that are stored (`with_width`).
+    `rows` are the student's vocabulary. The lists keep all entries that are stored (`with_width`); rewards and groups, which are
+    those of the whole round, are left out (`of_samples`).
 
     Tokens that the mask marks as invalid, or that have an empty list, are left out and counted. Raises InputError when a
     sample occurs twice, a signal is not given or lacks a sample, a list's length is not its completion's, or `full`
@@ -172,6 +196,7 @@ def part_of_round(
                 name = f"{signal}_{column}" if kind.schema.prefixed else column
                 floats[name], columns[name] = aligned(table, signal, column, np.float32), f"{signal}.{column}"
     keep, invalid = np.ones(len(completions.values), bool), np.zeros(len(completions.values), bool)
+    written, foreign = np.ones(len(completions.values), bool), np.zeros(len(completions.values), bool)
     if "mask" in ordered:
         masked = MaskReason(0)
         for reason in mask_reasons:
@@ -180,6 +205,8 @@ def part_of_round(
             masked &= ~MaskReason.TEACHER_PREFIX  # the objective has a term for them
         reasons = aligned(ordered["mask"], "mask", "mask_reasons", np.int32)
         keep = (reasons & int(masked)) == 0
+        written = (reasons & int(MaskReason.TEACHER_PREFIX)) == 0
+        foreign = (reasons & int(masked & MaskReason.UNMAPPED)) != 0
         invalid = (reasons & int(MaskReason.INVALID_VALUE)) != 0  # never trained on, whatever mask_reasons lists
     stored: list[checks.Lists] = []
     if needs.student.support is not None:
@@ -199,9 +226,9 @@ def part_of_round(
         floats["teacher_prefix"] = _leading(rollouts["prefix_length"], completions)
     prompts = _ragged(rollouts["prompt_token_ids"], np.int64)
     samples = Samples(ids, prompts, completions, keep, floats, None, int(invalid.sum()), lost)
-    samples = replace(
-        samples, support=_support(stored, tokens, needs, rows), **_of_credit(rollouts, samples, needs.credit)
-    )
+    if needs.credit.written:
+        samples = replace(samples, written=written, valid=~invalid & ~foreign)
+    samples = replace(samples, support=_support(stored, tokens, needs, rows), segments=_segments(samples, needs.credit))
     return _checked(samples, "rollouts.prompt_token_ids", rows)
 
 
@@ -224,6 +251,40 @@ def with_teachers(samples: Samples, names: Sequence[str]) -> Samples:
     return replace(samples, teachers=teachers, teacher=np.array([teachers.index(name) for name in names], np.int64))
 
 
+def with_spans(samples: Samples, rewards: pa.Table) -> Samples:
+    """The samples with the spans that the judge marked, key spans before error spans where they overlap, other kinds left out;
+    `rewards` has their rows, in their order. InputError for a span past its completion."""
+    spans = np.zeros(len(samples.completions.values), np.int8)
+    for row, marked in enumerate(rewards.to_pylist()):
+        first, last = samples.completions.offsets[row : row + 2]
+        lists = (marked["span_starts"] or [], marked["span_ends"] or [], marked["span_kinds"] or [])
+        for start, end, kind in sorted(zip(*lists, strict=True), key=lambda span: span[2] == "key"):
+            if not 0 <= start <= end <= last - first:
+                raise InputError(
+                    f"rewards.span_ends: sample {samples.ids[row]!r} has a span from {start} to {end}, but its completion has"
+                    f" {last - first} tokens; spans are half-open, in tokens of the completion"
+                )
+            if (known := {"key": KEY_SPAN, "error": ERROR_SPAN}.get(kind)) is not None:
+                spans[first + start : first + end] = known
+    return replace(samples, spans=spans)
+
+
+def with_segments(samples: Samples, rewards: pa.Table) -> Samples:
+    """The samples with the segments whose ends the judge found (half-open, in tokens); one segment where it found none. `rewards`
+    has their rows, in their order."""
+    parts = []
+    for row, ends in enumerate(rewards["segment_ends"].to_pylist()):
+        places = np.arange(samples.completions.lengths[row])
+        parts.append(np.searchsorted(np.array(ends or [], np.int64), places, side="right"))
+    return replace(samples, segments=np.concatenate(parts) if parts else np.empty(0, np.int64))
+
+
+def without_those_that_lack(samples: Samples, contexts: np.ndarray) -> Samples:
+    """The samples with only those in the loss that have a context. `contexts`: bool, one per sample."""
+    keep = samples.keep & np.repeat(contexts, samples.completions.lengths)
+    return replace(samples, keep=keep, lost=None if samples.lost is None else np.where(contexts, samples.lost, 0))
+
+
 def _per_sample(flags: np.ndarray, completions: Ragged) -> np.ndarray:
     """How many flat completion tokens of each sample have the flag."""
     found, there = np.zeros(len(completions), np.int64), completions.lengths > 0
@@ -235,45 +296,48 @@ def _per_sample(flags: np.ndarray, completions: Ragged) -> np.ndarray:
 class _CreditFields(TypedDict, total=False):
     rewards: np.ndarray
     groups: np.ndarray
-    segments: np.ndarray
+    ended: np.ndarray
 
 
-def _of_credit(rollouts: pa.Table, samples: Samples, needs: CreditNeeds) -> _CreditFields:
-    """The fields of `Samples` that a credit needs. Raises InputError for entropies that are null, and as `of_samples`."""
-    found: _CreditFields = {}
+def _segments(samples: Samples, needs: CreditNeeds) -> np.ndarray | None:
+    """The segment of each token, where a credit needs them. Raises InputError for entropies that it needs and that are null."""
     for name in ("teacher_entropy", "student_entropy"):
         if getattr(needs, name) and name not in samples.floats:
             raise InputError(
                 f"sampled.{name}: the objective's advantage needs it, but it is null; have it scored again"
             )
-    found |= of_samples(rollouts, needs)
-    if needs.segment_ends:
-        completions = samples.completions
-        before = np.concatenate(
-            [[0], np.cumsum(np.isin(completions.values, needs.segment_ends))]
-        )  # ends before a token
-        found["segments"] = before[:-1] - np.repeat(before[completions.offsets[:-1]], completions.lengths)
-    return found
+    if not needs.segment_ends:
+        return None
+    completions = samples.completions
+    before = np.concatenate([[0], np.cumsum(np.isin(completions.values, needs.segment_ends))])  # ends before a token
+    segments: np.ndarray = before[:-1] - np.repeat(before[completions.offsets[:-1]], completions.lengths)
+    return segments
 
 
-def of_samples(rollouts: pa.Table, needs: CreditNeeds) -> _CreditFields:
-    """The fields with one value per sample, from the columns `sample_id`, `prompt_id` and `reward`. InputError for a reward that
-    is null or not finite."""
+def of_samples(rollouts: pa.Table, needs: CreditNeeds, rewards: pa.Table | None) -> _CreditFields:
+    """The fields with one value per sample of a whole round, from the columns `sample_id`, `prompt_id` and `finish_reason` of its
+    rollouts, and from `sample_id` and `reward` of its `rewards` (null becomes NaN: its judge failed).
+
+    InputError for rewards that are needed and not given, that lack a sample or have one twice, or that are not finite."""
     found: _CreditFields = {}
     if needs.reward:
-        rewards = rollouts["reward"].to_numpy().astype(np.float64)  # null becomes NaN
-        if bad := np.flatnonzero(~np.isfinite(rewards)).tolist():
+        if rewards is None:
+            raise InputError("train: the objective needs the rewards of the stage `judge`, and none are given")
+        ids = rollouts["sample_id"].to_pylist()
+        column = rewards["reward"].take(order_of("rewards", rewards["sample_id"].to_pylist(), ids))
+        values = column.to_numpy().astype(np.float64)
+        if bad := np.flatnonzero(~np.isfinite(values) & column.is_valid().to_numpy()).tolist():
             raise InputError(
-                f"rollouts.reward: sample {rollouts['sample_id'][bad[0]].as_py()!r} has the reward {rollouts['reward'][bad[0]]},"
-                f" and the objective's advantage needs a finite one of each sample ({len(bad)} of {len(rewards)} have none)."
-                " The stage `judge`, which gives rewards, is not built yet; use an advantage that needs no reward"
-                " (`opd objectives` lists them)"
+                f"rewards.reward: sample {ids[bad[0]]!r} has the reward {values[bad[0]]}, no finite number; the stage `judge`"
+                " writes none such, so something else has written the table"
             )
-        found["rewards"] = rewards.astype(np.float32)
+        found["rewards"] = values
     if needs.groups:
         numbers: dict[str, int] = {}
         prompts = rollouts["prompt_id"].to_pylist()
         found["groups"] = np.array([numbers.setdefault(prompt, len(numbers)) for prompt in prompts], np.int64)
+    if needs.ended:
+        found["ended"] = np.array([reason == "stop" for reason in rollouts["finish_reason"].to_pylist()], bool)
     return found
 
 
@@ -450,8 +514,9 @@ def forward_batch(
     places: Sequence[int],
     filler: bool,
     device: torch.device,
+    planned: Planned | None = None,
 ) -> Forward:
-    """One forward pass over the samples `places` of a step; `rows` and `weights` are the whole step's.
+    """One forward pass over the samples `places` of a step; `rows`, `weights` and what is `planned` are the whole step's.
 
     Only masked-in completion tokens are packed: the output head is never applied to the others. Where nothing is left,
     and for a filler, one token with mask 0 and harmless signals keeps the graph whole."""
@@ -476,11 +541,14 @@ def forward_batch(
         return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
     found_N = {name: tensor(_at(name, values, index, counts)) for name, values in samples.floats.items()}
-    signals = {f"{name}_N": value for name, value in found_N.items() if name in _OF_BATCH}
+    signals: dict[str, Any] = {f"{name}_N": value for name, value in found_N.items() if name in _OF_BATCH}
     others = {name: value for name, value in found_N.items() if name not in _OF_BATCH}
     row_N = np.asarray(rows)[place_N]
+    if planned is not None:
+        at_N = planned.offsets[place_N] + position
+        signals["planned"] = {name: tensor(values[at_N] * float(counts)) for name, values in planned.columns.items()}
     if samples.rewards is not None:
-        signals["reward_N"] = tensor(samples.rewards[row_N])
+        signals["reward_N"] = tensor(samples.rewards[row_N].astype(np.float32))
     if samples.groups is not None:
         signals["group_N"] = tensor(samples.groups[row_N])
         if samples.rewards is not None:

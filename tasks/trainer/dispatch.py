@@ -65,7 +65,11 @@ def run_and_commit(
     last = builders[order[-1]].checkpoints(numerics)  # committed last, so that its checkpoints last as long as needed
     checkpoints = CheckpointPlace(str(last.folder), msgspec.Raw(canonical_json(dict(last.settings)).encode()))
 
+    planned = 0
+
     def heard(done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None:
+        nonlocal planned
+        planned = max(planned, total)
         if note is not None:
             context.say(job.stage, note)
         context.progress(done, total, "steps", metrics)
@@ -74,6 +78,8 @@ def run_and_commit(
     result: TrainResult = context.workers.run("trainer", sent, heard)
     if text := summary(result.metrics):
         context.log(f"{job.stage}: {result.steps} steps: {text}")
+    if result.steps < planned:
+        context.say(job.stage, _ended_early(job, result, planned))
     if empty := result.metrics.get("empty_steps"):
         context.say(
             job.stage,
@@ -106,6 +112,14 @@ def run_and_commit(
         else:
             own = meta | belongs | {"metrics": result.metrics}
             builders[name].commit(meta=own, tables=dict.fromkeys(tables, 1), provenance=provenance)
+
+
+def _ended_early(job: TrainJob | WarmupJob, result: TrainResult, planned: int) -> str:
+    """Why a training has fewer steps than planned: a warm-up at its `stop_loss`, a round at its `max_drift`."""
+    name, field, unit = ("drift", "max_drift", "drift") if isinstance(job, TrainJob) else ("loss", "stop_loss", "loss")
+    value = result.metrics.get(f"{name}_last")
+    at = f" at {unit} {value:.3g}" if value is not None else ""
+    return f"ended{at} after {result.steps:,} of {planned:,} steps ({field})"
 
 
 def _weights(artifact: Artifact) -> str | None:

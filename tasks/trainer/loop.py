@@ -22,6 +22,7 @@ from tasks.trainer.config import OptimizerSettings
 from tasks.trainer.data import Samples, forward_batch, loss_denominators
 from tasks.trainer.engine import Engine
 from tasks.trainer.model import TokenStats, TrainModule
+from tasks.trainer.planning import Planner
 from tasks.workers.metrics import Progress, latest, words
 
 METRICS = tuple(column.name for column in TABLES["training_steps"].columns if column.nullable)
@@ -53,6 +54,7 @@ class Plan:
     drift_estimator: str | None
     micro_batch_tokens: int
     stop_loss: float | None = None
+    planner: Planner | None = None
 
 
 def run_steps(
@@ -77,6 +79,9 @@ def run_steps(
     for row in done:
         running = _mean(running, row)
     known = latest(done)
+    if plan.planner is not None:
+        for number, step in enumerate(plan.steps[: len(done)]):
+            plan.planner.repeat(step.rows, plan.first_step + number)
     for number, step in enumerate(plan.steps[len(done) :], len(done)):
         began = time.monotonic()
         now = plan.first_step + number + 1
@@ -85,9 +90,10 @@ def run_steps(
         weights = loss_denominators(samples, step.rows, plan.normalisation, plan.normalisation_length)
         lengths = samples.forward_lengths[list(step.rows)].tolist()
         micros = split_step(lengths, engine.world, plan.micro_batch_tokens)[dist.get_rank()]
+        planned = None if plan.planner is None else plan.planner(step.rows, now - 1)
         tally = Tally(engine.device, samples, step.rows)
         for place, micro in enumerate(micros):
-            batch = forward_batch(samples, step.rows, weights, micro.places, micro.filler, engine.device)
+            batch = forward_batch(samples, step.rows, weights, micro.places, micro.filler, engine.device, planned)
             loss = engine.accumulate(batch, observe, last=place == len(micros) - 1)
             tally.add(loss, module.loss_head.stats, batch.counts)
         tally.reduce()

@@ -26,8 +26,11 @@ from tasks.trainer.data import (
     order_of,
     part_of_round,
     places_of,
+    with_segments,
+    with_spans,
     with_teachers,
     with_width,
+    without_those_that_lack,
 )
 from tasks.workers.jobs import ArtifactRef, TrainJob, WarmupJob
 
@@ -35,15 +38,26 @@ WARMUP = "warmup"
 
 
 def collect_round(
-    job: TrainJob, needs: Needs, mask_reasons: Collection[MaskReason], rows: int, store: Store, folder: Path
+    job: TrainJob,
+    needs: Needs,
+    mask_reasons: Collection[MaskReason],
+    rows: int,
+    store: Store,
+    folder: Path,
+    every_context: bool = False,
 ) -> Collected:
-    """The samples of the job's rollouts, in their order, checked (`part_of_round`). `rows`: of the student's vocabulary."""
+    """The samples of the job's rollouts, in their order, checked (`part_of_round`). `rows`: of the student's vocabulary.
+    `every_context`: samples without a context stay in the loss, because the objective tells them apart."""
     rollouts = Table(store, [job.rollouts], "rollouts")
-    wanted = ["sample_id", "prompt_id", *(["reward"] if needs.credit.reward else [])]
+    wanted = ["sample_id", "prompt_id", *(["finish_reason"] if needs.credit.ended else [])]
     samples = pa.concat_tables([read(wanted) for read in rollouts.shards])
     ids = samples["sample_id"].to_pylist()
     places_of("rollouts", ids)
-    per_sample = of_samples(samples, needs.credit)
+    rewards = _rewards(store, job)
+    if rewards is not None:
+        rewards = rewards.take(order_of("rewards", rewards["sample_id"].to_pylist(), ids))
+    per_sample = of_samples(samples, needs.credit, rewards)
+    contexts = None if job.contexts is None else _contexts(store, job.contexts, ids)
     signals = {name: Signal(store, places, name, ids) for name, places in job.signals.items()}
 
     def parts() -> Iterator[Samples]:
@@ -52,16 +66,38 @@ def collect_round(
             shard = counted(read(None), job.stop_ids)
             own = np.arange(start, start + len(shard))
             given = {name: signal.rows_of(own) for name, signal in signals.items()}
-            yield part_of_round(shard, given, needs, mask_reasons, job.seed, rows)
+            part = part_of_round(shard, given, needs, mask_reasons, job.seed, rows)
+            if needs.credit.spans and rewards is not None:
+                part = with_spans(part, rewards.slice(start, len(shard)))
+            if needs.credit.judged_segments and rewards is not None:
+                part = with_segments(part, rewards.slice(start, len(shard)))
+            yield part if contexts is None or every_context else without_those_that_lack(part, contexts[own])
             start += len(shard)
 
     found = collect(parts(), folder)
     cut = [name for name, places in job.signals.items() if any(_cut_off(store, where) for where in places)]
-    whole = with_width(replace(found.samples, **per_sample), needs, cut)
+    whole = with_width(replace(found.samples, **per_sample, contexts=contexts), needs, cut)
     if job.prompts is not None:
         of = teacher_of_prompts(store, store.require(job.prompts.stage, job.prompts.key))
         whole = with_teachers(whole, [of.get(prompt) or "" for prompt in samples["prompt_id"].to_pylist()])
     return replace(found, samples=whole)
+
+
+def _rewards(store: Store, job: TrainJob) -> pa.Table | None:
+    """Of the samples that were judged the reward, spans and segments."""
+    if job.judged is None:
+        return None
+    columns = ["sample_id", "reward", "segment_ends", "span_starts", "span_ends", "span_kinds"]
+    return pa.concat_tables([read(columns) for read in Table(store, [job.judged], "rewards").shards])
+
+
+def _contexts(store: Store, where: ArtifactRef, ids: list[str]) -> np.ndarray:
+    """bool per sample of the rollouts: whether it has a context. InputError unless the table has each sample once."""
+    rows = pa.concat_tables(
+        [read(["sample_id", "prompt_token_ids"]) for read in Table(store, [where], "contexts").shards]
+    )
+    order = order_of("contexts", rows["sample_id"].to_pylist(), ids)
+    return np.asarray(rows["prompt_token_ids"].is_valid().to_numpy(), bool)[order]
 
 
 def collect_targets(job: WarmupJob, rows: int, store: Store, folder: Path) -> Collected:

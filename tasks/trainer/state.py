@@ -2,18 +2,20 @@
 
 It loads into any ZeRO stage and any number of ranks, bit for bit. Layout of the tree: `master.safetensors`,
 `exp_avg.safetensors`, `exp_avg_sq.safetensors` (tensors `<kind>/<parameter name>`), `trainer.json`, with a teacher of kind ema
-`ema.safetensors`, and with LoRA `base/`: the frozen weights that the adapters belong to. No pickle."""
+`ema.safetensors`, with an objective that remembers earlier steps `memory.safetensors`, and with LoRA `base/`: the frozen weights
+that the adapters belong to. No pickle."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import (
@@ -24,7 +26,7 @@ from deepspeed.utils import (
 )
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from storage.disk.files import link
@@ -32,6 +34,7 @@ from storage.errors import CorruptArtifact, InputError
 from tasks.trainer.engine import MOMENTS, Engine
 
 EMA = "ema"
+MEMORY = "memory.safetensors"
 
 
 def kinds(averaged: bool) -> tuple[str, ...]:
@@ -65,6 +68,23 @@ def read(directory: Path, lora: dict[str, Any] | None) -> TrainerState:
             f" {json.dumps(lora)}; adapters cannot change inside a run (fork from round 0 instead)"
         )
     return state
+
+
+def save_memory(directory: Path, memory: Mapping[str, np.ndarray]) -> None:
+    """Writes what the objective remembers of earlier steps; nothing where that is nothing."""
+    if memory:
+        save_file({name: torch.from_numpy(values) for name, values in memory.items()}, directory / MEMORY)
+
+
+def read_memory(directory: Path) -> dict[str, np.ndarray]:
+    """What `save_memory` wrote; empty where there is none. CorruptArtifact if the file cannot be read."""
+    path = directory / MEMORY
+    if not path.exists():
+        return {}
+    try:
+        return {name: tensor.numpy() for name, tensor in load_file(path).items()}
+    except Exception as error:  # the Rust reader raises its own type
+        raise CorruptArtifact(f"{path}: not readable ({error})") from error
 
 
 class Tensors:

@@ -6,12 +6,13 @@ warm worker and in a fresh one."""
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
@@ -37,6 +38,7 @@ from tasks.trainer.export import export_student, rehearse_export
 from tasks.trainer.loop import BY_TEACHER, Plan, by_teacher, pinned, run_steps
 from tasks.trainer.midround import Keeper
 from tasks.trainer.model import TrainModule, Weights, trainable
+from tasks.trainer.planning import planner_of
 from tasks.trainer.reading import collect_round, collect_targets
 from tasks.workers.jobs import TrainJob, TrainResult, WarmupJob
 from tasks.workers.main import Link
@@ -96,6 +98,8 @@ class Trainer:
             job.seed, job.round, len(training.samples), training.samples_per_step, training.total_samples
         )
         refuse_lost_steps(training.samples, steps, job.round)
+        memory: Mapping[str, np.ndarray] = {} if resumed is None else state.read_memory(resumed)
+        planner = planner_of(training.objective, training.samples, memory)
         average = None if job.average is None else EmaStudent(decay=job.average.decay, per=job.average.per)
         keeper = Keeper(job, runtime["checkpoint_minutes"])
         midway = keeper.find(len(steps), progress)
@@ -142,6 +146,7 @@ class Trainer:
                 drift_estimator=training.drift_estimator,
                 stop_loss=training.stop_loss,
                 micro_batch_tokens=int(runtime["micro_batch_tokens"]),
+                planner=planner,
             )
             own = {"round": job.round, "lora": lora}
             rows = run_steps(
@@ -154,14 +159,15 @@ class Trainer:
                 midway.rows if midway is not None else [],
                 partial(keeper.step_done, engine, own),
             )
-            exported = self._write(job, engine, model, rows, settings, base, student, training.samples)
+            memory = {} if planner is None else planner.memory
+            exported = self._write(job, engine, model, rows, settings, base, student, training.samples, memory)
         finally:
             engine.close()
             del engine, module, model, parameters
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return _summary(rows, training.samples, exported)
+        return _summary(rows, training.samples, exported, {} if planner is None else planner.metrics)
 
     def _write(
         self,
@@ -173,6 +179,7 @@ class Trainer:
         base: Path,
         student: Path,
         samples: Samples,
+        memory: Mapping[str, np.ndarray],
     ) -> dict[str, float]:
         outputs, metrics = job.outputs, dict[str, float]()
         if outputs.trainer_state:
@@ -184,6 +191,8 @@ class Trainer:
             )
             frozen = base if settings.lora else None
             state.save(Path(outputs.trainer_state), engine, now, frozen, Path(job.store))
+            if dist.get_rank() == 0:
+                state.save_memory(Path(outputs.trainer_state), memory)
         if outputs.student:
             masters, target = state.full_tensors(engine, "master"), Path(outputs.student)
             trained: Iterator[Any] = iter(())
@@ -221,7 +230,10 @@ def _train_job(job: TrainJob, store: Store) -> TrainingJob:
     objective = _OBJECTIVE.validate_json(bytes(job.objective))
     reasons = [MaskReason[name.upper()] for name in config.mask_reasons]
     rows = model_rows(Path(job.model))
-    samples = shared(store.root, partial(collect_round, job, objective.needs(), reasons, rows, store))
+    apart = objective.estimator == "credit"  # it has terms for samples with and without a context
+    samples = shared(
+        store.root, partial(collect_round, job, objective.needs(), reasons, rows, store, every_context=apart)
+    )
     correction, weights = config.importance_correction, None
     if not isinstance(correction, NoCorrection):
         over: Literal["behaviour_logprobs", "student_logprobs"]
@@ -278,7 +290,9 @@ def refuse_lost_steps(samples: Samples, steps: Sequence[Step], round: int) -> No
             )
 
 
-def _summary(rows: list[dict[str, Any]], samples: Samples, exported: dict[str, float]) -> TrainResult:
+def _summary(
+    rows: list[dict[str, Any]], samples: Samples, exported: dict[str, float], planned: dict[str, float]
+) -> TrainResult:
     tokens = sum(row["tokens"] for row in rows)
     loss = sum(row["loss"] * row["tokens"] for row in rows) / max(1, tokens)
     metrics = {
@@ -287,6 +301,8 @@ def _summary(rows: list[dict[str, Any]], samples: Samples, exported: dict[str, f
         "masked_tokens": float(sum(row.get("masked_tokens") or 0 for row in rows)),
         "empty_steps": float(sum(row["tokens"] == 0 for row in rows)),
         "invalid_tokens": samples.invalid,
+        **({} if samples.contexts is None else {"without_context": float((~samples.contexts).sum())}),
+        **planned,
         **summarised(rows),
         **by_teacher(rows),
         **exported,

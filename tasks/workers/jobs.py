@@ -19,7 +19,7 @@ from storage.store import Artifact, Store
 from tasks.plugins import note_role
 from tasks.rollout_config import Dtype
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Increased when a schema changes: a worker refuses a supervisor with another number."""
 
 
@@ -208,7 +208,8 @@ class ScoreJob(Schema):
     `backend`: the JSON of the teacher's backend (tasks/engines/teacher.py). `flags`: a committed `sampled` that says which
     values are invalid, where only `mask` is wanted; then no model is read. `names`: the teacher's where there are several; only
     samples of prompts with one of these as their `teacher_id` are scored, and have rows. `stop_ids`: one category in every
-    distribution, named by the first; empty: nothing is merged. `run_student`: `supervise.student`."""
+    distribution, named by the first; empty: nothing is merged. `run_student`: `supervise.student`. `contexts`: what the teacher
+    reads before each completion, in shards beside those of the rollouts; null, here or in a row: what it reads of the prompt."""
 
     store: str
     rollouts: ArtifactRef
@@ -223,6 +224,7 @@ class ScoreJob(Schema):
     stop_ids: list[int] = []
     names: list[str] | None = None
     run_student: Literal["full", "none"] = "full"
+    contexts: ArtifactRef | None = None
 
 
 class KLShard(Schema):
@@ -258,6 +260,32 @@ class ScoreResult(Schema):
     """A scorer's job has nothing to report beyond its shards."""
 
 
+# --- judge -----------------------------------------------------------------------------------------------------------
+
+
+class JudgeShard(Schema):
+    """Item: one shard of the rollouts."""
+
+    shard: int
+    size: int
+
+
+class JudgeJob(Schema):
+    """Judge rollouts by verifiers (role judge). Every item writes one shard of the table `rewards`. `config`: the JSON of a
+    JudgeConfig; `sources`: per verifier the digest of its function's file, or null."""
+
+    store: str
+    target: ArtifactRef
+    rollouts: ArtifactRef
+    prompts: ArtifactRef
+    config: msgspec.Raw
+    sources: list[str | None]
+
+
+class JudgeResult(Schema):
+    """A judge's job has nothing to report beyond its shards."""
+
+
 # --- trainer ---------------------------------------------------------------------------------------------------------
 
 
@@ -290,7 +318,8 @@ class TrainJob(Schema):
     JSON of a TrainConfig and of an objective; `state`: folder of the trainer state to continue from, or null. `signals`: by name
     the artifacts that hold it, one per teacher; each sample is in one of them. `prompts`: where there are several teachers,
     what says whose prompt each is. `stop_ids` as in `ScoreJob`. `average`: of the weights, which is kept for a teacher, or null.
-    """
+    `judged`: the rewards, where the objective needs them. `contexts`: says which samples the teacher has read
+    with a context, where they have contexts of their own."""
 
     store: str
     model: str
@@ -306,6 +335,8 @@ class TrainJob(Schema):
     stop_ids: list[int] = []
     average: WeightAverage | None = None
     prompts: ArtifactRef | None = None
+    contexts: ArtifactRef | None = None
+    judged: ArtifactRef | None = None
 
     stage = "train"
 
@@ -344,13 +375,14 @@ ROLES: dict[str, str] = {
     "sampler": "tasks.engines.sampler:Sampler",
     "scorer": "tasks.engines.scorer:Scorer",
     "trainer": "tasks.trainer.trainer:Trainer",
+    "judge": "tasks.engines.judge:Judge",
 }
 """Role -> "module:class" of the handler that serves its jobs in the worker process."""
 
 _schemas: list[type[Schema]] = [
-    SampleJob, ScoreJob, KLJob, TrainJob, WarmupJob,
-    SampleShard, ScoreShard, KLShard,
-    SampleResult, ScoreResult, TrainResult, ShardDone,
+    SampleJob, ScoreJob, KLJob, JudgeJob, TrainJob, WarmupJob,
+    SampleShard, ScoreShard, KLShard, JudgeShard,
+    SampleResult, ScoreResult, JudgeResult, TrainResult, ShardDone,
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +30,8 @@ __all__ = ["Worker", "WorkerDied", "WorkerFailed", "WorkerPool"]
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
 _SHOWN = 8
+LOADS = {"sampler": "vLLM and the student", "scorer": "student and teacher", "trainer": "DeepSpeed and the student"}
+"""What a role's first job loads, in words."""
 
 
 class Item(Protocol):
@@ -54,6 +57,8 @@ class WorkerPool:
     ) -> None:
         self.runtime, self.logs = runtime, logs
         self.plugins, self.plugin_path = plugins, plugin_path
+        self.say: Callable[[str], None] = lambda text: None
+        """Gets a line when a worker starts, and when it is ready; from any thread."""
         self._workers: dict[tuple[str, int, str], Worker] = {}
         self._lock = threading.Lock()
         self._ends = 0
@@ -197,9 +202,39 @@ class WorkerPool:
             shared.errors.append(error)
 
     def _do(self, role: str, number: int, job: jobs.Schema, report: Progress, items: Items | None) -> Any:
+        began = time.monotonic()
+        with self._lock:
+            known = set(self._workers.values())
         worker, runtime = self._worker(role, number), self.runtime
         log = self._log(role, number)
+        if worker not in known and number == 0:
+            report, items = self._until_ready(role, began, report, items)
         return worker.run(job, report, runtime.stage_timeout, log, runtime.stall_timeout, items)
+
+    def _until_ready(
+        self, role: str, began: float, report: Progress, items: Items | None
+    ) -> tuple[Progress, Items | None]:
+        """The same callbacks; at the first sign of work they tell how long the worker took to load."""
+        waiting = [True]
+
+        def ready() -> None:
+            if waiting and waiting.pop():
+                self.say(f"{role} ready after {time.monotonic() - began:.1f} s")
+
+        def heard(done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None:
+            ready()
+            report(
+                done,
+                total,
+                *(() if note is None and metrics is None else (metrics,)),
+                *(() if note is None else (note,)),
+            )
+
+        def take() -> Any:
+            ready()
+            return items.take() if items is not None else None
+
+        return heard, None if items is None else Items(take, items.done)
 
     def _again(self, role: str, number: int, error: WorkerDied, attempt: int, tries: int) -> None:
         """Logs that a worker is started again; raises the error when no try is left."""
@@ -244,7 +279,7 @@ class WorkerPool:
         return self.logs / f"{role if number == 0 else f'{role}-{number}'}.log"
 
     def _count(self, role: str) -> int:
-        return {"sampler": self.runtime.sampler.workers, "scorer": self.runtime.scorer.workers}.get(role, 1)
+        return int(getattr(getattr(self.runtime, role, None), "workers", 1))
 
     def _worker(self, role: str, number: int) -> Worker:
         settings = self._settings(role) | {"number": number}
@@ -254,6 +289,8 @@ class WorkerPool:
                 self._workers.pop(other).close()
             worker, ends = self._workers.get(key), self._ends
         if worker is None:
+            if number == 0:
+                self.say(f"starting {role}{f': loads {LOADS[role]}' if role in LOADS else ''}")
             argv, env, world = self._command(role, number, settings)
             worker = Worker(role, argv, env, self._log(role, number), world)
             with self._lock:

@@ -151,6 +151,12 @@ class TrainerRuntime(Runtime):
     )
 
 
+class JudgeRuntime(Runtime):
+    """Workers that judge rollouts by verifiers, on the CPU. Each has a process of its own for the verifiers."""
+
+    workers: int = Field(1, ge=1, description="shards that are judged at once")
+
+
 class RuntimeConfig(Runtime):
     """Everything about the machine. Changing it never changes a key; `numerics` of it are recorded."""
 
@@ -184,6 +190,7 @@ class RuntimeConfig(Runtime):
     sampler: SamplerRuntime = SamplerRuntime()
     scorer: ScorerRuntime = ScorerRuntime()
     trainer: TrainerRuntime = TrainerRuntime()
+    judge: JudgeRuntime = JudgeRuntime()
 
     @model_validator(mode="after")
     def _resolve_auto(self) -> RuntimeConfig:
@@ -201,10 +208,10 @@ class RuntimeConfig(Runtime):
 
     def gpus(self, role: Role) -> list[list[str]]:
         """The GPUs of each worker of a role (for the trainer: of each rank), as its CUDA_VISIBLE_DEVICES names them. ConfigError
-        for too few; empty lists on CPU."""
+        for too few; empty lists on CPU, and for a role that runs there."""
         workers = self.trainer.processes if role == "trainer" else getattr(self, role).workers
         width = {"sampler": self.sampler.tensor_parallel_size, "scorer": self.scorer.devices_per_worker}.get(role, 1)
-        if self.device == "cpu":
+        if self.device == "cpu" or role == "judge":
             return [[] for _ in range(workers)]
         visible = visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), gpu_count())
         return assign(role, getattr(self, role).devices, workers, width, visible)
@@ -221,7 +228,10 @@ class RuntimeConfig(Runtime):
 
     def numerics(self, *roles: str) -> dict[str, Any]:
         """Settings that change floating-point results, of the workers of these roles (sampler, scorer, trainer; pair: the two
-        models beside a sampler) or of all. With equal values (and for sampled shards equal batches) outputs are bit-identical."""
+        models beside a sampler; none change what a judge gives) or of all. With equal values (and for sampled shards equal
+        batches) outputs are bit-identical."""
+        if roles == ("judge",):
+            return {}
         found: dict[str, Any] = {"device": self.device, "threads": self.threads}
         if not roles or "trainer" in roles:
             found |= {

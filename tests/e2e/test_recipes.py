@@ -1,4 +1,5 @@
-"""Every recipe runs on the demo task as it is, and brings the student nearer to its teacher in two rounds."""
+"""Every recipe runs on the demo task as it is, and brings the student nearer to its teacher in two rounds, where that is another
+model than the student."""
 
 from __future__ import annotations
 
@@ -38,6 +39,10 @@ def test_two_rounds_of_a_recipe_bring_the_student_nearer(shared, recipe):
     root, workers = shared
     with ready(recipe, root, workers) as (experiment, its):
         state, _ = run_experiment(experiment, name=recipe.stem, root=root, rounds=2, prefect=False, workers=its)
+    if experiment.objective.estimator == "credit" and experiment.self_teacher is not None:
+        # away from itself: no KL to fall; the rewards' recipes are measured by their study
+        assert len(state.rounds) == 3 and all(0 <= r.metrics["accuracy"] <= 1 for r in state.rounds)
+        return
     kl = [r.metrics["reverse_kl"] for r in state.rounds]
     reason = KL_DOES_NOT_FALL.get(recipe.stem)
     assert len(kl) == 3

@@ -10,6 +10,7 @@ import pytest
 import scripted_run
 import yaml
 from opd_cli import opd
+from page_reader import PageReader
 from places import CONFIGS, PLUGINS, TINY
 
 from flows.experiment import load_experiment
@@ -93,3 +94,7 @@ def test_the_report_has_tables_and_curves_of_every_method(studied):
     assert "## Reverse KL to the teacher" in report and "## Learning rates" in report and "chosen" in report
     assert (folder / "results.csv").read_text().count("\n") == 1 + 4 * 2
     assert (folder / "curves.svg").read_text().startswith("<?xml")
+    assert "](report.html)" in report
+    assert PageReader((folder / "report.html").read_bytes()).data["names"] == [
+        f"study-small-{m}-s0" for m in ("bucket", "sampled")
+    ]

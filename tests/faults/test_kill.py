@@ -4,14 +4,16 @@ every sample used exactly once (row 3)."""
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import in_process
 import pytest
 from fault_trials import FULL_SECONDS, Trials, both_forms
+from registries import plugin_path
 from scripted_run import ROUNDS, Trial, experiment, prepare_root
 
 from storage.artifacts.artifact import MANIFEST
@@ -191,36 +193,72 @@ def test_a_shard_whose_worker_dies_is_made_again_and_counts_once(
 
 # --- drafts, blends and averages -------------------------------------------------------------------------------------
 
-FIRST = {"drafts": (("draft",), "rollout"), "blended": (("rollout", "blending"), "mask")}
-"""Variant of the scripted run -> what its first stage after round 0 makes, and something that the stage after that makes."""
+FIRST = {
+    "drafts": (("draft",), "rollout"),
+    "blended": (("rollout", "blending"), "mask"),
+    "judged": (("judge",), "mask"),
+    "contexts": (("context",), "mask"),
+}
+"""Variant of the scripted run -> what the first stage makes that its run has yet to do, and something that the stage after that
+makes."""
 WORDS = {
     "drafts": "drafts of a teacher",
     "blended": "blended rollouts (two artifacts), teacher an average",
+    "judged": "rewards",
+    "contexts": "contexts of samples",
 }
-SHARDS = 4
-"""Shards that this stage writes: four of drafts; two each of rollouts and of the blending."""
+SHARDS = {"drafts": 4, "blended": 4, "judged": 2, "contexts": 2}
+"""Shards that this stage writes: four of drafts; two each of rollouts and of the blending; two of rewards and
+of contexts."""
 MOMENTS = {
     "drafts": ("shard.before_sidecar killtree 2", "manifest.before_link killtree 1"),
     "blended": ("shard.before_sidecar killtree 2", "manifest.after_link killtree 1"),
+    "judged": ("shard.before_sidecar killtree 2", "shard.after_rename kill 1"),
+    "contexts": ("shard.before_sidecar killtree 2", "manifest.before_link killtree 1"),
 }
-"""In `make test`: a shard without its sidecar; before the manifest of the drafts; one of the two artifacts is committed."""
+"""In `make test`: a shard without its sidecar; before the manifest of the drafts; one of the two artifacts is committed; a
+judge's worker dies and another one goes on."""
+
+
+class Interrupted:
+    """In the place of a worker: the run ends before it."""
+
+    def handle(self, job: object, link: object) -> None:
+        raise KeyboardInterrupt
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plugins() -> Iterator[None]:
+    with plugin_path():
+        yield
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Undisturbed]:
-    """Variant -> its run, begun where round 0 is done."""
+    """Variant -> its run, begun where round 0 is done; of those with rewards and contexts, before the first of these."""
     found = {}
     for variant in FIRST:
         folder = tmp_path_factory.mktemp(variant)
         root = prepare_root(folder / "store", experiment(0, variant))
         in_process.run(root, 0, variant)
+        if variant == "judged":
+            with pytest.raises(KeyboardInterrupt):
+                in_process.run(root, 1, variant, judge=Interrupted())
+        if variant == "contexts":
+            with pytest.raises(KeyboardInterrupt):
+                in_process.run(root, 1, variant, scorer=Interrupted())
+            for stage in ("context", "sampled", "mask", "teacher_topk"):  # signals were begun
+                shutil.rmtree(root / "artifacts" / stage, ignore_errors=True)
         found[variant] = Undisturbed(root, folder / "run", variant=variant)
     return found
 
 
 def moments(variant: str) -> list[str]:
     """Failpoint, action and number of its hit, of every moment of the first stage: all shards, all commits."""
-    shards = [(point, hit) for point in NAMES if point.startswith("shard.") for hit in range(1, SHARDS + 1)]
+    shards = [(point, hit) for point in NAMES if point.startswith("shard.") for hit in range(1, SHARDS[variant] + 1)]
     commits = ("builder.before_collect", "builder.before_publish", *(p for p in NAMES if p.startswith("manifest.")))
     made = len(FIRST[variant][0])
     names = [f"{point} killtree {hit}" for point in commits for hit in range(1, made + 1)]
@@ -249,7 +287,8 @@ def check_moment(root: Path, variant: str, point: str, hit: int) -> None:
 def test_killed_while_what_comes_with_a_teacher_is_made(
     worlds: dict[str, Undisturbed], trials: Trials, tmp_path: Path, variant: str, count: int
 ) -> None:
-    """A draft's shards and commit; the two artifacts of a blended rollout, of which each kill leaves another part."""
+    """A draft's shards and commit; the two artifacts of a blended rollout, of which each kill leaves another part; rewards;
+    contexts."""
     world = worlds[variant]
 
     def attempt(name: str) -> None:

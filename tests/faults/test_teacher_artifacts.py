@@ -1,12 +1,13 @@
-"""Damage to, and loss of, drafts, the table of a blend and averaged teachers (row 2): `opd verify` names the file, the next start
-makes it again with the same digest, a collection keeps what a run uses and removes the rest, and the round replays (row 13)."""
+"""Damage to, and loss of, drafts, the table of a blend, averaged teachers, rewards and contexts (row 2): `opd verify` names the
+file, the next start makes it again with the same digest, a collection keeps what a run uses and removes the rest, and the round
+replays (row 13)."""
 
 from __future__ import annotations
 
 import random
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import in_process
 import pytest
 import scripted_run
 from fault_trials import Trials, both_forms
+from registries import plugin_path
 from scripted_run import NAME, Trial, experiment, prepare_root
 
 from flows.run.replay import replay_round
@@ -26,11 +28,13 @@ from storage.store import Store
 from storage.upkeep.gc import Collector
 from storage.upkeep.retention import used
 
-STAGES = {"drafts": ("draft",), "blended": ("blending", "teacher_ema")}
+STAGES = {"drafts": ("draft",), "blended": ("blending", "teacher_ema"), "judged": ("judge",), "contexts": ("context",)}
 """Variant of the scripted run -> the artifacts that it has beside those of a plain one."""
 WORDS = {
     "draft": "drafts",
     "blending": "the table of a blend",
+    "judge": "rewards",
+    "context": "contexts of samples",
     "teacher_ema": "an averaged teacher",
     "trainer_state": "a state with an average",
 }
@@ -46,6 +50,12 @@ class World:
         """Manifests, shards and files of trees, relative to the store."""
         found = [p.relative_to(self.root) for p in (self.root / "artifacts" / stage).rglob("*") if p.is_file()]
         return sorted(path for path in found if path.name == MANIFEST or path.suffix in (".parquet", ".safetensors"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plugins() -> Iterator[None]:
+    with plugin_path():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +111,7 @@ def test_what_is_damaged_or_lost_is_named_and_made_again(
     files = world.files(stage)
     assert {path.suffix for path in files} == {
         ".json",
-        ".parquet" if stage in ("draft", "blending") else ".safetensors",
+        ".parquet" if stage in ("draft", "blending", "judge", "context") else ".safetensors",
     }
 
     def attempt(name: str) -> None:
@@ -124,7 +134,9 @@ def test_what_is_damaged_or_lost_is_named_and_made_again(
 
 
 @pytest.mark.parametrize("variant", STAGES)
-@pytest.mark.promise(2, "collection keeps drafts, blends and averages that a run uses, and removes the others")
+@pytest.mark.promise(
+    2, "collection keeps drafts, blends, averages, rewards and contexts that a run uses, and removes the others"
+)
 def test_collection_keeps_what_a_run_uses(worlds: dict[str, World], tmp_path: Path, variant: str) -> None:
     world, root = worlds[variant], tmp_path / "store"
     shutil.copytree(world.root, root)
@@ -147,7 +159,9 @@ def test_collection_keeps_what_a_run_uses(worlds: dict[str, World], tmp_path: Pa
 
 
 @pytest.mark.parametrize("variant", STAGES)
-@pytest.mark.promise(13, "a round with drafts, a blend or an averaged teacher, after one of its files was made again")
+@pytest.mark.promise(
+    13, "a round with drafts, a blend, an averaged teacher, rewards or contexts, after one of its files was made again"
+)
 def test_such_a_round_replays(
     worlds: dict[str, World], tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +176,9 @@ def test_such_a_round_replays(
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("PYTHONPATH", "")
     scripted_run.find_engines()
-    results = replay_round(Run.open(root, NAME), root, 2, ("rollout", "supervise", "train"), [], False, lambda _: None)
+    more = {"judged": ("judge",), "contexts": ("judge", "context")}.get(variant, ())
+    stages = ("rollout", *more, "supervise", "train")
+    results = replay_round(Run.open(root, NAME), root, 2, stages, [], False, lambda _: None)
     made = {result.artifact.split("/")[0] for result in results}
     assert made >= {"rollout", "mask", "student", "trainer_state", *STAGES[variant]} - {"draft"}
     assert all(result.as_json()["identical"] for result in results), results

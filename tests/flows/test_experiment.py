@@ -243,7 +243,7 @@ def test_a_fork_is_governed_by_its_parent_up_to_the_fork():
 
 
 STUDIES = sorted((CHECKOUT / "configs").glob("study*.yaml"))
-EXPERIMENTS = sorted(set((CHECKOUT / "configs").rglob("*.yaml")) - set(STUDIES))
+EXPERIMENTS = sorted({p for p in (CHECKOUT / "configs").rglob("*.yaml") if p.parent.name != "deploy"} - set(STUDIES))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
@@ -476,3 +476,35 @@ def test_a_round_has_the_behaviour_of_its_first_step() -> None:
         left = 0.01 * (1 - min(1, (round - 1) * steps / 10))
         assert getattr(behaviour, "epsilon", 0) == pytest.approx(left) and (behaviour.kind == "trb") == (left > 0)
     assert experiment.rollout.behaviour.anneal_steps == 10  # the run's own config keeps the schedule
+
+
+REWARDED = ("objective={estimator: credit, reward: {kind: group, success_threshold: 0.5}}", "rollout.top_p=1.0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "says"),
+    [
+        (("rollout.num_generations=1",), "rollout.num_generations", "compares the samples of a prompt"),
+        (("judge=null",), "judge", "reward"),
+        (("judge.success_threshold=1.5",), "objective.reward.success_threshold", "give both the same"),
+        (("rollout.top_p=0.9",), "rollout", "exact"),
+        (
+            ("objective.beside={}", "objective.route=srpo"),
+            "teacher.context",
+            "which samples the teacher reads a context for",
+        ),
+        (("supervise.student=none",), "supervise.student", "full"),
+    ],
+)
+def test_rewards_ask_for_groups_a_judge_and_contexts(changes: tuple[str, ...], field: str, says: str) -> None:
+    judged = ("judge={verifiers: [{kind: exact_match}]}",)
+    load_experiment(TINY, [*REWARDED, *judged])
+    message = refused(*REWARDED, *judged, *changes)
+    assert field in message and says in message
+
+
+def test_a_full_support_beside_takes_the_vocabulary() -> None:
+    beside = "objective={estimator: credit, beside: {support: {kind: full}}}"
+    found = load_experiment(TINY, [beside]).objective
+    (need,) = [need for need in found.needs().signals if need.name == "teacher_topk"]
+    assert need.k == 264

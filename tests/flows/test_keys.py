@@ -13,10 +13,12 @@ from places import DATA
 from pydantic import BaseModel
 
 from flows.config_file import DISCRIMINATORS, merge
-from flows.experiment import Experiment, Fork, load_experiment
+from flows.experiment import CHANGEABLE, Experiment, Fork, load_experiment
 from flows.study.spec import load_study
 from storage.identity import Identity, RunPolicy, Runtime
 from storage.store import Store
+from tasks.evaluate import EvaluationSet
+from tasks.inputs.judging import JudgeConfig, JudgeExactMatch, JudgeFunction, JudgeMathVerify
 from tasks.inputs.models import CheckpointModel, FolderTokenizer, HubModel, ServedModel
 from tasks.inputs.sources import FileSource
 from tasks.inputs.verifiers import FunctionVerifier
@@ -25,6 +27,26 @@ from tasks.mixture import MixtureConfig
 
 Scenes = list[tuple[dict[str, Any], Experiment]]
 GOLDEN = yaml.safe_load((DATA / "golden.yaml").read_text())
+
+REWARD = {"kind": "group", "success_threshold": 0.5}
+CREDIT: list[dict[str, Any]] = [
+    {"reward": REWARD, "clip": {}, "likelihood": {}, "reference": {}, "normalisation": "constant", "normalisation_length": 32},
+    {"reward": {**REWARD, "std": False}, "route": "srpo", "beside": {"support": {"kind": "student_topk", "k": 8}, "is_clip": 2.0,
+     "weight": {"kind": "teacher_entropy"}, "sequence_gradient": {}}},
+    {"reward": REWARD, "route": {"kind": "spans", "errors": True}, "beside": {"divergence": {"kind": "forward_kl"}, "on_errors":
+     {"kind": "reverse_kl"}, "support": {"kind": "student_topk", "k": 8}, "term_clip": 0.05}},
+    {"reward": REWARD, "route": "failed_groups", "reference": {"where": "unrouted"},
+     "beside": {"support": {"kind": "student_topk", "k": 8}, "target": {"kind": "floor"}}},
+    {"beside": {"support": {"kind": "full", "k": 264}, "divergence": {"kind": "forward_kl"}, "target": {"kind": "product"}}},
+    *({"reward": REWARD, "scale": kind} for kind in ("rlrt", "rlsd")),
+    {"reward": REWARD, "scale": {"kind": "visd", "k": 8}, "advantage_at": "live"},
+    *({"add": "log_ratio", "returns": kind} for kind in ("discounted", "mean_future")),
+    *({"reward": REWARD, "add": kind} for kind in ("sod", "iw", "power", "proximal", "anti_sd")),
+    {"add": {"kind": "vopd", "k": 264}, "advantage_at": "live"},
+    {"reward": REWARD, "route": "spans", "beside": {"support": {"kind": "student_topk", "k": 8}}},
+    {"add": {"kind": "dasd", "beta": 0.1, "entropy_of": "teacher", "normalised_by": "std"}},
+]  # fmt: skip
+"""Objectives of rewards and token credit, so that between them every field is somewhere."""
 
 VALUES: dict[tuple[str, str], Any] = {
     ("ArchitectureModel", "config"): {**GOLDEN["student"]["source"]["config"], "intermediate_size": 64},
@@ -46,6 +68,22 @@ VALUES: dict[tuple[str, str], Any] = {
     ("ModelConfig", "warmup"): {"steps": 1, "lr": 1e-3},
     ("TeacherConfig", "warmup"): {"steps": 1, "lr": 1e-3},
     ("TeacherConfig", "context"): "{answer} {prompt}",
+    ("VOPD", "k"): 260,
+    ("VISD", "k"): 9,
+    ("SOD", "segment_ends"): [5],
+    ("Beside", "on_errors"): {"kind": "forward_kl"},
+    ("Beside", "support"): {"kind": "student_topk", "k": 9},
+    ("Beside", "sequence_gradient"): {"gamma": 0.5},
+    ("CreditConfig", "clip"): {"low": 0.1},
+    ("CreditConfig", "likelihood"): {"coef": 0.3},
+    ("CreditConfig", "reference"): {"coef": 0.3},
+    ("CreditConfig", "beside"): {"support": {"kind": "student_topk", "k": 9}, "coef": 0.3},
+    ("Spans", "weight"): 0.3,
+    ("Product", "beta"): 0.3,
+    ("Experiment", "judge"): {"verifiers": [{"kind": "exact_match"}]},
+    ("JudgeConfig", "verifiers"): [{"kind": "exact_match"}],
+    ("JudgeExactMatch", "name"): "other",
+    ("JudgeMathVerify", "name"): "other",
     ("Experiment", "plugin_sources"): {"brings_nothing": "0" * 64},
 }
 """Another value of a field whose type alone does not tell one: (model, field) -> value. A new field whose test fails
@@ -77,6 +115,16 @@ SCENES: list[dict[str, Any]] = [
         for kind in ("linear", "cosine")
     ),
     {"teacher": {"source": {"kind": "ema", "decay": 0.9}, "warmup": None, "context": "{solution}\n{prompt}"}},
+    {
+        "teacher": {
+            "source": {"kind": "initial"},
+            "warmup": None,
+            "context": ["{prompt}\n{sibling}", "{prompt} {answer}"],
+            "sibling": {"rule": "draw"},
+        },
+        "rollout": {"num_generations": 2},
+        "judge": {"verifiers": [{"kind": "exact_match"}, {"kind": "math_verify"}], "success_threshold": 1.5},
+    },
     {"evaluate": {"num_generations": 1, "verifier": {"kind": "math_verify"}}},
     {"supervise": {"teacher": {"kind": "vllm"}}},
     {"supervise": {"teacher": {"kind": "server", "model": "teacher"}}},
@@ -92,20 +140,30 @@ SCENES: list[dict[str, Any]] = [
             "support": {"kind": "student_topk", "k": 8},
         }
     },
+    *(
+        {
+            "teacher": {"context": "{answer}\n{prompt}"},
+            "rollout": {"top_p": 1.0, "num_generations": 2},
+            "judge": {"verifiers": [{"kind": "exact_match"}]},
+            "objective": {"estimator": "credit", **objective},
+        }
+        for objective in CREDIT
+    ),
 ]
 """Configs laid over the golden one, so that between them every field of every model is somewhere. Variants on an axis
 whose fields all have defaults (divergences, trust regions, token weights) are found and added by `scenes`."""
 
 ELSEWHERE = {CheckpointModel, FolderTokenizer, FileSource, HubModel, ServedModel, FunctionVerifier, SftConfig, Fork}
-ELSEWHERE |= {MixtureConfig}
+ELSEWHERE |= {MixtureConfig, EvaluationSet, JudgeConfig, JudgeExactMatch, JudgeMathVerify, JudgeFunction}
 """What needs files, a user's code, or is never part of an experiment: their own tests show what of them enters keys."""
 ALONE = {
     ("ModelConfig", "source"), ("TeacherConfig", "source"), ("ArchitectureModel", "tokenizer"),
     ("Experiment", "fork"), ("Experiment", "teacher"), ("Experiment", "teachers"), ("Experiment", "mixture"),
-    ("FullSupport", "k"),
+    ("Experiment", "judge"), ("FullSupport", "k"), ("EvaluateConfig", "sets"),
 }  # fmt: skip
 """Fields whose other variants are such, though the fields inside are changed one by one; the k of a full support has no
-other value, being the vocabulary's. For several teachers see `test_teachers.py`."""
+other value, being the vocabulary's. For several teachers see `test_teachers.py`, for named evaluation sets below, for the
+judge `tests/tasks/test_judge.py`."""
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +231,7 @@ def test_every_field_changes_the_keys_that_depend_on_it_and_no_other(store: Stor
         before = stages_of(keys_of(experiment, store))
         for path, model, name in fields(experiment):
             place = (type(model).__name__, name)
-            if path[0] in ("runtime", "policy") or place in tried | ALONE or is_fixed(model, name):
+            if path[0] in ("runtime", *CHANGEABLE) or place in tried | ALONE or is_fixed(model, name):
                 continue
             held = getattr(model, name)
             if isinstance(held, Identity) and place not in VALUES and not list(other_values(model, name)):
@@ -192,9 +250,11 @@ def test_every_field_changes_the_keys_that_depend_on_it_and_no_other(store: Stor
                 if path[0] == "objective":  # it says which signals there are, and how long their lists
                     asked, asks = ({(n.name, n.k) for n in e.objective.needs().signals} for e in (experiment, other))
                     due = due | ({signal for signal, _ in asked ^ asks} & both)
-                assert different == due, f"{'.'.join(map(str, path))}: {different} changed instead of {due}"
                 gone = before.keys() ^ after.keys()
-                assert gone <= SIGNALS | {"warmup", "warmup_teacher", "draft"}, path
+                if "context" in gone:  # what reads contexts depends on there being any
+                    due = due | ((SIGNALS | {"train"}) & both)
+                assert different == due, f"{'.'.join(map(str, path))}: {different} changed instead of {due}"
+                assert gone <= SIGNALS | {"warmup", "warmup_teacher", "draft", "judge", "context"}, path
     untried = {place: where for place, where in refused.items() if place not in tried}
     assert not untried, f"no other value was accepted; name one in VALUES: {untried}"
     wanted = {
@@ -202,7 +262,7 @@ def test_every_field_changes_the_keys_that_depend_on_it_and_no_other(store: Stor
         for model in reachable(Experiment) - ELSEWHERE - reachable(Runtime) - reachable(RunPolicy)
         if not issubclass(model, Runtime | RunPolicy)
         for name in model.model_fields
-        if name not in ("runtime", "policy") and (model.__name__, name) not in ALONE
+        if name not in ("runtime", *CHANGEABLE) and (model.__name__, name) not in ALONE
         if not is_fixed(model, name)
     }
     assert not wanted - tried, f"fields that no scene has; add one to SCENES: {sorted(wanted - tried)}"
@@ -215,13 +275,38 @@ def test_a_variant_of_its_own_has_its_own_keys(store: Store, scenery: Scenes) ->
     assert len(set(keys)) == len(keys)
 
 
+def test_a_named_evaluation_set_changes_its_own_keys_alone(store: Store) -> None:
+    def keys(**fields: Any) -> dict[str, set[str]]:
+        one = {"prompts": {"kind": "addition", "count": 7}} | fields
+        experiment = validated(merge(GOLDEN, {"evaluate": {"sets": {"a": one}}}))
+        assert experiment is not None
+        return stages_of(keys_of(experiment, store))
+
+    plain = validated(GOLDEN)
+    assert plain is not None
+    before, own = keys(), {"prepare_a", "evaluate_a"}
+    assert {stage: found for stage, found in before.items() if stage not in own} == stages_of(keys_of(plain, store))
+    changes: dict[str, Any] = {
+        "prompts": {"kind": "addition", "count": 8},
+        "verifier": None,
+        "limit": 3,
+        "kl_prompts": 2,
+    }
+    assert changes.keys() == EvaluationSet.model_fields.keys()
+    for field, value in changes.items():
+        after = keys(**{field: value})
+        assert {stage for stage in before if before[stage] != after[stage]} == {
+            "prepare_a" if field == "prompts" else "evaluate_a"
+        }
+
+
 @pytest.mark.promise(12, "runtime and policy: no key changes")
 def test_runtime_and_policy_change_no_key(store: Store, scenery: Scenes) -> None:
     data, experiment = scenery[0]
     before = keys_of(experiment, store)
     tried = set()
     for path, model, name in fields(experiment):
-        if path[0] not in ("runtime", "policy"):
+        if path[0] not in ("runtime", *CHANGEABLE):
             continue
         others = [e for e in mutations(data, path, model, name) if e != experiment]
         for other in others[:2]:

@@ -30,7 +30,8 @@ class Decayed(Credit):
 
 @register
 class Grouped(Credit):
-    """The reward against the mean of its prompt's samples; below it, forward KL to the teacher where the student was sure."""
+    """The reward against the mean of its prompt's judged samples (0 where the judge failed); below it, forward KL to the teacher
+    where the student was sure."""
 
     kind: Literal["grouped"] = "grouped"
     end: int = Field(0, ge=0, description="token id that ends a segment")
@@ -57,7 +58,7 @@ class Grouped(Credit):
         teacher, student = context.teacher_entropy_N, context.student_entropy_N
         assert rewards is not None and others is not None and segment is not None
         assert teacher is not None and student is not None
-        advantage = rewards - others.nanmean(1)
+        advantage = (rewards - others.nanmean(1)).nan_to_num(0.0)
         return CreditTerms(
             A_r=advantage,
             m=0.5**segment,

@@ -173,6 +173,10 @@ class Scorer(Engine):
             of = teacher_of_prompts(store, store.require(job.prompts.stage, job.prompts.key))
             rollouts = rollouts.filter(pa.array([of[name] in job.names for name in rollouts["prompt_id"].to_pylist()]))
             assert rollouts.num_rows == item.size
+        if job.contexts is not None:
+            contexts = store.read_shard(store.require(job.contexts.stage, job.contexts.key), "contexts", item.shard)
+            assert contexts["sample_id"].equals(rollouts["sample_id"])
+            models = models | {"contexts": table_digest(contexts)}
         flags, values = None, {}
         if job.flags is None:
             values = self.sampled(models, rollouts)
@@ -223,12 +227,24 @@ class Trainer(Engine):
         }
         ids = rollouts["sample_id"].to_pylist()
         assert all(sorted(table["sample_id"].to_pylist()) == sorted(ids) for table in signals.values())
+        rewards = []
+        if job.judged is not None:
+            rewards.append(store.read_table(store.require(job.judged.stage, job.judged.key), "rewards"))
+            assert rewards[0]["sample_id"].to_pylist() == ids
+        contexts = []
+        if job.contexts is not None:
+            contexts.append(store.read_table(store.require(job.contexts.stage, job.contexts.key), "contexts"))
+            assert contexts[0]["sample_id"].to_pylist() == ids
         teachers = None
         if job.prompts is not None:
             of = teacher_of_prompts(store, store.require(job.prompts.stage, job.prompts.key))
             teachers = {name: of[prompt] for name, prompt in zip(ids, rollouts["prompt_id"].to_pylist(), strict=True)}
         used = json.loads((Path(job.state) / "used.json").read_text()) if job.state else []
-        chain = digest(weights_digest(job.model), used, [table_digest(t) for t in (rollouts, *signals.values())])
+        chain = digest(
+            weights_digest(job.model),
+            used,
+            [table_digest(t) for t in (rollouts, *signals.values(), *rewards, *contexts)],
+        )
         config, rows = json.loads(bytes(job.config)), []
         total = len(ids) * config["epochs_per_round"]
         steps = plan_steps(job.seed, job.round, len(ids), config["samples_per_step"], total)
@@ -261,8 +277,9 @@ class Trainer(Engine):
         student = {"weight": draw(chain).random(VALUES, np.float32)}
         for folder, weights in ((outputs.student, student), (outputs.teacher_ema, average)):
             if folder:
-                for name in ("config.json", "tokenizer.json"):
-                    shutil.copyfile(Path(job.model, name), Path(folder, name))
+                for file in Path(job.model).iterdir():
+                    if file.suffix != ".safetensors":
+                        shutil.copyfile(file, Path(folder, file.name))
                 save_file(weights, Path(folder, "model.safetensors"))
         if outputs.steps:
             writer = store.shard_writer(outputs.steps.stage, outputs.steps.key)

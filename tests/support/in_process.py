@@ -28,17 +28,30 @@ class InProcess(InProcessPool):
     def __init__(self) -> None:
         import scripted_engines as engines
 
-        super().__init__(sampler=engines.Sampler({}), scorer=engines.Scorer({}), trainer=engines.Trainer({}))
+        from tasks.engines.judge import Judge
+
+        super().__init__(
+            sampler=engines.Sampler({}),
+            scorer=engines.Scorer({}),
+            trainer=engines.Trainer({}),
+            judge=Judge({}),
+        )
 
     @contextmanager
     def serving(self, *_: Any) -> Iterator[InProcess]:
         yield self
+        if (judge := self.handlers.get("judge")) is not None:
+            judge.close()
 
 
-def run(root: Path, rounds: int = scripted_run.ROUNDS, variant: str = "plain") -> list[tuple[str, Any, list[Any]]]:
-    """Brings the run to its end as a new process would, with nothing verified yet; the jobs that its engines did."""
+def run(
+    root: Path, rounds: int = scripted_run.ROUNDS, variant: str = "plain", **handlers: Any
+) -> list[tuple[str, Any, list[Any]]]:
+    """Brings the run to its end as a new process would, with nothing verified yet; the jobs that its engines did. `handlers`: by
+    role in the place of the scripted ones."""
     shards._verified.clear()
     pool = InProcess()
+    pool.handlers |= handlers
     e = scripted_run.experiment(rounds, variant)
     run_experiment(e, name=scripted_run.NAME, root=root, prefect=False, workers=pool)  # type: ignore[arg-type]
     return pool.jobs

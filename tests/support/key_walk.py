@@ -19,8 +19,8 @@ from storage.store import Artifact, Store
 
 PARTS = (
     "model", "weights", "architecture", "tokenizer", "generation", "prompts", "vocabulary", "audit", "prompts:train",
-    "prompts:eval", "prompts:warmup", "drafts", "rollouts", "sampled", "mask", "teacher_topk", "student_topk",
-    "teacher_margin", "state",
+    "prompts:eval", "prompts:warmup", "drafts", "rollouts", "rewards", "sampled", "mask", "teacher_topk", "student_topk",
+    "teacher_margin", "state", "contexts", "context_columns",
 )  # fmt: skip
 TEACHERS = ("add", "subtract")
 SEVERAL = (
@@ -31,17 +31,25 @@ SEVERAL = (
 """What prompts have beside, where they name one of two teachers."""
 
 
+RENDERING = (
+    "chat_template", "chat_template_kwargs", "add_generation_prompt", "add_special_tokens", "date", "max_teacher_prompt_length",
+)  # fmt: skip
+"""Fields of `prompts` that decide what the teacher reads of a sample's context."""
 SIGNALS = {"sampled", "mask", "teacher_topk", "student_topk"}
 DEPENDS: dict[str, set[str]] = {
-    "seed": {"model", "model_teacher", "warmup", "warmup_teacher", "draft", "rollout", "train", "evaluate"},
+    "seed": {"model", "model_teacher", "warmup", "warmup_teacher", "draft", "rollout", "context", "train", "evaluate"},
     "student.source": {"model"},
     "student.warmup": {"warmup"},
     "teacher.source": {"model_teacher"},
     "teacher.source.decay": {"train"},
     "teacher.source.per": {"train"},
     "teacher.warmup": {"warmup_teacher"},
-    "teacher.context": {"prepare"},
+    "teacher.context": {"prepare", "context"},
+    "teacher.sibling": {"context"},
     "prompts": {"prepare"},
+    **{f"prompts.{name}": {"prepare", "context"} for name in RENDERING},
+    "judge": {"judge"},
+    "judge.success_threshold": {"judge", "context"},
     "rollout": {"rollout"},
     "rollout.dtype": {"draft", "rollout"},
     "rollout.shard_prompts": {"draft", "rollout"},

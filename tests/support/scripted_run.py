@@ -23,6 +23,7 @@ import psutil
 import pyarrow as pa
 from places import PLUGINS
 from safetensors.numpy import save_file
+from small_models import Bench
 
 from flows.experiment import Experiment
 from storage.artifacts.artifact import MANIFEST
@@ -34,6 +35,8 @@ from storage.schemas import schema_for
 from storage.store import Store
 from tasks.inputs.addition import additions
 from tasks.inputs.models import model_work
+from tasks.inputs.tokenizers import build_byte_tokenizer
+from tasks.plugins import load_plugins
 from tasks.prepare import prepare_work
 
 WITHOUT_PANDAS = Path(__file__).resolve().parent / "without_pandas"
@@ -72,13 +75,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "teacher": {"source": {"kind": "ema", "per": "step"}},
         "rollout": {"top_p": 1.0, "behaviour": {"kind": "trb", "epsilon": 0.01}},
     },
+    "judged": {
+        "judge": {
+            "verifiers": [
+                {"kind": "function", "target": "judges:graded"},
+                {"kind": "function", "target": "judges:moody", "weight": 0.5},
+            ]
+        },
+        "objective": {"estimator": "policy_gradient", "advantage": {"kind": "grouped", "k": 4}},
+        "plugins": ["scripted_engines", "extra_credits"],
+    },
+    "contexts": {
+        "teacher": {"source": {"kind": "initial"}, "context": ["{prompt} {sibling}", "{prompt} ({verdict})"]},
+        "judge": {"verifiers": [{"kind": "function", "target": "judges:parity"}]},
+    },
 }
 """What a run has beside the plain one: drafts that the teacher writes once; a rollout of two artifacts (rollouts, blending) and
-a teacher that the trainer averages and exports (`teacher_ema`)."""
+a teacher that the trainer averages and exports (`teacher_ema`); rewards, some of them null, which the trainer reads;
+contexts of samples, for which models have a real tokenizer."""
 
 
 def experiment(rounds: int = ROUNDS, variant: str = "plain") -> Experiment:
     changes = VARIANTS[variant]
+    load_plugins(changes.get("plugins", ()))
     rollout = EXPERIMENT["rollout"] | changes.get("rollout", {})
     return Experiment.model_validate(EXPERIMENT | changes | {"rollout": rollout, "policy": {"rounds": rounds}})
 
@@ -94,7 +113,13 @@ def prepare_root(root: Path, e: Experiment | None = None) -> Path:
             save_file({"weight": np.full(2048, number, "float32")}, folder / "model.safetensors")
             (folder / "config.json").write_text(json.dumps(_ARCHITECTURE))
             (folder / "tokenizer.json").write_text(json.dumps({"byte": number * 0}))
+            if e.sample_contexts:
+                build_byte_tokenizer().save_pretrained(folder)
             models.append(builder.commit(meta={"source": "architecture"}))
+    if e.sample_contexts:
+        work = prepare_work(e.prompts, models[0], models[-1], context_columns=e.context_columns)
+        Bench(store).build(work)
+        return root
     rows = [
         {
             "prompt_id": f"{split}{index}",

@@ -102,7 +102,13 @@ def _table(
     return pa.table(arrays, schema=schema)
 
 
-def train_job(root: Path, rollouts: ArtifactRef, signals: dict[str, list[ArtifactRef]], objective: Any) -> TrainJob:
+def train_job(
+    root: Path,
+    rollouts: ArtifactRef,
+    signals: dict[str, list[ArtifactRef]],
+    objective: Any,
+    judged: ArtifactRef | None = None,
+) -> TrainJob:
     """The job of a training that writes nothing."""
     return TrainJob(
         store=str(root),
@@ -116,4 +122,5 @@ def train_job(root: Path, rollouts: ArtifactRef, signals: dict[str, list[Artifac
         seed=0,
         round=1,
         outputs=TrainOutputs(),
+        judged=judged,
     )

@@ -171,7 +171,7 @@ def test_rows_and_metrics(shared):
         "clipped_ratio_prompts": 3,
         "eval_tokens": sum(row["tokens"] for row in rows),
     }
-    assert shared.bench.progressed[-1] == (5 + 10 + 2 * 6, 5 + 10 + 2 * 6, "samples")
+    assert shared.bench.progressed[-1] == (5 + 10 + 2 * 6, 5 + 10 + 2 * 6, "sample passes")
 
 
 def test_a_teacher_that_is_the_student_has_no_kl(shared):

@@ -17,7 +17,7 @@ from scoring import InProcess, ScoringBench, model_folder, plain_logits
 from storage.artifacts.packed import STEP
 from storage.errors import ConfigError, CorruptArtifact, InputError
 from storage.schemas import MaskReason, schema_for
-from storage.store import Artifact, Store
+from storage.store import Artifact, ArtifactSpec, Store
 from storage.upkeep.gc import evict
 from tasks.inputs.tokenizers import build_byte_tokenizer
 from tasks.losses.config import DirectConfig, TopkSupport
@@ -468,3 +468,55 @@ def test_rules_come_from_the_audit_and_the_vocabularies(tmp_path):
     assert named["special"] == sorted({end, ord("<"), ord("a"), ord(" ")})
     with pytest.raises(InputError, match="no token '<|usr|>'.*did you mean '<|user|>'".replace("|", r"\|")):
         mask_rules(bench.store, prompts, SpecialTokens(tokens=("<|usr|>",)))
+
+
+def contexts_of(world: World, read: dict[str, list[int]], without: str | None = None) -> Artifact:
+    """Contexts of the world's rollouts: what the teacher reads, by sample; of the others it reads the plain prompt."""
+    with world.store.building(ArtifactSpec.of("context", 1, {"read": read, "without": without}, {})) as builder:
+        if builder.committed is not None:
+            return builder.committed
+        for shard, of_rollouts in enumerate(world.store.shard_readers(world.rollouts, "rollouts")):
+            rows = [
+                {"sample_id": name, "prompt_token_ids": read.get(name), "source": "sibling" if name in read else "none"}
+                for name in of_rollouts(["sample_id"])["sample_id"].to_pylist()
+                if name != without
+            ]
+            builder.write_shard("contexts", shard, pa.Table.from_pylist(rows, schema=schema_for("contexts")))
+        return builder.commit(tables={"contexts": len(SHARDS)})
+
+
+def test_the_teacher_reads_each_sample_in_its_own_context(shared):
+    """Also the student's candidates; the student reads its prompt, and samples without a context are scored as without any."""
+    rollouts = shared.store.read_table(shared.rollouts, "rollouts").to_pylist()
+    read = {row["sample_id"]: [259, *range(97, 97 + 3 * number), 257, 260] for number, row in enumerate(rollouts[::2])}
+    needs = (*NEEDS, SignalNeed("student_topk", 3))
+    contexts = contexts_of(shared, read)
+    [(job, items)] = shared.jobs(needs, contexts=contexts)
+    assert job.contexts is not None and len(items) == len(SHARDS), "one pass over each shard"
+    made, plain = shared.make(needs, contexts=contexts), shared.make(needs)
+    assert all(made[name].key != plain[name].key for name in made)
+    rows, before = (shared.store.read_table(of["sampled"], "sampled").to_pylist() for of in (made, plain))
+    listed = shared.store.read_table(made["student_topk"], "student_topk").to_pylist()
+    for row, own, lists, rollout in zip(rows, before, listed, rollouts, strict=True):
+        assert row["student_logprobs"] == pytest.approx(own["student_logprobs"], abs=1e-5)
+        if row["sample_id"] not in read:
+            assert row["teacher_logprobs"] == pytest.approx(own["teacher_logprobs"], abs=1e-5)
+            continue
+        completion = rollout["completion_token_ids"]
+        logits_TV = plain_logits(shared.folders["teacher"], read[row["sample_id"]], completion)
+        exact_TV = logits_TV.log_softmax(-1)
+        y_T1 = torch.tensor(completion)[:, None]
+        np.testing.assert_allclose(row["teacher_logprobs"], exact_TV.gather(1, y_T1)[:, 0].numpy(), atol=2e-5)
+        on_TK = exact_TV.gather(1, torch.tensor(lists["ids"]))
+        np.testing.assert_allclose(lists["teacher_logprobs"], on_TK.numpy(), atol=2e-5)
+
+
+def test_other_contexts_are_other_signals_and_those_that_lack_a_sample_are_refused(world):
+    first = world.store.read_table(world.rollouts, "rollouts")["sample_id"][0].as_py()
+    keys = [
+        {name: spec.key for name, spec in world.work(contexts=contexts).outputs.items()}
+        for contexts in (None, contexts_of(world, {}), contexts_of(world, {first: [97]}))
+    ]
+    assert all(len({of[name] for of in keys}) == 3 for name in keys[0])
+    with pytest.raises(InputError, match=rf"context/.*: shard 0 has no row of sample {first!r}"):
+        world.make(contexts=contexts_of(world, {}, without=first))

@@ -67,12 +67,13 @@ class CreditContext:
     student_entropy_N: Tensor | None = None
     """the same of the student at the rollout"""
     reward_N: Tensor | None = None
-    """reward of the token's sample; `CreditNeeds.reward`"""
+    """reward of the token's sample, NaN where its judge failed (its advantage is then 0); `CreditNeeds.reward`"""
     group_N: Tensor | None = None
     """index of the sample's prompt in the round; `CreditNeeds.groups`"""
     group_rewards_NG: Tensor | None = None
-    """rewards of all samples of that prompt in the round, its own among them, padded with NaN on the right. A micro-batch
-    holds only some of them, so a statistic of a group must come from here; needs `reward` and `groups`."""
+    """rewards of all samples of that prompt in the round, its own among them; NaN where a judge failed, and padded with NaN on
+    the right. A micro-batch holds only some of them, so a statistic of a group must come from here; needs `reward` and
+    `groups`."""
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     """numbers per token of the signals that `CreditNeeds.signals` adds: `<signal>_<column>`"""
 

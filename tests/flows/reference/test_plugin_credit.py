@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import pytest
 import yaml
@@ -25,12 +26,14 @@ GOLDEN = merge(
 
 
 @pytest.fixture(autouse=True)
-def _plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+def _plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Imported as by a new process, and forgotten afterwards."""
     monkeypatch.setattr(CREDITS, "classes", dict(CREDITS.classes))
     monkeypatch.setattr(plugins, "_loaded", {})
     monkeypatch.delitem(sys.modules, "extra_credits", raising=False)
     monkeypatch.syspath_prepend(str(CHECKOUT / "tests" / "plugins"))
+    yield
+    sys.modules.pop("extra_credits", None)
 
 
 def with_advantage(advantage: object) -> Experiment:
@@ -52,7 +55,7 @@ def test_a_config_names_it_and_its_fields_are_identity() -> None:
 @pytest.mark.parametrize(
     ("objective", "field"),
     [
-        ({"advantage": "grouped"}, "objective.advantage.*`judge`"),
+        ({"advantage": "grouped"}, "judge: this objective needs a reward of each completion"),
         ({"advantage": "decayed", "support": {"kind": "student_topk"}}, "advantage: decayed.*support.kind"),
         ({"advantage": "grouped", "trust_region": {"kind": "tropd"}}, "advantage: grouped and trust_region tropd"),
     ],

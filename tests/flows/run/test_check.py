@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from places import TINY
+from registries import plugin_path
 
+from flows.cross_checks import NOT_JUDGED
 from flows.experiment import Experiment, experiment_of, load_experiment
 from flows.run.check import check_experiment
 from flows.run.runner import bytes_of_run, bytes_per_round, run_experiment
@@ -78,6 +80,31 @@ def test_the_same_model_twice_is_noticed(tmp_path):
     source = yaml.safe_load(TINY.read_text())["student"]["source"] | {"init_seed": 7}
     settings = [f"{side}={json.dumps({'source': source, 'warmup': None})}" for side in ("student", "teacher")]
     assert "warning: student and teacher are the same model" in check(tmp_path, *settings)
+
+
+REWARDED = (
+    "objective={estimator: credit, reward: group}",
+    "judge={verifiers: [exact_match]}",
+    "rollout.top_p=1.0",
+    "supervise.student=full",
+    "rollout.num_generations=2",
+)
+
+
+@pytest.mark.parametrize("teacher", [{"kind": "initial"}, None])
+def test_rewards_alone_leave_nothing_to_distil_and_that_is_no_fault(tmp_path, teacher):
+    """The advice to give the teacher a context is for objectives that have the teacher in the loss."""
+    source = teacher or yaml.safe_load(TINY.read_text())["student"]["source"] | {"init_seed": 7}
+    student = yaml.safe_load(TINY.read_text())["student"]["source"] | {"init_seed": 7}
+    models = [
+        f"{side}={json.dumps({'source': s, 'warmup': None})}" for side, s in (("student", student), ("teacher", source))
+    ]
+    text = check(tmp_path, *REWARDED, *models)
+    assert "nothing to distil" not in text
+    assert "note: teacher: this objective trains on rewards alone" in text
+    referred = check(tmp_path, *REWARDED, *models, "objective.reference={kind: k3}")
+    assert "nothing to distil" not in referred and "rewards alone" not in referred
+    assert "nothing to distil" in check(tmp_path, *REWARDED, *models, "objective.add=log_ratio")
 
 
 TASK = """
@@ -159,6 +186,45 @@ def test_prompts_without_the_answer_that_a_verifier_needs_are_counted(tmp_path):
     with pytest.raises(InputError, match=r"prompts\.eval: 1 of 2 evaluated prompts have no answer .*'lost'"):
         check(tmp_path, f"prompts.eval={source}")
     check(tmp_path, f"prompts.eval={source}", "evaluate.verifier=null")
+
+
+JUDGED = (
+    "objective={estimator: policy_gradient, advantage: {kind: grouped, k: 4}, divergence: {kind: reverse_kl}, support: sampled}",
+    "rollout.top_p=1.0",
+    "plugins=[extra_credits]",
+)
+"""What makes the tiny experiment one whose objective reads rewards."""
+
+
+@pytest.fixture
+def own_judge(own_workers: None) -> Iterator[None]:
+    with plugin_path():
+        yield
+
+
+def test_a_judge_is_tried_on_a_training_prompt(tmp_path, own_judge):
+    verifiers = (
+        "judge.verifiers=[{kind: exact_match, weight: 2}, {kind: exact_match, extract: '#(\\d+)', name: marked},"
+        " {kind: function, target: 'judges:graded'}, {kind: function, target: 'judges:named'}]"
+    )
+    tried = [line for line in check(tmp_path, *JUDGED, verifiers).splitlines() if line.startswith("judge: ")]
+    assert len(tried) == 4
+    assert tried[0].startswith("judge: exact_match (weight 2) gives the completion '") and tried[0].endswith("reward 1")
+    assert tried[1].startswith("judge: marked (weight 1)") and tried[1].endswith("reward 0")
+    assert tried[2].startswith("judge: judges:graded") and tried[2][-1] in "01"
+    assert "no reward: 'judges:named': KeyError" in tried[3]
+
+
+def test_prompts_without_the_answer_that_a_judge_compares_with_are_counted(tmp_path, own_judge):
+    source = lines(tmp_path / "a.jsonl", {"prompt": "1", "answer": "1"}, {"prompt": "2", "id": "lost"})
+    given = (*JUDGED, f"prompts.train={source}")
+    with pytest.raises(InputError, match=r"judge\.verifiers: exact_match compares.* 1 of 2 prompts of train.*'lost'"):
+        check(tmp_path, *given, "judge.verifiers=[exact_match]")
+    check(tmp_path, *given, "judge.verifiers=[{kind: function, target: 'judges:longer'}]")
+
+
+def test_a_judge_that_nothing_reads_is_noted(tmp_path, own_judge):
+    assert f"note: {NOT_JUDGED}" in check(tmp_path, "judge.verifiers=[exact_match]")
 
 
 def total(experiment: Experiment) -> int:

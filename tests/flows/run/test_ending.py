@@ -28,7 +28,7 @@ def test_a_rule_ends_the_run_and_another_policy_goes_on(tmp_path: Path) -> None:
     first = after(e, jobs=True)
     assert (first.status, first.rounds_done) == ("finished", 1) and "policy.stop.tokens" in str(first.ended)
     shown = " ".join(str(part) for part in report(first, root, None, console()))
-    assert "finished after round 1: policy.stop.tokens" in shown
+    assert "ended by a rule after round 1: policy.stop.tokens" in shown
     again = after(e, jobs=False)
     assert (again.status, again.rounds_done, again.ended) == ("finished", 1, first.ended)
     free = resume_experiment(several.NAME, root, ["policy.stop=null"])

@@ -59,7 +59,7 @@ def test_a_damaged_artifact_is_work(finished: StoppedRun) -> None:
     key = Run.open(finished.root, NAME).state.rounds[1].stages["rollout"].artifacts["rollout"]
     shard = next(path for path in (finished.root / "artifacts" / "rollout" / key).glob("*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    code, output = called(finished, "resume", prefect=True)
+    code, output = called(finished, "resume", "-v", prefect=True)
     assert code == 0 and WARNING in output and "nothing to do" not in output
     assert "round 1 rollout         done" in output
     lines = output.splitlines()
@@ -68,12 +68,12 @@ def test_a_damaged_artifact_is_work(finished: StoppedRun) -> None:
 
 
 def test_another_round_is_work(finished: StoppedRun) -> None:
-    code, output = called(finished, "resume", "--set", "policy.rounds=3", prefect=True)
+    code, output = called(finished, "resume", "-v", "--set", "policy.rounds=3", prefect=True)
     assert code == 0 and WARNING in output and "round 3 train           done" in output
 
 
 def test_a_manifest_that_is_gone_is_work(finished: StoppedRun, tmp_path: Path) -> None:
     key = Run.open(finished.root, NAME).state.rounds[2].stages["evaluate"].artifacts["evaluate"]
     (finished.root / "artifacts" / "evaluate" / key / "manifest.json").rename(tmp_path / "manifest.json")
-    code, output = called(finished, "resume", prefect=True)
+    code, output = called(finished, "resume", "-v", prefect=True)
     assert code == 0 and "round 2 evaluate        done" in output

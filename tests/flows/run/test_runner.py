@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from places import TINY
 
-from flows.cli.report import failure, print_report, status_json
+from flows.cli.report import print_report, status_json
 from flows.experiment import load_experiment
 from flows.run import runner
 from flows.run.runner import fork_experiment, open_run, resume_experiment, run_experiment
+from flows.run.shown import failure
 from storage.errors import ConfigError, IdentityMismatch, NotEnoughSpace, StoreError
 from storage.identity import canonical_json
 from storage.runs import RoundState, Run, StageState

@@ -55,6 +55,30 @@ def test_every_view_has_the_declared_columns_when_it_has_rows(view, example_stor
         }  # fmt: skip
         builder.write_shard("drafts", 0, pa.Table.from_pylist([draft], schema_for("drafts")))
         builder.commit()
+    with store.building(ArtifactSpec.of("judge", 1, {}, {})) as builder:
+        judged = {
+            "sample_id": "p0/1/0",
+            "reward": 1.0,
+            "parts": [1.0],
+            "span_starts": [0],
+            "span_ends": [1],
+            "span_kinds": ["x"],
+        }
+        builder.write_shard("rewards", 0, pa.Table.from_pylist([judged], schema_for("rewards")))
+        builder.commit()
+    with store.building(ArtifactSpec.of("context", 1, {}, {})) as builder:
+        context = {"sample_id": "p0/1/0", "prompt_token_ids": [1], "sibling_id": "p0/1/1", "source": "sibling"}
+        builder.write_shard("contexts", 0, pa.Table.from_pylist([context], schema_for("contexts")))
+        builder.commit()
+    with store.building(ArtifactSpec.of("prepare", 1, {"kept": True}, {})) as builder:
+        kept = pa.Table.from_pylist([{"prompt_id": "p0", "prompt": '"x"'}], schema_for("context_columns"))
+        builder.write_shard("context_columns", 0, kept)
+        builder.commit()
+    run = Run.open(example_store, "demo")
+    with run.lock():
+        state = run.state
+        state.rounds[0].stages["evaluate_hard"] = state.rounds[1].stages["evaluate"]
+        run.save(state)
     table = Catalog(store).query(f"SELECT * FROM {view}")
     assert table.num_rows > 0
     assert table.schema.equals(VIEWS[view].arrow)

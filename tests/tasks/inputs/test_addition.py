@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tasks.inputs.addition import AdditionSource, additions, subtraction
+from tasks.inputs.addition import AdditionSource, additions, marked, subtraction
 
 
 def source(**fields: object) -> AdditionSource:
@@ -41,3 +41,10 @@ def test_the_steps_of_a_subtraction_are_right() -> None:
             assert taken == borrow and 10 * (made // 10) + upper - lower - taken == made % 10
             borrow, digits = made // 10, str(made % 10) + digits
         assert borrow == 0 and int(digits) == left - right == int(answer)
+
+
+def test_the_result_is_marked_in_tokens() -> None:
+    tokens = ["1+", "2", "#", "0", "3", "<end>"]
+    assert marked("1+2#03", "03", tokens) == {"reward": 1.0, "spans": [(3, 5, "key")]}
+    assert marked("1+2#03", "04", tokens) == {"reward": 0.0, "spans": [(3, 5, "error")]}
+    assert marked("1+2", "03", tokens[:2]) == {"reward": 0.0, "spans": []}

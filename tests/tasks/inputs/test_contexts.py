@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from small_models import Bench, checkpoint
 
 from flows.config_file import merge
+from flows.cross_checks import needs_judge
 from flows.experiment import Experiment, TeacherConfig
 from storage.artifacts.artifact import Artifact
 from storage.disk.yaml_text import load
@@ -24,6 +25,7 @@ from tasks.inputs.prompts import PrepareConfig
 from tasks.prepare import prepare_work
 
 USER, END, ASSISTANT = 259, 257, 260
+JUDGE = {"verifiers": [{"kind": "exact_match"}]}
 GOLDEN = load((DATA / "golden.yaml").read_text())
 
 
@@ -160,6 +162,36 @@ def test_templates_that_are_none_are_refused(template: str, why: str) -> None:
             "the template must end with {prompt}",
         ),
         ({"student": {"source": {"kind": "initial"}}}, "kind"),
+        ({"teacher": {"context": "{prompt} {sibling}"}}, r"teacher\.context: \{sibling\} need the judge's rewards"),
+        ({"teacher": {"context": ["{sibling}", "{feedback}"]}}, r"\{feedback\} and \{sibling\} need .* set `judge`"),
+        (
+            {"teacher": {"context": "{sibling}"}, "judge": JUDGE, "rollout": {"num_generations": 1}},
+            r"\{sibling\} is another completion .* rollout\.num_generations is 1",
+        ),
+        (
+            {"teacher": {"context": ["{sibling}", "{feedback}"]}, "judge": JUDGE},
+            r"\{feedback\} is a text of the judge's, but exact_match gives none",
+        ),
+        (
+            {"teacher": {"context": "{verdict}"}, "judge": {"verifiers": [{"kind": "exact_match", "weight": 0.5}]}},
+            r"judge\.success_threshold: missing, but with the weights 0\.5",
+        ),
+        (
+            {
+                "teacher": {"context": "{sibling}"},
+                "judge": {"verifiers": [*JUDGE["verifiers"], {"kind": "math_verify"}]},
+            },
+            r"judge\.success_threshold: missing, but with the weights 1, 1",
+        ),
+        (
+            {"teacher": {"context": "{answer} {prompt}", "sibling": {"rule": "draw"}}},
+            r"teacher\.sibling: is set, but teacher\.context does not name \{sibling\}",
+        ),
+        (
+            {"teacher": {"context": ["{prompt} {sibling}"]}, "judge": JUDGE, "prompts": {"chat_template": False}},
+            r"must end with \{prompt\}, and it is '\{prompt\} \{sibling\}'",
+        ),
+        ({"teacher": {"context": []}}, "an empty list"),
     ],
 )
 def test_what_does_not_fit_is_refused_when_the_config_loads(over: dict[str, Any], why: str) -> None:
@@ -173,6 +205,19 @@ def test_the_evaluation_reads_the_context_only_if_it_asks_the_teacher() -> None:
     silent = validated(merge(GOLDEN, over | {"evaluate": {"kl_prompts": 0}}))
     assert asks is not None and silent is not None
     assert set(asks.contexts) == {"train", "eval"} and set(silent.contexts) == {"train"}
+
+
+def test_contexts_of_samples_are_not_made_with_the_prompts() -> None:
+    judged = {"judge": JUDGE, "rollout": {"num_generations": 2}}
+    single, listed, plain = (
+        validated(merge(GOLDEN, {"teacher": {"context": context}} | judged))
+        for context in ("{prompt} {sibling} {answer}", ["{sibling}", "{prompt} {hint}"], "{prompt} {hint}")
+    )
+    assert single is not None and listed is not None and plain is not None
+    assert single.contexts == listed.contexts == {} and set(plain.contexts) == {"train", "eval"}
+    assert single.context_columns == {"answer": True} and listed.context_columns == {"hint": False}
+    assert plain.context_columns is None and plain.sample_contexts == ()
+    assert (needs_judge(single), needs_judge(listed), needs_judge(plain)) == (True, True, False)
 
 
 def test_the_whole_vocabulary_of_a_self_teacher_is_the_students() -> None:

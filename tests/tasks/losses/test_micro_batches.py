@@ -113,13 +113,7 @@ def stored(spoilt: bool) -> tuple[pa.Table, dict[str, pa.Table]]:
 
         rows["rollouts"].append(
             name
-            | {
-                "prompt_id": f"p{index // 2}",
-                "reward": index % 3 / 2,
-                "sample_index": 0,
-                "behaviour": "student",
-                "seed": 0,
-            }
+            | {"prompt_id": f"p{index // 2}", "sample_index": 0, "behaviour": "student", "seed": 0}
             | {"prefix_length": 2 if index == 2 else 0}
             | {"finish_reason": "stop", "completion_text": "", "sampling_logprobs": [-1.0] * length}
             | {"prompt_token_ids": [1 + index] * (1 + index % 3), "completion_token_ids": tokens.tolist()}
@@ -149,7 +143,11 @@ def stored(spoilt: bool) -> tuple[pa.Table, dict[str, pa.Table]]:
 
 def samples_for(name: str, spoilt: bool = False) -> Samples:
     """What the objective `name` trains on."""
-    return from_rollouts(*stored(spoilt), objective_config.validate_python(OBJECTIVES[name]).needs(), [])
+    rollouts, signals = stored(spoilt)
+    rows = [{"sample_id": f"p{i}/1/0", "reward": None if i == 1 else i % 3 / 2} for i in range(len(LENGTHS))]
+    rewards = pa.Table.from_pylist(rows, schema_for("rewards"))
+    needs = objective_config.validate_python(OBJECTIVES[name]).needs()
+    return from_rollouts(rollouts, signals, needs, [], rewards=rewards)
 
 
 class Backwards(nn.Module):

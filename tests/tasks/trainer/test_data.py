@@ -13,12 +13,13 @@ import torch
 
 from storage.errors import ConfigError, InputError
 from storage.schemas import MaskReason, schema_for
-from tasks.losses.config import DirectConfig, PolicyGradientConfig, SftConfig, TopkSupport
+from tasks.losses.config import CreditConfig, DirectConfig, PolicyGradientConfig, SftConfig, TopkSupport
 from tasks.losses.needs import CreditNeeds, Needs
 from tasks.trainer.batching import Step
 from tasks.trainer.config import OptimizerSettings
 from tasks.trainer.data import Samples, forward_batch, from_rollouts, loss_denominators
 from tasks.trainer.deepspeed_file import deepspeed_config
+from tasks.trainer.planning import Planner
 from tasks.trainer.topk_lists import TopK, UnionTopK
 from tasks.trainer.trainer import refuse_lost_steps
 
@@ -197,15 +198,26 @@ def credited(**fields: object) -> Needs:
     return replace(PolicyGradientConfig().needs(), credit=CreditNeeds(**fields))
 
 
-def judged(lengths: list[int], prompts: list[str], rewards: list[float | None]) -> tuple[pa.Table, dict[str, pa.Table]]:
+def judged(
+    lengths: list[int], prompts: list[str], rewards: list[float | None]
+) -> tuple[pa.Table, dict[str, pa.Table], pa.Table]:
+    """Rollouts, signals, and rewards in another order."""
     rollouts, signals = tables(lengths)
-    return replaced(replaced(rollouts, "prompt_id", prompts), "reward", rewards), signals
+    rows = [
+        {"sample_id": name, "reward": r} for name, r in zip(rollouts["sample_id"].to_pylist(), rewards, strict=True)
+    ]
+    return (
+        replaced(rollouts, "prompt_id", prompts),
+        signals,
+        pa.Table.from_pylist(rows[::-1], schema_for("rewards")),
+    )
 
 
 def test_a_credit_gets_rewards_groups_and_segments_and_nothing_unasked() -> None:
     """A group's rewards are those of the round, also of samples that are in no micro-batch of this one."""
-    rollouts, signals = judged([3, 1, 2], ["b", "a", "b"], [1.0, 0.5, -2.0])
-    samples = from_rollouts(rollouts, signals, credited(reward=True, groups=True, segment_ends=(0, 20)), SPECIAL)
+    rollouts, signals, rewards = judged([3, 1, 2], ["b", "a", "b"], [1.0, 0.5, -2.0])
+    needs = credited(reward=True, groups=True, segment_ends=(0, 20))
+    samples = from_rollouts(rollouts, signals, needs, SPECIAL, rewards=rewards)
     rows = (2, 1, 0)
     weights = loss_denominators(samples, rows, "token", None)
     tokens = forward_batch(samples, rows, weights, (2, 0), False, CPU).tokens
@@ -217,26 +229,65 @@ def test_a_credit_gets_rewards_groups_and_segments_and_nothing_unasked() -> None
     alone = forward_batch(samples, rows, weights, (1,), True, CPU).tokens  # a filler
     assert alone.reward_N.tolist() == [0.5] and alone.loss_mask_N.tolist() == [0.0]
     assert alone.group_rewards_NG[0, 0] == 0.5 and alone.group_rewards_NG[0, 1].isnan()
-    plain = from_rollouts(rollouts, signals, credited(), SPECIAL)
+    plain = from_rollouts(rollouts, signals, credited(), SPECIAL, rewards=rewards)
     none = forward_batch(plain, rows, weights, (2, 0), False, CPU).tokens
     assert (none.reward_N, none.group_N, none.group_rewards_NG, none.segment_N) == (None,) * 4
+
+
+def test_a_reward_at_the_threshold_is_correct_in_training_as_it_is_for_siblings() -> None:
+    """0.7 rounded to float32 is less than 0.7; the stage `context` compares the stored number."""
+    rollouts, signals, rewards = judged([3, 1, 2], ["a", "a", "a"], [0.7, 0.9, 0.0])
+    group = {"kind": "group", "success_threshold": 0.7}
+    config = CreditConfig.model_validate({"reward": group, "scale": "rlrt"})
+    samples = from_rollouts(rollouts, signals, config.needs(), SPECIAL, rewards=rewards)
+    planned = Planner(config, samples, {})((0, 1, 2), 0)
+    assert (planned.columns["scale_share"] > 0).tolist() == [True] * 4 + [False] * 2
+    weights = loss_denominators(samples, (0, 1, 2), "token", None)
+    tokens = forward_batch(samples, (0, 1, 2), weights, (0,), False, CPU).tokens
+    assert tokens.reward_N.dtype == tokens.group_rewards_NG.dtype == torch.float32
+
+
+@pytest.mark.parametrize("left_out", [True, False])
+def test_statistics_of_log_ratios_leave_out_what_the_teacher_reads_otherwise(left_out: bool) -> None:
+    """An unmapped token's log-ratio is that of two different tokens; special and truncated ones have a log-ratio of their own."""
+    rollouts, signals = tables([4])
+    marks = [MaskReason(0), MaskReason.UNMAPPED, MaskReason.SPECIAL_TOKEN, MaskReason.INVALID_VALUE]
+    signals["mask"] = replaced(signals["mask"], "mask_reasons", [[int(mark) for mark in marks]])
+    config = CreditConfig.model_validate({"add": "sod"})
+    reasons = [*SPECIAL, *([MaskReason.UNMAPPED] if left_out else [])]
+    samples = from_rollouts(rollouts, signals, config.needs(), reasons)
+    assert samples.valid.tolist() == [True, not left_out, True, False]
+    assert samples.keep.tolist() == [True, not left_out, False, False]
+
+
+def test_a_sample_whose_judge_failed_has_no_number_and_stays_in_its_group() -> None:
+    rollouts, signals, rewards = judged([3, 1, 2], ["a", "a", "b"], [1.0, None, None])
+    samples = from_rollouts(rollouts, signals, credited(reward=True, groups=True), SPECIAL, rewards=rewards)
+    assert np.array_equal(samples.rewards, np.array([1.0, np.nan, np.nan]), equal_nan=True)
+    assert np.isnan(samples.group_rewards).tolist() == [[False, True], [False, True], [True, True]]
 
 
 @pytest.mark.parametrize(
     ("rewards", "found"),
     [
-        ([1.0, None, None], "sample 'p1/1/0' has the reward None.*2 of 3.*`judge`"),
         ([1.0, 0.0, float("nan")], "sample 'p2/1/0' has the reward nan"),
         ([float("inf"), 0.0, 1.0], "sample 'p0/1/0' has the reward inf"),
+        (None, "needs the rewards of the stage `judge`"),
     ],
 )
-def test_a_reward_that_is_missing_or_not_finite_is_refused_where_it_is_needed(
-    rewards: list[float | None], found: str
+def test_rewards_that_are_missing_or_not_finite_are_refused_where_they_are_needed(
+    rewards: list[float | None] | None, found: str
 ) -> None:
-    rollouts, signals = judged([3, 1, 2], ["a", "a", "b"], rewards)
+    rollouts, signals, table = judged([3, 1, 2], ["a", "a", "b"], rewards or [0.0] * 3)
     assert len(from_rollouts(rollouts, signals, credited(groups=True), SPECIAL)) == 3
     with pytest.raises(InputError, match=found):
-        from_rollouts(rollouts, signals, credited(reward=True), SPECIAL)
+        from_rollouts(rollouts, signals, credited(reward=True), SPECIAL, rewards=table if rewards else None)
+
+
+def test_rewards_of_other_samples_are_refused() -> None:
+    rollouts, signals, rewards = judged([3, 1, 2], ["a", "a", "b"], [1.0, 0.0, 1.0])
+    with pytest.raises(InputError, match=r"rewards.*'p0/1/0'"):
+        from_rollouts(rollouts, signals, credited(reward=True), SPECIAL, rewards=rewards.slice(0, 2))
 
 
 @pytest.mark.parametrize("name", ["teacher_entropy", "student_entropy"])

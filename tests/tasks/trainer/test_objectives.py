@@ -101,24 +101,41 @@ def extra_credits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.pop("extra_credits", None)
 
 
-def judged(world: World) -> tuple[Artifact, list[dict[str, Any]]]:
-    """The world's rollouts as three samples of each of four prompts, with rewards."""
-    rewards = np.random.Generator(np.random.PCG64(7)).random(len(world.samples)).round(3).tolist()
-    rows = [row | {"prompt_id": f"p{i % 4}", "reward": rewards[i]} for i, row in enumerate(world.samples)]
+FAILED = (1, 2, 6, 10)
+"""Samples whose judge failed: one of a group's three, and all of another's."""
+
+
+def judged(world: World) -> tuple[Artifact, Artifact, list[dict[str, Any]]]:
+    """The world's rollouts as three samples of each of four prompts, their rewards, and the rows of both together. The old column
+    `rollouts.reward` has numbers that must not be read."""
+    drawn = np.random.Generator(np.random.PCG64(7)).random(len(world.samples)).round(3).tolist()
+    rows = [row | {"prompt_id": f"p{i % 4}", "reward": 100.0 + i} for i, row in enumerate(world.samples)]
+    rewards = [
+        {
+            "sample_id": row["sample_id"],
+            "reward": None if i in FAILED else drawn[i],
+            "failed": "x" if i in FAILED else None,
+        }
+        for i, row in enumerate(rows)
+    ]
     with world.store.building(ArtifactSpec.of("rollout", 1, {"judged": True}, {})) as builder:
         builder.write_shard("rollouts", 0, pa.Table.from_pylist(rows, schema_for("rollouts")))
-        return builder.commit(content={}, tables={"rollouts": 1}), rows
+        rollouts = builder.commit(content={}, tables={"rollouts": 1})
+    with world.store.building(ArtifactSpec.of("judge", 1, {"judged": True}, {})) as builder:
+        builder.write_shard("rewards", 0, pa.Table.from_pylist(rewards, schema_for("rewards")))
+        table = builder.commit(content={}, tables={"rewards": 1})
+    return rollouts, table, [row | {"reward": own["reward"]} for row, own in zip(rows, rewards, strict=True)]
 
 
 def test_a_credit_of_a_plugin_is_its_formula(world: World, trainers: dict[int, Worker], extra_credits: None) -> None:
     """Every factor of a PPO(rho, m A_r + delta) + b w D by hand, from stored tables and the model alone; on one rank, and on
     two with micro-batches that tear groups apart."""
-    rollouts, rows = judged(world)
+    rollouts, rewards, rows = judged(world)
     end = rows[0]["completion_token_ids"][1]
     objective = PolicyGradientConfig.model_validate(
         {"ppo_clip": 0.2, "advantage": {"kind": "grouped", "k": K, "end": end}}
     )
-    work = train_work(CONFIG, objective, world.student, None, rollouts, world.signals, 0, 1)
+    work = train_work(CONFIG, objective, world.student, None, rollouts, world.signals, 0, 1, judged=rewards)
     one = make(work, world.store, trainers[1], "grouped one")
     two = make(work, world.store, trainers[2], "grouped two", micro_batch_tokens=24)
     tables = {
@@ -132,7 +149,9 @@ def test_a_credit_of_a_plugin_is_its_formula(world: World, trainers: dict[int, W
         log_p = logprobs_of.__wrapped__(student, row["prompt_token_ids"], completion)
         live = log_p.gather(1, torch.tensor(completion)[:, None])[:, 0]
         log_u = torch.tensor(signal["teacher_logprobs"]) - live.detach()
-        reward = row["reward"] - np.mean([other["reward"] for other in rows if other["prompt_id"] == row["prompt_id"]])
+        group = [other["reward"] for other in rows if other["prompt_id"] == row["prompt_id"]]
+        known = [reward for reward in group if reward is not None]
+        reward = 0.0 if row["reward"] is None else row["reward"] - np.mean(known)
         segment = torch.tensor([completion[:t].count(end) for t in range(len(completion))])
         advantage = 0.5**segment * reward + log_u.clamp(-6, 6) / 10
         a = torch.tensor(signal["teacher_entropy"]) < 5.12
@@ -153,10 +172,7 @@ def test_a_credit_of_a_plugin_is_its_formula(world: World, trainers: dict[int, W
                 torch.testing.assert_close(gradient[name] * 10, parameter.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_a_job_whose_rewards_are_null_is_refused_before_it_trains(
-    world: World, trainers: dict[int, Worker], extra_credits: None
-) -> None:
+def test_a_job_that_needs_rewards_is_refused_without(world: World, extra_credits: None) -> None:
     objective = PolicyGradientConfig.model_validate({"advantage": {"kind": "grouped", "k": K}})
-    work = train_work(CONFIG, objective, world.student, None, world.rollouts, world.signals, 0, 1)
-    with pytest.raises(InputError, match=r"rollouts\.reward: sample 'p0/1/0' has the reward None"):
-        make(work, world.store, trainers[1], "no rewards")
+    with pytest.raises(InputError, match="needs the rewards of the stage `judge`"):
+        train_work(CONFIG, objective, world.student, None, world.rollouts, world.signals, 0, 1)

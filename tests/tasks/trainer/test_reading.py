@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import clean_round
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -19,7 +20,7 @@ from pydantic import TypeAdapter
 from synthetic_round import make_round, train_job
 
 from storage.errors import InputError
-from storage.schemas import MaskReason, schema_for
+from storage.schemas import MaskReason, schema_for, validate_table
 from storage.store import ArtifactSpec, Store
 from tasks.losses.config import DirectConfig, ObjectiveConfig
 from tasks.losses.needs import CreditNeeds, Needs
@@ -45,7 +46,11 @@ NEEDS["rewards"] = replace(NEEDS["sampled"], credit=CreditNeeds(reward=True, gro
 def tables(spoil: bool = False) -> dict[str, pa.Table]:
     made = clean_round.rows(lengths=LENGTHS)
     for number, row in enumerate(made["rollouts"]):
-        row |= {"prompt_id": f"p{number // 2}", "reward": number % 3 / 2}
+        row |= {"prompt_id": f"p{number // 2}"}
+    made["rewards"] = [
+        {"sample_id": row["sample_id"], "reward": None if number == 4 else number % 3 / 2}
+        for number, row in enumerate(made["rollouts"])
+    ]
     made["mask"][0]["mask_reasons"] = [1, 0, 16]
     made["mask"][3]["mask_reasons"] = [16] * 5  # a shard whose lists are all empty, below
     for table in ("teacher_topk", "student_topk"):
@@ -58,15 +63,24 @@ def tables(spoil: bool = False) -> dict[str, pa.Table]:
 
 def stored(root: Path, name: str, parts: Sequence[pa.Table], number: int = 0) -> ArtifactRef:
     """An artifact whose shards are `parts`."""
-    stage = "rollout" if name == "rollouts" else name
+    stage = {"rollouts": "rollout", "contexts": "context"}.get(name, name)
     with Store(root).building(ArtifactSpec.of(stage, 1, {"number": number}, {})) as builder:
         for shard, rows in enumerate(parts):
             builder.write_shard(name, shard, rows)
         return ArtifactRef.of(builder.commit(tables={name: len(parts)}))
 
 
-def read(root: Path, whole: dict[str, pa.Table], cuts: Sequence[int], needs: Needs, of: Sequence[int]) -> Samples:
-    """The round of a store whose tables are cut at the rows `cuts`; `of`: which of two teachers each sample has."""
+def read(
+    root: Path,
+    whole: dict[str, pa.Table],
+    cuts: Sequence[int],
+    needs: Needs,
+    of: Sequence[int],
+    contexts: Sequence[bool] | None = None,
+    **more: Any,
+) -> Samples:
+    """The round of a store whose tables are cut at the rows `cuts`; `of`: which of two teachers each sample has.
+    `contexts`: whether each sample has one of its own."""
     edges = list(zip([0, *cuts], [*cuts, len(of)], strict=True))
     rollouts = stored(root, "rollouts", [whole["rollouts"].slice(a, b - a) for a, b in edges])
     signals = {}
@@ -76,10 +90,22 @@ def read(root: Path, whole: dict[str, pa.Table], cuts: Sequence[int], needs: Nee
             stored(root, name, [whole[name].take(np.array(rows[::-1], np.int64)) for rows in shards], number)
             for number, shards in enumerate(places)
         ]
-    job = train_job(root, rollouts, signals, DirectConfig())
+    judged = (
+        stored(root, "rewards", [whole["rewards"].slice(a, b - a) for a, b in edges]) if needs.credit.reward else None
+    )
+    job = train_job(root, rollouts, signals, DirectConfig(), judged)
+    if contexts is not None:
+        columns = {
+            "sample_id": whole["rollouts"]["sample_id"],
+            "prompt_token_ids": [[1, 2] if there else None for there in contexts],
+            "source": ["sibling" if there else "none" for there in contexts],
+        }
+        table = validate_table("contexts", pa.table(columns))
+        where = stored(root, "contexts", [table.slice(a, b - a) for a, b in edges])
+        job = msgspec.structs.replace(job, contexts=where)
     folder = root / "columns"
     folder.mkdir()
-    return collect_round(job, needs, REASONS, clean_round.ROWS, Store(root), folder).mapped()
+    return collect_round(job, needs, REASONS, clean_round.ROWS, Store(root), folder, **more).mapped()
 
 
 @pytest.mark.parametrize("name", NEEDS)
@@ -88,7 +114,8 @@ def test_every_batch_is_that_of_whole_tables(tmp_path: Path, name: str, cuts: tu
     needs = NEEDS[name]
     made = tables()
     wanted = [need.name for need in needs.signals]
-    whole = from_rollouts(made["rollouts"], {n: made[n] for n in wanted}, needs, REASONS, 0, clean_round.ROWS)
+    signals = {name: made[name] for name in wanted}
+    whole = from_rollouts(made["rollouts"], signals, needs, REASONS, 0, clean_round.ROWS, rewards=made["rewards"])
     mapped = read(tmp_path, made, cuts, needs, of)
     assert mapped.ids == whole.ids and mapped.invalid == whole.invalid
     for column in ("lost", "kept", "forward_lengths"):
@@ -104,6 +131,35 @@ def test_every_batch_is_that_of_whole_tables(tmp_path: Path, name: str, cuts: tu
             )
             assert_same(ours, theirs)
         mapped.drop_pages()
+
+
+def test_samples_without_a_context_are_left_out_unless_the_objective_tells_them_apart(tmp_path: Path) -> None:
+    made, there = tables(), [True, False, True, False, False, True, True]
+    of = [0] * len(there)
+    plain, out, apart = (
+        read(tmp_path / name, made, (3, 4), NEEDS["bucket"], of, **more)
+        for name, more in (
+            ("plain", {}),
+            ("out", {"contexts": there}),
+            ("apart", {"contexts": there, "every_context": True}),
+        )
+    )
+    assert plain.contexts is None
+    assert out.contexts.tolist() == apart.contexts.tolist() == there
+    assert np.array_equal(out.kept, np.where(there, plain.kept, 0)) and out.kept.sum() < plain.kept.sum()
+    assert np.array_equal(apart.kept, plain.kept) and np.array_equal(apart.lost, plain.lost)
+    assert plain.lost[3] == 5 and out.lost[3] == 0, "no context leaves them out, not the invalid values"
+    assert np.array_equal(out.floats["student_logprobs"], plain.floats["student_logprobs"])
+
+
+def test_contexts_of_other_samples_are_refused(tmp_path: Path) -> None:
+    made = tables()
+    rollouts = stored(tmp_path, "rollouts", [made["rollouts"]])
+    columns = {"sample_id": made["rollouts"]["sample_id"][1:], "source": ["none"] * 6}
+    where = stored(tmp_path, "contexts", [validate_table("contexts", pa.table(columns))])
+    job = msgspec.structs.replace(train_job(tmp_path, rollouts, {}, DirectConfig()), contexts=where)
+    with pytest.raises(InputError, match=r"signal contexts: 6 rows for 7 rollouts"):
+        collect_round(job, NEEDS["bucket"], REASONS, clean_round.ROWS, Store(tmp_path), tmp_path)
 
 
 def assert_same(ours: Any, theirs: Any) -> None:

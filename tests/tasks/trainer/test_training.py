@@ -417,7 +417,9 @@ def test_warmup_learns_the_given_text(world: World, trainers: dict[int, Worker])
 
 def test_warmup_stops_at_a_running_loss(world: World, trainers: dict[int, Worker]) -> None:
     settings = WarmupConfig(lr=3e-3, steps=20, samples_per_step=6, stop_loss=4.5)
-    losses = make(warmup_work(settings, world.student, world.prompts, 0), world.store, trainers[1], "stop").losses
+    trained = make(warmup_work(settings, world.student, world.prompts, 0), world.store, trainers[1], "stop")
+    losses = trained.losses
+    assert any(f"after {len(losses)} of 20 steps (stop_loss)" in text for text in trained.said)
     running = [losses[0]]
     for loss in losses[1:]:
         running.append(0.9 * running[-1] + 0.1 * loss)

@@ -1,0 +1,171 @@
+"""Judge: verifiers give the rollouts their rewards. This module plans, and counts; workers run the verifiers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from storage.artifacts.shards import read_parquet
+from storage.errors import OpdError
+from storage.identity import Identity, omit_at
+from storage.query.figures import Sums, errors_of, sums
+from storage.store import ArtifactSpec, Builder
+from tasks.inputs.judging import JudgeConfig, JudgeFunction, given_to
+from tasks.inputs.verifiers import verifier_digest
+from tasks.plugins import NO_PLUGINS, used_plugins
+from tasks.sharded import ShardedStage
+from tasks.stage import Context, Prompts, Rollouts, Work, prompt_inputs
+from tasks.workers.jobs import ArtifactRef, JudgeJob, JudgeShard, config_json
+
+__all__ = ["STAGE", "TABLE", "VERSION", "JudgeConfig", "judge_work", "sources_of"]
+
+VERSION = 1
+STAGE = "judge"
+TABLE = "rewards"
+SPLIT = "train"
+_BINARY_THRESHOLD = 0.5
+_SHOWN = 3
+"""Reasons that a message lists."""
+
+
+class _JudgeIdentity(Identity):
+    config: JudgeConfig
+    sources: list[str | None]
+    plugins: dict[str, str] = Field({}, json_schema_extra=omit_at({}))
+
+
+def sources_of(config: JudgeConfig) -> list[str | None]:
+    """Per verifier the digest of its function's file, None for others. ConfigError for a function that is not found, or takes
+    other parameters."""
+    for verifier in config.verifiers:
+        if isinstance(verifier, JudgeFunction):
+            given_to(verifier)
+    return [verifier_digest(verifier) for verifier in config.verifiers]
+
+
+def judge_work(
+    config: JudgeConfig, rollouts: Rollouts, prompts: Prompts, plugins: Mapping[str, str] = NO_PLUGINS
+) -> Work:
+    """The rewards of one round's rollouts. `plugins`: the run's, name -> digest of the source.
+
+    Output "judge": table rewards, with the shards and the order of the rollouts. Meta: `metrics` (see `metrics_of`), `failures`
+    (reason -> samples without a reward for it, the most frequent). A sample whose verifier fails, takes too long or ends its
+    process has a null reward and a reason. Raises ConfigError for a function that is not found; the work raises OpdError, and
+    keeps nothing, where no sample has a reward."""
+    inputs = {"rollouts": rollouts.content["rollouts"], **prompt_inputs(prompts, SPLIT)}
+    functions = [verifier for verifier in config.verifiers if isinstance(verifier, JudgeFunction)]
+    if any("tokens" in given_to(verifier) for verifier in functions):
+        inputs["vocabulary"] = prompts.content["vocabulary"]
+    sources = sources_of(config)
+    identity = _JudgeIdentity(config=config, sources=sources, plugins=used_plugins(plugins, "judge", config=config))
+    spec = ArtifactSpec.of(STAGE, VERSION, identity, inputs)
+
+    def build(builders: dict[str, Builder], ctx: Context) -> None:
+        _build(builders[STAGE], ctx, config, sources, rollouts, prompts)
+
+    return Work(STAGE, {STAGE: spec}, build)
+
+
+def _build(
+    builder: Builder,
+    ctx: Context,
+    config: JudgeConfig,
+    sources: list[str | None],
+    rollouts: Rollouts,
+    prompts: Prompts,
+) -> None:
+    sizes = [record.rows for record in ctx.store.shards(rollouts, "rollouts")]
+    stage = ShardedStage(ctx, STAGE, sizes, {TABLE: builder}, (STAGE,))
+    if stage.missing:
+        job = JudgeJob(
+            store=str(ctx.store.root),
+            target=ArtifactRef(builder.stage, builder.key),
+            rollouts=ArtifactRef.of(rollouts),
+            prompts=ArtifactRef.of(prompts),
+            config=config_json(config),
+            sources=sources,
+        )
+        stage.run(STAGE, job, [JudgeShard(shard, sizes[shard]) for shard in stage.missing])
+    meta: dict[str, Any] = {}
+    if not builder.repairing:  # over all shards, including those of an earlier, interrupted attempt
+        rows = pa.concat_tables([read_parquet(path) for path in builder.finished(TABLE, len(sizes))])
+        failures = Counter(reason for reason in rows["failed"].to_pylist() if reason is not None)
+        if rows.num_rows and sum(failures.values()) == rows.num_rows:
+            if not ctx.recorded:
+                builder.forget(TABLE)  # what failed outside (a service, a missing file) can be right at the next try
+            raise OpdError(
+                f"judge: none of {rows.num_rows} completions has a reward: {_reasons(failures)}; try the verifier with"
+                " `opd check`, and see the log of the judge"
+            )
+        if failures:
+            ctx.say(
+                STAGE,
+                f"warning: {sum(failures.values())} of {rows.num_rows} completions have no reward and count for no group:"
+                f" {_reasons(failures)}",
+            )
+        columns = ["sample_id", "prompt_id", "completion_token_ids"]
+        samples = ctx.store.read_table(rollouts, "rollouts", columns=columns)
+        meta = {"metrics": metrics_of(config, rows, samples), "failures": dict(failures.most_common(20))}
+    stage.commit(TABLE, meta)
+
+
+def _reasons(failures: Counter[str]) -> str:
+    shown = [f"{reason} ({count})" for reason, count in failures.most_common(_SHOWN)]
+    more = f"; and {len(failures) - _SHOWN} other reasons" if len(failures) > _SHOWN else ""
+    return "; ".join(shown) + more
+
+
+def metrics_of(config: JudgeConfig, rewards: pa.Table, rollouts: pa.Table) -> dict[str, float | None]:
+    """What a round's rewards are like. `rewards`, `rollouts`: rows of the same samples in the same order.
+
+    reward: mean over judged samples; with several verifiers also reward/NAME, each unweighted. success_rate: share of the judged
+    that are correct (`JudgeConfig.success_threshold`); length_correct, length_wrong: mean tokens of their completions. Each with
+    its error over prompts (`figures.errors_of`). failed: samples without a reward. groups: prompts; groups_without_signal: those
+    whose judged rewards are all equal, or that have none. Null where nothing was counted."""
+    judged = rewards["reward"].is_valid()
+    reward, prompts = rewards["reward"].filter(judged), rollouts["prompt_id"].filter(judged)
+    lengths = pc.list_value_length(rollouts["completion_token_ids"]).filter(judged)
+    found: dict[str, Sums] = {"reward": sums(prompts, reward)}
+    if len(config.verifiers) > 1:
+        parts = np.array(rewards["parts"].filter(judged).to_pylist(), float).reshape(-1, len(config.verifiers))
+        for place, name in enumerate(config.names):
+            found[f"reward/{name}"] = sums(prompts, pa.chunked_array([pa.array(parts[:, place])]))
+    threshold = threshold_of(config, reward)
+    if threshold is not None:
+        correct = pc.greater_equal(reward, threshold)
+        found["success_rate"] = sums(prompts, correct)
+        for name, chosen in (("length_correct", correct), ("length_wrong", pc.invert(correct))):
+            found[name] = sums(prompts.filter(chosen), lengths.filter(chosen))
+    groups, flat = groups_of(rewards["reward"], rollouts["prompt_id"])
+    names = ("reward", "success_rate", "length_correct", "length_wrong", *(n for n in found if "/" in n))
+    return {
+        **{name: found[name].value if name in found else None for name in names},
+        "failed": rewards.num_rows - len(reward),
+        "groups": groups,
+        "groups_without_signal": flat,
+        **errors_of({name: of for name, of in found.items() if of.samples}),
+    }
+
+
+def threshold_of(config: JudgeConfig, rewards: pa.ChunkedArray) -> float | None:
+    """The reward from which a completion is correct; None where that is not known."""
+    if config.success_threshold is not None:
+        return config.success_threshold
+    binary = pc.all(pc.is_in(rewards, value_set=pa.array([0.0, 1.0]))).as_py()
+    return _BINARY_THRESHOLD if binary else None
+
+
+def groups_of(rewards: pa.ChunkedArray, prompts: pa.ChunkedArray) -> tuple[int, int]:
+    """How many prompts there are, and how many of them without two different rewards (null: not judged)."""
+    by_prompt: dict[str, set[float]] = {}
+    for prompt, reward in zip(prompts.to_pylist(), rewards.to_pylist(), strict=True):
+        known = by_prompt.setdefault(prompt, set())
+        if reward is not None:
+            known.add(reward)
+    return len(by_prompt), sum(len(known) < 2 for known in by_prompt.values())

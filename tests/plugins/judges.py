@@ -1,0 +1,101 @@
+"""Functions of a user that judge: good ones, and each way to go wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import time
+
+
+def longer(completion: str, answer: str | None) -> float:
+    return len(completion) / 8
+
+
+def graded(completion: str, answer: str | None, *, prompt: str, token_ids: list[int], tokens: list[str]) -> dict:
+    """All that a function may return, from all that it may read."""
+    ends = [1, len(token_ids)] if len(token_ids) > 1 else [1]
+    return {
+        "reward": len(token_ids) % 2,
+        "feedback": f"{prompt!r} expects {answer!r}, found {completion!r} in {len(tokens)} tokens",
+        "segments": ends,
+        "spans": [(0, 1, "first")],
+    }
+
+
+def parity(completion: str, answer: str | None) -> int:
+    """0 or 1, by the digits of the completion; both occur among the completions of the scripted sampler."""
+    return sum(map(ord, completion)) % 2
+
+
+def moody(completion: str, answer: str | None) -> float:
+    """No number for some of the completions of the scripted sampler."""
+    return float("nan") if parity(completion, answer) and "1" in completion else len(completion) / 4
+
+
+def named(completion: str, answer: str | None) -> object:
+    """Does what the completion says: one function for every fault."""
+    return FAULTS[completion.partition(" ")[0]](completion)
+
+
+def _hang(completion: str) -> None:
+    time.sleep(600)
+
+
+def _spin(completion: str) -> None:
+    """Hangs in C, and holds the interpreter's lock."""
+    sum(range(10**13))
+
+
+def _exit(completion: str) -> None:
+    os._exit(3)
+
+
+def _crash(completion: str) -> None:
+    ctypes.string_at(0)
+
+
+def _print(completion: str) -> float:
+    secret = os.environ["JUDGE_API_KEY"]
+    print("printed", secret, flush=True)
+    print("to stderr", secret, file=sys.stderr)
+    os.write(1, f"by the system {secret}\n".encode())
+    return 1.0
+
+
+def _raise(completion: str) -> None:
+    raise ValueError(f"no score, key {os.environ['JUDGE_API_KEY']}\nsecond line")
+
+
+FAULTS = {
+    "good": lambda text: 1,
+    "true": lambda text: True,
+    "hang": _hang,
+    "spin": _spin,
+    "exit": _exit,
+    "crash": _crash,
+    "print": _print,
+    "raise": _raise,
+    "quit": lambda text: sys.exit("enough"),
+    "nan": lambda text: float("nan"),
+    "inf": lambda text: {"reward": float("inf")},
+    "none": lambda text: None,
+    "word": lambda text: "good",
+    "key": lambda text: {"reward": 1, "score": 2},
+    "empty": lambda text: {},
+    "feedback": lambda text: {"reward": 1, "feedback": 5},
+    "span": lambda text: {"reward": 1, "spans": [(0, 99, "error")]},
+    "backwards": lambda text: {"reward": 1, "spans": [(1, 1, "error")]},
+    "segment": lambda text: {"reward": 1, "segments": [1, 99]},
+    "unordered": lambda text: {"reward": 1, "segments": [2, 2]},
+    "surrogate": lambda text: {"reward": 1, "feedback": "\ud800"},
+    "leak": lambda text: {"reward": 0.5, "feedback": f"see {os.environ['JUDGE_API_KEY']}"},
+}
+
+
+def one_argument(completion: str) -> bool:
+    return True
+
+
+def needs_more(completion: str, answer: str | None, rubric: str) -> bool:
+    return True

@@ -1,0 +1,46 @@
+"""Every row of the family against the plain second implementation, which shares nothing with the product (`credit_rows`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from credit_configs import CONFIGURED, GROUP, PLAIN, Row, named
+from credit_rows import ROWS, Gate, toys
+from credited import gradients_of, loss_of, stored_of
+
+from tasks.losses.token_credit.config import CreditConfig
+
+
+def test_the_gate_of_antisd_is_its_second_implementation() -> None:
+    """Twelve steps whose entropies rise and fall: closed in the warm-up, open, closed, and unchanged between."""
+    config = CreditConfig.model_validate({"reward": GROUP, "add": "anti_sd", "clip": PLAIN})
+    gate, memory, seen = Gate(), {}, []
+    for number, sharpness in enumerate([1.0, 1.2, 0.9, 1.1, 1.0, 0.5, 1.05, 3.0, 1.05, 0.4, 1.04, 4.0]):
+        toy = toys(number)
+        toy = replace(toy, samples=[replace(s, teacher=sharpness * s.teacher) for s in toy.samples])
+        remembered, memory = config.add.remember(memory, stored_of(toy, config))
+        wanted = ROWS["antisd"](toy, gate=gate)
+        gate = wanted.parts["gate"]
+        assert remembered == gate.g
+        loss = loss_of(config, toy, remembered=remembered)
+        for mine, theirs in zip(gradients_of(loss, toy), wanted.gradients(toy), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+        seen.append(remembered)
+    assert set(seen[:5]) == {0.0} and {0.0, 1.0} == set(seen[5:])
+
+
+@pytest.mark.parametrize("row", CONFIGURED, ids=named)
+@pytest.mark.parametrize("seed", range(6))
+def test_a_row_is_its_second_implementation(row: Row, seed: int) -> None:
+    toy, config = row.of(toys(seed, graded=seed % 2 == 1)), row.objective
+    wanted = ROWS[row.name](toy, **row.fields)
+    gradients = wanted.gradients(toy)
+    assert any(float(each.abs().max()) > 1e-6 for each in gradients)
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 2e-4)):
+        loss = loss_of(config, toy, step=row.step, contexts=row.contexts, dtype=dtype)
+        largest = max(1.0, abs(float(wanted.loss.detach())))
+        assert float(loss.detach()) == pytest.approx(float(wanted.loss.detach()), abs=tolerance * largest)
+        for mine, theirs in zip(gradients_of(loss, toy), gradients, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)

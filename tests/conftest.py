@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from registries import OWN_LAUNCH, OWN_ROLES
 from safetensors.numpy import save_file
 
 from storage.runs import RoundState, Run, StageState
@@ -248,19 +249,9 @@ def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Wor
     shutil.rmtree(temporary)
 
 
-OWN_LAUNCH = launch.launch_command
-"""Kept before a plugin can replace it: tests/plugins/scripted_engines.py does."""
-
-
 @pytest.fixture
 def own_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """This program's workers serve every role and are started by its own launcher, whatever plugin an earlier test registered
     in this process."""
-    own = {
-        "sampler": "tasks.engines.sampler:Sampler",
-        "scorer": "tasks.engines.scorer:Scorer",
-        "trainer": "tasks.trainer.trainer:Trainer",
-        "judge": "tasks.engines.judge:Judge",
-    }
-    monkeypatch.setattr(jobs, "ROLES", own)
+    monkeypatch.setattr(jobs, "ROLES", dict(OWN_ROLES))
     monkeypatch.setattr(launch, "launch_command", OWN_LAUNCH)

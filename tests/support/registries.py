@@ -17,6 +17,7 @@ from tasks.losses.token_weights import TOKEN_WEIGHTS
 from tasks.signals import SIGNALS
 from tasks.trainer import launch
 from tasks.workers import jobs
+from tasks.workers.pool import WorkerPool
 
 OWN_ROLES = {
     "sampler": "tasks.engines.sampler:Sampler",
@@ -25,7 +26,17 @@ OWN_ROLES = {
     "judge": "tasks.engines.judge:Judge",
 }
 OWN_LAUNCH = launch.launch_command
-"""Kept before a plugin can replace it: tests/plugins/scripted_engines.py does."""
+OWN_POOL = {name: getattr(WorkerPool, name) for name in ("run", "share", "each")}
+"""Kept before a plugin can replace them: tests/plugins/scripted_engines.py and scripted_ticks.py do."""
+
+
+def own_workers(patch: pytest.MonkeyPatch) -> None:
+    """This program's workers serve every role and are started by its own launcher and pool, whatever plugin an earlier test
+    registered in this process."""
+    patch.setattr(jobs, "ROLES", dict(OWN_ROLES))
+    patch.setattr(launch, "launch_command", OWN_LAUNCH)
+    for name, method in OWN_POOL.items():
+        patch.setattr(WorkerPool, name, method)
 
 
 @contextmanager
@@ -37,8 +48,7 @@ def plugin_path() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for registry in (BEHAVIOURS, CREDITS, TEACHERS, TOKEN_WEIGHTS):
             patch.setattr(registry, "classes", dict(registry.classes))
-        patch.setattr(jobs, "ROLES", dict(OWN_ROLES))
-        patch.setattr(launch, "launch_command", OWN_LAUNCH)
+        own_workers(patch)
         patch.setattr(plugins, "_registered", list(plugins._registered))
         patch.setattr(plugins, "_loaded", {n: digest for n, digest in plugins._loaded.items() if n not in earlier})
         patch.syspath_prepend(PLUGINS)

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import registries
 from safetensors.numpy import save_file
 
 from storage.runs import RoundState, Run, StageState
 from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
-from tasks.trainer import launch
-from tasks.workers import jobs
 from tasks.workers.pool import Worker
 
 pytest_plugins = ["fault_trials", "pytester", "shared_prefect"]
@@ -248,19 +247,7 @@ def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Wor
     shutil.rmtree(temporary)
 
 
-OWN_LAUNCH = launch.launch_command
-"""Kept before a plugin can replace it: tests/plugins/scripted_engines.py does."""
-
-
 @pytest.fixture
 def own_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This program's workers serve every role and are started by its own launcher, whatever plugin an earlier test registered
-    in this process."""
-    own = {
-        "sampler": "tasks.engines.sampler:Sampler",
-        "scorer": "tasks.engines.scorer:Scorer",
-        "trainer": "tasks.trainer.trainer:Trainer",
-        "judge": "tasks.engines.judge:Judge",
-    }
-    monkeypatch.setattr(jobs, "ROLES", own)
-    monkeypatch.setattr(launch, "launch_command", OWN_LAUNCH)
+    """No worker, launcher or pool of a plugin that an earlier test of this process has registered."""
+    registries.own_workers(monkeypatch)

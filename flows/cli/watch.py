@@ -24,10 +24,10 @@ def follow(run: Run, root: Path, every: float) -> bool:
     out = console()
     state, holder = _look(run)
     if not out.is_terminal:
-        shown = ""
+        shown = None
         while True:
-            if state.updated != shown:
-                shown = state.updated
+            if state != shown:  # its time has whole seconds
+                shown = state
                 for part in report(state, root, holder, out):
                     out.print(part, soft_wrap=isinstance(part, Text))
             if holder is None:

@@ -84,11 +84,14 @@ VALUES: dict[tuple[str, str], Any] = {
     ("JudgeConfig", "verifiers"): [{"kind": "exact_match"}],
     ("JudgeExactMatch", "name"): "other",
     ("JudgeMathVerify", "name"): "other",
+    ("JudgeFunction", "target"): "fnmatch:fnmatch",
     ("Experiment", "plugin_sources"): {"brings_nothing": "0" * 64},
 }
 """Another value of a field whose type alone does not tell one: (model, field) -> value. A new field whose test fails
 for want of a valid value is added here."""
 
+EXACT, MARKS = {"kind": "exact_match"}, {"kind": "function", "target": "tasks.inputs.addition:marked"}
+"""Verifiers: one that gives rewards alone, and one that marks spans and segments too."""
 NORMALISED = {"normalisation": "constant", "normalisation_length": 32}
 SCENES: list[dict[str, Any]] = [
     {},
@@ -144,7 +147,7 @@ SCENES: list[dict[str, Any]] = [
         {
             "teacher": {"context": "{answer}\n{prompt}"},
             "rollout": {"top_p": 1.0, "num_generations": 2},
-            "judge": {"verifiers": [{"kind": "exact_match"}]},
+            "judge": {"verifiers": [MARKS if "spans" in str(objective) or "sod" in str(objective) else EXACT]},
             "objective": {"estimator": "credit", **objective},
         }
         for objective in CREDIT

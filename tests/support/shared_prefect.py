@@ -6,6 +6,7 @@ import json
 import os
 import sqlite3
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -45,10 +46,20 @@ def no_prefect_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask(api_url: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """A POST to Prefect's API."""
+    """A POST to Prefect's API. A server whose database another request holds answers 503, and is asked again, as Prefect's own
+    client does."""
     data, headers = json.dumps(body or {}).encode(), {"Content-Type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(f"{api_url}/{path}", data, headers), timeout=30) as answer:
-        return json.loads(answer.read())
+    for left in reversed(range(20)):
+        try:
+            with urllib.request.urlopen(
+                urllib.request.Request(f"{api_url}/{path}", data, headers), timeout=30
+            ) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or not left:
+                raise
+            time.sleep(0.5)
+    raise AssertionError("unreachable")
 
 
 def eventually(what: Callable[[], Any], seconds: float = 60.0) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from opd_cli import OPD
 from places import CHECKOUT, PLUGINS
+from registries import plugin_path
 from scripted_run import EXPERIMENT, prepare_root
 from scripted_run import NAME as TRIAL
 from shared_prefect import ask, eventually
@@ -29,6 +30,13 @@ from storage.runs import Run
 PATHS = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "tests" / "support"), str(PLUGINS)])
 POOL = "lab 1"
 Pool = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plugins() -> Iterator[None]:
+    """A config's plugin takes the place of the pool in the process that reads it, which is this one in some tests."""
+    with plugin_path():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,7 @@ REWARDED = (
 )
 
 
+@pytest.mark.usefixtures("own_workers")  # with engines of a plugin nothing is checked
 @pytest.mark.parametrize("teacher", [{"kind": "initial"}, None])
 def test_rewards_alone_leave_nothing_to_distil_and_that_is_no_fault(tmp_path, teacher):
     """The advice to give the teacher a context is for objectives that have the teacher in the loss."""

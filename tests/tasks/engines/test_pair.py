@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from registries import plugin_path
 from rollout_stage import Stage
 from small_models import checkpoint
 
@@ -29,6 +30,13 @@ from tasks.workers.runtime import RuntimeConfig, SamplerRuntime
 
 FAR = {"initializer_range": 0.6}
 EPSILON = 0.05
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_workers():
+    """Whatever plugin an earlier test of this process has put in their place."""
+    with plugin_path():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from tasks.inputs.tokenizers import load_tokenizer
 from tasks.prepare import places
 
 _SHOWN = 3
+_LOOKED_AT = 10_000
+"""Rounds whose prompts are looked at before the start; a run may be given any number of rounds."""
 NOTHING: Mapping[str, str] = {}
 
 
@@ -25,7 +27,9 @@ def given_problems(e: Experiment, prompts: pa.Table, student: Path, rows: int) -
     given = dict(zip(train["prompt_id"].to_pylist(), train["completion_token_ids"].to_pylist(), strict=True))
     drawn: dict[str, None] = {}
     whole = 0
-    for number in range(1, e.policy.rounds + 1):
+    for number in range(1, min(e.policy.rounds, _LOOKED_AT) + 1):
+        if len(drawn) == len(given) > 0:
+            break
         now = e.at(number)
         if "completions" not in now.rollout.behaviour.reads:
             continue

@@ -62,5 +62,5 @@ def plugin_path() -> Iterator[None]:
 
 def _of_plugins() -> list[str]:
     """The modules of `tests/plugins` that are imported."""
-    modules = [(name, str(getattr(module, "__file__", ""))) for name, module in sys.modules.items()]
+    modules = [(name, str(getattr(module, "__file__", ""))) for name, module in [*sys.modules.items()]]
     return [name for name, file in modules if file.startswith(str(PLUGINS))]

@@ -36,7 +36,8 @@ def test_the_page_has_every_question_with_its_defaults():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_of_the_page_run(command, example_store_once, monkeypatch, capsys):
+def test_the_commands_of_the_page_run(command, example_store_once, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)  # `opd report` writes where it is called
     monkeypatch.setattr(sys, "argv", [*shlex.split(command), "--root", str(example_store_once)])
     try:
         main()

@@ -223,12 +223,8 @@ class WorkerPool:
 
         def heard(done: int, total: int, metrics: Metrics | None = None, note: str | None = None) -> None:
             ready()
-            report(
-                done,
-                total,
-                *(() if note is None and metrics is None else (metrics,)),
-                *(() if note is None else (note,)),
-            )
+            told: dict[str, Any] = {"metrics": metrics, "note": note}
+            report(done, total, **{name: value for name, value in told.items() if value is not None})
 
         def take() -> Any:
             ready()

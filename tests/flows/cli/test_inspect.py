@@ -13,13 +13,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import typer.main
+from opd_cli import in_this_process
 from places import CHECKOUT
 
-from flows.cli.app import main, make_app
+from flows.cli.app import make_app
 from flows.cli.errors import exit_codes
 from storage.errors import ConfigError, InputError, RunBusy, StoreError
 from storage.runs import RoundState, Run, StageState
@@ -29,28 +29,11 @@ HEAVY = ("torch", "vllm", "transformers", "prefect", "deepspeed", "datasets")
 COMMANDS = typer.main.get_command(make_app()).commands
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def opd(monkeypatch, capsys, tmp_path, example_store_once):
     """Call `opd` in this process, on the example store unless a root is given, from an unrelated directory."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*args: object, root: Path | None = example_store_once) -> Result:
-        given = () if root is None else ("--root", str(root))
-        monkeypatch.setattr(sys, "argv", ["opd", *map(str, args), *given])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Result(code, *capsys.readouterr())
-
-    return call
+    return in_this_process(monkeypatch, capsys, example_store_once)
 
 
 @pytest.mark.parametrize(

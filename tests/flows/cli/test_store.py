@@ -4,38 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from opd_cli import in_this_process
 from small_store import flip
 
-from flows.cli.app import main
 from storage.runs import Run
 from storage.store import Store
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture
 def opd(monkeypatch, capsys, tmp_path, example_store):
     monkeypatch.chdir(tmp_path)
-
-    def call(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["opd", *map(str, args), "--root", str(example_store)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Result(code, *capsys.readouterr())
-
-    return call
+    return in_this_process(monkeypatch, capsys, example_store)
 
 
 def a_file(root: Path, run: str, round: int, label: str, stage: str) -> Path:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from opd_cli import in_this_process
 from places import TINY
 
 import opdflow
-from flows.cli.app import main
 from flows.cli.options import at_round
 from flows.cli.run import Output
 from flows.experiment import load_experiment
@@ -21,27 +19,11 @@ from storage.errors import ConfigError, InputError
 from storage.runs import RoundState, Run, StageState
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def opd(monkeypatch, capsys, tmp_path, example_store):
     """Call `opd` in this process, on a copy of the example store."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["opd", *map(str, args), "--root", str(example_store)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Result(code, *capsys.readouterr())
-
-    return call
+    return in_this_process(monkeypatch, capsys, example_store)
 
 
 @pytest.fixture

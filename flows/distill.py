@@ -223,7 +223,9 @@ def set_prompts(
     a set name none, and no teacher reads them."""
     named = {who: model for who, model in teachers.items() if who is not None}
     read = None if first.routed else named or teachers[None]
-    template = first.contexts.get("train") if one.kl_prompts != 0 else None  # contexts of samples: none, as held-out prompts
+    template = (
+        first.contexts.get("train") if one.kl_prompts != 0 else None
+    )  # contexts of samples: none, as held-out prompts
     prepared = do(
         set_label("prepare", name), prepare_work, first.prompts.only(one.prompts),
         student_model=student, teacher_model=read, mixed=first.mixture is not None,

@@ -24,7 +24,9 @@ def register(app: typer.Typer) -> None:
 
 
 def objectives(
-    name: Annotated[str | None, typer.Argument(help="a recipe, or a choice on an axis", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="a recipe, or a choice on an axis, or a method", show_default=False)
+    ] = None,
     plugin: Annotated[
         list[str] | None, typer.Option(help="a module that registers more, as in a config's `plugins`; repeatable")
     ] = None,
@@ -39,6 +41,8 @@ def objectives(
     load_plugins(plugin or ())
     entries = catalogue()
     chosen = entries if name is None else [entry for entry in entries if entry.name == name]
+    if name is not None and not chosen:  # as papers write it: SRPO, vOPD, PowerOPD
+        chosen = [entry for entry in entries if _folded(entry.name) == _folded(name)]
     if not chosen:
         names = sorted({entry.name for entry in entries})
         hint = did_you_mean(str(name), names, "opd objectives lists them")
@@ -50,6 +54,10 @@ def objectives(
     else:
         for entry in chosen:
             _show(console(), entry)
+
+
+def _folded(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def _list(out: Console, entries: list[Entry]) -> None:

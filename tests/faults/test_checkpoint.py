@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from fault_trials import FULL_SECONDS, Trials, both_forms
 from pydantic import TypeAdapter
-from trainer_world import K, Made, World, launch_trainer, make, make_world
+from safetensors.torch import load_file
+from trainer_world import Judged, K, Made, launch_trainer, make, make_judged, make_world
 
 from flows.experiment import load_experiment
 from storage.artifacts.checkpoints import CHECKPOINT, RECORD
@@ -51,14 +52,17 @@ AVERAGES = {
 
 
 def recipe_objective(path: Path) -> AnyObjective:
-    """A recipe's objective over the lists of `make_world`: 8 tokens and what is outside."""
+    """A recipe's objective over the lists of `make_world`: 8 tokens, and what is outside where the objective itself is one
+    divergence; beside a policy gradient, whose temperatures and targets a category of the rest does not have, the 8 alone."""
     objective = load_experiment(path).objective.model_dump()
-    if objective.get("support", {}).get("kind") == "full":
-        objective["support"] = BUCKET.support.model_dump()
-    for part in (objective, *objective.values()):
-        if isinstance(part, dict) and (part.get("k") or 0) > K:
-            part["k"] = K
-    return TypeAdapter(ObjectiveConfig).validate_python(objective)
+    return TypeAdapter(ObjectiveConfig).validate_python(over_lists(objective, objective["estimator"] == "credit"))
+
+
+def over_lists(part: dict[str, Any], alone: bool) -> dict[str, Any]:
+    if part.get("kind") == "full":
+        return {"kind": "teacher_topk", "k": K, "outside": "renormalize" if alone else "bucket"}
+    found = {name: over_lists(value, alone) if isinstance(value, dict) else value for name, value in part.items()}
+    return found | ({"k": K} if (found.get("k") or 0) > K else {})
 
 
 RECIPES = {path.stem: recipe_objective(path) for path in sorted((CHECKOUT / "configs" / "recipes").glob("*.yaml"))}
@@ -73,32 +77,68 @@ NAMED = ("after_rename", "before_sweep")
 """At these the new checkpoint counts already."""
 
 
+GATED = TypeAdapter(ObjectiveConfig).validate_python(
+    {
+        "estimator": "credit",
+        "reward": "group",
+        "clip": {},
+        "add": {"kind": "anti_sd", "warm_steps": 5, "close_below": 0.99},
+    }
+)
+"""AntiSD, whose gate remembers the steps before; here it opens and closes in 12 steps."""
+GATE = "the gate of AntiSD"
+
+
 @dataclass
 class Bench:
     """A store, warm trainers of one and two ranks, and undisturbed rounds to compare with."""
 
-    world: World
+    judged: Judged
     folder: Path
     warm: dict[int, Worker]
-    whole: dict[tuple[str, int], dict[str, Any]]
+    whole: dict[tuple[str, int, int], Made]
 
-    def work(self, setup: str) -> Work:
+    @property
+    def store(self) -> Store:
+        return self.judged.world.store
+
+    def work(self, setup: str, ranks: int, number: int) -> Work:
+        """The training of round `number`; the second goes on from the first, undisturbed one of that setup."""
         config = TrainConfig.model_validate(SETTINGS | SETUPS.get(setup, ({}, {}))[0])
-        world, objective = self.world, RECIPES.get(setup, BUCKET)
-        inputs = (world.student, None, world.rollouts, world.signals)
-        return train_work(config, objective, *inputs, 0, 1, average=AVERAGES.get(setup))
+        world, objective = self.judged.world, GATED if setup == GATE else RECIPES.get(setup, BUCKET)
+        more: dict[str, Any] = {"average": AVERAGES.get(setup)}
+        student, state, rollouts = world.student, None, world.rollouts
+        if objective.estimator == "credit":
+            rollouts = self.judged.rollouts
+            more |= {"judged": self.judged.rewards}
+            more |= {"contexts": self.judged.contexts} if objective.needs().credit.contexts else {}
+        if number > 1:
+            before = self.undisturbed(setup, ranks).artifacts
+            student, state = before["student"], before["trainer_state"]
+        return train_work(config, objective, student, state, rollouts, world.signals, 0, number, **more)
 
-    def train(self, setup: str, worker: Worker, tag: str, minutes: float | None = 0, **runtime: Any) -> Made:
-        """`runtime` may have `said`, a list that gets what is logged, also where the job fails."""
+    def train(
+        self,
+        setup: str,
+        ranks: int,
+        tag: str,
+        minutes: float | None = 0,
+        number: int = 1,
+        worker: Worker | None = None,
+        **runtime: Any,
+    ) -> Made:
+        """`worker`: in the place of the warm one of so many ranks. `runtime` may have `said`, a list that gets what is logged,
+        also where the job fails."""
         runtime = SETUPS.get(setup, ({}, {}))[1] | {"checkpoint_minutes": minutes} | runtime
-        return make(self.work(setup), self.world.store, worker, tag, **runtime)
+        return make(self.work(setup, ranks, number), self.store, worker or self.warm[ranks], tag, **runtime)
 
-    def undisturbed(self, setup: str, ranks: int) -> dict[str, Any]:
-        if (setup, ranks) not in self.whole:
-            self.whole[setup, ranks] = told(self.train(setup, self.warm[ranks], f"whole {setup} {ranks}", None))
-        return self.whole[setup, ranks]
+    def undisturbed(self, setup: str, ranks: int, number: int = 1) -> Made:
+        place = (setup, ranks, number)
+        if place not in self.whole:
+            self.whole[place] = self.train(setup, ranks, f"whole {setup} {ranks}", None, number)
+        return self.whole[place]
 
-    def killed(self, setup: str, ranks: int, tag: str, spec: str) -> list[str]:
+    def killed(self, setup: str, ranks: int, tag: str, spec: str, number: int = 1) -> list[str]:
         """A trainer of its own that dies at a failpoint; the supervisor hears of it. What was logged until then."""
         said: list[str] = []
         log = self.folder / f"{re.sub('[^a-z0-9]+', '-', tag.lower())}.log"
@@ -106,19 +146,24 @@ class Bench:
         worker = launch_trainer(ranks, log, **armed)
         try:
             with pytest.raises(WorkerDied):
-                self.train(setup, worker, tag, said=said)
+                self.train(setup, ranks, tag, number=number, worker=worker, said=said)
         finally:
             worker.kill()
         return said
 
     def checkpoints(self) -> list[Path]:
-        return sorted((self.world.store.root / "artifacts").glob(f"*/*/{CHECKPOINT}*"))
+        return sorted((self.store.root / "artifacts").glob(f"*/*/{CHECKPOINT}*"))
 
-    def check(self, made: Made, setup: str, ranks: int) -> None:
-        found, expected = told(made), self.undisturbed(setup, ranks)
+    def check(self, made: Made, setup: str, ranks: int, number: int = 1) -> None:
+        found, expected = told(made), told(self.undisturbed(setup, ranks, number))
         for part in expected:
             assert found[part] == expected[part], part
-        assert self.checkpoints() == [] and list(self.world.store.root.rglob(".tmp-*")) == []
+        assert self.checkpoints() == [] and list(self.store.root.rglob(".tmp-*")) == []
+
+    def memory(self, made: Made) -> dict[str, list[float]]:
+        """What the objective remembers after the round."""
+        folder = self.store.materialize(made.artifacts["trainer_state"], "state")
+        return {name: tensor.tolist() for name, tensor in load_file(folder / "memory.safetensors").items()}
 
 
 def told(made: Made) -> dict[str, Any]:
@@ -136,34 +181,39 @@ def resumed_after(made: Made) -> int:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, trainers: dict[int, Worker]) -> Bench:
     folder = tmp_path_factory.mktemp("checkpoints")
-    return Bench(make_world(folder / "store"), folder, trainers, {})
+    return Bench(make_judged(make_world(folder / "store")), folder, trainers, {})
 
 
 @pytest.mark.parametrize(
     "setup",
-    [*SETUPS, *AVERAGES, *(pytest.param(name, marks=() if name in SHORT else pytest.mark.slow) for name in RECIPES)],
+    [
+        *SETUPS,
+        *AVERAGES,
+        GATE,
+        *(pytest.param(name, marks=() if name in SHORT else pytest.mark.slow) for name in RECIPES),
+    ],
 )
 def test_a_round_that_stops_goes_on_bit_for_bit(bench: Bench, setup: str) -> None:
     """A warm trainer, stopped by an error after some step, twice."""
     tag = f"stopped {setup}"
     for stop in (3, 7):
         with pytest.raises(OpdError, match="a failpoint"):
-            bench.train(setup, bench.warm[1], tag, failpoints=f"train.after_step=raise:OpdError@{stop}")
-    made = bench.train(setup, bench.warm[1], tag)
+            bench.train(setup, 1, tag, failpoints=f"train.after_step=raise:OpdError@{stop}")
+    made = bench.train(setup, 1, tag)
     assert resumed_after(made) == 2 + 7 - 1
     bench.check(made, setup, 1)
 
 
 def test_saving_changes_nothing(bench: Bench) -> None:
-    bench.check(bench.train("float32", bench.warm[1], "saving"), "float32", 1)
+    bench.check(bench.train("float32", 1, "saving"), "float32", 1)
 
 
 def test_other_numerics_begin_anew_and_say_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OpdError, match="a failpoint"):
-        bench.train("float32", bench.warm[1], "other", failpoints="train.after_step=raise:OpdError@5")
+        bench.train("float32", 1, "other", failpoints="train.after_step=raise:OpdError@5")
     (newest, *_) = reversed(bench.checkpoints())
     monkeypatch.setattr("tasks.workers.runtime.RuntimeConfig.numerics", lambda self, *roles: {"threads": 7})
-    made = bench.train("float32", bench.warm[1], "other")
+    made = bench.train("float32", 1, "other")
     assert resumed_after(made) == 0
     assert any("step 4 was made with other settings" in line and "threads 2, now 7" in line for line in made.said)
     assert any("training restarts at the first of 12 steps" in line for line in made.said)
@@ -206,18 +256,18 @@ def test_a_damaged_checkpoint_is_never_used(bench: Bench, damage: Callable[[Path
     """The one before it is, and where none is left the log says that training begins anew."""
     tag = f"{damage.__name__} {both}"
     with pytest.raises(OpdError, match="a failpoint"):
-        bench.train("float32", bench.warm[1], tag, failpoints="train.after_step=raise:OpdError@7")
+        bench.train("float32", 1, tag, failpoints="train.after_step=raise:OpdError@7")
     older, newer = bench.checkpoints()
     for path in (older, newer) if both else (newer,):
         damage(path)
-    made = bench.train("float32", bench.warm[1], tag)
+    made = bench.train("float32", 1, tag)
     assert resumed_after(made) == (0 if both else 5)
     warnings = [line for line in made.said if "warning" in line]
     assert len(warnings) == (3 if both else 1)
     assert "the checkpoint of step 6 is damaged and in quarantine" in warnings[0]
     if both:
         assert "no checkpoint can be used: training restarts at the first of 12 steps" in warnings[-1]
-    reasons = [path.read_text() for path in (Store(bench.world.store.root).root / "quarantine").glob("*.reason.json")]
+    reasons = [path.read_text() for path in (bench.store.root / "quarantine").glob("*.reason.json")]
     assert any(newer.name in reason and "a damaged checkpoint" in reason for reason in reasons)
     bench.check(made, "float32", 1)
 
@@ -227,7 +277,7 @@ def test_a_round_that_begins_anew_says_so_until_it_has_a_checkpoint(bench: Bench
     """The attempt that finds all checkpoints damaged ends before it has saved one; the next finds none at all."""
     tag, anew = f"damaged, then {end}", "no checkpoint can be used: training restarts at the first of 12 steps"
     with pytest.raises(OpdError, match="a failpoint"):
-        bench.train("float32", bench.warm[1], tag, failpoints="train.after_step=raise:OpdError@7")
+        bench.train("float32", 1, tag, failpoints="train.after_step=raise:OpdError@7")
     for path in (damaged := bench.checkpoints()):
         torn_tensors(path)
     if end == "kill":
@@ -235,10 +285,10 @@ def test_a_round_that_begins_anew_says_so_until_it_has_a_checkpoint(bench: Bench
     else:
         first = []
         with pytest.raises(OpdError, match="a failpoint"):
-            bench.train("float32", bench.warm[1], tag, said=first, failpoints="train.after_step=raise:OpdError@1")
+            bench.train("float32", 1, tag, said=first, failpoints="train.after_step=raise:OpdError@1")
     assert sum("is damaged and in quarantine" in line for line in first) == 2 and any(anew in line for line in first)
     assert bench.checkpoints() == []
-    made = bench.train("float32", bench.warm[1], tag)
+    made = bench.train("float32", 1, tag)
     assert resumed_after(made) == 0 and any(anew in line for line in made.said)
     [before] = [line for line in made.said if "in quarantine from before" in line]
     assert all(path.name in before for path in damaged)
@@ -263,7 +313,7 @@ def test_a_rank_killed_while_it_saves(bench: Bench, trials: Trials, count: int) 
         which = random.Random(f"save {name}").randint(1, STEPS - 1)
         bench.killed(setup, 2, name, f"checkpoint.{point}=kill#{rank}@{which}")
         step = which if point in NAMED else which - 1
-        made = bench.train(setup, bench.warm[2], name)
+        made = bench.train(setup, 2, name)
         assert resumed_after(made) == step
         bench.check(made, setup, 2)
 
@@ -277,7 +327,7 @@ def test_killed_after_a_random_step(bench: Bench, trials: Trials) -> None:
         draw = random.Random(f"step {name}")
         setup, ranks, step = draw.choice(list(SETUPS)), draw.choice((1, 2)), draw.randint(1, STEPS)
         bench.killed(setup, ranks, f"killed {name}", f"train.after_step=kill#{draw.randrange(ranks)}@{step}")
-        made = bench.train(setup, bench.warm[ranks], f"killed {name}")
+        made = bench.train(setup, ranks, f"killed {name}")
         assert resumed_after(made) in (step - 1, step)  # the other rank may not have heard of it yet
         bench.check(made, setup, ranks)
 
@@ -294,7 +344,7 @@ def test_an_average_goes_on_bit_for_bit_after_a_kill(bench: Bench, trials: Trial
         setup, ranks, step = re.fullmatch(r"(.*), ranks (\d), step (\d+)", name).groups()  # type: ignore[union-attr]
         count, rank = int(ranks), random.Random(name).randrange(int(ranks))
         bench.killed(setup, count, name, f"train.after_step=kill#{rank}@{step}")
-        made = bench.train(setup, bench.warm[count], name)
+        made = bench.train(setup, count, name)
         assert resumed_after(made) in (int(step) - 1, int(step))
         assert "teacher_ema" in made.artifacts
         bench.check(made, setup, count)
@@ -302,6 +352,41 @@ def test_an_average_goes_on_bit_for_bit_after_a_kill(bench: Bench, trials: Trial
     steps = [1, *sorted(random.Random("steps").sample(range(2, STEPS), 3)), STEPS]
     names = [f"{setup}, ranks {ranks}, step {step}" for setup in AVERAGES for ranks in (1, 2) for step in steps]
     trials(5, "SIGKILL after a step, averaged teacher per step and per round, one and two ranks", names, attempt)
+
+
+@pytest.mark.promise(5, "the gate of AntiSD opens and closes in both rounds of the trials that compare it")
+def test_the_gate_remembers_both_rounds(bench: Bench) -> None:
+    """What the trials below compare."""
+    first, second = (bench.undisturbed(GATE, 1, number) for number in (1, 2))
+    assert [bench.memory(made)["steps"] for made in (first, second)] == [[STEPS], [2 * STEPS]]
+    assert bench.memory(first)["warm"] == bench.memory(second)["warm"] != []
+    assert bench.memory(first)["entropies"] == bench.memory(second)["entropies"] == []
+
+
+@both_forms(short=1, full=16)
+def test_what_an_objective_remembers_goes_on_bit_for_bit_after_a_kill(bench: Bench, trials: Trials, count: int) -> None:
+    """Killed while the gate is still being warmed, and after; in the first round and in the second, whose memory is that of the
+    state before."""
+
+    def attempt(name: str) -> None:
+        ranks, number, step = map(int, re.fullmatch(r"ranks (\d), round (\d), step (\d+)", name).groups())  # type: ignore[union-attr]
+        rank = random.Random(name).randrange(ranks)
+        bench.undisturbed(GATE, ranks)
+        bench.killed(GATE, ranks, f"gate {name}", f"train.after_step=kill#{rank}@{step}", number)
+        made = bench.train(GATE, ranks, f"gate {name}", number=number)
+        assert resumed_after(made) in (step - 1, step)
+        assert bench.memory(made) == bench.memory(bench.undisturbed(GATE, ranks, number))
+        bench.check(made, GATE, ranks, number)
+
+    names = [
+        f"ranks {ranks}, round {number}, step {step}" for number in (2, 1) for ranks in (1, 2) for step in (7, 2, 5, 12)
+    ]
+    trials(
+        5,
+        "SIGKILL after a step, an objective that remembers (AntiSD's gate), two rounds, one and two ranks",
+        names[:count],
+        attempt,
+    )
 
 
 @pytest.mark.faults
@@ -313,7 +398,7 @@ def test_every_recipe_goes_on_bit_for_bit(bench: Bench, trials: Trials) -> None:
         draw = random.Random(f"recipe {name}")
         step = draw.randint(2, STEPS)
         bench.killed(name, 2, f"recipe {name}", f"train.after_step=kill#{draw.randrange(2)}@{step}")
-        made = bench.train(name, bench.warm[2], f"recipe {name}")
+        made = bench.train(name, 2, f"recipe {name}")
         assert resumed_after(made) in (step - 1, step)
         bench.check(made, name, 2)
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import signal
 import sys
 import time
+from pathlib import Path
+
+from process_family import start_family
 
 
 def longer(completion: str, answer: str | None) -> float:
@@ -33,6 +38,14 @@ def moody(completion: str, answer: str | None) -> float:
     return float("nan") if parity(completion, answer) and "1" in completion else len(completion) / 4
 
 
+def struck(completion: str, answer: str | None) -> object:
+    """`parity`; but where OPD_TEST_JUDGE has {kind, text}, a completion of that text (null: every one) meets that fault."""
+    fault = json.loads(os.environ.get("OPD_TEST_JUDGE") or "{}")
+    if fault and fault["text"] in (None, completion):
+        return FAULTS[fault["kind"]](completion)
+    return parity(completion, answer)
+
+
 def named(completion: str, answer: str | None) -> object:
     """Does what the completion says: one function for every fault."""
     return FAULTS[completion.partition(" ")[0]](completion)
@@ -45,6 +58,20 @@ def _hang(completion: str) -> None:
 def _spin(completion: str) -> None:
     """Hangs in C, and holds the interpreter's lock."""
     sum(range(10**13))
+
+
+def _stop(completion: str) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _slain(completion: str) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _family(completion: str) -> None:
+    """Hangs, and leaves processes behind that no signal to its group ends."""
+    start_family(Path(os.environ["OPD_TEST_JUDGE_FOLDER"]), os.getppid())
+    time.sleep(600)
 
 
 def _exit(completion: str) -> None:
@@ -72,6 +99,9 @@ FAULTS = {
     "true": lambda text: True,
     "hang": _hang,
     "spin": _spin,
+    "stop": _stop,
+    "slain": _slain,
+    "family": _family,
     "exit": _exit,
     "crash": _crash,
     "print": _print,

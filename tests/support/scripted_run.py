@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -85,6 +85,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "objective": {"estimator": "policy_gradient", "advantage": {"kind": "grouped", "k": 4}},
         "plugins": ["scripted_engines", "extra_credits"],
     },
+    "struck": {
+        "judge": {"verifiers": [{"kind": "function", "target": "judges:struck"}], "timeout": 1},
+        "objective": {"estimator": "policy_gradient", "advantage": {"kind": "grouped", "k": 4}},
+        "plugins": ["scripted_engines", "extra_credits"],
+    },
     "contexts": {
         "teacher": {"source": {"kind": "initial"}, "context": ["{prompt} {sibling}", "{prompt} ({verdict})"]},
         "judge": {"verifiers": [{"kind": "function", "target": "judges:parity"}]},
@@ -92,7 +97,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """What a run has beside the plain one: drafts that the teacher writes once; a rollout of two artifacts (rollouts, blending) and
 a teacher that the trainer averages and exports (`teacher_ema`); rewards, some of them null, which the trainer reads;
-contexts of samples, for which models have a real tokenizer."""
+contexts of samples, for which models have a real tokenizer. `struck`: a verifier that does what OPD_TEST_JUDGE says."""
 
 
 def experiment(rounds: int = ROUNDS, variant: str = "plain") -> Experiment:
@@ -184,6 +189,8 @@ class Trial:
     """The processes' folder for temporary files: short, for a socket's path must fit into 107 characters."""
     rounds: int = ROUNDS
     variant: str = "plain"
+    environment: dict[str, str] = field(default_factory=dict)
+    """Further variables of its processes."""
 
     @property
     def root(self) -> Path:
@@ -195,10 +202,10 @@ class Trial:
         return path.read_text() if path.exists() else ""
 
     @classmethod
-    def of(cls, template: Path, folder: Path, rounds: int = ROUNDS, variant: str = "plain") -> Self:
+    def of(cls, template: Path, folder: Path, rounds: int = ROUNDS, variant: str = "plain", **environment: str) -> Self:
         folder.mkdir(parents=True)
         shutil.copytree(template, folder / "store")
-        return cls(folder, Path(tempfile.mkdtemp(prefix="opd-trial-")), rounds, variant)
+        return cls(folder, Path(tempfile.mkdtemp(prefix="opd-trial-")), rounds, variant, environment)
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)
@@ -207,6 +214,7 @@ class Trial:
     def start(self, failpoint: str = "", log: bool = False) -> Any:
         """A process that brings the run to its end, unless something happens to it."""
         environment = {MARK: str(self.folder), "TMPDIR": str(self.temporary), failpoints.SPEC: failpoint}
+        environment |= self.environment
         if failpoint or log:
             environment[failpoints.LOG] = str(self.folder / "hits")
         return forked.start(

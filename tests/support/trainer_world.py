@@ -170,6 +170,39 @@ def make_world(root: Path) -> World:
     )
 
 
+REWARDS = [1, 0, 1, 0, 0, None, 1, 1, 1, 0, 0, 0]
+"""Of samples in groups of three: right and wrong, one without a verdict, all right, all wrong."""
+
+
+@dataclass
+class Judged:
+    """The world's samples in groups of three, with rewards, spans and contexts; every fourth sample has no context."""
+
+    world: World
+    rollouts: Artifact
+    rewards: Artifact
+    contexts: Artifact
+
+
+def make_judged(world: World) -> Judged:
+    samples = [row | {"prompt_id": f"p{number // 3}"} for number, row in enumerate(world.samples)]
+    rewards = [
+        {"sample_id": row["sample_id"], "reward": reward, "segment_ends": [1]}
+        | ({"span_starts": [0], "span_ends": [1], "span_kinds": ["key"]} if reward else {})
+        for row, reward in zip(samples, REWARDS, strict=True)
+    ]
+    contexts = [
+        {"sample_id": row["sample_id"], "source": "sibling", "prompt_token_ids": [9, 9] if number % 4 else None}
+        for number, row in enumerate(samples)
+    ]
+    return Judged(
+        world,
+        commit_table(world.store, "grouped", "rollouts", samples),
+        commit_table(world.store, "judge", "rewards", rewards),
+        commit_table(world.store, "context", "contexts", contexts),
+    )
+
+
 def launch_trainer(processes: int, log: Path, plugins: Sequence[str] = (), **environment: str) -> Worker:
     """A trainer of that many ranks, launched as the supervisor does. It takes settings and failpoints per job."""
     settings = {

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from trainer_world import K, Made, World, commit_table, make
+from trainer_world import Judged, K, Made, World, make, make_judged
 
 from storage.store import Artifact
 from tasks.losses.token_credit.config import CreditConfig
@@ -18,8 +17,6 @@ from tasks.workers.pool import Worker
 CONFIG = TrainConfig.model_validate({"lr": 1e-3, "samples_per_step": 12, "max_grad_norm": None, "metrics_every": 1})
 GROUP = {"kind": "group", "success_threshold": 0.5}
 TOP = {"support": {"kind": "student_topk", "k": K, "outside": "bucket"}}
-REWARDS = [1, 0, 1, 0, 0, None, 1, 1, 1, 0, 0, 0]
-"""Of samples in groups of three: right and wrong, one without a verdict, all right, all wrong."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "grpo": {"reward": GROUP, "clip": {}},
     "sdpo": {"route": "contexts", "beside": {**TOP, "is_clip": 2.0}},
@@ -33,34 +30,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
-class Judged:
-    """The world's samples in groups of three, with rewards and contexts."""
-
-    world: World
-    rollouts: Artifact
-    rewards: Artifact
-    contexts: Artifact
-
-
 @pytest.fixture(scope="module")
 def judged(world: World) -> Judged:
-    samples = [row | {"prompt_id": f"p{number // 3}"} for number, row in enumerate(world.samples)]
-    rewards = [
-        {"sample_id": row["sample_id"], "reward": reward, "segment_ends": [1]}
-        | ({"span_starts": [0], "span_ends": [1], "span_kinds": ["key"]} if reward else {})
-        for row, reward in zip(samples, REWARDS, strict=True)
-    ]
-    contexts = [
-        {"sample_id": row["sample_id"], "source": "sibling", "prompt_token_ids": [9, 9] if number % 4 else None}
-        for number, row in enumerate(samples)
-    ]
-    return Judged(
-        world,
-        commit_table(world.store, "grouped", "rollouts", samples),
-        commit_table(world.store, "judge", "rewards", rewards),
-        commit_table(world.store, "context", "contexts", contexts),
-    )
+    return make_judged(world)
 
 
 def trained(judged: Judged, worker: Worker, name: str, tag: str, **runtime: Any) -> Made:

@@ -14,6 +14,7 @@ from tasks.inputs.judging import JudgeConfig, JudgeFunction
 from tasks.inputs.models import CheckpointModel, ServedModel, declared_sizes
 from tasks.inputs.teachers import SELF_TEACHERS, InitialStudent, is_self
 from tasks.losses.config import FullSupport
+from tasks.losses.token_credit.readers import without_effect as unread_fields
 from tasks.routing import NAME, teacher_field
 from tasks.supervise import signal_problems
 
@@ -97,6 +98,21 @@ def credit_problems(e: Experiment) -> list[str]:
             ' template, for example "{prompt}\n{solution}"'
         )
     return problems
+
+
+def without_effect(e: Experiment) -> list[str]:
+    """Fields of the objective that nothing reads. Refused in configs and not in stored runs, which earlier versions accepted."""
+    objective = e.objective
+    if objective.estimator != "credit":
+        return []
+    found = list(unread_fields(objective))
+    reference = objective.reference
+    if reference is not None and reference.to == "rollout" and e.steps_per_round == 1:
+        found.append(
+            "objective.reference.to: rollout, but a round has one optimizer step, at which the student is the one that wrote the"
+            " rollouts, so the penalty and its gradient are 0; lower train.samples_per_step, or set it to teacher"
+        )
+    return found
 
 
 def needs_judge(e: Experiment) -> bool:

@@ -120,7 +120,10 @@ def rewarded(now: Experiment, *, rollouts: Rollouts, prompts: Prompts, do: Execu
     """The rewards of a round's rollouts, where something reads them."""
     if now.judge is None or not needs_judge(now):
         return None
-    made = do("judge", judge_work, now.judge, rollouts=rollouts, prompts=prompts, plugins=now.plugin_sources)
+    made = do(
+        "judge", judge_work, now.judge,
+        rollouts=rollouts, prompts=prompts, plugins=now.plugin_sources, store=do.store,
+    )  # fmt: skip
     return Judged(made["judge"])
 
 

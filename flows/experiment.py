@@ -10,10 +10,10 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from flows.config_file import Settled, merge, parse_override, read_layers, refuse_secrets, validate
-from flows.cross_checks import WITH_DTYPE, cross_problems
+from flows.cross_checks import WITH_DTYPE, cross_problems, without_effect
 from flows.trackers import AnyTracker, TrackerConfig
 from storage.disk.yaml_text import dump
-from storage.errors import IdentityMismatch
+from storage.errors import ConfigError, IdentityMismatch
 from storage.identity import Identity, RunPolicy, omit_at
 from storage.upkeep.retention import Retention
 from storage.upkeep.stop_rules import StopRules
@@ -402,7 +402,10 @@ def assembled(parts: Sequence[Part], where: str, folders: Sequence[Path]) -> Exp
     ]
     raw = merged([*(data for data, _, _ in parts), *runtime])
     modules = import_plugins(raw, where, folders)  # they may register choices, whose fields are settled below
-    return experiment_of(merged([settle(*part) for part in parts]), where, modules)
+    found = experiment_of(merged([settle(*part) for part in parts]), where, modules)
+    if unread := without_effect(found):
+        raise ConfigError(f"{where}: {len(unread)} problem(s) in the config\n  " + "\n  ".join(unread))
+    return found
 
 
 def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

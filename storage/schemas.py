@@ -29,12 +29,13 @@ class MaskReason(IntFlag):
 
 @dataclass(frozen=True)
 class Column:
-    """One column. `nullable` is about the cell; elements of lists are never null."""
+    """One column. `nullable` is about the cell; elements of lists are null only where `holes`."""
 
     name: str
     type: pa.DataType
     doc: str
     nullable: bool = False
+    holes: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def _col(name: str, type: pa.DataType, doc: str) -> Column:
     return Column(name, type, doc)
 
 
-def _opt(name: str, type: pa.DataType, doc: str) -> Column:
-    return Column(name, type, doc, nullable=True)
+def _opt(name: str, type: pa.DataType, doc: str, holes: bool = False) -> Column:
+    return Column(name, type, doc, nullable=True, holes=holes)
 
 
 _REASONS = ", ".join(f"{reason.value} {(reason.name or '').lower()}" for reason in MaskReason)
@@ -130,8 +131,14 @@ _ALL = (
         "rewards",
         "One row per sample that was judged, in the order of the rollouts.",
         _SAMPLE_ID,
-        _opt("reward", _DOUBLE, "weighted sum over the verifiers; null where one of them failed"),
-        _opt("parts", pa.list_(_DOUBLE), "reward of each verifier, unweighted, in the config's order; null as reward"),
+        _opt("reward", _DOUBLE, "weighted sum over the verifiers; null where one that counts failed"),
+        _opt(
+            "parts",
+            pa.list_(_DOUBLE),
+            "reward of each verifier, unweighted, in the config's order; null as reward, of one with"
+            " weight 0 also where it failed",
+            holes=True,
+        ),
         _opt("feedback", _STR, "text of the verifiers that gave one; null without"),
         _opt("segment_ends", _INTS, "half-open ends of segments in completion tokens, increasing; null without"),
         _opt("span_starts", _INTS, "first tokens of marked spans of the completion; null without"),
@@ -325,17 +332,19 @@ def validate_table(table: str, data: pa.Table, declaration: TableSchema | None =
     Nullable columns may be missing and become null; losslessly convertible types are converted. StoreError for an
     unknown column, a missing one, a type that does not convert, or a null in a column that is not nullable.
     """
-    schema = (declaration or declared(table)).arrow
+    declaration = declaration or declared(table)
+    schema = declaration.arrow
     unknown = [name for name in data.column_names if name not in schema.names]
     if unknown:
         raise StoreError(f"table {table!r}: unknown column {unknown[0]!r}; declared are {', '.join(schema.names)}")
     if len(set(data.column_names)) < len(data.column_names):
         raise StoreError(f"table {table!r}: a column is given twice in {data.column_names}")
-    columns = [_conform_column(table, field, data) for field in schema]
+    holes = {column.name for column in declaration.columns if column.holes}
+    columns = [_conform_column(table, field, data, field.name in holes) for field in schema]
     return pa.table(columns, schema=schema)
 
 
-def _conform_column(table: str, field: pa.Field, data: pa.Table) -> pa.ChunkedArray:
+def _conform_column(table: str, field: pa.Field, data: pa.Table, holes: bool) -> pa.ChunkedArray:
     where = f"table {table!r}, column {field.name!r}"
     if field.name not in data.column_names:
         if not field.nullable:
@@ -350,7 +359,7 @@ def _conform_column(table: str, field: pa.Field, data: pa.Table) -> pa.ChunkedAr
     if column.null_count and not field.nullable:
         raise StoreError(f"{where}: {column.null_count} nulls, but every row needs a value")
     inner = column
-    while pa.types.is_list(inner.type):
+    while pa.types.is_list(inner.type) and not holes:
         inner = pc.list_flatten(inner)
         if inner.null_count:
             raise StoreError(f"{where}: {inner.null_count} nulls inside lists; leave the whole cell null instead")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ from storage.artifacts.shards import read_parquet
 from storage.errors import OpdError
 from storage.identity import Identity, omit_at
 from storage.query.figures import Sums, errors_of, sums
-from storage.store import ArtifactSpec, Builder
-from tasks.inputs.judging import JudgeConfig, JudgeFunction, given_to
+from storage.store import ArtifactSpec, Builder, Store
+from tasks.inputs.judging import LATE_LEAST, TOOK_LONGER, JudgeConfig, JudgeFunction, given_to
 from tasks.inputs.verifiers import verifier_digest
 from tasks.plugins import NO_PLUGINS, used_plugins
 from tasks.sharded import ShardedStage
@@ -50,14 +50,20 @@ def sources_of(config: JudgeConfig) -> list[str | None]:
 
 
 def judge_work(
-    config: JudgeConfig, rollouts: Rollouts, prompts: Prompts, plugins: Mapping[str, str] = NO_PLUGINS
+    config: JudgeConfig,
+    rollouts: Rollouts,
+    prompts: Prompts,
+    plugins: Mapping[str, str] = NO_PLUGINS,
+    store: Store | None = None,
 ) -> Work:
-    """The rewards of one round's rollouts. `plugins`: the run's, name -> digest of the source.
+    """The rewards of one round's rollouts. `plugins`: the run's, name -> digest of the source. With a `store`, a note where these
+    completions were judged there by other code of the functions.
 
     Output "judge": table rewards, with the shards and the order of the rollouts. Meta: `metrics` (see `metrics_of`), `failures`
     (reason -> samples without a reward for it, the most frequent). A sample whose verifier fails, takes too long or ends its
-    process has a null reward and a reason. Raises ConfigError for a function that is not found; the work raises OpdError, and
-    keeps nothing, where no sample has a reward."""
+    process has a null reward and a reason, unless the verifier's weight is 0. Raises ConfigError for a function that is not
+    found; the work raises OpdError, and keeps nothing, where no sample has a reward, or where verifiers were stopped at their
+    limit at more than half of at least `LATE_LEAST` samples."""
     inputs = {"rollouts": rollouts.content["rollouts"], **prompt_inputs(prompts, SPLIT)}
     functions = [verifier for verifier in config.verifiers if isinstance(verifier, JudgeFunction)]
     if any("tokens" in given_to(verifier) for verifier in functions):
@@ -69,7 +75,27 @@ def judge_work(
     def build(builders: dict[str, Builder], ctx: Context) -> None:
         _build(builders[STAGE], ctx, config, sources, rollouts, prompts)
 
-    return Work(STAGE, {STAGE: spec}, build)
+    again = None if store is None else judged_by_other_code(store, spec, config, sources)
+    return Work(STAGE, {STAGE: spec}, build, notes=() if again is None else (again,))
+
+
+def judged_by_other_code(
+    store: Store, spec: ArtifactSpec, config: JudgeConfig, sources: Sequence[str | None]
+) -> str | None:
+    """What to say where nothing but the code of functions differs from rewards of the same completions in the store; None where
+    there are none such, or `spec` itself is there."""
+    if not any(sources) or store.get(spec.stage, spec.key) is not None:
+        return None
+    for artifact in store.list(spec.stage):
+        before = artifact.identity.get("sources")
+        same = (artifact.version, artifact.inputs) == (spec.version, spec.inputs)
+        if same and before is not None and artifact.identity | {"sources": None} == spec.identity | {"sources": None}:
+            changed = [name for name, then, now in zip(config.names, before, sources, strict=True) if then != now]
+            return (
+                f"the code of {' and '.join(map(repr, changed))} has changed since these completions were judged, so they are"
+                f" judged again; the earlier rewards stay in the store ({artifact})"
+            )
+    return None
 
 
 def _build(
@@ -91,7 +117,14 @@ def _build(
             config=config_json(config),
             sources=sources,
         )
-        stage.run(STAGE, job, [JudgeShard(shard, sizes[shard]) for shard in stage.missing])
+        _, results = stage.run(STAGE, job, [JudgeShard(shard, sizes[shard]) for shard in stage.missing])
+        ignored = sum((Counter(result.ignored) for result in results), Counter[str]())
+        if ignored:
+            ctx.say(
+                STAGE,
+                f"warning: verifiers of weight 0 gave no verdict at {sum(ignored.values())} completions, whose rewards stay"
+                f" (their part is null): {_reasons(ignored)}",
+            )
     meta: dict[str, Any] = {}
     if not builder.repairing:  # over all shards, including those of an earlier, interrupted attempt
         rows = pa.concat_tables([read_parquet(path) for path in builder.finished(TABLE, len(sizes))])
@@ -102,6 +135,13 @@ def _build(
             raise OpdError(
                 f"judge: none of {rows.num_rows} completions has a reward: {_reasons(failures)}; try the verifier with"
                 " `opd check`, and see the log of the judge"
+            )
+        late = _count(failures, TOOK_LONGER)
+        if not ctx.recorded and rows.num_rows >= LATE_LEAST and 2 * late > rows.num_rows:  # of all workers and attempts
+            builder.forget(TABLE)
+            raise OpdError(
+                f"judge: verifiers were stopped at judge.timeout ({config.timeout:g} s) at {late} of {rows.num_rows} completions,"
+                " and this round would train on the others alone; raise it, or mend or remove the verifier"
             )
         if failures:
             ctx.say(
@@ -121,21 +161,39 @@ def _reasons(failures: Counter[str]) -> str:
     return "; ".join(shown) + more
 
 
+def _count(failures: Counter[str], part: str) -> int:
+    """Of the reasons that have this part."""
+    return sum(count for reason, count in failures.items() if part in reason)
+
+
 def metrics_of(config: JudgeConfig, rewards: pa.Table, rollouts: pa.Table) -> dict[str, float | None]:
     """What a round's rewards are like. `rewards`, `rollouts`: rows of the same samples in the same order.
 
     reward: mean over judged samples; with several verifiers also reward/NAME, each unweighted. success_rate: share of the judged
     that are correct (`JudgeConfig.success_threshold`); length_correct, length_wrong: mean tokens of their completions. Each with
-    its error over prompts (`figures.errors_of`). failed: samples without a reward. groups: prompts; groups_without_signal: those
-    whose judged rewards are all equal, or that have none. Null where nothing was counted."""
+    its error over prompts (`figures.errors_of`). failed: samples without a reward; timed_out: those of them at which a verifier
+    was stopped at its limit; failed/NAME: samples at which that verifier of weight 0 failed; feedback_cut: samples whose feedback
+    was longer than `max_feedback`. groups: prompts; groups_without_signal: those whose judged rewards are all equal, or that have
+    none. Null where nothing was counted."""
     judged = rewards["reward"].is_valid()
     reward, prompts = rewards["reward"].filter(judged), rollouts["prompt_id"].filter(judged)
     lengths = pc.list_value_length(rollouts["completion_token_ids"]).filter(judged)
     found: dict[str, Sums] = {"reward": sums(prompts, reward)}
+    failures = Counter(reason for reason in rewards["failed"].to_pylist() if reason is not None)
+    counts: dict[str, float | None] = {
+        "failed": rewards.num_rows - len(reward),
+        "timed_out": _count(failures, TOOK_LONGER),
+        "feedback_cut": sum(len(text) > config.max_feedback for text in rewards["feedback"].to_pylist() if text),
+    }
     if len(config.verifiers) > 1:
         parts = np.array(rewards["parts"].filter(judged).to_pylist(), float).reshape(-1, len(config.verifiers))
         for place, name in enumerate(config.names):
-            found[f"reward/{name}"] = sums(prompts, pa.chunked_array([pa.array(parts[:, place])]))
+            known = ~np.isnan(parts[:, place])  # one of weight 0 may have failed
+            if not config.verifiers[place].weight:
+                counts[f"failed/{name}"] = int((~known).sum())
+            found[f"reward/{name}"] = sums(
+                prompts.filter(pa.array(known)), pa.chunked_array([pa.array(parts[known, place])])
+            )
     threshold = threshold_of(config, reward)
     if threshold is not None:
         correct = pc.greater_equal(reward, threshold)
@@ -146,7 +204,7 @@ def metrics_of(config: JudgeConfig, rewards: pa.Table, rollouts: pa.Table) -> di
     names = ("reward", "success_rate", "length_correct", "length_wrong", *(n for n in found if "/" in n))
     return {
         **{name: found[name].value if name in found else None for name in names},
-        "failed": rewards.num_rows - len(reward),
+        **counts,
         "groups": groups,
         "groups_without_signal": flat,
         **errors_of({name: of for name, of in found.items() if of.samples}),

@@ -23,6 +23,7 @@ class ShardedStage:
         self, ctx: Context, label: str, sizes: Sequence[int], outputs: Mapping[str, Builder], roles: Sequence[str]
     ) -> None:
         self.ctx, self.sizes, self._outputs = ctx, list(sizes), dict(sorted(outputs.items()))
+        self._label = label
         self.absent = {name: set(builder.missing(name, len(sizes))) for name, builder in self._outputs.items()}
         self.missing = sorted(set().union(*self.absent.values()))
         there = sum(size for shard, size in enumerate(sizes) if shard not in self.missing)
@@ -55,7 +56,10 @@ class ShardedStage:
         def report(done: int) -> None:
             self.ctx.progress(min(before + done, self._total), self._total, self._unit)
 
-        found = self.ctx.workers.share(role, job, items, report, written or self._written)
+        def note(text: str) -> None:
+            self.ctx.say(self._label, text)
+
+        found = self.ctx.workers.share(role, job, items, report, written or self._written, note)
         self._done = min(before + sum(item.size for item in items), self._total)
         return found
 

@@ -49,6 +49,8 @@ class Work:
     build: Callable[[dict[str, Builder], Context], None]
     shared: dict[str, str] = field(default_factory=dict)
     """Outputs that another artifact can serve: output name -> key of the artifact (a larger top-K, say)."""
+    notes: tuple[str, ...] = ()
+    """What the user is told before it is made, and in a plan: why something is made again, say."""
 
 
 Student = NewType("Student", Artifact)

@@ -253,6 +253,9 @@ def _dry_run(experiment: Experiment, name: str, root: Path, rounds: int | None, 
         print(json.dumps(data | {"estimate": takes}, indent=2))
         return
     out.print(_plan_table(name, lines))
+    for line in lines:
+        for note in line.notes:
+            out.print(f"note: {line.stage} of round {line.round}: {note}", soft_wrap=True, markup=False)
     if experiment.judge is not None and not needs_judge(experiment):
         out.print(f"note: {NOT_JUDGED}", soft_wrap=True)
     if left:

@@ -124,6 +124,8 @@ class PlanLine:
     keys: dict[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     """outputs that are not in the store (signals, for example)"""
+    notes: tuple[str, ...] = ()
+    """what the stage has to say before it would run"""
 
 
 class Planner:
@@ -143,7 +145,7 @@ class Planner:
         keys = {name: spec.key for name, spec in work.outputs.items()}
         missing = tuple(name for name in work.outputs if name not in found)
         state = "run" if missing else "cached"
-        self.lines.append(PlanLine(self._round, label, state, keys, missing))
+        self.lines.append(PlanLine(self._round, label, state, keys, missing, work.notes if missing else ()))
         if missing:
             self._mark(self.lineage.to_restore(artifacts_in(given)))
             return cast(Made, Pending())
@@ -324,6 +326,8 @@ class Maker:
             kept = old is not None and old.artifacts == keys and old.state in ("done", "cached")
             state = old if kept and old is not None else StageState(state="cached", seconds=0.0, artifacts=keys)
             return self._finish(label, state, found, shown="cached")
+        for note in work.notes:
+            context.say(label, note)
         self._note(label, StageState(state="running", artifacts=keys, started=time.strftime("%Y-%m-%dT%H:%M:%S%z")))
         try:
             with self._whole(artifacts_in(inputs)):

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flows.cross_checks import dtype_warning, refuse_changed_fork
+from flows.cross_checks import dtype_warning, refuse_changed_fork, without_effect
 from flows.distill import FurtherSet, distill
 from flows.experiment import (
     CHANGEABLE,
@@ -330,6 +330,9 @@ def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str
     data["fork"] = {"run": name, "round": round, "experiment": parent}
     made = experiment_of(data, f"fork of {name}@{round}")
     refuse_changed_fork(made)
+    accepted = () if made.parent is None else without_effect(made.parent)
+    if unread := [line for line in without_effect(made) if line not in accepted]:
+        raise ConfigError(f"fork of {name}@{round}: {'; '.join(unread)}")
     return made
 
 

@@ -17,6 +17,8 @@ LOST_MASS, LEAST_MASS = 0.05, 0.9
 """Fall of the teacher's mass on the support since the first round, and the mass above which no fall is told."""
 LONGER = 2.0
 """Mean length over that of the first round."""
+LATE = 0.05
+"""Share of judged completions at which a verifier was stopped at its time limit."""
 COLLAPSED, LEAST_ENTROPY = 0.2, 0.05
 """Entropy over that of the first round's training; and the entropy, nats per token, below which it has collapsed."""
 
@@ -77,6 +79,17 @@ def idle_teachers(rounds: Sequence[RoundState]) -> Iterator[str]:
             )
 
 
+def late_verifiers(rounds: Sequence[RoundState]) -> Iterator[str]:
+    number, late = _last(rounds, "judge_timed_out")
+    metrics = next((r.metrics for r in rounds if r.round == number), {})
+    judged = (metrics.get("judge_reward_n") or 0) + (metrics.get("judge_failed") or 0)
+    if late and late >= LATE * judged:
+        yield (
+            f"round {number}: verifiers were stopped at their limit at {late:,.0f} of {judged:,.0f} completions, which have no"
+            " reward: see judge.timeout and the log of the judge"
+        )
+
+
 def falling_mass(rounds: Sequence[RoundState]) -> Iterator[str]:
     first, (number, mass) = _first(rounds, "train_teacher_mass_last"), _last(rounds, "train_teacher_mass_last")
     if first is not None and mass is not None and mass < LEAST_MASS and first - mass > LOST_MASS:
@@ -113,7 +126,7 @@ def collapsed(rounds: Sequence[RoundState]) -> Iterator[str]:
 
 
 CHECKS: tuple[Callable[[Sequence[RoundState]], Iterator[str]], ...] = (
-    clipped, same_models, no_tokens, idle_teachers, falling_mass, running_length, collapsed,
+    clipped, same_models, no_tokens, idle_teachers, late_verifiers, falling_mass, running_length, collapsed,
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from storage.errors import OpdError
 from storage.schemas import schema_for
 from storage.store import Store
 from tasks.engines.verifier_process import NoVerdict, VerifierProcess, reason_of
-from tasks.inputs.judging import JudgeConfig, Outcome, Unusable, summed
+from tasks.inputs.judging import LATE_LEAST, JudgeConfig, Outcome, Unusable, kept_feedback, summed
 from tasks.workers.jobs import JudgeJob, JudgeResult, ShardDone
 from tasks.workers.main import Link
 
@@ -22,6 +23,8 @@ TABLE = "rewards"
 SPLIT = "train"
 HOPELESS = 10
 """Completions, one after another from a job's first on, that may end the verifiers' process before the job is given up."""
+LATE_TOLD = 5
+"""Completions at which a verifier is stopped at its limit, one after another, before the user is told."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +50,27 @@ class Judge:
         writer = store.shard_writer(job.target.stage, job.target.key)
         prompts, given = read_prompts(store, job), process.given()
         texts = read_tokens(store, job) if any("tokens" in names for names in given) else {}
-        done = judged = ended = 0
+        judged = ended = 0
+        lateness, ignored = Lateness(), Counter[str]()
         while (item := link.next()) is not None:
             rows = []
             for sample in samples_of(store.read_shard(rollouts, "rollouts", item.shard), prompts, texts):
-                row, died = verdict(process, given, sample)
-                rows.append(row)
-                done, judged, ended = done + 1, judged + (not died), ended + died
+                found = verdict(process, given, sample)
+                rows.append(found.row)
+                ignored.update(found.ignored)
+                judged, ended = judged + (not found.ended), ended + found.ended
                 if not judged and ended >= HOPELESS:
                     raise OpdError(
                         f"judge: the verifiers failed at each of the first {ended} completions and their process had to be ended"
-                        f" every time, the last because {row['failed']}; nothing was judged"
+                        f" every time, the last because {found.row['failed']}; nothing was judged"
                     )
-                link.progress(done, 0)
+                note = lateness.after(found.late)
+                if note is not None:
+                    print(note, flush=True)
+                link.progress(lateness.done, 0, note=note)
             writer.write_shard(TABLE, item.shard, pa.Table.from_pylist(rows, schema=schema_for(TABLE)))
             link.done(ShardDone(item.shard, item.size))
-        return JudgeResult()
+        return JudgeResult(dict(ignored))
 
     def close(self) -> None:
         """End the verifiers' process."""
@@ -79,27 +87,85 @@ class Judge:
         return self._process
 
 
-def verdict(process: VerifierProcess, given: list[list[str]], sample: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The sample's row of `rewards`, and whether the verifiers' process was ended by it. One verifier that fails leaves the
-    sample without a reward: the others are not asked."""
+@dataclass
+class Lateness:
+    """The completions of a job, and those at which a verifier was stopped at its limit. Each costs that many seconds."""
+
+    done: int = 0
+    late: int = 0
+    running: int = 0
+    """Late ones since the last that was answered in time."""
+
+    def after(self, late: str | None) -> str | None:
+        """Counts one more completion; `late`: the verifier that was stopped at it, and its limit. Returns what the user is to be
+        told now: at the `LATE_TOLD`th late one after another, once for each such row of them. OpdError where more than half of at
+        least `LATE_LEAST` were late."""
+        self.done += 1
+        self.running = self.running + 1 if late else 0
+        self.late += late is not None
+        if self.done >= LATE_LEAST and 2 * self.late > self.done:
+            raise OpdError(
+                f"judge: verifiers were stopped at their limit at {self.late} of the first {self.done} completions"
+                f"{f', the last {late}' if late else ''}; raise judge.timeout (math_verify: its own timeout), or mend or remove"
+                " the verifier"
+            )
+        if self.running != LATE_TOLD:
+            return None
+        return (
+            f"warning: the verifier {late} was stopped at its limit at {LATE_TOLD} completions one after another, and each waits"
+            f" that long; raise judge.timeout if it needs more, or mend it. The stage fails where this happens at more than half"
+            f" of {LATE_LEAST} completions or more"
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the verifiers say about one sample."""
+
+    row: dict[str, Any]
+    """Of `rewards`."""
+    ended: bool = False
+    """Whether the sample has no reward because the verifiers' process had to be ended."""
+    late: str | None = None
+    """The verifier that was stopped at its limit, and the limit."""
+    ignored: tuple[str, ...] = ()
+    """Why verifiers of weight 0 gave no verdict."""
+
+
+def verdict(process: VerifierProcess, given: list[list[str]], sample: Mapping[str, Any]) -> Verdict:
+    """The sample's row of `rewards`. One verifier that fails leaves the sample without a reward, and the others are not asked; of
+    one with weight 0 only the part is null."""
     row: dict[str, Any] = {"sample_id": sample["sample_id"]}
-    outcomes: list[Outcome] = []
+    outcomes: list[Outcome | None] = []
+    late: str | None = None
+    ignored: list[str] = []
     try:
         for place, names in enumerate(given):
             asked = {name: sample[name] for name in ("completion", "answer", "length", *names)}
-            outcomes.append(process.ask(place, asked))
+            try:
+                outcomes.append(process.ask(place, asked))
+            except NoVerdict as error:
+                if process.config.verifiers[place].weight:
+                    raise
+                outcomes.append(None)
+                ignored.append(reason_of(str(error)))
+            finally:
+                late = process.late or late
         whole = summed(process.config, outcomes)
     except (NoVerdict, Unusable) as error:
-        return row | {"failed": reason_of(str(error))}, isinstance(error, NoVerdict) and error.ended
+        ended = isinstance(error, NoVerdict) and error.ended
+        return Verdict(row | {"failed": reason_of(str(error))}, ended, late, tuple(ignored))
     starts, ends, kinds = ([span[at] for span in whole.spans or ()] for at in range(3))
     spans = {"span_starts": starts, "span_ends": ends, "span_kinds": [redact(str(kind)) for kind in kinds]}
-    return row | {
+    limit = process.config.max_feedback
+    row |= {
         "reward": whole.reward,
-        "parts": [outcome.reward for outcome in outcomes],
-        "feedback": None if whole.feedback is None else redact(whole.feedback),
+        "parts": [None if outcome is None else outcome.reward for outcome in outcomes],
+        "feedback": None if whole.feedback is None else kept_feedback(redact(whole.feedback), limit),
         "segment_ends": None if whole.segments is None else list(whole.segments),
         **(spans if whole.spans is not None else {}),
-    }, False
+    }
+    return Verdict(row, False, late, tuple(ignored))
 
 
 def samples_of(rollouts: pa.Table, prompts: Mapping[str, Prompt], texts: Mapping[int, str]) -> Iterator[dict[str, Any]]:

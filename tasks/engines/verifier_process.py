@@ -26,6 +26,7 @@ from typing import Any
 from storage.disk.redact import redact
 from storage.errors import ConfigError, InputError, OpdError
 from tasks.inputs.judging import (
+    TOOK_LONGER,
     AnyVerifier,
     JudgeConfig,
     JudgeFunction,
@@ -83,6 +84,8 @@ class VerifierProcess:
         self._given: list[list[str]] = []
         self._closed = False
         """Whether the last exchange ended because the process closed its end."""
+        self.late: str | None = None
+        """The verifier and the limit of the last question, where it was not answered in time."""
 
     def given(self) -> list[list[str]]:
         """Per verifier which of `judging.GIVEN` it is asked with. Starts the process; raises as `ask`, but NoVerdict."""
@@ -97,14 +100,16 @@ class VerifierProcess:
         mathematics = isinstance(verifier, JudgeMathVerify)
         limit = hard_limit(verifier.timeout) if isinstance(verifier, JudgeMathVerify) else self.config.timeout
         reply = self._exchange(json.dumps([place, question]).encode() + b"\n", limit)
-        named = f"{name_of(verifier)!r}"
+        named, self.late = f"{name_of(verifier)!r}", None
         if reply is None:
             how = self._ended()
             if how is not None:
                 raise NoVerdict(f"{named} ended its process ({how})", ended=True)
             if mathematics:  # as in evaluations
+                self.late = f"{named} ({limit:g} s, from its timeout)"
                 return Outcome(0.0)
-            raise NoVerdict(f"{named} took longer than judge.timeout ({limit:g} s)", ended=True)
+            self.late = f"{named} ({limit:g} s, judge.timeout)"
+            raise NoVerdict(f"{named} {TOOK_LONGER} ({limit:g} s)", ended=True)
         if "failed" in reply:
             raise NoVerdict(f"{named}: {reply['failed']}")
         spans = reply["spans"]

@@ -14,13 +14,18 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from storage.errors import ConfigError
-from storage.identity import Identity
+from storage.identity import Identity, omit_at
 from tasks.inputs.verifiers import ExactMatch, FunctionVerifier, MathVerify, function_place
 
 GIVEN = ("prompt", "token_ids", "tokens")
 """What a function gets beside completion and answer, if it has a parameter of that name."""
 KEYS = ("reward", "feedback", "segments", "spans")
 """What a function may return in a dict."""
+MAX_FEEDBACK = 8000
+LATE_LEAST = 64
+"""Completions from which on judging is given up where verifiers were stopped at their limit at more than half of them."""
+TOOK_LONGER = "took longer than judge.timeout"
+"""Part of the reason why a completion that a verifier was stopped at has no reward."""
 
 
 class Weighted(Identity):
@@ -73,6 +78,12 @@ class JudgeConfig(Identity):
         description="reward from which a completion counts as correct, in the metrics and for {sibling} and {verdict} of a"
         " teacher's context; null: 0.5 where every reward of the round is 0 or 1, else none is counted as correct or wrong, and"
         " such contexts are refused",
+    )
+    max_feedback: int = Field(
+        MAX_FEEDBACK,
+        ge=1,
+        description="characters of feedback that are kept of a completion; what is cut off is counted at the text's end",
+        json_schema_extra=omit_at(MAX_FEEDBACK),
     )
 
     @field_validator("timeout")
@@ -252,21 +263,28 @@ def _shown(value: object) -> str:
 # --- several verifiers -----------------------------------------------------------------------------------------------
 
 
-def summed(config: JudgeConfig, outcomes: Sequence[Outcome]) -> Outcome:
+def summed(config: JudgeConfig, outcomes: Sequence[Outcome | None]) -> Outcome:
     """The outcomes of all verifiers as one: the weighted sum of their rewards, their feedback one after another, all spans, and
-    the segments of the one that gives them. Raises Unusable where two give segments, or the sum is not finite."""
-    reward = math.fsum(v.weight * found.reward for v, found in zip(config.verifiers, outcomes, strict=True))
+    the segments of the one that gives them. None: a verifier of weight 0 gave no verdict. Raises Unusable where two give
+    segments, or the sum is not finite."""
+    given = [(place, found) for place, found in enumerate(outcomes) if found is not None]
+    reward = math.fsum(config.verifiers[place].weight * found.reward for place, found in given)
     if not math.isfinite(reward):
         raise Unusable(f"the weighted sum of the rewards is {reward}")
-    segmented = [place for place, found in enumerate(outcomes) if found.segments is not None]
+    segmented = [(place, found) for place, found in given if found.segments is not None]
     if len(segmented) > 1:
-        names = " and ".join(repr(config.names[place]) for place in segmented)
+        names = " and ".join(repr(config.names[place]) for place, _ in segmented)
         raise Unusable(f"{names} both give segments; a completion has one list of them")
-    feedback = [found.feedback for found in outcomes if found.feedback is not None]
-    spans = [span for found in outcomes for span in found.spans or ()]
+    feedback = [found.feedback for _, found in given if found.feedback is not None]
+    spans = [span for _, found in given for span in found.spans or ()]
     return Outcome(
         reward,
         "\n".join(feedback) if feedback else None,
-        outcomes[segmented[0]].segments if segmented else None,
-        tuple(spans) if any(found.spans is not None for found in outcomes) else None,
+        segmented[0][1].segments if segmented else None,
+        tuple(spans) if any(found.spans is not None for _, found in given) else None,
     )
+
+
+def kept_feedback(text: str, limit: int) -> str:
+    """The text, or its first `limit` characters and how many more there were. Longer than `limit` only where it was cut."""
+    return text if len(text) <= limit else f"{text[:limit]} [... {len(text) - limit:,} characters cut]"

@@ -283,7 +283,9 @@ class JudgeJob(Schema):
 
 
 class JudgeResult(Schema):
-    """A judge's job has nothing to report beyond its shards."""
+    """`ignored`: why verifiers of weight 0 gave no verdict -> at how many completions."""
+
+    ignored: dict[str, int] = {}
 
 
 # --- trainer ---------------------------------------------------------------------------------------------------------

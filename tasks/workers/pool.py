@@ -109,16 +109,17 @@ class WorkerPool:
         items: Sequence[Item],
         on_progress: Callable[[int], None] = lambda done: None,
         written: Callable[[int], bool] = lambda shard: False,
+        on_note: Callable[[str], None] = lambda text: None,
     ) -> tuple[list[Any], list[Any]]:
         """Let the role's workers do one job over a queue of items: each takes the next item as soon as it has room.
-        `on_progress` is called with the samples that are finished.
+        `on_progress` is called with the samples that are finished, `on_note` with what a worker has to say at once.
 
         Returns the results of the items that have one, in their order, and the results of the workers. When a worker dies
         or hangs, its unfinished items go back to the front of the queue and it is started again; an item that was
         unfinished at more than `runtime.retries` deaths ends the stage (WorkerDied). The first error ends the rest: what
         they wrote stays. `written` says whether a shard is there: a worker can die between writing and reporting one, and a
         second one need not have the same bits. A death that leaves no item unfinished ends nothing."""
-        shared = _Shared(items, on_progress, self.runtime.retries + 1, written)
+        shared = _Shared(items, on_progress, self.runtime.retries + 1, written, on_note=on_note)
         count = min(self._count(role), len(items))
         self._on_workers(count, lambda number: self._drain(role, number, job, shared), shared.errors)
         return [result for _, result in sorted(shared.results.items())], shared.answers
@@ -352,7 +353,9 @@ class _Shared:
         together: bool = False,
         lock: threading.Lock | None = None,
         errors: list[BaseException] | None = None,
+        on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
+        self.note = on_note
         self.items, self.tries, self.together, self.written = items, tries, together, written
         self.queue = deque(range(len(items)))
         self.deaths = [0] * len(items)
@@ -422,6 +425,8 @@ class _Part:
         with self._shared.lock:
             self.samples = max(done, self._written)
             self._shared.report()
+            if note is not None:
+                self._shared.note(note)
 
     def give_back(self) -> list[int]:
         """Call when the worker is gone: puts its unfinished items back at the front of the queue."""

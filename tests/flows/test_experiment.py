@@ -478,7 +478,7 @@ def test_a_round_has_the_behaviour_of_its_first_step() -> None:
     assert experiment.rollout.behaviour.anneal_steps == 10  # the run's own config keeps the schedule
 
 
-REWARDED = ("objective={estimator: credit, reward: {kind: group, success_threshold: 0.5}}", "rollout.top_p=1.0")
+REWARDED = ("objective={estimator: credit, reward: {kind: group}}", "rollout.top_p=1.0")
 
 
 @pytest.mark.parametrize(
@@ -486,10 +486,14 @@ REWARDED = ("objective={estimator: credit, reward: {kind: group, success_thresho
     [
         (("rollout.num_generations=1",), "rollout.num_generations", "compares the samples of a prompt"),
         (("judge=null",), "judge", "reward"),
-        (("judge.success_threshold=1.5",), "objective.reward.success_threshold", "give both the same"),
+        (
+            ("judge.success_threshold=1.5", "objective.reward.success_threshold=0.5", "objective.scale=rlrt"),
+            "objective.reward.success_threshold",
+            "give both the same",
+        ),
         (("rollout.top_p=0.9",), "rollout", "exact"),
         (
-            ("objective.beside={}", "objective.route=srpo"),
+            ("objective.beside={}", "objective.route=srpo", "objective.reward.success_threshold=0.5"),
             "teacher.context",
             "which samples the teacher reads a context for",
         ),

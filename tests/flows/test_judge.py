@@ -291,3 +291,30 @@ def test_a_round_without_a_judge_has_none_to_replay(tmp_path: Path) -> None:
     in_process.run(root, 1)
     with pytest.raises(InputError, match="round 1 has no stage judge"):
         replay_round(Run.open(root, scripted_run.NAME), root, 1, ("judge",), [], False, lambda _: None)
+
+
+def test_rewards_by_changed_code_are_said_to_be_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the plan and in the run, also under another name; once, and not of rollouts that were never judged."""
+    from flows.run.runner import plan
+
+    file = tmp_path / "edited_judge.py"
+    file.write_text("def score(completion, answer): return len(completion) / 4\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    e = config(
+        {"judge": {"verifiers": [{"kind": "function", "target": "edited_judge:score"}]}, "policy": {"rounds": 2}}
+    )
+    root = scripted_run.prepare_root(tmp_path / "store", e)
+    assert not [text for text in in_process.go(root, e) if "judged again" in text]
+    [before] = [Run.open(root, "one").state.rounds[1].stages["judge"].artifacts["judge"]]
+    file.write_text("def score(completion, answer): return len(completion) / 2\n")
+    notes = [(line.round, line.stage, note) for line in plan(e, root, name="one") for note in line.notes]
+    assert [place[:2] for place in notes] == [(1, "judge")]
+    text = notes[0][2]
+    assert text.startswith("the code of 'edited_judge:score' has changed") and f"judge/{before}" in text
+    for name in ("one", "other"):
+        said = in_process.go(root, e, name)
+        assert said.count(text) == (name == "one"), "the second run finds the new rewards"
+    assert Store(root).get("judge", before) is not None
+    assert Run.open(root, "one").state.rounds[1].stages["judge"].artifacts["judge"] != before
+    file.write_text("def score(completion, answer): return len(completion) / 2  # other\n")
+    assert [text.replace(before, "") for text in in_process.go(root, e, "third") if "judged again" in text]

@@ -103,7 +103,7 @@ CONFIGURED: list[Row] = [
         {"entropy_of": "q", "beta": 0.7, "normalise": standardised}),
     Row("dasd", {"clip": PLAIN, "add": {"kind": "dasd", "beta": 2.0, "entropy_of": "student", "normalised_by": "mean_abs"}},
         {"entropy_of": "p", "beta": 2.0, "normalise": by_mean_abs, "advantage": "none"}),
-    Row("sod", {"reward": GROUP, "add": "sod", "clip": PLAIN}, contexts=False),
+    Row("sod", {"reward": GROUP, "add": {"kind": "sod", "segments_of": "judge"}, "clip": PLAIN}, contexts=False),
     Row("trace", {"reward": GROUP, "clip": DAPO, "route": {"kind": "spans", "errors": True},
                   "beside": {"divergence": {"kind": "forward_kl"}, "on_errors": {"kind": "reverse_kl"}, "support": FULL,
                              "term_clip": 0.05}},

@@ -70,7 +70,7 @@ def stored_of(toy: Toy, config: CreditConfig, step: int = 0, contexts: bool = Tr
         log_q_N=sampled(toy, "teacher").detach(),
         teacher_entropy_N=-(teacher.exp() * teacher).sum(-1),
         student_entropy_N=-(old.exp() * old).sum(-1),
-        segment_N=flat(toy, _segment),
+        segment_N=flat(toy, _segment) if config.add.segments or config.add.judged_segments else None,
         span_N=flat(toy, _span),
         **{name: torch.from_numpy(values) for name, values in per_sample.items()},
     )

@@ -44,10 +44,18 @@ class InProcessPool:
         items: Iterable[Any],
         on_progress: Any = None,
         written: Any = None,
+        on_note: Any = None,
     ) -> tuple[list[Any], list[Any]]:
         items = list(items)
         self.jobs.append((role, job, items))
-        feed = Feed(items, (lambda done, total, **_: on_progress(done)) if on_progress else None)
+
+        def told(done: int, total: int, metrics: Any = None, note: str | None = None) -> None:
+            if on_progress:
+                on_progress(done)
+            if note is not None and on_note:
+                on_note(note)
+
+        feed = Feed(items, told)
         answer = self.handlers[role].handle(job, feed)
         results = {result.shard: result for result in feed.results}
         return [results[item.shard] for item in items if item.shard in results], [answer]

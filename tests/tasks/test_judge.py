@@ -9,12 +9,15 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from feed import InProcessPool
 from places import PLUGINS
 
 from storage.artifacts.artifact import MANIFEST
 from storage.errors import ConfigError, OpdError
 from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
+from tasks.engines.judge import Judge, Lateness
+from tasks.inputs.judging import LATE_LEAST
 from tasks.judge import JudgeConfig, judge_work, metrics_of, threshold_of
 from tasks.stage import Context
 from tasks.workers import jobs
@@ -152,6 +155,85 @@ def test_verifiers_are_weighted_and_everything_is_stored(tmp_path: Path) -> None
     assert threshold.key != made.key and threshold.meta["metrics"]["success_rate"] == 0.6
 
 
+def test_a_verifier_of_weight_0_that_fails_drops_no_reward(tmp_path: Path) -> None:
+    """Its part is null and counted, whatever it does; the user is told why."""
+    texts = ["good", "hang", "exit", "nan", "good"]
+    world = World(tmp_path, texts)
+    longer = {"kind": "function", "target": "judges:longer"}
+    made = world.make(config_of(longer, NAMED | {"weight": 0, "name": "watched"}, timeout=1))
+    rows = world.rows(made)
+    assert [row["reward"] for row in rows] == [len(text) / 8 for text in texts]
+    assert [row["parts"] for row in rows] == [[len(text) / 8, 1.0 if text == "good" else None] for text in texts]
+    assert all(row["failed"] is None for row in rows)
+    metrics = made.meta["metrics"]
+    assert (metrics["failed"], metrics["failed/watched"], metrics["reward/watched"]) == (0, 3, 1.0)
+    assert (metrics["reward_n"], metrics["reward/watched_n"]) == (5, 2) and "failed/judges:longer" not in metrics
+    assert any("no verdict at 3 completions, whose rewards stay" in line and "'watched'" in line for line in world.said)
+
+
+def test_feedback_is_cut_at_its_limit_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A secret at the place of the cut is removed before it."""
+    (tmp_path / "wordy_judge.py").write_text(
+        "import os\ndef score(completion, answer):\n"
+        "    return {'reward': 1, 'feedback': '.' * int(completion) + os.environ['JUDGE_API_KEY']}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    world = World(tmp_path, ["0", "7", "18"])
+    config = config_of({"kind": "function", "target": "wordy_judge:score"}, max_feedback=20)
+    with WorkerPool(RuntimeConfig(device="cpu", threads=1, modules=(tmp_path,)), world.logs) as pool:
+        made = world.make(config, pool)
+    feedback = [row["feedback"] for row in world.rows(made)]
+    assert feedback == ["***", "." * 7 + "***", "." * 18 + "** [... 1 characters cut]"]
+    assert made.meta["metrics"]["feedback_cut"] == 1
+    assert JudgeConfig.model_fields["max_feedback"].default == 8000
+    keys = {
+        judge_work(config_of(EXACT, **fields), world.rollouts, world.prompts).outputs["judge"].key  # type: ignore[arg-type]
+        for fields in ({}, {"max_feedback": 8000}, {"max_feedback": 20})
+    }
+    assert len(keys) == 2
+
+
+def test_a_verifier_that_hangs_again_and_again_is_told_and_ends_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.engines.judge.LATE_LEAST", 12)
+    world = World(tmp_path, ["good", "hang", "good", *["hang"] * 9, "good"], size=20)
+    slow: Any = InProcessPool(judge=Judge({}))
+    slow.runtime = RuntimeConfig(device="cpu", threads=1)
+    with pytest.raises(
+        OpdError, match=r"at 10 of the first 12 completions.*0\.2 s, judge\.timeout\); raise judge\.timeout"
+    ):
+        world.make(config_of(NAMED, timeout=0.2), slow)
+    told = [line for line in world.said if "5 completions one after another" in line]
+    assert len(told) == 1 and "'judges:named' (0.2 s, judge.timeout)" in told[0] and "raise judge.timeout" in told[0]
+
+
+def test_a_round_most_of_whose_completions_were_stopped_at_the_limit_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no single worker had seen enough of them."""
+    monkeypatch.setattr("tasks.judge.LATE_LEAST", 4)
+    world = World(tmp_path, ["hang", "good", "hang", "hang"], size=1)
+    slow: Any = InProcessPool(judge=Judge({}))
+    slow.runtime = RuntimeConfig(device="cpu", threads=1)
+    with pytest.raises(OpdError, match=r"judge\.timeout \(0\.2 s\) at 3 of 4 completions"):
+        world.make(config_of(NAMED, timeout=0.2), slow)
+    assert not list((world.store.root / "artifacts" / "judge").glob("*/*.parquet"))
+    made = World(tmp_path / "half", ["hang", "good", "hang", "good"]).make(config_of(NAMED, timeout=0.2))
+    assert (made.meta["metrics"]["timed_out"], made.meta["metrics"]["failed"]) == (2, 2)
+
+
+def test_lateness_counts_rows_of_completions() -> None:
+    counts = Lateness()
+    late = [counts.after(who) is not None for who in [*["a"] * 4, None, *["a"] * 6, None, *["a"] * 5]]
+    assert [at for at, told in enumerate(late) if told] == [9, 16]
+    half = Lateness()
+    for _ in range(LATE_LEAST // 2):
+        half.after("a"), half.after(None)
+    with pytest.raises(OpdError, match=f"{LATE_LEAST // 2 + 1} of the first {LATE_LEAST + 1} completions"):
+        half.after("b (1 s, judge.timeout)")
+
+
 def test_tokens_are_the_texts_of_the_students_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "token_judge.py").write_text(
         "def score(completion, answer, tokens):\n    return {'reward': len(tokens), 'feedback': '|'.join(tokens)}\n"
@@ -266,12 +348,8 @@ def test_metrics_of_groups_by_hand() -> None:
     rewards = [1.0, 0.0, 1.0, 1.0, None, None, 0.0, None]
     prompts = ["a", "a", "b", "b", "c", "c", "d", "d"]
     lengths = [1, 2, 3, 4, 5, 6, 7, 8]
-    table = pa.table(
-        {
-            "reward": pa.chunked_array([pa.array(rewards, pa.float64())]),
-            "parts": pa.chunked_array([pa.array([None if r is None else [r] for r in rewards])]),
-        }
-    )
+    rows = [{"sample_id": str(i), "reward": r, "parts": None if r is None else [r]} for i, r in enumerate(rewards)]
+    table = pa.Table.from_pylist(rows, schema_for("rewards"))
     rollouts = pa.table({"prompt_id": prompts, "completion_token_ids": [[0] * n for n in lengths]})
     found = metrics_of(config_of(EXACT), table, rollouts)
     assert (found["reward"], found["success_rate"], found["failed"]) == (0.6, 0.6, 3)

@@ -36,6 +36,7 @@ def test_a_healthy_run_has_none() -> None:
         ({"train_teacher_mass_last": 0.8}, "objective.support", "1.0% to 20.0%"),
         ({"rollout_mean_length": 101.0}, "rollout.max_completion_length", "50 to 101"),
         ({"mean_length": 150.0}, "evaluate", "50 to 150"),
+        ({"judge_timed_out": 5.0, "judge_reward_n": 95.0, "judge_failed": 5.0}, "judge.timeout", "5 of 100"),
         ({"train_student_entropy_last": 0.1}, "policy.stop.entropy", "0.80 to 0.10"),
     ],
 )

@@ -196,8 +196,8 @@ class Gate:
     g: int = 0
 
     def after(self, entropies: list[float], warm_steps: int, close_below: float) -> Gate:
-        """The gate as it applies to the step whose tokens have these entropies."""
-        if self.step < warm_steps:
+        """The gate as it applies to the step whose tokens have these entropies. A warm-up that saw no token goes on."""
+        if self.step < warm_steps or (self.warm is None and not self.entropies):
             return Gate(self.step + 1, self.entropies + entropies, None, 0)
         warm = median(self.entropies) if self.warm is None and self.entropies else self.warm
         g = self.g

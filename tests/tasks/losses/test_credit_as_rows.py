@@ -31,6 +31,25 @@ def test_the_gate_of_antisd_is_its_second_implementation() -> None:
     assert set(seen[:5]) == {0.0} and {0.0, 1.0} == set(seen[5:])
 
 
+def test_a_warm_up_without_scored_tokens_goes_on_to_the_first_step_that_has_some() -> None:
+    """The gate then opens as it does after a warm-up with tokens, and a state that was saved before goes on too."""
+    config = CreditConfig.model_validate({"reward": GROUP, "add": {"kind": "anti_sd", "warm_steps": 2}, "clip": PLAIN})
+    toy = toys(1)
+    none = replace(toy, samples=[replace(s, has_context=False) for s in toy.samples])
+    gate, memory, seen = Gate(), {}, []
+    for step in (none, none, none, toy, toy, none):
+        remembered, memory = config.add.remember(memory, stored_of(step, config))
+        gate = ROWS["antisd"](step, gate=gate, warm_steps=2).parts["gate"]
+        assert remembered == gate.g
+        seen.append(remembered)
+    assert seen == [0, 0, 0, 0, 1, 1]
+    half, of_it = [], {}
+    for step in (none, toy, toy):  # one step with tokens is a warm-up, as it always was
+        remembered, of_it = config.add.remember(of_it, stored_of(step, config))
+        half.append(remembered)
+    assert half == [0, 0, 1]
+
+
 @pytest.mark.parametrize("row", CONFIGURED, ids=named)
 @pytest.mark.parametrize("seed", range(6))
 def test_a_row_is_its_second_implementation(row: Row, seed: int) -> None:

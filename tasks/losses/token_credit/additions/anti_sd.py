@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 class AntiSD(Addition):
     """AntiSD (2605.11609): climbs the Jensen-Shannon divergence from the teacher that knows the answer, while H_q is high enough.
 
-    The gate g is 0 during the first `warm_steps` steps, whose tokens' entropies are kept: H_warm is their median. From then on,
-    by the median of the current step: g = 0 below `close_below` x H_warm, 1 from H_warm on, unchanged between. The memory is part
-    of the trainer's state. Entropies are those of the scored tokens, whatever the loss mask."""
+    The gate g is 0 during the first `warm_steps` steps, whose tokens' entropies are kept: H_warm is their median. Where none of
+    these steps has a scored token, the warm-up goes on to the first step that has one (ours). From then on, by the median of the
+    current step: g = 0 below `close_below` x H_warm, 1 from H_warm on, unchanged between. The memory is part of the trainer's
+    state. Entropies are those of the scored tokens, whatever the loss mask."""
 
     kind: Literal["anti_sd"] = "anti_sd"
     equation = "delta = -coef g phi, phi = 1/2 (softplus(d) - log 2)"
@@ -44,11 +45,11 @@ class AntiSD(Addition):
         steps = int(memory["steps"][0]) if "steps" in memory else 0
         kept, warm = memory.get("entropies", nothing), memory.get("warm", nothing)
         gate = float(memory["gate"][0]) if "gate" in memory else 0.0
-        if steps < self.warm_steps:
+        if not len(warm):
             kept = np.concatenate([kept, entropies])
-            if steps + 1 == self.warm_steps and len(kept):
+            if steps + 1 >= self.warm_steps and len(kept):
                 kept, warm = nothing, np.array([np.median(kept)])
-        elif len(entropies) and len(warm):
+        elif len(entropies):
             now = float(np.median(entropies))
             gate = 0.0 if now < self.close_below * warm[0] else 1.0 if now >= warm[0] else gate
         after = {"steps": np.array([steps + 1.0]), "entropies": kept, "warm": warm, "gate": np.array([gate])}

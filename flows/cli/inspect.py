@@ -217,7 +217,7 @@ def query(
     from flows.cli import questions, tables
     from storage.query.catalog import Catalog
     from storage.query.limits import default_memory, process_limits
-    from storage.query.views import Views
+    from storage.query.statements import Views
     from storage.store import Store
 
     if json_ and csv:

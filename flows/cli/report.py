@@ -12,7 +12,7 @@ from rich.text import Text
 from flows.cli.of_sets import sets_table
 from flows.cli.options import PIPE_WIDTH, console, grid
 from flows.run.earlier import outdated
-from flows.run.figures import EVALUATED, REWARD, SAMPLED
+from flows.run.figures import DIAGNOSED, EVALUATED, REWARD, SAMPLED
 from flows.run.hints import opd_command
 from flows.run.shown import (
     NOT_EVALUATED,
@@ -96,6 +96,7 @@ def report(state: RunState, root: Path, holder: str | None, out: Console) -> lis
         gone = evicted(state, root)
         state = completed(Store(root), state)
         parts += _rounds(state, gone, out)
+        parts += [table] if (table := _diagnosed(state)) is not None else []
         headings, rows = by_teacher(state.rounds)
         if rows:
             table = grid(*headings)
@@ -205,6 +206,20 @@ def _rounds(state: RunState, gone: dict[tuple[int, str], list[str]], out: Consol
         return [table]
     lines = [Text.assemble(f"  round {round.round}: ", time) for round, time in zip(rounds, times, strict=True)]
     return [narrow, Text("seconds per stage:"), *lines]
+
+
+def _diagnosed(state: RunState) -> Table | None:
+    """What the rounds' rewards and trainings are like; None before the first."""
+    rounds = [r for r in sorted(state.rounds, key=lambda r: r.round) if r.round]
+    shown = [figure for figure in DIAGNOSED if any(r.metrics.get(figure.metric) is not None for r in rounds)]
+    if not shown:
+        return None
+    table = grid("round")
+    for figure in shown:
+        table.add_column(figure.heading, justify="right", overflow="fold")
+    for round in rounds:
+        table.add_row(str(round.round), *(with_error(round.metrics, figure.metric, figure.form) for figure in shown))
+    return table
 
 
 def _stages(round: RoundState, gone: set[str]) -> Text:

@@ -185,7 +185,13 @@ def evaluate(
         typer.Option("--verifier", metavar="KIND[:ARG]", help="of the set (default: the run's): exact_match:REGEX"),
     ] = None,
     set_name: Annotated[str | None, typer.Option("--set-name", help="the set's name (default: the file's)")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="prompts of the set at most")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="prompts of the set, or completions of --stress, at most")
+    ] = None,
+    stress: Annotated[
+        bool,
+        typer.Option("--stress", help="test the verifiers: how often form alone changes their verdict (one round)"),
+    ] = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
     json_: RunJson = False,
@@ -195,7 +201,12 @@ def evaluate(
 
     A student that `opd gc` evicted is rebuilt first. A set's metrics stand apart under its name.
 
-    Exit codes: as for `opd run`; 2 also for a round that is not trained yet, and for a set that cannot be measured."""
+    With --stress the verifiers are asked again about completions of one round (default: the last) and about the same completions
+    with steps renumbered, independent lines exchanged, neutral lines or marks of confidence added; nothing is sampled or stored.
+    --verifier names another verifier to test.
+
+    Exit codes: as for `opd run`; 2 also for a round that is not trained yet, for a set that cannot be measured, and for --stress
+    without a verifier or completions."""
     from flows.run.runner import stored_experiment
 
     name, at = at_round(name)
@@ -205,6 +216,18 @@ def evaluate(
     if missing := sorted(set(round) - set(known)):
         raise InputError(f"run {name!r}: round {missing[0]} is not trained yet; trained are {known or 'none'}")
     last = max(known, default=0)
+    if stress:
+        if (given := [f for f, value in (("prompts", prompts), ("set-name", set_name)) if value]) or len(round) > 1:
+            what = f"--{given[0]}" if given else "several rounds"
+            raise ConfigError(
+                f"--stress and {what}: --stress reads the completions of one round; leave one of them out"
+            )
+        from flows.cli.stressed import print_stress
+        from flows.run.stress import stress as stressed
+        from storage.store import Store
+
+        found = stressed(held, round[0] if round else last, Store(root), verifier, limit)
+        return print_stress(found, json_, out)
     if prompts is not None:
         from flows.run.further_set import further_set
 

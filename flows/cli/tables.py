@@ -15,7 +15,9 @@ from rich.text import Text
 
 from flows.cli.options import console as terminal
 from flows.cli.options import grid
-from storage.query.views import View, Views, duckdb_type
+from storage.query.sql import duckdb_type
+from storage.query.statements import Views
+from storage.query.views import View
 
 SHOWN_ROWS = 200
 _SHOWN_CHARACTERS = 60

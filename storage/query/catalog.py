@@ -25,7 +25,10 @@ from storage.errors import CorruptArtifact, Evicted, OpdError, did_you_mean
 from storage.query.figures import completed
 from storage.query.limits import default_memory
 from storage.query.places import PLACED, Pieces, part_names, places_of
-from storage.query.views import METRICS, VIEWS, Use, Views, missing_of, unpack_functions, used_dataset, uses_of
+from storage.query.sql import unpack_functions
+from storage.query.statements import Views
+from storage.query.uses import Use, missing_of, used_dataset, uses_of
+from storage.query.views import METRICS, VIEWS
 from storage.runs import Run, RunState
 from storage.schemas import TABLES, TableSchema
 from storage.store import Store

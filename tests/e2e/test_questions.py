@@ -68,8 +68,8 @@ def ask(finished):
     return lambda name, **parameters: demo.ask(name, **parameters).rows()
 
 
-ELSEWHERE = {"groups"}
-"""Questions to runs of other kinds than this one: that to a judged run is in tests/flows/test_judge.py."""
+ELSEWHERE = {"groups", "reward-by-round"}
+"""Questions to runs of other kinds than this one: those to a judged run are in tests/flows/test_judge.py."""
 
 
 def test_each_question_is_checked_here():
@@ -112,6 +112,68 @@ def test_teacher_mass(ask, samples):
         assert row["mean_mass"] == pytest.approx(np.mean(masses), abs=1e-6)
         assert row["least"] == pytest.approx(min(masses), abs=1e-6)
         assert row["share_below_90_percent"] == pytest.approx(np.mean(np.array(masses) < 0.9))
+
+
+def test_overlap(finished, ask, read):
+    """The run stores the teacher's list alone; a fork with the union of both lists has what is compared."""
+    (row,) = ask("overlap")
+    steps = [step for step in read("training_steps") if step["overlap_ratio"] is not None]
+    live = sum(step["overlap_ratio"] * step["tokens"] for step in steps) / sum(step["tokens"] for step in steps)
+    assert row["not_stored"] == "student_topk" and row["overlap_ratio"] is row["advantage"] is None
+    assert row["trained_overlap_ratio"] == pytest.approx(live) and 0 < live <= 1
+    finished.opd("fork", "base@2", "--name", "both", "--set", "objective.support.kind=union", "--no-prefect")
+    lab, both = opdflow.open(finished.root), Run.open(finished.root, "both").state.rounds[LAST]
+    store, lists = Store(finished.root), {}
+    for name in ("student_topk", "teacher_topk"):
+        rows = store.read_table(store.require(name, both.stages["supervise"].artifacts[name]), name).to_pylist()
+        lists[name] = {row["sample_id"]: row for row in rows}
+    found = []
+    for sample, mine in lists["student_topk"].items():
+        its = lists["teacher_topk"][sample]
+        for ids, p, q, others in zip(
+            *(mine[c] for c in ("ids", "student_logprobs", "teacher_logprobs")), its["ids"], strict=True
+        ):
+            k = min(len(ids), len(others))
+            common = np.isin(ids[:k], others[:k])
+            p, q = np.float64(p[:k])[common], np.float64(q[:k])[common]
+            own, other = p - np.logaddexp.reduce(p), q - np.logaddexp.reduce(q)
+            advantage = np.mean(np.exp(own) * (other - own)) if common.any() else np.nan
+            found.append((common.mean(), np.exp(p).sum(), np.exp(q).sum(), advantage))
+    (row,) = lab.run("both").ask("overlap").rows()
+    names = ("overlap_ratio", "student_mass", "teacher_mass", "advantage")
+    assert [row[name] for name in names] == pytest.approx(np.nanmean(found, axis=0), rel=1e-4, abs=1e-6)
+    assert row["tokens"] == len(found) and row["not_stored"] is None and row["student_mass"] > 0.5
+
+
+def test_entropy_by_position(ask, samples):
+    by_range = defaultdict(list)
+    for row in samples:
+        for place, pair in enumerate(zip(row["student_entropy"], row["teacher_entropy"], strict=True)):
+            by_range[2 ** int(math.log2(place + 1)) - 1].append(pair)
+    found = ask("entropy-by-position")
+    assert [row["from_position"] for row in found] == sorted(by_range)
+    for row in found:
+        student, teacher = np.array(by_range[row["from_position"]], float).T
+        assert row["tokens"] == len(student)
+        assert row["student_entropy"] == pytest.approx(student.mean(), rel=1e-5)
+        assert row["teacher_entropy"] == pytest.approx(teacher.mean(), rel=1e-5)
+        assert row["entropy_gap"] == pytest.approx(np.abs(teacher - student).mean(), rel=1e-4)
+
+
+def test_lengths(ask, read):
+    found = {(row["round"], row["mode"], row["verdict"]): row for row in ask("lengths")}
+    expected = defaultdict(list)
+    for number in range(LAST + 1):
+        for row in read("evaluations", number):
+            if row["correct"] is not None:
+                expected[number, row["mode"], "right" if row["correct"] else "wrong"].append(row["tokens"])
+    assert found.keys() == expected.keys() and len(found) > LAST
+    for key, lengths in expected.items():
+        assert (found[key]["n"], found[key]["prompts"]) == (len(lengths), len(lengths))  # one greedy answer per prompt
+        assert found[key]["mean_length"] == pytest.approx(np.mean(lengths))
+        if len(lengths) > 1:
+            assert found[key]["se"] == pytest.approx(np.std(lengths, ddof=1) / len(lengths) ** 0.5)
+    assert ask("lengths", of="rollouts") == []  # nothing judged them
 
 
 def test_mask_reasons(ask, samples):

@@ -217,6 +217,26 @@ def test_the_rewards_of_a_run_in_sql(root: Path) -> None:
         assert row["success_rate"] == (None if rate is None else pytest.approx(rate))
 
 
+def test_rewards_and_lengths_by_round_are_the_metrics_of_the_stage(root: Path) -> None:
+    catalog, state = Catalog(Store(root)), Run.open(root, scripted_run.NAME).state
+    found = catalog.query(question("reward-by-round").sql(state, {"success": "0.9"})).to_pylist()
+    assert [row["round"] for row in found] == [1, 2]
+    names = ("reward", "reward_se", "reward_n", "failed", "groups", "groups_without_signal")
+    shown = ("reward", "se", "n", "failed", "groups", "without_signal")
+    for row, round in zip(found, state.rounds[1:], strict=True):
+        assert [row[name] for name in shown] == pytest.approx([round.metrics[f"judge_{name}"] for name in names])
+        assert row["all_right"] + row["all_wrong"] + row["mixed"] <= row["groups"]
+    lengths = catalog.query(question("lengths").sql(state, {"of": "rollouts", "success": "0.9"})).to_pylist()
+    rows = catalog.query(
+        "SELECT round, prompt_id, reward >= 0.9 AS correct, len(completion_token_ids) AS n"
+        " FROM rewards JOIN rollouts USING (run, round, sample_id, prompt_id) WHERE reward IS NOT NULL"
+    ).to_pylist()
+    assert lengths and sum(row["n"] for row in lengths) == len(rows)
+    for line in lengths:
+        own = [r["n"] for r in rows if (r["round"], r["correct"]) == (line["round"], line["verdict"] == "right")]
+        assert line["mean_length"] == pytest.approx(sum(own) / len(own)) and line["n"] == len(own)
+
+
 def test_what_the_page_says(root: Path) -> None:
     """Its functions return what may be returned, its columns are those of the table, its statements answer."""
     page = (CHECKOUT / "docs" / "rewards.md").read_text()

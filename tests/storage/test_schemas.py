@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import StoreError
-from storage.query.views import duckdb_type
+from storage.query.sql import duckdb_type
 from storage.schemas import TABLES, MaskReason, declared, schema_for, type_name, type_of, validate_table
 
 MASK = pa.table({"sample_id": ["a", "b"], "mask_reasons": pa.array([[0, 1], []], pa.list_(pa.int32()))})

@@ -21,7 +21,7 @@ from cancelling import cancel_a_tick
 from opd_cli import OPD
 from places import CHECKOUT, PLUGINS
 from scripted_run import EXPERIMENT, prepare_root
-from shared_prefect import ask, eventually
+from shared_prefect import Api, ask, eventually
 
 from flows.prefect_ import schedule
 from flows.prefect_.schedule import serve, tick
@@ -34,14 +34,14 @@ PATHS = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "tests" / "support"), str
 
 
 @pytest.fixture
-def server(shared_server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreServer]:
-    """The shared server as PREFECT_API_URL; ticks find the plugins."""
+def server(by_url: Api, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
+    """A server as PREFECT_API_URL; ticks find the plugins."""
     for name in [name for name in os.environ if name.startswith("PREFECT_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("PREFECT_API_URL", shared_server.api_url)
+    monkeypatch.setenv("PREFECT_API_URL", by_url.api_url)
     monkeypatch.setenv("PYTHONPATH", PATHS)
     monkeypatch.syspath_prepend(PLUGINS)  # a tick's process gets the path of the one that serves it
-    yield shared_server
+    yield by_url
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def go(name: str, root: Path, rounds: int, seconds: float = 3.0) -> tuple[int, l
     return serve(name, write(root, rounds), root, every(seconds), 1, [], lines.append), lines
 
 
-def ticks(server: StoreServer, name: str) -> list[dict]:
+def ticks(server: Api, name: str) -> list[dict]:
     found = ask(server.api_url, "flow_runs/filter", {"deployments": {"name": {"like_": f"{name}-"}}, "limit": 200})
     return [run for run in found if run["state_type"] != "SCHEDULED"]
 
@@ -76,7 +76,7 @@ def processes_of_ticks(schedule: int) -> list[psutil.Process]:
     return [process for process in alive if "spawn_main" in "".join(process.cmdline())]
 
 
-def test_ticks_run_consecutive_rounds_skip_what_overlaps_try_again_and_end(server: StoreServer, root: Path) -> None:
+def test_ticks_run_consecutive_rounds_skip_what_overlaps_try_again_and_end(server: Api, root: Path) -> None:
     (root / "fail").touch()
     (root / "slow").write_text("6")  # for the tick after the one that fails
     code, lines = go("nightly", root, 2)
@@ -95,7 +95,7 @@ def test_ticks_run_consecutive_rounds_skip_what_overlaps_try_again_and_end(serve
     assert len(own) >= 3 and all(run["parent_task_run_id"] for run in own)  # the run's flow, under each tick's
 
 
-def test_a_tick_is_skipped_while_another_process_holds_the_run(server: StoreServer, root: Path) -> None:
+def test_a_tick_is_skipped_while_another_process_holds_the_run(server: Api, root: Path) -> None:
     config = root.parent / "held.yaml"
     config.write_text(json.dumps(EXPERIMENT | {"plugins": []}))
     from flows.experiment import load_experiment
@@ -121,7 +121,7 @@ def test_a_tick_is_skipped_while_another_process_holds_the_run(server: StoreServ
     assert "tick skipped" in state.message and f"pid {os.getpid()}" in state.message
 
 
-def test_an_error_that_no_tick_cures_ends_the_schedule_with_its_code(server: StoreServer, root: Path) -> None:
+def test_an_error_that_no_tick_cures_ends_the_schedule_with_its_code(server: Api, root: Path) -> None:
     config = Path(write(root, 1))
     lines: list[str] = []
     config.write_text(config.read_text().replace('"samples_per_step": 4', '"samples_per_step": 3'))
@@ -132,7 +132,7 @@ def test_an_error_that_no_tick_cures_ends_the_schedule_with_its_code(server: Sto
 
 @pytest.mark.parametrize("moment", ["aadd_flow", "start"])
 def test_ctrl_c_before_the_first_tick_ends_in_order(
-    server: StoreServer, root: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    server: Api, root: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     async def interrupted(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -145,7 +145,7 @@ def test_ctrl_c_before_the_first_tick_ends_in_order(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_ending_a_schedule_ends_its_tick_and_another_goes_on(server: StoreServer, root: Path, number: int) -> None:
+def test_ending_a_schedule_ends_its_tick_and_another_goes_on(server: Api, root: Path, number: int) -> None:
     name = f"ended-{number:d}"
     (root / "slow").write_text("300")
     command = [OPD, "schedule", write(root, 1), "--name", name, "--every", "3s", "--root", root]
@@ -173,7 +173,7 @@ def test_ending_a_schedule_ends_its_tick_and_another_goes_on(server: StoreServer
 
 @pytest.mark.parametrize("fault", ["cut", pytest.param("hold", marks=pytest.mark.slow)])
 def test_a_schedule_outlives_a_server_that_is_away_and_its_tick_goes_on(
-    server: StoreServer, root: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+    server: Api, root: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     """Without retries and with a short limit of Prefect's client, so that its runner gives up in seconds."""
     monkeypatch.setattr(schedule, "WAITS", (1.0, 2.0))
@@ -277,7 +277,7 @@ def test_a_server_that_was_never_there_is_not_waited_for(clock: tuple[list[float
     assert waits == []
 
 
-def test_a_failed_tick_that_is_retried_in_prefect_goes_on_from_the_store(server: StoreServer, root: Path) -> None:
+def test_a_failed_tick_that_is_retried_in_prefect_goes_on_from_the_store(server: Api, root: Path) -> None:
     """By hand, as the button of Prefect's pages does it; and `opd run` by hand beside the schedule."""
     (root / "fail").touch()
     command = [OPD, "schedule", write(root, 2), "--name", "retried", "--every", "1h", "--root", root]

@@ -12,9 +12,10 @@ from rich.text import Text
 from flows.cli.of_sets import sets_table
 from flows.cli.options import PIPE_WIDTH, console, grid
 from flows.run.earlier import outdated
-from flows.run.figures import DIAGNOSED, EVALUATED, REWARD, SAMPLED
+from flows.run.figures import DIAGNOSED
 from flows.run.hints import opd_command
 from flows.run.shown import (
+    BY_ROUND,
     NOT_EVALUATED,
     by_teacher,
     failed_stages,
@@ -188,7 +189,7 @@ def _heading(state: RunState, root: Path, holder: str | None) -> Text:
 
 def _rounds(state: RunState, gone: dict[tuple[int, str], list[str]], out: Console) -> list[Table | Text]:
     """The table of rounds. Where it is wider than `out`, the seconds of the stages follow it, a line per round."""
-    shown = [f for f in (*EVALUATED, SAMPLED, REWARD) if any(r.metrics.get(f.metric) is not None for r in state.rounds)]
+    shown = [f for f in BY_ROUND if any(r.metrics.get(f.metric) is not None for r in state.rounds)]
     rounds = sorted(state.rounds, key=lambda r: r.round)
     times = [_stages(round, {label for number, label in gone if number == round.round}) for round in rounds]
     table, narrow = grid("round"), grid("round")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -51,16 +52,23 @@ def schedule(
 
     Stays in the foreground. With --every the first tick comes at once. A tick that comes while one is busy is skipped, one
     that fails is tried again by the next. Uses PREFECT_API_URL, else starts a Prefect server on the store's own database.
+    When the server is away, the tick under way goes on, and the schedule tries to reach the server again for six hours.
 
     Exit codes: 0 all rounds are done, 2 bad config or input, 75 scheduled already, 130 stopped (Ctrl-C; all it had
     started is ended, `opd schedule` again goes on), 1 anything else."""
     from flows.config_file import shipped
     from flows.experiment import load_experiment
     from flows.prefect_.schedule import serve
+    from flows.run.runner import refuse_early
 
     when = times(every, cron, timezone)
-    load_experiment(config, set_)  # what is wrong with the config is said now, not at 2 in the morning
-    say = lambda line: out.print(line, markup=False, soft_wrap=True)  # noqa: E731
+    experiment = load_experiment(config, set_)
+    state = refuse_early(experiment, name, root)  # now, not at 2 in the morning
+    here = Console(file=sys.stdout, highlight=False)  # Prefect's own lines on standard output are not wanted
+    say = lambda line: here.print(redact(line), markup=False, soft_wrap=True)  # noqa: E731
+    goal = experiment.policy.rounds
+    if state is not None and state.status == "finished" and state.rounds_done >= goal:
+        return say(f"{name}: all {goal} rounds are done; for more: --set policy.rounds={goal + rounds}")
     code = serve(name, str(shipped(config).absolute()), root.absolute(), when, rounds, list(set_), say)
     if code:
         raise typer.Exit(code)

@@ -6,18 +6,17 @@ paths as the worker sees them."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.config_file import RECIPE, shipped
 from flows.prefect_.server import ServerUnavailable, environment
-from flows.prefect_.session import first_line, prefect_settings
+from flows.prefect_.session import asking, first_line, prefect_settings
 from flows.run.hints import program
 from storage.disk.redact import redact
-from storage.errors import ConfigError, InputError, OpdError, did_you_mean
+from storage.errors import ConfigError, InputError, did_you_mean
 from storage.runs import RUN_NAME
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def deploy(
         raise InputError(f"--name {name!r}: letters, digits, dot, dash and underscore, at most 64")
     if not pool.strip() or set(pool) & UNADDRESSED:
         raise InputError(f"--pool {pool!r}: a name without any of {' '.join(sorted(UNADDRESSED))} is needed")
-    with _asking(), prefect_settings(environment(None)):
+    with asking("the deployment"), prefect_settings(environment(None)):
         from prefect.client.orchestration import get_client
         from prefect.settings import PREFECT_API_URL
 
@@ -97,19 +96,6 @@ def deploy(
             workers = client.read_workers_for_work_pool(pool)
         online = sum(worker.status is not None and worker.status.value == "ONLINE" for worker in workers)
     return Deployed(f"{FLOW}/{name}", pool, found.type, url, online, made)
-
-
-@contextmanager
-def _asking() -> Iterator[None]:
-    """What the server refuses, or a connection that breaks, as ServerUnavailable."""
-    try:
-        yield
-    except OpdError:
-        raise
-    except Exception as error:
-        if not type(error).__module__.startswith(("prefect.", "httpx")):
-            raise
-        raise ServerUnavailable(f"the Prefect server refused the deployment: {first_line(error)}") from error
 
 
 def _path_of(config: Path) -> str:

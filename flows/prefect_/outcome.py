@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows.run.hints import with_resume_hint
+from flows.prefect_.failure import failure
 from flows.run.pace import configured_rounds, estimate, round_seconds
-from storage.disk.redact import redact
 from storage.errors import OpdError, RunBusy
 from storage.runs import Run, RunState
 
@@ -34,8 +33,7 @@ def outcome(
         return Completed(name=SKIPPED, message=f"{who} skipped: {error}")
     except Exception as error:
         final = isinstance(error, OpdError) and error.exit_code == 2
-        text = redact(with_resume_hint(error, name, root) if isinstance(error, OpdError) else repr(error))
-        todo = over if final else again
+        text, todo = failure(error, name, root).message(), over if final else again
         return Failed(name=REFUSED if final else None, message=f"{who} failed: {text} ({todo}; opd logs {name})")
     at = f"at round {state.rounds_done} after {time.monotonic() - started:.0f} s"
     if state.status == "finished":

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from flows.prefect_.server import ServerUnavailable, StoreServer, environment, home_of, store_server
 from storage.disk.redact import redact
+from storage.errors import OpdError
 
 T = TypeVar("T")
 Warn = Callable[[str], None]
@@ -55,9 +56,9 @@ class Session:
 
 
 @contextmanager
-def prefect_session(root: Path, *, warn: Warn = to_stderr) -> Iterator[Session]:
-    """Everything in the block reports to PREFECT_API_URL if that is set, else to the store's own server. Raises nothing of
-    its own: without a usable server the session is inactive."""
+def prefect_session(root: Path, *, warn: Warn = to_stderr, required: bool = False) -> Iterator[Session]:
+    """Everything in the block reports to PREFECT_API_URL if that is set, else to the store's own server. Without a usable server
+    the session is inactive; if it is `required`, ServerUnavailable is raised."""
     home, external, session = home_of(root), os.environ.get("PREFECT_API_URL"), Session(warn)
     with ExitStack() as stack:
         try:
@@ -72,12 +73,31 @@ def prefect_session(root: Path, *, warn: Warn = to_stderr) -> Iterator[Session]:
         except Exception as error:
             session.active = False
             where = f"PREFECT_API_URL={redact(external)}" if external else f"the store's own server in {home}"
-            warn(
-                f"warning: running without Prefect, which will have no record of this run: {where}: {first_line(error)}"
-            )
+            problem = f"{where}: {first_line(error)}"
+            if required:
+                cure = (
+                    "start it, correct the address, or unset it for a server of the store's own"
+                    if external
+                    else "if its database is damaged, delete that folder, from which no run needs anything"
+                )
+                raise ServerUnavailable(f"a Prefect server is needed: {problem}; {cure}") from error
+            warn(f"warning: running without Prefect, which will have no record of this run: {problem}")
             if not external:
                 warn(f"  the run itself needs nothing from {home}; if its database is damaged, delete that folder")
         yield session
+
+
+@contextmanager
+def asking(what: str) -> Iterator[None]:
+    """What the server refuses, or a connection that breaks, as ServerUnavailable; `what` was asked for."""
+    try:
+        yield
+    except OpdError:
+        raise
+    except Exception as error:
+        if not type(error).__module__.startswith(("prefect.", "httpx")):
+            raise
+        raise ServerUnavailable(f"the Prefect server failed or refused {what}: {first_line(error)}") from error
 
 
 def _check_answer() -> None:

@@ -14,11 +14,14 @@ from typing import Any, TypeVar
 
 from flows.distill import distill
 from flows.experiment import Experiment
+from flows.prefect_.failure import failure
 from flows.prefect_.session import Session, prefect_session
-from flows.prefect_.shown import InPrefect, show_summary
+from flows.prefect_.shown import InPrefect, show_failure, show_summary
 from flows.run.executor import Maker
+from flows.run.hints import described
 from flows.run.stopping import terminating
 from storage.disk.redact import redact
+from storage.errors import OpdError
 
 T = TypeVar("T")
 
@@ -30,17 +33,31 @@ def distill_in_prefect(
     with prefect_session(maker.store.root) as session:
         if session.active:
             maker.run_task = partial(run_stage, session)
-            maker.reporter = InPrefect(session, maker.run, maker.reporter)
+            maker.reporter = InPrefect(session, maker.run, maker.state, maker.reporter)
+        name, root = maker.run.name, maker.store.root
 
         def run() -> None:
-            student = distill(experiment, maker, rounds, evaluated)
-            show_summary(session, maker.state, maker.store.root, student, experiment.policy.rounds)
+            try:
+                student = distill(experiment, maker, rounds, evaluated)
+            except Exception as error:
+                show_failure(session, error, name, root)
+                raise
+            show_summary(session, maker.state, root, student, experiment.policy.rounds)
 
-        run_as_flow(session, experiment, maker.run.name, rounds, run)
+        told = lambda error: failure(error, name, root).message()  # noqa: E731
+        run_as_flow(session, experiment, name, rounds, run, told)
 
 
-def run_as_flow(session: Session, experiment: Experiment, run: str, rounds: int, function: Callable[[], T]) -> T:
-    """Call `function` as a flow run, named and tagged after the run, its method and its divergence."""
+def run_as_flow(
+    session: Session,
+    experiment: Experiment,
+    run: str,
+    rounds: int,
+    function: Callable[[], T],
+    told: Callable[[OpdError], str] = described,
+) -> T:
+    """Call `function` as a flow run, named and tagged after the run, its method and its divergence. `told`: the message of its
+    state after an error."""
 
     def record(body: Callable[[], Any]) -> None:
         from prefect import flow, tags
@@ -55,7 +72,7 @@ def run_as_flow(session: Session, experiment: Experiment, run: str, rounds: int,
         with tags(run, *method):
             main_path(experiment.model_dump(mode="json"), run, rounds)
 
-    return _through(session, record, function, lambda _: None)
+    return _through(session, record, function, lambda _: None, told)
 
 
 def run_stage(session: Session, label: str, round: int, function: Callable[[], T], cached: Callable[[T], bool]) -> T:
@@ -83,14 +100,19 @@ def run_stage(session: Session, label: str, round: int, function: Callable[[], T
 
         return Completed(name="Cached", message="already in the store") if cached(result) else Completed()
 
-    return _through(session, record, function, state)
+    return _through(session, record, function, state, described)
 
 
 def _through(
-    session: Session, record: Callable[[Callable[[], Any]], None], work: Callable[[], T], state: Callable[[T], Any]
+    session: Session,
+    record: Callable[[Callable[[], Any]], None],
+    work: Callable[[], T],
+    state: Callable[[T], Any],
+    told: Callable[[OpdError], str],
 ) -> T:
     """Do the work inside Prefect's `record`; take the outcome from the work itself, for Prefect may fail before it, around
-    it and after it."""
+    it and after it. An error of ours is a Failed state with the message `told`; any other is raised, for Prefect's log has its
+    traceback then."""
     if not session.active:
         return work()
     done: list[T] = []
@@ -101,6 +123,10 @@ def _through(
             done.append(work())
         except BaseException as error:
             raised.append(error)
+            if isinstance(error, OpdError):
+                from prefect.states import Failed
+
+                return Failed(message=redact(told(error)))
             shown = _without_secrets(error)
             if shown is error:
                 raise

@@ -21,6 +21,11 @@ from tasks.stage import Context, Work
 from tasks.workers.metrics import Metrics, StageProgress
 
 
+def stage_error(error: BaseException) -> str:
+    """The error that a failed stage records: one line."""
+    return redact(str(error).splitlines()[0] if str(error) else repr(error))
+
+
 class Pending:
     """Placeholder for an output that is not built yet; its items are pending too."""
 
@@ -340,8 +345,7 @@ class Maker:
             if isinstance(error, KeyboardInterrupt):
                 ended = StageState(state="pending", artifacts=keys, error="interrupted")
             else:
-                text = redact(str(error).splitlines()[0] if str(error) else repr(error))
-                ended = StageState(state="failed", artifacts=keys, seconds=seconds, error=text)
+                ended = StageState(state="failed", artifacts=keys, seconds=seconds, error=stage_error(error))
             self._note(label, ended)
             raise
         self.built += 1

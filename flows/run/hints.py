@@ -1,4 +1,4 @@
-"""Commands that messages suggest."""
+"""Errors as text, and the commands that messages suggest."""
 
 from __future__ import annotations
 
@@ -14,14 +14,25 @@ DEFAULT_ROOT = Path("opd-store")
 """The default folder of the store."""
 
 
-def with_resume_hint(error: OpdError, name: str, root: Path) -> str:
-    """The error's message, followed by the command that continues the run.
+def described(error: BaseException) -> str:
+    """An error's message; of a bug's exception also its type."""
+    text = str(error).strip()
+    return text if text and isinstance(error, OpdError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
-    Nothing is added where no run exists yet, another process holds it, or the name belongs to another run."""
+
+def with_resume_hint(error: BaseException, name: str, root: Path) -> str:
+    """The error's message, followed by `resume_hint` if there is one."""
+    return "\n".join([described(error), *resume_hint(error, name, root)])
+
+
+def resume_hint(error: BaseException, name: str, root: Path) -> list[str]:
+    """The line with the command that continues the run after an error.
+
+    None where no run exists yet, another process holds it, or the name belongs to another run."""
     begun = any(run.name == name for run in Run.list(root))
     if not begun or isinstance(error, RunBusy | IdentityMismatch):
-        return str(error)
-    return f"{error}\ncommitted results are kept; after fixing the cause: {opd_command(root, 'resume', name)}"
+        return []
+    return [f"committed results are kept; after fixing the cause: {opd_command(root, 'resume', name)}"]
 
 
 def opd_command(root: Path, *words: str) -> str:

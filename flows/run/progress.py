@@ -167,15 +167,19 @@ class LineReporter(SilentReporter):
     def progress(
         self, round: int, label: str, done: int, total: int, unit: str, metrics: Metrics | None = None
     ) -> None:
-        now = time.monotonic()
-        since, before = self._first = self._first or (now, done)
-        if now - self._last < LINE_INTERVAL:
+        rate = self.rate(done)
+        if time.monotonic() - self._last < LINE_INTERVAL:
             return
-        self._last = now
-        rate = (done - before) / (now - since) if now > since else 0.0
+        self._last = time.monotonic()
         pace = f" ({rate:,.1f}/s, {(total - done) / rate:.0f} s left)" if rate > 0 else ""
         text = f"  {words(metrics)}" if metrics and self.verbose else ""
         self._line(round, label, f"{done:,}/{total:,} {unit}{pace}{text}")
+
+    def rate(self, done: int) -> float:
+        """Units per second since the stage's first report; 0 at that one."""
+        now = time.monotonic()
+        since, before = self._first = self._first or (now, done)
+        return (done - before) / (now - since) if now > since else 0.0
 
     def note(self, round: int, label: str, text: str) -> None:
         self._line(round, label, escape(text))

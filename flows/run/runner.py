@@ -26,6 +26,7 @@ from flows.experiment import (
 )
 from flows.run.dates import with_date
 from flows.run.executor import Maker, PlanLine, Planner, Reporter
+from flows.run.hints import described
 from flows.run.hooks import after_failure, after_round
 from flows.run.progress import OnlyWork, SilentReporter
 from flows.run.recovery import mend, stands_for
@@ -86,6 +87,24 @@ def open_run(experiment: Experiment, name: str, root: str | Path) -> Run:
         return existing
     refuse_changed_fork(experiment)
     return Run.create(root, name, experiment.model_dump(mode="json"), experiment.identity())
+
+
+def refuse_early(experiment: Experiment, name: str, root: str | Path) -> RunState | None:
+    """Raises what `run_experiment` raises before it starts anything, for a caller that starts something else first.
+
+    Returns the state of the run `name`; None where there is none, or it is damaged."""
+    refuse_launchers(os.environ)
+    experiment.runtime.require_gpus()
+    require_trackers(experiment.trackers)
+    run = existing_run(name, root)
+    if run is None:
+        refuse_changed_fork(experiment)
+        return None
+    experiment = with_policy_of(name, root, experiment)
+    open_run(with_date(with_plugins(experiment, name), name, root), name, root)
+    with suppress(CorruptArtifact):
+        return run.state
+    return None
 
 
 def run_experiment(
@@ -198,12 +217,6 @@ def record_failure(run: Run, state: RunState | None, error: BaseException, log: 
         state.status = "stopped" if interrupted else "failed"
         state.error = None if interrupted else redact(text)
         run.save(state)
-
-
-def described(error: BaseException) -> str:
-    """An error's message; of a bug's exception also its type."""
-    text = str(error).strip()
-    return text if text and isinstance(error, OpdError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def with_policy_of(name: str, root: str | Path, experiment: Experiment) -> Experiment:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 
-from flows.run.figures import BY_METRIC, PAIRED, TRAINED
+from flows.run.figures import BY_METRIC, EVALUATED, PAIRED, REWARD, SAMPLED, TRAINED
 from flows.run.pace import configured_rounds, pace
 from storage.errors import CorruptArtifact, InputError
 from storage.query.figures import PARTS, Figure
@@ -27,6 +27,25 @@ def amount(label: str, stage: StageState) -> str:
     if label.startswith("supervise") and (signals := len(stage.artifacts)) > 1:
         return f"{rows // signals:,} samples, {signals} signals"
     return f"{rows:,} {next((unit for stage, unit in _UNITS.items() if label.startswith(stage)), 'rows')}"
+
+
+BY_ROUND = (*EVALUATED, SAMPLED, REWARD)
+"""Figures of a table with a row per round."""
+
+
+def by_round(rounds: Iterable[RoundState]) -> tuple[list[str], list[list[str]]]:
+    """(headings, rows) of a table with a row per round: the figures that some round has, each with its error, and the seconds of
+    the stages that were run."""
+    rounds = sorted(rounds, key=lambda round: round.round)
+    shown = [figure for figure in BY_ROUND if any(round.metrics.get(figure.metric) is not None for round in rounds)]
+    rows = []
+    for round in rounds:
+        cells = [with_error(round.metrics, figure.metric, figure.form) for figure in shown]
+        if round.unevaluated and shown and shown[0] in EVALUATED:
+            cells[0] = NOT_EVALUATED
+        seconds = sum(stage.seconds or 0.0 for stage in round.stages.values() if stage.state == "done")
+        rows.append([str(round.round), *cells, f"{seconds:,.0f}"])
+    return ["round", *(figure.heading for figure in shown), "seconds"], rows
 
 
 BY_TEACHER = (*PAIRED, *TRAINED)

@@ -55,6 +55,16 @@ class WorkerDied(WorkerFailed):
         self.what, self.tail = what, tail
 
 
+def last_lines(log: Path, count: int = 12) -> str:
+    """The last lines of a worker's log, under a line with its path."""
+    try:
+        with log.open(errors="replace") as file:
+            tail = [line.rstrip() for line in deque(file, count)]
+    except OSError:
+        tail = []
+    return f"last lines of {log}:\n  " + "\n  ".join(tail)
+
+
 def no_items() -> None:
     """The items of a job that has none."""
 
@@ -228,10 +238,10 @@ class Worker:
         except subprocess.TimeoutExpired:
             code = None
         how = "" if code is None else f" (exit {code})" if code >= 0 else f" (killed by signal {-code})"
-        return WorkerDied(f"{self.role} worker{name} ended {when}{how}", self._tail())
+        return WorkerDied(f"{self.role} worker{name} ended {when}{how}", last_lines(self.log))
 
     def _stopped(self, why: str) -> WorkerDied:
-        return WorkerDied(f"{self.role} worker stopped: {why}", self._tail())
+        return WorkerDied(f"{self.role} worker stopped: {why}", last_lines(self.log))
 
     def _error(self, error: jobs.ErrorText) -> OpdError:
         kind = getattr(storage.errors, error.kind, None) or getattr(jobs, error.kind, None)
@@ -246,14 +256,6 @@ class Worker:
         return WorkerFailed(
             f"{self.role} worker: {error.kind}: {error.message}\n" + "\n".join(last) + f"\nlog: {self.log}"
         )
-
-    def _tail(self, lines: int = 12) -> str:
-        try:
-            with self.log.open(errors="replace") as file:
-                tail = [line.rstrip() for line in deque(file, lines)]
-        except OSError:
-            tail = []
-        return f"last lines of {self.log}:\n  " + "\n  ".join(tail)
 
     def close(self) -> None:
         """Ask the worker to end, then kill whatever is left below it."""

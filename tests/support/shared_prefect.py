@@ -1,21 +1,29 @@
-"""One Prefect server for all tests that are not about its start, and a migrated database for those that are about its end."""
+"""One Prefect server for all tests that are not about its start, one on PostgreSQL for those that use a server by its URL, and a
+migrated database for those that are about its end."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import sqlite3
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+from postgres import PASSWORD, postgres
 
-from flows.prefect_.server import StoreServer, store_server
+from flows.prefect_.server import StoreServer, healthy, store_server
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +34,62 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreSer
         assert (root / "prefect" / "prefect.db").exists()
         yield server
     assert not server.alive()
+
+
+@dataclass(frozen=True)
+class Api:
+    """A server of which a test knows only where it is."""
+
+    api_url: str
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """`prefect server start` as docs/deploy.md has it, on a PostgreSQL server."""
+    home = tmp_path_factory.mktemp("on postgres")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    with postgres() as (database, user):
+        address = f"postgresql+asyncpg://{user}:{quote(PASSWORD, safe='')}@127.0.0.1:{database}/postgres"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        environment |= {
+            "PREFECT_HOME": str(home),
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": address,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "DO_NOT_TRACK": "1",
+        }
+        command = [
+            Path(sys.executable).parent / "prefect",
+            "server",
+            "start",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ]
+        with (home / "log").open("wb") as log:
+            server = subprocess.Popen(command, env=environment, cwd=home, stdout=log, stderr=log)
+        try:
+            eventually(lambda: healthy(url) or server.poll() is not None, 180)
+            assert server.poll() is None, (home / "log").read_text()
+            yield Api(url)
+            assert not list(home.glob("*.db"))
+        finally:
+            server.send_signal(signal.SIGTERM)
+            try:
+                server.wait(30)
+            finally:
+                server.kill()
+
+
+@pytest.fixture(scope="session", params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
+def by_url(request: pytest.FixtureRequest) -> Api:
+    """The shared server, then one on PostgreSQL."""
+    return Api(
+        request.getfixturevalue({"sqlite": "shared_server", "postgres": "postgres_server"}[request.param]).api_url
+    )
 
 
 @pytest.fixture(scope="session")

@@ -19,11 +19,10 @@ from places import CHECKOUT, PLUGINS
 from registries import plugin_path
 from scripted_run import EXPERIMENT, prepare_root
 from scripted_run import NAME as TRIAL
-from shared_prefect import ask, eventually
+from shared_prefect import Api, ask, eventually
 from stopping import StoppedRun
 
 from flows.cli.deploy import deploy as command
-from flows.prefect_.server import StoreServer
 from storage.errors import ConfigError, OpdError
 from storage.runs import Run
 
@@ -40,10 +39,10 @@ def _plugins() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def opd(shared_server: StoreServer) -> Pool:
-    """The command line, for which the shared server is the user's."""
+def opd(by_url: Api) -> Pool:
+    """The command line, for which the server is the user's."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OPD_"))}
-    environment |= {"PREFECT_API_URL": shared_server.api_url, "PYTHONPATH": PATHS}
+    environment |= {"PREFECT_API_URL": by_url.api_url, "PYTHONPATH": PATHS}
 
     def call(*words: object, **more: str) -> subprocess.CompletedProcess[str]:
         command = [str(OPD), *map(str, words)]
@@ -53,7 +52,7 @@ def opd(shared_server: StoreServer) -> Pool:
 
 
 @pytest.fixture(scope="module")
-def pool(opd: Pool, shared_server: StoreServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def pool(opd: Pool, by_url: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A work pool, made by `opd deploy`, with a process worker."""
     folder = tmp_path_factory.mktemp("worker")
     root = prepare_root(folder / "store")
@@ -67,7 +66,7 @@ def pool(opd: Pool, shared_server: StoreServer, tmp_path_factory: pytest.TempPat
         0,
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OPD_"))}
-    environment |= {"PREFECT_API_URL": shared_server.api_url, "PREFECT_HOME": str(folder / "home"), "PYTHONPATH": PATHS}
+    environment |= {"PREFECT_API_URL": by_url.api_url, "PREFECT_HOME": str(folder / "home"), "PYTHONPATH": PATHS}
     environment |= {
         "PREFECT_WORKER_QUERY_SECONDS": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -98,19 +97,19 @@ def config(root: Path, rounds: int) -> Path:
     return path
 
 
-def start(server: StoreServer, name: str, **parameters: Any) -> str:
+def start(server: Api, name: str, **parameters: Any) -> str:
     """A flow run of a deployment, as the button of Prefect's pages starts it; its id."""
     (deployment,) = ask(server.api_url, "deployments/filter", {"deployments": {"name": {"any_": [name]}}})
     body = {"parameters": deployment["parameters"] | parameters, "state": {"type": "SCHEDULED"}}
     return ask(server.api_url, f"deployments/{deployment['id']}/create_flow_run", body)["id"]
 
 
-def state_of(server: StoreServer, flow_run: str) -> dict[str, Any]:
+def state_of(server: Api, flow_run: str) -> dict[str, Any]:
     (run,) = ask(server.api_url, "flow_runs/filter", {"flow_runs": {"id": {"any_": [flow_run]}}})
     return run["state"]
 
 
-def ended(server: StoreServer, flow_run: str) -> dict[str, Any]:
+def ended(server: Api, flow_run: str) -> dict[str, Any]:
     """Its last state."""
     last = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
     return eventually(lambda: (s := state_of(server, flow_run))["type"] in last and s, 120)
@@ -133,32 +132,32 @@ def begun(root: Path, name: str) -> int:
 
 @pytest.mark.slow
 def test_a_worker_runs_what_opd_run_does_through_a_cancel_a_retry_and_a_kill(
-    opd: Pool, pool: str, shared_server: StoreServer, root: Path
+    opd: Pool, pool: str, by_url: Api, root: Path
 ) -> None:
     made = opd("deploy", config(root, 2), "--name", "nightly", "--pool", pool, "--rounds", 1, "--root", root)
     assert made.returncode == 0, made.stdout + made.stderr
     assert "deployed opd-run/nightly" in made.stdout and "worker start" not in made.stdout
 
     (root / "slow").write_text("300")
-    first = start(shared_server, "nightly")
+    first = start(by_url, "nightly")
     pid = begun(root, "nightly")
-    ask(shared_server.api_url, f"flow_runs/{first}/set_state", {"state": {"type": "CANCELLING"}})
-    assert ended(shared_server, first)["type"] == "CANCELLED"
+    ask(by_url.api_url, f"flow_runs/{first}/set_state", {"state": {"type": "CANCELLING"}})
+    assert ended(by_url, first)["type"] == "CANCELLED"
     eventually(lambda: not Path(f"/proc/{pid}").exists())
     assert Run.open(root, "nightly").state.status == "stopped" and Run.open(root, "nightly").holder() is None
 
     retry = {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}, "force": True}
-    ask(shared_server.api_url, f"flow_runs/{first}/set_state", retry)
-    again = eventually(lambda: (s := state_of(shared_server, first))["type"] == "COMPLETED" and s, 120)
+    ask(by_url.api_url, f"flow_runs/{first}/set_state", retry)
+    again = eventually(lambda: (s := state_of(by_url, first))["type"] == "COMPLETED" and s, 120)
     assert "at round 1 after" in again["message"]
 
     (root / "slow").write_text("300")
-    second = start(shared_server, "nightly")
+    second = start(by_url, "nightly")
     os.kill(begun(root, "nightly"), signal.SIGKILL)
-    assert ended(shared_server, second)["type"] == "CRASHED"
+    assert ended(by_url, second)["type"] == "CRASHED"
 
-    third = start(shared_server, "nightly")
-    last = ended(shared_server, third)
+    third = start(by_url, "nightly")
+    last = ended(by_url, third)
     assert (last["type"], last["name"]) == ("COMPLETED", "Finished")
     assert [number for number, _, _ in students(root, "nightly")] == [0, 1, 2]
 
@@ -169,29 +168,25 @@ def test_a_worker_runs_what_opd_run_does_through_a_cancel_a_retry_and_a_kill(
 
 
 @pytest.mark.slow
-def test_a_cancelled_flow_run_leaves_no_worker_behind(
-    opd: Pool, pool: str, shared_server: StoreServer, tmp_path: Path
-) -> None:
+def test_a_cancelled_flow_run_leaves_no_worker_behind(opd: Pool, pool: str, by_url: Api, tmp_path: Path) -> None:
     """With worker processes that have families of their own."""
     run = StoppedRun.of(prepare_root(tmp_path / "template" / "store"), tmp_path / "run")
     run.write("trainer")
     made = opd("deploy", run.folder / "config.yaml", "--name", TRIAL, "--pool", pool, "--root", run.root)
     assert made.returncode == 0, made.stdout + made.stderr
-    flow_run = start(shared_server, TRIAL)
+    flow_run = start(by_url, TRIAL)
     eventually(lambda: (run.root / "family-ready").exists(), 120)
     family = [int(pid) for pid in (run.root / "family-ready").read_text().split()]
     holder = Run.open(run.root, TRIAL).holder_info()
     assert holder is not None and len(family) == 7
-    ask(shared_server.api_url, f"flow_runs/{flow_run}/set_state", {"state": {"type": "CANCELLING"}})
+    ask(by_url.api_url, f"flow_runs/{flow_run}/set_state", {"state": {"type": "CANCELLING"}})
     eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in (*family, holder.pid)))
-    assert ended(shared_server, flow_run)["type"] == "CANCELLED"
+    assert ended(by_url, flow_run)["type"] == "CANCELLED"
     assert Run.open(run.root, TRIAL).holder() is None and Run.open(run.root, TRIAL).state.status == "stopped"
     run.temporary.rmdir()
 
 
-def test_a_config_that_is_refused_and_a_stop_are_told_apart(
-    opd: Pool, pool: str, shared_server: StoreServer, root: Path
-) -> None:
+def test_a_config_that_is_refused_and_a_stop_are_told_apart(opd: Pool, pool: str, by_url: Api, root: Path) -> None:
     config(root, 1)
     made = opd(
         "deploy",
@@ -207,24 +202,24 @@ def test_a_config_that_is_refused_and_a_stop_are_told_apart(
     )
     assert made.returncode == 0, made.stdout + made.stderr
     (root / "slow").write_text("300")
-    flow_run = start(shared_server, "stopped")
+    flow_run = start(by_url, "stopped")
     begun(root, "stopped")
     assert opd("stop", "stopped", "--root", root).returncode == 0
-    last = ended(shared_server, flow_run)
+    last = ended(by_url, flow_run)
     assert last["type"] == "CANCELLED" and "opd resume stopped" in last["message"].replace(str(OPD), "opd")
 
-    bad = start(shared_server, "stopped", overrides=["train.samples_per_step=3"])
-    last = ended(shared_server, bad)
+    bad = start(by_url, "stopped", overrides=["train.samples_per_step=3"])
+    last = ended(by_url, bad)
     assert (last["type"], last["name"]) == ("FAILED", "Refused")
     assert "train.samples_per_step" in last["message"]
-    (there,) = ask(shared_server.api_url, "deployments/filter", {"deployments": {"name": {"any_": ["stopped"]}}})
+    (there,) = ask(by_url.api_url, "deployments/filter", {"deployments": {"name": {"any_": ["stopped"]}}})
     assert there["paused"]  # each further flow run of the schedule would be refused too
 
 
-def refused(shared_server: StoreServer, monkeypatch: pytest.MonkeyPatch, config: Path, **options: Any) -> OpdError:
+def refused(by_url: Api, monkeypatch: pytest.MonkeyPatch, config: Path, **options: Any) -> OpdError:
     for name in [name for name in os.environ if name.startswith("PREFECT_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("PREFECT_API_URL", options.pop("url", shared_server.api_url))
+    monkeypatch.setenv("PREFECT_API_URL", options.pop("url", by_url.api_url))
     monkeypatch.setenv("PREFECT_HOME", str(config.parent / "home"))
     monkeypatch.syspath_prepend(PLUGINS)
     with pytest.raises(OpdError) as caught:
@@ -249,9 +244,9 @@ def refused(shared_server: StoreServer, monkeypatch: pytest.MonkeyPatch, config:
     ],
 )
 def test_what_cannot_be_deployed_is_refused(
-    pool: str, shared_server: StoreServer, root: Path, monkeypatch, options: dict[str, Any], message: str
+    pool: str, by_url: Api, root: Path, monkeypatch, options: dict[str, Any], message: str
 ) -> None:
-    error = refused(shared_server, monkeypatch, config(root, 1), **options)
+    error = refused(by_url, monkeypatch, config(root, 1), **options)
     assert re.search(message, str(error)) and error.exit_code == 2
 
 
@@ -259,7 +254,7 @@ def test_what_cannot_be_deployed_is_refused(
     ("url", "code", "message"), [("", 2, "is not set"), ("http://127.0.0.1:9/api", 1, "no Prefect server answers")]
 )
 def test_without_a_server_the_command_that_starts_one_is_named(
-    shared_server: StoreServer, root: Path, monkeypatch, url: str, code: int, message: str
+    by_url: Api, root: Path, monkeypatch, url: str, code: int, message: str
 ) -> None:
-    error = refused(shared_server, monkeypatch, config(root, 1), url=url)
+    error = refused(by_url, monkeypatch, config(root, 1), url=url)
     assert message in str(error) and "server start" in str(error) and error.exit_code == code

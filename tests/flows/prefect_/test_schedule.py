@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -15,14 +16,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+from between import between
 from cancelling import cancel_a_tick
 from opd_cli import OPD
 from places import CHECKOUT, PLUGINS
 from scripted_run import EXPERIMENT, prepare_root
-from shared_prefect import ask, eventually
+from shared_prefect import Api, ask, eventually
 
+from flows.prefect_ import schedule
 from flows.prefect_.schedule import serve, tick
-from flows.prefect_.server import StoreServer
+from flows.prefect_.server import ServerUnavailable, StoreServer
+from storage.disk import locks
 from storage.errors import RunBusy
 from storage.runs import Run
 
@@ -30,14 +34,14 @@ PATHS = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "tests" / "support"), str
 
 
 @pytest.fixture
-def server(shared_server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreServer]:
-    """The shared server as PREFECT_API_URL; ticks find the plugins."""
+def server(by_url: Api, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
+    """A server as PREFECT_API_URL; ticks find the plugins."""
     for name in [name for name in os.environ if name.startswith("PREFECT_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("PREFECT_API_URL", shared_server.api_url)
+    monkeypatch.setenv("PREFECT_API_URL", by_url.api_url)
     monkeypatch.setenv("PYTHONPATH", PATHS)
     monkeypatch.syspath_prepend(PLUGINS)  # a tick's process gets the path of the one that serves it
-    yield shared_server
+    yield by_url
 
 
 @pytest.fixture
@@ -62,7 +66,7 @@ def go(name: str, root: Path, rounds: int, seconds: float = 3.0) -> tuple[int, l
     return serve(name, write(root, rounds), root, every(seconds), 1, [], lines.append), lines
 
 
-def ticks(server: StoreServer, name: str) -> list[dict]:
+def ticks(server: Api, name: str) -> list[dict]:
     found = ask(server.api_url, "flow_runs/filter", {"deployments": {"name": {"like_": f"{name}-"}}, "limit": 200})
     return [run for run in found if run["state_type"] != "SCHEDULED"]
 
@@ -72,7 +76,7 @@ def processes_of_ticks(schedule: int) -> list[psutil.Process]:
     return [process for process in alive if "spawn_main" in "".join(process.cmdline())]
 
 
-def test_ticks_run_consecutive_rounds_skip_what_overlaps_try_again_and_end(server: StoreServer, root: Path) -> None:
+def test_ticks_run_consecutive_rounds_skip_what_overlaps_try_again_and_end(server: Api, root: Path) -> None:
     (root / "fail").touch()
     (root / "slow").write_text("6")  # for the tick after the one that fails
     code, lines = go("nightly", root, 2)
@@ -91,7 +95,7 @@ def test_ticks_run_consecutive_rounds_skip_what_overlaps_try_again_and_end(serve
     assert len(own) >= 3 and all(run["parent_task_run_id"] for run in own)  # the run's flow, under each tick's
 
 
-def test_a_tick_is_skipped_while_another_process_holds_the_run(server: StoreServer, root: Path) -> None:
+def test_a_tick_is_skipped_while_another_process_holds_the_run(server: Api, root: Path) -> None:
     config = root.parent / "held.yaml"
     config.write_text(json.dumps(EXPERIMENT | {"plugins": []}))
     from flows.experiment import load_experiment
@@ -117,7 +121,7 @@ def test_a_tick_is_skipped_while_another_process_holds_the_run(server: StoreServ
     assert "tick skipped" in state.message and f"pid {os.getpid()}" in state.message
 
 
-def test_an_error_that_no_tick_cures_ends_the_schedule_with_its_code(server: StoreServer, root: Path) -> None:
+def test_an_error_that_no_tick_cures_ends_the_schedule_with_its_code(server: Api, root: Path) -> None:
     config = Path(write(root, 1))
     lines: list[str] = []
     config.write_text(config.read_text().replace('"samples_per_step": 4', '"samples_per_step": 3'))
@@ -128,7 +132,7 @@ def test_an_error_that_no_tick_cures_ends_the_schedule_with_its_code(server: Sto
 
 @pytest.mark.parametrize("moment", ["aadd_flow", "start"])
 def test_ctrl_c_before_the_first_tick_ends_in_order(
-    server: StoreServer, root: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    server: Api, root: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     async def interrupted(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -141,7 +145,7 @@ def test_ctrl_c_before_the_first_tick_ends_in_order(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_ending_a_schedule_ends_its_tick_and_another_goes_on(server: StoreServer, root: Path, number: int) -> None:
+def test_ending_a_schedule_ends_its_tick_and_another_goes_on(server: Api, root: Path, number: int) -> None:
     name = f"ended-{number:d}"
     (root / "slow").write_text("300")
     command = [OPD, "schedule", write(root, 1), "--name", name, "--every", "3s", "--root", root]
@@ -167,7 +171,113 @@ def test_ending_a_schedule_ends_its_tick_and_another_goes_on(server: StoreServer
     assert left == []
 
 
-def test_a_failed_tick_that_is_retried_in_prefect_goes_on_from_the_store(server: StoreServer, root: Path) -> None:
+@pytest.mark.parametrize("fault", ["cut", pytest.param("hold", marks=pytest.mark.slow)])
+def test_a_schedule_outlives_a_server_that_is_away_and_its_tick_goes_on(
+    server: Api, root: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Without retries and with a short limit of Prefect's client, so that its runner gives up in seconds."""
+    monkeypatch.setattr(schedule, "WAITS", (1.0, 2.0))
+    for name, value in (("CLIENT_MAX_RETRIES", "0"), ("API_REQUEST_TIMEOUT", "2")):
+        monkeypatch.setenv(f"PREFECT_{name}", value)
+    name, lines, config = f"away-{fault}", list[str](), write(root, 2)
+    (root / "slow").write_text("20")
+    with between(server.api_url) as relay:
+        monkeypatch.setenv("PREFECT_API_URL", relay.url)
+
+        def away() -> None:
+            eventually(lambda: (root / "is-slow").exists(), 120)
+            getattr(relay, fault)()
+            eventually(lambda: any("the tick under way goes on" in line for line in lines), 120)
+            getattr(relay, {"cut": "restore", "hold": "release"}[fault])()
+
+        trouble = threading.Thread(target=away)
+        trouble.start()
+        assert serve(name, config, root, every(3), 1, [], lines.append) == 0
+        trouble.join()
+    text = "\n".join(lines)
+    assert "Prefect's runner ended after failed requests: the server does not answer" in text
+    assert "; trying again in 1 s" in text and "Traceback" not in text
+    state = Run.open(root, name).state
+    assert state.status == "finished" and [r.round for r in state.rounds] == [0, 1, 2]
+    assert state.rounds[1].stages["rollout"].seconds > 20  # the tick that lost its server made it
+    left = [run for run in ticks(server, name) if run["state_type"] in ("RUNNING", "PENDING")]
+    assert left == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_prefect_of_the_users")
+def test_a_schedule_starts_its_own_server_again(root: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "WAITS", (1.0, 2.0))
+    monkeypatch.setenv("PYTHONPATH", PATHS)
+    monkeypatch.syspath_prepend(PLUGINS)
+    shutil.copytree(migrated, root / "prefect")
+    lines = list[str]()
+    (root / "slow").write_text("20")
+
+    def kill() -> None:
+        eventually(lambda: (root / "is-slow").exists(), 120)
+        holder = locks.holder(root / "prefect" / "server.lock")
+        assert holder is not None
+        os.kill(holder.pid, signal.SIGKILL)
+
+    trouble = threading.Thread(target=kill)
+    trouble.start()
+    assert serve("own", write(root, 2), root, every(3), 1, [], lines.append) == 0
+    trouble.join()
+    assert [r.round for r in Run.open(root, "own").state.rounds] == [0, 1, 2]
+    assert sum(line == "starting the Prefect server" for line in lines) == 2, lines
+    assert locks.holder(root / "prefect" / "server.lock") is None
+
+
+def lost(contact: schedule.Contact, seconds: float | None, now: list[float]) -> int:
+    """An attempt that works for so many seconds, and then loses the server."""
+    contact.began = now[0]
+    if seconds is not None:
+        now[0] += seconds
+        contact.heard = now[0]
+    now[0] += 1
+    raise ServerUnavailable("it is gone")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], list[float]]:
+    """The time, and the waits."""
+    now, waits = [1000.0], list[float]()
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(schedule.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(schedule.time, "sleep", sleep)
+    return now, waits
+
+
+def test_the_waits_for_a_lost_server_double_up_to_a_limit_and_end(clock: tuple[list[float], list[float]]) -> None:
+    now, waits = clock
+    works, lines = iter([30.0]), list[str]()
+    with pytest.raises(ServerUnavailable, match=r"it is gone; away for 6 h"):
+        schedule._until_over(lambda contact: lost(contact, next(works, None), now), "n", lines.append)
+    assert waits[:8] == [5, 10, 20, 40, 80, 160, 300, 300] and set(waits[8:]) == {300.0}
+    assert lines[0] == "n: it is gone; trying again in 5 s" and len(lines) == len(waits)
+
+
+def test_a_server_that_comes_and_goes_does_not_begin_the_waits_again(clock: tuple[list[float], list[float]]) -> None:
+    now, waits = clock
+    works = iter([10.0, 10.0, 10.0, 100.0])
+    attempts = lambda contact: lost(contact, found, now) if (found := next(works, None)) is not None else 0  # noqa: E731
+    assert schedule._until_over(attempts, "n", lambda line: None) == 0
+    assert waits == [5, 10, 20, 5]
+
+
+def test_a_server_that_was_never_there_is_not_waited_for(clock: tuple[list[float], list[float]]) -> None:
+    now, waits = clock
+    with pytest.raises(ServerUnavailable):
+        schedule._until_over(lambda contact: lost(contact, None, now), "n", print)
+    assert waits == []
+
+
+def test_a_failed_tick_that_is_retried_in_prefect_goes_on_from_the_store(server: Api, root: Path) -> None:
     """By hand, as the button of Prefect's pages does it; and `opd run` by hand beside the schedule."""
     (root / "fail").touch()
     command = [OPD, "schedule", write(root, 2), "--name", "retried", "--every", "1h", "--root", root]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,15 @@ from shared_prefect import ask, eventually
 from stopping import PATIENCE, StoppedRun
 
 from flows.experiment import Experiment
+from flows.prefect_ import shown
 from flows.prefect_.server import StoreServer
 from flows.prefect_.session import Session, prefect_session
 from flows.prefect_.tasks import run_as_flow, run_stage
 from flows.run.hints import opd_command
-from flows.run.shown import amount
+from flows.run.progress import SilentReporter
+from flows.run.shown import amount, by_round
 from storage.errors import RunBusy
-from storage.runs import Run
+from storage.runs import RoundState, Run, RunState, StageState
 
 E = scripted_run.experiment()
 
@@ -66,9 +70,10 @@ def flow_runs(server: StoreServer, name: str) -> list[dict[str, Any]]:
     return ask(server.api_url, "flow_runs/filter", {"flow_runs": {"name": {"any_": [name]}}, "sort": "START_TIME_ASC"})
 
 
-def reported_runs(server: StoreServer) -> list[dict[str, Any]]:
-    """The flow runs of `reported`; other tests' runs on the shared server have the same name."""
-    return [run for run in flow_runs(server, NAME) if "scripted_leaks" in str(run["parameters"])]
+def reported_runs(server: StoreServer, rounds: tuple[int, ...] = (1, 2)) -> list[dict[str, Any]]:
+    """The flow runs of `reported` (of `failed`: `rounds` is 3); other tests' runs on the shared server have the same name."""
+    found = [run for run in flow_runs(server, NAME) if "scripted_leaks" in str(run["parameters"])]
+    return [run for run in found if run["parameters"]["rounds"] in rounds]
 
 
 # What a run looks like there
@@ -143,7 +148,7 @@ def test_tasks_are_the_stages_of_the_rounds_and_a_cached_one_says_so(reported, s
 
 def test_a_round_is_a_table_and_the_end_a_summary(reported, shared_server) -> None:
     first, second = (artifacts_of(shared_server, run) for run in reported_runs(shared_server))
-    assert first.keys() == {f"{NAME}-round-0", f"{NAME}-round-1", f"{NAME}-summary"}
+    assert first.keys() == {f"{NAME}-round-0", f"{NAME}-round-1", f"{NAME}-rounds", f"{NAME}-summary"}
     assert second.keys() == first.keys() | {f"{NAME}-round-2"}
     state = Run.open(reported.root, NAME).state
     one = state.rounds[1]
@@ -163,12 +168,55 @@ def test_a_round_is_a_table_and_the_end_a_summary(reported, shared_server) -> No
     summary = first[f"{NAME}-summary"]
     assert summary["type"] == "markdown" and summary["data"].startswith(f"# {NAME}: round 1 of 1")
     shares = [
-        f"{one.metrics[name]:.4g} ± {one.metrics[f'{name}_se']:.4g}" for name in ("accuracy_greedy", "reverse_kl")
+        " ± ".join(form.format(one.metrics[name + part]) for part in ("", "_se"))
+        for name, form in (("accuracy_greedy", "{:.1%}"), ("reverse_kl", "{:.4f}"))
     ]
-    assert f"| 1 | {shares[0]} | {shares[1]} |" in summary["data"] and "(n 4)" in summary["data"]
-    student = f"{reported.root}/artifacts/student/{one.stages['train'].artifacts['student']}"
-    assert student in summary["data"] and Path(student).is_dir()
-    assert opd_command(reported.root, "export", NAME, f"{NAME}-student") in summary["data"]
+    assert f"| 1 | {shares[0]} | " in summary["data"] and f" | {shares[1]} | " in summary["data"]
+    assert "(n 4)" in summary["data"]
+    student = f"artifacts/student/{one.stages['train'].artifacts['student']}"
+    assert f"`{student}`" in summary["data"] and (reported.root / student).is_dir()
+    assert f"In the store `{reported.root}`" in summary["data"]
+    for words in (("export", NAME, f"{NAME}-student"), ("report", NAME)):
+        assert opd_command(reported.root, *words) in summary["data"]
+
+
+def test_all_rounds_are_one_table_that_grows(reported, shared_server) -> None:
+    first, second = (artifacts_of(shared_server, run) for run in reported_runs(shared_server))
+    state = Run.open(reported.root, NAME).state
+    for found, rounds in ((first, 1), (second, 2)):
+        table = found[f"{NAME}-rounds"]
+        headings, rows = by_round(state.rounds[: rounds + 1])
+        assert table["type"] == "table" and "accuracy" in headings and len(rows) == rounds + 1
+        assert json.loads(table["data"]) == [dict(zip(headings, row, strict=True)) for row in rows]
+        assert "all rounds" in table["description"]
+    count = {"artifacts": {"key": {"any_": [f"{NAME}-rounds"]}}, "flow_runs": {"name": {"any_": [NAME]}}}
+    ours = {run["id"] for run in reported_runs(shared_server)}
+    found = [a for a in ask(shared_server.api_url, "artifacts/filter", count) if a["flow_run_id"] in ours]
+    assert len(found) == 2  # one per flow run, not one per round
+
+
+@pytest.fixture(scope="module")
+def failed(reported, shared_server) -> StoppedRun:
+    """The same run, whose third round fails: the trainer writes a line and dies, each time that it is tried again."""
+    leak = {"OPD_TEST_LEAK_HOW": "dies", "OPD_TEST_LEAK": "the trainer's last words"}
+    process = reported.begin("--set", "policy.rounds=3", prefect=True, PREFECT_API_URL=shared_server.api_url, **leak)
+    process.join(PATIENCE)
+    assert reported.ended(process) == 1, reported.output
+    return reported
+
+
+def test_a_failure_says_what_the_worker_wrote_and_what_to_do(failed, shared_server) -> None:
+    (run,) = reported_runs(shared_server, rounds=(3,))
+    artifact = artifacts_of(shared_server, run)[f"{NAME}-failure"]
+    assert run["state_type"] == "FAILED" and artifact["type"] == "markdown"
+    for text in (run["state"]["message"], artifact["data"]):
+        assert "round 3 train: trainer worker" in text
+        assert "the trainer's last words" in text and "last lines of" in text
+        assert opd_command(failed.root, "resume", NAME) in text
+    assert opd_command(failed.root, "logs", NAME) in artifact["data"]
+    body = {"flow_runs": {"id": {"any_": [run["id"]]}}}
+    states = {task["name"]: task["state_name"] for task in ask(shared_server.api_url, "task_runs/filter", body)}
+    assert states["train · round 3"] == "Failed" and states["train · round 2"] == "Cached"
 
 
 def test_what_a_stage_and_its_worker_say_is_in_the_tasks_log(reported, shared_server) -> None:
@@ -182,27 +230,72 @@ def test_what_a_stage_and_its_worker_say_is_in_the_tasks_log(reported, shared_se
     assert not any("line of the trainer" in line for line in messages(shared_server, second["train · round 1"]))
 
 
-def test_a_long_stage_has_a_progress_bar(session, shared_server, tmp_path, monkeypatch) -> None:
-    from flows.prefect_ import shown
-    from flows.run.progress import SilentReporter
-    from storage.runs import StageState
-
+@pytest.mark.parametrize(
+    ("end", "percent", "text"),
+    [
+        (None, 50.0, r"rollout, round 3: 2 of 4 samples, [\d.,]+ per second, about \d+ s left"),
+        (StageState(state="done", seconds=1.0, rows=4), 100.0, "rollout, round 3: 4 samples in 1 s"),
+        (StageState(state="failed", error="it broke"), 50.0, "rollout, round 3: failed"),
+        (StageState(state="pending", error="interrupted"), 50.0, "rollout, round 3: interrupted"),
+    ],
+)
+def test_a_long_stage_has_a_progress_bar_with_rate_and_time_left(
+    session, shared_server, tmp_path, monkeypatch, end: StageState | None, percent: float, text: str
+) -> None:
     for name in ("LONG_SECONDS", "BETWEEN_SECONDS"):
         monkeypatch.setattr(shown, name, 0.0)
-    reporter = shown.InPrefect(session, Run.create(tmp_path, "bar", {}, {}), SilentReporter())
+    run, name = Run.create(tmp_path, "bar", {}, {}), f"bar {end and end.state}"
+    reporter = shown.InPrefect(session, run, RunState(name="bar"), SilentReporter())
 
     def work() -> None:
         reporter.stage(3, "rollout", StageState(state="running"))
         for done in (1, 2):
             reporter.progress(3, "rollout", done, 4, "samples")
-        if name == "done":
-            reporter.stage(3, "rollout", StageState(state="done", seconds=1.0, rows=4))
+        if end is not None:
+            reporter.stage(3, "rollout", end)
 
-    for name, percent in (("bar", 50.0), ("done", 100.0)):
-        flow(session, name, lambda: stage(session, "rollout", work))
-        (run,) = flow_runs(shared_server, name)
-        (bar,) = artifacts_of(shared_server, run).values()
-        assert (bar["type"], bar["key"], float(bar["data"])) == ("progress", "bar-rollout-round-3", percent)
+    flow(session, name, lambda: stage(session, "rollout", work))
+    (found,) = flow_runs(shared_server, name)
+    (bar,) = artifacts_of(shared_server, found).values()
+    assert (bar["type"], bar["key"], float(bar["data"])) == ("progress", "bar-rollout-round-3", percent)
+    assert re.fullmatch(text, bar["description"])
+
+
+def test_progress_is_reported_every_few_seconds_at_most(tmp_path, monkeypatch) -> None:
+    now, moved = [0.0], list[float]()
+    monkeypatch.setattr(shown.time, "monotonic", lambda: now[0])
+    run = Run.create(tmp_path, "bar", {}, {})
+    reporter = shown.InPrefect(Session(active=True), run, RunState(name="bar"), SilentReporter())
+    monkeypatch.setattr(reporter, "_move_bar", lambda *_: moved.append(now[0]))
+    monkeypatch.setattr(reporter, "_log", lambda *_: None)
+    reporter.stage(1, "train", StageState(state="running"))
+    for step in range(4000):
+        now[0] = step / 100
+        reporter.progress(1, "train", step, 4000, "steps")
+    assert moved and moved[0] >= shown.LONG_SECONDS
+    assert all(later - earlier >= shown.BETWEEN_SECONDS for earlier, later in pairwise(moved))
+
+
+def test_a_server_that_fails_while_a_bar_is_moved_ends_the_record_not_the_run(tmp_path, monkeypatch) -> None:
+    for name in ("LONG_SECONDS", "BETWEEN_SECONDS"):
+        monkeypatch.setattr(shown, name, 0.0)
+    lines = list[str]()
+    session = Session(warn=lines.append, active=True)
+    reporter = shown.InPrefect(session, Run.create(tmp_path, "bar", {}, {}), RunState(name="bar"), SilentReporter())
+    monkeypatch.setattr(reporter, "_log", lambda *_: None)
+
+    def broken(*_: object) -> None:
+        raise ConnectionError("the server is gone")
+
+    monkeypatch.setattr(reporter, "_move_bar", broken)
+    reporter.stage(1, "train", StageState(state="running"))
+    for step in range(3):
+        reporter.progress(1, "train", step, 3, "steps")
+    reporter.stage(1, "train", StageState(state="done", seconds=1.0))
+    reporter.round_done(RoundState(round=1))
+    assert not session.active
+    (line,) = lines
+    assert "nothing of the run is lost" in line
 
 
 # Outcomes

@@ -35,6 +35,7 @@ _TABLES_OF = {
     "train": ("training_steps", "teacher_steps"),
     "warmup": ("training_steps",),
     "evaluate": ("evaluations",),
+    "harness": ("harness_results", "harness_samples"),
 }
 """By stage: the tables of artifacts that have another name than their table."""
 
@@ -259,6 +260,10 @@ _ALL = (
         "One row per completion of a named evaluation set (evaluate.sets, `opd evaluate --prompts`).",
         (_RUN, _ROUND, Column("set_name", _STR, "its name"), _ARTIFACT, *TABLES["evaluations"].columns),
         ("evaluations",),
+    ),
+    *(
+        View(name, TABLES[name].doc, (_RUN, _ROUND, _ARTIFACT, *TABLES[name].columns), (name,))
+        for name in ("harness_results", "harness_samples")
     ),
     View(
         "teacher_steps",

@@ -56,6 +56,7 @@ test: setup  ## the test suite in two processes, without the long tests
 	@$(BIN)/python -m pytest -n 2
 
 test-full: setup  ## the test suite with the long tests; needs Chromium (Debian: apt-get install chromium)
+	@$(PIP) install --no-deps -r requirements/lm-eval.txt
 	@$(BIN)/python -m pytest -m "not faults"
 
 faults: setup  ## all fault tests in full (docs/reliability.md); takes hours, can be stopped and continued

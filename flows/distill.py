@@ -14,6 +14,8 @@ from tasks.behaviours.drafts import ReadsDrafts
 from tasks.context import context_work
 from tasks.draft import draft_work
 from tasks.evaluate import EvaluationSet, evaluate_work
+from tasks.harness import harness_work
+from tasks.inputs.harness import HarnessTask
 from tasks.inputs.models import model_work
 from tasks.inputs.teachers import EmaStudent, PreviousRound, SelfTeacher, is_self
 from tasks.judge import judge_work
@@ -37,12 +39,24 @@ class FurtherSet:
     rounds: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class FurtherTasks:
+    """Tasks of lm-eval, which no config has, and the rounds to measure on them."""
+
+    tasks: tuple[HarnessTask, ...]
+    rounds: tuple[int, ...]
+
+
+Further = FurtherSet | FurtherTasks
+"""What is measured of a run that exists, beside what its config says."""
+
+
 def distill(
     experiment: Experiment,
     do: Executor,
     rounds: int,
     evaluated: Callable[[int], bool] | None = None,
-    further: FurtherSet | None = None,
+    further: Further | None = None,
 ) -> Student:
     """Round 0 prepares and evaluates the student; every further round makes it a little more like its teacher.
     `evaluated`: which rounds are; by default those of policy.evaluate_every, and the last."""
@@ -80,7 +94,7 @@ def distill(
                 routed=isinstance(teacher, Mapping), judged=judged, contexts=contexts,
             )  # fmt: skip
             student, state = Student(made["student"]), TrainerState(made["trainer_state"])
-            measure(now, number, student, teacher, prompts, sets, evaluated, do)
+            measure(now, number, student, teacher, prompts, sets, evaluated, do, further)
             round.ends_with(student)
             teacher = next_teacher(now.self_teacher, teacher, made)
         if do.enough(number):
@@ -170,7 +184,7 @@ Sets = Mapping[str, tuple[EvaluationSet, Prompts, Callable[[int], bool]]]
 
 
 def begin(
-    experiment: Experiment, do: Executor, evaluated: Callable[[int], bool], further: FurtherSet | None = None
+    experiment: Experiment, do: Executor, evaluated: Callable[[int], bool], further: Further | None = None
 ) -> tuple[Student, Taught, Prompts, Sets]:
     """Round 0: the models, the prompts, the warm-ups, and the student's metrics before distillation."""
     first = experiment.at(0)
@@ -180,7 +194,7 @@ def begin(
             name: (one, set_prompts(first, name, one, student_model, teacher_models, do), evaluated)
             for name, one in experiment.evaluate.sets.items()
         }
-        if further is not None:
+        if isinstance(further, FurtherSet):
             own = set_prompts(first, further.name, further.set, student_model, teacher_models, do)
             sets[further.name] = (further.set, own, further.rounds.__contains__)
         do.inspect(experiment, student_model, teacher_models, prompts)
@@ -190,16 +204,16 @@ def begin(
         }
         student = Student(warmed("warmup", first.student, student_model, prompts, first, do))
         teacher = Teacher(student) if first.self_teacher is not None else together(first, warm, do)
-        measure(first, 0, student, teacher, prompts, sets, evaluated, do)
+        measure(first, 0, student, teacher, prompts, sets, evaluated, do, further)
         round.ends_with(student)
     return student, teacher, prompts, sets
 
 
 def measure(
     now: Experiment, number: int, student: Student, teacher: Taught, prompts: Prompts, sets: Sets,
-    evaluated: Callable[[int], bool], do: Executor,
+    evaluated: Callable[[int], bool], do: Executor, further: Further | None = None,
 ) -> None:  # fmt: skip
-    """The round's student on the held-out prompts, and on each named set."""
+    """The round's student on the held-out prompts, on each named set, and on the tasks of lm-eval that this call is about."""
     evaluate = do if evaluated(number) else do.stored
     evaluate(
         "evaluate", evaluate_work, now.evaluate.main,
@@ -212,10 +226,14 @@ def measure(
             set_label("evaluate", name), evaluate_work, now.evaluate.on(one),
             student=student, teacher=unnamed, prompts=own, seed=now.seed, plugins=now.plugin_sources,
         )  # fmt: skip
+    if isinstance(further, FurtherTasks):
+        evaluate = do if number in further.rounds else do.stored
+        for task in further.tasks:
+            evaluate(set_label("harness", task.config.task), harness_work, task, student=student)
 
 
 def set_label(stage: str, name: str) -> str:
-    """What the stage of a named evaluation set is called in a round."""
+    """What the stage of a named evaluation set, or of a task of lm-eval, is called in a round."""
     return f"{stage}_{name}"
 
 

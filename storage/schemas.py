@@ -273,6 +273,31 @@ _ALL = (
         _opt("reverse_kl_sum", _DOUBLE, "sum over T of the exact full-vocabulary KL(student || teacher)"),
         _col("tokens", _INT, "T"),
     ),
+    _table(
+        "harness_results",
+        "What lm-eval reports of a student: one row per task, metric and filter.",
+        _col("task", _STR, "task or group"),
+        _col("metric", _STR, "acc, exact_match, ..."),
+        _col("filter", _STR, "what lm-eval made of the answers before it judged them; none without one"),
+        _col("value", _DOUBLE, "the metric over the documents"),
+        _opt("se", _DOUBLE, "its standard error as lm-eval reports it; null where it reports none"),
+        _col("n", _LONG, "documents; of a group those of its tasks"),
+        _opt("num_fewshot", _INT, "examples before each question"),
+        _col("task_version", _STR, "the task's own version"),
+        _opt("higher_is_better", _BOOL, "null where lm-eval does not say it"),
+    ),
+    _table(
+        "harness_samples",
+        "One row per document of a task of lm-eval, filter and metric.",
+        _col("task", _STR, "its task"),
+        _col("doc_id", _LONG, "place of the document in the task's data, from 0"),
+        _col("filter", _STR, "as in harness_results"),
+        _col("metric", _STR, "as in harness_results"),
+        _opt("value", _DOUBLE, "of this document; null where it is no number"),
+        _col("request", _STR, "what the model read, of its first request"),
+        _col("answers", _STR, "JSON: per request the completion, or [log-likelihood, whether it is the likeliest]"),
+        _col("target", _STR, "what the task compares with"),
+    ),
 )
 
 COMPLETION_KL = "completion_kl"

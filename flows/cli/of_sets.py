@@ -1,4 +1,4 @@
-"""The metrics of named evaluation sets as a table."""
+"""The metrics of named evaluation sets, and of tasks of lm-eval, as tables."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from rich.table import Table
 
 from flows.cli.options import grid
 from flows.run.shown import with_error
-from storage.runs import RunState
+from storage.runs import RoundState, RunState
 
 OF_SET = "evaluate_"
 """Begins the label of a set's stage; the set's name follows."""
+OF_TASK = "harness_"
+"""Begins the label of the stage of a task of lm-eval; the task's name follows."""
 SHOWN = (
     ("accuracy", "accuracy_greedy", "{:.1%}"),
     ("sampled", "accuracy_sampled", "{:.1%}"),
@@ -20,14 +22,33 @@ SHOWN = (
 """Heading, metric, form."""
 
 
-def sets_table(state: RunState) -> Table | None:
-    """A row per round and named set, with standard errors; None where the run has no set."""
-    rows = [
+def _measured(state: RunState, prefix: str) -> list[tuple[RoundState, str]]:
+    return [
         (round, label)
         for round in sorted(state.rounds, key=lambda round: round.round)
         for label, stage in sorted(round.stages.items())
-        if label.startswith(OF_SET) and stage.state in ("done", "cached")
+        if label.startswith(prefix) and stage.state in ("done", "cached")
     ]
+
+
+def tasks_table(state: RunState) -> Table | None:
+    """A row per round, task of lm-eval and metric, with lm-eval's standard errors; None where the run has none. Tasks inside a
+    group that has metrics of its own are left out."""
+    table = grid("round", "task", "metric", "value", "n")
+    for round, label in _measured(state, OF_TASK):
+        of = {name.removeprefix(f"{label}_"): name for name in round.metrics if name.startswith(f"{label}_")}
+        shown = [name for name in of if f"{name}_n" in of]
+        for name in [name for name in shown if "/" not in name] or shown:
+            metric, _, task = name.partition("/")
+            n = round.metrics[f"{of[name]}_n"] or 0
+            cells = [task or label.removeprefix(OF_TASK), metric, with_error(round.metrics, of[name], "{:.4f}")]
+            table.add_row(str(round.round), *cells, f"{n:,.0f}")
+    return table if table.row_count else None
+
+
+def sets_table(state: RunState) -> Table | None:
+    """A row per round and named set, with standard errors; None where the run has no set."""
+    rows = _measured(state, OF_SET)
     shown = [
         field for field in SHOWN if any(round.metrics.get(f"{label}_{field[1]}") is not None for round, label in rows)
     ]

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.cli.of_sets import sets_table
+from flows.cli.of_sets import sets_table, tasks_table
 from flows.cli.options import PIPE_WIDTH, console, grid
 from flows.run.earlier import outdated
 from flows.run.figures import DIAGNOSED
@@ -104,7 +104,7 @@ def report(state: RunState, root: Path, holder: str | None, out: Console) -> lis
             for row in rows:
                 table.add_row(*row)
             parts.append(table)
-        parts += [sets] if (sets := sets_table(state)) is not None else []
+        parts += [table for table in (sets_table(state), tasks_table(state)) if table is not None]
         sizes = sample_sizes(state.rounds, FIGURES)
         parts.append(Text(f"{_LEGEND}: {sizes}" if sizes else _LEGEND, style="dim"))
         if any(round.unevaluated for round in state.rounds):

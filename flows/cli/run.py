@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +32,14 @@ from flows.cli.options import (
     console,
     example,
     grid,
+    local,
 )
 from flows.run.hints import DEFAULT_ROOT, opd_command, with_resume_hint
 from storage.errors import ConfigError, InputError, OpdError
 from storage.runs import Run
 
 if TYPE_CHECKING:
-    from flows.distill import FurtherSet
+    from flows.distill import Further
     from flows.experiment import Experiment
     from flows.run.executor import PlanLine, Reporter
 
@@ -186,20 +187,35 @@ def evaluate(
     ] = None,
     set_name: Annotated[str | None, typer.Option("--set-name", help="the set's name (default: the file's)")] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="prompts of the set, or completions of --stress, at most")
+        int | None, typer.Option("--limit", min=1, help="prompts of the set or of a task, or completions of --stress")
     ] = None,
     stress: Annotated[
         bool,
         typer.Option("--stress", help="test the verifiers: how often form alone changes their verdict (one round)"),
+    ] = False,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="NAMES", help="tasks of lm-eval, with commas: gsm8k,arc_easy")
+    ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option("--include-path", metavar="DIR", help="tasks of yours (YAML), as lm-eval has it", callback=local),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", min=0, help="examples of a task (default: its own number)")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="render a task's requests as the student's chat")
     ] = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
     json_: RunJson = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Evaluate rounds that `policy.evaluate_every` left out, or with --prompts any round on another set of prompts.
+    """Evaluate rounds that `policy.evaluate_every` left out, or any round on other prompts (--prompts) or tasks of lm-eval
+    (--tasks).
 
-    A student that `opd gc` evicted is rebuilt first. A set's metrics stand apart under its name.
+    A student that `opd gc` evicted is rebuilt first. Metrics of a set or a task stand apart under its name. --tasks needs
+    `pip install 'opdflow[lm-eval]'`, and the data sets of the tasks.
 
     With --stress the verifiers are asked again about completions of one round (default: the last) and about the same completions
     with steps renumbered, independent lines exchanged, neutral lines or marks of confidence added; nothing is sampled or stored.
@@ -217,7 +233,8 @@ def evaluate(
         raise InputError(f"run {name!r}: round {missing[0]} is not trained yet; trained are {known or 'none'}")
     last = max(known, default=0)
     if stress:
-        if (given := [f for f, value in (("prompts", prompts), ("set-name", set_name)) if value]) or len(round) > 1:
+        beside = {"prompts": prompts, "set-name": set_name, "tasks": tasks}
+        if (given := [field for field, value in beside.items() if value]) or len(round) > 1:
             what = f"--{given[0]}" if given else "several rounds"
             raise ConfigError(
                 f"--stress and {what}: --stress reads the completions of one round; leave one of them out"
@@ -228,22 +245,50 @@ def evaluate(
 
         found = stressed(held, round[0] if round else last, Store(root), verifier, limit)
         return print_stress(found, json_, out)
+    if prompts is not None and tasks is not None:
+        raise ConfigError("--prompts and --tasks: call the command once for each")
+    _only_with("--prompts", prompts, {"verifier": verifier, "set-name": set_name})
+    own = {"include-path": include_path, "num-fewshot": num_fewshot, "apply-chat-template": chat_template or None}
+    _only_with("--tasks", tasks, own)
+    if prompts is None and tasks is None:
+        _only_with("--prompts or --tasks", None, {"limit": limit})
+    elif not known:
+        raise InputError(f"run {name!r}: no round has a student yet; {opd_command(root, 'resume', name)}")
+    if tasks is not None:
+        from flows.distill import FurtherTasks
+        from tasks.inputs.harness import HarnessConfig, find_tasks, require_lm_eval
+
+        names = list(dict.fromkeys(part.strip() for part in tasks.split(",") if part.strip()))
+        if not names:
+            raise ConfigError("--tasks: names no task; for example --tasks gsm8k,arc_easy")
+        require_lm_eval()
+        experiment = stored_experiment(held)
+        if not (quiet or json_):
+            err.print(f"loading lm-eval and the data of {', '.join(names)}", style="dim")
+        asked = HarnessConfig(
+            task=names[0], limit=limit, num_fewshot=num_fewshot, chat_template=chat_template,
+            dtype=experiment.evaluate.dtype,
+        )  # fmt: skip
+        found = FurtherTasks(tuple(find_tasks(names, asked, include_path)), tuple(sorted(set(round) or {last})))
+        return _go(experiment, name, root, last, True, Output(json_, verbose, quiet), lambda _: False, found)
     if prompts is not None:
         from flows.run.further_set import further_set
 
-        if not known:
-            raise InputError(f"run {name!r}: no round has a student yet; {opd_command(root, 'resume', name)}")
         label = re.sub(r"\W", "_", Path(prompts).stem).lower() if set_name is None else set_name
         experiment = stored_experiment(held)
         one = further_set(held, experiment, label, prompts, verifier, limit, sorted(set(round) or {last}))
         return _go(experiment, name, root, last, True, Output(json_, verbose, quiet), lambda _: False, one)
-    if (given := [f for f, value in (("verifier", verifier), ("set-name", set_name), ("limit", limit)) if value]) != []:
-        raise ConfigError(f"--{given[0]}: belongs to an evaluation set; give its prompts with --prompts")
     wanted = set(round) or {r.round for r in held.state.rounds if r.unevaluated}
     if not wanted and not json_:
         out.print(f"nothing to do: run {name!r} left out no evaluation (policy.evaluate_every)")
         return
     _go(stored_experiment(held), name, root, last, True, Output(json_, verbose, quiet), wanted.__contains__)
+
+
+def _only_with(option: str, given: str | None, fields: Mapping[str, object]) -> None:
+    for field, value in fields.items():
+        if given is None and value is not None:
+            raise ConfigError(f"--{field}: goes with {option}")
 
 
 def check(
@@ -340,10 +385,10 @@ def _go(
     no_prefect: bool,
     output: Output,
     evaluated: Callable[[int], bool] | None = None,
-    on_set: FurtherSet | None = None,
+    on_set: Further | None = None,
 ) -> None:
     """Run in the foreground with progress; print the report at the end. `evaluated`: instead of policy.evaluate_every.
-    `on_set`: another evaluation set."""
+    `on_set`: another evaluation set, or tasks of lm-eval."""
     from flows.cli.report import print_report, status_json
     from flows.run.runner import run_experiment
 

@@ -86,7 +86,9 @@ def rebuilt_state(name: str, experiment: Experiment, store: Store) -> RunState:
 
 
 def _only_measures(label: str) -> bool:
-    return label == "evaluate" or label.startswith((set_label("evaluate", ""), set_label("prepare", "")))
+    return label == "evaluate" or label.startswith(
+        tuple(set_label(stage, "") for stage in ("evaluate", "prepare", "harness"))
+    )
 
 
 class _Recorder(Planner):

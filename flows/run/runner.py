@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.cross_checks import dtype_warning, refuse_changed_fork, without_effect
-from flows.distill import FurtherSet, distill
+from flows.distill import Further, distill
 from flows.experiment import (
     CHANGEABLE,
     Experiment,
@@ -64,7 +64,7 @@ def nothing_to_do(
     store: Store,
     rounds: int,
     evaluated: Callable[[int], bool] | None = None,
-    on_set: FurtherSet | None = None,
+    on_set: Further | None = None,
 ) -> bool:
     """Whether every stage up to a round is in the store, undamaged: then there is nothing that Prefect could show."""
     planner = Planner(store)
@@ -119,14 +119,14 @@ def run_experiment(
     workers: WorkerPool | None = None,
     restore: int | None = None,
     evaluated: Callable[[int], bool] | None = None,
-    on_set: FurtherSet | None = None,
+    on_set: Further | None = None,
 ) -> tuple[RunState, int]:
     """Run until `rounds` rounds are done (default: policy.rounds), or `further` more than are done now.
 
     `workers`: a pool that the caller shares among runs and ends; without one the run starts and ends its own.
     `restore`: a round whose evicted artifacts are rebuilt. `evaluated`: which rounds are evaluated, instead of those of
-    policy.evaluate_every and the last one of this call (with `further`: of the run). `on_set`: another evaluation set, without
-    Prefect.
+    policy.evaluate_every and the last one of this call (with `further`: of the run). `on_set`: another evaluation set,
+    or tasks of lm-eval, without Prefect.
     Returns the state and the number of stages built.
     Raises RunBusy when another process holds the name, IdentityMismatch when the name belongs to another experiment, and
     any error of a stage."""

@@ -29,6 +29,7 @@ _TABLES_OF = {
     "train": ("training_steps", "teacher_steps"),
     "warmup": ("training_steps",),
     "evaluate": ("evaluations",),
+    "harness": ("harness_results", "harness_samples"),
 }
 """By stage: the tables of artifacts that have another name than their table."""
 

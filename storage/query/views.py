@@ -208,6 +208,10 @@ _ALL = (
         (RUN, ROUND, Column("set_name", _STR, "its name"), ARTIFACT, *TABLES["evaluations"].columns),
         ("evaluations",),
     ),
+    *(
+        View(name, TABLES[name].doc, (RUN, ROUND, ARTIFACT, *TABLES[name].columns), (name,))
+        for name in ("harness_results", "harness_samples")
+    ),
     View(
         "teacher_steps",
         TABLES["teacher_steps"].doc,

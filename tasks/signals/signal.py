@@ -31,7 +31,7 @@ STOP_IDS = "stop_ids"
 one that stands for all."""
 _NOT_SIGNALS = {
     "model", "mixture", "prepare", "warmup", "draft", "rollout", "judge", "context", "train", "student", "trainer_state",
-    "teacher_ema", "evaluate",
+    "teacher_ema", "evaluate", "harness",
 }  # fmt: skip
 _PLAINLY_LOCAL = '{"kind":"local"}'
 """The backend that is left out of keys."""

@@ -288,6 +288,26 @@ class JudgeResult(Schema):
     ignored: dict[str, int] = {}
 
 
+# --- harness ---------------------------------------------------------------------------------------------------------
+
+
+class HarnessJob(Schema):
+    """Run a task of lm-eval on a model (role harness) and write one shard of each of `tables`. `config`: the JSON of a
+    HarnessConfig; `digest`: of the task; `folder`: tasks of the user's, or null."""
+
+    store: str
+    target: ArtifactRef
+    model: ModelRef
+    config: msgspec.Raw
+    digest: str
+    folder: str | None
+    tables: list[str]
+
+
+class HarnessResult(Schema):
+    """A harness's job has nothing to report beyond its shards."""
+
+
 # --- trainer ---------------------------------------------------------------------------------------------------------
 
 
@@ -378,13 +398,14 @@ ROLES: dict[str, str] = {
     "scorer": "tasks.engines.scorer:Scorer",
     "trainer": "tasks.trainer.trainer:Trainer",
     "judge": "tasks.engines.judge:Judge",
+    "harness": "tasks.engines.harness:Harness",
 }
 """Role -> "module:class" of the handler that serves its jobs in the worker process."""
 
 _schemas: list[type[Schema]] = [
-    SampleJob, ScoreJob, KLJob, JudgeJob, TrainJob, WarmupJob,
+    SampleJob, ScoreJob, KLJob, JudgeJob, HarnessJob, TrainJob, WarmupJob,
     SampleShard, ScoreShard, KLShard, JudgeShard,
-    SampleResult, ScoreResult, JudgeResult, TrainResult, ShardDone,
+    SampleResult, ScoreResult, JudgeResult, HarnessResult, TrainResult, ShardDone,
 ]  # fmt: skip
 
 

@@ -30,7 +30,12 @@ __all__ = ["Worker", "WorkerDied", "WorkerFailed", "WorkerPool"]
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
 _SHOWN = 8
-LOADS = {"sampler": "vLLM and the student", "scorer": "student and teacher", "trainer": "DeepSpeed and the student"}
+LOADS = {
+    "sampler": "vLLM and the student",
+    "scorer": "student and teacher",
+    "trainer": "DeepSpeed and the student",
+    "harness": "lm-eval and the student",
+}
 """What a role's first job loads, in words."""
 
 
@@ -302,6 +307,8 @@ class WorkerPool:
     def _settings(self, role: str) -> dict[str, Any]:
         own = getattr(self.runtime, role, None)
         settings: dict[str, Any] = own.model_dump(mode="json") if own is not None else {}
+        if role == "harness":
+            settings["devices_per_worker"] = self.runtime.scorer.devices_per_worker
         return settings | {
             "device": self.runtime.device,
             "threads": self.runtime.threads,

@@ -157,6 +157,12 @@ class JudgeRuntime(Runtime):
     workers: int = Field(1, ge=1, description="shards that are judged at once")
 
 
+class HarnessRuntime(Runtime):
+    """The worker that runs tasks of lm-eval (`opd evaluate --tasks`). It loads the student as a scorer does, on its GPUs."""
+
+    batch_size: int = Field(8, ge=1, description="requests per forward")
+
+
 class RuntimeConfig(Runtime):
     """Everything about the machine. Changing it never changes a key; `numerics` of it are recorded."""
 
@@ -191,6 +197,7 @@ class RuntimeConfig(Runtime):
     scorer: ScorerRuntime = ScorerRuntime()
     trainer: TrainerRuntime = TrainerRuntime()
     judge: JudgeRuntime = JudgeRuntime()
+    harness: HarnessRuntime = HarnessRuntime()
 
     @model_validator(mode="after")
     def _resolve_auto(self) -> RuntimeConfig:
@@ -209,6 +216,8 @@ class RuntimeConfig(Runtime):
     def gpus(self, role: Role) -> list[list[str]]:
         """The GPUs of each worker of a role (for the trainer: of each rank), as its CUDA_VISIBLE_DEVICES names them. ConfigError
         for too few; empty lists on CPU, and for a role that runs there."""
+        if role == "harness":
+            return self.gpus("scorer")[:1]
         workers = self.trainer.processes if role == "trainer" else getattr(self, role).workers
         width = {"sampler": self.sampler.tensor_parallel_size, "scorer": self.scorer.devices_per_worker}.get(role, 1)
         if self.device == "cpu" or role == "judge":
@@ -259,6 +268,8 @@ class RuntimeConfig(Runtime):
                     "sampler_in_process": self.sampler.in_process,
                     "sampler_batch_invariant": self.sampler.batch_invariant,
                 }
+        if "harness" in roles:
+            found["harness_batch_size"] = self.harness.batch_size
         if not roles or "pair" in roles:
             found |= {
                 "sampler_score_batch_tokens": self.sampler.score_batch_tokens,

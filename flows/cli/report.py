@@ -215,7 +215,7 @@ def _diagnosed(state: RunState) -> Table | None:
     shown = [figure for figure in DIAGNOSED if any(r.metrics.get(figure.metric) is not None for r in rounds)]
     if not shown:
         return None
-    table = grid("round")
+    table = grid("round", title="rollouts and training", title_justify="left")
     for figure in shown:
         table.add_column(figure.heading, justify="right", overflow="fold")
     for round in rounds:

@@ -94,9 +94,8 @@ def _found(catalog: Any, run: Run, sample: str | None, top: int, round: int | No
     for token in found["tokens"]:
         del token["divergence"]
         token["student_top"] = token["student_top"] and [entry[:2] for entry in token["student_top"]]
-    judged = catalog.query(f"SELECT reward, feedback, failed FROM rewards WHERE {where}").to_pylist()
     kept = ("sample_id", "prompt_id", "round", "behaviour", "finish_reason", "completion_text", "prompt", "tokens")
-    return {key: found[key] for key in kept} | {"judged": judged[0] if judged else None}
+    return {key: found[key] for key in (*kept, "judged")}
 
 
 def _print(found: dict[str, Any], out: Console) -> None:

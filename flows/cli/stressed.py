@@ -11,8 +11,8 @@ from flows.cli.options import grid
 from flows.run.stress import Stress, Stressed
 
 LEGEND = (
-    "changed: share of completions whose verdict is another one after the change, ± one standard error over prompts; up, down:"
-    " share with a higher, a lower reward; unchanged: the same text asked twice"
+    "reward: mean before the change; changed: share of completions whose verdict is another one after it, ± one standard"
+    " error over prompts; up, down: share with a higher, a lower reward; unchanged: the same text asked twice"
 )
 
 
@@ -25,6 +25,7 @@ def print_stress(found: Stress, as_json: bool, out: Console) -> None:
         "verifier",
         "completions",
         "transformation",
+        "reward",
         "changed",
         "up",
         "down",
@@ -50,6 +51,7 @@ def _cells(row: Stressed) -> list[str]:
         row.verifier,
         row.completions,
         row.transformation,
+        _with_error(row.reward, None, "{:.3f}"),
         _with_error(row.changed, row.changed_se, "{:.1%}"),
         _with_error(row.higher, None, "{:.1%}"),
         _with_error(row.lower, None, "{:.1%}"),

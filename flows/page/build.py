@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from flows.page import completions, curves, prompts
+from flows.page import completions, curves, diagnostics, judged, prompts
 from flows.page.facts import RunFacts, facts_of, opened
 from flows.run.compare import Compared, Point, compared, differing
 from flows.run.figures import PAIRED
@@ -33,6 +33,8 @@ MOST_BYTES = 5_000_000
 """Of a page. It is made with fewer tokens until it fits."""
 TOKENS, LONGEST, TOP = 20_000, 1_000, 5
 """Tokens of all completions together; of one completion; alternatives of each token."""
+FEEDBACK = 300
+"""Characters of a completion's feedback."""
 MOST_RUNS = 24
 REASONS = {
     MaskReason.SPECIAL_TOKEN: "a special token (of those that supervise.special_tokens marks)",
@@ -81,6 +83,7 @@ def _context(store: Store, runs: Sequence[Run], facts: Sequence[RunFacts]) -> di
     steps, notes = curves.by_step(store, runs)
     drawn, held_out = prompts.before_after(catalog, first)
     with_tokens = completions.rounds_with_tokens(facts[0].state)
+    rewards, watched = judged.rewards(store, runs, facts), diagnostics.diagnostics(store, runs, facts)
     return {
         "generator": f"{GENERATOR} {importlib.metadata.version('opdflow')}",
         "version": importlib.metadata.version("opdflow"),
@@ -92,7 +95,14 @@ def _context(store: Store, runs: Sequence[Run], facts: Sequence[RunFacts]) -> di
             "rounds": curves.by_round(states),
             "steps": steps,
             "stages": curves.by_stage(states),
+            "rewards": rewards["charts"],
+            "groups": rewards["groups"],
+            "diagnostics": [*watched["charts"], *watched["lengths"], *watched["positions"]],
         },
+        "rewards": [(name, *_filled(judged.HEADINGS, rows)) for name, rows in rewards["tables"]],
+        "thresholds": {fact.name: judged.threshold(fact) for fact in facts},
+        "overlap": _filled(diagnostics.HEADINGS, watched["overlap"]),
+        "missing": watched["notes"],
         "step_notes": notes,
         "evaluated": prompts.evaluated(first.state),
         "worse": prompts.worse(catalog, first),
@@ -102,6 +112,12 @@ def _context(store: Store, runs: Sequence[Run], facts: Sequence[RunFacts]) -> di
         "masks": _masks(catalog, first, with_tokens[-1]) if with_tokens else [],
         "last_round": with_tokens[-1] if with_tokens else None,
     }
+
+
+def _filled(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns that have no value."""
+    kept = [place for place in range(len(headings)) if any(row[place] for row in rows)]
+    return [headings[place] for place in kept], [[row[place] for place in kept] for row in rows]
 
 
 def _differences(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
@@ -191,8 +207,9 @@ def _chosen(sample: completions.Sample, shown: Sequence[Mapping[str, Any]]) -> s
     return note
 
 
-def _packed(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The completions as the page's script reads them: texts of tokens in one list `words`, and lists per completion."""
+def _packed(groups: Sequence[Mapping[str, Any]], thresholds: Mapping[str, float | None]) -> dict[str, Any]:
+    """The completions as the page's script reads them: texts of tokens in one list `words`, and lists per completion.
+    `thresholds`: by run the reward from which a completion is right."""
     words: dict[str, int] = {}
     reasons: dict[str, int] = {"": 0}
     prompts_: dict[str, int] = {}
@@ -223,6 +240,7 @@ def _packed(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                     "end": found["finish_reason"],
                     "length": found["length"],
                     "worst": int(found["worst"]),
+                    "judged": _verdict(found["judged"], thresholds[group["run"]]),
                     "text": pieces,
                     "name": [word(token["token"]) for token in tokens],
                     "student": _rounded(tokens, "student_logprob"),
@@ -236,6 +254,16 @@ def _packed(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 }
             )
     return {"words": list(words), "reasons": list(reasons), "prompts": list(prompts_), "completions": packed}
+
+
+def _verdict(given: Mapping[str, Any] | None, least: float | None) -> dict[str, Any] | None:
+    """What the judge gave a completion: `reward`, `right` (null where that is not known), `feedback` and `failed`, cut."""
+    if given is None:
+        return None
+    reward = given["reward"]
+    right = None if reward is None or least is None else reward >= least
+    texts = {name: prompts.cut(given[name], FEEDBACK) for name in ("feedback", "failed") if given[name]}
+    return {"reward": None if reward is None else float(f"{reward:.6g}"), "right": right} | texts
 
 
 def _piece(text: str, token: Mapping[str, Any], end: int) -> tuple[str, int]:
@@ -269,7 +297,7 @@ def _render(context: Mapping[str, Any], facts: Sequence[RunFacts], groups: Seque
         "gaps": completions.GAPS,
         "why": {(reason.name or "").lower().replace("_", " "): text for reason, text in REASONS.items()},
         "left_out": _left_out(facts),
-        **_packed(groups),
+        **_packed(groups, context["thresholds"]),
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),

@@ -79,20 +79,23 @@ def _within(rows: Sequence[dict[str, Any]], budget: int, longest: int) -> list[d
 def read(
     catalog: Catalog, round: int, ids: Sequence[str], top: int, longest: int | None = None
 ) -> list[dict[str, Any]]:
-    """These completions in this order; ids that the round has not are left out. Each with prompt, text and `tokens`, of which the
-    first `longest`. A token has its probabilities and, None where the run stored no list, `teacher_top` and `student_top` (lists
-    of (token, probability by the list's model, by the teacher where the list is the student's)) and `divergence` (nats: the
-    reverse KL over the student's list, with the rest as one category)."""
+    """These completions in this order; ids that the round has not are left out. Each with prompt, text, `judged` (reward,
+    feedback, failed; None where nothing judged it) and `tokens`, of which the first `longest`. A token has its probabilities and,
+    None where the run stored no list, `teacher_top` and `student_top` (lists of (token, probability by the list's model, by the
+    teacher where the list is the student's)) and `divergence` (nats: the reverse KL over the student's list, with the rest as
+    one category)."""
     where = f"round = {round} AND sample_id IN ({', '.join(map(literal, ids))})"
     columns = (
         "sample_id, prompt_id, round, behaviour, finish_reason, completion_text, len(completion_token_ids) AS length"
     )
     rows = _query(catalog, f"SELECT {columns} FROM rollouts WHERE {where}")
-    by_id = {row["sample_id"]: row | {"prompt": None, "tokens": []} for row in rows}
+    by_id = {row["sample_id"]: row | {"prompt": None, "judged": None, "tokens": []} for row in rows}
     for row in _query(
         catalog, f"SELECT {_TOKEN} FROM tokens WHERE {where}{_first(longest)} ORDER BY sample_id, position"
     ):
         by_id[row.pop("sample_id")]["tokens"].append(row)
+    for row in _query(catalog, f"SELECT sample_id, reward, feedback, failed FROM rewards WHERE {where}"):
+        by_id[row.pop("sample_id")]["judged"] = row
     lists = {row.pop("sample_id"): row for row in _query(catalog, _lists(where, top, longest))}
     names = _names(catalog, lists.values())
     for name, row in by_id.items():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from flows.run.figures import EVALUATED
+from flows.run.figures import EVALUATED, Shown
 from storage.errors import CorruptArtifact, Evicted
 from storage.query.catalog import Catalog
 from storage.runs import Run, RunState
@@ -26,10 +26,10 @@ _KEPT = 6
 """Significant digits."""
 
 
-def by_round(states: Mapping[str, RunState]) -> list[dict[str, Any]]:
+def by_round(states: Mapping[str, RunState], figures: Iterable[Shown] = EVALUATED) -> list[dict[str, Any]]:
     """A chart per figure that any run has: by run its points (round, value, standard error or null)."""
     charts = []
-    for figure in EVALUATED:
+    for figure in figures:
         runs = {
             name: [
                 [round.round, number(round.metrics[figure.metric]), number(round.metrics.get(f"{figure.metric}_se"))]

@@ -5,6 +5,7 @@
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const RUNS = 8, STAGES = 10, STEP = 10;
   const DASHES = [[], [6, 3], [2, 2], [8, 3, 2, 3]];
+  const COLOUR_OF = { "all right": "--g0", mixed: "--g1", "different rewards": "--g1", "all wrong": "--g2", "no signal": "--g3", "not judged": "--g4" };
   const POINTS = ["circle", "rect", "triangle", "rectRot", "star", "crossRot"];
 
   function element(tag, attributes = {}, ...children) {
@@ -103,9 +104,10 @@
 
   function curves(place, chart, x, dots) {
     const form = chart.percent ? percent : number;
-    const runs = data.names.filter((name) => (chart.runs[name] || []).length);
+    const names = chart.lines || data.names;
+    const runs = names.filter((name) => (chart.runs[name] || []).length);
     const datasets = runs.map((name) => {
-      const own = data.names.indexOf(name);
+      const own = names.indexOf(name);
       return {
         label: name,
         colour: `--c${own % RUNS}`,
@@ -120,8 +122,10 @@
     const points = datasets.flatMap((dataset) => dataset.data);
     const last = runs.map((name) => `${name} ends at ${form(chart.runs[name].at(-1)[1])}`).join(", ");
     draw(canvasIn(place, chart.title, chart.about, `${chart.title} by ${x}: ${last}`), "line", datasets, {
-      x, y: "", legend: data.names.length > 1, errors: dots,
-      xAxis: { type: "linear", ticks: { precision: 0, includeBounds: false }, ...(dots ? around(points.map((point) => point.x)) : {}) },
+      x, y: "", legend: names.length > 1, errors: dots,
+      xAxis: chart.log
+        ? { type: "logarithmic", ticks: { callback: (value) => value }, afterBuildTicks: (axis) => (axis.ticks = [...new Set(points.map((point) => point.x))].sort((a, b) => a - b).map((value) => ({ value }))) }
+        : { type: "linear", ticks: { precision: 0, includeBounds: false }, ...(dots ? around(points.map((point) => point.x)) : {}) },
       yAxis: { ticks: { callback: (value) => form(value) }, ...(dots ? reach(points, chart.percent) : {}) },
       callbacks: {
         title: (items) => (items.length ? `${x} ${items[0].parsed.x}` : ""),
@@ -130,26 +134,38 @@
     });
   }
 
-  function stages({ run, rounds, stages: seconds }) {
-    const labels = Object.keys(seconds);
-    const datasets = labels.map((label, place) => ({
-      label, colour: `--s${place % STAGES}`, data: seconds[label], stack: "time", borderWidth: 0, pointStyle: "rect",
+  function bars(place, run, rounds, parts, y, label, form) {
+    const labels = Object.keys(parts);
+    const datasets = labels.map((label, number) => ({
+      label, colour: COLOUR_OF[label] || `--s${number % STAGES}`, data: parts[label], stack: "all", borderWidth: 0, pointStyle: "rect",
     }));
-    const total = labels.reduce((sum, label) => sum + seconds[label].reduce((a, b) => a + b, 0), 0);
-    draw(canvasIn("charts-stages", run, "", `Seconds by stage and round of ${run}: ${total.toFixed(1)} in all`), "bar", datasets, {
-      x: "round", y: "seconds", labels: rounds, legend: true, errors: false,
+    draw(canvasIn(place, run, "", label), "bar", datasets, {
+      x: "round", y, labels: rounds, legend: true, errors: false,
       xAxis: { stacked: true },
       yAxis: { stacked: true },
       callbacks: {
         title: (items) => (items.length ? `round ${items[0].label}` : ""),
-        label: ({ dataset, raw }) => `${dataset.label}: ${raw.toFixed(1)} s`,
+        label: ({ dataset, raw }) => `${dataset.label}: ${form(raw)}`,
       },
     });
+  }
+
+  const sum = (values) => values.reduce((a, b) => a + b, 0);
+  function stages({ run, rounds, stages: seconds }) {
+    const total = sum(Object.values(seconds).map(sum));
+    bars("charts-stages", run, rounds, seconds, "seconds", `Seconds by stage and round of ${run}: ${total.toFixed(1)} in all`, (value) => `${value.toFixed(1)} s`);
+  }
+  function groupBars({ run, rounds, bars: counts }) {
+    const last = Object.entries(counts).map(([kind, values]) => `${kind} ${values.at(-1)}`).join(", ");
+    bars("charts-groups", run, rounds, counts, "groups", `Groups by round of ${run}; in the last: ${last}`, number);
   }
 
   data.charts.rounds.forEach((chart) => curves("charts-rounds", chart, "round", true));
   data.charts.steps.filter((chart) => chart.first).forEach((chart) => curves("charts-steps", chart, "step", false));
   data.charts.stages.forEach(stages);
+  data.charts.rewards.forEach((chart) => curves("charts-rewards", chart, "round", true));
+  data.charts.groups.forEach(groupBars);
+  data.charts.diagnostics.forEach((chart) => curves("charts-diagnostics", chart, chart.x || "round", true));
   const more = document.getElementById("more-steps");
   if (more) {
     more.addEventListener("toggle", () => {
@@ -263,7 +279,23 @@
       completion.by === "student" ? "" : `written by ${completion.by}`,
     ];
     const header = element("header", {}, facts.filter(Boolean).join(" · "));
-    return element("article", { class: "completion" }, header, element("p", { class: "prompt" }, data.prompts[completion.prompt]), tokens);
+    return element("article", { class: "completion" }, header, element("p", { class: "prompt" }, data.prompts[completion.prompt]), tokens, judgement(completion.judged));
+  }
+
+  function judgement(judged) {
+    if (!judged) return "";
+    const verdict = judged.right === null ? "" : element("span", { class: judged.right ? "right" : "wrong" }, judged.right ? "right" : "wrong");
+    const reward = judged.reward === null ? `no reward${judged.failed ? `: ${judged.failed}` : ""}` : `reward ${number(judged.reward)}`;
+    return element("p", { class: "judged" }, verdict, verdict ? ", " : "", reward, judged.feedback ? element("span", { class: "feedback" }, judged.feedback) : "");
+  }
+
+  function judgedAs(judged, { verdict = "", least = "", most = "" }) {
+    if (verdict === "" && least === "" && most === "") return true;
+    if (!judged) return false;
+    const { reward, right } = judged;
+    if (verdict === "none") return reward === null;
+    if (verdict !== "" && right !== (verdict === "right")) return false;
+    return (least === "" || (reward !== null && reward >= Number(least))) && (most === "" || (reward !== null && reward <= Number(most)));
   }
 
   const groups = [...new Set(data.completions.map((c) => `${c.run}, round ${c.round}`))];
@@ -271,6 +303,10 @@
   options("group", [["", "all"], ...groups.flatMap((g) => [[`${g}|`, g], [`${g}|1`, `${g}: largest mean gap`]])]);
   options("colour", Object.entries(COLOURS).filter(([, [, of]]) => data.completions.some((c) => c.text.some((_, i) => of(c, i) !== null))).map(([name, [text]]) => [name, text]));
   options("reason", [["", "any"], ["none", "none"], ...Object.keys(data.why).concat([...new Set(data.reasons.flatMap((r) => r.split(", ")))].filter((r) => r && !data.why[r])).map((r) => [r, r])]);
+  if (filters.elements.verdict) {
+    const known = data.completions.some((c) => c.judged && c.judged.right !== null);
+    options("verdict", [["", "any"], ...(known ? [["right", "right"], ["wrong", "wrong"]] : []), ["none", "no reward"]]);
+  }
   if (!filters.elements.colour.options.length) options("colour", [["gap", "nothing: not scored"]]);
   const [low, middle, high] = data.gaps;
   const key = (name, text) => element("span", { class: `key ${name}` }, text);
@@ -296,6 +332,7 @@
     matching = data.completions.filter(
       (c) =>
         (group === "" || (`${c.run}, round ${c.round}` === group && (!worst || c.worst))) &&
+        judgedAs(c.judged, filter) &&
         (prompt === "" || data.prompts[c.prompt].toLowerCase().includes(prompt) || c.id.toLowerCase().includes(prompt)) &&
         c.name.some((word, place) => {
           const reasons = reasonsOf(c, place);

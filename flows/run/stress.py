@@ -49,6 +49,8 @@ class Stressed:
     does_not_apply: int
     no_verdict: int
     """completions of which one of the two verdicts is missing: the verifier failed"""
+    reward: float | None
+    """mean reward before the change; of verdicts the share that is right"""
     changed: float | None
     changed_se: float | None
     higher: float | None
@@ -194,12 +196,13 @@ def _row(
     after: Sequence[float | None],
 ) -> Stressed:
     told = [
-        (sample["prompt_id"], new - old)
+        (sample["prompt_id"], old, new)
         for sample, old, new in zip(samples, before, after, strict=True)
         if old is not None and new is not None
     ]
-    prompts = pa.chunked_array([pa.array([prompt for prompt, _ in told], pa.string())])
-    change = np.array([by for _, by in told], float)
+    prompts = pa.chunked_array([pa.array([prompt for prompt, _, _ in told], pa.string())])
+    first = np.array([old for _, old, _ in told], float)
+    change = np.array([new for _, _, new in told], float) - first
 
     def of(values: np.ndarray) -> Figure:
         return figure([sums(prompts, pa.chunked_array([pa.array(values, pa.float64())]))])
@@ -211,6 +214,7 @@ def _row(
         prompts=moved.prompts,
         does_not_apply=len(samples) - sum(applies),
         no_verdict=sum(applies) - len(told),
+        reward=of(first).value,
         changed=changed.value,
         changed_se=changed.se,
         higher=of(change > 0).value,

@@ -68,7 +68,7 @@ def ask(finished):
     return lambda name, **parameters: demo.ask(name, **parameters).rows()
 
 
-ELSEWHERE = {"groups", "reward-by-round"}
+ELSEWHERE = {"groups", "reward_by_round"}
 """Questions to runs of other kinds than this one: those to a judged run are in tests/flows/test_judge.py."""
 
 
@@ -115,12 +115,16 @@ def test_teacher_mass(ask, samples):
 
 
 def test_overlap(finished, ask, read):
-    """The run stores the teacher's list alone; a fork with the union of both lists has what is compared."""
+    """The run stores the teacher's list alone: there is only what its training computed."""
     (row,) = ask("overlap")
     steps = [step for step in read("training_steps") if step["overlap_ratio"] is not None]
     live = sum(step["overlap_ratio"] * step["tokens"] for step in steps) / sum(step["tokens"] for step in steps)
     assert row["not_stored"] == "student_topk" and row["overlap_ratio"] is row["advantage"] is None
     assert row["trained_overlap_ratio"] == pytest.approx(live) and 0 < live <= 1
+
+
+@pytest.mark.slow
+def test_overlap_of_a_run_that_stores_both_lists(finished):
     finished.opd("fork", "base@2", "--name", "both", "--set", "objective.support.kind=union", "--no-prefect")
     lab, both = opdflow.open(finished.root), Run.open(finished.root, "both").state.rounds[LAST]
     store, lists = Store(finished.root), {}

@@ -266,6 +266,12 @@ def test_status_has_the_reward_of_every_round(root: Path) -> None:
     assert "reward" in shown and all(reward in shown for reward in rewards)
     assert all(f"reward {reward}" in round_line(r) for reward, r in zip(rewards, rounds[1:], strict=True))
     assert "reward" not in round_line(rounds[0])
+    diagnosed = shown.partition("no signal")[2].partition("round 0 is the student")[0]
+    cells = [line.split("│")[1:-1] for line in diagnosed.splitlines() if line.count("│") > 1]
+    rows = {row[0].strip(): row for row in cells}
+    assert {number: row[1].strip() for number, row in rows.items()} == {
+        str(r.round): f"{r.metrics['judge_groups_without_signal']:.0f}" for r in rounds[1:]
+    }
 
 
 def test_show_has_the_reward_and_the_feedback(root: Path) -> None:

@@ -98,6 +98,29 @@ def evaluation(round: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def judged(round: int, completions: int) -> dict[str, list[dict[str, Any]]]:
+    """Rewards of the same completions: of three in turn right, wrong, without a verdict."""
+    samples = [f"train{n % 30}/{round}/{n // 30}" for n in range(completions)]
+    given = [
+        {"reward": float(n % 3 == 0), "feedback": f"why {HOSTILE}"} if n % 3 < 2 else {"failed": f"ended {HOSTILE}"}
+        for n in range(completions)
+    ]
+    return {"rewards": [{"sample_id": sample} | row for sample, row in zip(samples, given, strict=True)]}
+
+
+def teacher_lists(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The teacher's likeliest tokens: two of the student's three, and another one."""
+    found = []
+    for row in tables["student_topk"]:
+        length = len(row["ids"])
+        logprobs = [[math.log(p) for p in (0.4, 0.3, 0.2)]] * length
+        found.append(
+            {"sample_id": row["sample_id"], "ids": [[5, 1, 0]] * length, "logprobs": logprobs, "valid": [K] * length}
+            | {"tail_logmass": [math.log(0.1)] * length}
+        )
+    return found
+
+
 def steps(round: int, count: int) -> list[dict[str, Any]]:
     return [
         {"step": count * (round - 1) + n, "round": round, "epoch": 0, "loss": float(n), "grad_norm": 1.0, "lr": 1e-3}
@@ -114,20 +137,28 @@ def add_run(
     length: int = 8,
     step_count: int = 10,
     changes: list[str] | None = None,
+    with_judge: bool = False,
 ) -> Run:
-    """A run with these finished rounds beside round 0; `changes`: overrides of the tiny config."""
+    """A run with these finished rounds beside round 0; `changes`: overrides of the tiny config. `with_judge`: with rewards, and
+    with the teacher's lists beside the student's."""
     store = Store(root)
     run = Run.create(root, name, load_experiment(TINY, changes).model_dump(mode="json"), {"name": name})
     first = {"prepare": stage(prepare=prepared(store)), "evaluate": stage(evaluate=_evaluated(store, name, 0))}
     states = [RoundState(round=0, student_sha256="0" * 64, metrics={"reverse_kl": 1.0}, stages=first)]
     for number in range(1, rounds + 1):
         tables = rollouts(name, number, completions, length)
+        rewards = judged(number, completions) if with_judge else {}
+        tables |= {"teacher_topk": teacher_lists(tables)} if with_judge else {}
         written = commit(store, "rollout", (name, number), {"rollouts": tables.pop("rollouts")})
         signals = {signal: commit(store, signal, (name, number), {signal: rows}) for signal, rows in tables.items()}
         trained = commit(store, "train", (name, number), {"training_steps": steps(number, step_count)})
         stages = {"rollout": stage(rollout=written), "supervise": stage(**signals), "train": stage(train=trained)}
         stages["evaluate"] = stage(evaluate=_evaluated(store, name, number))
         metrics = {"reverse_kl": 1.0 / (1 + number), "rollout_tokens": float(completions * length)}
+        if with_judge:
+            stages["judge"] = stage(judge=commit(store, "judge", (name, number), rewards))
+            metrics |= {"judge_reward": 0.5, "judge_reward_se": 0.1, "judge_success_rate": 0.5}
+            metrics |= {"train_overlap_ratio_last": 0.75 + number / 100}
         states.append(RoundState(round=number, student_sha256=f"{number:064x}", metrics=metrics, stages=stages))
     with run.lock():
         state = run.state

@@ -24,7 +24,7 @@ SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page of two runs with hostile texts."""
     folder = tmp_path_factory.mktemp("browser")
-    add_run(folder / "store")
+    add_run(folder / "store", with_judge=True)
     add_run(folder / "store", "other")
     (folder / "page.html").write_bytes(page(folder / "store", ["hostile", "other"]).html)
     return folder / "page.html"
@@ -93,6 +93,11 @@ def test_filters_narrow_what_is_shown(tab: Browser, file: Path) -> None:
     assert count(token="", reason="special token") == 40 and count(reason="truncated") == 0
     assert count(reason="", prompt="train 7 ") == 2 and count(prompt="train7/2/1") == 1
     assert count(prompt="", group="hostile, round 2|1") == 40
+    assert count(group="hostile, round 2|", verdict="right") == 14 and count(verdict="none") == 13
+    assert count(verdict="", least="0.5") == 14 and count(least="", most="0.5") == 13
+    assert tab.ask("document.querySelector('.judged').innerText").startswith("wrong, reward 0")
+    assert count(most="", group="other, round 2|", verdict="wrong") == 0  # nothing judged that run
+    assert count(verdict="", group="hostile, round 2|1") == 40
     shown = tab.ask("document.querySelectorAll('.completion').length")
     tab.ask("document.getElementById('more').click()")
     assert tab.ask("document.querySelectorAll('.completion').length") == 2 * shown

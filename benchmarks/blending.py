@@ -35,7 +35,7 @@ def main(root: Path, repeats: int) -> None:
     e = load_experiment(CONFIG, ["policy.rounds=0", "evaluate.prompts=8", "rollout.top_p=1"])
     run_experiment(e, name="blending", root=root, prefect=False)
     store = Store(root)
-    student, teacher, prompts = begin(e, Planner(store), lambda round: True)
+    student, teacher, prompts, _ = begin(e, Planner(store), lambda round: True)
     ways: dict[str, Any] = {"plain": "student"}
     for sampler in ("draft_and_verify", "lock_step"):
         ways |= {f"{sampler} {eps}": {"kind": "trb", "epsilon": eps, "sampler": sampler} for eps in EPSILONS}

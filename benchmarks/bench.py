@@ -53,7 +53,7 @@ BENCHMARKS = (
     Benchmark("questions.py", ["{tmp}/questions", "2000000"], ["{tmp}/questions"]),
     Benchmark("scale.py", ["--prompts", "1000", "10000", "100000", "--shards", "250", "1000", "4000"], []),
     Benchmark("cache.py", [], ["{pair}"], True),
-    Benchmark("blending.py", ["--repeats", "1"], []),
+    Benchmark("blending.py", ["--repeats", "1", "--epsilons", "0.01"], []),
     Benchmark("beside_trl.py", None, ["{pair}", "{trl}", "--trl-steps", "7", "--rounds", "3"]),
     Benchmark("steps_per_round.py", None, ["{tmp}/steps"]),
 )
@@ -124,8 +124,9 @@ def row_of(record: dict[str, object]) -> str:
 
 def conditions() -> str:
     """Date, commit, machine, load and versions."""
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "no commit"
+    commit = git("rev-parse", "--short", "HEAD") or "no commit"
+    if git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", f":(exclude,top)docs/{DOCUMENT.name}"):
+        commit += " with changes"
     info = Path("/proc/cpuinfo").read_text().splitlines()
     fields = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in info}
     wide = "AVX-512" if "avx512f" in fields.get("flags", "").split() else "AVX2"
@@ -139,6 +140,11 @@ def conditions() -> str:
         f"{today}, commit {commit}; {processor}, {os.cpu_count()} cores, {memory:.0f} GiB, load {os.getloadavg()[2]:.1f} over the"
         f" last 15 minutes; Python {sys.version.split()[0]}, {versions}."
     )
+
+
+def git(*arguments: str) -> str:
+    """What it prints; nothing where there is no repository."""
+    return subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True).stdout.strip()
 
 
 def installed(package: str) -> str:

@@ -119,13 +119,16 @@ def ours(options: argparse.Namespace, folder: Path) -> tuple[list[float], Peak]:
     def see(seconds: float, line: str) -> None:
         if options.verbose:
             print(f"{seconds:8.1f}  {line}", end="", flush=True)
-        if found := re.match(r"round +(\d+) +rollout", line):
-            starts.setdefault(int(found[1]), seconds)
-        if re.match(rf"round +{options.rounds} +evaluate", line):
-            starts.setdefault(options.rounds + 1, seconds)
+        if not line.startswith('{"event": "stage"'):
+            return
+        event = json.loads(line)
+        if event["stage"] == "rollout":
+            starts.setdefault(event["round"], seconds)
+        if event["stage"] == "evaluate":
+            starts.setdefault(event["round"] + 1, seconds)
 
     command = [str(Path(sys.executable).parent / "opd"), "run", str(folder / "config.yaml"), "--name", "beside-trl"]
-    peak = watched([*command, "--root", str(folder / "store"), "--no-prefect"], {}, see)
+    peak = watched([*command, "--root", str(folder / "store"), "--no-prefect", "--json"], {}, see)
     return [starts[r + 1] - starts[r] for r in range(2, options.rounds + 1)], peak
 
 

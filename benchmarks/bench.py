@@ -5,7 +5,8 @@ python benchmarks/bench.py [--full] [--only NAME ...] [--pair PAIR] [--trl TRL] 
 Without `--full` it takes about twenty minutes on two idle cores (`make bench`), with it hours (`make bench-full`): larger sizes,
 and what needs models or packages from outside: `--pair`, the folder of `python benchmarks/smollm2.py PAIR`; `--trl`, that of
 `pip install --no-deps --target TRL "trl==1.16.*"`. What they print goes to standard error; a benchmark that fails is named in the
-table, and the exit code is 1. The table replaces what is between the markers in the document."""
+table, and the exit code is 1. The table replaces what is between the markers in the document, and is written anew after each
+benchmark."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 from record import PLACE
@@ -52,7 +53,7 @@ BENCHMARKS = (
     Benchmark("questions.py", ["{tmp}/questions", "2000000"], ["{tmp}/questions"]),
     Benchmark("scale.py", ["--prompts", "1000", "10000", "100000", "--shards", "250", "1000", "4000"], []),
     Benchmark("cache.py", [], ["{pair}"], True),
-    Benchmark("blending.py", ["--repeats", "1"], []),
+    Benchmark("blending.py", ["--repeats", "1", "--epsilons", "0.01"], []),
     Benchmark("beside_trl.py", None, ["{pair}", "{trl}", "--trl-steps", "7", "--rounds", "3"]),
     Benchmark("steps_per_round.py", None, ["{tmp}/steps"]),
 )
@@ -74,6 +75,8 @@ def main() -> int:
     before = options.out.read_text()
     if before.count(BEGIN) != 1 or before.count(END) != 1:
         parser.error(f"{options.out}: it needs the lines {BEGIN} and {END} once, between which the table goes")
+    start, end = before.index(BEGIN) + len(BEGIN), before.index(END)
+    text = f"no benchmark has these names in this mode ({conditions()})"
     began, rows, failed = time.perf_counter(), [], False
     with tempfile.TemporaryDirectory() as folder:
         for benchmark in BENCHMARKS:
@@ -86,10 +89,11 @@ def main() -> int:
             rows.append(f"| **`{command}`** | {f'**failed: exit {code}**' if code else ''} | | {seconds:,.0f} s |")
             rows += [row_of(record) for record in found]
             failed |= bool(code)
-    head = f"`make bench{'-full' * options.full}`, {time.perf_counter() - began:,.0f} s. {conditions()}"
-    text = "\n".join([head, "", "| what | median [lowest, highest], n | aim | took |", "|---|---|---|---|", *rows])
-    start, end = before.index(BEGIN) + len(BEGIN), before.index(END)
-    options.out.write_text(f"{before[:start]}\n{text}\n{before[end:]}")
+            head = f"`make bench{'-full' * options.full}`, {time.perf_counter() - began:,.0f} s. {conditions()}"
+            text = "\n".join(
+                [head, "", "| what | median [lowest, highest], n | aim | took |", "|---|---|---|---|", *rows]
+            )
+            options.out.write_text(f"{before[:start]}\n{text}\n{before[end:]}")
     print(text)
     return int(failed)
 
@@ -120,19 +124,32 @@ def row_of(record: dict[str, object]) -> str:
 
 def conditions() -> str:
     """Date, commit, machine, load and versions."""
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "no commit"
+    commit = git("rev-parse", "--short", "HEAD") or "no commit"
+    if git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", f":(exclude,top)docs/{DOCUMENT.name}"):
+        commit += " with changes"
     info = Path("/proc/cpuinfo").read_text().splitlines()
     fields = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in info}
     wide = "AVX-512" if "avx512f" in fields.get("flags", "").split() else "AVX2"
     processor = f"{fields.get('model name', 'unknown')} (family {fields.get('cpu family', '?')}, {wide})"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "vllm", "transformers", "deepspeed", "duckdb"))
+    versions = ", ".join(
+        f"{name} {installed(name)}" for name in ("torch", "vllm", "transformers", "deepspeed", "duckdb")
+    )
     today = datetime.date.today().isoformat()
     return (
         f"{today}, commit {commit}; {processor}, {os.cpu_count()} cores, {memory:.0f} GiB, load {os.getloadavg()[2]:.1f} over the"
         f" last 15 minutes; Python {sys.version.split()[0]}, {versions}."
     )
+
+
+def git(*arguments: str) -> str:
+    """What it prints; nothing where there is no repository."""
+    return subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True).stdout.strip()
+
+
+def installed(package: str) -> str:
+    """The version of the distribution that brings a package: vLLM for CPUs has another name."""
+    return version(packages_distributions()[package][0])
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ class Peak:
     """The largest proportional set size of a process and its descendants, in GB, sampled each second, and what each had then."""
 
     def __init__(self, pid: int) -> None:
-        self.gb, self.parts = 0.0, {}
+        self.gb = 0.0
+        self.parts: dict[str, float] = {}
         self._process, self._done = psutil.Process(pid), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -66,7 +67,8 @@ def watched(command: list[str], environment: dict[str, str], see: Callable[[floa
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment
     ) as process:
-        peak, last = Peak(process.pid), []
+        peak = Peak(process.pid)
+        last: list[str] = []
         assert process.stdout is not None
         for line in process.stdout:
             last = [*last[-30:], line]
@@ -117,13 +119,16 @@ def ours(options: argparse.Namespace, folder: Path) -> tuple[list[float], Peak]:
     def see(seconds: float, line: str) -> None:
         if options.verbose:
             print(f"{seconds:8.1f}  {line}", end="", flush=True)
-        if found := re.match(r"round +(\d+) +rollout", line):
-            starts.setdefault(int(found[1]), seconds)
-        if re.match(rf"round +{options.rounds} +evaluate", line):
-            starts.setdefault(options.rounds + 1, seconds)
+        if not line.startswith('{"event": "stage"'):
+            return
+        event = json.loads(line)
+        if event["stage"] == "rollout":
+            starts.setdefault(event["round"], seconds)
+        if event["stage"] == "evaluate":
+            starts.setdefault(event["round"] + 1, seconds)
 
     command = [str(Path(sys.executable).parent / "opd"), "run", str(folder / "config.yaml"), "--name", "beside-trl"]
-    peak = watched([*command, "--root", str(folder / "store"), "--no-prefect"], {}, see)
+    peak = watched([*command, "--root", str(folder / "store"), "--no-prefect", "--json"], {}, see)
     return [starts[r + 1] - starts[r] for r in range(2, options.rounds + 1)], peak
 
 
@@ -147,7 +152,7 @@ def train_with_trl(options: argparse.Namespace) -> None:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DistillationConfig, DistillationTrainer  # type: ignore[import-not-found]
+    from trl import DistillationConfig, DistillationTrainer
 
     class Steps(TrainerCallback):
         begun = 0.0

@@ -1,7 +1,7 @@
 """Speed of trust-region blending: draft-and-verify and lock-step, relative to plain sampling, on the demo's pair from its early
 student. Everything is measured in one process tree on one warm engine; only the ratios mean something on a shared machine.
 
-python benchmarks/blending.py [STORE] [--repeats 3]
+python benchmarks/blending.py [STORE] [--repeats 3] [--epsilons 0.001 0.01 0.05]
 
 The demo's warm-ups are made in STORE (default: a temporary folder), or found there."""
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,14 @@ EPSILONS = (0.001, 0.01, 0.05)
 PROMPTS = 128
 
 
-def main(root: Path, repeats: int) -> None:
+def main(root: Path, repeats: int, epsilons: Sequence[float]) -> None:
     e = load_experiment(CONFIG, ["policy.rounds=0", "evaluate.prompts=8", "rollout.top_p=1"])
     run_experiment(e, name="blending", root=root, prefect=False)
     store = Store(root)
-    student, teacher, prompts = begin(e, Planner(store), lambda round: True)
+    student, teacher, prompts, _ = begin(e, Planner(store), lambda round: True)
     ways: dict[str, Any] = {"plain": "student"}
     for sampler in ("draft_and_verify", "lock_step"):
-        ways |= {f"{sampler} {eps}": {"kind": "trb", "epsilon": eps, "sampler": sampler} for eps in EPSILONS}
+        ways |= {f"{sampler} {eps}": {"kind": "trb", "epsilon": eps, "sampler": sampler} for eps in epsilons}
     print("behaviour,tokens_per_s,relative_to_plain,acceptance,draft_used,beta_mean,kl_mean,kl_max,draft_tv")
     plain = 0.0
     with WorkerPool(e.runtime, root / "benchmark-logs") as pool:
@@ -80,6 +81,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--repeats", type=int, default=3, help="rounds that each way writes after one more; the fastest counts"
     )
+    parser.add_argument("--epsilons", type=float, nargs="+", default=EPSILONS, help="KL that the blend may spend, nats")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        main(options.store or Path(folder) / "store", options.repeats)
+        main(options.store or Path(folder) / "store", options.repeats, options.epsilons)

@@ -96,6 +96,7 @@ class Case:
             torch.arange(self.n),
             self.batch,
             torch.full((self.n,), 1 / self.n),
+            counts=True,
         )
         assert head.fuses(self.batch) == (way != "plain" and method != "rows"), name
         return lambda: head(self.hidden, forward, observe)

@@ -63,7 +63,7 @@ def commit(store: Store, stage: str, number: int, tables: dict[str, list[pa.Tabl
 
 
 def prepared(store: Store, pieces: list[bytes]) -> Artifact:
-    names, texts = byte_names(), []
+    names, texts = byte_names(), list[str | None]()
     for piece in pieces:
         try:
             texts.append(piece.decode())
@@ -186,7 +186,7 @@ def make_store(root: Path, tokens: int) -> None:
                 store, "train", round, {"training_steps": [pa.Table.from_pylist(steps, schema_for("training_steps"))]}
             )
             stages = {"rollout": stage(**made), "supervise": stage(**signals), "train": stage(train=train), **stages}
-        metrics = {"rollout_tokens": float(wanted), "reverse_kl": 1 / (1 + round)}
+        metrics: dict[str, float | None] = {"rollout_tokens": float(wanted), "reverse_kl": 1 / (1 + round)}
         rounds.append(RoundState(round=round, student_sha256=f"{round:064x}", metrics=metrics, stages=stages))
     for name in (RUN, OTHER):
         run = Run.create(root, name, load_experiment(CONFIG).model_dump(mode="json"), {"seed": 0})

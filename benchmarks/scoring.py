@@ -32,10 +32,11 @@ from tasks.engines.forward import LoadedModel, plan_batches
 from tasks.engines.scorer import Scorer
 from tasks.engines.teacher import Passage, VllmTeacher
 from tasks.inputs.models import ArchitectureModel, CheckpointModel, initialise, model_work
+from tasks.inputs.prompts import PrepareConfig
 from tasks.losses.needs import SignalNeed
-from tasks.prepare import PrepareConfig, prepare_work
+from tasks.prepare import prepare_work
 from tasks.rollout_config import RolloutConfig
-from tasks.stage import Context, Work
+from tasks.stage import Context, Prompts, Rollouts, Student, Teacher, Work
 from tasks.supervise import SuperviseConfig, supervise_work
 from tasks.workers.runtime import RuntimeConfig
 
@@ -88,12 +89,12 @@ class World:
         self.folders = {name: self._folder(root / name, *shape, spread) for name, shape in SHAPES.items()}
         models = [self.make(model_work(CheckpointModel(path=folder), 0))["model"] for folder in self.folders.values()]
         self.student, self.teacher = models
-        sources = {}
+        sources: dict[str, Any] = {}
         for split, text in (("train", "ab"), ("eval", "cd")):
             file = root / f"{split}.jsonl"
             file.write_text(f'{{"prompt": "{text}", "id": "{text}", "answer": "x"}}\n')
             sources[split] = {"kind": "file", "path": str(file)}
-        self.prompts = self.make(prepare_work(PrepareConfig(**sources), *models))["prepare"]
+        self.prompts = self.make(prepare_work(PrepareConfig.model_validate(sources), *models))["prepare"]
         draw = np.random.default_rng(0)
         self.passages = [
             Passage(draw.integers(V, size=PROMPT), draw.integers(V, size=COMPLETION))
@@ -153,8 +154,14 @@ class World:
         """What was spent on one job that makes these signals; they are removed afterwards."""
         wanted = [SignalNeed(name, K if name == "teacher_topk" else None) for name in needs]
         work = supervise_work(
-            config, self.rollouts, self.student, self.teacher, self.prompts, wanted, RolloutConfig(top_p=0.9)
-        )  # type: ignore[arg-type]
+            config,
+            Rollouts(self.rollouts),
+            Student(self.student),
+            Teacher(self.teacher),
+            Prompts(self.prompts),
+            wanted,
+            RolloutConfig(top_p=0.9),
+        )
         made = self.make(work)
         for artifact in made.values():
             shutil.rmtree(self.store.root / "artifacts" / artifact.stage / artifact.key)

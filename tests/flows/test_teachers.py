@@ -449,3 +449,60 @@ def test_one_of_several_teachers_is_exported_by_its_name(tmp_path: Path, root: P
         exported(None)
     with pytest.raises(InputError, match="has no teacher 'c': the teachers are a, b"):
         exported("c")
+
+
+# --- contexts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"teachers": {"add": {"context": "{prompt} {sibling}"}}}, r"\{sibling\} are known in the round only"),
+        ({"teachers": {"add": {"context": ["{answer}{prompt}"]}}}, "a list of templates"),
+        ({"teachers": {"add": {"context": "nothing"}}}, "names no column"),
+        (
+            {"teachers": {"add": {"context": "{prompt} {answer}"}}},
+            r"teachers\.add\.context: .*must end with \{prompt\}",
+        ),
+        (
+            {"teachers": {"add": {"context": "{answer} {prompt}"}}, "mixture": mixture()},
+            r"teachers\.add\.context: a mixture averages",
+        ),
+    ],
+)
+def test_a_context_of_one_teacher_that_cannot_be_is_refused(change: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Experiment.model_validate(merge(routed(), change))
+
+
+def test_one_teacher_of_several_reads_a_context(tmp_path: Path) -> None:
+    """Its own prompts alone; no other teacher's rows change, and no key of what they score."""
+    plain = Experiment.model_validate(routed())
+    one = Experiment.model_validate(routed(teachers={"add": {"context": "{answer} {prompt}"}}))
+    store = Store(tmp_path / "keys")
+    before, after = keys_of(plain, store), keys_of(one, store)
+    changed = {place for place in before if before[place] != after[place]}
+    assert {place.split("/")[1] for place in changed} == {"prepare"}, "contents are held fixed here"
+
+    def rows(e: Experiment) -> tuple[dict[str, str], list[dict[str, Any]]]:
+        made = Store(tmp_path / f"store {e is one}")
+        run = Run.create(made.root, "one", {}, {})
+
+        def context(progress: Any) -> Context:
+            return Context(made, e.runtime, None, progress, lambda line: None)  # type: ignore[arg-type]
+
+        maker = Maker(made, run, run.state, context, SilentReporter())
+        with maker.round(0):
+            _, _, prompts = inputs(e, maker)
+        return prompts.content, made.read_table(prompts, "prompts").to_pylist()
+
+    (contents, was), (others, now) = rows(plain), rows(one)
+    for then, row in zip(was, now, strict=True):
+        if row["split"] == "train" and row["teacher_id"] == "add":
+            text = bytes(i for i in row["teacher_token_ids"] if i < 256).decode()
+            assert row["answer"] in text.partition(" ")[0] and row["token_ids"] == then["token_ids"]
+        elif row["split"] == "train":
+            assert row == then
+    assert contents["teacher:add:train"] != others["teacher:add:train"]
+    assert contents["teacher:subtract:train"] == others["teacher:subtract:train"]
+    assert contents["prompts:train"] == others["prompts:train"], "rollouts do not depend on what teachers read"

@@ -461,7 +461,7 @@ def test_one_of_several_teachers_is_exported_by_its_name(tmp_path: Path, root: P
         ({"teachers": {"add": {"context": ["{answer}{prompt}"]}}}, "a list of templates"),
         ({"teachers": {"add": {"context": "nothing"}}}, "names no column"),
         (
-            {"teachers": {"add": {"context": "{prompt} {answer}"}}},
+            {"teachers": {"add": {"context": "{prompt} {answer}"}}, "prompts": {"chat_template": False}},
             r"teachers\.add\.context: .*must end with \{prompt\}",
         ),
         (
@@ -476,33 +476,31 @@ def test_a_context_of_one_teacher_that_cannot_be_is_refused(change: dict[str, An
 
 
 def test_one_teacher_of_several_reads_a_context(tmp_path: Path) -> None:
-    """Its own prompts alone; no other teacher's rows change, and no key of what they score."""
-    plain = Experiment.model_validate(routed())
-    one = Experiment.model_validate(routed(teachers={"add": {"context": "{answer} {prompt}"}}))
-    store = Store(tmp_path / "keys")
-    before, after = keys_of(plain, store), keys_of(one, store)
-    changed = {place for place in before if before[place] != after[place]}
-    assert {place.split("/")[1] for place in changed} == {"prepare"}, "contents are held fixed here"
+    """Of its own prompts alone; what other teachers read, and what the student reads, is the same."""
+    own = {"operations": ["add", "subtract"], "count": 8}
+    data = merge(routed(), {"prompts": {"train": own, "eval": own}})
+    context = {"teachers": {"add": {"context": "{answer} {prompt}"}}}
 
-    def rows(e: Experiment) -> tuple[dict[str, str], list[dict[str, Any]]]:
-        made = Store(tmp_path / f"store {e is one}")
-        run = Run.create(made.root, "one", {}, {})
+    def made(name: str, e: Experiment) -> tuple[dict[str, str], list[dict[str, Any]]]:
+        store, pool = Store(tmp_path / name), several.Engines()
+        run = Run.create(store.root, "one", {}, {})
+        make = lambda progress: Context(store, e.runtime, pool, progress, lambda line: None)  # type: ignore[arg-type]  # noqa: E731
+        _, _, prompts = inputs(e, Maker(store, run, run.state, make, SilentReporter()))
+        return prompts.content, store.read_table(prompts, "prompts").to_pylist()
 
-        def context(progress: Any) -> Context:
-            return Context(made, e.runtime, None, progress, lambda line: None)  # type: ignore[arg-type]
-
-        maker = Maker(made, run, run.state, context, SilentReporter())
-        with maker.round(0):
-            _, _, prompts = inputs(e, maker)
-        return prompts.content, made.read_table(prompts, "prompts").to_pylist()
-
-    (contents, was), (others, now) = rows(plain), rows(one)
+    contents, was = made("plain", Experiment.model_validate(data))
+    others, now = made("context", Experiment.model_validate(merge(data, context)))
+    assert [row["prompt_id"] for row in was] == [row["prompt_id"] for row in now]
+    seen = set()
     for then, row in zip(was, now, strict=True):
-        if row["split"] == "train" and row["teacher_id"] == "add":
+        assert then["teacher_token_ids"] is None
+        if row["split"] != "warmup" and row["teacher_id"] == "add":
             text = bytes(i for i in row["teacher_token_ids"] if i < 256).decode()
-            assert row["answer"] in text.partition(" ")[0] and row["token_ids"] == then["token_ids"]
-        elif row["split"] == "train":
+            assert f"{row['answer']} " in text and row["token_ids"] == then["token_ids"]
+            seen.add(row["split"])
+        else:
             assert row == then
+    assert seen == {"train", "eval"}, "held-out prompts too, for the KL to it"
     assert contents["teacher:add:train"] != others["teacher:add:train"]
-    assert contents["teacher:subtract:train"] == others["teacher:subtract:train"]
-    assert contents["prompts:train"] == others["prompts:train"], "rollouts do not depend on what teachers read"
+    for part in ("teacher:subtract:train", "prompts:train", "prompts:eval"):
+        assert contents[part] == others[part], part

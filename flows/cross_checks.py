@@ -13,7 +13,7 @@ from tasks.inputs.contexts import JUDGED, SiblingConfig, named_in, templates_of
 from tasks.inputs.judging import JudgeConfig, JudgeFunction
 from tasks.inputs.models import CheckpointModel, ServedModel, declared_sizes
 from tasks.inputs.teachers import SELF_TEACHERS, InitialStudent, is_self
-from tasks.losses.config import FullSupport
+from tasks.losses.config import AnyObjective, FullSupport
 from tasks.losses.token_credit.readers import without_effect as unread_fields
 from tasks.routing import NAME, teacher_field
 from tasks.supervise import signal_problems
@@ -59,6 +59,7 @@ def cross_problems(e: Experiment) -> list[str]:
         if model.warmup is not None and e.prompts.warmup is None:
             problems.append(f"{name}.warmup: needs prompts.warmup (prompts with a `completion` to learn)")
     problems += signal_problems(e.supervise, e.objective.needs().signals)
+    problems += teacherless_problems(e)
     problems += cut_problems(e)
     problems += student_problems(e)
     problems += served_problems(e)
@@ -92,7 +93,12 @@ def credit_problems(e: Experiment) -> list[str]:
                 f"{'s' * (len(e.judge.names) == 1)} none; add a function of yours that returns {{reward, {key}}} to"
                 " judge.verifiers (docs/rewards.md)"
             )
-    if needs.contexts and (e.teacher is None or e.teacher.context is None):
+    if needs.contexts and (lacking := [name for name, model in e.teachers.items() if model.context is None]):
+        problems.append(
+            f"teachers.{lacking[0]}.context: the objective asks which samples the teacher reads a context for, and this one has"
+            ' none; give a template, for example "{prompt}\n{solution}"'
+        )
+    if needs.contexts and not e.teachers and (e.teacher is None or e.teacher.context is None):
         problems.append(
             "teacher.context: the objective asks which samples the teacher reads a context for, and there is none; give a"
             ' template, for example "{prompt}\n{solution}"'
@@ -120,10 +126,36 @@ def needs_judge(e: Experiment) -> bool:
     return e.objective.needs().credit.reward or bool(named_in(e.sample_contexts) & JUDGED)
 
 
+def reads_entropy(objective: AnyObjective) -> bool:
+    """Whether the loss depends on the teacher's entropies."""
+    kinds = {getattr(getattr(objective, axis, None), "kind", None) for axis in ("token_weight", "trust_region")}
+    return objective.needs().credit.teacher_entropy or bool(kinds & {"teacher_entropy", "entropy_gate"})
+
+
 NOT_JUDGED = (
     "judge: nothing in this config reads rewards, so none are asked for and its stage does not run (null leaves it out)"
 )
 """What a plan says about a config with a judge that nothing reads."""
+
+
+NO_TEACHER_PASS = "supervise.teacher: none, so there is no teacher pass; the objective reads nothing of the teacher"
+"""What a plan says about a config whose teacher is not run."""
+
+
+def teacherless_problems(e: Experiment) -> list[str]:
+    """What reads the teacher, where supervise does not run it."""
+    if e.supervise.teacher.asked:
+        return []
+    problems, objective = [], e.objective
+    if objective.estimator != "credit" or objective.reads_teacher:
+        problems.append(
+            f"supervise.teacher: none, but objective.estimator {objective.estimator} reads the teacher's log-probabilities"
+            f"{' (scale, add, beside, likelihood or reference does)' * (objective.estimator == 'credit')}; set supervise.teacher:"
+            " {kind: local}"
+        )
+    if e.teacher is not None and e.teacher.context is not None:
+        problems.append("teacher.context: no teacher reads it, because supervise.teacher is none; leave it out")
+    return problems
 
 
 def student_problems(e: Experiment) -> list[str]:
@@ -289,6 +321,13 @@ def teacher_problems(e: Experiment) -> list[str]:
                 f"teachers: beside {other!r} no teacher can be called {name!r}, because METRIC/{name} is a part of METRIC/{other}"
                 " (its error, samples or prompts); choose another name"
             )
+    for name, model in e.teachers.items():
+        if model.context is not None and e.mixture is not None:
+            problems.append(
+                f"teachers.{name}.context: a mixture averages teachers that read the same text; leave it out, or remove `mixture`"
+                " and give each prompt a teacher_id"
+            )
+        problems += template_problems(e, f"teachers.{name}.context", templates_of(model.context))
     if e.mixture is not None:
         problems += e.mixture.problems(e.teachers)
         if not e.supervise.teacher.capabilities.full_distribution:
@@ -319,13 +358,18 @@ def self_teacher_problems(e: Experiment, teacher: TeacherConfig) -> list[str]:
             f" teacher.source {teacher.source.kind} is another model in every round; set teacher.source: {{kind: initial}}, or"
             " take a behaviour that reads no drafts"
         )
-    for template in templates_of(context):
-        if not e.prompts.chat_template and not template.endswith("{prompt}"):
-            problems.append(
-                "teacher.context: with prompts.chat_template: false a completion continues the text itself, so the template must"
-                f" end with {{prompt}}, and it is {template!r}"
-            )
+    problems += template_problems(e, "teacher.context", templates_of(context))
     return problems + context_problems(e, teacher)
+
+
+def template_problems(e: Experiment, field: str, templates: Sequence[str]) -> list[str]:
+    """What of the templates of a context does not fit the prompts."""
+    return [
+        f"{field}: with prompts.chat_template: false a completion continues the text itself, so the template must end with"
+        f" {{prompt}}, and it is {template!r}"
+        for template in templates
+        if not e.prompts.chat_template and not template.endswith("{prompt}")
+    ]
 
 
 def context_problems(e: Experiment, teacher: TeacherConfig) -> list[str]:

@@ -250,7 +250,7 @@ def set_prompts(
     prepared = do(
         set_label("prepare", name), prepare_work, first.prompts.only(one.prompts),
         student_model=student, teacher_model=read, mixed=first.mixture is not None,
-        memo=do.store.memo, store=do.store, contexts={} if template is None else {"eval": template},
+        memo=do.store.memo, store=do.store, contexts={"eval": template} if isinstance(template, str) else {},
     )  # fmt: skip
     return Prompts(prepared["prepare"])
 

@@ -18,7 +18,7 @@ from storage.identity import Identity, RunPolicy, omit_at
 from storage.upkeep.retention import Retention
 from storage.upkeep.stop_rules import StopRules
 from tasks.evaluate import EvaluateConfig
-from tasks.inputs.contexts import SiblingConfig, columns_of, kept_columns, per_sample, templates_of
+from tasks.inputs.contexts import JUDGED, SiblingConfig, columns_of, kept_columns, named_in, per_sample, templates_of
 from tasks.inputs.models import ModelSource, vocabulary_rows_of
 from tasks.inputs.prompts import PrepareConfig
 from tasks.inputs.teachers import SELF_TEACHERS, EmaStudent, SelfTeacher, TeacherSource, is_self
@@ -74,11 +74,7 @@ class TeacherConfig(Identity):
         if value == ():
             raise ValueError("context: an empty list; write a template, or null")
         for template in templates_of(value):
-            if not columns_of(template):
-                raise ValueError(
-                    f"context: {template!r} names no column; write {{prompt}}, {{answer}}, {{solution}}, {{hint}}, {{sibling}},"
-                    " {feedback} or {verdict}, or null"
-                )
+            require_columns(template)
         return value
 
     @property
@@ -94,6 +90,34 @@ class TeacherConfig(Identity):
                 " teacher.warmup: null"
             )
         return self
+
+
+class NamedTeacherConfig(ModelConfig):
+    """One teacher of several: a model, and what it reads beside the prompt."""
+
+    context: str | None = Field(
+        None,
+        description="a template over {prompt}, {answer}, {solution} and {hint} for the prompts of this teacher, as that of the"
+        " one `teacher`; null: it reads what the student reads",
+        json_schema_extra=omit_at(None),
+    )
+
+    @field_validator("context", mode="before")
+    @classmethod
+    def _template(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            raise ValueError(
+                "context: a list of templates gives each sample its own, which is there for the one `teacher` only; write one"
+                " template over columns of the prompts"
+            )
+        if isinstance(value, str):
+            require_columns(value)
+            if of_round := sorted(named_in([value]) & JUDGED):
+                raise ValueError(
+                    f"context: {' and '.join(f'{{{name}}}' for name in of_round)} are known in the round only, and contexts of"
+                    " samples are there for the one `teacher` only; name columns of the prompts, or train with one `teacher`"
+                )
+        return value
 
 
 class Policy(RunPolicy):
@@ -183,7 +207,7 @@ class Experiment(BaseModel):
     seed: int = Field(0, ge=0, description="makes every other seed")
     student: ModelConfig
     teacher: TeacherConfig | None = Field(None, description="the model to learn from; or several: `teachers`")
-    teachers: dict[str, ModelConfig] = Field(
+    teachers: dict[str, NamedTeacherConfig] = Field(
         {},
         description="several models to learn from, by name, instead of `teacher`: each prompt's `teacher_id` names its own, or a"
         " `mixture` of all teaches every prompt. null leaves out what a base config has (one of them, or all)",
@@ -313,12 +337,14 @@ class Experiment(BaseModel):
         return self.self_teacher if isinstance(self.self_teacher, EmaStudent) else None
 
     @property
-    def contexts(self) -> dict[str, str]:
-        """Split -> template of what the teacher reads, where it is the same for all samples of a prompt. The held-out prompts
-        have one if the evaluation asks the teacher."""
+    def contexts(self) -> dict[str, str | dict[str, str]]:
+        """Split -> template of what the teacher reads, where it is the same for all samples of a prompt; with several teachers
+        those of each that has one. The held-out prompts have one if the evaluation asks the teacher."""
         splits = ("train", "eval") if self.evaluate.generations("kl") else ("train",)
-        template, sources = None if self.teacher is None else self.teacher.context, self.prompts.sources()
-        if not isinstance(template, str) or self.sample_contexts:
+        sources = self.prompts.sources()
+        named = {name: model.context for name, model in sorted(self.teachers.items()) if model.context is not None}
+        template = named or (None if self.teacher is None else self.teacher.context)
+        if not isinstance(template, str | dict) or not template or self.sample_contexts:
             return {}
         return {split: template for split in splits if split in sources}
 
@@ -352,6 +378,15 @@ class Experiment(BaseModel):
     def to_yaml(self) -> str:
         """The resolved config; `opd run` on it gives the same run."""
         return dump(self.model_dump(mode="json"))
+
+
+def require_columns(template: str) -> None:
+    """ValueError for a template of a context that names no column, or an unknown one."""
+    if not columns_of(template):
+        raise ValueError(
+            f"context: {template!r} names no column; write {{prompt}}, {{answer}}, {{solution}}, {{hint}}, {{sibling}},"
+            " {feedback} or {verdict}, or null"
+        )
 
 
 def _rows(model: Any) -> int | None:

@@ -173,9 +173,9 @@ _ALL = (
         "Signal: both models' log-probabilities of the tokens that were sampled (temperature 1, full vocabulary).",
         _SAMPLE_ID,
         _opt("student_logprobs", _FLOATS, "T values of the rollout-time student; null with supervise.student: none"),
-        _col("teacher_logprobs", _FLOATS, "T values of the teacher"),
+        _opt("teacher_logprobs", _FLOATS, "T values of the teacher; null with supervise.teacher: none"),
         _opt("student_entropy", _FLOATS, "T entropies in nats; null as student_logprobs"),
-        _col("teacher_entropy", _FLOATS, "T entropies in nats"),
+        _opt("teacher_entropy", _FLOATS, "T entropies in nats; null as teacher_logprobs"),
         _opt(
             "behaviour_logprobs",
             _FLOATS,

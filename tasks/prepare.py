@@ -51,7 +51,7 @@ def prepare_work(
     mixed: bool = False,
     memo: Path | None = None,
     store: Store | None = None,
-    contexts: Mapping[str, str] = NO_CONTEXTS,
+    contexts: Mapping[str, str | Mapping[str, str]] = NO_CONTEXTS,
     context_columns: Mapping[str, bool] | None = None,
 ) -> Work:
     """Work with the output `prepare`: tables `prompts` and `vocabulary`. `teacher_model`: the teacher, or several by name. Of
@@ -61,7 +61,8 @@ def prepare_work(
     teachers also what `tasks.routing` lists, and audit and vocabulary by teacher (`audit:NAME`). Meta: prompts
     and `filtered` (by reason) per split, `warnings`, `longest_prompt` in tokens, `audit`. `memo`: folder that
     remembers hashes of unchanged files. `store`: where the models' folders are found; what versions up to 0.1.0 made of
-    them otherwise gets another key. `contexts`: split -> template of what the teacher reads (tasks/inputs/contexts.py).
+    them otherwise gets another key. `contexts`: split -> template of what the teacher reads (tasks/inputs/contexts.py), or with
+    several teachers that of each which has one.
     `context_columns`: what the stage `context` reads of the training prompts, beside their text (`contexts.kept_columns`), for
     the table of this name. None: that stage does not run.
     Raises InputError for an unreadable source, here or when built."""
@@ -149,7 +150,7 @@ def prepare(
     teachers: Mapping[str | None, Path],
     context: Context,
     mixed: bool = False,
-    contexts: Mapping[str, str] = NO_CONTEXTS,
+    contexts: Mapping[str, str | Mapping[str, str]] = NO_CONTEXTS,
     context_columns: Mapping[str, bool] | None = None,
 ) -> Prepared:
     """Read, filter, render and tokenise all splits with the tokenizers of checkpoint folders: the student's, and by name the
@@ -177,14 +178,15 @@ def prepare(
     filtered: dict[str, dict[str, int]] = {}
     warnings: list[str] = []
     for split, source in config.sources().items():
-        template = contexts.get(split)
+        given = contexts.get(split)
+        templates = {None: given} if given is None or isinstance(given, str) else given
         wanted = context_columns if split == SAMPLED else None
-        privileged = privileged_columns(template) if wanted is None else [name for name in PRIVILEGED if name in wanted]
+        named = [name for name in PRIVILEGED if any(name in privileged_columns(of) for of in templates.values())]
+        privileged = named if wanted is None else [name for name in PRIVILEGED if name in wanted]
         rows, notes = read_rows(source, privileged)
         if wanted is not None:
             _require_kept(split, rows, wanted)
-        if template is not None:
-            rows = [replace(row, teacher_prompt=teacher_prompt(row, template)) for row in rows]
+        rows = [_in_context(row, templates) for row in rows]
         warnings += [f"{split}: {note}" for note in notes]
         for row in rows:
             renderer.require_teacher(split, row)
@@ -225,6 +227,12 @@ def prepare(
         audits=audits,
         context_columns=None if context_columns is None else pa.Table.from_pylist(of_contexts, schema=schema_for(KEPT)),
     )
+
+
+def _in_context(row: Row, templates: Mapping[str | None, str | None]) -> Row:
+    """The row with what its teacher reads, where there is a template: of each teacher by name, or of the only one (None)."""
+    template = templates.get(None if None in templates else row.teacher_id)
+    return row if template is None else replace(row, teacher_prompt=teacher_prompt(row, template))
 
 
 def _require_kept(split: str, rows: Sequence[Row], kept: Mapping[str, bool]) -> None:

@@ -60,7 +60,10 @@ class SuperviseConfig(Identity):
         json_schema_extra=omit_at("full"),
     )
     teacher: TeacherField = Field(
-        LocalTeacher(), description="how the teacher is asked", json_schema_extra=omit_at({"kind": "local"})
+        LocalTeacher(),
+        description="how the teacher is asked; none: it is not run, for objectives that read nothing of it. Its columns in"
+        " `sampled` are null then, and training logs no KL to it",
+        json_schema_extra=omit_at({"kind": "local"}),
     )
 
 
@@ -128,7 +131,7 @@ def signal_problems(config: SuperviseConfig, needs: Sequence[SignalNeed]) -> lis
         except ConfigError as error:
             found.append(str(error))
             continue
-        wanted = signal.asked(need.k, {}, config.student)
+        wanted = signal.asked(need.k, {}, config.student, config.teacher.asked)
         lacking = config.teacher.capabilities.lacking(wanted)
         if problem := signal.problem(need.k):
             found.append(problem)
@@ -136,6 +139,11 @@ def signal_problems(config: SuperviseConfig, needs: Sequence[SignalNeed]) -> lis
             found.append(
                 f"supervise.student: none, but the signal {need.name!r} of this objective is made by running the student;"
                 " set supervise.student: full"
+            )
+        elif not config.teacher.asked and "teacher" in wanted.models:
+            found.append(
+                f"supervise.teacher: none, but the signal {need.name!r} of this objective is made by running the teacher; set"
+                " supervise.teacher: {kind: local}"
             )
         elif lacking:
             found.append(
@@ -186,6 +194,8 @@ def _build(builders: dict[str, Builder], ctx: Context, inputs: Inputs) -> None:
         if not builder.repairing:  # over all shards, including those of an earlier, interrupted attempt
             meta = dict(signal_named(name).meta(Written(builder.finished(name, len(sizes)), ctx.store, rollouts)))
             meta |= inputs.settings.teacher.record(ctx.store.root, inputs.teacher.content["weights"])
+            if name == "sampled" and (listed := inputs.settings.teacher.entropy_candidates) is not None:
+                meta["metrics"] = {**meta.get("metrics", {}), "teacher_entropy_candidates": listed}
         if meta.get("reasons", {}).get("invalid_value"):
             ctx.log(
                 f"warning: {meta['reasons']['invalid_value']} tokens have invalid values; they are masked (reason 16)"
@@ -235,7 +245,7 @@ def _job(ctx: Context, inputs: Inputs, builders: Mapping[str, Builder]) -> Score
         rollouts=ArtifactRef.of(inputs.rollouts),
         prompts=ArtifactRef.of(inputs.prompts),
         student=ModelRef.of(ctx.store, inputs.student, needs_models),
-        teacher=ModelRef.of(ctx.store, inputs.teacher, needs_models),
+        teacher=ModelRef.of(ctx.store, inputs.teacher, needs_models and inputs.settings.teacher.asked),
         dtype=inputs.settings.dtype,
         sampling=ScoringDistribution(**inputs.sampling),
         backend=config_json(inputs.settings.teacher),

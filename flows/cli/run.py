@@ -307,7 +307,7 @@ def check(
 
 
 def _dry_run(experiment: Experiment, name: str, root: Path, rounds: int | None, as_json: bool, verbose: bool) -> None:
-    from flows.cross_checks import NOT_JUDGED, needs_judge
+    from flows.cross_checks import NO_TEACHER_PASS, NOT_JUDGED, needs_judge
     from flows.run.pace import estimate, round_seconds
     from flows.run.runner import existing_run, plan
 
@@ -324,6 +324,8 @@ def _dry_run(experiment: Experiment, name: str, root: Path, rounds: int | None, 
     for line in lines:
         for note in line.notes:
             out.print(f"note: {line.stage} of round {line.round}: {note}", soft_wrap=True, markup=False)
+    if not experiment.supervise.teacher.asked:
+        out.print(f"note: {NO_TEACHER_PASS}", soft_wrap=True)
     if experiment.judge is not None and not needs_judge(experiment):
         out.print(f"note: {NOT_JUDGED}", soft_wrap=True)
     if left:

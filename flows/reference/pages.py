@@ -226,7 +226,8 @@ def signals() -> str:
         can = cls.capabilities
         about = " ".join((cls.__doc__ or "").split())
         given, whole = ("yes" if can_it else "no" for can_it in (can.given_ids, can.full_distribution))
-        lines.append(_row((f"`{kind}`", about, can.entropy, str(can.top or "any"), given, whole)))
+        longest, entropy = "any" if can.top is None else str(can.top), can.entropy if cls.asked else "no"
+        lines.append(_row((f"`{kind}`", about, entropy, longest, given, whole)))
     return "\n".join([*parts, *lines]).rstrip() + "\n"
 
 

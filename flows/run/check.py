@@ -27,12 +27,14 @@ from storage.store import Artifact, Store
 from tasks.context import examples
 from tasks.engines.verifier_process import NoVerdict, VerifierProcess, reason_of
 from tasks.evaluate import Prompt, plan_shards
-from tasks.inputs.judging import name_of
+from tasks.inputs.contexts import DEFAULT_THRESHOLD
+from tasks.inputs.judging import JudgeConfig, Outcome, name_of, summed
 from tasks.inputs.models import CheckpointModel, ModelSource, model_work, parameter_count
 from tasks.inputs.sources import FileSource
 from tasks.inputs.tokenizers import load_tokenizer
 from tasks.inputs.verifiers import FunctionVerifier, function_place, verify
 from tasks.judge import sources_of
+from tasks.losses.token_credit.told import sentence
 from tasks.plugins import source_place
 from tasks.prepare import audited, require_audit
 from tasks.routing import teacher_field
@@ -244,12 +246,16 @@ def _judge(experiment: Experiment, rows: pa.Table, tokenizer: Any) -> Iterator[s
         "completion": text, "answer": prompt[0]["answer"], "length": len(ids), "prompt": prompt[0]["text"],
         "token_ids": ids, "tokens": [tokenizer.decode([index]) for index in ids],
     }  # fmt: skip
-    process = VerifierProcess(experiment.judge, sources_of(experiment.judge))
+    judge = experiment.judge
+    yield from _judge_config(experiment, judge)
+    process = VerifierProcess(judge, sources_of(judge))
+    outcomes: list[Outcome] = []
     try:
-        for place, (verifier, names) in enumerate(zip(experiment.judge.verifiers, process.given(), strict=True)):
+        for place, (verifier, names) in enumerate(zip(judge.verifiers, process.given(), strict=True)):
             asked = {name: question[name] for name in ("completion", "answer", "length", *names)}
             try:
-                found = f"the reward {process.ask(place, asked).reward:g}"
+                outcomes.append(process.ask(place, asked))
+                found = f"the reward {outcomes[-1].reward:g}"
             except NoVerdict as error:
                 found = f"no reward: {reason_of(str(error))}"
             yield (
@@ -258,6 +264,29 @@ def _judge(experiment: Experiment, rows: pa.Table, tokenizer: Any) -> Iterator[s
             )
     finally:
         process.close()
+    if len(outcomes) == len(judge.verifiers) > 1:
+        yield f"judge: its reward is {summed(judge, outcomes).reward:g}, the weighted sum"
+
+
+def _judge_config(experiment: Experiment, judge: JudgeConfig) -> Iterator[str]:
+    """What is trained on, who judges, and from which reward a completion is correct."""
+    objective, threshold = experiment.objective, judge.success_threshold
+    if objective.estimator == "credit":
+        yield f"objective: {sentence(objective)}"
+    verifiers = ", ".join(f"{name_of(verifier)} (weight {verifier.weight:g})" for verifier in judge.verifiers)
+    correct = "1 (where all are 0 or 1)" if threshold is None else f"{threshold:g} or more"
+    yield (
+        f"judge: {verifiers}; at most {judge.timeout:g} s per verifier and completion (judge.timeout); a reward of {correct} is"
+        " correct"
+    )
+    asked = objective.reward.threshold if objective.estimator == "credit" else None
+    if (
+        asked is not None and threshold is None and asked != DEFAULT_THRESHOLD
+    ):  # others are refused when the config loads
+        yield (
+            f"warning: objective.reward.success_threshold is {asked:g}, but judge.success_threshold is not set, so metrics and"
+            f" contexts take rewards of 0 and 1 from {DEFAULT_THRESHOLD:g} on for correct, and no others; give both the same"
+        )
 
 
 def _judged(verdict: bool) -> str:

@@ -35,6 +35,7 @@ CHECKS: tuple[tuple[Callable[[Known], Found], str], ...] = (
     (prompt_checks.given_completions, "sampler"),
     (prompt_checks.self_teacher, "scorer"),
     (prompt_checks.sample_contexts, "scorer"),
+    (prompt_checks.entropies, "scorer"),
     (prompt_checks.answers, "judge"),
 )
 """Every check, with the role that it is about."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow.compute as pc
 
-from flows.cross_checks import NOT_JUDGED, needs_judge, size_problems
+from flows.cross_checks import NO_TEACHER_PASS, NOT_JUDGED, needs_judge, reads_entropy, size_problems
 from flows.run.checked import Finding, Found, Known, list_lengths, prompt_lengths, read_by, token_ids
 from flows.run.further_set import check_rows
 from flows.run.given import given_problems
@@ -15,9 +15,13 @@ from tasks.engines.hf_folder import (
     stop_token_ids,
 )
 from tasks.evaluate import rank_of
+from tasks.inputs.contexts import named_in
 from tasks.inputs.judging import JudgeFunction, name_of
 from tasks.inputs.rounds import prompts_for_round
 from tasks.inputs.tokenizers import load_tokenizer
+
+CHARACTERS = 3
+"""Of a token of English text, rather too few."""
 
 
 def sizes(known: Known) -> Found:
@@ -149,8 +153,12 @@ def self_teacher(known: Known) -> Found:
     objective = known.experiment.objective
     if objective.estimator == "credit" and not objective.distils:
         if objective.reference is None or objective.reference.to != "teacher":
+            scored = known.experiment.supervise.teacher.asked
             yield Finding(
-                "teacher: this objective trains on rewards alone; the teacher is scored for metrics, and is in no loss"
+                "teacher: this objective trains on rewards alone; the teacher is scored for metrics, and is in no loss;"
+                " supervise.teacher: none leaves its pass out"
+                if scored
+                else NO_TEACHER_PASS
             )
         return
     if known.experiment.sample_contexts:  # it reads more of the samples that have one
@@ -160,6 +168,19 @@ def self_teacher(known: Known) -> Found:
             f"teacher: it is the student itself ({source.kind}) and reads what the student reads, so there is nothing to distil;"
             " give it more with teacher.context"
         )
+
+
+def entropies(known: Known) -> Found:
+    """Entropies of a list, where the objective's are defined over the vocabulary."""
+    objective, backend = known.experiment.objective, known.experiment.supervise.teacher
+    if backend.capabilities.entropy != "list" or not reads_entropy(objective):
+        return
+    k = backend.entropy_candidates
+    yield Finding(
+        "objective: it reads the teacher's entropy, which its paper means over the whole vocabulary, but supervise.teacher kind"
+        f" {backend.kind} gives that of {'its list' if k is None else f'its {k} likeliest tokens'} with the rest as one category,"
+        " at most the exact one; kind: local gives it exactly, a larger entropy_k comes closer"
+    )
 
 
 def answers(known: Known) -> Found:
@@ -199,6 +220,12 @@ def sample_contexts(known: Known) -> Found:
             f"teacher.context: beside the longest prompt of train and a completion of {e.rollout.max_completion_length} tokens"
             f" the teacher has room for {max(0, room)} tokens (its positions, and prompts.max_teacher_prompt_length); where a"
             " context is longer the next one is taken, or none, and both are counted"
+        )
+    longest_feedback = 0 if e.judge is None or "feedback" not in named_in(e.sample_contexts) else e.judge.max_feedback
+    if limits and longest_feedback > CHARACTERS * max(0, min(limits)):
+        yield Finding(
+            f"judge.max_feedback: {longest_feedback:,} characters are more than the {max(0, min(limits)):,} tokens hold that the"
+            " teacher has room for; a context that does not fit is left out whole and counted, so lower it"
         )
     if e.evaluate.generations("kl"):
         yield Finding(

@@ -127,9 +127,10 @@ class Scorer:
             mine = {name for name, teacher in self._routes(store, job.prompts).items() if teacher in job.names}
             rollouts = rollouts.filter(pc.is_in(rollouts["prompt_id"], value_set=pa.array(sorted(mine), pa.string())))
         signals = {output.table: signal_named(output.table) for output in item.outputs}
+        backend = backend_of(json.loads(bytes(job.backend)))
         sampling = msgspec.structs.asdict(job.sampling)
         wants = [
-            signals[output.table].asked(output.k, sampling, job.run_student)
+            signals[output.table].asked(output.k, sampling, job.run_student, backend.asked)
             for output in item.outputs
             if job.flags is None or output.table != "mask"  # with flags, the mask needs no model
         ]
@@ -137,7 +138,7 @@ class Scorer:
         values: Values = {}
         if wanted.models and rollouts.num_rows:
             samples = _in_context(store, job, item.shard, self._samples(store, job.prompts, rollouts))
-            values = self.score(job, samples, wanted, progress, backend_of(json.loads(bytes(job.backend))))
+            values = self.score(job, samples, wanted, progress, backend)
         flags = None
         if job.flags is not None:
             flags = store.read_shard(store.require(job.flags.stage, job.flags.key), "sampled", item.shard)
@@ -215,7 +216,8 @@ class Scorer:
         the last bits of the results."""
         if lacking := backend.capabilities.lacking(wanted):
             raise ConfigError(f"supervise.teacher: {backend.kind} cannot give {' and '.join(lacking)}")
-        student_rows, teacher_rows = self._rows(job.student, LOCAL), self._rows(job.teacher, backend)
+        student_rows = self._rows(job.student, LOCAL)
+        teacher_rows = self._rows(job.teacher, backend) if backend.asked else student_rows
         shared = min(student_rows, teacher_rows)
         if wanted.largest > shared:
             raise InputError(

@@ -140,9 +140,16 @@ class TeacherBackend(Kind):
     capabilities: ClassVar[Capabilities]
     loads_here: ClassVar[bool] = False
     """Whether the scorer loads the teacher with transformers, as it does the student"""
+    asked: ClassVar[bool] = True
+    """Whether the teacher is asked anything at all"""
     reads_checkpoint: ClassVar[bool] = True
     """Whether it answers with the weights in the folder that it opens. A server that has its own sets this to False, and cannot
     be asked about a teacher that is made by the run."""
+
+    @property
+    def entropy_candidates(self) -> int | None:
+        """How many of the teacher's likeliest tokens its entropies are computed from; None: from all."""
+        return getattr(self, "entropy_k", None) if self.capabilities.entropy == "list" else None
 
     @abstractmethod
     def rows(self, folder: Path) -> int:
@@ -248,6 +255,24 @@ class ServerTeacher(TeacherBackend):
         from tasks.engines.server import recorded
 
         return {"teacher_server": recorded(store, weights, self)}
+
+
+@register
+class NoTeacher(TeacherBackend):
+    """The teacher is not run, for objectives that read nothing of it (rewards alone)."""
+
+    equation = "nothing is asked"
+    kind: Literal["none"] = "none"
+    capabilities = Capabilities(top=0, given_ids=False, full_distribution=False, merges_stop_ids=True)
+    asked = False
+
+    def rows(self, folder: Path) -> int:
+        from tasks.engines.hf_folder import model_rows
+
+        return model_rows(folder)
+
+    def open(self, folder: Path, dtype: str, host: Host) -> Teacher:
+        raise ConfigError("supervise.teacher: none, so the teacher is not run; choose kind: local")
 
 
 if TYPE_CHECKING:

@@ -38,14 +38,14 @@ class SpecialTokens(Identity):
 @register
 class Mask(Signal):
     """Per token the reasons to leave it out: special token, truncated, written by the teacher, unmapped in the teacher's
-    vocabulary, invalid value. Depends on both models because their invalid values are marked; without the student on the
-    teacher, whose values and the sampler's then decide."""
+    vocabulary, invalid value. Depends on both models because their invalid values are marked; without one of them
+    on the other, whose values and the sampler's then decide."""
 
     name = "mask"
     schema = TABLES[name]
     prompt_parts = ("audit", "vocabulary")
     checked = ("mask_reasons",)
-    without_student = True
+    without_student = without_teacher = True
 
     def wanted(self, k: int | None, sampling: Mapping[str, Any]) -> Wanted:
         return Wanted(Ask(logprobs=True, entropy=True), Ask(logprobs=True, entropy=True))

@@ -25,12 +25,12 @@ COLUMNS = {
 
 @register
 class Sampled(Signal):
-    """Log-probabilities of the sampled tokens under both models, and the entropies of both; or of the teacher alone."""
+    """Log-probabilities of the sampled tokens under both models, and the entropies of both; or of one model alone."""
 
     name = "sampled"
     schema = TABLES[name]
     floats = tuple(COLUMNS)
-    without_student = True
+    without_student = without_teacher = True
 
     def wanted(self, k: int | None, sampling: Mapping[str, Any]) -> Wanted:
         return Wanted(Ask(logprobs=True, entropy=True, sampling=sampling), Ask(logprobs=True, entropy=True))
@@ -55,7 +55,7 @@ class Sampled(Signal):
 
 
 def sampled_table(rollouts: pa.Table, values: Values) -> pa.Table:
-    """Rows of `sampled`, in the order of the rollouts. What was not computed is null: the student's columns where it was not
+    """Rows of `sampled`, in the order of the rollouts. What was not computed is null: the columns of a model that was not
     run, `behaviour_logprobs` also where another than the student alone wrote the completion.
 
     Raises InputError by sample for a list that is not as long as its completion."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -22,7 +22,7 @@ from tasks.losses.registry import require_methods
 from tasks.plugins import used_plugins
 from tasks.rollout_config import Dtype
 from tasks.routing import combined, own_prompts
-from tasks.signals.wanted import Values, Wanted
+from tasks.signals.wanted import Ask, Values, Wanted
 
 SPLIT = "train"
 """The split of the prompts that rollouts answer."""
@@ -142,6 +142,8 @@ class Signal(ABC):
     """Named contents of the prepared prompts that it depends on, beside the prompts of the split."""
     without_student: ClassVar[bool] = False
     """Whether it is made where the student is not run (`supervise.student: none`), with null in place of what is asked of it."""
+    without_teacher: ClassVar[bool] = False
+    """The same of the teacher (`supervise.teacher: none`)."""
     retention: ClassVar[Retained] = "signals"
     floats: ClassVar[tuple[str, ...]] = ()
     """Columns of one number per token that objectives read: `TokenBatch` has them as fields where the table is not prefixed,
@@ -153,10 +155,14 @@ class Signal(ABC):
     def wanted(self, k: int | None, sampling: Mapping[str, Any]) -> Wanted:
         """What must be asked of the models. `sampling`: temperature, top_p, top_k of the rollouts."""
 
-    def asked(self, k: int | None, sampling: Mapping[str, Any], student: Literal["full", "none"]) -> Wanted:
-        """`wanted`, without what is asked of a student that is not run."""
+    def asked(
+        self, k: int | None, sampling: Mapping[str, Any], student: Literal["full", "none"], teacher: bool = True
+    ) -> Wanted:
+        """`wanted`, without what is asked of a student or a teacher (false) that is not run."""
         wanted = self.wanted(k, sampling)
-        return Wanted(teacher=wanted.teacher) if student == "none" and self.without_student else wanted
+        if student == "none" and self.without_student:
+            wanted = replace(wanted, student=Ask())
+        return wanted if teacher or not self.without_teacher else replace(wanted, teacher=Ask())
 
     @abstractmethod
     def table(self, shard: Shard) -> pa.Table:
@@ -185,7 +191,8 @@ class Signal(ABC):
         Raises ConfigError for a list without k, and for a k where there is no list."""
         if problem := self.problem(k):
             raise ConfigError(problem)
-        models = self.asked(k, inputs.sampling, inputs.settings.student).models
+        settings = inputs.settings
+        models = self.asked(k, inputs.sampling, settings.student, settings.teacher.asked).models
         contents = {"rollouts": inputs.rollouts.content["rollouts"]}
         contents |= inputs.prompt_contents(self.prompt_parts)
         if STOP_IDS in inputs.prompts.content:

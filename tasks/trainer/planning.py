@@ -74,6 +74,11 @@ class Planner:
         value, self.memory = self.config.add.remember(self.memory, stored)
         return replace(stored, remembered=value)
 
+    @property
+    def _scored(self) -> bool:
+        """Whether the teacher was run; where it was not, nothing reads d."""
+        return "teacher_logprobs" in self.samples.floats or self.config.reads_teacher
+
     @cached_property
     def _per_sample(self) -> dict[str, np.ndarray]:
         samples, config = self.samples, self.config
@@ -126,7 +131,7 @@ class Planner:
             written_N=given(tokens(samples.written)),
             valid_N=given(tokens(samples.valid)),
             log_p_N=given(harmless("student_logprobs")),
-            log_q_N=given(harmless("teacher_logprobs")),
+            log_q_N=given(harmless("teacher_logprobs" if self._scored else "student_logprobs")),
             teacher_entropy_N=harmless("teacher_entropy"),
             student_entropy_N=harmless("student_entropy"),
             segment_N=tokens(samples.segments),

@@ -13,7 +13,7 @@ from places import DATA
 from pydantic import BaseModel
 
 from flows.config_file import DISCRIMINATORS, merge
-from flows.experiment import CHANGEABLE, Experiment, Fork, load_experiment
+from flows.experiment import CHANGEABLE, Experiment, Fork, NamedTeacherConfig, load_experiment
 from flows.study.spec import load_study
 from storage.identity import Identity, RunPolicy, Runtime
 from storage.store import Store
@@ -143,6 +143,12 @@ SCENES: list[dict[str, Any]] = [
             "support": {"kind": "student_topk", "k": 8},
         }
     },
+    {
+        "supervise": {"teacher": {"kind": "none"}},
+        "rollout": {"top_p": 1.0, "num_generations": 2},
+        "judge": {"verifiers": [EXACT]},
+        "objective": {"estimator": "credit", "reward": {"kind": "group"}},
+    },
     *(
         {
             "teacher": {"context": "{answer}\n{prompt}"},
@@ -157,7 +163,15 @@ SCENES: list[dict[str, Any]] = [
 whose fields all have defaults (divergences, trust regions, token weights) are found and added by `scenes`."""
 
 ELSEWHERE = {CheckpointModel, FolderTokenizer, FileSource, HubModel, ServedModel, FunctionVerifier, SftConfig, Fork}
-ELSEWHERE |= {MixtureConfig, EvaluationSet, JudgeConfig, JudgeExactMatch, JudgeMathVerify, JudgeFunction}
+ELSEWHERE |= {
+    MixtureConfig,
+    NamedTeacherConfig,
+    EvaluationSet,
+    JudgeConfig,
+    JudgeExactMatch,
+    JudgeMathVerify,
+    JudgeFunction,
+}
 """What needs files, a user's code, or is never part of an experiment: their own tests show what of them enters keys."""
 ALONE = {
     ("ModelConfig", "source"), ("TeacherConfig", "source"), ("ArchitectureModel", "tokenizer"),

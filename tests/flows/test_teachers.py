@@ -449,3 +449,58 @@ def test_one_of_several_teachers_is_exported_by_its_name(tmp_path: Path, root: P
         exported(None)
     with pytest.raises(InputError, match="has no teacher 'c': the teachers are a, b"):
         exported("c")
+
+
+# --- contexts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"teachers": {"add": {"context": "{prompt} {sibling}"}}}, r"\{sibling\} are known in the round only"),
+        ({"teachers": {"add": {"context": ["{answer}{prompt}"]}}}, "a list of templates"),
+        ({"teachers": {"add": {"context": "nothing"}}}, "names no column"),
+        (
+            {"teachers": {"add": {"context": "{prompt} {answer}"}}, "prompts": {"chat_template": False}},
+            r"teachers\.add\.context: .*must end with \{prompt\}",
+        ),
+        (
+            {"teachers": {"add": {"context": "{answer} {prompt}"}}, "mixture": mixture()},
+            r"teachers\.add\.context: a mixture averages",
+        ),
+    ],
+)
+def test_a_context_of_one_teacher_that_cannot_be_is_refused(change: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Experiment.model_validate(merge(routed(), change))
+
+
+def test_one_teacher_of_several_reads_a_context(tmp_path: Path) -> None:
+    """Of its own prompts alone; what other teachers read, and what the student reads, is the same."""
+    own = {"operations": ["add", "subtract"], "count": 8}
+    data = merge(routed(), {"prompts": {"train": own, "eval": own}})
+    context = {"teachers": {"add": {"context": "{answer} {prompt}"}}}
+
+    def made(name: str, e: Experiment) -> tuple[dict[str, str], list[dict[str, Any]]]:
+        store, pool = Store(tmp_path / name), several.Engines()
+        run = Run.create(store.root, "one", {}, {})
+        make = lambda progress: Context(store, e.runtime, pool, progress, lambda line: None)  # type: ignore[arg-type]  # noqa: E731
+        _, _, prompts = inputs(e, Maker(store, run, run.state, make, SilentReporter()))
+        return prompts.content, store.read_table(prompts, "prompts").to_pylist()
+
+    contents, was = made("plain", Experiment.model_validate(data))
+    others, now = made("context", Experiment.model_validate(merge(data, context)))
+    assert [row["prompt_id"] for row in was] == [row["prompt_id"] for row in now]
+    seen = set()
+    for then, row in zip(was, now, strict=True):
+        assert then["teacher_token_ids"] is None
+        if row["split"] != "warmup" and row["teacher_id"] == "add":
+            text = bytes(i for i in row["teacher_token_ids"] if i < 256).decode()
+            assert f"{row['answer']} " in text and row["token_ids"] == then["token_ids"]
+            seen.add(row["split"])
+        else:
+            assert row == then
+    assert seen == {"train", "eval"}, "held-out prompts too, for the KL to it"
+    assert contents["teacher:add:train"] != others["teacher:add:train"]
+    for part in ("teacher:subtract:train", "prompts:train", "prompts:eval"):
+        assert contents[part] == others[part], part

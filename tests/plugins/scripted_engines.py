@@ -180,6 +180,8 @@ class Scorer(Engine):
         flags, values = None, {}
         if job.flags is None:
             values = self.sampled(models, rollouts)
+            if json.loads(bytes(job.backend))["kind"] == "none":
+                values = {name: found for name, found in values.items() if not name.startswith("teacher")}
         else:
             flags = store.read_shard(store.require(job.flags.stage, job.flags.key), "sampled", item.shard)
         rules = msgspec.structs.asdict(job.mask) if job.mask is not None else {}

@@ -108,6 +108,8 @@ def test_signals_are_those_of_the_local_teacher(server, folders, tmp_path):
     record = found["teacher_topk"].meta["teacher_server"]
     assert record["of"] == "checkpoint" and len(record["logprobs"]) == 30
     assert "teacher_server" not in local["teacher_topk"].meta
+    counted = [of["sampled"].meta["metrics"].get("teacher_entropy_candidates") for of in (found, local)]
+    assert counted == [20, None], "entropies of a list are marked in the metrics"
 
 
 STAYS = {

@@ -19,6 +19,7 @@ from storage.errors import ConfigError, CorruptArtifact, InputError
 from storage.schemas import MaskReason, schema_for
 from storage.store import Artifact, ArtifactSpec, Store
 from storage.upkeep.gc import evict
+from tasks.engines.teacher import NoTeacher
 from tasks.inputs.tokenizers import build_byte_tokenizer
 from tasks.losses.config import DirectConfig, TopkSupport
 from tasks.losses.needs import SignalNeed
@@ -152,6 +153,31 @@ def test_without_the_student_the_teacher_alone_is_run(world):
     assert set(made["sampled"].meta["metrics"].values()) == {None}
     with pytest.raises(ConfigError, match="student_topk"):
         world.work((*NEEDS, SignalNeed("student_topk", 3)), config)
+
+
+def test_without_the_teacher_the_student_alone_is_run(world):
+    """What the student says is the same; the teacher's columns are null, and its weights are in no key."""
+    needs = (SignalNeed("sampled"), SignalNeed("mask"))
+    full = world.make(needs)
+    config = SuperviseConfig(teacher=NoTeacher())
+    world.bench.workers.handlers["scorer"].close()
+    loads = world.bench.workers.handlers["scorer"].models.loads
+    made = world.make(needs, config=config)
+    assert world.bench.workers.handlers["scorer"].models.loads == loads + 1
+    before, after = (world.store.read_table(of["sampled"], "sampled") for of in (full, made))
+    for column in ("teacher_logprobs", "teacher_entropy"):
+        assert after[column].null_count == after.num_rows and before[column].null_count == 0
+    for column in ("sample_id", "student_logprobs", "student_entropy", "behaviour_logprobs"):
+        assert after[column] == before[column]
+    assert world.store.read_table(full["mask"], "mask") == world.store.read_table(made["mask"], "mask")
+    assert not {name for of in made.values() for name in of.inputs if name == "teacher:weights"}
+    assert {name: of.key for name, of in made.items()}.items().isdisjoint({n: of.key for n, of in full.items()}.items())
+    again = world.work(needs, config).outputs
+    other = world.work(needs, config, teacher=world.student).outputs
+    assert [spec.key for spec in other.values()] == [spec.key for spec in again.values()]
+    for need in (SignalNeed("student_topk", 3), SignalNeed("teacher_topk", 3)):
+        with pytest.raises(ConfigError, match=f"supervise.teacher: none, but the signal '{need.name}'"):
+            world.work((*NEEDS[:2], need), config)
 
 
 def test_without_the_student_invalid_values_of_the_teacher_are_masked(world, tmp_path):

@@ -84,6 +84,11 @@ class CreditConfig(Normalised):
         return compared or self.add.kind != "none" or self.scale.kind != "none"
 
     @property
+    def reads_teacher(self) -> bool:
+        """Whether the loss reads anything of the teacher."""
+        return self.distils or (self.reference is not None and self.reference.to == "teacher")
+
+    @property
     def own_denominators(self) -> bool:
         """Whether each term is divided by the number of its own tokens."""
         return (self.denominator or ("all" if self.route.splits else "own")) == "own"

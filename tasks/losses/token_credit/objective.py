@@ -29,7 +29,8 @@ class CreditObjective:
         self.tokenwise = config.beside is None or config.beside.sequence_gradient is None
 
     def __call__(self, batch: TokenBatch, student: StudentView, observed: StudentView | None = None) -> ObjectiveOutput:
-        """Needs the plan, the log-probabilities of the sampled token under all three models, and the lists of the divergence."""
+        """Needs the plan, the log-probabilities of the sampled token under all three models (of the teacher only where
+        something reads it), and the lists of the divergence."""
         config, out = self.config, batch.loss_mask_N <= 0
         if batch.planned is None:
             raise ValueError(
@@ -38,11 +39,15 @@ class CreditObjective:
         planned = {name: working(values).masked_fill(out, 0) for name, values in batch.planned.items()}
         live = working(required(student.token_logprobs_N, "student.token_logprobs_N")).masked_fill(out, 0)
         old = working(required(batch.student_logprobs_N, "batch.student_logprobs_N")).masked_fill(out, 0)
-        teacher = working(required(batch.teacher_logprobs_N, "batch.teacher_logprobs_N")).masked_fill(out, 0)
+        of_teacher = batch.teacher_logprobs_N
+        if of_teacher is None and not config.reads_teacher:  # it was not run: d = 0, which nothing reads
+            of_teacher = batch.student_logprobs_N
+        teacher = working(required(of_teacher, "batch.teacher_logprobs_N")).masked_fill(out, 0)
         log_rho = difference(live, old).detach().clamp(-config.log_rho_clip, config.log_rho_clip)
         metrics = {"log_ratio_mean": difference(live.detach(), old)}
         bound = config.log_ratio_clip
-        metrics["reverse_kl"] = difference(live.detach(), teacher).clamp(-bound, bound)
+        if batch.teacher_logprobs_N is not None:
+            metrics["reverse_kl"] = difference(live.detach(), teacher).clamp(-bound, bound)
         loss = 0 * live.clamp(min=lowest(live))
         if config.policy:
             advantage = self._advantage(batch, student, planned, live.detach(), old, teacher)

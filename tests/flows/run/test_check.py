@@ -209,11 +209,57 @@ def test_a_judge_is_tried_on_a_training_prompt(tmp_path, own_judge):
         " {kind: function, target: 'judges:graded'}, {kind: function, target: 'judges:named'}]"
     )
     tried = [line for line in check(tmp_path, *JUDGED, verifiers).splitlines() if line.startswith("judge: ")]
-    assert len(tried) == 4
+    assert len(tried) == 5
+    told = tried.pop(0)
+    assert told.startswith("judge: exact_match (weight 2), marked (weight 1), judges:graded (weight 1)")
+    assert "at most 10 s" in told and "(judge.timeout)" in told and "a reward of 1 (where all are 0 or 1)" in told
     assert tried[0].startswith("judge: exact_match (weight 2) gives the completion '") and tried[0].endswith("reward 1")
     assert tried[1].startswith("judge: marked (weight 1)") and tried[1].endswith("reward 0")
     assert tried[2].startswith("judge: judges:graded") and tried[2][-1] in "01"
     assert "no reward: 'judges:named': KeyError" in tried[3]
+
+
+def test_what_is_trained_on_and_two_thresholds_are_told(tmp_path, own_judge):
+    """Beside the verifiers a sentence of what the objective does; thresholds of two sections that differ are named."""
+    objective = (
+        "objective={estimator: credit, reward: {kind: group, success_threshold: 0.7}, scale: rlrt, clip: {high: 0.28}}"
+    )
+    context = "teacher.context='{answer} {prompt}'"
+    verifiers = "judge.verifiers=[exact_match, {kind: exact_match, name: twice, weight: 0.5}]"
+    shown = check(tmp_path, *REWARDED, objective, context, verifiers).splitlines()
+    (told,) = [line for line in shown if line.startswith("objective: ")]
+    assert "the reward of its sample relative to its prompt's samples' mean" in told and "(rlrt)" in told
+    assert "clipped to 1 - 0.2 .. 1 + 0.28" in told
+    assert [line for line in shown if line == "judge: its reward is 1.5, the weighted sum"]
+    (warning,) = [line for line in shown if line.startswith("warning: objective.reward.success_threshold is 0.7")]
+    assert "judge.success_threshold is not set" in warning
+    agreed = check(tmp_path, *REWARDED, objective, context, verifiers, "judge.success_threshold=0.7")
+    assert "warning: objective.reward" not in agreed and "a reward of 0.7 or more is correct" in agreed
+    with pytest.raises(ConfigError, match="give both the same"):
+        check(tmp_path, *REWARDED, objective, context, verifiers, "judge.success_threshold=0.5")
+
+
+def test_a_context_whose_column_is_missing_is_refused_with_its_name(tmp_path, own_judge):
+    source = lines(
+        tmp_path / "a.jsonl", {"prompt": "1", "answer": "1", "solution": "1"}, {"prompt": "2", "answer": "2"}
+    )
+    given = (*REWARDED, "objective.scale=rlsd", f"prompts.train={source}", "evaluate.kl_prompts=0")
+    with pytest.raises(InputError, match=r"a\.jsonl:2: teacher\.context uses \{solution\}, which is missing here"):
+        check(tmp_path, *given, "teacher.context='{solution} {prompt}'")
+    with pytest.raises(InputError, match=r"teacher\.context uses \{hint\}, which no row has"):
+        check(tmp_path, *given, "teacher.context=['{hint} {prompt}', '{sibling} {prompt}']")
+
+
+def test_feedback_that_no_context_has_room_for_is_noted(tmp_path, own_judge):
+    given = (*REWARDED, "objective.scale=rlsd", "judge.verifiers=[{kind: function, target: 'judges:graded'}]")
+    context, note = (
+        "teacher.context='{feedback} {prompt}'",
+        "note: judge.max_feedback: 8,000 characters are more than the",
+    )
+    assert note in check(tmp_path, *given, context, "prompts.max_teacher_prompt_length=100")
+    assert note not in check(
+        tmp_path, *given, context, "prompts.max_teacher_prompt_length=100", "judge.max_feedback=90"
+    )
 
 
 def test_prompts_without_the_answer_that_a_judge_compares_with_are_counted(tmp_path, own_judge):

@@ -6,22 +6,25 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from families import config, family, prompt_files, rewrite
+from places import CHECKOUT
 from safetensors.torch import load_file, save_file
 from teacher_server import TeacherServer
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from flows.experiment import experiment_of
+from flows.experiment import experiment_of, load_experiment
 from flows.run import machine_checks, prompt_checks
 from flows.run.check import check_experiment
 from flows.run.checked import Known, Model
 from storage.errors import ConfigError, InputError
 from tasks.engines.hf_folder import load_causal_lm, other_architecture, read_config
+from tasks.engines.teacher import backend_of
 from tasks.inputs.models import parameter_count
 from tasks.trainer.config import OptimizerSettings
 from tasks.trainer.deepspeed_file import deepspeed_config
@@ -499,3 +502,22 @@ def test_models_beside_the_engine_must_fit_what_it_leaves(tmp_path, monkeypatch,
         assert found in texts[0] and "runtime.sampler.gpu_memory_utilization 0.5" in texts[0]
     experiment.runtime.device = "cpu"
     assert not list(machine_checks.beside_sampler(known))
+
+
+def test_an_entropy_of_a_list_is_noted_where_the_loss_reads_it() -> None:
+    """The paper's H_q is over the vocabulary; a served teacher gives that of its list."""
+
+    def noted(recipe: str, backend: str) -> list[str]:
+        e = load_experiment(CHECKOUT / f"configs/recipes/{recipe}.yaml")
+        other = e.supervise.model_copy(update={"teacher": backend_of({"kind": backend, **MODEL.get(backend, {})})})
+        known = SimpleNamespace(experiment=e.model_copy(update={"supervise": other}))
+        return [found.text for found in prompt_checks.entropies(known)]  # type: ignore[arg-type]
+
+    for recipe in ("antisd", "srpo", "dasd", "eopd"):
+        (text,) = noted(recipe, "server")
+        assert "its 20 likeliest tokens" in text and "entropy_k" in text
+        assert noted(recipe, "vllm") and not noted(recipe, "local")
+    assert not noted("rlsd", "server") and not noted("opd", "server")
+
+
+MODEL = {"server": {"model": "teacher"}}

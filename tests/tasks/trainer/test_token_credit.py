@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,6 +57,23 @@ def test_ranks_and_micro_batches_change_no_gradient(name: str, judged: Judged, t
     assert math.isfinite(row["grad_norm"]) and abs(row["log_ratio_mean"]) < 1e-5  # the first step is on-policy
     if "clip" in OBJECTIVES[name]:
         assert row["clip_fraction"] == 0
+
+
+def test_rewards_alone_need_no_teacher(judged: Judged, trainers: dict[int, Worker]) -> None:
+    """Where the teacher was not run the student is the same bit for bit, and what compares with the teacher is null."""
+    world = judged.world
+    rows = world.store.read_table(world.signals["sampled"], "sampled").to_pylist()
+    unscored = [row | {"teacher_logprobs": None, "teacher_entropy": None} for row in rows]
+    signals = world.signals | {"sampled": commit_table(world.store, "unscored", "sampled", unscored)}
+    full = trained(judged, trainers[1], "grpo", "with a teacher")
+    none = trained(replace(judged, world=replace(world, signals=signals)), trainers[1], "grpo", "without")
+    mine, theirs = full.tensors("master"), none.tensors("master")
+    assert all(bool((mine[name] == theirs[name]).all()) for name in mine)
+    (of_full,), (row,) = full.rows, none.rows
+    assert of_full["reverse_kl"] is not None and of_full["teacher_entropy"] is not None
+    assert row["reverse_kl"] is None and row["teacher_entropy"] is None and row["loss"] == of_full["loss"]
+    with pytest.raises(Exception, match="teacher_logprobs"):
+        trained(replace(judged, world=replace(world, signals=signals)), trainers[1], "power", "without")
 
 
 def test_the_gate_of_antisd_survives_between_rounds(judged: Judged, trainers: dict[int, Worker]) -> None:

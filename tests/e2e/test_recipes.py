@@ -45,6 +45,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Wor
         yield root / "store", workers
 
 
+@pytest.mark.timeout(3600)  # the first one warms the models up
 @pytest.mark.parametrize("recipe", RECIPES, ids=[path.stem for path in RECIPES])
 def test_two_small_rounds_of_a_recipe(shared, recipe):
     """Small rounds show that a recipe runs, not that it learns. `pytest -m slow -s -k small` prints a row of a table for each."""

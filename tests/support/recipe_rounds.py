@@ -30,6 +30,10 @@ def check_run(store: Store, e: Experiment, state: RunState) -> None:
     assert len({r.student_sha256 for r in state.rounds}) == ROUNDS + 1
     for number in range(ROUNDS + 1):
         measured(e, state.rounds[number])
+    if "train" in e.contexts:  # the same for all samples of a prompt
+        prompts = store.require("prepare", state.rounds[0].stages["prepare"].artifacts["prepare"])
+        rows = store.read_table(prompts, "prompts", ["split", "teacher_token_ids"]).to_pylist()
+        assert all(row["teacher_token_ids"] for row in rows if row["split"] == "train")
     for number in range(1, ROUNDS + 1):
         Round(store, e, state.rounds[number]).check()
 
@@ -83,12 +87,10 @@ class Round:
         return {row["sample_id"]: row for row in rows}
 
     def contexts(self, rewards: dict[str, dict[str, Any]]) -> dict[str, bool]:
-        """Whether each sample has a context; empty where the recipe has none."""
+        """Whether each sample has a context."""
         if not self.e.sample_contexts:
             assert "context" not in self.stages
-            if self.e.contexts:
-                return dict.fromkeys(self.rollouts, True)
-            return {}
+            return dict.fromkeys(self.rollouts, "train" in self.e.contexts)
         rows = self.rows("context", "context", "contexts")
         assert [row["sample_id"] for row in rows] == list(self.rollouts)
         found = {row["sample_id"]: row["prompt_token_ids"] is not None for row in rows}

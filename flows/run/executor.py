@@ -37,10 +37,6 @@ OTHER_PROMPTS = (
     "warning: these are other prompts than this run had (prepare/{then} then, prepare/{now} now), because a prompt file has"
     " changed, or this version reads it otherwise; what depends on them is made again"
 )
-OTHER_VERIFIER = (
-    "warning: the file of {name!r} has changed since this run was judged (judge/{then} then, judge/{now} now); the rewards and"
-    " what depends on them are made again. With the old file back, the old ones are used"
-)
 Made = Mapping[str, Artifact]
 """Outputs of a stage by name. A plan puts `Pending` in their place."""
 Teachers = Mapping[str | None, Artifact]
@@ -247,7 +243,6 @@ class Maker:
         self._unsaved = False
         """Whether `state` has changed since it was last saved."""
         self._inspection: Callable[[], None] | None = None
-        self._warned_of_verifier = False
 
     @property
     def number(self) -> int:
@@ -323,8 +318,6 @@ class Maker:
         refuse_other_model(label, work, old, self.store)
         if work.stage == "prepare" and old is not None and old.artifacts and old.artifacts != keys:
             context.say(label, OTHER_PROMPTS.format(then=old.artifacts.get("prepare"), now=keys.get("prepare")))
-        if work.stage == "judge" and old is not None and not self._warned_of_verifier:
-            self._warn_of_other_verifier(label, work, old, context)
         if len(found) == len(work.outputs):
             if self._round.round == self._restored_round:
                 self._restore_own(label, work, inputs, found)
@@ -365,20 +358,6 @@ class Maker:
         with self.store.using(inputs):  # before rebuilding, so that no collection comes between
             self._restore(self.lineage.to_restore(inputs))
             yield
-
-    def _warn_of_other_verifier(self, label: str, work: Work, old: StageState, context: Context) -> None:
-        """Says, once a run, that the file of a verifier is another than when this round was judged."""
-        spec, then = work.outputs["judge"], old.artifacts.get("judge")
-        before = None if then is None or then == spec.key else self.store.get("judge", then)
-        if before is None or before.identity["config"] != spec.identity["config"]:
-            return
-        pairs = zip(
-            spec.identity["config"]["verifiers"], before.identity["sources"], spec.identity["sources"], strict=True
-        )
-        other = [verifier.get("name") or verifier["target"] for verifier, was, now in pairs if was != now]
-        if other:
-            self._warned_of_verifier = True
-            context.say(label, OTHER_VERIFIER.format(name=other[0], then=then, now=spec.key))
 
     def _restore_own(self, label: str, work: Work, inputs: tuple[Any, ...], found: dict[str, Artifact]) -> None:
         lost = {name: artifact for name, artifact in found.items() if self.store.evicted(artifact) is not None}

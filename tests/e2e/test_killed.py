@@ -35,12 +35,34 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "rollout.shard_prompts=8",
         "teacher={source: {kind: ema, decay: 0.5, per: step}, warmup: null}",
     ),
+    "rewards": (
+        "rollout.num_generations=4",
+        "rollout.prompts_per_round=16",
+        "rollout.top_p=1.0",
+        "teacher={source: {kind: initial}, warmup: null, context: ['{sibling} {prompt}', '{solution} {prompt}']}",
+        "prompts.max_prompt_length=64",
+        "judge={verifiers: [{kind: exact_match, extract: '#([0-9]+)$'}]}",
+        "objective={estimator: credit, reward: group, clip: {}, add: {kind: anti_sd, warm_steps: 3}}",
+    ),
 }
-"""What is changed in the tiny experiment: drafts of the teacher; a blended rollout, and the trainer's average as teacher."""
+"""What is changed in the tiny experiment: drafts of the teacher; a blended rollout, and the trainer's average as teacher;
+rewards, contexts of samples, and an objective that remembers earlier steps (AntiSD, whose gate is warm after the third of 8)."""
 WITHIN = {
     "drafts": ("1 draft", "1 rollout", "2 rollout"),
     "blended": ("1 rollout", "2 rollout", "1 train", "2 train"),
+    "rewards": ("1 judge", "1 context", "1 supervise", "1 train", "2 judge", "2 train"),
 }
+WORDS = {
+    "drafts": "drafts of the teacher",
+    "blended": "blended rollouts, averaged teacher",
+    "rewards": "rewards, contexts, AntiSD's gate",
+}
+MADE = {
+    "drafts": set[str](),
+    "blended": {"blending", "teacher_ema"},
+    "rewards": {"judge", "context", "sampled", "mask", "trainer_state"},
+}
+"""What the replay of a round makes beside rollouts and student."""
 """Stages in which these runs are killed."""
 PATIENCE = 600.0
 
@@ -136,19 +158,20 @@ def test_killed_with_the_real_engines(prepared_root: Callable[[], Path], trials:
 @pytest.mark.parametrize("variant", WITHIN)
 @pytest.mark.faults
 @pytest.mark.timeout(FULL_SECONDS)
-def test_killed_with_a_teachers_drafts_and_blends(
+def test_killed_with_drafts_blends_and_rewards(
     prepared_root: Callable[[], Path], trials: Trials, tmp_path: Path, variant: str
 ) -> None:
     """Killed within the stages that these have beside a plain run's; and each round of the undisturbed run replays."""
     prepared = prepared_root()
     expected = undisturbed(prepared, tmp_path / "undisturbed", variant)
-    what = {"drafts": "drafts of the teacher", "blended": "blended rollouts, averaged teacher"}[variant]
+    what = WORDS[variant]
 
     def attempt(name: str) -> None:
         killed_and_resumed(prepared, tmp_path, expected, name, variant)
 
     def replayed(name: str) -> None:
-        command = [str(OPD), "replay", "trial", "--round", name, "--stages", "rollout,supervise,train", "--json"]
+        stages = "rollout,judge,context,supervise,train" if variant == "rewards" else "rollout,supervise,train"
+        command = [str(OPD), "replay", "trial", "--round", name, "--stages", stages, "--json"]
         env = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "OPD_"))}
         root = tmp_path / "undisturbed" / "store"
         done = subprocess.run(
@@ -158,7 +181,7 @@ def test_killed_with_a_teachers_drafts_and_blends(
         results = json.loads(done.stdout)
         assert all(result["identical"] for result in results), results
         made = {result["artifact"].split("/")[0] for result in results}
-        assert made >= {"rollout", "student"} | ({"blending", "teacher_ema"} if variant == "blended" else set())
+        assert made >= {"rollout", "student"} | MADE[variant]
 
     trials(1, f"SIGKILL of the tree in a stage, real engines: {what}", WITHIN[variant], attempt)
     trials(13, f"a round replayed, real engines: {what}", [str(number + 1) for number in range(ROUNDS)], replayed)

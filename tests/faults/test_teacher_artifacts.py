@@ -26,7 +26,7 @@ from storage.errors import CorruptArtifact
 from storage.runs import Run
 from storage.store import Store
 from storage.upkeep.gc import Collector
-from storage.upkeep.retention import used
+from storage.upkeep.retention import Retention, used
 
 STAGES = {"drafts": ("draft",), "blended": ("blending", "teacher_ema"), "judged": ("judge",), "contexts": ("context",)}
 """Variant of the scripted run -> the artifacts that it has beside those of a plain one."""
@@ -156,6 +156,32 @@ def test_collection_keeps_what_a_run_uses(worlds: dict[str, World], tmp_path: Pa
         tuple(name.split("/")) for name in world.result["contents"]
     }
     assert problems(root) == [] and in_process.go(root, experiment(variant=variant), NAME) == []
+
+
+@pytest.mark.parametrize("variant", ["judged", "contexts"])
+@pytest.mark.promise(
+    2, "contexts of past rounds are evicted as their signals are, rewards never, and nothing that another run keeps"
+)
+def test_contexts_of_past_rounds_are_evicted_as_their_signals_are(
+    worlds: dict[str, World], tmp_path: Path, variant: str
+) -> None:
+    world, root, e = worlds[variant], tmp_path / "store", experiment(variant=variant)
+    shutil.copytree(world.root, root)
+    store, past = Store(root), Retention(signals=1)
+    stages = Run.open(root, NAME).state.rounds[1].stages
+    signals = {name for label in ("context", "supervise") if label in stages for name in stages[label].artifacts}
+    assert ("context" in signals) == (variant == "contexts") and "judge" in stages
+    in_process.go(root, e, "keeps")
+    shared = Collector(store, retention=lambda run: past if run.name == NAME else Retention())
+    assert shared.plan().items == []
+    shutil.rmtree(root / "runs" / "keeps")
+    collector = Collector(store, retention=lambda _: past)
+    collector.apply(collector.plan())
+    assert in_process.gone(root, NAME) == {name: [1] for name in signals}
+    assert in_process.go(root, e, NAME) == [] and in_process.gone(root, NAME)  # an evicted artifact counts as done
+    in_process.go(root, e, NAME, restore=1)
+    assert in_process.gone(root, NAME) == {}
+    assert Trial(root.parent, root.parent).result() == world.result and problems(root) == []
 
 
 @pytest.mark.parametrize("variant", STAGES)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from trainer_world import Judged, K, Made, World, make, make_judged
+from trainer_world import Judged, K, Made, World, commit_table, make, make_judged
 
 from storage.store import Artifact
 from tasks.losses.token_credit.config import CreditConfig

@@ -41,13 +41,19 @@ def home_of(root: Path) -> Path:
     return Path(root).resolve() / "prefect"
 
 
-def environment(home: Path | None, **more: str) -> dict[str, str]:
+LIMITS = {"PREFECT_CLIENT_MAX_RETRIES": "1", "PREFECT_API_REQUEST_TIMEOUT": "8"}
+"""For a run, which is not held up for Prefect. Prefect's own defaults let a call to a server that hangs take six minutes."""
+PATIENT = {"PREFECT_CLIENT_MAX_RETRIES": "3", "PREFECT_API_REQUEST_TIMEOUT": "30"}
+"""For a schedule, which is nothing without its server."""
+
+
+def environment(home: Path | None, patient: bool = False, **more: str) -> dict[str, str]:
     """The environment of a store's server and clients: what the user has set for another Prefect does not reach them.
 
     Without `home` it is the user's own, for PREFECT_API_URL. Telemetry is off (Prefect has two paths), Prefect prints no log
-    lines, and a call that fails is given up soon: its own defaults let one to a server that hangs take six minutes."""
+    lines, and a call that fails is given up after `LIMITS` or, if `patient`, `PATIENT`."""
     kept = {name: value for name, value in os.environ.items() if home is None or not name.startswith("PREFECT_")}
-    limits = {"PREFECT_CLIENT_MAX_RETRIES": "1", "PREFECT_API_REQUEST_TIMEOUT": "8"}
+    limits = PATIENT if patient else LIMITS
     quiet = {
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",

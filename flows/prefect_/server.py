@@ -27,6 +27,8 @@ from storage.errors import OpdError
 
 START_SECONDS = 180.0  # the first start runs all migrations: 17 s were measured on 2 idle cores, 5 s later on
 STOP_SECONDS = 15.0
+PORTS = 3
+"""How many further ports are tried, where another program takes the chosen one before the server opens it."""
 LOCKED_SECONDS = 10.0
 """How long another program may hold the database before the server's start is given up."""
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
@@ -120,6 +122,7 @@ def _found_or_started(
     """URL of the server's API, once it answers, and the process if it was started here. Of two processes that are started at
     once, the one that does not get `server.lock` ends."""
     process, log, deadline = None, home / "server.log", time.monotonic() + START_SECONDS
+    taken = 0
     try:
         while time.monotonic() < deadline:
             if locks.holder(home / "server.lock") is not None:
@@ -128,7 +131,11 @@ def _found_or_started(
             elif process is None:
                 process = _start(home, port, note)
             elif process.poll() is not None:
-                last = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
+                text = log.read_text(errors="replace")
+                if port is None and "address already in use" in text and taken < PORTS:
+                    process, taken = None, taken + 1  # it takes seconds from choosing a free port to opening it
+                    continue
+                last = "\n".join(text.splitlines()[-12:])
                 raise ServerUnavailable(
                     f"the Prefect server ended with code {process.returncode} while starting; its log: {log}\n{last}"
                 )

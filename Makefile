@@ -55,7 +55,7 @@ study-rewards: setup  ## compare rewards and token credit over seeds (configs/st
 test: setup  ## the test suite in two processes, without the long tests
 	@$(BIN)/python -m pytest -n 2
 
-test-full: setup  ## the test suite with the long tests; needs Chromium (Debian: apt-get install chromium)
+test-full: setup  ## the test suite with the long tests; needs Chromium and PostgreSQL (Debian: apt-get install chromium postgresql)
 	@$(PIP) install --no-deps -r requirements/lm-eval.txt
 	@$(BIN)/python -m pytest -m "not faults"
 

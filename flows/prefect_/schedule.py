@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from flows.prefect_.outcome import FINISHED, REFUSED, outcome
-from flows.prefect_.server import ServerUnavailable
+from flows.prefect_.server import PATIENT, ServerUnavailable
 from flows.prefect_.session import asking, first_line, prefect_session
 from flows.run.pace import duration
 from flows.run.stopping import terminating
@@ -333,6 +333,9 @@ def tick(config_path: str, name: str, root: str, rounds: int, overrides: list[st
     from flows.run.runner import run_rounds
 
     _end_with_parent()
+    for limit, value in PATIENT.items():  # the schedule's; the run in this process has its own, or the user's
+        if os.environ.get(limit) == value:
+            del os.environ[limit]
 
     def work() -> RunState:
         return run_rounds(config_path, name, root, rounds, overrides)

@@ -27,6 +27,8 @@ from storage.errors import OpdError
 
 START_SECONDS = 180.0  # the first start runs all migrations: 17 s were measured on 2 idle cores, 5 s later on
 STOP_SECONDS = 15.0
+PORTS = 3
+"""How many further ports are tried, where another program takes the chosen one before the server opens it."""
 LOCKED_SECONDS = 10.0
 """How long another program may hold the database before the server's start is given up."""
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
@@ -41,13 +43,19 @@ def home_of(root: Path) -> Path:
     return Path(root).resolve() / "prefect"
 
 
-def environment(home: Path | None, **more: str) -> dict[str, str]:
+LIMITS = {"PREFECT_CLIENT_MAX_RETRIES": "1", "PREFECT_API_REQUEST_TIMEOUT": "8"}
+"""For a run, which is not held up for Prefect. Prefect's own defaults let a call to a server that hangs take six minutes."""
+PATIENT = {"PREFECT_CLIENT_MAX_RETRIES": "3", "PREFECT_API_REQUEST_TIMEOUT": "30"}
+"""For a schedule, which is nothing without its server."""
+
+
+def environment(home: Path | None, patient: bool = False, **more: str) -> dict[str, str]:
     """The environment of a store's server and clients: what the user has set for another Prefect does not reach them.
 
     Without `home` it is the user's own, for PREFECT_API_URL. Telemetry is off (Prefect has two paths), Prefect prints no log
-    lines, and a call that fails is given up soon: its own defaults let one to a server that hangs take six minutes."""
+    lines, and a call that fails is given up after `LIMITS` or, if `patient`, `PATIENT`."""
     kept = {name: value for name, value in os.environ.items() if home is None or not name.startswith("PREFECT_")}
-    limits = {"PREFECT_CLIENT_MAX_RETRIES": "1", "PREFECT_API_REQUEST_TIMEOUT": "8"}
+    limits = PATIENT if patient else LIMITS
     quiet = {
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
@@ -114,6 +122,7 @@ def _found_or_started(
     """URL of the server's API, once it answers, and the process if it was started here. Of two processes that are started at
     once, the one that does not get `server.lock` ends."""
     process, log, deadline = None, home / "server.log", time.monotonic() + START_SECONDS
+    taken = 0
     try:
         while time.monotonic() < deadline:
             if locks.holder(home / "server.lock") is not None:
@@ -122,7 +131,11 @@ def _found_or_started(
             elif process is None:
                 process = _start(home, port, note)
             elif process.poll() is not None:
-                last = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
+                text = log.read_text(errors="replace")
+                if port is None and "address already in use" in text and taken < PORTS:
+                    process, taken = None, taken + 1  # it takes seconds from choosing a free port to opening it
+                    continue
+                last = "\n".join(text.splitlines()[-12:])
                 raise ServerUnavailable(
                     f"the Prefect server ended with code {process.returncode} while starting; its log: {log}\n{last}"
                 )

@@ -62,10 +62,10 @@ def prefect_session(root: Path, *, warn: Warn = to_stderr, required: bool = Fals
     home, external, session = home_of(root), os.environ.get("PREFECT_API_URL"), Session(warn)
     with ExitStack() as stack:
         try:
-            values = environment(None)
+            values = environment(None, patient=required)
             if not external:
                 session.server = stack.enter_context(store_server(root, warn))
-                values = environment(home, PREFECT_API_URL=session.server.api_url)
+                values = environment(home, patient=required, PREFECT_API_URL=session.server.api_url)
             stack.enter_context(prefect_settings(values))
             if external:
                 _check_answer()

@@ -26,7 +26,9 @@ class WandB(TrackerConfig):
     entity: str | None = Field(None, description="user or team; null: the key's default")
     group: str | None = Field(None, description="group of runs; null: the run that this one was forked from")
     mode: Literal["online", "offline"] | None = Field(
-        None, description="offline: files only, for `wandb sync` later; null: WANDB_MODE, without it online"
+        None,
+        description="offline: files only, a folder per call, for `wandb sync --id ID FOLDER...` later; null: WANDB_MODE, without"
+        " it online",
     )
     folder: Path | None = Field(None, description="parent of the folder `wandb`; null: trackers in the store")
     module: ClassVar[str] = "wandb"
@@ -59,9 +61,13 @@ def _has_key() -> bool:
 
 
 class _Run:
+    """An offline call of W&B knows nothing of the calls before it: its history would begin at step 0 again, and of two folders
+    with equal steps only one is uploaded. So `id` is ID:COUNT there, with the count of what was logged so far."""
+
     def __init__(self, config: WandB, run: Tracked) -> None:
         wandb: Any = importlib.import_module("wandb")
-        self.id = run.id or secrets.token_hex(8)
+        known, _, logged = (run.id or secrets.token_hex(8)).partition(":")
+        self._id, self._logged, self._offline = known, int(logged or 0), config.chosen == "offline"
         folder = config.folder or run.folder
         folder.mkdir(parents=True, exist_ok=True)
         self._run: Any = wandb.init(
@@ -69,7 +75,7 @@ class _Run:
             entity=config.entity,
             name=run.name,
             group=config.group or run.group,
-            id=self.id,
+            id=self._id,
             resume="allow",
             mode=config.chosen,
             dir=str(folder),
@@ -81,9 +87,15 @@ class _Run:
             for name in names:
                 self._run.define_metric(name, step_metric=axis)
 
+    @property
+    def id(self) -> str:
+        return f"{self._id}:{self._logged}" if self._offline or self._logged else self._id
+
     def log(self, points: Sequence[Point]) -> None:
         for point in points:
-            self._run.log({**point.values, point.axis: point.number})
+            # online the service continues the history itself
+            self._run.log({**point.values, point.axis: point.number}, step=self._logged if self._offline else None)
+            self._logged += self._offline
 
     def close(self, status: str) -> None:
         self._run.finish(exit_code=1 if status == "failed" else 0)

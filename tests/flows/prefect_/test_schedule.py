@@ -175,19 +175,20 @@ def test_ending_a_schedule_ends_its_tick_and_another_goes_on(server: Api, root: 
 def test_a_schedule_outlives_a_server_that_is_away_and_its_tick_goes_on(
     server: Api, root: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """Without retries and with a short limit of Prefect's client, so that its runner gives up in seconds."""
+    """Without retries of Prefect's client, so that its runner gives up in seconds."""
     monkeypatch.setattr(schedule, "WAITS", (1.0, 2.0))
-    for name, value in (("CLIENT_MAX_RETRIES", "0"), ("API_REQUEST_TIMEOUT", "2")):
-        monkeypatch.setenv(f"PREFECT_{name}", value)
+    monkeypatch.setenv("PREFECT_CLIENT_MAX_RETRIES", "0")
+    if fault == "hold":
+        monkeypatch.setenv("PREFECT_API_REQUEST_TIMEOUT", "6")
     name, lines, config = f"away-{fault}", list[str](), write(root, 2)
-    (root / "slow").write_text("20")
+    (root / "slow").write_text("20" if fault == "cut" else "60")
     with between(server.api_url) as relay:
         monkeypatch.setenv("PREFECT_API_URL", relay.url)
 
         def away() -> None:
-            eventually(lambda: (root / "is-slow").exists(), 120)
+            eventually(lambda: (root / "is-slow").exists(), 300)
             getattr(relay, fault)()
-            eventually(lambda: any("the tick under way goes on" in line for line in lines), 120)
+            eventually(lambda: any("the tick under way goes on" in line for line in lines), 300)
             getattr(relay, {"cut": "restore", "hold": "release"}[fault])()
 
         trouble = threading.Thread(target=away)
@@ -199,7 +200,7 @@ def test_a_schedule_outlives_a_server_that_is_away_and_its_tick_goes_on(
     assert "; trying again in 1 s" in text and "Traceback" not in text
     state = Run.open(root, name).state
     assert state.status == "finished" and [r.round for r in state.rounds] == [0, 1, 2]
-    assert state.rounds[1].stages["rollout"].seconds > 20  # the tick that lost its server made it
+    assert state.rounds[1].stages["rollout"].seconds >= 20  # the tick that lost its server made it
     left = [run for run in ticks(server, name) if run["state_type"] in ("RUNNING", "PENDING")]
     assert left == []
 

@@ -8,11 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from places import CHECKOUT
 from shared_prefect import ask
 
-from flows.prefect_.server import StoreServer, store_server
+from flows.prefect_ import server
+from flows.prefect_.server import ServerUnavailable, StoreServer, store_server
 from flows.prefect_.session import prefect_session
+
+TAKEN = "[Errno 98] error while attempting to bind on address ('127.0.0.1', 44351): address already in use"
 
 
 def test_a_second_command_uses_the_same_server_and_a_killed_one_leaves_it_to_the_first(
@@ -49,6 +53,26 @@ def test_a_database_that_cannot_be_used_costs_a_warning_only(tmp_path: Path, no_
         assert not broken.active
     text = "\n".join(lines)
     assert "without Prefect" in text and str(tmp_path / "prefect") in text
+
+
+@pytest.mark.parametrize(
+    ("port", "said", "starts"), [(None, TAKEN, 1 + server.PORTS), (4200, TAKEN, 1), (None, "a bug", 1)]
+)
+def test_a_port_that_is_taken_meanwhile_is_not_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: int | None, said: str, starts: int
+) -> None:
+    """With a program in the server's place: a real one takes many seconds to find out."""
+    begun = list[int | None]()
+
+    def start(home: Path, port: int | None, note: object) -> subprocess.Popen[bytes]:
+        begun.append(port)
+        (home / "server.log").write_text(said)
+        return subprocess.Popen([sys.executable, "-S", "-c", "raise SystemExit(3)"])
+
+    monkeypatch.setattr(server, "_start", start)
+    with pytest.raises(ServerUnavailable, match="code 3 while starting"), store_server(tmp_path, port=port):
+        pass
+    assert begun == [port] * starts
 
 
 def test_an_api_url_that_does_not_answer_costs_a_warning_only(tmp_path: Path, monkeypatch) -> None:

@@ -63,7 +63,7 @@ def test_wandb_has_an_axis_of_steps_and_one_of_rounds(calls: list[Any], tmp_path
     opened.close("failed")
     begun = calls[0][1]
     assert begun == {
-        "name": "demo", "group": "base", "id": opened.id, "resume": "allow", "mode": "offline",
+        "name": "demo", "group": "base", "id": opened.id.partition(":")[0], "resume": "allow", "mode": "offline",
         "config": {"seed": 1, "train": {"lr": 1e-3, "lora": None}, "plugins": ["a"]},
     }  # fmt: skip
     assert ("define", "train/*", "step") in calls and ("define", "eval/*", "round") in calls
@@ -72,7 +72,25 @@ def test_wandb_has_an_axis_of_steps_and_one_of_rounds(calls: list[Any], tmp_path
         {"eval/accuracy": 0.5, "round": 1},
     ]
     assert calls[-1] == ("finish", 1)
-    assert config.open(run(tmp_path, opened.id)).id == opened.id == calls[-7][1]["id"]
+    assert config.open(run(tmp_path, opened.id)).id == opened.id and calls[-7][1]["id"] == begun["id"]
+
+
+@pytest.mark.parametrize("calls", ["wandb"], indirect=True)
+def test_wandb_continues_its_own_steps_where_no_service_does(calls: list[Any], tmp_path: Path) -> None:
+    """Of two offline folders with equal steps only one would be uploaded."""
+    offline = trackers.wandb.WandB(mode="offline")
+    first = offline.open(run(tmp_path))
+    first.log(POINTS[:2])
+    first.close("stopped")
+    second = offline.open(run(tmp_path, first.id))
+    second.log(POINTS[2:])
+    assert [call[2] for call in calls if call[0] == "log"] == [0, 1, 2]
+    begun = [call[1]["id"] for call in calls if call[0] == "init"]
+    assert begun[0] == begun[1] and second.id == f"{begun[0]}:3"
+    calls.clear()
+    online = trackers.wandb.WandB(mode="online").open(run(tmp_path, second.id))  # the mode was changed in between
+    online.log(POINTS[:1])
+    assert calls[0][1]["id"] == begun[0] and [call[2] for call in calls if call[0] == "log"] == [None]
 
 
 @pytest.mark.parametrize("calls", ["wandb"], indirect=True)

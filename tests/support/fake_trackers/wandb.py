@@ -11,8 +11,8 @@ class Run:
     def define_metric(self, name, step_metric=None):
         calls.append(("define", name, step_metric))
 
-    def log(self, values):
-        calls.append(("log", values))
+    def log(self, values, step=None):
+        calls.append(("log", values, step))
 
     def finish(self, exit_code=0):
         calls.append(("finish", exit_code))

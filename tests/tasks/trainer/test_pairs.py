@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import softplus
-from trainer_world import Made, World, commit_table, logprobs_of, make, tiny_model
+from trainer_world import Made, World, commit_table, launch_trainer, logprobs_of, make, tiny_model
 
+from storage.disk import failpoints
 from storage.errors import InputError, OpdError
 from storage.schemas import MaskReason
 from storage.store import Artifact
 from tasks.losses.config import PairsConfig
 from tasks.train import train_work
 from tasks.trainer.config import TrainConfig
-from tasks.workers.pool import Worker
+from tasks.workers.pool import Worker, WorkerDied
 
 BETA = 0.2
 CONFIG = TrainConfig.model_validate({"lr": 1e-3, "samples_per_step": 12, "max_grad_norm": None, "metrics_every": 1})
@@ -124,6 +126,27 @@ def test_a_round_that_stops_goes_on_bit_for_bit(paired: Paired, trainers: dict[i
     assert [row["loss"] for row in again.rows] == [row["loss"] for row in whole.rows] and len(again.rows) == 6
     for name in ("student", "trainer_state"):
         assert again.artifacts[name].content == whole.artifacts[name].content
+    assert counted(again) == counted(whole) == (12, 2)
+
+
+@pytest.mark.slow
+def test_a_rank_of_two_that_is_killed_goes_on_bit_for_bit(
+    paired: Paired, trainers: dict[int, Worker], tmp_path: Path
+) -> None:
+    """As every other recipe (tests/faults/test_checkpoint.py), whose rollouts are no pairs."""
+    config = CONFIG.model_copy(update={"samples_per_step": 4, "epochs_per_round": 2})
+    whole = paired.trained(trainers[2], "whole of two", config)
+    worker = launch_trainer(2, tmp_path / "log", **{failpoints.SPEC: "train.after_step=kill#1@4"})
+    try:
+        with pytest.raises(WorkerDied):
+            paired.trained(worker, "killed", config, checkpoint_minutes=0)
+    finally:
+        worker.kill()
+    again = paired.trained(trainers[2], "killed", config, checkpoint_minutes=0)
+    assert any("continuing after step" in line for line in again.said)
+    for name in ("student", "trainer_state"):
+        assert again.artifacts[name].content == whole.artifacts[name].content
+    assert [row["loss"] for row in again.rows] == [row["loss"] for row in whole.rows]
     assert counted(again) == counted(whole) == (12, 2)
 
 

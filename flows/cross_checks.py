@@ -9,6 +9,7 @@ from flows.config_file import DISCRIMINATORS
 from storage.errors import ConfigError
 from storage.query.figures import PARTS
 from tasks.engines.teacher import ServerTeacher
+from tasks.inputs.addition import AdditionSource
 from tasks.inputs.contexts import JUDGED, SiblingConfig, named_in, templates_of
 from tasks.inputs.judging import JudgeConfig, JudgeFunction
 from tasks.inputs.models import CheckpointModel, ServedModel, declared_sizes
@@ -54,6 +55,7 @@ def cross_problems(e: Experiment) -> list[str]:
     problems += prefix_problems(e)
     problems += teacher_problems(e)
     problems += credit_problems(e)
+    problems += pair_problems(e)
     problems += _set_problems(e)
     for name, model in (("student", e.student), *((teacher_field(who), model) for who, model in e.taught_by.items())):
         if model.warmup is not None and e.prompts.warmup is None:
@@ -121,6 +123,43 @@ def without_effect(e: Experiment) -> list[str]:
     return found
 
 
+def pair_problems(e: Experiment) -> list[str]:
+    """What an objective that compares the teacher's completions with the student's asks of the rollouts, the teacher and the
+    training."""
+    if not e.objective.needs().pairs:
+        return []
+    problems, behaviour, name = [], e.rollout.behaviour, e.objective.estimator
+    if not behaviour.pairs:
+        problems.append(
+            f"rollout.behaviour: {behaviour.kind!r} writes no completion of the teacher for each of the student's, which"
+            f" objective.estimator {name} compares; set rollout.behaviour: pairs, and an even rollout.num_generations (2 or more)"
+        )
+    if e.train.samples_per_step % 2:
+        problems.append(
+            f"train.samples_per_step: {e.train.samples_per_step} is odd, but the two completions of a pair are in one optimizer"
+            " step; use an even number"
+        )
+    if (correction := e.train.importance_correction.kind) != "none":
+        problems.append(
+            f"train.importance_correction: {correction} weights single tokens of the student's, and objective.estimator {name}"
+            " compares whole completions, one of which the teacher wrote; set kind: none"
+        )
+    if e.teacher is None:
+        return problems
+    if e.sample_contexts:
+        problems.append(
+            f"teacher.context: with rollout.behaviour {behaviour.kind} the teacher writes before the round, so it cannot read"
+            " what is chosen for each sample afterwards; give one template over {prompt}, {answer}, {solution} and {hint}"
+        )
+    elif is_self(e.teacher.source) and e.teacher.context is None and isinstance(e.prompts.train, AdditionSource):
+        problems.append(
+            f"teacher.context: missing, but teacher.source {e.teacher.source.kind} is the student itself, so without one both"
+            " write and score alike and there is nothing to compare; give a template, for example"
+            ' "{solution}\\n{prompt}", or another teacher'
+        )
+    return problems
+
+
 def needs_judge(e: Experiment) -> bool:
     """Whether something reads rewards or feedback of the rollouts, so that the stage `judge` runs."""
     return e.objective.needs().credit.reward or bool(named_in(e.sample_contexts) & JUDGED)
@@ -164,7 +203,7 @@ def student_problems(e: Experiment) -> list[str]:
         return []
     readers = {
         f"objective.estimator: {e.objective.estimator} compares the sampled tokens with": e.objective.estimator
-        != "direct",
+        not in ("direct", "pairs"),
         f"train.importance_correction: {e.train.importance_correction.kind} weights tokens by": (
             e.train.importance_correction.kind != "none"
         ),

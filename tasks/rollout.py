@@ -245,7 +245,8 @@ def _without_engine(
     completions = []
     for request in requests:
         ids = tuple(tokens[request.prompt_id])
-        start = Start(ids, config.max_completion_length, request.seed, draft=draft_of(drafts, request))
+        draft = draft_of(drafts, request, config.behaviour)
+        start = Start(ids, config.max_completion_length, request.seed, draft=draft, index=request.sample_index)
         made = Writing(config.behaviour, start, request.sample_id, len(tokenizer), len(ids) + start.max_tokens).turn()
         if not isinstance(made, Completion):
             raise InputError(

@@ -20,7 +20,7 @@ from tasks.behaviours import BEHAVIOURS
 from tasks.engines.teacher import TEACHERS
 from tasks.inputs.teachers import SELF_TEACHERS
 from tasks.losses.axes import FullSupport, SampledToken, StudentCandidates, TopkSupport
-from tasks.losses.config import CreditConfig, DirectConfig, PolicyGradientConfig, SftConfig
+from tasks.losses.config import CreditConfig, DirectConfig, PairsConfig, PolicyGradientConfig, SftConfig
 from tasks.losses.credit import CREDITS
 from tasks.losses.divergences import DIVERGENCES, Divergence
 from tasks.losses.registry import Registry
@@ -160,12 +160,6 @@ _NOT_BUILT = (
         "Not here: how it selects a teacher is not known from summaries; its routing by label is `teachers` with a teacher_id",
         "tasks/routing.py own_prompts",
     ),
-    _missing(
-        "pbsd",
-        "Not here: its loss compares a completion of the teacher with one of the student as a pair (2605.05040), and the"
-        " trainer's loss is a sum over tokens",
-        "tasks/losses/token_credit/objective.py CreditObjective",
-    ),
 )
 
 
@@ -192,6 +186,7 @@ _ESTIMATORS: dict[type[BaseModel], str] = {  # where each is computed; named, so
     DirectConfig: "tasks/losses/direct.py DirectObjective",
     PolicyGradientConfig: "tasks/losses/policy_gradient.py PolicyGradientObjective",
     CreditConfig: "tasks/losses/token_credit/objective.py CreditObjective",
+    PairsConfig: "tasks/losses/pairs.py PairsObjective",
     SftConfig: "tasks/losses/sft.py SftObjective",
 }
 _SUPPORT_OF = {"credit": "direct"}
@@ -283,6 +278,8 @@ def _parts(objective: Any) -> list[tuple[str, str, str]]:
     parts = [("estimator", objective.estimator, objective.equation)]
     if isinstance(objective, CreditConfig):
         return parts + _parts_of_credit(objective)
+    if isinstance(objective, PairsConfig):
+        return parts
     divergence = objective.divergence
     if objective.estimator == "direct":
         parts.append(("divergence", divergence.kind, f"D = {divergence.equation}"))

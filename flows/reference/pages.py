@@ -127,6 +127,9 @@ TrOPD's guidance (2606.01249) is the recipe [tropd-guided](#recipe-tropd-guided)
 [gkd-mixed](#recipe-gkd-mixed) and [off-policy](#recipe-off-policy), on rollouts of the behaviour
 [mixture](#behaviour-mixture). Several teachers: [teachers.md](teachers.md). Off-policy training on given text is
 [sft](#estimator-sft), used by warm-ups.
+
+PBSD (2605.05040) is the recipe [pbsd](#recipe-pbsd): the estimator [pairs](#estimator-pairs), whose loss is a function of two
+whole completions, on rollouts of the behaviour [pairs](#behaviour-pairs).
 """
 
 

@@ -166,7 +166,8 @@ def self_teacher(known: Known) -> Found:
     if source is not None and rows["teacher_token_ids"].null_count == rows.num_rows:
         yield Finding(
             f"teacher: it is the student itself ({source.kind}) and reads what the student reads, so there is nothing to distil;"
-            " give it more with teacher.context"
+            " give it more with teacher.context",
+            refused=objective.needs().pairs,
         )
 
 

@@ -45,7 +45,7 @@ class Draft:
 class Start:
     """One completion to write: token ids of its prompt, the most tokens that it may have, its seed, and the ids that end a
     completion for the student, and (where the behaviour reads it) those that do for the teacher and are the same token to the
-    student; where it reads drafts or completions, the one for this sample."""
+    student; where it reads drafts or completions, the one for this sample; the sample's index among those of its prompt."""
 
     prompt: tuple[int, ...]
     max_tokens: int
@@ -53,6 +53,7 @@ class Start:
     stop_ids: tuple[int, ...] = ()
     teacher_stop_ids: tuple[int, ...] = ()
     draft: Draft | None = None
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,9 @@ class Behaviour(Kind):
     weighable: ClassVar[bool] = False
     """Whether `sampling_logprobs` are of distributions that importance weights lead back from to the student's: every token was
     drawn, from what can be any token of the student's."""
+    pairs: ClassVar[bool] = False
+    """Whether samples are written in pairs: of each two that follow each other (`pair_of`) one is the student's and one the
+    teacher's. What an objective that compares two completions needs."""
     table: ClassVar[TableSchema | None] = None
     """A table of its own beside `rollouts`, one row per sample, made with them: an artifact of the table's name, with the shards
     of the rollouts. Its first column is `sample_id`; lists have one entry per token. Set `prefixed`."""
@@ -151,6 +155,10 @@ class Behaviour(Kind):
     def draws(self) -> bool:
         """Whether the student's engine draws any token; if not, the student is not in the rollouts' key."""
         return True
+
+    def draft_index(self, sample_index: int) -> int:
+        """Which of its prompt's drafts a sample gets, modulo their number."""
+        return sample_index
 
     @property
     def last_change(self) -> int:
@@ -181,10 +189,15 @@ class Behaviour(Kind):
         return "student"
 
 
+def pair_of(sample_index: int) -> int:
+    """The number of a sample's pair among those of its prompt: two samples that follow each other are one, from index 0."""
+    return sample_index // 2
+
+
 BEHAVIOURS: Registry[Behaviour] = Registry("behaviour")
 register = BEHAVIOURS.register
 
-from tasks.behaviours import mixture, student, teacher_prefix, trust_region  # noqa: E402, F401  # they register themselves
+from tasks.behaviours import mixture, pairs, student, teacher_prefix, trust_region  # noqa: E402, F401  # they register themselves
 
 if TYPE_CHECKING:
     BehaviourField = Behaviour

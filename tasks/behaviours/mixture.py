@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from storage.errors import InputError
 from tasks.behaviours import Behaviour, Completion, Draw, Drawn, Read, Start, register
 from tasks.behaviours.drafts import ReadsDrafts, uniform
 from tasks.behaviours.student import StudentWrites
@@ -68,15 +67,3 @@ class Mixture(ReadsDrafts):
             answer = yield Draw(start.prompt, start.max_tokens, start.seed)
             return Completion(answer.token_ids, answer.logprobs, answer.finish_reason)
         return self.given(start)
-
-    @staticmethod
-    def given(start: Start) -> Completion:
-        """The completion that was written before, cut at the longest that is asked for."""
-        draft = start.draft
-        if draft is None or not draft.token_ids:
-            raise InputError(
-                "rollout.behaviour: mixture: there is no completion that was written before for this prompt"
-            )
-        ids, logprobs = draft.token_ids[: start.max_tokens], draft.logprobs[: start.max_tokens]
-        whole = len(ids) == len(draft.token_ids)
-        return Completion(ids, logprobs, draft.finish_reason if whole else "length", len(ids), label="teacher")

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from storage.errors import InputError
 from storage.store import Store
-from tasks.behaviours import Draft
+from tasks.behaviours import Behaviour, Draft
 from tasks.workers.jobs import ArtifactRef, Request, SampleJob
 
 Drafted = dict[str, list[Draft]]
@@ -54,10 +54,10 @@ def require_drafts(drafts: Drafted, requests: Sequence[Request]) -> None:
         )
 
 
-def draft_of(drafts: Drafted, request: Request) -> Draft | None:
+def draft_of(drafts: Drafted, request: Request, behaviour: Behaviour) -> Draft | None:
     """The draft of a sample: those of its prompt in turn."""
     mine = drafts.get(request.prompt_id)
-    return mine[request.sample_index % len(mine)] if mine else None
+    return mine[behaviour.draft_index(request.sample_index) % len(mine)] if mine else None
 
 
 def _known(draft: Draft, lacking: frozenset[int]) -> Draft:

@@ -372,7 +372,8 @@ class Sampler:
                 request.seed,
                 tuple(shard.stop_ids),
                 teacher_stops,
-                draft_of(self._drafts, request),
+                draft_of(self._drafts, request, behaviour),
+                request.sample_index,
             )
             shard.writers[position] = Writing(behaviour, start, request.sample_id, self.engine.vocabulary, longest)
 

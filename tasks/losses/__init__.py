@@ -14,6 +14,6 @@ Names of tensors end in their shape, one letter per axis:
 
 A method is one choice on each of a few axes. `config.py` declares the axes and refuses combinations that make no sense.
 `divergences.py`, `credit/`, `trust_regions.py` and `token_weights.py` have one registered class per choice (`registry.py`),
-`support.py` treats the mass outside a top-K list. `direct.py`, `policy_gradient.py` and `sft.py` are the estimators; `head.py`
-computes what they need of the live student. Only the trainer weights and sums over tokens.
+`support.py` treats the mass outside a top-K list. `direct.py`, `policy_gradient.py`, `token_credit/`, `pairs.py` and `sft.py` are
+the estimators; `head.py` computes what they need of the live student. Only the trainer weights and sums over tokens.
 """

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tasks.losses.config import AnyObjective, CreditConfig, DirectConfig, Needs, PolicyGradientConfig, SftConfig
+from tasks.losses.config import (
+    AnyObjective,
+    CreditConfig,
+    DirectConfig,
+    Needs,
+    PairsConfig,
+    PolicyGradientConfig,
+    SftConfig,
+)
 from tasks.losses.direct import DirectObjective
+from tasks.losses.pairs import PairsObjective
 from tasks.losses.policy_gradient import PolicyGradientObjective
 from tasks.losses.sft import SftObjective
 from tasks.losses.token_credit.objective import CreditObjective
@@ -32,5 +41,7 @@ def make_objective(config: AnyObjective) -> Objective:
             return PolicyGradientObjective(config)
         case CreditConfig():
             return CreditObjective(config)
+        case PairsConfig():
+            return PairsObjective(config)
         case SftConfig():
             return SftObjective(config)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from storage.identity import by_kind, omit_at
+from storage.identity import Identity, by_kind, omit_at
 from tasks.losses.axes import FullSupport, Normalised, SampledToken, StudentCandidates, TopkSupport
 from tasks.losses.credit import CREDITS, Credit
 from tasks.losses.credit.opd_plus import OpdPlus
@@ -32,6 +32,7 @@ __all__ = [
     "FullSupport",
     "Needs",
     "ObjectiveConfig",
+    "PairsConfig",
     "PolicyGradientConfig",
     "SampledToken",
     "SftConfig",
@@ -283,6 +284,40 @@ class SftConfig(Normalised):
         return Needs((), student, StudentRequest(token_logprobs=True, entropy=True))
 
 
-AnyObjective = DirectConfig | PolicyGradientConfig | CreditConfig | SftConfig
+class PairsConfig(Identity):
+    """Compare two completions of a prompt, the teacher's y+ and the student's y-, by how far the student's log-probability of
+    each is above the teacher's (PBSD, 2605.05040).
+
+    h(y) is the sum of log p(y_t) - log q(y_t) over the completion's tokens that the loss mask has: q is constant and reads the
+    context c, p is the live student, which reads the prompt alone. The loss of an optimizer step is the mean over its pairs.
+    Ours: the teacher writes y+ once for all rounds; a pair with a completion of which no token counts is not in the mean."""
+
+    estimator: Literal["pairs"] = "pairs"
+    equation: ClassVar[str] = (
+        "mean over pairs of -log sigmoid(beta (h(y+) - h(y-))), h(y) = sum_t [log p(y_t | x, y_<t) - log q(y_t | x, c, y_<t)]"
+    )
+    paper: ClassVar[str] = "2605.05040"
+    experimental: ClassVar[bool] = True
+    normalisation: ClassVar[Literal["token"]] = "token"
+    """of the trainer's sum over tokens; each pair's loss is shared out so that this makes the mean over pairs"""
+    normalisation_length: ClassVar[None] = None
+    exact_samples: ClassVar[bool] = False
+    requires_untruncated_sampling: ClassVar[bool] = False
+
+    beta: float = Field(
+        gt=0,
+        allow_inf_nan=False,
+        description="factor of the margin, a difference of log-probabilities of whole completions in nats; the paper's value is"
+        " not known to us, so there is no default",
+    )
+
+    def needs(self) -> Needs:
+        """Log-probabilities of the sampled tokens under the teacher and the live student, for pairs of samples."""
+        student = StudentRequest(token_logprobs=True)
+        metrics = StudentRequest(token_logprobs=True, entropy=True)
+        return Needs((SignalNeed("sampled"), SignalNeed("mask")), student, metrics, takes_prefixes=True, pairs=True)
+
+
+AnyObjective = DirectConfig | PolicyGradientConfig | CreditConfig | PairsConfig | SftConfig
 ObjectiveConfig = Annotated[AnyObjective, Field(discriminator="estimator")]
 """The objective of an experiment, chosen by `estimator`."""

@@ -98,4 +98,6 @@ class Needs:
     """one uniform number per token, from a counter-based generator keyed by (seed, sample id, position)"""
     takes_prefixes: bool = False
     """keep tokens that the teacher wrote in the batch, marked by `teacher_prefix_N`: the objective has a term for them"""
+    pairs: bool = False
+    """samples are pairs, one of the student's and one of the teacher's: both are in one micro-batch"""
     credit: CreditNeeds = CreditNeeds()

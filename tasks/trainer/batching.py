@@ -20,6 +20,8 @@ class Step:
     rows: tuple[int, ...]
     epoch: int
     """The epoch (from 0) that the step's first sample belongs to."""
+    together: int = 1
+    """So many samples that follow each other stay in one micro-batch: 2 for pairs."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,11 @@ class Micro:
     filler: bool = False
 
 
-def plan_steps(seed: int, round: int, rows: int, samples_per_step: int, total_samples: int) -> list[Step]:
-    """Steps of `samples_per_step` samples over seeded permutations of `rows` rows, epoch after epoch.
+def plan_steps(
+    seed: int, round: int, rows: int, samples_per_step: int, total_samples: int, pairs: np.ndarray | None = None
+) -> list[Step]:
+    """Steps of `samples_per_step` samples over seeded permutations of `rows` rows, epoch after epoch. `pairs` [rows / 2, 2] are
+    the rows of pairs, which follow each other: the pairs are permuted, not the rows.
 
     A step may contain the end of one epoch and the start of the next. The last step has the rest if `total_samples` is not a
     multiple of `samples_per_step`."""
@@ -40,45 +45,63 @@ def plan_steps(seed: int, round: int, rows: int, samples_per_step: int, total_sa
         raise ValueError(
             f"plan_steps: rows {rows}, samples_per_step {samples_per_step} and total {total_samples} must be >= 1"
         )
+    units = np.arange(rows)[:, None] if pairs is None else pairs
+    together = units.shape[1]
+    if units.size != rows or samples_per_step % together or total_samples % together:
+        raise ValueError(
+            f"plan_steps: {len(units)} pairs for rows {rows}, samples_per_step {samples_per_step} and total {total_samples}:"
+            " a pair would be torn apart"
+        )
     epochs = -(-total_samples // rows)
     order = np.concatenate(
         [
-            np.random.Generator(np.random.PCG64(derive_seed(seed, "epoch", round, e))).permutation(rows)
+            units[
+                np.random.Generator(np.random.PCG64(derive_seed(seed, "epoch", round, e))).permutation(len(units))
+            ].ravel()
             for e in range(epochs)
         ]
     )[:total_samples]
     return [
-        Step(tuple(int(row) for row in order[start : start + samples_per_step]), start // rows)
+        Step(tuple(int(row) for row in order[start : start + samples_per_step]), start // rows, together)
         for start in range(0, total_samples, samples_per_step)
     ]
 
 
-def split_step(lengths: Sequence[int], world: int, budget: int) -> list[list[Micro]]:
+def split_step(lengths: Sequence[int], world: int, budget: int, together: int = 1) -> list[list[Micro]]:
     """Micro-batches of a step for each rank: `world` lists of equal length.
 
-    `lengths` are the forward tokens of each sample. A micro-batch pads its samples to the longest one and has at most `budget`
-    tokens, padding included, or a single longer sample. Samples are dealt to the ranks by length, back and forth, which
-    balances their work. Ranks with fewer micro-batches get fillers of the step's shortest sample."""
-    if world < 1 or budget < 1 or not len(lengths):
-        raise ValueError(f"split_step: world {world}, budget {budget} and samples {len(lengths)} must be >= 1")
-    by_length = sorted(range(len(lengths)), key=lambda place: -lengths[place])  # stable: ties keep the step's order
+    `lengths` are the forward tokens of each sample; `together` samples that follow each other are in one micro-batch. A
+    micro-batch pads its samples to the longest one and has at most `budget` tokens, padding included, or a single longer sample
+    (or pair). Samples are dealt to the ranks by length, back and forth, which balances their work. Ranks with fewer
+    micro-batches get fillers of the step's shortest sample."""
+    if world < 1 or budget < 1 or not len(lengths) or len(lengths) % together:
+        raise ValueError(
+            f"split_step: world {world}, budget {budget} and samples {len(lengths)} must be >= 1, samples in units of {together}"
+        )
+    units = [range(start, start + together) for start in range(0, len(lengths), together)]
+    longest = [max(lengths[place] for place in unit) for unit in units]
+    by_length = sorted(range(len(units)), key=lambda unit: -longest[unit])  # stable: ties keep the step's order
     mine: list[list[int]] = [[] for _ in range(world)]
-    for turn, place in enumerate(by_length):
+    for turn, unit in enumerate(by_length):
         lap, slot = divmod(turn, world)
-        mine[slot if lap % 2 == 0 else world - 1 - slot].append(place)
-    ranks = [_by_budget(part, lengths, budget) for part in mine]
+        mine[slot if lap % 2 == 0 else world - 1 - slot].append(unit)
+    ranks = [
+        [
+            Micro(tuple(place for unit in part for place in units[unit]))
+            for part in _by_budget(part, longest, budget // together)
+        ]
+        for part in mine
+    ]
     most = max(len(micros) for micros in ranks)
-    filler = Micro((by_length[-1],), filler=True)
+    filler = Micro((min(units[by_length[-1]], key=lambda place: lengths[place]),), filler=True)
     return [micros + [filler] * (most - len(micros)) for micros in ranks]
 
 
-def _by_budget(places: list[int], lengths: Sequence[int], budget: int) -> list[Micro]:
-    """Greedy, longest first: `places` are sorted by decreasing length."""
-    micros: list[Micro] = []
-    current: list[int] = []
-    for place in places:
-        if current and lengths[current[0]] * (len(current) + 1) > budget:
-            micros.append(Micro(tuple(current)))
-            current = []
-        current.append(place)
-    return [*micros, Micro(tuple(current))] if current else micros
+def _by_budget(units: list[int], longest: Sequence[int], budget: int) -> list[list[int]]:
+    """Greedy, longest first: `units` are sorted by decreasing length; `budget` is what a row of one of each may have."""
+    parts: list[list[int]] = []
+    for unit in units:
+        if not parts or longest[parts[-1][0]] * (len(parts[-1]) + 1) > budget:
+            parts.append([])
+        parts[-1].append(unit)
+    return parts

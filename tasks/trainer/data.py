@@ -82,6 +82,8 @@ class Samples:
     the teacher reads another token in its id."""
     spans: np.ndarray | None = None
     """Per flat completion token: 0, or the kind of the span it is in."""
+    pairs: np.ndarray | None = None
+    """int64 [samples / 2, 2]: by pair the rows of the teacher's and of the student's completion."""
     teachers: tuple[str, ...] = ()
     """Names of the teachers, where there are several."""
     teacher: np.ndarray | None = None

@@ -22,7 +22,7 @@ from tasks.trainer.config import OptimizerSettings
 from tasks.trainer.data import Samples, forward_batch, loss_denominators
 from tasks.trainer.engine import Engine
 from tasks.trainer.model import TokenStats, TrainModule
-from tasks.trainer.planning import Planner
+from tasks.trainer.planning import StepPlanner
 from tasks.workers.metrics import Progress, latest, words
 
 METRICS = tuple(column.name for column in TABLES["training_steps"].columns if column.nullable)
@@ -54,7 +54,7 @@ class Plan:
     drift_estimator: str | None
     micro_batch_tokens: int
     stop_loss: float | None = None
-    planner: Planner | None = None
+    planner: StepPlanner | None = None
 
 
 def run_steps(
@@ -89,7 +89,7 @@ def run_steps(
         observe = plan.max_drift is not None or (now - 1) % plan.metrics_every == 0
         weights = loss_denominators(samples, step.rows, plan.normalisation, plan.normalisation_length)
         lengths = samples.forward_lengths[list(step.rows)].tolist()
-        micros = split_step(lengths, engine.world, plan.micro_batch_tokens)[dist.get_rank()]
+        micros = split_step(lengths, engine.world, plan.micro_batch_tokens, step.together)[dist.get_rank()]
         planned = None if plan.planner is None else plan.planner(step.rows, now - 1)
         tally = Tally(engine.device, samples, step.rows)
         for place, micro in enumerate(micros):

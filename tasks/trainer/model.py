@@ -185,7 +185,7 @@ class LossHead(nn.Module):
             return None
         reason = obstacle(self.head)
         if reason is None and not self.objective.tokenwise:
-            reason = "a token's advantage may depend on other tokens (its credit is not tokenwise)"
+            reason = "a token's loss may depend on other tokens (the objective is not tokenwise)"
         return None if reason is None else f"the logits are made again in backward: {reason}"
 
     def fuses(self, tokens: TokenBatch) -> bool:

@@ -7,16 +7,35 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from storage.errors import InputError
-from tasks.losses.config import AnyObjective, CreditConfig
+from tasks.losses.config import AnyObjective, CreditConfig, PairsConfig
 from tasks.losses.token_credit.plan import plan_step, returns_of
 from tasks.losses.token_credit.rewards import all_equal, success
 from tasks.losses.token_credit.stored import Stored
 from tasks.trainer.data import Planned, Samples
+from tasks.trainer.pairing import PairPlanner
+
+
+class StepPlanner(Protocol):
+    """Plans the steps of a round in their order."""
+
+    memory: Mapping[str, np.ndarray]
+    """What the objective keeps from step to step, after the last planned one."""
+
+    def __call__(self, rows: Sequence[int], step: int) -> Planned:
+        """Numbers of the tokens of the samples `rows`, before the optimizer step number `step` of the run, from 0."""
+
+    def repeat(self, rows: Sequence[int], step: int) -> None:
+        """Goes on after a step that was done before an interruption."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What the round's metrics say of the plan."""
 
 
 class Planner:
@@ -160,6 +179,8 @@ class Planner:
         return torch.cat([found[parts[row]] for row in rows])
 
 
-def planner_of(objective: AnyObjective, samples: Samples, memory: Mapping[str, np.ndarray]) -> Planner | None:
+def planner_of(objective: AnyObjective, samples: Samples, memory: Mapping[str, np.ndarray]) -> StepPlanner | None:
     """What plans the steps of an objective; null for one whose tokens need no plan. `memory`: of the trainer's state."""
+    if isinstance(objective, PairsConfig):
+        return PairPlanner(samples)
     return Planner(objective, samples, memory) if isinstance(objective, CreditConfig) else None

@@ -32,6 +32,7 @@ from tasks.trainer.data import (
     with_width,
     without_those_that_lack,
 )
+from tasks.trainer.pairing import pairs_of
 from tasks.workers.jobs import ArtifactRef, TrainJob, WarmupJob
 
 WARMUP = "warmup"
@@ -50,6 +51,7 @@ def collect_round(
     `every_context`: samples without a context stay in the loss, because the objective tells them apart."""
     rollouts = Table(store, [job.rollouts], "rollouts")
     wanted = ["sample_id", "prompt_id", *(["finish_reason"] if needs.credit.ended else [])]
+    wanted += ["sample_index", "behaviour"] if needs.pairs else []
     samples = pa.concat_tables([read(wanted) for read in rollouts.shards])
     ids = samples["sample_id"].to_pylist()
     places_of("rollouts", ids)
@@ -57,6 +59,7 @@ def collect_round(
     if rewards is not None:
         rewards = rewards.take(order_of("rewards", rewards["sample_id"].to_pylist(), ids))
     per_sample = of_samples(samples, needs.credit, rewards)
+    pairs = pairs_of(samples) if needs.pairs else None
     contexts = None if job.contexts is None else _contexts(store, job.contexts, ids)
     signals = {name: Signal(store, places, name, ids) for name, places in job.signals.items()}
 
@@ -76,7 +79,7 @@ def collect_round(
 
     found = collect(parts(), folder)
     cut = [name for name, places in job.signals.items() if any(_cut_off(store, where) for where in places)]
-    whole = with_width(replace(found.samples, **per_sample, contexts=contexts), needs, cut)
+    whole = with_width(replace(found.samples, **per_sample, contexts=contexts, pairs=pairs), needs, cut)
     if job.prompts is not None:
         of = teacher_of_prompts(store, store.require(job.prompts.stage, job.prompts.key))
         whole = with_teachers(whole, [of.get(prompt) or "" for prompt in samples["prompt_id"].to_pylist()])

@@ -95,7 +95,12 @@ class Trainer:
         first_step = state.read(resumed, lora).step if resumed is not None else 0
         base = resumed / "base" if resumed is not None and settings.lora else student
         steps = plan_steps(
-            job.seed, job.round, len(training.samples), training.samples_per_step, training.total_samples
+            job.seed,
+            job.round,
+            len(training.samples),
+            training.samples_per_step,
+            training.total_samples,
+            training.samples.pairs,
         )
         refuse_lost_steps(training.samples, steps, job.round)
         memory: Mapping[str, np.ndarray] = {} if resumed is None else state.read_memory(resumed)

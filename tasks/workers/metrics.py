@@ -84,10 +84,14 @@ def summary(metrics: Metrics) -> str:
 
 
 def left_out(metrics: Metrics) -> list[str]:
-    """What of a training's data did not count: tokens that were masked, steps that had no other tokens."""
+    """What of a training's data did not count: tokens that were masked, steps that had no other tokens, pairs of completions one
+    of which had no other token."""
     masked, tokens, empty = (metrics.get(name) or 0 for name in ("masked_tokens", "tokens", "empty_steps"))
     found = [f"masked {masked:,.0f} of {masked + tokens:,.0f} tokens"] if masked else []
-    return [*found, *([f"{empty:,.0f} steps without a counted token"] if empty else [])]
+    found += [f"{empty:,.0f} steps without a counted token"] if empty else []
+    if pairs := metrics.get("pairs_left_out"):
+        found.append(f"left out {pairs:,.0f} of {metrics.get('pairs') or 0:,.0f} pairs")
+    return found
 
 
 def summarised(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

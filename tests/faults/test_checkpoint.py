@@ -66,6 +66,9 @@ def over_lists(part: dict[str, Any], alone: bool) -> dict[str, Any]:
 
 
 RECIPES = {path.stem: recipe_objective(path) for path in sorted((CHECKOUT / "configs" / "recipes").glob("*.yaml"))}
+RECIPES = {
+    name: own for name, own in RECIPES.items() if not own.needs().pairs
+}  # tests/tasks/trainer/test_pairs.py has pairs
 SHORT = ("tropd", "reopold")
 """Recipes in `make test`: one that draws per token, one that weighs by the ratio to the policy of the rollouts."""
 SAVING = {

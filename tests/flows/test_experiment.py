@@ -110,6 +110,61 @@ def test_a_teacher_that_changes_by_round_writes_no_drafts(kind):
     load_experiment(TINY, [*own, "rollout.behaviour={kind: trb}"])
 
 
+PAIRS = ("rollout.behaviour=pairs", "objective={estimator: pairs, beta: 0.1}")
+OWN_TEACHER = "teacher={source: {kind: initial}, warmup: null%s}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "says"),
+    [
+        (["rollout.behaviour=pairs", "objective={estimator: pairs}"], "objective.beta", "required, but missing"),
+        ([*PAIRS, "objective.beta=0"], "objective.beta", "greater than 0"),
+        ([*PAIRS, "objective.beta=-0.1"], "objective.beta", "greater than 0"),
+        (
+            [PAIRS[1]],
+            "rollout.behaviour: 'student' writes no completion of the teacher",
+            "set rollout.behaviour: pairs",
+        ),
+        (
+            [PAIRS[1], "rollout.behaviour={kind: mixture, on_policy_fraction: 0.5}"],
+            "'mixture' writes no",
+            "set rollout.beh",
+        ),
+        (
+            [*PAIRS, "rollout.num_generations=1", "rollout.prompts_per_round=64"],
+            "num_generations: 1",
+            "2 is one pair per prompt",
+        ),
+        ([*PAIRS, "train.samples_per_step=1"], "train.samples_per_step: 1 is odd", "use an even number"),
+        (
+            [*PAIRS, "train.importance_correction={kind: truncated}"],
+            "train.importance_correction: truncated",
+            "set kind: none",
+        ),
+        ([*PAIRS, OWN_TEACHER % ""], "teacher.context: missing", "give a template"),
+        (
+            [*PAIRS, OWN_TEACHER % ', context: ["{answer} {prompt}", "{prompt}"]'],
+            "teacher.context: ",
+            "give one template",
+        ),
+    ],
+)
+def test_pairs_are_refused_where_one_of_two_is_not_there(changes, field, says):
+    message = refused(*changes)
+    assert field in message and says in message
+
+
+def test_pairs_ask_for_no_student_and_for_no_context_of_another_teacher():
+    for more in (
+        [],
+        ["supervise.student=none"],
+        [OWN_TEACHER % ', context: "{answer} {prompt}"'],
+        ["rollout.num_generations=4"],
+    ):
+        e = load_experiment(TINY, [*PAIRS, *more])
+        assert e.objective.needs().pairs and e.rollout.behaviour.pairs
+
+
 @pytest.mark.parametrize("kind", ["initial", "previous_round", "ema"])
 def test_a_server_is_not_asked_about_this_runs_student(kind):
     own = [f"teacher.source={{kind: {kind}}}", "teacher.warmup=null"]

@@ -117,6 +117,7 @@ SCENES: list[dict[str, Any]] = [
         }
         for kind in ("linear", "cosine")
     ),
+    {"rollout": {"behaviour": {"kind": "pairs"}}, "objective": {"estimator": "pairs", "beta": 0.1}},
     {"teacher": {"source": {"kind": "ema", "decay": 0.9}, "warmup": None, "context": "{solution}\n{prompt}"}},
     {
         "teacher": {

@@ -29,6 +29,7 @@ from tasks.engines.writing import Writing, rollout_rows
 from tasks.routing import teacher_of_prompts
 from tasks.signals import Shard, signal_named
 from tasks.trainer.batching import plan_steps
+from tasks.trainer.pairing import pairs_of
 from tasks.workers.jobs import KLJob, SampleResult, ScoreResult, ShardDone, TrainResult, register_role
 
 for role in ("sampler", "scorer", "trainer"):
@@ -85,7 +86,8 @@ class Sampler(Engine):
                     tuple(tokens[request.prompt_id]),
                     item.sampling.max_completion_length,
                     request.seed,
-                    draft=draft_of(drafts, request),
+                    draft=draft_of(drafts, request, behaviour),
+                    index=request.sample_index,
                 )
                 write = self.write if behaviour.table is None else self.blend
                 completions.append(write(job, item.sampling, behaviour, start))
@@ -249,7 +251,8 @@ class Trainer(Engine):
         )
         config, rows = json.loads(bytes(job.config)), []
         total = len(ids) * config["epochs_per_round"]
-        steps = plan_steps(job.seed, job.round, len(ids), config["samples_per_step"], total)
+        pairs = pairs_of(rollouts) if json.loads(bytes(job.objective))["estimator"] == "pairs" else None
+        steps = plan_steps(job.seed, job.round, len(ids), config["samples_per_step"], total, pairs)
         kept = Checkpoints(store.root, Path(job.checkpoints.folder), json.loads(bytes(job.checkpoints.numerics)))
         found, problems = kept.newest()
         for problem in problems:

@@ -94,10 +94,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "teacher": {"source": {"kind": "initial"}, "context": ["{prompt} {sibling}", "{prompt} ({verdict})"]},
         "judge": {"verifiers": [{"kind": "function", "target": "judges:parity"}]},
     },
+    "pairs": {
+        "teacher": {"source": {"kind": "initial"}, "context": "{answer} {prompt}"},
+        "rollout": {"num_generations": 4, "behaviour": {"kind": "pairs", "drafts": {"per_prompt": 2}}},
+        "objective": {"estimator": "pairs", "beta": 0.1},
+    },
 }
 """What a run has beside the plain one: drafts that the teacher writes once; a rollout of two artifacts (rollouts, blending) and
 a teacher that the trainer averages and exports (`teacher_ema`); rewards, some of them null, which the trainer reads;
-contexts of samples, for which models have a real tokenizer. `struck`: a verifier that does what OPD_TEST_JUDGE says."""
+ contexts of samples, for which models have a real tokenizer; pairs of completions, one of which the teacher writes once below a
+ context of the prompt, for which they have one too. `struck`: a verifier that does what OPD_TEST_JUDGE says."""
 
 
 def experiment(rounds: int = ROUNDS, variant: str = "plain") -> Experiment:
@@ -111,18 +117,21 @@ def prepare_root(root: Path, e: Experiment | None = None) -> Path:
     """A store with both models and the prompts, which need no fault of their own: no engine and no tokenizer is loaded."""
     store, e = Store(root), e or experiment()
     models = []
-    own = e.self_teacher is not None
+    own, writes = e.self_teacher is not None, "drafts" in e.rollout.behaviour.reads
+    rendered = bool(
+        e.sample_contexts or (writes and e.contexts)
+    )  # contexts are read: by a stage, or by who writes drafts
     for number, side in enumerate((e.student,) if own else (e.student, e.teacher)):
         with store.building(model_work(side.source, e.seed).outputs["model"]) as builder:
             folder = builder.directory("model")
             save_file({"weight": np.full(2048, number, "float32")}, folder / "model.safetensors")
             (folder / "config.json").write_text(json.dumps(_ARCHITECTURE))
             (folder / "tokenizer.json").write_text(json.dumps({"byte": number * 0}))
-            if e.sample_contexts:
+            if rendered:
                 build_byte_tokenizer().save_pretrained(folder)
             models.append(builder.commit(meta={"source": "architecture"}))
-    if e.sample_contexts:
-        work = prepare_work(e.prompts, models[0], models[-1], context_columns=e.context_columns)
+    if rendered:
+        work = prepare_work(e.prompts, models[0], models[-1], contexts=e.contexts, context_columns=e.context_columns)
         Bench(store).build(work)
         return root
     rows = [

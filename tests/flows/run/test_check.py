@@ -108,6 +108,20 @@ def test_rewards_alone_leave_nothing_to_distil_and_that_is_no_fault(tmp_path, te
     assert "nothing to distil" in check(tmp_path, *REWARDED, *models, "objective.add=log_ratio")
 
 
+@pytest.mark.usefixtures("own_workers")
+def test_pairs_with_oneself_are_refused_where_no_prompt_of_a_file_has_more_for_the_teacher(tmp_path):
+    """Both completions of a pair would come from one distribution; whether a file has teacher_prompt is known once it is read."""
+    pairs = ("rollout.behaviour=pairs", "objective={estimator: pairs, beta: 0.1}")
+    own = ("teacher={source: {kind: initial}, warmup: null}", "student.warmup=null", "prompts.warmup=null")
+    plain = lines(tmp_path / "plain.jsonl", *({"prompt": f"{n}+1="} for n in range(20)))
+    with pytest.raises(InputError, match=r"nothing to distil; give it more with teacher\.context"):
+        check(tmp_path, *pairs, *own, f"prompts.train={plain}")
+    more = lines(
+        tmp_path / "more.jsonl", *({"prompt": f"{n}+1=", "teacher_prompt": f"{n + 1}: {n}+1="} for n in range(20))
+    )
+    assert "nothing to distil" not in check(tmp_path, *pairs, *own, f"prompts.train={more}")
+
+
 TASK = """
 def exact(completion, answer):
     return completion == answer

@@ -254,20 +254,26 @@ def resd(
     return sheet.result(sr=sr)
 
 
-def pbsd(toy: Toy, *, beta: float) -> Result:
-    """Mean over pairs of -log sigmoid(beta [(log p - log q)(y+) - (log p - log q)(y-)]), sums over tokens with k and a
-    valid signal; q detached, under the context. A token owns no share: per_token is 0."""
+def pbsd(toy: Toy, *, beta: float, needs_context: bool = True) -> Result:
+    """Mean over pairs of -log sigmoid(beta [(log p - log q)(y+) - (log p - log q)(y-)]), sums over tokens with a loss mask and a
+    valid signal (y+ has tokens that the student did not write: its `loss` is the loss mask, `written` says nothing); q detached,
+    under the context. A pair one of whose completions has no such token, or no context, is not there. A token owns no share:
+    per_token is 0."""
+
+    def counted(i: int) -> list[int]:
+        sample = toy.samples[i]
+        known = sample.has_context or not needs_context
+        return [t for t in range(len(sample.tokens)) if known and sample.loss[t] and sample.signal[t]]
 
     def log_ratio(i: int) -> Tensor:
         view, total = View(toy.samples[i]), torch.zeros((), dtype=torch.float64)
-        for t in range(len(toy.samples[i].tokens)):
-            if toy.samples[i].k(t) and toy.samples[i].signal[t]:
-                total = total + view.logp(t) - view.logq(t)
+        for t in counted(i):
+            total = total + view.logp(t) - view.logq(t)
         return total
 
-    sheet = Sheet(toy, Reduction())
-    result = sheet.result()
-    values = [-torch.nn.functional.logsigmoid(beta * (log_ratio(i) - log_ratio(j))) for i, j in toy.pairs]
+    result = Sheet(toy, Reduction()).result()
+    whole = [(i, j) for i, j in toy.pairs if counted(i) and counted(j)]
+    values = [-torch.nn.functional.logsigmoid(beta * (log_ratio(i) - log_ratio(j))) for i, j in whole]
     for value in values:
         result.loss = result.loss + value / len(values)
     result.parts["pairs"] = [value.item() for value in values]

@@ -12,10 +12,14 @@ from pydantic import ValidationError
 
 from storage.errors import InputError
 from storage.identity import derive_seed
-from tasks.behaviours import Behaviour, Completion, Draft, Draw, Drawn, Start
+from tasks.behaviours import Behaviour, Completion, Draft, Draw, Drawn, Start, pair_of
 from tasks.behaviours.mixture import Mixture
+from tasks.behaviours.pairs import Pairs
 from tasks.behaviours.student import StudentWrites
 from tasks.behaviours.teacher_prefix import TeacherPrefix
+from tasks.engines.drafts import draft_of
+from tasks.rollout_config import RolloutConfig
+from tasks.workers.jobs import Request
 
 PROMPT = (1, 2, 3)
 DRAFT = Draft([10, 11, 12, 13, 99], [-0.1, -0.2, -0.3, -0.4, -0.5], "stop")
@@ -23,10 +27,10 @@ COSINE = {"kind": "cosine", "initial": 40, "final": 0, "steps": 100}
 
 
 def written(
-    behaviour: Behaviour, seed: int, draft: Draft | None = DRAFT, max_tokens: int = 8
+    behaviour: Behaviour, seed: int, draft: Draft | None = DRAFT, max_tokens: int = 8, index: int = 0
 ) -> tuple[list[Draw], Completion]:
     """What the behaviour asked of the engine, and its completion. The engine writes 50, 51 and the stop token 98."""
-    turns, asked = behaviour.write(Start(PROMPT, max_tokens, seed, draft=draft)), []
+    turns, asked = behaviour.write(Start(PROMPT, max_tokens, seed, draft=draft, index=index)), []
     try:
         draw = next(turns)
         while True:
@@ -105,9 +109,44 @@ def test_what_is_read_follows_the_share() -> None:
         written(given_ones, 1, None)
 
 
+def test_of_each_two_samples_the_student_writes_the_first_and_the_teacher_the_second() -> None:
+    behaviour = Pairs()
+    for index in range(6):
+        asked, made = written(behaviour, 7 + index, index=index)
+        if index % 2:
+            assert asked == [] and made == Completion(DRAFT.token_ids, DRAFT.logprobs, "stop", 5, label="teacher")
+        else:
+            assert asked == [Draw(PROMPT, 8, 7 + index)] and made.label is None and made.prefix_length == 0
+    assert written(behaviour, 1, max_tokens=3, index=1)[1].finish_reason == "length"
+    with pytest.raises(InputError, match="pairs: there is no completion"):
+        written(behaviour, 1, None, index=1)
+
+
+def test_pairs_take_the_drafts_of_their_prompt_in_turn() -> None:
+    drafts = [Draft([number], [-1.0], "stop") for number in range(3)]
+    requests = [Request(f"a/1/{index}", "a", index, 0) for index in range(8)]
+
+    def numbers(behaviour: Behaviour) -> list[int]:
+        found = [draft_of({"a": drafts}, request, behaviour) for request in requests]
+        return [draft.token_ids[0] for draft in found if draft is not None]
+
+    assert numbers(Pairs()) == [0, 0, 1, 1, 2, 2, 0, 0]
+    assert numbers(Mixture(on_policy_fraction=0)) == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert [pair_of(index) for index in range(4)] == [0, 0, 1, 1]
+    assert Pairs().reads == {"drafts"} and Pairs().draws and Pairs().at(99) == Pairs() and Pairs().pairs
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_pairs_need_an_even_number_of_completions(count: int) -> None:
+    with pytest.raises(ValidationError, match=f"num_generations: {count}, .* use an even number \\({count + 1}"):
+        RolloutConfig(behaviour=Pairs(), num_generations=count)
+    assert RolloutConfig(behaviour=Pairs(), num_generations=count + 1).behaviour == Pairs()
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "named"),
     [
+        (Pairs, {"drafts": {"per_prompt": 0}}, "per_prompt"),
         (TeacherPrefix, {"cap": -1}, "cap"),
         (TeacherPrefix, {"cap": 4, "fraction": 0}, "fraction"),
         (TeacherPrefix, {}, "cap"),

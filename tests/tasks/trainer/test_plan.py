@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,6 +52,45 @@ def test_budget_does_not_change_which_rank_trains_what() -> None:
     wide, narrow = (split_step(lengths, 2, budget) for budget in (1000, 1))
     for few, many in zip(wide, narrow, strict=True):
         assert [p for m in few if not m.filler for p in m.places] == [p for m in many if not m.filler for p in m.places]
+
+
+@given(st.integers(1, 12), st.integers(1, 4), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_pairs_stay_together_in_every_step(count: int, per_step: int, epochs: int, draw: random.Random) -> None:
+    rows = list(range(2 * count))
+    draw.shuffle(rows)
+    pairs = np.array(rows).reshape(-1, 2)
+    steps = plan_steps(3, 1, 2 * count, 2 * per_step, 2 * count * epochs, pairs)
+    stream = [step.rows[at : at + 2] for step in steps for at in range(0, len(step.rows), 2)]
+    for epoch in range(epochs):
+        assert sorted(stream[epoch * count : (epoch + 1) * count]) == sorted(map(tuple, pairs.tolist()))
+    assert all(step.together == 2 for step in steps)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=15), st.integers(1, 5), st.integers(1, 200))
+def test_a_split_tears_no_pair(lengths: list[int], world: int, budget: int) -> None:
+    lengths = [length for length in lengths for length in (length, (length * 7) % 50 + 1)]
+    ranks = split_step(lengths, world, budget, 2)
+    assert len(ranks) == world and len({len(micros) for micros in ranks}) == 1
+    real = [micro for micros in ranks for micro in micros if not micro.filler]
+    assert sorted(place for micro in real for place in micro.places) == list(range(len(lengths)))
+    for micro in real:
+        assert micro.places[1::2] == tuple(place + 1 for place in micro.places[::2]), (
+            "both of a pair, one after the other"
+        )
+        assert all(place % 2 == 0 for place in micro.places[::2])
+        padded = len(micro.places) * max(lengths[place] for place in micro.places)
+        assert padded <= budget or len(micro.places) == 2, "a pair above the budget is alone"
+
+
+def test_what_would_tear_a_pair_is_refused() -> None:
+    pairs = np.arange(6).reshape(-1, 2)
+    for per_step, total in ((3, 6), (2, 5)):
+        with pytest.raises(ValueError, match="torn apart"):
+            plan_steps(0, 1, 6, per_step, total, pairs)
+    with pytest.raises(ValueError, match="torn apart"):
+        plan_steps(0, 1, 8, 2, 8, pairs)
+    with pytest.raises(ValueError, match="units of 2"):
+        split_step([1, 2, 3], 1, 10, 2)
 
 
 def test_schedule_warms_up_comes_down_and_holds() -> None:

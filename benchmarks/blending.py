@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ def main(root: Path, repeats: int, epsilons: Sequence[float]) -> None:
     run_experiment(e, name="blending", root=root, prefect=False)
     store = Store(root)
     student, teacher, prompts, _ = begin(e, Planner(store), lambda round: True)
+    assert not isinstance(teacher, Mapping)  # the demo has one
     ways: dict[str, Any] = {"plain": "student"}
     for sampler in ("draft_and_verify", "lock_step"):
         ways |= {f"{sampler} {eps}": {"kind": "trb", "epsilon": eps, "sampler": sampler} for eps in epsilons}

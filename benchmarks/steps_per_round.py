@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import opdflow
+from opdflow.lab import LabRun
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 PROMPTS_PER_STEP = 16
@@ -42,7 +43,7 @@ def run(root: Path, per_round: int, seed: int, steps: int, extra: list[str]) -> 
     return name
 
 
-def seconds_per_round(run: opdflow.LabRun) -> float:
+def seconds_per_round(run: LabRun) -> float:
     """Median over the rounds but the first, which starts the workers."""
     sql = """SELECT median(seconds) AS seconds FROM (SELECT round, sum(seconds) AS seconds FROM stages
              WHERE round > 1 AND stage IN ('rollout', 'supervise', 'train') GROUP BY round)"""

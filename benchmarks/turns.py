@@ -26,7 +26,7 @@ class Spent(NamedTuple):
     def now(cls) -> Spent:
         return cls(time.perf_counter(), time.process_time())
 
-    def __sub__(self, other: Spent) -> Spent:  # type: ignore[override]
+    def __sub__(self, other: Spent) -> Spent:
         return Spent(self.clock - other.clock, self.cpu - other.cpu)
 
 

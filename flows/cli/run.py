@@ -243,8 +243,7 @@ def evaluate(
         from flows.run.stress import stress as stressed
         from storage.store import Store
 
-        found = stressed(held, round[0] if round else last, Store(root), verifier, limit)
-        return print_stress(found, json_, out)
+        return print_stress(stressed(held, round[0] if round else last, Store(root), verifier, limit), json_, out)
     if prompts is not None and tasks is not None:
         raise ConfigError("--prompts and --tasks: call the command once for each")
     _only_with("--prompts", prompts, {"verifier": verifier, "set-name": set_name})

@@ -65,7 +65,10 @@ def schedule(
     experiment = load_experiment(config, set_)
     state = refuse_early(experiment, name, root)  # now, not at 2 in the morning
     here = Console(file=sys.stdout, highlight=False)  # Prefect's own lines on standard output are not wanted
-    say = lambda line: here.print(redact(line), markup=False, soft_wrap=True)  # noqa: E731
+
+    def say(line: str) -> None:
+        here.print(redact(line), markup=False, soft_wrap=True)
+
     goal = experiment.policy.rounds
     if state is not None and state.status == "finished" and state.rounds_done >= goal:
         return say(f"{name}: all {goal} rounds are done; for more: --set policy.rounds={goal + rounds}")

@@ -179,9 +179,8 @@ def prepare(
     warnings: list[str] = []
     for split, source in config.sources().items():
         given = contexts.get(split)
-        templates: dict[str | None, str | None] = (
-            {None: given} if given is None or isinstance(given, str) else {**given}
-        )
+        by_teacher = {None: given} if given is None or isinstance(given, str) else given
+        templates: dict[str | None, str | None] = dict(by_teacher.items())
         wanted = context_columns if split == SAMPLED else None
         named = [name for name in PRIVILEGED if any(name in privileged_columns(of) for of in templates.values())]
         privileged = named if wanted is None else [name for name in PRIVILEGED if name in wanted]

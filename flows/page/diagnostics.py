@@ -45,7 +45,7 @@ def diagnostics(store: Store, runs: Sequence[Run], facts: Sequence[RunFacts]) ->
         for number_ in dict.fromkeys((rounds[0], rounds[-1])):
             rows += _overlap(catalog, run, number_, notes)
     found["positions"] = _chart("entropy by position, last round (nats)", entropies, "from token", log=True)
-    found["lengths"] = _chart("length of held-out completions (tokens)", lengths, "round")
+    found["lengths"] = _chart("length of right and wrong held-out answers (tokens)", lengths, "round")
     return found | {"overlap": rows, "notes": list(notes)}
 
 

@@ -122,7 +122,7 @@
     const points = datasets.flatMap((dataset) => dataset.data);
     const last = runs.map((name) => `${name} ends at ${form(chart.runs[name].at(-1)[1])}`).join(", ");
     draw(canvasIn(place, chart.title, chart.about, `${chart.title} by ${x}: ${last}`), "line", datasets, {
-      x, y: "", legend: names.length > 1, errors: dots,
+      x, y: "", legend: names.length > 1 || Boolean(chart.lines), errors: dots,
       xAxis: chart.log
         ? { type: "logarithmic", ticks: { callback: (value) => value }, afterBuildTicks: (axis) => (axis.ticks = [...new Set(points.map((point) => point.x))].sort((a, b) => a - b).map((value) => ({ value }))) }
         : { type: "linear", ticks: { precision: 0, includeBounds: false }, ...(dots ? around(points.map((point) => point.x)) : {}) },

@@ -152,7 +152,7 @@ def test_diagnostics_are_curves_and_a_table_and_say_what_is_missing(rewarded: Pa
     positions = charts["entropy by position, last round (nats)"]
     assert positions["lines"] == ["hostile student", "hostile teacher", "other student", "other teacher"]
     assert positions["runs"]["hostile student"] == [[1, 1.0], [2, 1.0], [4, 1.0], [8, 1.0]] and positions["log"]
-    lengths = charts["length of held-out completions (tokens)"]
+    lengths = charts["length of right and wrong held-out answers (tokens)"]
     assert lengths["runs"]["hostile right"] == [[0, 1, 0], [1, 1, 0], [2, 1, 0]]
     p, q = (0.5, 0.3), (0.2, 0.3)
     shares = [[a / sum(of) for a in of] for of in (p, q)]

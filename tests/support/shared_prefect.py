@@ -72,7 +72,7 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
         with (home / "log").open("wb") as log:
             server = subprocess.Popen(command, env=environment, cwd=home, stdout=log, stderr=log)
         try:
-            eventually(lambda: healthy(url) or server.poll() is not None, 180)
+            eventually(lambda: healthy(url) or server.poll() is not None, 600)
             assert server.poll() is None, (home / "log").read_text()
             yield Api(url)
             assert not list(home.glob("*.db"))

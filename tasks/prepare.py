@@ -179,7 +179,8 @@ def prepare(
     warnings: list[str] = []
     for split, source in config.sources().items():
         given = contexts.get(split)
-        templates = {None: given} if given is None or isinstance(given, str) else given
+        templates: dict[str | None, str | None] = {}
+        templates |= given if isinstance(given, Mapping) else {None: given}
         wanted = context_columns if split == SAMPLED else None
         named = [name for name in PRIVILEGED if any(name in privileged_columns(of) for of in templates.values())]
         privileged = named if wanted is None else [name for name in PRIVILEGED if name in wanted]

@@ -179,15 +179,14 @@ def prepare(
     warnings: list[str] = []
     for split, source in config.sources().items():
         given = contexts.get(split)
-        by_teacher = {None: given} if given is None or isinstance(given, str) else given
-        templates: dict[str | None, str | None] = dict(by_teacher.items())
+        templates: list[str | None] = [*given.values()] if isinstance(given, Mapping) else [given]
         wanted = context_columns if split == SAMPLED else None
-        named = [name for name in PRIVILEGED if any(name in privileged_columns(of) for of in templates.values())]
+        named = [name for name in PRIVILEGED if any(name in privileged_columns(of) for of in templates)]
         privileged = named if wanted is None else [name for name in PRIVILEGED if name in wanted]
         rows, notes = read_rows(source, privileged)
         if wanted is not None:
             _require_kept(split, rows, wanted)
-        rows = [_in_context(row, templates) for row in rows]
+        rows = [_in_context(row, given) for row in rows]
         warnings += [f"{split}: {note}" for note in notes]
         for row in rows:
             renderer.require_teacher(split, row)
@@ -230,9 +229,9 @@ def prepare(
     )
 
 
-def _in_context(row: Row, templates: Mapping[str | None, str | None]) -> Row:
-    """The row with what its teacher reads, where there is a template: of each teacher by name, or of the only one (None)."""
-    template = templates.get(None if None in templates else row.teacher_id)
+def _in_context(row: Row, given: str | Mapping[str, str] | None) -> Row:
+    """The row with what its teacher reads, where there is a template: of the only teacher, or of each by name."""
+    template = given.get(row.teacher_id or "") if isinstance(given, Mapping) else given
     return row if template is None else replace(row, teacher_prompt=teacher_prompt(row, template))
 
 

@@ -49,6 +49,9 @@ from tasks.plugins import search_in
 
 START_SECONDS = 120.0
 """Limit for the start of the process: it imports the users' modules and math-verify."""
+ENDING_SECONDS = 30.0
+"""Wait for the end of a process that has closed its connection, so that the reason, which is stored, does not depend on how busy
+the machine is."""
 REASON_LENGTH = 300
 """Characters of a reason that are kept."""
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -138,7 +141,7 @@ class VerifierProcess:
         """How the process ended by itself; None where it was still running. It is gone afterwards."""
         assert self._process is not None
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(0.5 if self._closed else 0)
+            self._process.wait(ENDING_SECONDS if self._closed else 0)
         code = self._process.poll()
         self.close()
         if code is None:

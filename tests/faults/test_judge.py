@@ -30,6 +30,7 @@ WHY = {
     "family": "'judges:struck' took longer than judge.timeout (1 s)",
     "exit": "'judges:struck' ended its process (exit 3)",
     "quit": "'judges:struck' ended its process (exit 1)",
+    "linger": "'judges:struck' ended its process (exit 4)",
     "crash": "'judges:struck' ended its process (killed by signal 11)",
     "slain": "'judges:struck' ended its process (killed by signal 9)",
     "raise": "'judges:struck': ValueError: no score, key *** second line",

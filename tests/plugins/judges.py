@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
 import os
@@ -68,6 +69,12 @@ def _slain(completion: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _linger(completion: str) -> None:
+    """Ends its process, which needs a moment for it, as on a busy machine."""
+    atexit.register(time.sleep, 2)
+    sys.exit(4)
+
+
 def _family(completion: str) -> None:
     """Hangs, and leaves processes behind that no signal to its group ends."""
     start_family(Path(os.environ["OPD_TEST_JUDGE_FOLDER"]), os.getppid())
@@ -101,6 +108,7 @@ FAULTS = {
     "spin": _spin,
     "stop": _stop,
     "slain": _slain,
+    "linger": _linger,
     "family": _family,
     "exit": _exit,
     "crash": _crash,

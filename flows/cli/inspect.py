@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.options import Json, Root, RunName, console, example, existing_root, grid
+from flows.cli.options import SLIM, Json, Root, RunName, console, example, existing_root, fitting, grid
 from flows.run.hints import DEFAULT_ROOT, opd_command
 from storage.errors import InputError
 from storage.runs import RoundState, Run, RunState
@@ -95,25 +95,38 @@ def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
     if not states:
         typer.echo(f"no runs in {root}; start one with: opd run CONFIG")
         return
-    table = grid("run", "status", "round", *(figure.heading for figure in MAIN), "evicted", "changed (UTC)")
+    out = console()
+    headings = (
+        "run",
+        "status",
+        "round",
+        *(figure.heading for figure in MAIN),
+        *(["evicted"] if any(gone.values()) else []),
+    )
+    wide, slim = grid(*headings), grid(*headings, **SLIM)
+    for table in (wide, slim):
+        table.add_column("changed (UTC)")
+        for column in table.columns[3:]:
+            column.no_wrap = True  # a figure and a time are read on one line
     for state in states:
         last = _last(state, root)
-        cells = ["", ""]
+        cells, sizes = ["", ""], ["", ""]
         for place, figure in enumerate(MAIN):
             if last is not None and (text := with_error(last.metrics, figure.metric, figure.form)):
                 size = samples(last.metrics, figure.metric)
-                cells[place] = text + (f" ({size})" if size else "")
+                cells[place], sizes[place] = text, f" ({size})" if size else ""
         if last is not None and last.unevaluated:
-            cells[0] = NOT_EVALUATED
-        table.add_row(
+            cells[0], sizes[0] = NOT_EVALUATED, ""
+        lost = f"of {len(gone[state.name])} rounds" if gone[state.name] else ""
+        first = (
             state.name,
             ", ".join(filter(None, (status_text(state, root), pace_text(state, root)))),
             str(last.round) if last else "",
-            *cells,
-            f"of {len(gone[state.name])} rounds" if gone[state.name] else "",
-            state.updated[:16].replace("T", " "),
         )
-    console().print(table)
+        more = (*([lost] if any(gone.values()) else []), state.updated[:16].replace("T", " "))
+        wide.add_row(*first, *(f"{cell}{size}" for cell, size in zip(cells, sizes, strict=True)), *more)
+        slim.add_row(*first, *cells, *more)
+    out.print(fitting(out, wide, slim))
 
 
 def compare(
@@ -150,13 +163,15 @@ def compare(
         typer.echo(json.dumps([line.as_json() | added for line, added in zip(found, more, strict=True)], indent=2))
         return
     shown = [figure for figure in PAIRED if any(figure.metric in line.figures for line in found)]
-    table = grid(
-        "second - first", *(figure.metric for figure in shown), "prompts", caption=COMPARED, caption_justify="left"
-    )
+    headings = ("second - first", *(figure.heading for figure in shown), "prompts")
+    tables = [grid(*headings, caption=COMPARED, caption_justify="left", **form) for form in ({}, SLIM)]
     for line in found:
         cells = [apart(line.figures[f.metric], f.form) if f.metric in line.figures else "" for f in shown]
-        table.add_row(f"{line.one} - {line.other}", *cells, line.prompts)
-    console().print(table)
+        below = [text.replace(", ", ",\n") for text in cells]  # no figure is broken
+        for table, texts in zip(tables, (cells, below), strict=True):
+            table.add_row(f"{line.one} - {line.other}", *texts, line.prompts)
+    out = console()
+    out.print(fitting(out, *tables))
     if others:
         beside.print_beside(root, found, console())
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -84,6 +85,16 @@ def grid(*headings: str, **options: Any) -> Table:
     for heading in headings:
         table.add_column(heading, overflow="fold")
     return table
+
+
+SLIM: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False, "show_edge": False}
+"""Options of a table that leaves its width to the columns."""
+
+
+def fitting(out: Console, *tables: Table) -> Table:
+    """The first table that fits without wrapping, else the last."""
+    free = out.options.update(max_width=PIPE_WIDTH)
+    return next((table for table in tables if out.measure(table, options=free).maximum <= out.width), tables[-1])
 
 
 def console() -> Console:

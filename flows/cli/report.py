@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.of_sets import sets_table, tasks_table
-from flows.cli.options import PIPE_WIDTH, console, grid
+from flows.cli.options import SLIM, console, fitting, grid
 from flows.run.earlier import outdated
 from flows.run.figures import DIAGNOSED
 from flows.run.hints import opd_command
@@ -188,25 +188,32 @@ def _heading(state: RunState, root: Path, holder: str | None) -> Text:
 
 
 def _rounds(state: RunState, gone: dict[tuple[int, str], list[str]], out: Console) -> list[Table | Text]:
-    """The table of rounds. Where it is wider than `out`, the seconds of the stages follow it, a line per round."""
+    """The table of rounds. Where it is wider than `out`, the seconds of the stages follow it, a line per round; if it still
+    is, it has fewer lines, then length and clipped without their errors."""
     shown = [f for f in BY_ROUND if any(r.metrics.get(f.metric) is not None for r in state.rounds)]
     rounds = sorted(state.rounds, key=lambda r: r.round)
     times = [_stages(round, {label for number, label in gone if number == round.round}) for round in rounds]
-    table, narrow = grid("round"), grid("round")
+    whole, narrow, slim, brief = grid("round"), grid("round"), grid("round", **SLIM), grid("round", **SLIM)
     for figure in shown:
-        table.add_column(figure.heading, justify="right")
-        narrow.add_column(figure.heading, justify="right", overflow="fold")
-    table.add_column("seconds per stage")
+        for table in (whole, narrow, slim, brief):
+            table.add_column(figure.heading, justify="right", overflow="fold")
+    whole.add_column("seconds per stage")
     for round, time in zip(rounds, times, strict=True):
         metrics = [with_error(round.metrics, figure.metric, figure.form) for figure in shown]
+        short = [
+            text.partition(" ")[0] if figure.metric in ("mean_length", "clipped_ratio") else text
+            for figure, text in zip(shown, metrics, strict=True)
+        ]
         if round.unevaluated and shown and shown[0].metric in FIGURES:
-            metrics[0] = NOT_EVALUATED
-        table.add_row(str(round.round), *metrics, time)
-        narrow.add_row(str(round.round), *metrics)
-    if out.measure(table, options=out.options.update(max_width=PIPE_WIDTH)).maximum <= out.width:
-        return [table]
+            metrics[0] = short[0] = NOT_EVALUATED
+        whole.add_row(str(round.round), *metrics, time)
+        brief.add_row(str(round.round), *short)
+        for table in (narrow, slim):
+            table.add_row(str(round.round), *metrics)
+    if fitting(out, whole, narrow) is whole:
+        return [whole]
     lines = [Text.assemble(f"  round {round.round}: ", time) for round, time in zip(rounds, times, strict=True)]
-    return [narrow, Text("seconds per stage:"), *lines]
+    return [fitting(out, narrow, slim, brief), Text("seconds per stage:"), *lines]
 
 
 def _diagnosed(state: RunState) -> Table | None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.cli.cells import visible
+from flows.cli.cells import harmless, visible
 from flows.cli.options import AtRound, Json, Root, at_round, console, example, existing_root
 from flows.run.hints import DEFAULT_ROOT
 from storage.errors import InputError, did_you_mean
@@ -109,10 +109,10 @@ def _print(found: dict[str, Any], out: Console) -> None:
     facts += [f"written by {found['behaviour']}"] if found["behaviour"] != "student" else []
     out.print(Text.assemble((found["sample_id"], "bold"), "  ", ", ".join(filter(None, facts))))
     if found["prompt"] is not None:
-        out.print(Text(found["prompt"], style="dim"))
+        out.print(Text(harmless(found["prompt"]), style="dim"))
     out.print(_coloured(found["completion_text"], tokens))
     if judged.get("feedback"):
-        out.print(Text(f"feedback: {judged['feedback']}", style="dim"))
+        out.print(Text(harmless(f"feedback: {judged['feedback']}"), style="dim"))
     out.print()
     out.print(_table(tokens))
     out.print(Text.assemble(*LEGEND, style="dim"))
@@ -130,9 +130,9 @@ def _coloured(text: str, tokens: list[dict[str, Any]]) -> Text:
     for token in tokens:
         offset, length = token["text_offset"], token["text_length"]
         if offset is None or not length:
-            shown.append(token["token"] or "", _style(token))
+            shown.append(harmless(token["token"] or ""), _style(token))
         elif offset + length > end:
-            shown.append(text[max(end, offset) : offset + length], _style(token))
+            shown.append(harmless(text[max(end, offset) : offset + length]), _style(token))
             end = offset + length
     return shown
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.cli.cells import harmless
 from flows.cli.options import console as terminal
 from flows.cli.options import grid
 from storage.query.sql import duckdb_type
@@ -95,7 +96,7 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.6g}"
-    text = _field(value)
+    text = harmless(_field(value))
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
 
 

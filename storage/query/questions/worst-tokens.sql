@@ -1,5 +1,5 @@
--- The tokens that the teacher finds least likely, compared with the student, and the text around them. Where the student did not
--- score (supervise.student: none) it is the distribution sampled from.
+-- The tokens that the teacher finds least likely, compared with the student, and the text around them.
+-- Where the student did not score (supervise.student: none) it is the distribution sampled from.
 -- Their place in the text is looked up last, for the rows that are shown.
 -- $round = last: the round whose rollouts are looked at
 -- $limit = 20: rows

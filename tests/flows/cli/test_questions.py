@@ -90,3 +90,8 @@ def test_numbers_and_ids_are_never_cut_off(width):
 
 def test_the_default_memory_is_of_this_machine():
     assert 1_000_000_000 <= memory_bytes(default_memory()) < 1 << 46
+
+
+def test_the_first_line_of_a_question_is_a_whole_sentence():
+    """It alone stands in `opd query --list`."""
+    assert [found.name for found in questions().values() if not found.doc.endswith(".")] == []

@@ -21,7 +21,8 @@ Rows = list[dict[str, Any]]
 def small(e: Experiment) -> list[str]:
     """What is set so that a round has 128 completions and 8 steps, and an evaluation 100 prompts. Models, warm-ups and lengths
     are the recipe's own."""
-    return [f"rollout.prompts_per_round={SAMPLES // e.rollout.num_generations}", f"prompts.eval.count={EVALUATED}"]
+    sizes = [f"rollout.prompts_per_round={SAMPLES // e.rollout.num_generations}", f"prompts.eval.count={EVALUATED}"]
+    return [*sizes, f"policy.rounds={ROUNDS}"]
 
 
 def check_run(store: Store, e: Experiment, state: RunState) -> None:

@@ -70,7 +70,7 @@ def smollm2(folder: Path, layers: tuple[int, ...] = tuple(range(30))) -> Path:
 
 def shallower(source: Path, folder: Path, layers: tuple[int, ...]) -> Path:
     """The checkpoint `source` with these of its layers."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     kept = {f"model.layers.{layer}": f"model.layers.{place}" for place, layer in enumerate(layers)}
     weights = {}
     for name, tensor in load_file(source / "model.safetensors").items():

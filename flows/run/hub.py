@@ -20,7 +20,7 @@ class Destination:
     def __init__(self, repo: str, private: bool) -> None:
         from huggingface_hub import HfApi, get_token
         from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # its stub leaves it out
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in __all__
 
         self.repo, self._private = repo, private
         try:

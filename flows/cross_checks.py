@@ -192,8 +192,13 @@ def teacherless_problems(e: Experiment) -> list[str]:
             f"{' (scale, add, beside, likelihood or reference does)' * (objective.estimator == 'credit')}; set supervise.teacher:"
             " {kind: local}"
         )
-    if e.teacher is not None and e.teacher.context is not None:
-        problems.append("teacher.context: no teacher reads it, because supervise.teacher is none; leave it out")
+    read_elsewhere = e.evaluate.generations("kl") > 0 or bool(e.rollout.behaviour.reads & {"teacher", "drafts"})
+    for name, model in e.taught_by.items():
+        if not read_elsewhere and getattr(model, "context", None) is not None:
+            problems.append(
+                f"{teacher_field(name)}.context: no teacher reads it: supervise.teacher is none, and the evaluation asks none"
+                " (evaluate.kl_prompts: 0); leave it out"
+            )
     return problems
 
 

@@ -214,7 +214,8 @@ class Store:
             empty = empty.select(list(columns))
         self.require_data(artifact)
         parts = [self._read(artifact, record, columns) for record in records]
-        return pa.concat_tables(parts) if parts else empty
+        # an earlier version's shards beside those made now: a column may have become nullable
+        return pa.concat_tables(parts, promote_options="default") if parts else empty
 
     def read_shard(self, artifact: Artifact, table: str, shard: int) -> pa.Table:
         """One shard, verified like `read_table`."""

@@ -38,6 +38,8 @@ class _JudgeIdentity(Identity):
     config: JudgeConfig
     sources: list[str | None]
     plugins: dict[str, str] = Field({}, json_schema_extra=omit_at({}))
+    ignores_failed: bool = Field(False, json_schema_extra=omit_at(False))
+    """Whether a verifier of weight 0 that fails leaves the reward (an earlier version: no reward)."""
 
 
 def sources_of(config: JudgeConfig) -> list[str | None]:
@@ -69,7 +71,12 @@ def judge_work(
     if any("tokens" in given_to(verifier) for verifier in functions):
         inputs["vocabulary"] = prompts.content["vocabulary"]
     sources = sources_of(config)
-    identity = _JudgeIdentity(config=config, sources=sources, plugins=used_plugins(plugins, "judge", config=config))
+    identity = _JudgeIdentity(
+        config=config,
+        sources=sources,
+        plugins=used_plugins(plugins, "judge", config=config),
+        ignores_failed=any(verifier.weight == 0 for verifier in config.verifiers),
+    )
     spec = ArtifactSpec.of(STAGE, VERSION, identity, inputs)
 
     def build(builders: dict[str, Builder], ctx: Context) -> None:
@@ -180,10 +187,11 @@ def metrics_of(config: JudgeConfig, rewards: pa.Table, rollouts: pa.Table) -> di
     lengths = pc.list_value_length(rollouts["completion_token_ids"]).filter(judged)
     found: dict[str, Sums] = {"reward": sums(prompts, reward)}
     failures = Counter(reason for reason in rewards["failed"].to_pylist() if reason is not None)
+    limit = config.max_feedback
     counts: dict[str, float | None] = {
         "failed": rewards.num_rows - len(reward),
         "timed_out": _count(failures, TOOK_LONGER),
-        "feedback_cut": sum(len(text) > config.max_feedback for text in rewards["feedback"].to_pylist() if text),
+        "feedback_cut": sum(len(text) > limit for text in rewards["feedback"].to_pylist() if text) if limit else 0,
     }
     if len(config.verifiers) > 1:
         parts = np.array(rewards["parts"].filter(judged).to_pylist(), float).reshape(-1, len(config.verifiers))

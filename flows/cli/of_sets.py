@@ -36,7 +36,12 @@ def tasks_table(state: RunState) -> Table | None:
     group that has metrics of its own are left out."""
     table = grid("round", "task", "metric", "value", "n")
     for round, label in _measured(state, OF_TASK):
-        of = {name.removeprefix(f"{label}_"): name for name in round.metrics if name.startswith(f"{label}_")}
+        longer = tuple(f"{other}_" for other in round.stages if other.startswith(f"{label}_"))
+        of = {
+            name.removeprefix(f"{label}_"): name
+            for name in round.metrics
+            if name.startswith(f"{label}_") and not name.startswith(longer)
+        }
         shown = [name for name in of if f"{name}_n" in of]
         for name in [name for name in shown if "/" not in name] or shown:
             metric, _, task = name.partition("/")

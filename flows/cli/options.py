@@ -30,8 +30,8 @@ def local(path: Path | None) -> Path | None:
 INSTEAD = {
     "s3:": "mount the bucket, or copy the finished folder there (aws s3 cp --recursive)",
     "gs:": "mount the bucket, or copy the finished folder there (gcloud storage cp -r)",
-    "hub:": "give a folder, and upload it with --push OWNER/NAME",
-    "hf:": "give a folder, and upload it with --push OWNER/NAME",
+    "hub:": "give a folder; `opd export` uploads one with --push OWNER/NAME",
+    "hf:": "give a folder; `opd export` uploads one with --push OWNER/NAME",
     "file:": "leave out the scheme",
 }
 OTHERWISE = "give a folder (a name with a colon: as an absolute path)"

@@ -226,12 +226,14 @@ def evaluate(
     from flows.run.runner import stored_experiment
 
     name, at = at_round(name)
-    round = [*round, at] if at is not None else round
+    round = sorted({*round, at}) if at is not None else round
     held = Run.open(root, name)
     known = [r.round for r in held.state.rounds if r.student_sha256]
     if missing := sorted(set(round) - set(known)):
         raise InputError(f"run {name!r}: round {missing[0]} is not trained yet; trained are {known or 'none'}")
     last = max(known, default=0)
+    own = {"include-path": include_path, "num-fewshot": num_fewshot, "apply-chat-template": chat_template or None}
+    _only_with("--tasks", tasks, own)
     if stress:
         beside = {"prompts": prompts, "set-name": set_name, "tasks": tasks}
         if (given := [field for field, value in beside.items() if value]) or len(round) > 1:
@@ -247,8 +249,6 @@ def evaluate(
     if prompts is not None and tasks is not None:
         raise ConfigError("--prompts and --tasks: call the command once for each")
     _only_with("--prompts", prompts, {"verifier": verifier, "set-name": set_name})
-    own = {"include-path": include_path, "num-fewshot": num_fewshot, "apply-chat-template": chat_template or None}
-    _only_with("--tasks", tasks, own)
     if prompts is None and tasks is None:
         _only_with("--prompts or --tasks", None, {"limit": limit})
     elif not known:

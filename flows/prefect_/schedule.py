@@ -116,7 +116,7 @@ def _until_over(attempt: Callable[[Contact], int], name: str, say: Callable[[str
                 return attempt(contact)
         except ServerUnavailable as error:
             if contact.heard is not None and (good is None or contact.heard - contact.began >= STEADY_SECONDS):
-                good, wait = contact.heard, WAITS[0]
+                good, wait = time.monotonic(), WAITS[0]  # a tick may have gone on for hours after the loss
             if good is None:
                 raise
             if time.monotonic() - good > AWAY_SECONDS:

@@ -54,6 +54,7 @@ class InPrefect(LineReporter):
             self._worker_lines()
             if self._bar is not None:
                 self.session.attempt(lambda: self._end_bar(round, label, state))
+                self._bar = None
         super().stage(round, label, state, metrics)
 
     def progress(

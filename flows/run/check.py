@@ -28,7 +28,7 @@ from tasks.context import examples
 from tasks.engines.verifier_process import NoVerdict, VerifierProcess, reason_of
 from tasks.evaluate import Prompt, plan_shards
 from tasks.inputs.contexts import DEFAULT_THRESHOLD
-from tasks.inputs.judging import JudgeConfig, Outcome, name_of, summed
+from tasks.inputs.judging import JudgeConfig, Outcome, Unusable, name_of, summed
 from tasks.inputs.models import CheckpointModel, ModelSource, model_work, parameter_count
 from tasks.inputs.sources import FileSource
 from tasks.inputs.tokenizers import load_tokenizer
@@ -265,7 +265,10 @@ def _judge(experiment: Experiment, rows: pa.Table, tokenizer: Any) -> Iterator[s
     finally:
         process.close()
     if len(outcomes) == len(judge.verifiers) > 1:
-        yield f"judge: its reward is {summed(judge, outcomes).reward:g}, the weighted sum"
+        try:
+            yield f"judge: its reward is {summed(judge, outcomes).reward:g}, the weighted sum"
+        except Unusable as error:
+            yield f"judge: no reward: {error}"
 
 
 def _judge_config(experiment: Experiment, judge: JudgeConfig) -> Iterator[str]:

@@ -162,7 +162,7 @@ class LineReporter(SilentReporter):
         elif state.state == "pending":
             self._line(round, label, "[yellow]interrupted[/]")
         else:
-            self._line(round, label, f"[red]{state.state}[/]: {state.error}")
+            self._line(round, label, f"[red]{state.state}[/]: {escape(str(state.error))}")
 
     def progress(
         self, round: int, label: str, done: int, total: int, unit: str, metrics: Metrics | None = None

@@ -222,7 +222,9 @@ def sample_contexts(known: Known) -> Found:
             f" the teacher has room for {max(0, room)} tokens (its positions, and prompts.max_teacher_prompt_length); where a"
             " context is longer the next one is taken, or none, and both are counted"
         )
-    longest_feedback = 0 if e.judge is None or "feedback" not in named_in(e.sample_contexts) else e.judge.max_feedback
+    longest_feedback = 0
+    if e.judge is not None and "feedback" in named_in(e.sample_contexts):
+        longest_feedback = e.judge.max_feedback or 0
     if limits and longest_feedback > CHARACTERS * max(0, min(limits)):
         yield Finding(
             f"judge.max_feedback: {longest_feedback:,} characters are more than the {max(0, min(limits)):,} tokens hold that the"

@@ -21,7 +21,6 @@ GIVEN = ("prompt", "token_ids", "tokens")
 """What a function gets beside completion and answer, if it has a parameter of that name."""
 KEYS = ("reward", "feedback", "segments", "spans")
 """What a function may return in a dict."""
-MAX_FEEDBACK = 8000
 LATE_LEAST = 64
 """Completions from which on judging is given up where verifiers were stopped at their limit at more than half of them."""
 TOOK_LONGER = "took longer than judge.timeout"
@@ -79,11 +78,11 @@ class JudgeConfig(Identity):
         " teacher's context; null: 0.5 where every reward of the round is 0 or 1, else none is counted as correct or wrong, and"
         " such contexts are refused",
     )
-    max_feedback: int = Field(
-        MAX_FEEDBACK,
+    max_feedback: int | None = Field(
+        None,
         ge=1,
-        description="characters of feedback that are kept of a completion; what is cut off is counted at the text's end",
-        json_schema_extra=omit_at(MAX_FEEDBACK),
+        description="characters of feedback that are kept of a completion; the text's end says how many are cut off; null: all",
+        json_schema_extra=omit_at(None),
     )
 
     @field_validator("timeout")
@@ -285,6 +284,6 @@ def summed(config: JudgeConfig, outcomes: Sequence[Outcome | None]) -> Outcome:
     )
 
 
-def kept_feedback(text: str, limit: int) -> str:
+def kept_feedback(text: str, limit: int | None) -> str:
     """The text, or its first `limit` characters and how many more there were. Longer than `limit` only where it was cut."""
-    return text if len(text) <= limit else f"{text[:limit]} [... {len(text) - limit:,} characters cut]"
+    return text if limit is None or len(text) <= limit else f"{text[:limit]} [... {len(text) - limit:,} characters cut]"

@@ -171,7 +171,8 @@ class Signal:
             mine = np.flatnonzero(shards == shard)
             parts.append(_taken(self._shard(int(shard)), rows[mine] - self._starts[shard]))
             places.append(mine)
-        whole = parts[0] if len(parts) == 1 else pa.concat_tables(parts).take(np.argsort(np.concatenate(places)))
+        # signals of an earlier version beside new ones: a column may have become nullable
+        whole = pa.concat_tables(parts, promote_options="default").take(np.argsort(np.concatenate(places)))
         for column in self._null:
             at = whole.schema.get_field_index(column)
             whole = whole.set_column(at, whole.schema.field(at), pa.nulls(len(whole), whole.schema.field(at).type))

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -173,7 +174,11 @@ class WorkerPool:
         if count == 1:
             drain(0)
         elif count > 1:
-            threads = [threading.Thread(target=drain, args=(number,), daemon=True) for number in range(count)]
+            # each in the caller's context, which Prefect's loggers and artifacts look up
+            threads = [
+                threading.Thread(target=copy_context().run, args=(drain, number), daemon=True)
+                for number in range(count)
+            ]
             try:
                 for thread in threads:
                     thread.start()

@@ -45,7 +45,10 @@ def _judges(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"objective": {"add": "log_ratio"}}, "estimator credit reads the teacher's log-probabilities"),
         ({"objective": {"reference": {}}}, "estimator credit reads the teacher's log-probabilities"),
         ({"objective": {"beside": {}}}, "the signal 'student_topk' of this objective is made by running the teacher"),
-        ({"teacher": {"context": "{answer} {prompt}"}}, "teacher.context: no teacher reads it"),
+        (
+            {"teacher": {"context": "{answer} {prompt}"}, "evaluate": {"kl_prompts": 0}},
+            "teacher.context: no teacher reads it",
+        ),
         ({"supervise": {"student": "none"}}, "supervise.student is none"),
     ],
 )

@@ -17,7 +17,6 @@ from storage.errors import ConfigError, OpdError
 from storage.schemas import schema_for
 from storage.store import Artifact, ArtifactSpec, Store
 from tasks.engines.judge import Judge, Lateness
-from tasks.inputs.judging import LATE_LEAST
 from tasks.judge import JudgeConfig, judge_work, metrics_of, threshold_of
 from tasks.stage import Context
 from tasks.workers import jobs
@@ -185,10 +184,10 @@ def test_feedback_is_cut_at_its_limit_and_counted(tmp_path: Path, monkeypatch: p
     feedback = [row["feedback"] for row in world.rows(made)]
     assert feedback == ["***", "." * 7 + "***", "." * 18 + "** [... 1 characters cut]"]
     assert made.meta["metrics"]["feedback_cut"] == 1
-    assert JudgeConfig.model_fields["max_feedback"].default == 8000
+    assert JudgeConfig.model_fields["max_feedback"].default is None
     keys = {
         judge_work(config_of(EXACT, **fields), world.rollouts, world.prompts).outputs["judge"].key  # type: ignore[arg-type]
-        for fields in ({}, {"max_feedback": 8000}, {"max_feedback": 20})
+        for fields in ({}, {"max_feedback": None}, {"max_feedback": 20})
     }
     assert len(keys) == 2
 
@@ -196,13 +195,11 @@ def test_feedback_is_cut_at_its_limit_and_counted(tmp_path: Path, monkeypatch: p
 def test_a_verifier_that_hangs_again_and_again_is_told_and_ends_the_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.engines.judge.LATE_LEAST", 12)
+    monkeypatch.setattr("tasks.judge.LATE_LEAST", 12)
     world = World(tmp_path, ["good", "hang", "good", *["hang"] * 9, "good"], size=20)
     slow: Any = InProcessPool(judge=Judge({}))
     slow.runtime = RuntimeConfig(device="cpu", threads=1)
-    with pytest.raises(
-        OpdError, match=r"at 10 of the first 12 completions.*0\.2 s, judge\.timeout\); raise judge\.timeout"
-    ):
+    with pytest.raises(OpdError, match=r"judge\.timeout \(0\.2 s\) at 10 of 13 completions"):
         world.make(config_of(NAMED, timeout=0.2), slow)
     told = [line for line in world.said if "5 completions one after another" in line]
     assert len(told) == 1 and "'judges:named' (0.2 s, judge.timeout)" in told[0] and "raise judge.timeout" in told[0]
@@ -227,11 +224,6 @@ def test_lateness_counts_rows_of_completions() -> None:
     counts = Lateness()
     late = [counts.after(who) is not None for who in [*["a"] * 4, None, *["a"] * 6, None, *["a"] * 5]]
     assert [at for at, told in enumerate(late) if told] == [9, 16]
-    half = Lateness()
-    for _ in range(LATE_LEAST // 2):
-        half.after("a"), half.after(None)
-    with pytest.raises(OpdError, match=f"{LATE_LEAST // 2 + 1} of the first {LATE_LEAST + 1} completions"):
-        half.after("b (1 s, judge.timeout)")
 
 
 def test_tokens_are_the_texts_of_the_students_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

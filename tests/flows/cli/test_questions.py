@@ -22,7 +22,9 @@ from storage.runs import RunState
 
 PAGE = (CHECKOUT / "docs" / "query.md").read_text()
 COMMANDS = [
-    line[: line.find("   ")] if "   " in line else line for line in PAGE.splitlines() if line.startswith("opd ")
+    line[: line.find("   ")] if "   " in line else line
+    for line in PAGE.splitlines()
+    if line.startswith("opd ") and " --tasks " not in line  # those need lm-eval (tests/tasks/test_harness.py)
 ]
 
 

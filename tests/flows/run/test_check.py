@@ -270,10 +270,9 @@ def test_feedback_that_no_context_has_room_for_is_noted(tmp_path, own_judge):
         "teacher.context='{feedback} {prompt}'",
         "note: judge.max_feedback: 8,000 characters are more than the",
     )
-    assert note in check(tmp_path, *given, context, "prompts.max_teacher_prompt_length=100")
-    assert note not in check(
-        tmp_path, *given, context, "prompts.max_teacher_prompt_length=100", "judge.max_feedback=90"
-    )
+    given = (*given, context, "prompts.max_teacher_prompt_length=100")
+    assert note in check(tmp_path, *given, "judge.max_feedback=8000")
+    assert note not in check(tmp_path, *given, "judge.max_feedback=90")
 
 
 def test_prompts_without_the_answer_that_a_judge_compares_with_are_counted(tmp_path, own_judge):

@@ -27,7 +27,7 @@ from storage.store import Store
 
 RACERS = 8
 PATIENCE = 60.0
-PROMPT = 2.0
+PROMPT = 30.0
 """Seconds within which a loser must have ended."""
 
 

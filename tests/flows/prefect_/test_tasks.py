@@ -147,7 +147,11 @@ def test_tasks_are_the_stages_of_the_rounds_and_a_cached_one_says_so(reported, s
 
 
 def test_a_round_is_a_table_and_the_end_a_summary(reported, shared_server) -> None:
-    first, second = (artifacts_of(shared_server, run) for run in reported_runs(shared_server))
+    # on a busy machine a stage may take so long that it has a bar too
+    first, second = (
+        {key: made for key, made in artifacts_of(shared_server, run).items() if made["type"] != "progress"}
+        for run in reported_runs(shared_server)
+    )
     assert first.keys() == {f"{NAME}-round-0", f"{NAME}-round-1", f"{NAME}-rounds", f"{NAME}-summary"}
     assert second.keys() == first.keys() | {f"{NAME}-round-2"}
     state = Run.open(reported.root, NAME).state

@@ -74,6 +74,13 @@ def test_every_view_has_the_declared_columns_when_it_has_rows(view, example_stor
         kept = pa.Table.from_pylist([{"prompt_id": "p0", "prompt": '"x"'}], schema_for("context_columns"))
         builder.write_shard("context_columns", 0, kept)
         builder.commit()
+    with store.building(ArtifactSpec.of("harness", 1, {}, {})) as builder:
+        common = {"task": "t", "metric": "acc", "filter": "none", "value": 1.0}
+        result = common | {"n": 1, "task_version": "1"}
+        asked = common | {"doc_id": 0, "request": "x", "answers": "[]", "target": "y"}
+        for name, row in (("harness_results", result), ("harness_samples", asked)):
+            builder.write_shard(name, 0, pa.Table.from_pylist([row], schema_for(name)))
+        builder.commit()
     run = Run.open(example_store, "demo")
     with run.lock():
         state = run.state

@@ -72,8 +72,6 @@ def test_rewards_alone_need_no_teacher(judged: Judged, trainers: dict[int, Worke
     (of_full,), (row,) = full.rows, none.rows
     assert of_full["reverse_kl"] is not None and of_full["teacher_entropy"] is not None
     assert row["reverse_kl"] is None and row["teacher_entropy"] is None and row["loss"] == of_full["loss"]
-    with pytest.raises(Exception, match="teacher_logprobs"):
-        trained(replace(judged, world=replace(world, signals=signals)), trainers[1], "power", "without")
 
 
 def test_the_gate_of_antisd_survives_between_rounds(judged: Judged, trainers: dict[int, Worker]) -> None:

@@ -144,6 +144,11 @@ def pair_problems(e: Experiment) -> list[str]:
             f"train.importance_correction: {correction} weights single tokens of the student's, and objective.estimator {name}"
             " compares whole completions, one of which the teacher wrote; set kind: none"
         )
+    if e.train.max_drift is not None:
+        problems.append(
+            f"train.max_drift: the drift is measured on the student's own samples, and half of the tokens of objective.estimator"
+            f" {name} are the teacher's; leave it out"
+        )
     if e.teacher is None:
         return problems
     if e.sample_contexts:

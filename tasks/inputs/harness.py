@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
 from itertools import islice
@@ -131,6 +132,8 @@ def _fields(group: Any) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """What JSON has no form for, as something that is the same in every process. InputError for other values."""
+    if isinstance(value, partial):
+        return [_plain(value.func), list(value.args), dict(value.keywords)]
     if callable(value):
         try:
             file = inspect.getsourcefile(value)

@@ -137,6 +137,10 @@ OWN_TEACHER = "teacher={source: {kind: initial}, warmup: null%s}"
         ),
         ([*PAIRS, "train.samples_per_step=1"], "train.samples_per_step: 1 is odd", "use an even number"),
         (
+            [*PAIRS, "train.max_drift=0.1"],
+            "train.max_drift: the drift is measured on the student's own samples",
+        ),
+        (
             [*PAIRS, "train.importance_correction={kind: truncated}"],
             "train.importance_correction: truncated",
             "set kind: none",

@@ -139,6 +139,7 @@ OWN_TEACHER = "teacher={source: {kind: initial}, warmup: null%s}"
         (
             [*PAIRS, "train.max_drift=0.1"],
             "train.max_drift: the drift is measured on the student's own samples",
+            "leave it out",
         ),
         (
             [*PAIRS, "train.importance_correction={kind: truncated}"],

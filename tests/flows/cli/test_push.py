@@ -23,6 +23,7 @@ def push(monkeypatch, capsys, example_store, tmp_path, hub):
     """Calls the command in this process, as a user with this token of this hub."""
     monkeypatch.setattr(hub_constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(hub_constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)  # an engine in this process sets it
     monkeypatch.delenv("HF_TOKEN", raising=False)
 
     opd = in_this_process(monkeypatch, capsys, example_store)
@@ -43,8 +44,10 @@ def test_a_student_is_committed_to_the_hub_that_the_environment_names(
     hub, example_store, tmp_path, monkeypatch
 ) -> None:
     target = tmp_path / "student"
-    for name, value in (("HF_ENDPOINT", hub.url), ("HF_TOKEN", TOKEN), ("HF_HUB_DISABLE_XET", "1")):
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # an engine in this process sets it for what it starts
     command = ["export", "demo", target, "--push", "acme/pupil", "--private"]
     said = json.loads(opd(*command, "--json", root=example_store).stdout)
     assert said["hub"] == f"{hub.url}/acme/pupil" and hub.private == {"acme/pupil": True}

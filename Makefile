@@ -38,8 +38,8 @@ $(VENV)/.installed-gpu: requirements/gpu.txt requirements/dev.txt pyproject.toml
 	@touch $@
 	@echo "Installed. Next: make demo, or with models of yours: . $(VENV)/bin/activate && opd init --help"
 
-demo: setup  ## distil a small model on this machine's CPU; 3 to 4 minutes on two idle cores
-	@$(BIN)/opd run configs/quickstart.yaml --name demo
+demo: setup  ## distil a small model on this machine's CPU; two minutes on two idle cores
+	@$(BIN)/opd run configs/demo.yaml --name demo
 
 demo-text: setup  ## SmolLM2-135M teaches itself without four of its 30 layers; minutes on two idle cores
 	@test -e smollm2/student-26/config.json || $(BIN)/python benchmarks/smollm2.py smollm2

@@ -75,6 +75,7 @@ def test_a_wheel_has_recipes_and_checks_one(tmp_path):
     for file in (
         "recipes/gkd.yaml",
         "deepspeed/zero3.json",
+        "demo.yaml",
         "quickstart.yaml",
         "deploy/Dockerfile.gpu",
         "deploy/slurm.sh",

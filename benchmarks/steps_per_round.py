@@ -18,7 +18,7 @@ from pathlib import Path
 import opdflow
 from opdflow.lab import LabRun
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 PROMPTS_PER_STEP = 16
 
 

@@ -1,9 +1,9 @@
 """How on-policy to be: the demo's student after equally many rollouts and optimizer steps, in rounds of 1, 2, 4, 8 and 20 steps.
 
-python benchmarks/steps_per_round.py ROOT [--steps 80] [--per-round 1 2 4 8 20] [--seeds 0 1 2] [--set train.lr=1e-3]
+python benchmarks/steps_per_round.py ROOT [--steps 80] [--per-round 1 2 4 8 20] [--seeds 0 1 2] [--generations 2] [--set train.lr=1e-3]
 
 ROOT: a folder for the store; the same command goes on with what is missing there. A step takes 32 completions (16 prompts, two
-each). The later a step comes in its round, the older is the student that wrote its completions. Prints for each number of steps
+each, or `--generations`; with 1, no step has two completions of a prompt, however long the round). The later a step comes in its round, the older is the student that wrote its completions. Prints for each number of steps
 per round, over the seeds: reverse KL and accuracy after the last round with standard errors between seeds, their difference
 to the first column by seed (paired), and the seconds of a round's stages."""
 
@@ -19,25 +19,26 @@ import opdflow
 from opdflow.lab import LabRun
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
-PROMPTS_PER_STEP = 16
+COMPLETIONS_PER_STEP = 32
 
 
-def run(root: Path, per_round: int, seed: int, steps: int, extra: list[str]) -> str:
+def run(root: Path, per_round: int, seed: int, options: argparse.Namespace) -> str:
     """Runs to the end, or goes on; the name of the run."""
-    name = f"steps{per_round}-seed{seed}"
+    name = f"steps{per_round}-seed{seed}" + f"-generations{options.generations}" * (options.generations != 2)
     fields = {
         "seed": seed,
-        "rollout.prompts_per_round": PROMPTS_PER_STEP * per_round,
-        "train.samples_per_step": 2 * PROMPTS_PER_STEP,
+        "rollout.num_generations": options.generations,
+        "rollout.prompts_per_round": COMPLETIONS_PER_STEP // options.generations * per_round,
+        "train.samples_per_step": COMPLETIONS_PER_STEP,
         "train.epochs_per_round": 1,
         "train.schedule": "{kind: constant, warmup_steps: 10}",
         "train.lr": 3e-4,
-        "policy.rounds": steps // per_round,
+        "policy.rounds": options.steps // per_round,
         "policy.evaluate_every": 10_000,
     }
     opd = str(Path(sys.executable).parent / "opd")
     sets = [part for field, value in fields.items() for part in ("--set", f"{field}={value}")]
-    more = [part for field in extra for part in ("--set", field)]
+    more = [part for field in options.set for part in ("--set", field)]
     command = [opd, "run", str(CONFIG), "--name", name, "--root", str(root), "--no-prefect", *sets, *more]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return name
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80, help="of every run")
     parser.add_argument("--per-round", type=int, nargs="+", default=[1, 2, 4, 8, 20])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--generations", type=int, choices=[1, 2, 4, 8], default=2, help="completions per prompt")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     options = parser.parse_args()
     if bad := [n for n in options.per_round if options.steps % n]:
@@ -69,7 +71,7 @@ def main() -> None:
     found: dict[int, list[tuple[float, float, float]]] = {}
     for seed in options.seeds:
         for per_round in options.per_round:
-            name = run(options.root, per_round, seed, options.steps, options.set)
+            name = run(options.root, per_round, seed, options)
             done = opdflow.open(options.root).run(name)
             last = done.rounds.rows()[-1]
             kl, accuracy = last["reverse_kl"], last["accuracy_greedy"]

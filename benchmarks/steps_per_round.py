@@ -1,9 +1,11 @@
 """How on-policy to be: the demo's student after equally many rollouts and optimizer steps, in rounds of 1, 2, 4, 8 and 20 steps.
 
-python benchmarks/steps_per_round.py ROOT [--steps 80] [--per-round 1 2 4 8 20] [--seeds 0 1 2] [--generations 2] [--set train.lr=1e-3]
+python benchmarks/steps_per_round.py ROOT [--steps 80] [--per-round 1 2 4 8 20] [--seeds 0 1 2] [--generations 2]
+                                          [--set train.lr=1e-3]
 
 ROOT: a folder for the store; the same command goes on with what is missing there. A step takes 32 completions (16 prompts, two
-each, or `--generations`; with 1, no step has two completions of a prompt, however long the round). The later a step comes in its round, the older is the student that wrote its completions. Prints for each number of steps
+each, or `--generations`; with 1, no step has two completions of a prompt, however long the round). The later a step comes in
+its round, the older is the student that wrote its completions. Prints for each number of steps
 per round, over the seeds: reverse KL and accuracy after the last round with standard errors between seeds, their difference
 to the first column by seed (paired), and the seconds of a round's stages."""
 

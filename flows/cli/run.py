@@ -82,9 +82,10 @@ def run(
     Exit codes: 0 done, 1 failed, 2 bad config or input, 75 the run is held by another process, 130 interrupted."""
     from flows.config_file import shipped
     from flows.experiment import load_experiment
+    from flows.run.runner import has_begun
 
-    experiment = load_experiment(config, set_)
     name = name or shipped(config).stem
+    experiment = load_experiment(config, set_, begun=has_begun(name, root))
     if dry_run:
         return _dry_run(experiment, name, root, rounds, json_, verbose)
     _go(experiment, name, root, rounds, no_prefect, Output(json_, verbose, quiet))
@@ -125,14 +126,13 @@ def fork(
     again.
 
     Exit codes: as for `opd run`."""
-    from flows.run.recovery import stands_for
-    from flows.run.runner import changed_fields, existing_run, fork_experiment
+    from flows.run.runner import changed_fields, fork_experiment, has_begun, standing
 
     parent, at, number = point.rpartition("@")
     if not at or not number.isdigit():
         raise ConfigError(f"{point!r}: expected NAME@ROUND, for example demo@2")
-    experiment = fork_experiment(parent, int(number), root, set_)
-    if (held := existing_run(name, root)) is not None and stands_for(held, experiment):
+    experiment = fork_experiment(parent, int(number), root, set_, has_begun(name, root))
+    if (held := standing(experiment, name, root)) is not None:
         changed = ", ".join(changed_fields(held.experiment, experiment))
         err.print(
             f"run {name!r} is this fork already: it goes on, as by opd resume"

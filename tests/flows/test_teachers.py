@@ -489,7 +489,7 @@ def test_a_column_that_is_missing_for_one_teacher_names_its_context(tmp_path: Pa
     rows = [{"prompt": f"{n}+1=", "answer": f"{n + 1}", "teacher_id": TEACHERS[n % 2]} for n in range(4)]
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data["prompts"]["train"] = {"kind": "file", "path": str(path)}
+    data["prompts"] |= {split: {"kind": "file", "path": str(path)} for split in ("train", "eval")}
     with pytest.raises(
         InputError, match=r"train\.jsonl:1: teachers\.add\.context uses \{hint\}, which is missing here"
     ):

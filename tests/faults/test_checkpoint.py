@@ -66,6 +66,7 @@ def over_lists(part: dict[str, Any], alone: bool) -> dict[str, Any]:
 
 
 RECIPES = {path.stem: recipe_objective(path) for path in sorted((CHECKOUT / "configs" / "recipes").glob("*.yaml"))}
+PAIRS = next(name for name, own in RECIPES.items() if own.needs().pairs)
 SHORT = ("tropd", "reopold")
 """Recipes in `make test`: one that draws per token, one that weighs by the ratio to the policy of the rollouts."""
 SAVING = {
@@ -356,6 +357,24 @@ def test_an_average_goes_on_bit_for_bit_after_a_kill(bench: Bench, trials: Trial
     steps = [1, *sorted(random.Random("steps").sample(range(2, STEPS), 3)), STEPS]
     names = [f"{setup}, ranks {ranks}, step {step}" for setup in AVERAGES for ranks in (1, 2) for step in steps]
     trials(5, "SIGKILL after a step, averaged teacher per step and per round, one and two ranks", names, attempt)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(FULL_SECONDS)
+def test_pairs_go_on_bit_for_bit_after_a_kill(bench: Bench, trials: Trials) -> None:
+    """Both completions of a pair are in one step and one micro-batch, on whichever rank. A rank dies early, in the middle, and
+    after the last step."""
+
+    def attempt(name: str) -> None:
+        ranks, step = map(int, re.fullmatch(r"ranks (\d), step (\d+)", name).groups())  # type: ignore[union-attr]
+        rank = random.Random(name).randrange(ranks)
+        bench.killed(PAIRS, ranks, f"pairs {name}", f"train.after_step=kill#{rank}@{step}")
+        made = bench.train(PAIRS, ranks, f"pairs {name}")
+        assert resumed_after(made) in (step - 1, step)
+        bench.check(made, PAIRS, ranks)
+
+    names = [f"ranks {ranks}, step {step}" for step in (6, 1, STEPS) for ranks in (2, 1)]
+    trials(5, "SIGKILL after a step, pairs of completions (PBSD), one and two ranks", names, attempt)
 
 
 @pytest.mark.promise(5, "the gate of AntiSD opens and closes in both rounds of the trials that compare it")

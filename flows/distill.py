@@ -18,7 +18,7 @@ from tasks.harness import harness_work
 from tasks.inputs.harness import HarnessTask
 from tasks.inputs.models import model_work
 from tasks.inputs.teachers import EmaStudent, PreviousRound, SelfTeacher, is_self
-from tasks.judge import judge_work
+from tasks.judge import EarlierRewards, judge_work
 from tasks.mixture import mixture_work
 from tasks.prepare import prepare_work
 from tasks.rollout import rollout_work
@@ -63,6 +63,7 @@ def distill(
     evaluated = evaluated or partial(experiment.policy.evaluates, last=rounds)
     student, teacher, prompts, sets = begin(experiment, do, evaluated, further)
     state: TrainerState | None = None
+    earlier = EarlierRewards(do.store)
     for number in range(1, rounds + 1):
         now = experiment.at(number)
         with do.round(number) as round:
@@ -74,7 +75,7 @@ def distill(
                 teacher=read_by(now.rollout, teacher), drafts=drafts, plugins=plugins,
             )  # fmt: skip
             rollouts = Rollouts(made["rollout"])
-            judged = rewarded(now, rollouts=rollouts, prompts=prompts, do=do)
+            judged = rewarded(now, rollouts=rollouts, prompts=prompts, earlier=earlier, do=do)
             contexts = contextual(
                 now, rollouts=rollouts, student=student, teacher=teacher, prompts=prompts, judged=judged, do=do
             )
@@ -130,13 +131,15 @@ def drafted(e: Experiment, round: int, *, teacher: Taught, prompts: Prompts, do:
     return Drafts(made["draft"])
 
 
-def rewarded(now: Experiment, *, rollouts: Rollouts, prompts: Prompts, do: Executor) -> Judged | None:
+def rewarded(
+    now: Experiment, *, rollouts: Rollouts, prompts: Prompts, earlier: EarlierRewards, do: Executor
+) -> Judged | None:
     """The rewards of a round's rollouts, where something reads them."""
     if now.judge is None or not needs_judge(now):
         return None
     made = do(
         "judge", judge_work, now.judge,
-        rollouts=rollouts, prompts=prompts, plugins=now.plugin_sources, store=do.store,
+        rollouts=rollouts, prompts=prompts, plugins=now.plugin_sources, earlier=earlier,
     )  # fmt: skip
     return Judged(made["judge"])
 

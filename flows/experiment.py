@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -409,11 +409,23 @@ def _is_students(teacher: Any) -> bool:
     return isinstance(source, dict) and source.get("kind") in SELF_TEACHERS
 
 
+Begun = Callable[["Experiment"], bool]
+"""Whether an experiment is in the store already, so that it goes on with what is refused in a new one."""
+
+
+def not_begun(experiment: Experiment) -> bool:
+    """A config that is read for no run."""
+    return False
+
+
 def load_experiment(
-    path: str | Path, overrides: list[str] | None = None, folder: str | Path | None = None
+    path: str | Path,
+    overrides: list[str] | None = None,
+    folder: str | Path | None = None,
+    begun: Begun = not_begun,
 ) -> Experiment:
     """Read, override and validate a config. Paths in a file are relative to it, those of overrides to `folder` (default: the
-    working directory).
+    working directory). `begun`: asked where a field of the objective has no effect (`refuse_without_effect`).
 
     ConfigError names file and field, what was found, and what to do."""
     layers = read_layers(Path(path))
@@ -421,14 +433,14 @@ def load_experiment(
     parts = [(data, file.parent, str(file)) for file, data in layers] + [
         (data, Path.cwd() if folder is None else Path(folder), where) for where, data in given
     ]
-    return assembled(parts, str(path), [file.parent for file, _ in reversed(layers)])
+    return assembled(parts, str(path), [file.parent for file, _ in reversed(layers)], begun)
 
 
 Part = tuple[dict[str, Any], Path, str]
 """Some fields of an experiment, the folder that their relative paths start from, and their place for errors."""
 
 
-def assembled(parts: Sequence[Part], where: str, folders: Sequence[Path]) -> Experiment:
+def assembled(parts: Sequence[Part], where: str, folders: Sequence[Path], begun: Begun) -> Experiment:
     """The experiment of `parts`, later ones merged over earlier ones. Modules are looked for in `folders` too, in this order.
 
     ConfigError as for `load_experiment`."""
@@ -438,9 +450,17 @@ def assembled(parts: Sequence[Part], where: str, folders: Sequence[Path]) -> Exp
     raw = merged([*(data for data, _, _ in parts), *runtime])
     modules = import_plugins(raw, where, folders)  # they may register choices, whose fields are settled below
     found = experiment_of(merged([settle(*part) for part in parts]), where, modules)
-    if unread := without_effect(found):
-        raise ConfigError(f"{where}: {len(unread)} problem(s) in the config\n  " + "\n  ".join(unread))
+    refuse_without_effect(found, where, begun)
     return found
+
+
+def refuse_without_effect(experiment: Experiment, where: str, begun: Begun) -> None:
+    """ConfigError for fields of the objective that nothing reads, in a config that has not begun. Those that a fork has from its
+    parent stay: earlier versions accepted them."""
+    accepted = () if experiment.parent is None else without_effect(experiment.parent)
+    unread = [line for line in without_effect(experiment) if line not in accepted]
+    if unread and not begun(experiment):
+        raise ConfigError(f"{where}: {len(unread)} problem(s) in the config\n  " + "\n  ".join(unread))
 
 
 def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

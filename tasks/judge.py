@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from storage.artifacts.shards import read_parquet
 from storage.errors import OpdError
 from storage.identity import Identity, omit_at
 from storage.query.figures import Sums, errors_of, sums
-from storage.store import ArtifactSpec, Builder, Store
+from storage.store import Artifact, ArtifactSpec, Builder, Store
 from tasks.inputs.judging import LATE_LEAST, TOOK_LONGER, JudgeConfig, JudgeFunction, given_to
 from tasks.inputs.verifiers import verifier_digest
 from tasks.plugins import NO_PLUGINS, used_plugins
@@ -23,7 +24,7 @@ from tasks.sharded import ShardedStage
 from tasks.stage import Context, Prompts, Rollouts, Work, prompt_inputs
 from tasks.workers.jobs import ArtifactRef, JudgeJob, JudgeShard, config_json
 
-__all__ = ["STAGE", "TABLE", "VERSION", "JudgeConfig", "judge_work", "sources_of"]
+__all__ = ["STAGE", "TABLE", "VERSION", "EarlierRewards", "JudgeConfig", "judge_work", "sources_of"]
 
 VERSION = 1
 STAGE = "judge"
@@ -56,10 +57,10 @@ def judge_work(
     rollouts: Rollouts,
     prompts: Prompts,
     plugins: Mapping[str, str] = NO_PLUGINS,
-    store: Store | None = None,
+    earlier: EarlierRewards | None = None,
 ) -> Work:
-    """The rewards of one round's rollouts. `plugins`: the run's, name -> digest of the source. With a `store`, a note where these
-    completions were judged there by other code of the functions.
+    """The rewards of one round's rollouts. `plugins`: the run's, name -> digest of the source. With `earlier`, a note where these
+    completions were judged by other code of the functions.
 
     Output "judge": table rewards, with the shards and the order of the rollouts. Meta: `metrics` (see `metrics_of`), `failures`
     (reason -> samples without a reward for it, the most frequent). A sample whose verifier fails, takes too long or ends its
@@ -82,27 +83,40 @@ def judge_work(
     def build(builders: dict[str, Builder], ctx: Context) -> None:
         _build(builders[STAGE], ctx, config, sources, rollouts, prompts)
 
-    again = None if store is None else judged_by_other_code(store, spec, config, sources)
+    again = None if earlier is None else earlier.by_other_code(spec, config, sources)
     return Work(STAGE, {STAGE: spec}, build, notes=() if again is None else (again,))
 
 
-def judged_by_other_code(
-    store: Store, spec: ArtifactSpec, config: JudgeConfig, sources: Sequence[str | None]
-) -> str | None:
-    """What to say where nothing but the code of functions differs from rewards of the same completions in the store; None where
-    there are none such, or `spec` itself is there."""
-    if not any(sources) or store.get(spec.stage, spec.key) is not None:
+class EarlierRewards:
+    """The rewards that are in a store when it is first asked. One object serves all rounds of a call: what the rounds before have
+    judged meanwhile is of other completions."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    @functools.cached_property
+    def _by_inputs(self) -> dict[tuple[tuple[str, str], ...], list[Artifact]]:
+        found: dict[tuple[tuple[str, str], ...], list[Artifact]] = {}
+        for artifact in self._store.list(STAGE):
+            found.setdefault(tuple(sorted(artifact.inputs.items())), []).append(artifact)
+        return found
+
+    def by_other_code(self, spec: ArtifactSpec, config: JudgeConfig, sources: Sequence[str | None]) -> str | None:
+        """What to say where nothing but the code of functions differs from rewards of the same completions; None where there are
+        none such, or `spec` itself is there."""
+        if not any(sources) or self._store.get(spec.stage, spec.key) is not None:
+            return None
+        for artifact in self._by_inputs.get(tuple(sorted(spec.inputs.items())), ()):
+            before = artifact.identity.get("sources")
+            if before is None or artifact.version != spec.version:
+                continue
+            if artifact.identity | {"sources": None} == spec.identity | {"sources": None}:
+                changed = [name for name, then, now in zip(config.names, before, sources, strict=True) if then != now]
+                return (
+                    f"the code of {' and '.join(map(repr, changed))} has changed since these completions were judged, so they are"
+                    f" judged again; the earlier rewards stay in the store ({artifact})"
+                )
         return None
-    for artifact in store.list(spec.stage):
-        before = artifact.identity.get("sources")
-        same = (artifact.version, artifact.inputs) == (spec.version, spec.inputs)
-        if same and before is not None and artifact.identity | {"sources": None} == spec.identity | {"sources": None}:
-            changed = [name for name, then, now in zip(config.names, before, sources, strict=True) if then != now]
-            return (
-                f"the code of {' and '.join(map(repr, changed))} has changed since these completions were judged, so they are"
-                f" judged again; the earlier rewards stay in the store ({artifact})"
-            )
-    return None
 
 
 def _build(

@@ -28,7 +28,7 @@ from tasks.inputs.rows import PRIVILEGED, Row
 from tasks.inputs.shipped import load_tokenizer, read_otherwise
 from tasks.inputs.sources import read_rows, source_identity
 from tasks.inputs.tokenizers import TokenizerAudit, TokenizerPolicy, audit_tokenizers, vocabulary_rows
-from tasks.routing import ROUTED_COLUMNS, all_routes, learned_by, own_prompts, taught_by
+from tasks.routing import ROUTED_COLUMNS, all_routes, learned_by, own_prompts, taught_by, teacher_field
 from tasks.signals.signal import STOP_IDS
 from tasks.stage import LOADING, Context, Work
 
@@ -231,8 +231,11 @@ def prepare(
 
 def _in_context(row: Row, given: str | Mapping[str, str] | None) -> Row:
     """The row with what its teacher reads, where there is a template: of the only teacher, or of each by name."""
-    template = given.get(row.teacher_id or "") if isinstance(given, Mapping) else given
-    return row if template is None else replace(row, teacher_prompt=teacher_prompt(row, template))
+    name = row.teacher_id if isinstance(given, Mapping) else None
+    template = given.get(name or "") if isinstance(given, Mapping) else given
+    if template is None:
+        return row
+    return replace(row, teacher_prompt=teacher_prompt(row, template, field=f"{teacher_field(name)}.context"))
 
 
 def _require_kept(split: str, rows: Sequence[Row], kept: Mapping[str, bool]) -> None:

@@ -55,12 +55,15 @@ def deploy(
     from flows.experiment import load_experiment
     from flows.prefect_.deploy import deploy as put
     from flows.prefect_.deploy import parse_variables
+    from flows.run.runner import has_begun
 
     if every is None and cron is None and timezone is not None:
         raise ConfigError(f"--timezone {timezone!r}: belongs to --cron")
     when = None if every is None and cron is None else times(every, cron, timezone)
     variables = parse_variables(job_variable)
-    load_experiment(config, set_)  # what is wrong with the config is said now, not by a worker
+    load_experiment(
+        config, set_, begun=has_begun(name, root)
+    )  # what is wrong with the config is said now, not by a worker
     made = put(
         config,
         name,

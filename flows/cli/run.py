@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.cli.options import (
-    AtRound,
     Quiet,
     Root,
     RunJson,
@@ -28,11 +26,9 @@ from flows.cli.options import (
     Set,
     SetOfRun,
     Verbose,
-    at_round,
     console,
     example,
     grid,
-    local,
 )
 from flows.run.hints import DEFAULT_ROOT, opd_command, with_resume_hint
 from storage.errors import ConfigError, InputError, OpdError
@@ -56,7 +52,6 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=example("opd run configs/quickstart.yaml --name demo --set train.lr=1e-3"))(run)
     app.command(epilog=example("opd resume demo"))(resume)
     app.command(epilog=example("opd stop demo"))(stop)
-    app.command(epilog=example("opd evaluate demo --round 3 --prompts gsm8k.jsonl --verifier math_verify"))(evaluate)
     app.command(epilog=example("opd fork demo@2 --name wider --set objective.support.k=32"))(fork)
     app.command(epilog=example("opd check configs/qwen3-gpu.yaml"))(check)
 
@@ -82,12 +77,13 @@ def run(
     Exit codes: 0 done, 1 failed, 2 bad config or input, 75 the run is held by another process, 130 interrupted."""
     from flows.config_file import shipped
     from flows.experiment import load_experiment
+    from flows.run.runner import has_begun
 
-    experiment = load_experiment(config, set_)
     name = name or shipped(config).stem
+    experiment = load_experiment(config, set_, begun=has_begun(name, root))
     if dry_run:
         return _dry_run(experiment, name, root, rounds, json_, verbose)
-    _go(experiment, name, root, rounds, no_prefect, Output(json_, verbose, quiet))
+    go(experiment, name, root, rounds, no_prefect, Output(json_, verbose, quiet))
 
 
 def resume(
@@ -105,7 +101,7 @@ def resume(
     Exit codes: as for `opd run`."""
     from flows.run.runner import resume_experiment
 
-    _go(resume_experiment(name, root, set_), name, root, rounds, no_prefect, Output(json_, verbose, quiet))
+    go(resume_experiment(name, root, set_), name, root, rounds, no_prefect, Output(json_, verbose, quiet))
 
 
 def fork(
@@ -125,21 +121,20 @@ def fork(
     again.
 
     Exit codes: as for `opd run`."""
-    from flows.run.recovery import stands_for
-    from flows.run.runner import changed_fields, existing_run, fork_experiment
+    from flows.run.runner import changed_fields, fork_experiment, has_begun, standing
 
     parent, at, number = point.rpartition("@")
     if not at or not number.isdigit():
         raise ConfigError(f"{point!r}: expected NAME@ROUND, for example demo@2")
-    experiment = fork_experiment(parent, int(number), root, set_)
-    if (held := existing_run(name, root)) is not None and stands_for(held, experiment):
+    experiment = fork_experiment(parent, int(number), root, set_, has_begun(name, root))
+    if (held := standing(experiment, name, root)) is not None:
         changed = ", ".join(changed_fields(held.experiment, experiment))
         err.print(
             f"run {name!r} is this fork already: it goes on, as by opd resume"
             + (f", with {changed}" if changed else ""),
             soft_wrap=True,
         )
-    _go(experiment, name, root, rounds, no_prefect, Output(json_, verbose, quiet))
+    go(experiment, name, root, rounds, no_prefect, Output(json_, verbose, quiet))
 
 
 def stop(
@@ -167,127 +162,6 @@ def stop(
             )
         time.sleep(0.1)
     out.print(f"run {name!r} is stopped; continue with: {opd_command(root, 'resume', name)}", soft_wrap=True)
-
-
-def evaluate(
-    name: AtRound,
-    round: Annotated[
-        list[int],
-        typer.Option(
-            "--round", min=0, help="a round; can be repeated (default: all not evaluated yet; of a set the last)"
-        ),
-    ] = [],  # noqa: B006
-    prompts: Annotated[
-        str | None,
-        typer.Option("--prompts", metavar="FILE", help="another evaluation set: prompts, with answers, or {path: ...}"),
-    ] = None,
-    verifier: Annotated[
-        str | None,
-        typer.Option("--verifier", metavar="KIND[:ARG]", help="of the set (default: the run's): exact_match:REGEX"),
-    ] = None,
-    set_name: Annotated[str | None, typer.Option("--set-name", help="the set's name (default: the file's)")] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="prompts of the set or of a task, or completions of --stress")
-    ] = None,
-    stress: Annotated[
-        bool,
-        typer.Option("--stress", help="test the verifiers: how often form alone changes their verdict (one round)"),
-    ] = False,
-    tasks: Annotated[
-        str | None, typer.Option("--tasks", metavar="NAMES", help="tasks of lm-eval, with commas: gsm8k,arc_easy")
-    ] = None,
-    include_path: Annotated[
-        Path | None,
-        typer.Option("--include-path", metavar="DIR", help="tasks of yours (YAML), as lm-eval has it", callback=local),
-    ] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option("--num-fewshot", min=0, help="examples of a task (default: its own number)")
-    ] = None,
-    chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="render a task's requests as the student's chat")
-    ] = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-    json_: RunJson = False,
-    root: Root = DEFAULT_ROOT,
-) -> None:
-    """Evaluate rounds that `policy.evaluate_every` left out, or any round on other prompts (--prompts) or tasks of lm-eval
-    (--tasks).
-
-    A student that `opd gc` evicted is rebuilt first. Metrics of a set or a task stand apart under its name. --tasks needs
-    `pip install 'opdflow[lm-eval]'`, and the data sets of the tasks.
-
-    With --stress the verifiers are asked again about completions of one round (default: the last) and about the same completions
-    with steps renumbered, independent lines exchanged, neutral lines or marks of confidence added; nothing is sampled or stored.
-    --verifier names another verifier to test.
-
-    Exit codes: as for `opd run`; 2 also for a round that is not trained yet, for a set that cannot be measured, and for --stress
-    without a verifier or completions."""
-    from flows.run.runner import stored_experiment
-
-    name, at = at_round(name)
-    round = sorted({*round, at}) if at is not None else round
-    held = Run.open(root, name)
-    known = [r.round for r in held.state.rounds if r.student_sha256]
-    if missing := sorted(set(round) - set(known)):
-        raise InputError(f"run {name!r}: round {missing[0]} is not trained yet; trained are {known or 'none'}")
-    last = max(known, default=0)
-    own = {"include-path": include_path, "num-fewshot": num_fewshot, "apply-chat-template": chat_template or None}
-    _only_with("--tasks", tasks, own)
-    if stress:
-        beside = {"prompts": prompts, "set-name": set_name, "tasks": tasks}
-        if (given := [field for field, value in beside.items() if value]) or len(round) > 1:
-            what = f"--{given[0]}" if given else "several rounds"
-            raise ConfigError(
-                f"--stress and {what}: --stress reads the completions of one round; leave one of them out"
-            )
-        from flows.cli.stressed import print_stress
-        from flows.run.stress import stress as stressed
-        from storage.store import Store
-
-        return print_stress(stressed(held, round[0] if round else last, Store(root), verifier, limit), json_, out)
-    if prompts is not None and tasks is not None:
-        raise ConfigError("--prompts and --tasks: call the command once for each")
-    _only_with("--prompts", prompts, {"verifier": verifier, "set-name": set_name})
-    if prompts is None and tasks is None:
-        _only_with("--prompts or --tasks", None, {"limit": limit})
-    elif not known:
-        raise InputError(f"run {name!r}: no round has a student yet; {opd_command(root, 'resume', name)}")
-    if tasks is not None:
-        from flows.distill import FurtherTasks
-        from tasks.inputs.harness import HarnessConfig, find_tasks, require_lm_eval
-
-        names = list(dict.fromkeys(part.strip() for part in tasks.split(",") if part.strip()))
-        if not names:
-            raise ConfigError("--tasks: names no task; for example --tasks gsm8k,arc_easy")
-        require_lm_eval()
-        experiment = stored_experiment(held)
-        if not (quiet or json_):
-            err.print(f"loading lm-eval and the data of {', '.join(names)}", style="dim")
-        asked = HarnessConfig(
-            task=names[0], limit=limit, num_fewshot=num_fewshot, chat_template=chat_template,
-            dtype=experiment.evaluate.dtype,
-        )  # fmt: skip
-        found = FurtherTasks(tuple(find_tasks(names, asked, include_path)), tuple(sorted(set(round) or {last})))
-        return _go(experiment, name, root, last, True, Output(json_, verbose, quiet), lambda _: False, found)
-    if prompts is not None:
-        from flows.run.further_set import further_set
-
-        label = re.sub(r"\W", "_", Path(prompts).stem).lower() if set_name is None else set_name
-        experiment = stored_experiment(held)
-        one = further_set(held, experiment, label, prompts, verifier, limit, sorted(set(round) or {last}))
-        return _go(experiment, name, root, last, True, Output(json_, verbose, quiet), lambda _: False, one)
-    wanted = set(round) or {r.round for r in held.state.rounds if r.unevaluated}
-    if not wanted and not json_:
-        out.print(f"nothing to do: run {name!r} left out no evaluation (policy.evaluate_every)")
-        return
-    _go(stored_experiment(held), name, root, last, True, Output(json_, verbose, quiet), wanted.__contains__)
-
-
-def _only_with(option: str, given: str | None, fields: Mapping[str, object]) -> None:
-    for field, value in fields.items():
-        if given is None and value is not None:
-            raise ConfigError(f"--{field}: goes with {option}")
 
 
 def check(
@@ -378,7 +252,7 @@ class Output:
         return LineReporter(verbose=self.verbose)
 
 
-def _go(
+def go(
     experiment: Experiment,
     name: str,
     root: Path,

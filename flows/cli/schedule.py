@@ -59,10 +59,10 @@ def schedule(
     from flows.config_file import shipped
     from flows.experiment import load_experiment
     from flows.prefect_.schedule import serve
-    from flows.run.runner import refuse_early
+    from flows.run.runner import has_begun, refuse_early
 
     when = times(every, cron, timezone)
-    experiment = load_experiment(config, set_)
+    experiment = load_experiment(config, set_, begun=has_begun(name, root))
     state = refuse_early(experiment, name, root)  # now, not at 2 in the morning
     here = Console(file=sys.stdout, highlight=False)  # Prefect's own lines on standard output are not wanted
 

@@ -51,7 +51,7 @@ def study(
     from flows.study.run import run_study
     from flows.study.spec import load_study
 
-    plan = load_study(config)
+    plan = load_study(config, root)
     if dry_run:
         return _dry_run(plan, root)
     words = ("study", str(config), *(("--out", str(folder)) if folder else ()))

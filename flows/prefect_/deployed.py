@@ -45,9 +45,9 @@ def opd_run(
 
     def work() -> RunState:
         from flows.experiment import load_experiment
-        from flows.run.runner import run_experiment
+        from flows.run.runner import has_begun, run_experiment
 
-        experiment = load_experiment(config_path, overrides, folder)
+        experiment = load_experiment(config_path, overrides, folder, has_begun(name, root))
         return run_experiment(experiment, name=name, root=root, further=rounds)[0]
 
     try:

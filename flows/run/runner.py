@@ -16,12 +16,15 @@ from flows.cross_checks import dtype_warning, refuse_changed_fork, without_effec
 from flows.distill import Further, distill
 from flows.experiment import (
     CHANGEABLE,
+    Begun,
     Experiment,
     as_stored,
     experiment_of,
     import_plugins,
     load_experiment,
+    not_begun,
     overridden,
+    refuse_without_effect,
     with_plugins,
 )
 from flows.run.dates import with_date
@@ -77,13 +80,31 @@ def existing_run(name: str, root: str | Path) -> Run | None:
     return next((run for run in Run.list(root) if run.name == name), None) if Path(root).is_dir() else None
 
 
+def standing(experiment: Experiment, name: str, root: str | Path) -> Run | None:
+    """The run of that name, if it is this experiment's. Raises as `stands_for`."""
+    existing = existing_run(name, root)
+    return existing if existing is not None and stands_for(existing, experiment) else None
+
+
+def has_begun(name: str, root: str | Path) -> Begun:
+    """Asks of an experiment as a file has it whether the run `name` is in the store and is the experiment's. Raises as
+    `with_plugins` and `stands_for`."""
+
+    def there(experiment: Experiment) -> bool:
+        if existing_run(name, root) is None:
+            return False
+        return standing(with_date(with_plugins(experiment, name), name, root), name, root) is not None
+
+    return there
+
+
 def open_run(experiment: Experiment, name: str, root: str | Path) -> Run:
     """The run of that name, created if new.
 
     Raises IdentityMismatch when the name belongs to another experiment or a plugin changed, CorruptArtifact when both of the
     run's records of the experiment are damaged, ConfigError for a new fork that changes what round 0 of its parent made."""
-    existing = existing_run(name, root)
-    if existing is not None and stands_for(existing, experiment):
+    existing = standing(experiment, name, root)
+    if existing is not None:
         return existing
     refuse_changed_fork(experiment)
     return Run.create(root, name, experiment.model_dump(mode="json"), experiment.identity())
@@ -135,7 +156,8 @@ def run_experiment(
     experiment.runtime.require_gpus()
     require_trackers(experiment.trackers)
     experiment = with_policy_of(name, root, experiment)
-    mixed = dtype_warning(experiment)
+    notes = [line for line in [dtype_warning(experiment)] if line]
+    notes += [f"{line} in a new run; this one has it and goes on" for line in without_effect(experiment)]
     experiment = with_date(with_plugins(experiment, name), name, root)
     store = Store(root)
     run = open_run(experiment, name, root)
@@ -145,7 +167,7 @@ def run_experiment(
         state: RunState | None = None
         try:
             state, messages = mend(run, experiment, store)
-            for line in [*messages, *([f"warning: {mixed}"] if mixed else [])]:
+            for line in [*messages, *(f"warning: {line}" for line in notes)]:
                 log(line)
                 reporter.note(0, "run", line)
             state.forked_from = f"{experiment.fork.run}@{experiment.fork.round}" if experiment.fork else None
@@ -295,7 +317,8 @@ def workers_for(experiment: Experiment, logs: Path, lent: WorkerPool | None) -> 
 
 def run_rounds(config_path: str, name: str, root: str, rounds: int, overrides: list[str]) -> RunState:
     """Runs the next `rounds` rounds of a run. Called by a schedule's tick."""
-    return run_experiment(load_experiment(config_path, overrides), name=name, root=root, further=rounds)[0]
+    experiment = load_experiment(config_path, overrides, begun=has_begun(name, root))
+    return run_experiment(experiment, name=name, root=root, further=rounds)[0]
 
 
 def logger(path: Path) -> Callable[[str], None]:
@@ -325,9 +348,11 @@ def resume_experiment(name: str, root: str | Path, overrides: list[str]) -> Expe
     return experiment_of(overridden(as_stored(run.experiment), overrides), f"run {name}")
 
 
-def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str]) -> Experiment:
-    """The experiment of a run that shares rounds up to `round` with the run `name`. ConfigError for a round that is not done, and
-    for a change of what round 0 made: models and prompts."""
+def fork_experiment(
+    name: str, round: int, root: str | Path, overrides: list[str], begun: Begun = not_begun
+) -> Experiment:
+    """The experiment of a run that shares rounds up to `round` with the run `name`. ConfigError for a round that is not done, for
+    a change of what round 0 made (models and prompts), and, unless the fork is `begun`, for fields without effect."""
     run = Run.open(root, name)
     done = run.state.rounds_done
     if round > done:
@@ -343,9 +368,7 @@ def fork_experiment(name: str, round: int, root: str | Path, overrides: list[str
     data["fork"] = {"run": name, "round": round, "experiment": parent}
     made = experiment_of(data, f"fork of {name}@{round}")
     refuse_changed_fork(made)
-    accepted = () if made.parent is None else without_effect(made.parent)
-    if unread := [line for line in without_effect(made) if line not in accepted]:
-        raise ConfigError(f"fork of {name}@{round}: {'; '.join(unread)}")
+    refuse_without_effect(made, f"fork of {name}@{round}", begun)
     return made
 
 

@@ -25,7 +25,7 @@ from tasks.judge import sources_of
 
 SAMPLES = 200
 """Completions that each verifier is asked about, where no number is given."""
-UNCHANGED = "unchanged"
+AGAIN = "again"
 """The same text a second time: what a verifier changes here it changes by itself."""
 _KINDS: dict[str, type[AnyVerifier]] = {
     "exact_match": JudgeExactMatch, "math_verify": JudgeMathVerify, "function": JudgeFunction,
@@ -46,7 +46,8 @@ class Stressed:
     transformation: str
     n: int
     prompts: int
-    does_not_apply: int
+    unchanged: int
+    """completions that the transformation leaves as they are: it does not apply, or might change what is said"""
     no_verdict: int
     """completions of which one of the two verdicts is missing: the verifier failed"""
     reward: float | None
@@ -165,7 +166,7 @@ def _asked(asked: _Asked, samples: Sequence[Mapping[str, Any]]) -> tuple[list[St
                 continue
             verdict = partial(_verdict, process, place, given)
             before = [verdict(sample, sample["completion"]) for sample in samples]
-            for how, change in ({UNCHANGED: str} | TRANSFORMATIONS).items():
+            for how, change in ({AGAIN: str} | TRANSFORMATIONS).items():
                 texts = [change(sample["completion"]) for sample in samples]
                 after = [None if text is None else verdict(of, text) for of, text in zip(samples, texts, strict=True)]
                 applies = [text is not None for text in texts]
@@ -212,7 +213,7 @@ def _row(
         *names,
         n=len(told),
         prompts=moved.prompts,
-        does_not_apply=len(samples) - sum(applies),
+        unchanged=len(samples) - sum(applies),
         no_verdict=sum(applies) - len(told),
         reward=of(first).value,
         changed=changed.value,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flows.config_file import Settled, merge, read_layers, read_yaml, shipped, validate
-from flows.experiment import CHANGEABLE, Experiment, Part, assembled
+from flows.experiment import CHANGEABLE, Begun, Experiment, Part, assembled
+from flows.run.runner import has_begun
 from storage.errors import ConfigError, did_you_mean
 from storage.runs import RUN_NAME
 
@@ -130,8 +132,8 @@ class StudyRun:
 class StudyPlan:
     """A study with its configs read and validated. Use `load_study`."""
 
-    def __init__(self, study: Study, where: Path) -> None:
-        self.study, self.where = study, where
+    def __init__(self, study: Study, where: Path, root: str | Path | None = None) -> None:
+        self.study, self.where, self._root = study, where, root
         base = read_layers(where.parent / study.base)
         self._configs = {name: self._parts(base, name, method) for name, method in study.methods.items()}
         self._folders = [where.parent.resolve(), *(file.parent for file, _ in reversed(base))]
@@ -168,9 +170,24 @@ class StudyPlan:
 
     def experiment(self, method: str, seed: int, lr: float | None) -> Experiment:
         """A method's experiment. ConfigError names the study's file, the method and the field."""
+        return self._assembled(method, seed, lr, lambda _: self._begun)
+
+    @functools.cached_property
+    def _begun(self) -> bool:
+        """Whether a run of the study is in the store as the file has it: then all of them go on, those too that have not begun.
+        Runs whose rate the sweep chooses are not asked, because the sweep's begin before them."""
+        if self._root is None:
+            return False
+        settled = (run for run in (*self.sweep_runs(), *self.method_runs()) if run.lr is not None or run.group is None)
+        return any(
+            has_begun(run.name, self._root)(self._assembled(run.method, run.seed, run.lr, lambda _: True))
+            for run in settled
+        )
+
+    def _assembled(self, method: str, seed: int, lr: float | None, begun: Begun) -> Experiment:
         chosen: dict[str, Any] = {"seed": seed} | ({"train": {"lr": lr}} if lr is not None else {})
         parts = [*self._configs[method], (chosen, self.where.parent, str(self.where))]
-        return assembled(parts, f"{self.where}: methods.{method}", self._folders)
+        return assembled(parts, f"{self.where}: methods.{method}", self._folders, begun)
 
     def sweep_runs(self) -> list[StudyRun]:
         """All candidate learning rates of all groups, on every seed of the sweep."""
@@ -209,12 +226,13 @@ class StudyPlan:
         return f"study-{self.study.name}"
 
 
-def load_study(path: str | Path) -> StudyPlan:
-    """Read a study and the config of each method. ConfigError names the file and field, and what to do."""
+def load_study(path: str | Path, root: str | Path | None = None) -> StudyPlan:
+    """Read a study and the config of each method. `root`: the store in which it may have begun. ConfigError names the file and
+    field, and what to do."""
     path = shipped(Path(path))
     data = {"name": path.stem} | read_yaml(path)
     settled = Settled(path.parent, str(path), keep_untyped=True).fields(data, [Study])
-    return StudyPlan(validate(Study, settled, str(path)), path)
+    return StudyPlan(validate(Study, settled, str(path)), path, root)
 
 
 def nested(overrides: dict[str, Any]) -> dict[str, Any]:

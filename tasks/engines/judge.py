@@ -67,7 +67,7 @@ class Judge:
                 note = lateness.after(found.late)
                 if note is not None:
                     print(note, flush=True)
-                link.progress(lateness.done, 0, note=note)
+                link.progress(judged + ended, 0, note=note)
             writer.write_shard(TABLE, item.shard, pa.Table.from_pylist(rows, schema=schema_for(TABLE)))
             link.done(ShardDone(item.shard, item.size))
         return JudgeResult(dict(ignored))
@@ -89,9 +89,8 @@ class Judge:
 
 @dataclass
 class Lateness:
-    """The completions of a job, and those at which a verifier was stopped at its limit. Each costs that many seconds."""
+    """The completions of a job at which a verifier was stopped at its limit. Each costs that many seconds."""
 
-    done: int = 0
     running: int = 0
     """Late ones since the last that was answered in time."""
 
@@ -99,7 +98,6 @@ class Lateness:
         """Counts one more completion; `late`: the verifier that was stopped at it, and its limit. Returns what the user is to be
         told now: at the `LATE_TOLD`th late one after another, once for each such row of them. Whether the stage fails is decided
         over the whole round (`tasks/judge.py`), so that it depends on no order and no number of workers."""
-        self.done += 1
         self.running = self.running + 1 if late else 0
         if self.running != LATE_TOLD:
             return None

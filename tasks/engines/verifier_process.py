@@ -50,12 +50,16 @@ from tasks.plugins import search_in
 START_SECONDS = 120.0
 """Limit for the start of the process: it imports the users' modules and math-verify."""
 ENDING_SECONDS = 30.0
-"""Wait for the end of a process that has closed its connection, so that the reason, which is stored, does not depend on how busy
-the machine is."""
+"""Wait for the end of a process that is ending, so that the reason, which is stored, does not depend on how busy the machine is.
+One that has closed its connection and goes on is not waited for."""
+DISCONNECTED = 86
+"""Exit code of a process whose verifier has closed the connection and returned."""
 REASON_LENGTH = 300
 """Characters of a reason that are kept."""
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _PR_SET_PDEATHSIG = 1
+_PF_EXITING = 0x4
+"""Linux's flag of a process that is ending; it is set before the kernel closes its descriptors."""
 _LINE = 65536
 """Bytes of output without a line break after which a line is cut."""
 
@@ -86,7 +90,9 @@ class VerifierProcess:
         self._output: threading.Thread | None = None
         self._given: list[list[str]] = []
         self._closed = False
-        """Whether the last exchange ended because the process closed its end."""
+        """Whether the last exchange ended because the connection was closed at the other end."""
+        self._ending = False
+        """Whether the process announced its end instead of a reply."""
         self.late: str | None = None
         """The verifier and the limit of the last question, where it was not answered in time."""
 
@@ -140,12 +146,15 @@ class VerifierProcess:
     def _ended(self) -> str | None:
         """How the process ended by itself; None where it was still running. It is gone afterwards."""
         assert self._process is not None
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(ENDING_SECONDS if self._closed else 0)
+        if self._ending or (self._closed and _is_ending(self._process.pid)):
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(ENDING_SECONDS)
         code = self._process.poll()
         self.close()
+        if code == DISCONNECTED or (code is None and self._closed):
+            return "it closed its connection"
         if code is None:
-            return "it closed its connection" if self._closed else None
+            return "it did not come to its end" if self._ending else None
         return f"exit {code}" if code >= 0 else f"killed by signal {-code}"
 
     def _started(self) -> None:
@@ -180,7 +189,7 @@ class VerifierProcess:
     def _exchange(self, question: bytes, seconds: float) -> dict[str, Any] | None:
         """The reply (one line) to a question; None if the process ended or took too long."""
         assert self._socket is not None
-        deadline, line, self._closed = time.monotonic() + seconds, b"", False
+        deadline, line, self._closed, self._ending = time.monotonic() + seconds, b"", False, False
         try:
             self._socket.settimeout(seconds)
             self._socket.sendall(question)
@@ -199,7 +208,17 @@ class VerifierProcess:
             self._closed = True
             return None
         found: dict[str, Any] = json.loads(line)
-        return found
+        self._ending = "ends" in found
+        return None if self._ending else found
+
+
+def _is_ending(pid: int) -> bool:
+    """Whether a process is on its way to its end, or there; true where the system does not say."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
+    return bool(int(text.rpartition(")")[2].split()[6]) & _PF_EXITING)
 
 
 def _pass_on(process: subprocess.Popen[bytes]) -> None:
@@ -239,12 +258,14 @@ def main(descriptor: int) -> None:
     """Answer questions until the socket closes, also when the parent dies."""
     if sys.platform == "linux":  # also where a verifier hangs when the parent is killed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    with socket.socket(fileno=descriptor) as connection, connection.makefile("rwb") as stream:
+    with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as stream:
         connection.set_inheritable(False)  # programs that a verifier starts must not hold it open
+        itself = os.fstat(descriptor).st_ino
 
         def reply(found: Mapping[str, Any]) -> None:
-            stream.write(json.dumps(found).encode() + b"\n")
-            stream.flush()
+            if not _is_open(descriptor, itself):
+                os._exit(DISCONNECTED)
+            connection.sendall(json.dumps(found).encode() + b"\n")
 
         first = json.loads(stream.readline())
         config = JudgeConfig.model_validate(first["config"])
@@ -256,7 +277,20 @@ def main(descriptor: int) -> None:
         reply({"given": given})
         for line in stream:
             place, question = json.loads(line)
-            reply(answered(config.verifiers[place], question))
+            try:
+                found = answered(config.verifiers[place], question)
+            except BaseException:  # sys.exit of a verifier: what it registered for the end may take its time
+                reply({"ends": True})
+                raise
+            reply(found)
+
+
+def _is_open(descriptor: int, number: int) -> bool:
+    """Whether the descriptor is still the file of that number: a verifier may have closed it, and opened another in its place."""
+    try:
+        return os.fstat(descriptor).st_ino == number
+    except OSError:
+        return False
 
 
 def prepared(config: JudgeConfig, sources: Sequence[str | None], path: Sequence[str]) -> list[list[str]]:

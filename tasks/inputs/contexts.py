@@ -96,17 +96,19 @@ def privileged_columns(template: str | None) -> tuple[str, ...]:
     return () if template is None else tuple(name for name in columns_of(template) if name in PRIVILEGED)
 
 
-def users_turn(row: Row) -> dict[str, Any]:
-    """The turn that a context takes the place of. InputError by row: it has a teacher_prompt of its own, or its conversation does
-    not end with a user's turn."""
+FIELD = "teacher.context"
+"""Where the template of the only teacher is in a config."""
+
+
+def users_turn(row: Row, field: str = FIELD) -> dict[str, Any]:
+    """The turn that a context takes the place of. InputError by row, naming the template's `field`: it has a teacher_prompt of
+    its own, or its conversation does not end with a user's turn."""
     if row.teacher_prompt is not None:
-        raise InputError(
-            f"{row.where}: has a teacher_prompt, and teacher.context makes one; remove the column or the context"
-        )
+        raise InputError(f"{row.where}: has a teacher_prompt, and {field} makes one; remove the column or the context")
     last = {"role": "user", "content": row.prompt} if isinstance(row.prompt, str) else row.prompt[-1]
     if last["role"] != "user":
         raise InputError(
-            f"{row.where}: teacher.context is put into the user's turn before the completion, but the conversation ends with"
+            f"{row.where}: {field} is put into the user's turn before the completion, but the conversation ends with"
             f" a turn of {last['role']!r}; give such rows a teacher_prompt instead"
         )
     return last
@@ -118,15 +120,17 @@ def lacking(row: Row, template: str, found: Mapping[str, str] = NOTHING) -> list
     return [name for name, value in values.items() if value is None or not value.strip()]
 
 
-def teacher_prompt(row: Row, template: str, found: Mapping[str, str] = NOTHING) -> str | list[dict[str, Any]]:
-    """What the teacher reads in the place of the row's prompt. `found`: the columns of the round.
+def teacher_prompt(
+    row: Row, template: str, found: Mapping[str, str] = NOTHING, field: str = FIELD
+) -> str | list[dict[str, Any]]:
+    """What the teacher reads in the place of the row's prompt. `found`: the columns of the round. `field`: the template's.
 
     The template's text is the last user's turn; `{prompt}` is what that turn was. A template without `{prompt}` is put below
     that turn's text, after an empty line. A system prompt and earlier turns stay as they are. InputError by row: a column is
     null or blank, and as `users_turn`."""
-    last, names = users_turn(row), columns_of(template)
+    last, names = users_turn(row, field), columns_of(template)
     if missing := lacking(row, template, found):
-        raise missing_column(row, missing[0])
+        raise missing_column(row, missing[0], field)
     values = {"prompt": last["content"]}
     values |= {name: found.get(name) or getattr(row, name) for name in names if name != "prompt"}
     text = template.format(**values)
@@ -135,10 +139,10 @@ def teacher_prompt(row: Row, template: str, found: Mapping[str, str] = NOTHING) 
     return text if isinstance(row.prompt, str) else [*row.prompt[:-1], {**last, "content": text}]
 
 
-def missing_column(row: Row, name: str) -> InputError:
-    """The error about a row without a column that it needs."""
+def missing_column(row: Row, name: str, field: str = FIELD) -> InputError:
+    """The error about a row without a column that the template of `field` names."""
     return InputError(
-        f"{row.where}: teacher.context uses {{{name}}}, which is missing here; give every row of train and eval one (the"
+        f"{row.where}: {field} uses {{{name}}}, which is missing here; give every row of train and eval one (the"
         f" source's columns: {{{name}: NAME}} says what it is called), or remove it from the template. Without a KL in"
         " the evaluation (evaluate.kl_prompts: 0) eval needs none"
     )

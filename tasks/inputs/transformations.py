@@ -1,6 +1,7 @@
 """Changes to a completion's text that leave its answer as it is: what a verifier should not care about.
 
-A function takes a text and returns another one, or None where it does not apply. EST-PRM ("Stress-Testing Process Reward Models
+A function takes a text and returns another one, or None where it does not apply, or where in doubt: a text that may speak of its
+lines by number, place or pronoun keeps numbers and order. EST-PRM ("Stress-Testing Process Reward Models
 Before They Become Load-Bearing", 2026) tests process reward models with inserted steps, another order of steps and marks of
 confidence. These are ours; no model paraphrases, and the same text gives the same result. None touches the answer part: from the
 first line that states an answer (`\\boxed`, `####`, the word answer, `</think>`) to the end; where no line does, the last line
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 NEUTRAL = "Let me go through this with care."
 """A line that says nothing about the answer."""
@@ -22,7 +23,29 @@ _ANSWER = re.compile(r"\\boxed|####|\banswers?\b|</think>", re.IGNORECASE)
 _STEP = re.compile(
     r"(?P<before>\s*(?:[*#]+\s*)?(?:step\s+)?\(?)(?P<number>\d{1,3})(?P<after>[.):]\**\s)", re.IGNORECASE
 )
-_MENTION = re.compile(r"\b(?:steps?|points?|items?|parts?|lines?)\s+\(?\d|\(\d{1,3}\)", re.IGNORECASE)
+_LABELLED = (
+    r"(?:steps?|points?|items?|parts?|lines?|rows?|entr(?:y|ies)|equations?|eqs?|eqns?|expressions?|formulas?|formulae|rules?|"
+    r"facts?|claims?|cases?|statements?|conditions?|lemmas?|results?|sentences?|numbers?|nos?)"
+)
+_NUMBERED = r"(?:\d|one|two|three|four|five|six|seven|eight|nine|ten)"
+_ORDINAL = (
+    r"(?:first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|\d+(?:st|nd|rd|th)|last|final|next|previous|"
+    r"preceding|following|earlier|other|same)"
+)
+_MENTION = re.compile(
+    rf"\b{_LABELLED}\b\.?\s*[(\[#]?\s*{_NUMBERED}"  # step 2, equation (1), eq. 1, line two
+    r"|[(\[]\d{1,3}[)\]]|(?<!#)#\d"  # (1), [1], #1
+    rf"|\b{_ORDINAL}\s+(?:\w+\s+)?{_LABELLED}\b"  # the first line, the second of these steps
+    r"|\b(?:former|latter|above|below|aforementioned|previously|preceding)\b",
+    re.IGNORECASE,
+)
+"""A line of the text that is spoken of by its number or its place."""
+_POINTING = re.compile(
+    r"\b(?:this|these|those)\b|\b(?:as|by|from|with|using|of|in|on|after|before|for|to|into)\s+(?:that|it|them|both|which)\b",
+    re.IGNORECASE,
+)
+"""A pronoun that may stand for a line."""
+_BRACKETED = re.compile(r"\([^()]*\)")
 _FOLLOWS = re.compile(
     r"(?:so|then|thus|hence|therefore|this|that|these|those|it|its|now|next|finally|which|and|but|because|since|again|first|"
     r"second|third|last|adding|we get)\b",
@@ -48,16 +71,33 @@ def parts(text: str) -> tuple[list[str], str]:
 
 def renumber(text: str) -> str | None:
     """Numbered steps get numbers that are 10 higher. Applies to at least two steps whose numbers count up by one, in a text that
-    mentions no step by its number elsewhere."""
+    has no table and may speak of no line: by number or place ("step 2", "equation 1", "using 1)", "from 2", "the first line"), or
+    by a pronoun ("this")."""
     body, answer = _body(text)
     found = [_STEP.match(line) for line in body]
     numbers = [int(match["number"]) for match in found if match]
     if len(numbers) < 2 or any(after != before + 1 for before, after in itertools.pairwise(numbers)):
         return None
     rest = [line[match.end() :] if match else line for line, match in zip(body, found, strict=True)]
-    if any(_MENTION.search(part) for part in (*rest, answer)):
+    said = [*rest, *answer.splitlines()]
+    if any(_tabular(line) or _MENTION.search(line) or _POINTING.search(line) or _names(line, numbers) for line in said):
         return None
     return "".join(_numbered(line, match) for line, match in zip(body, found, strict=True)) + answer
+
+
+def _names(line: str, numbers: Sequence[int]) -> bool:
+    """Whether a line may name a step by its number alone: "using 1)", "by 2 and 3"."""
+    of = "|".join(map(str, numbers))
+    plain = _BRACKETED.sub("", line)
+    return bool(
+        re.search(rf"(?<![\w.(])(?:{of})\)", plain)
+        or re.search(rf"\b(?:using|by|from|with|see|per|via|combining)\s+(?:{of})\b(?!\.\d)", plain, re.IGNORECASE)
+    )
+
+
+def _tabular(line: str) -> bool:
+    """Whether a line looks like a row of a table, whose entries belong to their columns."""
+    return line.count("|") >= 2 or "\t" in line.strip()
 
 
 def _numbered(line: str, match: re.Match[str] | None) -> str:
@@ -68,12 +108,18 @@ def _numbered(line: str, match: re.Match[str] | None) -> str:
 
 def reorder(text: str) -> str | None:
     """The first two neighbouring lines that do not depend on each other change places; step numbers stay where they are. Lines
-    are taken as independent if they share no number, no variable and no word of four letters or more that is not common, and the
-    second does not begin like a conclusion. Applies where there is such a pair."""
+    are taken as independent if they share no number, no variable and no word of four letters or more that is not common, neither
+    has a pronoun that may stand for a line, and neither the second nor the line after it begins like a conclusion. Applies where
+    there is such a pair, in a text that has no table and speaks of no line by its number or place."""
     body, answer = _body(text)
     split = [_split(line) for line in body]
+    if any(_tabular(line) for line in body) or any(
+        _MENTION.search(line) for line in (*(said for _, said, _ in split), *answer.splitlines())
+    ):
+        return None
     for place, (one, other) in enumerate(itertools.pairwise(split)):
-        if _independent(one[1], other[1]):
+        after = next((said for _, said, _ in split[place + 2 :] if said), answer)
+        if _independent(one[1], other[1]) and not _POINTING.search(after) and not _FOLLOWS.match(after.lstrip()):
             split[place], split[place + 1] = (one[0], other[1], one[2]), (other[0], one[1], other[2])
             return "".join("".join(line) for line in split) + answer
     return None
@@ -88,7 +134,7 @@ def _split(line: str) -> tuple[str, str, str]:
 
 
 def _independent(one: str, other: str) -> bool:
-    if not one or not other or one == other or _FOLLOWS.match(other) or _MENTION.search(one) or _MENTION.search(other):
+    if not one or not other or one == other or _FOLLOWS.match(other) or any(map(_POINTING.search, (one, other))):
         return False
     if one.startswith(("<", "|")) or other.startswith(("<", "|")) or one.endswith(":"):
         return False

@@ -147,21 +147,6 @@ class Forward:
     """Whether its tokens are in the loss: all of them are, or (a filler, or samples without such a token) none."""
 
 
-def from_rollouts(
-    rollouts: pa.Table,
-    signals: Mapping[str, pa.Table],
-    needs: Needs,
-    mask_reasons: Iterable[MaskReason],
-    seed: int = 0,
-    rows: int | None = None,
-    cut: Collection[str] = (),
-    rewards: pa.Table | None = None,
-) -> Samples:
-    """The samples of a whole round that fits into memory: see `part_of_round`, `of_samples`, `with_width`."""
-    part = part_of_round(rollouts, signals, needs, mask_reasons, seed, rows)
-    return with_width(replace(part, **of_samples(rollouts, needs.credit, rewards)), needs, cut)
-
-
 def part_of_round(
     rollouts: pa.Table,
     signals: Mapping[str, pa.Table],

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pyarrow.compute as pc
 import pytest
 from opd_cli import opd
 from places import PLUGINS, TINY
+from real_run import replays, table_of
 
 from storage.runs import Run
-from storage.store import Store
 
 CHANGES = (
     'teacher={source: {kind: initial}, warmup: null, context: "{prompt} {sibling}"}',
@@ -26,11 +27,7 @@ CHANGES = (
 def test_samples_are_scored_below_their_siblings_and_the_others_left_out(prepared_root):
     root = prepared_root()
     opd("run", TINY, "--name", "own", "--no-prefect", *(w for c in CHANGES for w in ("--set", c)), root=root)
-    store, entry = Store(root), Run.open(root, "own").state.rounds[1]
-
-    def table(label, stage, name):
-        return store.read_table(store.get(stage, entry.stages[label].artifacts[stage]), name)
-
+    table, entry = partial(table_of, root, "own", 1), Run.open(root, "own").state.rounds[1]
     contexts, sampled = table("context", "context", "contexts"), table("supervise", "sampled", "sampled")
     rollouts, rewards = table("rollout", "rollout", "rollouts"), table("judge", "judge", "rewards")
     names = [t["sample_id"].to_pylist() for t in (contexts, sampled, rollouts, rewards)]
@@ -62,9 +59,5 @@ def test_samples_are_scored_below_their_siblings_and_the_others_left_out(prepare
     sql = "SELECT count(*)::BIGINT AS n FROM contexts WHERE source = 'sibling' AND round = 1"
     assert json.loads(opd("query", "own", sql, "--json", root=root).stdout) == [{"n": int(there.sum())}]
 
-    stages = ("--stages", "judge,context,supervise,train")
-    replayed = json.loads(opd("replay", "own", "--round", "1", *stages, "--json", root=root).stdout)
-    results = replayed if isinstance(replayed, list) else replayed["artifacts"]
-    assert {"judge", "context", "sampled", "student"} <= {result["artifact"].split("/")[0] for result in results}
-    assert all(result["identical"] for result in results)
-    assert opd("verify", "own", root=root).returncode == 0
+    wanted = {"judge", "context", "sampled", "student"}
+    assert wanted <= replays(root, "own", 1, "judge", "context", "supervise", "train")

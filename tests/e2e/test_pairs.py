@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 
 import numpy as np
 import pyarrow.compute as pc
 import pytest
 from opd_cli import opd
 from places import TINY
+from real_run import replays, table_of
 
 from storage.runs import Run
-from storage.store import Store
 
 CHANGES = (
     'teacher={source: {kind: initial}, warmup: null, context: "{answer} {prompt}"}',
@@ -26,11 +26,7 @@ CHANGES = (
 def test_a_student_is_trained_on_pairs_with_its_privileged_self_and_the_round_replays(prepared_root):
     root = prepared_root()
     opd("run", TINY, "--name", "own", "--no-prefect", *(w for c in CHANGES for w in ("--set", c)), root=root)
-    store, rounds = Store(root), Run.open(root, "own").state.rounds
-
-    def table(number, label, stage, name):
-        return store.read_table(store.get(stage, rounds[number].stages[label].artifacts[stage]), name)
-
+    table, rounds = partial(table_of, root, "own"), Run.open(root, "own").state.rounds
     drafts = {row["prompt_id"]: row for row in table(1, "draft", "draft", "drafts").to_pylist()}
     assert rounds[1].stages["draft"].artifacts == rounds[2].stages["draft"].artifacts
     for number in (1, 2):
@@ -65,9 +61,4 @@ def test_a_student_is_trained_on_pairs_with_its_privileged_self_and_the_round_re
     ]
     assert max(gap.max() for gap in gaps) > 0.01, "one model in round 1, which reads more as the teacher"
 
-    stages = ("--stages", "rollout,supervise,train")
-    replayed = json.loads(opd("replay", "own", "--round", "2", *stages, "--json", root=root).stdout)
-    results = replayed if isinstance(replayed, list) else replayed["artifacts"]
-    assert {"rollout", "sampled", "student"} <= {result["artifact"].split("/")[0] for result in results}
-    assert all(result["identical"] for result in results)
-    assert opd("verify", "own", root=root).returncode == 0
+    assert {"rollout", "sampled", "student"} <= replays(root, "own", 2, "rollout", "supervise", "train")

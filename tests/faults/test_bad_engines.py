@@ -19,6 +19,7 @@ from clean_round import same_neighbours
 from fault_trials import Trials, both_forms
 from feed import Feed
 from rollout_stage import Stage
+from whole_round import from_rollouts
 
 from flows.run.runner import run_experiment
 from storage.errors import InputError
@@ -27,7 +28,7 @@ from storage.schemas import MaskReason
 from storage.store import Store
 from tasks.engines.vllm_engine import SamplingFailed
 from tasks.trainer.batching import plan_steps
-from tasks.trainer.data import Samples, from_rollouts
+from tasks.trainer.data import Samples
 from tasks.trainer.trainer import refuse_lost_steps
 from tasks.workers.jobs import SampleJob, SampleResult, Sampling, TrainJob, TrainResult
 from tasks.workers.runtime import RuntimeConfig

@@ -15,13 +15,14 @@ import pyarrow as pa
 import pytest
 from clean_round import NAMES, ROWS, Rows, rows, same_neighbours
 from fault_trials import Trials, both_forms
+from whole_round import from_rollouts
 
 from storage.errors import InputError
 from storage.schemas import MaskReason, schema_for
 from storage.store import Artifact, ArtifactSpec, Store
 from tasks.losses.config import DirectConfig, TopkSupport
 from tasks.trainer.checks import mass_limit
-from tasks.trainer.data import Samples, from_rollouts
+from tasks.trainer.data import Samples
 
 LOGPROBS = ("rollouts.sampling_logprobs", "sampled.student_logprobs", "sampled.teacher_logprobs",
             "sampled.behaviour_logprobs")  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 from fault_trials import FULL_SECONDS, Trials, both_forms
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
-from trainer_world import Judged, K, Made, launch_trainer, make, make_judged, make_world
+from trainer_world import Judged, K, Made, Paired, launch_trainer, make, make_judged, make_paired, make_world
 
 from flows.experiment import load_experiment
 from storage.artifacts.checkpoints import CHECKPOINT, RECORD
@@ -66,9 +66,7 @@ def over_lists(part: dict[str, Any], alone: bool) -> dict[str, Any]:
 
 
 RECIPES = {path.stem: recipe_objective(path) for path in sorted((CHECKOUT / "configs" / "recipes").glob("*.yaml"))}
-RECIPES = {
-    name: own for name, own in RECIPES.items() if not own.needs().pairs
-}  # tests/tasks/trainer/test_pairs.py has pairs
+PAIRS = next(name for name, own in RECIPES.items() if own.needs().pairs)
 SHORT = ("tropd", "reopold")
 """Recipes in `make test`: one that draws per token, one that weighs by the ratio to the policy of the rollouts."""
 SAVING = {
@@ -97,6 +95,7 @@ class Bench:
     """A store, warm trainers of one and two ranks, and undisturbed rounds to compare with."""
 
     judged: Judged
+    paired: Paired
     folder: Path
     warm: dict[int, Worker]
     whole: dict[tuple[str, int, int], Made]
@@ -110,7 +109,9 @@ class Bench:
         config = TrainConfig.model_validate(SETTINGS | SETUPS.get(setup, ({}, {}))[0])
         world, objective = self.judged.world, GATED if setup == GATE else RECIPES.get(setup, BUCKET)
         more: dict[str, Any] = {"average": AVERAGES.get(setup)}
-        student, state, rollouts = world.student, None, world.rollouts
+        student, state, rollouts, signals = world.student, None, world.rollouts, world.signals
+        if objective.needs().pairs:
+            rollouts, signals = self.paired.rollouts, self.paired.signals
         if objective.estimator == "credit":
             rollouts = self.judged.rollouts
             more |= {"judged": self.judged.rewards}
@@ -118,7 +119,7 @@ class Bench:
         if number > 1:
             before = self.undisturbed(setup, ranks).artifacts
             student, state = before["student"], before["trainer_state"]
-        return train_work(config, objective, student, state, rollouts, world.signals, 0, number, **more)
+        return train_work(config, objective, student, state, rollouts, signals, 0, number, **more)
 
     def train(
         self,
@@ -184,7 +185,8 @@ def resumed_after(made: Made) -> int:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, trainers: dict[int, Worker]) -> Bench:
     folder = tmp_path_factory.mktemp("checkpoints")
-    return Bench(make_judged(make_world(folder / "store")), folder, trainers, {})
+    world = make_world(folder / "store")
+    return Bench(make_judged(world), make_paired(world), folder, trainers, {})
 
 
 @pytest.mark.parametrize(
@@ -357,6 +359,24 @@ def test_an_average_goes_on_bit_for_bit_after_a_kill(bench: Bench, trials: Trial
     trials(5, "SIGKILL after a step, averaged teacher per step and per round, one and two ranks", names, attempt)
 
 
+@pytest.mark.faults
+@pytest.mark.timeout(FULL_SECONDS)
+def test_pairs_go_on_bit_for_bit_after_a_kill(bench: Bench, trials: Trials) -> None:
+    """Both completions of a pair are in one step and one micro-batch, on whichever rank. A rank dies early, in the middle, and
+    after the last step."""
+
+    def attempt(name: str) -> None:
+        ranks, step = map(int, re.fullmatch(r"ranks (\d), step (\d+)", name).groups())  # type: ignore[union-attr]
+        rank = random.Random(name).randrange(ranks)
+        bench.killed(PAIRS, ranks, f"pairs {name}", f"train.after_step=kill#{rank}@{step}")
+        made = bench.train(PAIRS, ranks, f"pairs {name}")
+        assert resumed_after(made) in (step - 1, step)
+        bench.check(made, PAIRS, ranks)
+
+    names = [f"ranks {ranks}, step {step}" for step in (6, 1, STEPS) for ranks in (2, 1)]
+    trials(5, "SIGKILL after a step, pairs of completions (PBSD), one and two ranks", names, attempt)
+
+
 @pytest.mark.promise(5, "the gate of AntiSD opens and closes in both rounds of the trials that compare it")
 def test_the_gate_remembers_both_rounds(bench: Bench) -> None:
     """What the trials below compare."""
@@ -395,7 +415,8 @@ def test_what_an_objective_remembers_goes_on_bit_for_bit_after_a_kill(bench: Ben
 @pytest.mark.faults
 @pytest.mark.timeout(FULL_SECONDS)
 def test_every_recipe_goes_on_bit_for_bit(bench: Bench, trials: Trials) -> None:
-    """Draws of trust regions, ratios to the rollouts' policy and metrics of every objective depend on no step before."""
+    """Draws of trust regions, ratios to the rollouts' policy and metrics of every objective depend on no step before. The pairs
+    of PBSD come in the same order, of two completions each."""
 
     def attempt(name: str) -> None:
         draw = random.Random(f"recipe {name}")

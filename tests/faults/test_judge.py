@@ -31,6 +31,8 @@ WHY = {
     "exit": "'judges:struck' ended its process (exit 3)",
     "quit": "'judges:struck' ended its process (exit 1)",
     "linger": "'judges:struck' ended its process (exit 4)",
+    "disconnect": "'judges:struck' ended its process (it closed its connection)",
+    "mute": "'judges:struck' ended its process (it closed its connection)",
     "crash": "'judges:struck' ended its process (killed by signal 11)",
     "slain": "'judges:struck' ended its process (killed by signal 9)",
     "raise": "'judges:struck': ValueError: no score, key *** second line",

@@ -17,6 +17,7 @@ import torch
 from small_models import Bench
 from tokenizers import Tokenizer
 from two_tokenizers import STUDENT_ROWS, TEACHER_ROWS, conversation, model, rendered, text
+from whole_round import from_rollouts
 
 from storage.errors import InputError
 from storage.schemas import MaskReason, schema_for
@@ -26,7 +27,7 @@ from tasks.inputs.prompts import PrepareConfig
 from tasks.losses.needs import Needs, SignalNeed, StudentRequest
 from tasks.prepare import prepare_work
 from tasks.signals.mask import SpecialTokens, mask_rules, mask_table
-from tasks.trainer.data import forward_batch, from_rollouts, loss_denominators
+from tasks.trainer.data import forward_batch, loss_denominators
 
 pytestmark = pytest.mark.promise(8, "conversations through two tokenizers; a tokenizer changed in mid-run")
 

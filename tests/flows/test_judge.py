@@ -343,4 +343,7 @@ def test_rewards_by_changed_code_are_said_to_be_made_again(tmp_path: Path, monke
     assert Store(root).get("judge", before) is not None
     assert Run.open(root, "one").state.rounds[1].stages["judge"].artifacts["judge"] != before
     file.write_text("def score(completion, answer): return len(completion) / 2  # other\n")
+    listed, plain = [], Store.list
+    monkeypatch.setattr(Store, "list", lambda self, stage=None: listed.append(stage) or plain(self, stage))
     assert [text.replace(before, "") for text in in_process.go(root, e, "third") if "judged again" in text]
+    assert listed.count("judge") <= 2, "once when it is planned and once when it is made, whatever the number of rounds"

@@ -23,6 +23,7 @@ from opd_cli import OPD
 from places import CHECKOUT, DATA, PLUGINS
 from registries import plugin_path
 from scoring import InProcess, ScoringBench, model_folder, plain_logits
+from whole_round import from_rollouts
 
 from flows.config_file import merge
 from flows.experiment import Experiment, experiment_of
@@ -40,7 +41,7 @@ from tasks.plugins import load_plugins
 from tasks.rollout_config import RolloutConfig
 from tasks.signals import SIGNALS, Wanted, register
 from tasks.supervise import SuperviseConfig, supervise_work
-from tasks.trainer.data import forward_batch, from_rollouts, loss_denominators
+from tasks.trainer.data import forward_batch, loss_denominators
 
 MARGIN = {"objective": {"token_weight": {"kind": "teacher_margin"}}, "plugins": ["scripted_engines", "teacher_margin"]}
 SQL = (

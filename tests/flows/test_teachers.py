@@ -475,21 +475,34 @@ def test_a_context_of_one_teacher_that_cannot_be_is_refused(change: dict[str, An
         Experiment.model_validate(merge(routed(), change))
 
 
+def prepared(root: Path, data: dict[str, Any]) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """The contents of an experiment's prompts, and their rows."""
+    e, store, pool = Experiment.model_validate(data), Store(root), several.Engines()
+    run = Run.create(store.root, "one", {}, {})
+    make = lambda progress: Context(store, e.runtime, pool, progress, lambda line: None)  # type: ignore[arg-type]  # noqa: E731
+    _, _, prompts = inputs(e, Maker(store, run, run.state, make, SilentReporter()))
+    return prompts.content, store.read_table(prompts, "prompts").to_pylist()
+
+
+def test_a_column_that_is_missing_for_one_teacher_names_its_context(tmp_path: Path) -> None:
+    data = merge(routed(), {"teachers": {"add": {"context": "{hint} {prompt}"}}})
+    rows = [{"prompt": f"{n}+1=", "answer": f"{n + 1}", "teacher_id": TEACHERS[n % 2]} for n in range(4)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data["prompts"] |= {split: {"kind": "file", "path": str(path)} for split in ("train", "eval")}
+    with pytest.raises(
+        InputError, match=r"train\.jsonl:1: teachers\.add\.context uses \{hint\}, which is missing here"
+    ):
+        prepared(tmp_path / "store", data)
+
+
 def test_one_teacher_of_several_reads_a_context(tmp_path: Path) -> None:
     """Of its own prompts alone; what other teachers read, and what the student reads, is the same."""
     own = {"operations": ["add", "subtract"], "count": 8}
     data = merge(routed(), {"prompts": {"train": own, "eval": own}})
     context = {"teachers": {"add": {"context": "{answer} {prompt}"}}}
-
-    def made(name: str, e: Experiment) -> tuple[dict[str, str], list[dict[str, Any]]]:
-        store, pool = Store(tmp_path / name), several.Engines()
-        run = Run.create(store.root, "one", {}, {})
-        make = lambda progress: Context(store, e.runtime, pool, progress, lambda line: None)  # type: ignore[arg-type]  # noqa: E731
-        _, _, prompts = inputs(e, Maker(store, run, run.state, make, SilentReporter()))
-        return prompts.content, store.read_table(prompts, "prompts").to_pylist()
-
-    contents, was = made("plain", Experiment.model_validate(data))
-    others, now = made("context", Experiment.model_validate(merge(data, context)))
+    contents, was = prepared(tmp_path / "plain", data)
+    others, now = prepared(tmp_path / "context", merge(data, context))
     assert [row["prompt_id"] for row in was] == [row["prompt_id"] for row in now]
     seen = set()
     for then, row in zip(was, now, strict=True):

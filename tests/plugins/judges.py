@@ -75,6 +75,20 @@ def _linger(completion: str) -> None:
     sys.exit(4)
 
 
+def _disconnect(completion: str) -> None:
+    """Closes what it did not open, as a library that makes a daemon of its process does, and goes on."""
+    os.closerange(3, 256)
+    time.sleep(600)
+
+
+def _mute(completion: str) -> float:
+    """Closes what it did not open, opens a file in its place, and returns as if nothing had happened."""
+    os.closerange(3, 256)
+    for _ in range(8):
+        os.open(os.devnull, os.O_RDWR)
+    return 1.0
+
+
 def _family(completion: str) -> None:
     """Hangs, and leaves processes behind that no signal to its group ends."""
     start_family(Path(os.environ["OPD_TEST_JUDGE_FOLDER"]), os.getppid())
@@ -109,6 +123,8 @@ FAULTS = {
     "stop": _stop,
     "slain": _slain,
     "linger": _linger,
+    "disconnect": _disconnect,
+    "mute": _mute,
     "family": _family,
     "exit": _exit,
     "crash": _crash,

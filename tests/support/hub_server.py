@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from json_answer import answer
+
 TOKEN = "hf_loopback"
 
 
@@ -36,14 +38,6 @@ def served() -> Iterator[Hub]:
         def log_message(self, *_: Any) -> None:
             """Nothing on standard error."""
 
-        def _answer(self, body: Any, status: int = 200) -> None:
-            data = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
         def _serve(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             if "chunked" in (self.headers.get("Transfer-Encoding") or ""):
@@ -58,24 +52,24 @@ def served() -> Iterator[Hub]:
             hub.asked.append(f"{self.command} {path}")
             if path.startswith("/objects/"):  # as a bucket: its address is the permission
                 hub.large[path.removeprefix("/objects/")] = body
-                return self._answer({})
+                return answer(self, {})
             if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                return self._answer({"error": "Invalid credentials"}, 401)
+                return answer(self, {"error": "Invalid credentials"}, 401)
             if path in hub.refused:
-                return self._answer({"error": "You don't have the rights"}, 403)
+                return answer(self, {"error": "You don't have the rights"}, 403)
             if path == "/api/whoami-v2":
-                return self._answer({"name": "acme", "type": "user", "auth": {}})
+                return answer(self, {"name": "acme", "type": "user", "auth": {}})
             if path == "/api/validate-yaml":  # of a model card
                 hub.cards.append(json.loads(body)["content"])
-                return self._answer({"errors": [], "warnings": []})
+                return answer(self, {"errors": [], "warnings": []})
             if path == "/api/repos/create":
                 asked = json.loads(body)
                 name = f"{asked.get('organization') or 'acme'}/{asked['name']}"
                 hub.private[name] = bool(asked.get("private")) or asked.get("visibility") == "private"
                 if name in hub.repos:
-                    return self._answer({"error": "You already created this repo", "url": f"{hub.url}/{name}"}, 409)
+                    return answer(self, {"error": "You already created this repo", "url": f"{hub.url}/{name}"}, 409)
                 hub.repos[name] = {}
-                return self._answer({"url": f"{hub.url}/{name}", "name": name})
+                return answer(self, {"url": f"{hub.url}/{name}", "name": name})
             name = "/".join(path.removeprefix("/api/models/").removeprefix("/").split("/")[:2]).removesuffix(".git")
             if "/preupload/" in path:
                 files = [
@@ -86,16 +80,16 @@ def served() -> Iterator[Hub]:
                     }
                     for file in json.loads(body)["files"]
                 ]
-                return self._answer({"files": files})
+                return answer(self, {"files": files})
             if path.endswith("/info/lfs/objects/batch"):
                 objects = [
                     {**item, "actions": {"upload": {"href": f"{hub.url}/objects/{item['oid']}"}}}
                     for item in json.loads(body)["objects"]
                 ]
-                return self._answer({"transfer": "basic", "objects": objects})
+                return answer(self, {"transfer": "basic", "objects": objects})
             if "/commit/" in path:
                 return self._commit(name, body)
-            self._answer({"error": f"no endpoint {path}"}, 404)
+            answer(self, {"error": f"no endpoint {path}"}, 404)
 
         def _commit(self, name: str, body: bytes) -> None:
             for line in body.splitlines():
@@ -110,7 +104,7 @@ def served() -> Iterator[Hub]:
                     assert hashlib.sha256(data).hexdigest() == value["oid"]
                     hub.repos[name][value["path"]] = data
             oid = hashlib.sha1(body).hexdigest()
-            self._answer({"commitUrl": f"{hub.url}/{name}/commit/{oid}", "commitOid": oid, "success": True})
+            answer(self, {"commitUrl": f"{hub.url}/{name}/commit/{oid}", "commitOid": oid, "success": True})
 
         do_GET = do_POST = do_PUT = do_HEAD = _serve
 

@@ -12,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from json_answer import answer
+
 from tasks.engines.hf_folder import model_rows
 from tasks.engines.local import LocalModel
 from tasks.engines.teacher import Host, Passage, Vocabulary
@@ -85,16 +87,8 @@ class TeacherServer:
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
-    def _answer(self, handler: BaseHTTPRequestHandler, status: int, content: Any) -> None:
-        data = json.dumps(content).encode()
-        handler.send_response(status)
-        handler.send_header("content-type", "application/json")
-        handler.send_header("content-length", str(len(data)))
-        handler.end_headers()
-        handler.wfile.write(data)
-
     def _error(self, handler: BaseHTTPRequestHandler, status: int, text: str) -> None:
-        self._answer(handler, status, {"error": {"message": text, "code": status}})
+        answer(handler, {"error": {"message": text, "code": status}}, status)
 
     def _keyed(self, handler: BaseHTTPRequestHandler) -> bool:
         self.keys.append(handler.headers.get("authorization"))
@@ -105,7 +99,7 @@ class TeacherServer:
 
     def models(self, handler: BaseHTTPRequestHandler) -> None:
         if self._keyed(handler):
-            self._answer(handler, 200, {"data": [{"id": self.name, "max_model_len": self.length}]})
+            answer(handler, {"data": [{"id": self.name, "max_model_len": self.length}]})
 
     def completions(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         if not self._keyed(handler):
@@ -135,7 +129,7 @@ class TeacherServer:
             return self._error(handler, 400, f"This model's maximum context length is {self.length} tokens.")
         with self._lock:
             choices = [{"index": i, "prompt_logprobs": self._places(ids, k, fault)} for i, ids in enumerate(sequences)]
-        self._answer(handler, 200, {"choices": choices[: -1 if fault == "shorter" else None]})
+        answer(handler, {"choices": choices[: -1 if fault == "shorter" else None]})
 
     def _places(self, ids: list[int], k: int, fault: str | None) -> list[dict[str, Any] | None]:
         """As vLLM: the token itself, then the k likeliest; a token among these has one entry, with its rank there."""

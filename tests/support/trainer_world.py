@@ -17,7 +17,7 @@ from overriding_jobs import overriding
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from storage.schemas import schema_for
+from storage.schemas import MaskReason, schema_for
 from storage.store import Artifact, ArtifactSpec, Store
 from tasks.stage import Context, Work
 from tasks.trainer.launch import free_port, launch_command
@@ -203,6 +203,32 @@ def make_judged(world: World) -> Judged:
     )
 
 
+@dataclass
+class Paired:
+    """The world's samples as pairs: of each two the first is the student's, the second the teacher's."""
+
+    rollouts: Artifact
+    signals: dict[str, Artifact]
+    masks: list[list[int]]
+    """The reasons of each sample's tokens."""
+
+
+def make_paired(world: World) -> Paired:
+    rows, masks = [], []
+    table = world.store.read_table(world.signals["mask"], "mask").to_pylist()
+    reasons = {row["sample_id"]: row["mask_reasons"] for row in table}
+    for number, row in enumerate(world.samples):
+        teachers = number % 2 == 1
+        own = {"prompt_id": f"p{number // 2}", "sample_index": number % 2}
+        own |= {"behaviour": "teacher" if teachers else "student"}
+        rows.append(row | own | {"prefix_length": len(row["completion_token_ids"]) if teachers else 0})
+        prefix = int(MaskReason.TEACHER_PREFIX) if teachers else 0
+        masks.append([reason | prefix for reason in reasons[row["sample_id"]]])
+    marked = [{"sample_id": row["sample_id"], "mask_reasons": mask} for row, mask in zip(rows, masks, strict=True)]
+    signals = world.signals | {"mask": commit_table(world.store, "paired_mask", "mask", marked)}
+    return Paired(commit_table(world.store, "paired_rollout", "rollouts", rows), signals, masks)
+
+
 def launch_trainer(processes: int, log: Path, plugins: Sequence[str] = (), **environment: str) -> Worker:
     """A trainer of that many ranks, launched as the supervisor does. It takes settings and failpoints per job."""
     settings = {
@@ -305,3 +331,11 @@ def make(
     assert pool.seen and pool.seen[-1][0] == pool.seen[-1][1], "progress reaches its total"
     artifacts = {name: artifact for name, artifact in made.items() if artifact is not None}
     return Made(artifacts, store, pool.seen[-1][2], said)
+
+
+def assert_same_step(one: Made, two: Made, least: float = 1e-5) -> None:
+    """Two trainings of one step had equal losses and gradients, but for the order of sums; some part of them is above `least`."""
+    assert abs(one.losses[0] - two.losses[0]) < 1e-6
+    mine, theirs = one.tensors("exp_avg"), two.tensors("exp_avg")
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-7
+    assert any(float(value.abs().max()) > least for value in mine.values())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import two_tokenizers
 from scoring import InProcess, ScoringBench
+from whole_round import from_rollouts
 
 from storage.errors import InputError
 from storage.store import Artifact, Store
@@ -20,7 +21,6 @@ from tasks.prepare import prepare_work
 from tasks.rollout_config import RolloutConfig
 from tasks.signals.mask import SpecialTokens, mask_rules
 from tasks.supervise import SuperviseConfig, supervise_work
-from tasks.trainer.data import from_rollouts
 
 SAMPLING = RolloutConfig(temperature=0.8, top_p=0.9, prompts_per_round=2, num_generations=2, max_completion_length=8)
 POLICY = {"on_mismatch": "mask", "on_template_mismatch": "teacher"}

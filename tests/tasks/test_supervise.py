@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scoring import InProcess, ScoringBench, model_folder, plain_logits
+from whole_round import from_rollouts
 
 from storage.artifacts.packed import STEP
 from storage.errors import ConfigError, CorruptArtifact, InputError
@@ -27,7 +28,6 @@ from tasks.rollout_config import RolloutConfig
 from tasks.signals import SIGNALS, Shard
 from tasks.signals.mask import SpecialTokens, mask_rules, mask_table
 from tasks.supervise import SuperviseConfig, supervise_work
-from tasks.trainer.data import from_rollouts
 from tasks.workers.jobs import ScoreJob, ScoreShard
 
 ROLLOUT = RolloutConfig(temperature=0.8, top_p=0.9)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from places import TINY
+from opd_cli import in_this_process
+from places import CHECKOUT, TINY
 
 from flows.cli.report import print_report, status_json
 from flows.experiment import load_experiment
 from flows.run import runner
-from flows.run.runner import fork_experiment, open_run, resume_experiment, run_experiment
+from flows.run.runner import fork_experiment, has_begun, open_run, resume_experiment, run_experiment
 from flows.run.shown import failure
 from storage.errors import ConfigError, IdentityMismatch, NotEnoughSpace, StoreError
 from storage.identity import canonical_json
@@ -59,6 +60,45 @@ def test_a_fork_changes_nothing_that_round_0_made(tmp_path, change, field):
     with pytest.raises(ConfigError, match=rf"{field}: a fork keeps the {field} of 'base'.* start a run of its own"):
         fork_experiment("base", 0, tmp_path, [change])
     fork_experiment("base", 0, tmp_path, ["train.lr=0.5", "evaluate.prompts=3"])
+
+
+SDPO, UNREAD = CHECKOUT / "configs/recipes/sdpo.yaml", "objective.ratio=none"
+
+
+def test_a_field_without_effect_is_refused_in_new_runs_and_told_in_one_that_has_it(tmp_path, monkeypatch):
+    """Earlier versions accepted it, so that a run has it in its identity."""
+    root = tmp_path / "store"
+    asked = has_begun("old", root)
+    with pytest.raises(ConfigError, match=r"objective\.ratio: none has no effect"):
+        load_experiment(SDPO, [UNREAD], begun=asked)
+    earlier = load_experiment(SDPO, [UNREAD], begun=lambda _: True)
+    run = open_run(earlier, "old", root)
+    assert load_experiment(SDPO, [UNREAD], begun=asked) == earlier
+    for other, name in ((["seed=9"], "old"), ([], "new")):
+        with pytest.raises(ConfigError, match=r"objective\.ratio: none has no effect"):
+            load_experiment(SDPO, [UNREAD, *other], begun=has_begun(name, root))
+    monkeypatch.setattr(runner, "distill", lambda *args: None)
+    run_experiment(earlier, name="old", root=root, prefect=False)
+    assert "warning: objective.ratio: none has no effect" in run.log_path("run").read_text()
+
+
+def test_the_command_line_goes_on_with_such_a_run_under_its_name_alone(tmp_path, monkeypatch, capsys):
+    root = tmp_path / "store"
+    open_run(load_experiment(SDPO, [UNREAD], begun=lambda _: True), "old", root)
+    opd = in_this_process(monkeypatch, capsys, root)
+    code, out, _ = opd("run", SDPO, "--name", "old", "--set", UNREAD, "--dry-run")
+    assert code == 0 and "plan of old" in out
+    code, _, err = opd("run", SDPO, "--name", "new", "--set", UNREAD, "--dry-run")
+    assert code == 2 and "objective.ratio: none has no effect" in err
+
+
+def test_a_fork_with_a_field_without_effect_is_refused_unless_it_has_begun(tmp_path):
+    open_run(load_experiment(SDPO), "base", tmp_path)
+    with pytest.raises(ConfigError, match=r"fork of base@0: .*\n  objective\.ratio: none has no effect"):
+        fork_experiment("base", 0, tmp_path, [UNREAD], has_begun("fork", tmp_path))
+    fork = fork_experiment("base", 0, tmp_path, [UNREAD], lambda _: True)
+    open_run(fork, "fork", tmp_path)
+    assert fork_experiment("base", 0, tmp_path, [UNREAD], has_begun("fork", tmp_path)) == fork
 
 
 def failed_run(root, error, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 from page_store import commit, evaluation, prepared, rollouts, stage
 from places import TINY
 from registries import plugin_path
+from rich.console import Console
 from typer.testing import CliRunner
 
 from flows.cli.app import make_app
+from flows.cli.stressed import print_stress
 from flows.experiment import load_experiment
 from flows.run.stress import SAMPLES, Stress, Stressed, stress
 from storage.errors import ConfigError, InputError
@@ -80,10 +83,10 @@ def by_name(rows: tuple[Stressed, ...]) -> dict[tuple[str, str], Stressed]:
 def test_a_verifier_that_reads_the_answer_alone_never_changes(result: Stress) -> None:
     found = by_name(result.rows)
     own = {how: row for (name, how), row in found.items() if name == "exact_match"}
-    assert set(own) == {"unchanged", *TRANSFORMATIONS}
+    assert set(own) == {"again", *TRANSFORMATIONS}
     assert all((row.changed, row.changed_se, row.reward_change) == (0, 0, 0) for row in own.values())
-    assert {how: (row.n, row.does_not_apply) for how, row in own.items()} == {
-        "unchanged": (30, 0), "renumber": (25, 5), "reorder": (25, 5), "pad": (30, 0), "confident": (25, 5),
+    assert {how: (row.n, row.unchanged) for how, row in own.items()} == {
+        "again": (30, 0), "renumber": (25, 5), "reorder": (25, 5), "pad": (30, 0), "confident": (25, 5),
     }  # fmt: skip
     assert own["pad"].reward == pytest.approx(ANSWERS / 30) and own["renumber"].reward == pytest.approx(ANSWERS / 25)
     assert {(row.completions, row.prompts, row.no_verdict) for row in own.values()} == {
@@ -102,14 +105,14 @@ def test_a_verifier_that_compares_the_whole_text_is_told_by_how_often_and_its_er
     assert padded.changed == pytest.approx(5 / 30) and padded.lower == pytest.approx(5 / 30) and padded.higher == 0
     assert padded.reward_change == pytest.approx(moved.mean())
     assert padded.changed_se == pytest.approx(moved.std(ddof=1) / 30**0.5)
-    assert next(row for row in held if row.transformation == "unchanged").changed == 0
+    assert next(row for row in held if row.transformation == "again").changed == 0
 
 
 def test_a_reward_that_grows_with_the_length_rises(result: Stress) -> None:
     """judges:longer is len / 8; its 12 completions answer 12 prompts. judges:graded reads tokens, and is left out."""
     found = by_name(result.rows)
     padded = found["judges:longer", "pad"]
-    assert padded.completions == "rollouts" and padded.n + padded.does_not_apply == 12
+    assert padded.completions == "rollouts" and padded.n + padded.unchanged == 12
     assert padded.changed == padded.higher == 1 and padded.lower == 0
     assert padded.reward_change is not None and padded.reward_change >= (len(NEUTRAL) + 1) / 8
     assert not [name for name, _ in found if name == "judges:graded"]
@@ -122,12 +125,12 @@ def test_a_verifier_without_a_verdict_is_counted(root: Path) -> None:
     rows = stress(run, 1, Store(root)).rows
     assert {row.verifier for row in rows} == {"judges:named"}
     assert all(row.n == 0 and row.changed is row.changed_se is row.reward_change is None for row in rows)
-    assert next(row for row in rows if row.transformation == "unchanged").no_verdict == 12
+    assert next(row for row in rows if row.transformation == "again").no_verdict == 12
 
 
 def test_the_same_completions_are_chosen_at_every_call(run: Run, root: Path, result: Stress) -> None:
     one, two = (stress(run, 1, Store(root), limit=7) for _ in range(2))
-    assert one == two and {row.n + row.does_not_apply + row.no_verdict for row in one.rows} == {7}
+    assert one == two and {row.n + row.unchanged + row.no_verdict for row in one.rows} == {7}
     assert "held-out: 7 of 30 completions, those whose ids have the smallest sha256" in one.notes
     assert SAMPLES > 30 and not [note for note in result.notes if "sha256" in note]
 
@@ -154,13 +157,13 @@ def test_a_run_without_a_verifier_is_refused(root: Path) -> None:
 
 
 def call(root: Path, *arguments: str) -> Any:
-    return CliRunner().invoke(make_app(), ["evaluate", *arguments, "--root", str(root)], env={"COLUMNS": "200"})
+    return CliRunner().invoke(make_app(), ["evaluate", *arguments, "--root", str(root)])
 
 
 def test_the_command(root: Path, result: Stress) -> None:
     before = sorted(path.relative_to(root) for path in root.rglob("*"))
     shown = call(root, "one@1", "--stress")
-    assert shown.exit_code == 0 and "does not apply" in shown.stdout and "judges:graded: left out" in shown.stdout
+    assert shown.exit_code == 0 and "unchanged" in shown.stdout and "judges:graded: left out" in shown.stdout
     assert "0.0% ± 0.0%" in shown.stdout and "100.0% ± 0.0%" in shown.stdout
     told = json.loads(call(root, "one", "--stress", "--json").stdout)
     assert told == json.loads(json.dumps(result.as_json())) and told["round"] == 1
@@ -168,3 +171,16 @@ def test_the_command(root: Path, result: Stress) -> None:
     for wrong in (("--prompts", "x.jsonl"), ("--set-name", "x"), ("--round", "0", "--round", "1")):
         refused = call(root, "one", "--stress", *wrong)
         assert isinstance(refused.exception, ConfigError) and "--stress" in str(refused.exception)
+
+
+def test_the_table_fits_a_terminal_of_80_columns(result: Stress) -> None:
+    """Every row on one line, with all of its figures; only the legend and the notes wrap."""
+    file = io.StringIO()
+    print_stress(result, False, Console(width=80, file=file))
+    tables = [
+        line for line in file.getvalue().splitlines() if line.split(" ")[0] in ("again", "change", *TRANSFORMATIONS)
+    ]
+    assert max(map(len, tables)) <= 80
+    rows = [line.split() for line in tables if not line.startswith("change ")]
+    wanted = [(row.transformation, f"{row.n:,}", f"{row.unchanged:,}", f"{row.no_verdict:,}") for row in result.rows]
+    assert [(row[0], *row[-3:]) for row in rows] == wanted

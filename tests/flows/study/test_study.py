@@ -39,10 +39,10 @@ def small() -> dict[str, Any]:
     }
 
 
-def loaded(tmp_path: Path, study: dict[str, Any]) -> StudyPlan:
+def loaded(tmp_path: Path, study: dict[str, Any], root: Path | None = None) -> StudyPlan:
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(study))
-    return load_study(path)
+    return load_study(path, root)
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
@@ -243,3 +243,19 @@ def test_a_study_that_changed_asks_for_another_name(tmp_path, monkeypatch):
     with pytest.raises(IdentityMismatch, match=r"train\.samples_per_step[\s\S]*give the study another `name`"):
         run_study(loaded(tmp_path, changed("set", {"train.samples_per_step": 8})), tmp_path)
     assert len(Run.list(tmp_path)) == 9
+
+
+def test_a_study_that_has_begun_goes_on_with_a_field_without_effect(tmp_path, monkeypatch):
+    """Also with the methods that have no run yet: they were in the file when it began. A new study is refused."""
+    study = changed("methods/unread", {"config": str(RECIPES / "sdpo.yaml"), "set": {"objective.ratio": "none"}})
+    with pytest.raises(ConfigError, match=r"methods\.unread: 1 problem.*\n  objective\.ratio: none has no effect"):
+        loaded(tmp_path, study, tmp_path)
+    fake(monkeypatch, stop_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(loaded(tmp_path, small()), tmp_path)  # an earlier version accepted the file
+    plan = loaded(tmp_path, study, tmp_path)
+    again = fake(monkeypatch)
+    run_study(plan, tmp_path)
+    assert "study-small-unread-s1" in again.calls
+    with pytest.raises(ConfigError, match=r"objective\.ratio: none has no effect"):
+        loaded(tmp_path, study | {"set": {"train.samples_per_step": 8}}, tmp_path)

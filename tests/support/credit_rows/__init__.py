@@ -1,4 +1,5 @@
-"""A second, plain implementation of methods.md section 5: loops over samples and tokens, float64, one function per row.
+"""A second, plain implementation of `estimator: credit` (docs/objectives.md): loops over samples and tokens, in float64, one
+function per row.
 
 It shares no code with the product and is what the product is compared with. `toy.py` describes the input, `terms.py` has
 the pieces of the expression, `rewarded.py` and `distilled.py` the rows. `ROWS` names them as the recipes do.

@@ -1,4 +1,4 @@
-"""Rows of methods.md section 5 with a divergence as their main term, and those that route between it and rewards.
+"""Rows of `estimator: credit` with a divergence as their main term, and those that route between it and rewards.
 
 A position of a sample in the divergence's route whose signal is invalid has D = 0; whether it stays in the own count is
 `Reduction.count_silent`.

@@ -1,4 +1,4 @@
-"""Rows of methods.md section 5 that are policy gradients: a=1 everywhere, A scaled by m, delta added after it.
+"""Rows of `estimator: credit` that are policy gradients: a=1 everywhere, A scaled by m, delta added after it.
 
 Each function is one row of the table; its keywords are the row's fields with the table's defaults, and choices that the
 table leaves open (said at the keyword). Without a context, m = 1 and delta = 0 in rows that have one.

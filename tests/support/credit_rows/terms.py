@@ -1,4 +1,4 @@
-"""The pieces of the expression in methods.md section 5, each for one token or one sample, float64.
+"""The pieces of the expression of `estimator: credit`, each for one token or one sample, float64.
 
     PPO(rho, A) = -min(rho A, clip(rho, 1-lo, 1+hi) A); where A < 0 also at most -c A (dual clip)
     L = (1/N) sum_{i,t} k_it [ a_it PPO(rho_it, m_it A_i + delta_it) + b_it w_it c_it D(q_it, p_it) ] + L_seq

@@ -18,7 +18,7 @@ pairs for PBSD. Per sample, T tokens over V ids, float64:
     spans         (start, end, kind) half-open in tokens, kind "key" or "error"; may overlap
     stops         whether the last token is a stop token (False: cut by length)
 
-`k` of methods.md is `loss * written`. Logits are those after a merge of stop ids, at temperature 1.
+The mask of the loss is `loss * written`. Logits are those after a merge of stop ids, at temperature 1.
 """
 
 from __future__ import annotations

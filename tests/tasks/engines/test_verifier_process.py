@@ -14,7 +14,7 @@ import pytest
 from places import PLUGINS
 
 from storage.errors import ConfigError, InputError
-from tasks.engines.verifier_process import REASON_LENGTH, NoVerdict, VerifierProcess, reason_of
+from tasks.engines.verifier_process import ENDING_SECONDS, REASON_LENGTH, NoVerdict, VerifierProcess, reason_of
 from tasks.inputs.judging import JudgeConfig, Outcome
 from tasks.judge import sources_of
 
@@ -52,6 +52,8 @@ def ask(process: VerifierProcess, completion: str, place: int = 0, answer: str |
         ("crash", r"'mine' ended its process \(killed by signal 11\)", True),
         ("quit", r"'mine' ended its process \(exit 1\)", True),
         ("linger", r"'mine' ended its process \(exit 4\)", True),
+        ("disconnect", r"'mine' ended its process \(it closed its connection\)", True),
+        ("mute", r"'mine' ended its process \(it closed its connection\)", True),
         ("stop", r"'mine' took longer than judge\.timeout", True),
         ("slain", r"'mine' ended its process \(killed by signal 9\)", True),
         ("nan", "no finite number", False),
@@ -76,6 +78,15 @@ def test_one_completion_fails_and_the_next_is_judged(
         ask(named, completion)
     assert failed.value.ended == ended
     assert ask(named, "good") == Outcome(1.0)
+
+
+def test_a_closed_connection_is_noticed_at_once(named: VerifierProcess) -> None:
+    """The process goes on, so neither its own limit nor that of an end is waited for."""
+    assert ask(named, "good") == Outcome(1.0)
+    begun, pid = time.monotonic(), named._process.pid  # type: ignore[union-attr]
+    with pytest.raises(NoVerdict, match="closed its connection"):
+        ask(named, "disconnect")
+    assert time.monotonic() - begun < ENDING_SECONDS / 2 and not psutil.pid_exists(pid)
 
 
 def test_a_hanging_function_is_killed_with_what_it_started(named: VerifierProcess) -> None:

@@ -41,6 +41,24 @@ def test_numbers_that_are_mentioned_or_do_not_count_up_are_left_alone(text: str)
     assert renumber(text) is None
 
 
+LISTED = "1. a pen costs 5\n2. {}\n{}"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "equation 1 gives b", "by Eq. (1), b", "using 1), b", "from 1 and 2, b", "step two is b", "as in [1], b", "see #1, b",
+        "the first line gives b", "the 1st step gives b", "the second of these steps", "the line above is b", "the latter is b",
+        "this is b", "by that, b", "with these, b", "| b | c |", "b\tc", "Row 1 is b", "(1) gives b", "line one gives b",
+    ],
+)  # fmt: skip
+def test_a_text_that_may_speak_of_its_lines_keeps_their_numbers(said: str) -> None:
+    """In the words of a step, and of the answer."""
+    assert renumber(LISTED.format("b", "42")) == "11. a pen costs 5\n12. b\n42"
+    assert renumber(LISTED.format(said, "42")) is None
+    assert renumber(LISTED.format("b", f"The answer is 42, as {said}")) is None
+
+
 def test_independent_lines_change_places_and_keep_their_numbers() -> None:
     assert reorder(STEPS) == "Step 1: Bob walks 20 metres.\nStep 2: 3 apples cost 6.\n\nThe answer is 42.\nDone\n"
     assert reorder("x = 3\ny = 4\nx + y = 7\n7") == "y = 4\nx = 3\nx + y = 7\n7"
@@ -54,6 +72,8 @@ def test_independent_lines_change_places_and_keep_their_numbers() -> None:
     [
         "", "42", "x = 3\n42", "x = 3\ny = x + 4\n7", "it is 5\n2 * 5 = 10\n10", "x = 3\nTherefore y = 4\n7",
         "the price rises\nThe price is 4\n4", "x = 3\n\ny = 4\n7", "x = 3\nas in line 1, y = 4\n7", "<a>\nx = 3\n3",
+        "x = 3\nwith this y = 4\n7", "x = 3\ny = 4\nThis gives z\n7", "x = 3\ny = 4\nby the first line, z\n7",
+        "x = 3\ny = 4\nThe answer is 7 by equation 2", "| x |\n| y |\n7", "x\t3\ny\t4\n7",
         "x = 3\nThe answer is 3\ny = 4", "x = 3\n```\ny = 4\n```\n7", "We have x = 3:\ny = 4\n7",
     ],
 )  # fmt: skip

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from credit_configs import CONFIGURED, GROUP, PLAIN, Row, named
-from credit_rows import ROWS, Gate, toys
+from credit_rows import ROWS, Gate, Toy, toys
 from credited import gradients_of, loss_of, stored_of
 
+from tasks.losses.token_credit.additions.anti_sd import WAITS
 from tasks.losses.token_credit.config import CreditConfig
 
 
@@ -48,6 +51,36 @@ def test_a_warm_up_without_scored_tokens_goes_on_to_the_first_step_that_has_some
         remembered, of_it = config.add.remember(of_it, stored_of(step, config))
         half.append(remembered)
     assert half == [0, 0, 1]
+
+
+def test_a_state_of_the_earlier_rule_goes_on_by_it_and_has_another_content() -> None:
+    """Its warm-up ended after `warm_steps` steps without a token too, and its gate stayed shut. The key of its next round has the
+    state's content, so a state of the new rule differs from it exactly where the two rules do: without any scored token."""
+    config = CreditConfig.model_validate({"reward": GROUP, "add": {"kind": "anti_sd", "warm_steps": 3}, "clip": PLAIN})
+    toy = toys(1)
+    none = replace(toy, samples=[replace(s, has_context=False) for s in toy.samples])
+
+    def after(*steps: Toy, memory: Any = {}) -> tuple[list[float], Any]:  # noqa: B006  nothing changes it
+        seen = []
+        for step in steps:
+            remembered, memory = config.add.remember(memory, stored_of(step, config))
+            seen.append(remembered)
+        return seen, memory
+
+    def earlier(steps: float) -> Any:
+        return {"steps": np.array([steps]), "entropies": np.empty(0), "warm": np.empty(0), "gate": np.zeros(1)}
+
+    for done in (1, 3, 4):
+        _, now = after(*[none] * done)
+        assert now.keys() - earlier(done).keys() == {WAITS} and now["steps"] == [done]
+    for with_token in ([toy], [none, toy], [toy, none, none, toy]):
+        assert WAITS not in after(*with_token)[1]
+    seen, shut = after(none, toy, toy, memory=earlier(3))
+    assert seen == [0, 0, 0] and shut.keys() == earlier(6).keys() and not len(shut["warm"])
+    seen, warm = after(none, toy, toy, memory=earlier(1))  # a token within its warm-up: both rules agree
+    assert seen == [0, 0, 1] and len(warm["warm"]) == 1
+    seen, _ = after(none, toy, toy, memory=after(none, none, none)[1])
+    assert seen == [0, 0, 1]
 
 
 @pytest.mark.parametrize("row", CONFIGURED, ids=named)

@@ -1,7 +1,7 @@
 """From stored signals through the trainer's packing to the loss: how a step is cut into micro-batches changes nothing.
 
 The model is a small one whose hidden states look back only, so that padding must not matter; everything after it is
-the real thing: `from_rollouts`, `forward_batch`, head provider, objective, `LossHead`."""
+the real thing: `part_of_round`, `forward_batch`, head provider, objective, `LossHead`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from plain_head import PlainHead
 from pydantic import TypeAdapter
 from torch import Tensor, nn
+from whole_round import from_rollouts
 
 from storage.schemas import MaskReason, schema_for
 from tasks.losses.build import make_objective
@@ -29,7 +30,7 @@ from tasks.losses.head import ChunkedHead
 from tasks.losses.registry import Registry
 from tasks.losses.token_weights import TOKEN_WEIGHTS
 from tasks.losses.trust_regions import TRUST_REGIONS
-from tasks.trainer.data import Samples, forward_batch, from_rollouts, loss_denominators
+from tasks.trainer.data import Samples, forward_batch, loss_denominators
 from tasks.trainer.model import LossHead
 
 V, D, K = 13, 6, 4

@@ -11,6 +11,7 @@ import pytest
 from clean_round import NAMES, ROWS, K, Rows, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from whole_round import from_rollouts
 
 from storage.artifacts.packed import unpack
 from storage.errors import InputError
@@ -18,7 +19,7 @@ from storage.schemas import MaskReason, schema_for
 from tasks.losses.config import DirectConfig, FullSupport, TopkSupport
 from tasks.signals import SIGNALS, Shard
 from tasks.trainer.checks import Lists, Tokens, check_lists, mass_limit
-from tasks.trainer.data import Samples, from_prompts, from_rollouts
+from tasks.trainer.data import Samples, from_prompts
 
 INVALID = int(MaskReason.INVALID_VALUE)
 NAN, INF = math.nan, math.inf

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from whole_round import from_rollouts
 
 from storage.errors import ConfigError, InputError
 from storage.schemas import MaskReason, schema_for
@@ -17,7 +18,7 @@ from tasks.losses.config import CreditConfig, DirectConfig, PolicyGradientConfig
 from tasks.losses.needs import CreditNeeds, Needs
 from tasks.trainer.batching import Step
 from tasks.trainer.config import OptimizerSettings
-from tasks.trainer.data import Samples, forward_batch, from_rollouts, loss_denominators
+from tasks.trainer.data import Samples, forward_batch, loss_denominators
 from tasks.trainer.deepspeed_file import deepspeed_config
 from tasks.trainer.planning import Planner
 from tasks.trainer.topk_lists import TopK, UnionTopK

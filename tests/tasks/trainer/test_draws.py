@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from whole_round import from_rollouts
 
 from storage.schemas import MaskReason, schema_for
 from tasks.losses.config import PolicyGradientConfig
-from tasks.trainer.data import Samples, forward_batch, from_rollouts
+from tasks.trainer.data import Samples, forward_batch
 
 TROPD = PolicyGradientConfig.model_validate({"trust_region": {"kind": "tropd", "outliers": "mask"}})
 PREFIX = MaskReason.TEACHER_PREFIX

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import softplus
-from trainer_world import Made, World, commit_table, launch_trainer, logprobs_of, make, tiny_model
+from trainer_world import Made, Paired, World, assert_same_step, logprobs_of, make, make_paired, tiny_model
 
-from storage.disk import failpoints
 from storage.errors import InputError, OpdError
 from storage.schemas import MaskReason
-from storage.store import Artifact
 from tasks.losses.config import PairsConfig
 from tasks.train import train_work
 from tasks.trainer.config import TrainConfig
-from tasks.workers.pool import Worker, WorkerDied
+from tasks.workers.pool import Worker
 
 BETA = 0.2
 CONFIG = TrainConfig.model_validate({"lr": 1e-3, "samples_per_step": 12, "max_grad_norm": None, "metrics_every": 1})
@@ -27,38 +24,21 @@ LOST = 3
 
 
 @dataclass
-class Paired:
-    """The world's samples as pairs: of each two the first is the student's, the second the teacher's."""
+class Trained:
+    """Trains on the world's samples as pairs."""
 
     world: World
-    rollouts: Artifact
-    signals: dict[str, Artifact]
-    masks: list[list[int]]
+    paired: Paired
 
-    def trained(self, worker: Worker, tag: str, config: TrainConfig = CONFIG, **runtime: Any) -> Made:
-        objective = PairsConfig(beta=BETA)
-        work = train_work(config, objective, self.world.student, None, self.rollouts, self.signals, 0, 1)
+    def __call__(self, worker: Worker, tag: str, config: TrainConfig = CONFIG, **runtime: Any) -> Made:
+        objective, of = PairsConfig(beta=BETA), self.paired
+        work = train_work(config, objective, self.world.student, None, of.rollouts, of.signals, 0, 1)
         return make(work, self.world.store, worker, f"pairs {tag}", **runtime)
 
 
 @pytest.fixture(scope="module")
-def paired(world: World) -> Paired:
-    rows, masks = [], []
-    reasons = {
-        row["sample_id"]: row["mask_reasons"]
-        for row in world.store.read_table(world.signals["mask"], "mask").to_pylist()
-    }
-    for number, row in enumerate(world.samples):
-        own = {"prompt_id": f"p{number // 2}", "sample_index": number % 2}
-        teachers = number % 2 == 1
-        length = len(row["completion_token_ids"]) if teachers else 0
-        rows.append(row | own | {"behaviour": "teacher" if teachers else "student", "prefix_length": length})
-        masks.append(
-            [reason | (int(MaskReason.TEACHER_PREFIX) if teachers else 0) for reason in reasons[row["sample_id"]]]
-        )
-    table = [{"sample_id": row["sample_id"], "mask_reasons": mask} for row, mask in zip(rows, masks, strict=True)]
-    signals = world.signals | {"mask": commit_table(world.store, "paired_mask", "mask", table)}
-    return Paired(world, commit_table(world.store, "paired_rollout", "rollouts", rows), signals, masks)
+def trained(world: World) -> Trained:
+    return Trained(world, make_paired(world))
 
 
 def counted(made: Made) -> tuple[float, float]:
@@ -67,13 +47,13 @@ def counted(made: Made) -> tuple[float, float]:
     return metrics["pairs"], metrics["pairs_left_out"]
 
 
-def test_it_is_its_formula(paired: Paired, trainers: dict[int, Worker]) -> None:
+def test_it_is_its_formula(trained: Trained, trainers: dict[int, Worker]) -> None:
     """From stored signals and the model alone: tokens that the teacher wrote count, masked ones do not, and a pair with a
     completion of which nothing counts is not in the mean."""
-    world, student, margins = paired.world, tiny_model(1), []
+    world, student, margins = trained.world, tiny_model(1), []
     sampled = {row["sample_id"]: row for row in world.store.read_table(world.signals["sampled"], "sampled").to_pylist()}
     heights = []
-    for row, mask in zip(world.samples, paired.masks, strict=True):
+    for row, mask in zip(world.samples, trained.paired.masks, strict=True):
         completion = torch.tensor(row["completion_token_ids"])
         log_p = logprobs_of.__wrapped__(student, row["prompt_token_ids"], row["completion_token_ids"])
         d = log_p.gather(1, completion[:, None])[:, 0] - torch.tensor(sampled[row["sample_id"]]["teacher_logprobs"])
@@ -84,7 +64,7 @@ def test_it_is_its_formula(paired: Paired, trainers: dict[int, Worker]) -> None:
     assert len(margins) == 5 and len(heights[LOST]) == 0 and len(heights[LOST - 1]) > 0
     loss = softplus(-BETA * torch.stack(margins)).mean()
     loss.backward()
-    made = paired.trained(trainers[1], "formula")
+    made = trained(trainers[1], "formula")
     assert made.losses[0] == pytest.approx(float(loss.detach()), abs=1e-5)
     gradient = made.tensors("exp_avg")
     for name, parameter in student.named_parameters():
@@ -96,32 +76,28 @@ def test_it_is_its_formula(paired: Paired, trainers: dict[int, Worker]) -> None:
     assert any("left out 1 of 6 pairs" in line for line in made.said)
 
 
-def test_ranks_and_micro_batches_change_no_gradient(paired: Paired, trainers: dict[int, Worker]) -> None:
+def test_ranks_and_micro_batches_change_no_gradient(trained: Trained, trainers: dict[int, Worker]) -> None:
     """Also where no pair fits into the budget: each is a micro-batch of its own."""
-    one = paired.trained(trainers[1], "one", micro_batch_tokens=4096)
-    mine = one.tensors("exp_avg")
-    assert any(float(value.abs().max()) > 1e-5 for value in mine.values())
+    one = trained(trainers[1], "one", micro_batch_tokens=4096)
     for tokens in (64, 24, 1):
-        two = paired.trained(trainers[2], f"two {tokens}", micro_batch_tokens=tokens)
-        assert one.losses[0] == pytest.approx(two.losses[0], abs=1e-6)
-        theirs = two.tensors("exp_avg")
-        assert max(float((mine[p] - theirs[p]).abs().max()) for p in mine) < 1e-7
+        two = trained(trainers[2], f"two {tokens}", micro_batch_tokens=tokens)
+        assert_same_step(one, two)
         assert counted(one) == counted(two) == (6, 1)
 
 
-def test_the_margin_grows_step_by_step(paired: Paired, trainers: dict[int, Worker]) -> None:
+def test_the_margin_grows_step_by_step(trained: Trained, trainers: dict[int, Worker]) -> None:
     config = CONFIG.model_copy(update={"samples_per_step": 4, "epochs_per_round": 8})
-    losses = paired.trained(trainers[1], "descent", config).losses
+    losses = trained(trainers[1], "descent", config).losses
     assert len(losses) == 24 and losses[-3:].mean() < losses[:3].mean() - 0.1
 
 
-def test_a_round_that_stops_goes_on_bit_for_bit(paired: Paired, trainers: dict[int, Worker]) -> None:
+def test_a_round_that_stops_goes_on_bit_for_bit(trained: Trained, trainers: dict[int, Worker]) -> None:
     config = CONFIG.model_copy(update={"samples_per_step": 4, "epochs_per_round": 2})
-    whole = paired.trained(trainers[1], "whole", config)
+    whole = trained(trainers[1], "whole", config)
     with pytest.raises(OpdError, match="a failpoint"):
         stop = {"checkpoint_minutes": 0, "failpoints": "train.after_step=raise:OpdError@4"}
-        paired.trained(trainers[1], "stopped", config, **stop)
-    again = paired.trained(trainers[1], "stopped", config, checkpoint_minutes=0)
+        trained(trainers[1], "stopped", config, **stop)
+    again = trained(trainers[1], "stopped", config, checkpoint_minutes=0)
     assert any("continuing after step 3" in line for line in again.said)
     assert [row["loss"] for row in again.rows] == [row["loss"] for row in whole.rows] and len(again.rows) == 6
     for name in ("student", "trainer_state"):
@@ -129,28 +105,7 @@ def test_a_round_that_stops_goes_on_bit_for_bit(paired: Paired, trainers: dict[i
     assert counted(again) == counted(whole) == (12, 2)
 
 
-@pytest.mark.slow
-def test_a_rank_of_two_that_is_killed_goes_on_bit_for_bit(
-    paired: Paired, trainers: dict[int, Worker], tmp_path: Path
-) -> None:
-    """As every other recipe (tests/faults/test_checkpoint.py), whose rollouts are no pairs."""
-    config = CONFIG.model_copy(update={"samples_per_step": 4, "epochs_per_round": 2})
-    whole = paired.trained(trainers[2], "whole of two", config)
-    worker = launch_trainer(2, tmp_path / "log", **{failpoints.SPEC: "train.after_step=kill#1@4"})
-    try:
-        with pytest.raises(WorkerDied):
-            paired.trained(worker, "killed", config, checkpoint_minutes=0)
-    finally:
-        worker.kill()
-    again = paired.trained(trainers[2], "killed", config, checkpoint_minutes=0)
-    assert any("continuing after step" in line for line in again.said)
-    for name in ("student", "trainer_state"):
-        assert again.artifacts[name].content == whole.artifacts[name].content
-    assert [row["loss"] for row in again.rows] == [row["loss"] for row in whole.rows]
-    assert counted(again) == counted(whole) == (12, 2)
-
-
-def test_rollouts_that_are_no_pairs_are_refused(paired: Paired, trainers: dict[int, Worker]) -> None:
-    other = Paired(paired.world, paired.world.rollouts, paired.signals, paired.masks)
+def test_rollouts_that_are_no_pairs_are_refused(trained: Trained, trainers: dict[int, Worker]) -> None:
+    other = Trained(trained.world, replace(trained.paired, rollouts=trained.world.rollouts))
     with pytest.raises(InputError, match=r"'p0/1/0' \(written by student\) has no partner"):
-        other.trained(trainers[1], "no pairs")
+        other(trainers[1], "no pairs")

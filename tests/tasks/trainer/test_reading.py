@@ -18,6 +18,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from synthetic_round import make_round, train_job
+from whole_round import from_rollouts
 
 from storage.errors import InputError
 from storage.schemas import MaskReason, schema_for, validate_table
@@ -25,7 +26,7 @@ from storage.store import ArtifactSpec, Store
 from tasks.losses.config import DirectConfig, ObjectiveConfig
 from tasks.losses.needs import CreditNeeds, Needs
 from tasks.trainer.batching import plan_steps, split_step
-from tasks.trainer.data import Samples, forward_batch, from_rollouts, loss_denominators
+from tasks.trainer.data import Samples, forward_batch, loss_denominators
 from tasks.trainer.dispatch import round_bytes
 from tasks.trainer.reading import collect_round
 from tasks.workers.jobs import ArtifactRef

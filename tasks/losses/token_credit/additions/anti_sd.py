@@ -14,6 +14,11 @@ from tasks.losses.token_credit.stored import Stored, Tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
+WAITS = "waits"
+"""In a memory without any scored token: the warm-up goes on until there is one. Versions before this rule let it end after
+`warm_steps` steps, with the gate shut for ever, and wrote no such mark: their states go on as they began. The mark is in the
+state's content, and so in the key of the next round; a memory with a scored token means the same under both rules."""
+
 
 @register
 class AntiSD(Addition):
@@ -45,14 +50,20 @@ class AntiSD(Addition):
         steps = int(memory["steps"][0]) if "steps" in memory else 0
         kept, warm = memory.get("entropies", nothing), memory.get("warm", nothing)
         gate = float(memory["gate"][0]) if "gate" in memory else 0.0
-        if not len(warm):
+        none_yet = not len(kept) and not len(warm)
+        earlier = (
+            none_yet and steps > 0 and WAITS not in memory
+        )  # of a version whose warm-up ended here, without H_warm
+        if not len(warm) and (steps < self.warm_steps or not earlier):
             kept = np.concatenate([kept, entropies])
             if steps + 1 >= self.warm_steps and len(kept):
                 kept, warm = nothing, np.array([np.median(kept)])
-        elif len(entropies):
+        elif len(warm) and len(entropies):
             now = float(np.median(entropies))
             gate = 0.0 if now < self.close_below * warm[0] else 1.0 if now >= warm[0] else gate
         after = {"steps": np.array([steps + 1.0]), "entropies": kept, "warm": warm, "gate": np.array([gate])}
+        if not len(kept) and not len(warm) and not earlier:
+            after[WAITS] = np.array([1.0])
         return gate, after
 
     def plan(self, stored: Stored) -> dict[str, Tensor]:

@@ -50,7 +50,9 @@ def export(
             "--push", metavar="OWNER/NAME", help="commit DIR to this repository of the Hub", show_default=False
         ),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="with --push: of a new repository")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="with --push: a private repository, never a public one")
+    ] = False,
     json_: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
@@ -60,8 +62,8 @@ def export(
     The hash of every file and of the weights is verified; the hash of the weights is printed. DIR appears complete or not at
     all. --push uploads it afterwards, with the token of HF_TOKEN or `hf auth login`.
 
-    Exit codes: 0 done, 1 the store is damaged, the disk full, or the upload failed, 2 no such run or round, DIR is not empty, or
-    no token."""
+    Exit codes: 0 done, 1 the store is damaged, the disk full, or the upload failed, 2 no such run or round, DIR is not empty, no
+    token, or a public repository with --private."""
     from flows.cli.report import student_of, tree_of
     from flows.run.card import card
     from storage.store import Store

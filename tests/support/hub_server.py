@@ -1,4 +1,5 @@
-"""A hub on the loopback interface: the endpoints by which huggingface_hub creates a repository and commits a folder to it."""
+"""A hub on the loopback interface: the endpoints by which huggingface_hub looks at a repository, creates one and commits a
+folder to it."""
 
 from __future__ import annotations
 
@@ -27,6 +28,9 @@ class Hub:
         self.refused: set[str] = set()
         self.url = ""
 
+    def create(self, name: str, private: bool) -> None:
+        self.repos[name], self.private[name] = {}, private
+
 
 @contextmanager
 def served() -> Iterator[Hub]:
@@ -36,9 +40,11 @@ def served() -> Iterator[Hub]:
         def log_message(self, *_: Any) -> None:
             """Nothing on standard error."""
 
-        def _answer(self, body: Any, status: int = 200) -> None:
+        def _answer(self, body: Any, status: int = 200, code: str | None = None) -> None:
             data = json.dumps(body).encode()
             self.send_response(status)
+            if code is not None:
+                self.send_header("X-Error-Code", code)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -71,12 +77,15 @@ def served() -> Iterator[Hub]:
             if path == "/api/repos/create":
                 asked = json.loads(body)
                 name = f"{asked.get('organization') or 'acme'}/{asked['name']}"
-                hub.private[name] = bool(asked.get("private")) or asked.get("visibility") == "private"
-                if name in hub.repos:
+                if name in hub.repos:  # keeps its visibility
                     return self._answer({"error": "You already created this repo", "url": f"{hub.url}/{name}"}, 409)
-                hub.repos[name] = {}
+                hub.create(name, private=bool(asked.get("private")) or asked.get("visibility") == "private")
                 return self._answer({"url": f"{hub.url}/{name}", "name": name})
             name = "/".join(path.removeprefix("/api/models/").removeprefix("/").split("/")[:2]).removesuffix(".git")
+            if self.command == "GET" and path == f"/api/models/{name}":
+                if name not in hub.repos:
+                    return self._answer({"error": "Repository not found"}, 404, "RepoNotFound")
+                return self._answer({"id": name, "private": hub.private[name], "siblings": []})
             if "/preupload/" in path:
                 files = [
                     {

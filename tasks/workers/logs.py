@@ -1,4 +1,4 @@
-"""The logs of workers: where an attempt begins in one, and reading their ends. What a worker's Python code writes is redacted when
+"""The logs of workers: where an attempt begins in one, and reading their ends. What a worker's Python code writes is redacted as
 it is written; what its libraries and their processes write is not, and is redacted here, by whole lines."""
 
 from __future__ import annotations

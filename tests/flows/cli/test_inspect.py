@@ -52,7 +52,7 @@ def test_looking_loads_no_engine(args, example_store_once):
     assert result.stdout
 
 
-WITHOUT_A_STORE = ("init", "objectives", "version")
+WITHOUT_A_STORE = ("init", "objectives", "recipes", "version")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

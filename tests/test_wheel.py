@@ -124,7 +124,8 @@ def test_a_wheel_has_recipes_and_checks_one(tmp_path):
     recipes = {path.stem for path in (CHECKOUT / "configs" / "recipes").glob("*.yaml")}
     assert {entry["name"] for entry in json.loads(opd("recipes", "--json"))} == recipes
     plan = json.loads(opd("run", "recipe:gkd", "--dry-run", "--json", "--root", str(tmp_path / "store")))
-    assert not (tmp_path / "store" / "runs").exists() and plan
+    assert plan["config"]["objective"] and {line["state"] for line in plan["plan"]} == {"run", "pending"}
+    assert not list((tmp_path / "store").glob("runs/*"))
     assert "topk-bucket" in opd("objectives") and "configs/recipes/gkd.yaml" in opd("objectives", "gkd")
     assert "tokenizers: identical" in opd("check", "configs/recipes/opd.yaml")
     assert "study-objectives-opd-s0" in opd(

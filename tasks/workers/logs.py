@@ -67,4 +67,4 @@ def last_lines(log: Path, count: int = 12) -> str:
         found = Lines(b"", 0, False)
     own = Lines(_ATTEMPT.split(found.data)[-1], found.end, found.cut)
     tail = [line.rstrip() for line in own.text.splitlines()[-count:]] + [CUT] * own.cut
-    return f"last lines of {log}:\n  " + "\n  ".join(tail)
+    return "\n  ".join([f"last lines of {log}:", *tail]) if tail else f"this attempt wrote nothing to {log}"

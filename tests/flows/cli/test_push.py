@@ -23,6 +23,7 @@ def push(monkeypatch, capsys, example_store, tmp_path, hub):
     """Calls the command in this process, as a user with this token of this hub."""
     monkeypatch.setattr(hub_constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(hub_constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(hub_constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)  # an engine in this process sets it
     monkeypatch.delenv("HF_TOKEN", raising=False)
 

@@ -62,7 +62,7 @@ def test_lines_of_another_attempt_are_not_this_failures(run: Run, tmp_path: Path
     error = InputError("nothing was written")
     fail(run, error)
     found = failure(error, "demo", tmp_path).message()
-    assert "last lines of" in found and "line 39" not in found and "of another attempt" not in found
+    assert "this attempt wrote nothing to" in found and "line 39" not in found and "of another attempt" not in found
 
 
 def test_an_error_of_no_stage_has_no_place(run: Run, tmp_path: Path) -> None:

@@ -37,7 +37,10 @@ def export(
     round: Annotated[int | None, typer.Option("--round", min=0, help="round (default: the last)")] = None,
     best: Annotated[
         bool,
-        typer.Option("--best", help="the round of the highest accuracy, or without a verifier the lowest reverse KL"),
+        typer.Option(
+            "--best",
+            help="the round of the highest accuracy, among equals and without a verifier of the lowest reverse KL",
+        ),
     ] = False,
     teacher: Annotated[bool, typer.Option("--teacher", help="the teacher instead, after its warm-up")] = False,
     teacher_name: Annotated[

@@ -39,7 +39,7 @@ def export(
         bool,
         typer.Option(
             "--best",
-            help="the round of the highest accuracy, among equals and without a verifier of the lowest reverse KL",
+            help="the round of the highest accuracy, else of the lowest reverse KL",
         ),
     ] = False,
     teacher: Annotated[bool, typer.Option("--teacher", help="the teacher instead, after its warm-up")] = False,

@@ -77,8 +77,8 @@ def role_of_stage(name: Name) -> str | None:
 
 
 def best_round(state: RunState) -> int | None:
-    """The round whose student is best by its evaluation: the highest accuracy, among equals and without a verifier the lowest reverse
-    KL, then the earliest. None where no round has either."""
+    """The round whose student is best by its evaluation: the highest accuracy, among equals and without a verifier the lowest
+    reverse KL, then the earliest. None where no round has either."""
     judged = [r for r in state.rounds if r.metrics.get("accuracy_greedy") is not None]
     compared = judged or [r for r in state.rounds if r.metrics.get("reverse_kl") is not None]
     if not compared:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +12,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from places import CHECKOUT
 
 from flows import config_file
@@ -46,6 +51,40 @@ def test_a_path_of_the_documentation_names_the_installed_config_unless_it_exists
     assert config_file.shipped(recipe) == recipe
 
 
+def pinned(name: str) -> dict[str, str]:
+    """Package -> version of a list of requirements/."""
+    lines = (CHECKOUT / "requirements" / name).read_text().splitlines()
+    found = (line.split("#")[0].strip().partition("==") for line in lines if "==" in line)
+    return {canonicalize_name(package): version for package, _, version in found}
+
+
+def as_metadata_says(site: Path) -> None:
+    """What pip reads of the installed package is what the documents and the pinned lists say."""
+    (found,) = importlib.metadata.distributions(path=[str(site)])
+    python = SpecifierSet(found.metadata["Requires-Python"])
+    assert [minor for minor in range(9, 16) if f"3.{minor}" in python] == [11, 12]
+    requirements = [Requirement(text) for text in found.requires or ()]
+    extras = {"gpu", "lm-eval", "mlflow", "tensorboard", "trackers", "trackio", "wandb"}
+    assert set(found.metadata.get_all("Provides-Extra")) == extras
+    # what samples is asked for by one extra alone: elsewhere `opd check` says how to install it
+    assert [str(r) for r in requirements if r.name.startswith("vllm")] == ['vllm==0.32.0; extra == "gpu"']
+    of_extra = {
+        extra: {r.name for r in requirements if r.marker and r.marker.evaluate({"extra": extra})} for extra in extras
+    }
+    base = {r.name for r in requirements if r.marker is None}
+    assert {name for names in of_extra.values() for name in names}.isdisjoint(base)
+    assert (
+        of_extra["trackers"] == of_extra["mlflow"] | of_extra["tensorboard"] | of_extra["trackio"] | of_extra["wandb"]
+    )
+    for name in ("cpu.txt", "gpu.txt"):
+        pins = pinned(name)
+        for r in requirements:
+            if r.marker is None or (name == "gpu.txt" and r.name == "vllm"):
+                assert r.specifier.contains(pins[canonicalize_name(r.name)]), f"{name}: {r}"
+    (command,) = found.entry_points.select(group="console_scripts")
+    assert (command.name, command.value) == ("opd", "opdflow:main")
+
+
 @pytest.mark.slow
 def test_a_wheel_has_recipes_and_checks_one(tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
@@ -71,6 +110,7 @@ def test_a_wheel_has_recipes_and_checks_one(tmp_path):
         settings = environment | {"PYTHONPATH": str(tmp_path / "site")}
         return subprocess.run(command, check=True, cwd=tmp_path, env=settings, capture_output=True, text=True).stdout
 
+    as_metadata_says(tmp_path / "site")
     installed = tmp_path / "site" / "opdflow" / "configs"
     for file in (
         "recipes/gkd.yaml",
@@ -82,6 +122,11 @@ def test_a_wheel_has_recipes_and_checks_one(tmp_path):
     ):
         assert (installed / file).is_file(), file
     assert "opdflow" in opd("version")
+    recipes = {path.stem for path in (CHECKOUT / "configs" / "recipes").glob("*.yaml")}
+    assert {entry["name"] for entry in json.loads(opd("recipes", "--json"))} == recipes
+    plan = json.loads(opd("run", "recipe:gkd", "--dry-run", "--json", "--root", str(tmp_path / "store")))
+    assert plan["config"]["objective"] and {line["state"] for line in plan["plan"]} == {"run", "pending"}
+    assert not list((tmp_path / "store").glob("runs/*"))
     assert "topk-bucket" in opd("objectives") and "configs/recipes/gkd.yaml" in opd("objectives", "gkd")
     assert "tokenizers: identical" in opd("check", "configs/recipes/opd.yaml")
     assert "study-objectives-opd-s0" in opd(

@@ -37,7 +37,10 @@ def export(
     round: Annotated[int | None, typer.Option("--round", min=0, help="round (default: the last)")] = None,
     best: Annotated[
         bool,
-        typer.Option("--best", help="the round of the highest accuracy, or without a verifier the lowest reverse KL"),
+        typer.Option(
+            "--best",
+            help="the round of the highest accuracy, else of the lowest reverse KL",
+        ),
     ] = False,
     teacher: Annotated[bool, typer.Option("--teacher", help="the teacher instead, after its warm-up")] = False,
     teacher_name: Annotated[
@@ -50,7 +53,9 @@ def export(
             "--push", metavar="OWNER/NAME", help="commit DIR to this repository of the Hub", show_default=False
         ),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="with --push: of a new repository")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="with --push: a private repository, never a public one")
+    ] = False,
     json_: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
@@ -60,8 +65,8 @@ def export(
     The hash of every file and of the weights is verified; the hash of the weights is printed. DIR appears complete or not at
     all. --push uploads it afterwards, with the token of HF_TOKEN or `hf auth login`.
 
-    Exit codes: 0 done, 1 the store is damaged, the disk full, or the upload failed, 2 no such run or round, DIR is not empty, or
-    no token."""
+    Exit codes: 0 done, 1 the store is damaged, the disk full, or the upload failed, 2 no such run or round, DIR is not empty, no
+    token, or a public repository with --private."""
     from flows.cli.report import student_of, tree_of
     from flows.run.card import card
     from storage.store import Store

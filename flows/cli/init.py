@@ -26,7 +26,9 @@ def decisions(e: Experiment, held_out: Path | None) -> list[str]:
         f"the rows of {held_out}" if held_out is not None else "the first rows of the prompts, which are not trained on"
     )
     policy = prompts.tokenizers.model_dump(exclude_defaults=True)
+    columns = getattr(prompts.train, "columns", {})
     found = {
+        "prompts.train.columns": ", ".join(f"{ours} is {name}" for ours, name in columns.items()) or None,
         "runtime.device": e.runtime.device,
         "prompts.eval": held,
         "prompts.max_prompt_length": f"{prompts.max_prompt_length} tokens; longer prompts are left out",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections import deque
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -183,7 +182,7 @@ def logs(
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="last lines of each log; 0: all")] = 200,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Show the logs of a run's stages and workers.
+    """Show the logs of a run's stages and workers, without secrets.
 
     Exit codes: 0 shown, 2 no such run or log, 130 Ctrl-C."""
     run = Run.open(root, name)
@@ -192,7 +191,7 @@ def logs(
     if not shown and not follow:
         wanted = f"no log begins with {stage!r}; logs: {', '.join(names) or 'none yet'}" if stage else "no logs yet"
         raise InputError(f"run {name!r}: {wanted}")
-    ends = {path: _show_tail(path, lines, heading=len(shown) > 1) for path in shown}
+    ends = {path: _show_tail(path, lines, len(shown) > 1, follow) for path in shown}
     if follow:
         _follow(run, stage, ends)
 
@@ -321,33 +320,37 @@ def _log_files(run: Run, stage: str | None) -> list[Path]:
     return sorted(logs, key=lambda path: (path.stat().st_mtime, path.name))
 
 
-def _show_tail(path: Path, lines: int, heading: bool) -> int:
-    """Prints the last lines of a log and returns the offset behind them."""
+def _show_tail(path: Path, lines: int, heading: bool, follow: bool) -> int:
+    """Prints the last lines of a log, without secrets, and returns the offset behind them."""
+    from tasks.workers.logs import CUT, whole_lines
+
     if heading:
         typer.echo(f"==> {path.stem} <==")
-    with path.open("rb") as file:
-        for line in deque(file, maxlen=lines or None):
-            typer.echo(line.decode(errors="replace"), nl=False)
-        return file.tell()
+    found = whole_lines(path)
+    typer.echo("".join(found.text.splitlines(keepends=True)[-lines:]), nl=False)
+    if found.cut and not follow:
+        typer.echo(CUT)
+    return found.end
 
 
 def _follow(run: Run, stage: str | None, ends: dict[Path, int]) -> None:
     """Prints new lines of the logs, and new logs, until no process works on the run."""
     import time
 
+    from tasks.workers.logs import CUT, whole_lines
+
     current = next(reversed(ends), None)
     while True:
         held = run.holder() is not None  # before reading, so that the last lines are read too
         for path in _log_files(run, stage):
-            with path.open("rb") as file:
-                file.seek(min(ends.get(path, 0), path.stat().st_size))
-                added = file.read()
-                ends[path] = file.tell()
-            if added:
+            found = whole_lines(path, ends.get(path, 0))
+            ends[path] = found.end
+            text = found.text + (f"{CUT}\n" if found.cut and not held else "")
+            if text:
                 if path != current:
                     typer.echo(f"==> {path.stem} <==")
                     current = path
-                typer.echo(added.decode(errors="replace"), nl=False)
+                typer.echo(text, nl=False)
         if not held:
             return
         time.sleep(POLL_SECONDS)

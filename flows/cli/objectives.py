@@ -1,4 +1,4 @@
-"""`opd objectives`: recipes and choices with equations, papers, fields and defaults."""
+"""`opd objectives`, `opd recipes`: recipes and choices with equations, papers, fields and defaults."""
 
 from __future__ import annotations
 
@@ -19,8 +19,18 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add this file's command."""
+    """Add this file's commands."""
+    app.command(epilog=example("opd recipes"))(recipes)
     app.command(epilog=example("opd objectives tropd"))(objectives)
+
+
+def recipes(json_: Json = False) -> None:
+    """List the recipes: `opd run recipe:NAME` runs one, `opd objectives NAME` shows its equation and fields.
+
+    Exit codes: 0 shown."""
+    from flows.reference.catalogue import catalogue
+
+    _print([entry for entry in catalogue() if entry.axis == "recipe"], json_)
 
 
 def objectives(
@@ -47,13 +57,17 @@ def objectives(
         names = sorted({entry.name for entry in entries})
         hint = did_you_mean(str(name), names, "opd objectives lists them")
         raise ConfigError(f"objectives: no recipe or choice named {name!r}; {hint}")
-    if json_:
-        typer.echo(json.dumps([asdict(entry) for entry in chosen], indent=2))
-    elif name is None:
-        _list(console(), chosen)
+    if name is None or json_:
+        return _print(chosen, json_)
+    for entry in chosen:
+        _show(console(), entry)
+
+
+def _print(entries: list[Entry], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps([asdict(entry) for entry in entries], indent=2))
     else:
-        for entry in chosen:
-            _show(console(), entry)
+        _list(console(), entries)
 
 
 def _folded(name: str) -> str:

@@ -16,14 +16,13 @@ from flows.run.figures import DIAGNOSED
 from flows.run.hints import opd_command
 from flows.run.shown import (
     BY_ROUND,
-    NOT_EVALUATED,
     by_teacher,
+    cells,
     failed_stages,
     failure,
     pace_text,
     sample_sizes,
     status_text,
-    with_error,
 )
 from flows.run.warnings import run_warnings
 from storage.artifacts.artifact import Artifact, TreeRecord, artifact_directory, load_manifest
@@ -190,22 +189,19 @@ def _heading(state: RunState, root: Path, holder: str | None) -> Text:
 def _rounds(state: RunState, gone: dict[tuple[int, str], list[str]], out: Console) -> list[Table | Text]:
     """The table of rounds. Where it is wider than `out`, the seconds of the stages follow it, a line per round; if it still
     is, it has fewer lines, then length and clipped without their errors."""
-    shown = [f for f in BY_ROUND if any(r.metrics.get(f.metric) is not None for r in state.rounds)]
     rounds = sorted(state.rounds, key=lambda r: r.round)
+    shown, rows = cells(rounds, BY_ROUND)
     times = [_stages(round, {label for number, label in gone if number == round.round}) for round in rounds]
     whole, narrow, slim, brief = grid("round"), grid("round"), grid("round", **SLIM), grid("round", **SLIM)
     for figure in shown:
         for table in (whole, narrow, slim, brief):
             table.add_column(figure.heading, justify="right", overflow="fold")
     whole.add_column("seconds per stage")
-    for round, time in zip(rounds, times, strict=True):
-        metrics = [with_error(round.metrics, figure.metric, figure.form) for figure in shown]
+    for round, metrics, time in zip(rounds, rows, times, strict=True):
         short = [
-            text.partition(" ")[0] if figure.metric in ("mean_length", "clipped_ratio") else text
+            text.partition(" ±")[0] if figure.metric in ("mean_length", "clipped_ratio") else text
             for figure, text in zip(shown, metrics, strict=True)
         ]
-        if round.unevaluated and shown and shown[0].metric in FIGURES:
-            metrics[0] = short[0] = NOT_EVALUATED
         whole.add_row(str(round.round), *metrics, time)
         brief.add_row(str(round.round), *short)
         for table in (narrow, slim):
@@ -219,14 +215,14 @@ def _rounds(state: RunState, gone: dict[tuple[int, str], list[str]], out: Consol
 def _diagnosed(state: RunState) -> Table | None:
     """What the rounds' rewards and trainings are like; None before the first."""
     rounds = [r for r in sorted(state.rounds, key=lambda r: r.round) if r.round]
-    shown = [figure for figure in DIAGNOSED if any(r.metrics.get(figure.metric) is not None for r in rounds)]
+    shown, rows = cells(rounds, DIAGNOSED)
     if not shown:
         return None
     table = grid("round", title="rollouts and training", title_justify="left")
     for figure in shown:
         table.add_column(figure.heading, justify="right", overflow="fold")
-    for round in rounds:
-        table.add_row(str(round.round), *(with_error(round.metrics, figure.metric, figure.form) for figure in shown))
+    for round, row in zip(rounds, rows, strict=True):
+        table.add_row(str(round.round), *row)
     return table
 
 

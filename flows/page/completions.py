@@ -9,7 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from storage.query.catalog import Catalog
+from storage.query.places import part_names
 from storage.runs import RunState
 
 GAPS = (0.5, 2.0, 4.0)
@@ -97,7 +100,7 @@ def read(
     for row in _query(catalog, f"SELECT sample_id, reward, feedback, failed FROM rewards WHERE {where}"):
         by_id[row.pop("sample_id")]["judged"] = row
     lists = {row.pop("sample_id"): row for row in _query(catalog, _lists(where, top, longest))}
-    names = _names(catalog, lists.values())
+    names = names_of(catalog, lists.values())
     for name, row in by_id.items():
         for place, token in enumerate(row["tokens"]):
             token |= _tops(lists[name], place, names)
@@ -143,11 +146,13 @@ def _lists(where: str, top: int, longest: int | None) -> str:
     return f"SELECT sample_id, {columns}, {divergence} AS divergence FROM supervision WHERE {where}"
 
 
-def _names(catalog: Catalog, lists: Iterable[dict[str, Any]]) -> dict[int, str]:
+def names_of(catalog: Catalog, lists: Iterable[dict[str, Any]]) -> dict[int, str]:
+    """By id the text of every token in the lists; of one that is no text alone its bytes or name, as in `tokens`."""
     ids = {i for row in lists for model in ("teacher", "student") for kept in row[model] or () for i in kept}
     wanted = f" AND id IN ({', '.join(map(str, sorted(ids))) or 'NULL'})" if len(ids) < _NAMED else ""
-    sql = f"SELECT id, coalesce(text, token) AS token FROM vocabulary WHERE tokenizer = 'student'{wanted}"
-    return {row["id"]: row["token"] for row in _query(catalog, sql)}
+    rows = _query(catalog, f"SELECT id, token, text FROM vocabulary WHERE tokenizer = 'student'{wanted}")
+    parts = part_names(pa.array([row["token"] for row in rows], pa.string())).to_pylist()
+    return {row["id"]: part if row["text"] is None else row["text"] for row, part in zip(rows, parts, strict=True)}
 
 
 def _tops(lists: dict[str, Any], place: int, names: dict[int, str]) -> dict[str, Any]:

@@ -22,6 +22,10 @@ NOT_STORED = {
     "student_topk": "the student's likeliest tokens (student_topk) are not stored",
     "teacher_topk": "the teacher's likeliest tokens (teacher_topk) are not stored",
 }
+UNFINISHED = {
+    "supervise": "its completions are not scored yet, so there is no overlap",
+    "train": "its training is not finished, so there is no overlap in training",
+}
 NO_STUDENT = "the student did not score (supervise.student: none)"
 
 
@@ -94,7 +98,11 @@ def _overlap(catalog: Catalog, run: Run, round: int, notes: dict[str, None]) -> 
     except Evicted:
         notes[f"{run.name}, round {round}: the rollouts or their signals were removed"] = None
         return []
-    if row["not_stored"] is not None:
+    if row["unfinished"] is not None:
+        notes[f"{run.name}, round {round}: {UNFINISHED[row['unfinished']]}"] = None
+        if row["overlap_ratio"] is None:
+            return []
+    elif row["not_stored"] is not None:
         lists = " and ".join(NOT_STORED[name] for name in row["not_stored"].split(", "))
         without = f"; {NO_STUDENT}" if _without_student(run) and "student_topk" in row["not_stored"] else ""
         notes[f"{run.name}: no overlap of the rollouts' lists: {lists}{without}. The support union stores both"] = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from flows.run.executor import stage_error
@@ -12,12 +12,11 @@ from flows.run.shown import failed_stages
 from storage.disk.redact import redact
 from storage.errors import CorruptArtifact, InputError
 from storage.runs import Run, StageState
-from tasks.workers.process import WorkerFailed, last_lines
+from tasks.workers.logs import last_lines
+from tasks.workers.process import WorkerFailed
 
 OWN_LOGS = ("run", "hooks")
 """Logs of a run that are not a worker's."""
-SLACK_SECONDS = 2.0
-"""A log that was written that long before its stage began counts as written by it: clocks of file systems are coarse."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +58,17 @@ def failure(error: BaseException, name: str, root: Path) -> Failure:
         round, label, stage = failed
         place = f"round {round} {label}: "
         if not isinstance(error, WorkerFailed):
-            worker = workers_lines(Run.open(root, name), time.time() - (stage.seconds or 0.0) - SLACK_SECONDS)
-    return Failure(place, redact(described(error)), redact(worker), resume_hint(error, name, root))
+            worker = workers_lines(Run.open(root, name), stage)
+    return Failure(place, redact(described(error)), worker, resume_hint(error, name, root))
 
 
-def workers_lines(run: Run, since: float) -> str:
-    """The last lines of the workers' logs that were written after `since` (seconds since the epoch); empty without any."""
+def workers_lines(run: Run, stage: StageState) -> str:
+    """The last lines of the workers that wrote since the stage began, each of its last attempt; empty without any."""
+    if stage.started is None:
+        return ""
+    began = datetime.strptime(stage.started, "%Y-%m-%dT%H:%M:%S%z").timestamp()
     logs = sorted(run.log_path("run").parent.glob("*.log"))
-    return "\n".join(last_lines(log) for log in logs if log.stem not in OWN_LOGS and log.stat().st_mtime >= since)
+    return "\n".join(last_lines(log) for log in logs if log.stem not in OWN_LOGS and log.stat().st_mtime >= began)
 
 
 def _failed_stage(error: BaseException, name: str, root: Path) -> tuple[int, str, StageState] | None:

@@ -23,6 +23,7 @@ from flows.run.shown import BY_ROUND, all_with_errors, amount, by_round, by_teac
 from storage.artifacts.artifact import Artifact, artifact_directory
 from storage.disk.redact import redact
 from storage.runs import RoundState, Run, RunState, StageState
+from tasks.workers.logs import whole_lines
 from tasks.workers.metrics import Metrics
 
 LONG_SECONDS, BETWEEN_SECONDS = 10.0, 5.0
@@ -96,15 +97,12 @@ class InPrefect(LineReporter):
         self.session.attempt(log)
 
     def _worker_lines(self) -> None:
-        """What the workers' logs hold since the last look."""
+        """The whole lines of the workers' logs since the last look."""
         self._looked = time.monotonic()
         for path in self._logs():
-            with path.open("rb") as file:
-                size = file.seek(0, 2)
-                file.seek(max(self._read.get(path, 0), size - NEWEST_BYTES))
-                text = file.read(size).decode(errors="replace")
-            self._read[path] = size
-            self._log(*(f"{path.stem}: {line}" for line in text.splitlines() if line.strip()))
+            found = whole_lines(path, self._read.get(path, 0), NEWEST_BYTES)
+            self._read[path] = found.end
+            self._log(*(f"{path.stem}: {line}" for line in found.text.splitlines() if line.strip()))
 
     def _logs(self) -> list[Path]:
         return sorted(self.run.log_path("run").parent.glob("*.log"))

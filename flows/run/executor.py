@@ -326,7 +326,8 @@ class Maker:
             return self._finish(label, state, found, shown="cached")
         for note in work.notes:
             context.say(label, note)
-        self._note(label, StageState(state="running", artifacts=keys, started=time.strftime("%Y-%m-%dT%H:%M:%S%z")))
+        begun = StageState(state="running", artifacts=keys, started=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        self._note(label, begun)
         try:
             with self._whole(artifacts_in(inputs)):
                 if self._inspection is not None:
@@ -336,14 +337,15 @@ class Maker:
         except BaseException as error:
             seconds = time.monotonic() - started
             if isinstance(error, KeyboardInterrupt):
-                ended = StageState(state="pending", artifacts=keys, error="interrupted")
+                ended: dict[str, Any] = {"state": "pending", "error": "interrupted"}
             else:
-                ended = StageState(state="failed", artifacts=keys, seconds=seconds, error=stage_error(error))
-            self._note(label, ended)
+                ended = {"state": "failed", "seconds": seconds, "error": stage_error(error)}
+            self._note(label, begun.model_copy(update=ended))
             raise
         self.built += 1
         context.workers.stage_done()
-        return self._finish(label, StageState(state="done", seconds=time.monotonic() - started, artifacts=keys), found)
+        done = begun.model_copy(update={"state": "done", "seconds": time.monotonic() - started})
+        return self._finish(label, done, found)
 
     def _context(self, round: int, label: str) -> Context:
         context = self.context(

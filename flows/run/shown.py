@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from flows.run.figures import BY_METRIC, EVALUATED, PAIRED, REWARD, SAMPLED, TRAINED
+from flows.run.figures import BY_METRIC, EVALUATED, PAIRED, REWARD, SAMPLED, TRAINED, Shown
 from flows.run.pace import configured_rounds, pace
 from storage.errors import CorruptArtifact, InputError
 from storage.query.figures import PARTS, Figure
@@ -33,18 +33,25 @@ BY_ROUND = (*EVALUATED, SAMPLED, REWARD)
 """Figures of a table with a row per round."""
 
 
+def cells(rounds: Sequence[RoundState], figures: Iterable[Shown]) -> tuple[list[Shown], list[list[str]]]:
+    """The figures that some of the rounds has, and by round their values, each with its error. Where an evaluation was left out,
+    the first of its figures says so."""
+    shown = [figure for figure in figures if any(round.metrics.get(figure.metric) is not None for round in rounds)]
+    rows = [[with_error(round.metrics, figure.metric, figure.form) for figure in shown] for round in rounds]
+    if shown and shown[0] in EVALUATED:
+        for round, row in zip(rounds, rows, strict=True):
+            row[0] = NOT_EVALUATED if round.unevaluated else row[0]
+    return shown, rows
+
+
 def by_round(rounds: Iterable[RoundState]) -> tuple[list[str], list[list[str]]]:
-    """(headings, rows) of a table with a row per round: the figures that some round has, each with its error, and the seconds of
-    the stages that were run."""
+    """(headings, rows) of a table with a row per round: figures, and the seconds of the stages that were run."""
     rounds = sorted(rounds, key=lambda round: round.round)
-    shown = [figure for figure in BY_ROUND if any(round.metrics.get(figure.metric) is not None for round in rounds)]
+    shown, figures = cells(rounds, BY_ROUND)
     rows = []
-    for round in rounds:
-        cells = [with_error(round.metrics, figure.metric, figure.form) for figure in shown]
-        if round.unevaluated and shown and shown[0] in EVALUATED:
-            cells[0] = NOT_EVALUATED
+    for round, own in zip(rounds, figures, strict=True):
         seconds = sum(stage.seconds or 0.0 for stage in round.stages.values() if stage.state == "done")
-        rows.append([str(round.round), *cells, f"{seconds:,.0f}"])
+        rows.append([str(round.round), *own, f"{seconds:,.0f}"])
     return ["round", *(figure.heading for figure in shown), "seconds"], rows
 
 

@@ -27,8 +27,9 @@ class WandB(TrackerConfig):
     group: str | None = Field(None, description="group of runs; null: the run that this one was forked from")
     mode: Literal["online", "offline"] | None = Field(
         None,
-        description="offline: files only, a folder per call, for `wandb sync --id ID FOLDER...` later; null: WANDB_MODE, without"
-        " it online",
+        description="offline: files only, a folder per call, for `wandb sync --id ID FOLDER...` later (ID ends the folders'"
+        " names; in the run's trackers.json it stands before the colon); may change between calls; null: WANDB_MODE, without it"
+        " online",
     )
     folder: Path | None = Field(None, description="parent of the folder `wandb`; null: trackers in the store")
     module: ClassVar[str] = "wandb"
@@ -62,12 +63,13 @@ def _has_key() -> bool:
 
 class _Run:
     """An offline call of W&B knows nothing of the calls before it: its history would begin at step 0 again, and of two folders
-    with equal steps only one is uploaded. So `id` is ID:COUNT there, with the count of what was logged so far."""
+    with equal steps only one is uploaded. So `id` is ID:COUNT, with the count of what was logged so far in either mode. Online
+    the service knows its last step, which can be further: of a call that was killed, or of one by an earlier version."""
 
     def __init__(self, config: WandB, run: Tracked) -> None:
         wandb: Any = importlib.import_module("wandb")
         known, _, logged = (run.id or secrets.token_hex(8)).partition(":")
-        self._id, self._logged, self._offline = known, int(logged or 0), config.chosen == "offline"
+        self._id = known
         folder = config.folder or run.folder
         folder.mkdir(parents=True, exist_ok=True)
         self._run: Any = wandb.init(
@@ -82,6 +84,7 @@ class _Run:
             config=dict(run.config),
             settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
         )
+        self._logged = max(int(logged or 0), int(self._run.step))
         for axis, names in (("step", ("train/*", "warmup*")), ("round", ("eval/*", "*"))):
             self._run.define_metric(axis)
             for name in names:
@@ -89,13 +92,12 @@ class _Run:
 
     @property
     def id(self) -> str:
-        return f"{self._id}:{self._logged}" if self._offline or self._logged else self._id
+        return f"{self._id}:{self._logged}"
 
     def log(self, points: Sequence[Point]) -> None:
         for point in points:
-            # online the service continues the history itself
-            self._run.log({**point.values, point.axis: point.number}, step=self._logged if self._offline else None)
-            self._logged += self._offline
+            self._run.log({**point.values, point.axis: point.number}, step=self._logged)
+            self._logged += 1
 
     def close(self, status: str) -> None:
         self._run.finish(exit_code=1 if status == "failed" else 0)

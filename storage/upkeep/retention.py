@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -9,7 +10,7 @@ from pydantic import Field, ValidationError
 
 from storage.errors import ConfigError
 from storage.identity import RunPolicy
-from storage.runs import RunState, StageState
+from storage.runs import RoundState, RunState, StageState
 from storage.store import Store
 
 Name = tuple[str, str]
@@ -76,13 +77,18 @@ def role_of_stage(name: Name) -> str | None:
 
 
 def best_round(state: RunState) -> int | None:
-    """The round whose student is best by its evaluation: the highest accuracy, or without a verifier the lowest reverse KL; the
-    earliest of equals. None where no round has either."""
-    for metric, sign in (("accuracy_greedy", -1.0), ("reverse_kl", 1.0)):
-        found = [(sign * value, r.round) for r in state.rounds if (value := r.metrics.get(metric)) is not None]
-        if found:
-            return min(found)[1]
-    return None
+    """The round whose student is best by its evaluation: the highest accuracy, among equals and without a verifier the lowest
+    reverse KL, then the earliest. None where no round has either."""
+    judged = [r for r in state.rounds if r.metrics.get("accuracy_greedy") is not None]
+    compared = judged or [r for r in state.rounds if r.metrics.get("reverse_kl") is not None]
+    if not compared:
+        return None
+
+    def rank(round: RoundState) -> tuple[float, float, int]:
+        accuracy, kl = round.metrics.get("accuracy_greedy"), round.metrics.get("reverse_kl")
+        return (-(accuracy or 0.0), math.inf if kl is None else kl, round.round)
+
+    return min(compared, key=rank).round
 
 
 def droppable(

@@ -22,7 +22,8 @@ class StopRules(RunPolicy):
     rounds_without_gain: int | None = Field(
         None,
         ge=1,
-        description="evaluated rounds since the best one (the highest accuracy, or without a verifier the lowest reverse KL)",
+        description="evaluated rounds since the best one (the highest accuracy; among equals and without a verifier the lowest"
+        " reverse KL)",
     )
     clipped: float | None = Field(
         None, gt=0, le=1, description="share of evaluated completions that were cut off, at or above this"

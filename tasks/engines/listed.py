@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from storage.errors import InputError
 from tasks.engines.teacher import Passage, Vocabulary
 from tasks.signals import Ask, Values
 from tasks.signals.tables import LOGPROB_MAX
@@ -40,6 +41,21 @@ class Listed:
 def candidates(ask: Ask, entropy_k: int, rows: int) -> int:
     """Length of the list that answers what is asked; 0: only the sampled tokens."""
     return min(max([*ask.top, entropy_k if ask.entropy else 0], default=0), rows)
+
+
+def refuse_unreadable(passage: Passage, name: str, rows: int, limit: int | None, what: str) -> None:
+    """InputError for a passage without a prompt, with an id of the prompt that the model lacks, or too long for `limit` tokens
+    with the one that an engine must generate."""
+    if not len(passage.prompt):
+        raise InputError(f"{name}: a prompt without tokens; nothing predicts its completion's first token")
+    if np.max(passage.prompt) >= rows or np.min(passage.prompt) < 0:
+        raise InputError(f"{name}: token id {np.max(passage.prompt)}, but the teacher has {rows} rows")
+    length = len(passage.prompt) + len(passage.completion) + 1
+    if limit is not None and length > limit:
+        raise InputError(
+            f"{name}: {length - 1} tokens of prompt and completion and one that is generated, but {what} reads {limit}; lower"
+            " rollout.max_completion_length or prompts.max_prompt_length, or let it read more"
+        )
 
 
 def readable(passage: Passage, rows: int) -> tuple[list[int], int]:

@@ -61,7 +61,8 @@ _PR_SET_PDEATHSIG = 1
 _PF_EXITING = 0x4
 """Linux's flag of a process that is ending; it is set before the kernel closes its descriptors."""
 _LINE = 65536
-"""Bytes of output without a line break after which a line is cut."""
+"""Bytes that are read at once, and of the longest line of output that is passed on."""
+CUT = "(a line that is too long or has no end is left out)"
 
 
 class NoVerdict(Exception):
@@ -222,12 +223,22 @@ def _is_ending(pid: int) -> bool:
 
 
 def _pass_on(process: subprocess.Popen[bytes]) -> None:
-    """Everything that the process writes goes to this process's output, line by line."""
+    """Everything that the process writes goes to this process's output, line by line. A line of more than `_LINE` bytes is left
+    out, and an end without a line end: half a secret would not be recognised."""
     assert process.stdout is not None
     with process.stdout as stream:
+        cut = False
         while line := stream.readline(_LINE):
-            with suppress(OSError):  # on a full disk the log is lost
-                print(redact(line.decode(errors="replace").rstrip("\n")), flush=True)
+            if whole := line.endswith(b"\n"):
+                _print(CUT if cut else redact(line.decode(errors="replace").rstrip("\n")))
+            cut = not whole
+        if cut:
+            _print(CUT)
+
+
+def _print(line: str) -> None:
+    with suppress(OSError):  # on a full disk the log is lost
+        print(line, flush=True)
 
 
 # --- the child -------------------------------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ import numpy as np
 
 from storage.errors import ConfigError, OpdError
 from tasks.engines.hf_folder import model_rows, other_architecture, positions, read_config
-from tasks.engines.listed import Listed, candidates, readable, unfold, values_of
-from tasks.engines.server import refuse_unreadable
+from tasks.engines.listed import Listed, candidates, readable, refuse_unreadable, unfold, values_of
 from tasks.engines.teacher import Host, Passage, Vocabulary
 from tasks.engines.vllm_engine import prepare_environment, quieten
 from tasks.engines.weight_proof import judge_weights

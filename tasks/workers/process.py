@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ import storage.errors
 from storage.disk.files import explain_full_disk, temporary_name
 from storage.errors import OpdError
 from tasks.workers import jobs
+from tasks.workers.logs import attempt_begins, last_lines
 from tasks.workers.metrics import Progress
 
 START_TIMEOUT = 600.0
@@ -53,16 +53,6 @@ class WorkerDied(WorkerFailed):
     def __init__(self, what: str, tail: str = "") -> None:
         super().__init__(f"{what}\n{tail}" if tail else what)
         self.what, self.tail = what, tail
-
-
-def last_lines(log: Path, count: int = 12) -> str:
-    """The last lines of a worker's log, under a line with its path."""
-    try:
-        with log.open(errors="replace") as file:
-            tail = [line.rstrip() for line in deque(file, count)]
-    except OSError:
-        tail = []
-    return f"last lines of {log}:\n  " + "\n  ".join(tail)
 
 
 def no_items() -> None:
@@ -103,17 +93,17 @@ class Worker:
             self._listener.listen(world)
             self._listener.settimeout(0.5)
             log.parent.mkdir(parents=True, exist_ok=True)
-            with explain_full_disk(log), log.open("ab") as out:
-                out.write(f"--- {role}: {' '.join(argv)}\n".encode())
-                out.flush()
-                self.process = subprocess.Popen(
-                    [*_guard(self._folder), *argv],
-                    env=env | {SOCKET: self._socket, "TMPDIR": str(self._folder)},
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
+            with explain_full_disk(log):
+                attempt_begins(log, f"{role}: {' '.join(argv)}")
+                with log.open("ab") as out:
+                    self.process = subprocess.Popen(
+                        [*_guard(self._folder), *argv],
+                        env=env | {SOCKET: self._socket, "TMPDIR": str(self._folder)},
+                        stdin=subprocess.DEVNULL,
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
             self._handshake()
         except BaseException:
             self.kill()
@@ -161,7 +151,10 @@ class Worker:
         `stall_timeout` seconds. The worker outlives only an OpdError that it raised itself: after any other error it may
         still be at its job."""
         self._jobs += 1
-        self.log = log or self.log
+        self.log, started_in = log or self.log, self.log
+        if self._jobs > 1 or self.log != started_in:  # what it wrote while it started belongs to its first job
+            with suppress(OSError):  # on a full disk the worker reports it, or does its job without a log
+                attempt_begins(self.log, f"{self.role}: next job, {type(job).__name__}")
         items = items or Items()
         started = heard = time.monotonic()
         result: Any = None

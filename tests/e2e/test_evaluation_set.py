@@ -1,4 +1,4 @@
-"""Another evaluation set on a round of a true run, with real engines."""
+"""Another evaluation set, and tasks of lm-eval, on a round of a true run, with real engines."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from lm_eval_tasks import needs_package, write_choices
 from opd_cli import opd
 
 from storage.query.catalog import Catalog
@@ -34,3 +35,32 @@ def test_a_round_is_measured_on_prompts_of_a_file_and_nothing_else_changes(finis
     assert again["stages_built"] == 0
     refused = opd(*command, "--verifier", "math_verify", root=root, check=False)
     assert refused.returncode == 2 and "choose another name" in refused.stderr
+
+
+@pytest.mark.slow
+@needs_package
+def test_a_task_of_lm_eval_is_asked_of_a_rounds_student(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    root, folder = tmp_path / "store", tmp_path / "tasks"
+    shutil.copytree(finished.root, root)
+    folder.mkdir()
+    write_choices(folder, "low", 6)
+    command = ["evaluate", "base", "--round", 2, "--tasks", "sums_low", "--include-path", folder]
+    assert "sums_low" in opd(*command, root=root).stdout
+    status = json.loads(opd("status", "base", "--json", root=root).stdout)
+    metrics = [r["metrics"] for r in status["rounds"]]
+    assert ["harness_sums_low_acc" in found for found in metrics] == [r["round"] == 2 for r in status["rounds"]]
+    assert metrics[2]["harness_sums_low_acc_n"] == 6
+    catalog = Catalog(Store(root), Run.open(root, "base"))
+    (row,) = catalog.query("SELECT round, value, n FROM harness_results WHERE metric = 'acc'").to_pylist()
+    answered = catalog.query("SELECT value, answers FROM harness_samples ORDER BY doc_id").to_pylist()
+    # of two choices the likelier one counts, and the sum is the first where the number is even
+    right = []
+    for number, sample in enumerate(answered):
+        (first, _), (second, _) = json.loads(sample["answers"])
+        right.append((first < second) == bool(number % 2))
+    assert [bool(sample["value"]) for sample in answered] == right
+    assert row == {"round": 2, "value": pytest.approx(sum(right) / 6), "n": 6}
+    assert "sums_low" in opd("status", "base", root=root).stdout
+    again = json.loads(opd(*command, "--json", root=root).stdout)
+    assert again["stages_built"] == 0

@@ -10,8 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 from opd_cli import OPD, opd
 from places import TINY
-from shared_prefect import ask, eventually
+from shared_prefect import ask, eventually, running
 
 from storage.query.catalog import Catalog
 from storage.runs import Run
@@ -138,27 +137,10 @@ def over(run: dict[str, Any]) -> bool:
     )
 
 
-@contextmanager
-def driver(command: list[Any], folder: Path, **environment: str) -> Iterator[subprocess.Popen]:
-    """A process that is ended as a user would, with what it printed in `folder`/log."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "OPD_"))} | environment
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(list(map(str, command)), env=environment, cwd=folder, stdout=log, stderr=log)
-    try:
-        yield process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        finally:
-            process.kill()
-        print((folder / "log").read_text())
-
-
 def test_ticks_of_opd_schedule(finished: Any, prepared_root: Any, shared_server: Any) -> None:
     root = prepared_root()
     command = [OPD, "schedule", TINY, "--name", "base", "--every", "20s", "--rounds", "1", "--root", root]
-    with driver(command, root.parent, PREFECT_API_URL=shared_server.api_url) as schedule:
+    with running(command, root.parent, {"PREFECT_API_URL": shared_server.api_url}) as schedule:
         story = Story(shared_server.api_url, {"like_": "base-"}, root, lambda: schedule.poll() is None)
         story.play()
         assert schedule.wait(PATIENCE) == 0
@@ -185,7 +167,7 @@ def test_flow_runs_of_a_process_worker(finished: Any, prepared_root: Any, shared
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
     }
-    with driver(command, root.parent, **more) as worker:
+    with running(command, root.parent, more) as worker:
         story = Story(url, {"any_": ["base"]}, root, lambda: worker.poll() is None)
         story.play()
         story.until(lambda: any(run["state_name"] == "Finished" for run in story.flow_runs("COMPLETED")))

@@ -111,6 +111,13 @@ def _print(completion: str) -> float:
     return 1.0
 
 
+def _halves(completion: str) -> float:
+    """Lines in which a secret stands where a reader may cut them."""
+    secret = os.environ["JUDGE_API_KEY"]
+    os.write(1, f"{'x' * (65536 - 16)}{secret}\nbetween\n{secret[:16]}".encode())
+    return 1.0
+
+
 def _raise(completion: str) -> None:
     raise ValueError(f"no score, key {os.environ['JUDGE_API_KEY']}\nsecond line")
 
@@ -129,6 +136,7 @@ FAULTS = {
     "exit": _exit,
     "crash": _crash,
     "print": _print,
+    "halves": _halves,
     "raise": _raise,
     "quit": lambda text: sys.exit("enough"),
     "nan": lambda text: float("nan"),

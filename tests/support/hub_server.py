@@ -1,4 +1,5 @@
-"""A hub on the loopback interface: the endpoints by which huggingface_hub creates a repository and commits a folder to it."""
+"""A hub on the loopback interface: the endpoints by which huggingface_hub looks at a repository, creates one and commits a
+folder to it."""
 
 from __future__ import annotations
 
@@ -28,6 +29,9 @@ class Hub:
         self.cards: list[str] = []
         self.refused: set[str] = set()
         self.url = ""
+
+    def create(self, name: str, private: bool) -> None:
+        self.repos[name], self.private[name] = {}, private
 
 
 @contextmanager
@@ -65,12 +69,15 @@ def served() -> Iterator[Hub]:
             if path == "/api/repos/create":
                 asked = json.loads(body)
                 name = f"{asked.get('organization') or 'acme'}/{asked['name']}"
-                hub.private[name] = bool(asked.get("private")) or asked.get("visibility") == "private"
-                if name in hub.repos:
+                if name in hub.repos:  # keeps its visibility
                     return answer(self, {"error": "You already created this repo", "url": f"{hub.url}/{name}"}, 409)
-                hub.repos[name] = {}
+                hub.create(name, private=bool(asked.get("private")) or asked.get("visibility") == "private")
                 return answer(self, {"url": f"{hub.url}/{name}", "name": name})
             name = "/".join(path.removeprefix("/api/models/").removeprefix("/").split("/")[:2]).removesuffix(".git")
+            if self.command == "GET" and path == f"/api/models/{name}":
+                if name not in hub.repos:
+                    return answer(self, {"error": "Repository not found"}, 404, "RepoNotFound")
+                return answer(self, {"id": name, "private": hub.private[name], "siblings": []})
             if "/preupload/" in path:
                 files = [
                     {

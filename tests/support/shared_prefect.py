@@ -13,8 +13,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,27 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreSer
     assert not server.alive()
 
 
+@contextmanager
+def running(command: Sequence[Any], folder: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is ended as a user would, without this process's settings of Prefect and of the store; what it printed is in
+    `folder`/log, and printed at its end."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OPD_"))}
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            list(map(str, command)), env=own | dict(environment), cwd=folder, stdout=log, stderr=log
+        )
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        finally:
+            process.kill()
+            process.wait()
+        print((folder / "log").read_text())
+
+
 @dataclass(frozen=True)
 class Api:
     """A server of which a test knows only where it is."""
@@ -53,8 +74,7 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     url = f"http://127.0.0.1:{port}/api"
     with postgres() as (database, user):
         address = f"postgresql+asyncpg://{user}:{quote(PASSWORD, safe='')}@127.0.0.1:{database}/postgres"
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-        environment |= {
+        environment = {
             "PREFECT_HOME": str(home),
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": address,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -69,19 +89,11 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
             "--port",
             str(port),
         ]
-        with (home / "log").open("wb") as log:
-            server = subprocess.Popen(command, env=environment, cwd=home, stdout=log, stderr=log)
-        try:
+        with running(command, home, environment) as server:
             eventually(lambda: healthy(url) or server.poll() is not None, 600)
             assert server.poll() is None, (home / "log").read_text()
             yield Api(url)
             assert not list(home.glob("*.db"))
-        finally:
-            server.send_signal(signal.SIGTERM)
-            try:
-                server.wait(30)
-            finally:
-                server.kill()
 
 
 @pytest.fixture(scope="session", params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])

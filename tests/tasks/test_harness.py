@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lm_eval_tasks import CHOICE, needs_package, write_choices
 from small_models import checkpoint
 
 from storage.errors import ConfigError, InputError
@@ -22,21 +22,6 @@ from tasks.stage import Context, Student
 from tasks.workers.pool import WorkerPool
 from tasks.workers.runtime import RuntimeConfig
 
-needs_package = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="requirements/lm-eval.txt is not installed (make test-full)"
-)
-CHOICE = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{label}}}}"
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-metadata: {{version: 3}}
-"""
 WRITTEN = """
 task: sums_written
 dataset_path: json
@@ -64,10 +49,7 @@ def folder(tmp_path: Path) -> Path:
     place = tmp_path / "tasks"
     place.mkdir()
     for name, count in DOCUMENTS.items():
-        data = place / f"{name}.jsonl"
-        rows = [{"question": f"{n}+{n}=", "choices": [str(2 * n), str(n)], "label": n % 2} for n in range(count)]
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (place / f"{name}.yaml").write_text(CHOICE.format(name=f"sums_{name}", data=data))
+        write_choices(place, name, count)
     (place / "written.yaml").write_text(WRITTEN.format(data=place / "low.jsonl"))
     (place / "group.yaml").write_text(GROUP)
     (place / "judging.py").write_text(JUDGING)

@@ -3,12 +3,20 @@
 -- probability of what is in both; advantage: the mean over these of p (log q - log p), p and q renormalised on them: 0 where the
 -- teacher weights them as the student does, negative where the student is too sure. Null where a list is not stored (not_stored);
 -- trained_overlap_ratio is that of the live student, the mean over the round's optimizer steps, where the objective computes it.
+-- unfinished: the stage that the round has not finished, supervise or train; what comes of it, or of a later one, is null.
 -- $round = last: the round whose rollouts are looked at
 -- $by = round | position: one row, or one per range of positions in the completion (ranges that double)
-WITH lists AS (
+WITH made AS (
+  SELECT
+    coalesce(bool_or(stage = 'train'), false)
+      AND coalesce(bool_and(state IN ('done', 'cached')) FILTER (stage LIKE 'supervise%'), true) AS is_scored,
+    coalesce(bool_or(stage = 'train' AND state IN ('done', 'cached')), false) AS is_trained
+  FROM stages
+  WHERE run = $run AND round = $round
+), lists AS (
   SELECT student_topk_ids AS s, student_topk_student_logprobs AS p, student_topk_teacher_logprobs AS q, teacher_topk_ids AS t
-  FROM supervision
-  WHERE round = $round
+  FROM supervision, made
+  WHERE round = $round AND is_scored
 ), stored AS (
   SELECT concat_ws(', ', CASE WHEN count(s) = 0 THEN 'student_topk' END, CASE WHEN count(t) = 0 THEN 'teacher_topk' END) AS missing
   FROM lists
@@ -46,8 +54,8 @@ WITH lists AS (
   GROUP BY from_position
 ), trained AS (
   SELECT sum(overlap_ratio * tokens) / sum(tokens) AS trained_overlap_ratio
-  FROM training_steps
-  WHERE round = $round AND stage = 'train' AND overlap_ratio IS NOT NULL
+  FROM training_steps, made
+  WHERE round = $round AND stage = 'train' AND is_scored AND is_trained AND overlap_ratio IS NOT NULL
 )
 SELECT
   from_position,
@@ -59,6 +67,7 @@ SELECT
   teacher_mass,
   advantage,
   trained_overlap_ratio,
-  if(missing = '', NULL, missing) AS not_stored
-FROM stored LEFT JOIN found ON true LEFT JOIN trained ON true
+  if(is_scored AND missing != '', missing, NULL) AS not_stored,
+  CASE WHEN NOT is_scored THEN 'supervise' WHEN NOT is_trained THEN 'train' END AS unfinished
+FROM made, stored LEFT JOIN found ON true LEFT JOIN trained ON true
 ORDER BY from_position

@@ -49,6 +49,7 @@ def test_what_it_writes_passes_the_check(init, models, tmp_path):
     file = rows(tmp_path / "data.jsonl", "question", "final_answer", "source")
     code, said = init("--student", models[0], "--teacher", models[1], "--prompts", file, "-o", "mine/first.yaml")
     assert code == 0 and "opd check mine/first.yaml" in said
+    assert "prompt is question, answer is final_answer" in said
     experiment = load_experiment(tmp_path / "mine" / "first.yaml", [])
     train, held_out = experiment.prompts.train, experiment.prompts.eval
     assert train.columns == {"prompt": "question", "answer": "final_answer"} and train.path == file

@@ -24,6 +24,7 @@ from flows.cli.errors import exit_codes
 from storage.errors import ConfigError, InputError, RunBusy, StoreError
 from storage.runs import RoundState, Run, StageState
 from storage.store import Store
+from tasks.workers.logs import CUT
 
 HEAVY = ("torch", "vllm", "transformers", "prefect", "deepspeed", "datasets")
 COMMANDS = typer.main.get_command(make_app()).commands
@@ -51,7 +52,7 @@ def test_looking_loads_no_engine(args, example_store_once):
     assert result.stdout
 
 
-WITHOUT_A_STORE = ("init", "objectives", "version")
+WITHOUT_A_STORE = ("init", "objectives", "recipes", "version")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -227,6 +228,14 @@ def test_logs_by_stage_and_by_number_of_lines(opd, example_store):
     assert unknown.code == 2 and "sampler-0, train" in unknown.err
 
 
+def test_logs_have_no_secrets_and_no_half_lines(opd, example_store, monkeypatch):
+    monkeypatch.setenv("A_SERVICE_PASSWORD", "correct-horse-battery-staple")
+    run = Run.open(example_store, "demo")
+    run.log_path("scorer").write_text("for correct-horse-battery-staple\ncorrect-ho")
+    out = opd("logs", "demo", "--stage", "scorer", root=example_store).out
+    assert out == f"for ***\n{CUT}\n"
+
+
 def follow(root: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-u", "-m", "flows.cli.app", "logs", "demo", "--follow", "--root", str(root)]
     process = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -239,8 +248,11 @@ def test_following_shows_new_lines_and_ends_with_the_run(example_store):
     with run.lock():
         process = follow(example_store)
         with run.log_path("train").open("a") as log:
-            log.write("line 3\n")
+            log.write("line 3\nha")
         assert process.stdout.readline() == "line 3\n"
+        with run.log_path("train").open("a") as log:
+            log.write("lf\n")
+        assert process.stdout.readline() == "half\n"
         run.log_path("scorer").write_text("late\n")
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (0, "==> scorer <==\nlate\n", "")

@@ -23,6 +23,7 @@ def push(monkeypatch, capsys, example_store, tmp_path, hub):
     """Calls the command in this process, as a user with this token of this hub."""
     monkeypatch.setattr(hub_constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(hub_constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(hub_constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)  # an engine in this process sets it
     monkeypatch.delenv("HF_TOKEN", raising=False)
 
@@ -72,6 +73,22 @@ def test_what_the_hub_would_not_take_is_refused_before_anything_is_exported(
     code, out, err = push(tmp_path / "student", *args, token=token)
     assert code == 2 and message in err and out == "" and "hf_other" not in err
     assert not (tmp_path / "student").exists() and not hub.repos
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(push, hub, tmp_path) -> None:
+    hub.create("acme/pupil", private=False)
+    code, out, err = push(tmp_path / "student", "--push", "acme/pupil", "--private")
+    assert code == 2 and "acme/pupil exists and is public" in err and out == ""
+    assert not (tmp_path / "student").exists() and hub.repos == {"acme/pupil": {}}
+    assert push(tmp_path / "student", "--push", "acme/pupil").code == 0
+    assert hub.repos["acme/pupil"] and hub.private == {"acme/pupil": False}
+
+
+def test_a_private_repository_that_exists_gets_a_commit_and_stays_private(push, hub, tmp_path) -> None:
+    hub.create("acme/pupil", private=True)
+    for folder, more in (("one", ["--private"]), ("two", [])):
+        assert push(tmp_path / folder, "--push", "acme/pupil", *more).code == 0
+        assert hub.repos["acme/pupil"] == content(tmp_path / folder) and hub.private == {"acme/pupil": True}
 
 
 def test_a_folder_that_is_not_free_is_refused_before_the_hub_is_asked(push, hub, tmp_path) -> None:

@@ -303,6 +303,19 @@ def test_read_gives_completions_in_the_order_of_their_ids(root: Path) -> None:
     assert [len(row["tokens"]) for row in found] == [4, 4] and len(found[0]["tokens"][0]["student_top"]) == 2
 
 
+def test_entries_of_lists_are_named_as_tokens_are(tmp_path: Path) -> None:
+    """Of a byte-level vocabulary the name of a lone byte is another character, which nothing of the text has."""
+    store = Store(tmp_path / "store")
+    words = {0: ("Þ", None), 1: ("Ġa", " a"), 2: ("<0xE4>", None), 3: ("odd\u2603", None)}
+    vocabulary = [
+        {"tokenizer": "student", "id": id, "token": token, "text": text, "special": False}
+        for id, (token, text) in words.items()
+    ]
+    commit(store, "prepare", 0, {"vocabulary": vocabulary, "prompts": []})
+    found = completions.names_of(Catalog(store), [{"teacher": [[0, 1], [2, 3]], "student": None}])
+    assert found == {0: "<0xDE>", 1: " a", 2: "<0xE4>", 3: "odd\u2603"}
+
+
 def test_the_command_writes_a_file_and_replaces_only_its_own(root: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert run("hostile", root=root)[0] == 0 and Path("report-hostile.html").exists()

@@ -13,15 +13,19 @@ from flows.run.executor import stage_error
 from flows.run.hints import opd_command
 from storage.errors import InputError, RunBusy
 from storage.runs import RoundState, Run, RunState, StageState
-from tasks.workers.process import WorkerDied, last_lines
+from tasks.workers.logs import attempt_begins, last_lines
+from tasks.workers.process import WorkerDied
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """A run whose trainer failed just now; its sampler wrote an hour ago."""
+    """A run whose trainer failed just now, after an attempt of before; its sampler wrote an hour ago."""
     run = Run.create(tmp_path, "demo", {}, {})
-    for stage, text in (("sampler", "an hour ago\n"), ("trainer", "".join(f"line {n}\n" for n in range(40)))):
-        run.log_path(stage).write_text(text)
+    run.log_path("sampler").write_text("an hour ago\n")
+    run.log_path("trainer").write_text("of another attempt\n")
+    attempt_begins(run.log_path("trainer"), "trainer: next job")
+    with run.log_path("trainer").open("a") as log:
+        log.writelines(f"line {n}\n" for n in range(40))
     old = time.time() - 3600
     os.utime(run.log_path("sampler"), (old, old))
     run.log_path("run").write_text("the run's own log\n")
@@ -29,7 +33,8 @@ def run(tmp_path: Path) -> Run:
 
 
 def fail(run: Run, error: Exception) -> None:
-    stage = StageState(state="failed", seconds=5.0, error=stage_error(error))
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(time.time() - 5))
+    stage = StageState(state="failed", seconds=5.0, error=stage_error(error), started=started)
     run.save(RunState(name="demo", status="running", rounds=[RoundState(round=2, stages={"train": stage})]))
 
 
@@ -50,6 +55,14 @@ def test_the_lines_of_a_worker_that_died_are_told_once(run: Run, tmp_path: Path)
     error = WorkerDied("trainer worker ended without an answer", last_lines(run.log_path("trainer")))
     fail(run, error)
     assert failure(error, "demo", tmp_path).message().count("line 39") == 1
+
+
+def test_lines_of_another_attempt_are_not_this_failures(run: Run, tmp_path: Path) -> None:
+    attempt_begins(run.log_path("trainer"), "trainer: next job")
+    error = InputError("nothing was written")
+    fail(run, error)
+    found = failure(error, "demo", tmp_path).message()
+    assert "this attempt wrote nothing to" in found and "line 39" not in found and "of another attempt" not in found
 
 
 def test_an_error_of_no_stage_has_no_place(run: Run, tmp_path: Path) -> None:

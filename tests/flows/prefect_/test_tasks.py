@@ -280,6 +280,20 @@ def test_progress_is_reported_every_few_seconds_at_most(tmp_path, monkeypatch) -
     assert all(later - earlier >= shown.BETWEEN_SECONDS for earlier, later in pairwise(moved))
 
 
+def test_a_workers_line_is_shown_when_it_is_whole(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(shown, "BETWEEN_SECONDS", 0.0)
+    run = Run.create(tmp_path, "bar", {}, {})
+    log = run.log_path("trainer")
+    log.write_text("of an earlier call\n")
+    reporter, lines = shown.InPrefect(Session(active=True), run, RunState(name="bar"), SilentReporter()), list[str]()
+    monkeypatch.setattr(reporter, "_log", lambda *more: lines.extend(more))
+    for text in ("one\ntoken hf_abcdefgh", "ijklmnopqrstuvwxyz0123\n"):
+        with log.open("a") as file:
+            file.write(text)
+        reporter.progress(1, "train", 1, 4, "steps")
+    assert [line for line in lines if line.startswith("trainer: ")] == ["trainer: one", "trainer: token ***"]
+
+
 def test_a_server_that_fails_while_a_bar_is_moved_ends_the_record_not_the_run(tmp_path, monkeypatch) -> None:
     for name in ("LONG_SECONDS", "BETWEEN_SECONDS"):
         monkeypatch.setattr(shown, name, 0.0)

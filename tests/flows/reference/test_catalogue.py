@@ -46,6 +46,15 @@ def test_every_link_of_the_page_leads_somewhere() -> None:
     assert {f"recipe-{path.stem}" for path in (CHECKOUT / "configs" / "recipes").glob("*.yaml")} <= anchors
 
 
+def test_recipes_are_listed_alone() -> None:
+    result = CliRunner().invoke(make_app(), ["recipes", "--json"], catch_exceptions=False)
+    listed = json.loads(result.stdout)
+    assert {entry["name"] for entry in listed} == {
+        path.stem for path in (CHECKOUT / "configs" / "recipes").glob("*.yaml")
+    }
+    assert {entry["axis"] for entry in listed} == {"recipe"}
+
+
 def test_the_list_and_one_method() -> None:
     listed = run()
     assert all(name in listed for name in ("revisiting-opd", "skewed_reverse_kl", "entropy_gate", "teacher_entropy"))

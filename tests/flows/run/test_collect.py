@@ -125,6 +125,8 @@ def state_of(metrics: dict[int, dict[str, float]]) -> RunState:
 
 def test_the_best_round_is_by_accuracy_else_by_kl():
     assert best_round(state_of({n: {"accuracy_greedy": a} for n, a in enumerate([0.1, 0.5, 0.5, 0.2])})) == 1
+    equal = [(0.5, 0.3), (0.5, 0.1), (0.5, 0.1), (0.2, 0.0)]
+    assert best_round(state_of({n: {"accuracy_greedy": a, "reverse_kl": kl} for n, (a, kl) in enumerate(equal)})) == 1
     assert best_round(state_of({n: {"reverse_kl": kl} for n, kl in enumerate([0.4, 0.3, 0.1, 0.2])})) == 2
     assert best_round(state_of({0: {}, 1: {}})) is None
     state = state_of({n: {"accuracy_greedy": a} for n, a in enumerate([0.1, 0.5, 0.4, 0.2, 0.3])})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -87,10 +87,35 @@ def test_wandb_continues_its_own_steps_where_no_service_does(calls: list[Any], t
     assert [call[2] for call in calls if call[0] == "log"] == [0, 1, 2]
     begun = [call[1]["id"] for call in calls if call[0] == "init"]
     assert begun[0] == begun[1] and second.id == f"{begun[0]}:3"
-    calls.clear()
-    online = trackers.wandb.WandB(mode="online").open(run(tmp_path, second.id))  # the mode was changed in between
-    online.log(POINTS[:1])
-    assert calls[0][1]["id"] == begun[0] and [call[2] for call in calls if call[0] == "log"] == [None]
+
+
+@pytest.mark.parametrize("calls", ["wandb"], indirect=True)
+@pytest.mark.parametrize(
+    "modes", [("online", "offline", "online", "offline"), ("offline", "online", "online", "offline")]
+)
+def test_wandb_counts_on_where_the_mode_changes_between_calls(
+    calls: list[Any], modes: tuple[Literal["online", "offline"], ...], tmp_path: Path
+) -> None:
+    id: str | None = None
+    for mode in modes:
+        opened = trackers.wandb.WandB(mode=mode).open(run(tmp_path, id))
+        opened.log(POINTS[:2])
+        opened.close("stopped")
+        id = opened.id
+    assert [call[2] for call in calls if call[0] == "log"] == list(range(8))
+    assert len({call[1]["id"] for call in calls if call[0] == "init"}) == 1
+
+
+@pytest.mark.parametrize("calls", ["wandb"], indirect=True)
+@pytest.mark.parametrize("count", ["", ":1"])
+def test_wandb_goes_on_behind_what_the_service_has(calls: list[Any], count: str, tmp_path: Path) -> None:
+    """Of an earlier version the id has no count, and of a killed call the count can be behind."""
+    online = trackers.wandb.WandB(mode="online")
+    first = online.open(run(tmp_path))
+    first.log(POINTS)
+    second = online.open(run(tmp_path, first.id.partition(":")[0] + count))
+    second.log(POINTS[:1])
+    assert [call[2] for call in calls if call[0] == "log"] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("calls", ["wandb"], indirect=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,7 +123,8 @@ def means(tokens: list[dict[str, float]]) -> dict[str, float]:
 def test_overlap_is_that_of_the_papers_formulas(made, ask):
     tokens = made[2][1]
     (row,) = ask("overlap", round=1)
-    assert (row["tokens"], row["k"], row["to_position"], row["not_stored"]) == (N * T, 4, T - 1, None)
+    assert (row["tokens"], row["k"], row["to_position"]) == (N * T, 4, T - 1)
+    assert row["not_stored"] is row["unfinished"] is None
     names = {"ratio": "overlap_ratio", "p": "student_mass", "q": "teacher_mass", "advantage": "advantage"}
     assert {name: row[names[name]] for name in names} == pytest.approx(means(tokens), rel=1e-5)
     assert row["trained_overlap_ratio"] == pytest.approx((0.6 * 1 + 0.7 * 2 + 0.8 * 3) / 6)
@@ -137,8 +139,40 @@ def test_overlap_is_that_of_the_papers_formulas(made, ask):
 def test_overlap_is_null_where_a_list_is_not_stored_and_says_which(ask):
     (row,) = ask("overlap", round=2)
     assert row["not_stored"] == "student_topk" and row["trained_overlap_ratio"] == pytest.approx(44 / 60)
+    assert row["unfinished"] is None
     others = {"from_position", "to_position", "tokens", "k", "overlap_ratio", "student_mass", "teacher_mass"}
     assert all(row[name] is None for name in others | {"advantage"})
+
+
+@pytest.mark.parametrize(
+    ("states", "unfinished"),
+    [
+        ({"supervise": "running", "train": None}, "supervise"),
+        ({"supervise": "done", "supervise_other": "running", "train": None}, "supervise"),
+        ({"supervise": "done", "train": None}, "supervise"),  # another teacher may follow
+        ({"supervise": "running", "train": "done"}, "supervise"),  # it is made again
+        ({"supervise": "done", "train": "running"}, "train"),
+        ({"supervise": "done", "train": "failed"}, "train"),
+    ],
+)
+def test_overlap_of_a_round_that_is_not_finished_says_so(
+    made, states: dict[str, Any], unfinished: str, tmp_path: Path
+) -> None:
+    """What is committed of the round is not taken for all of it, and what is not there yet not for something never stored."""
+    store, run, _ = made
+    going_on = run.state.model_copy(deep=True)
+    stages = going_on.rounds[1].stages
+    for label, state in states.items():
+        if state is None:
+            del stages[label]
+        else:
+            stages[label] = stages.get(label, stages["supervise"]).model_copy(update={"state": state})
+    other = Run.create(tmp_path, "one", run.experiment, run.identity)
+    with other.lock():
+        other.save(going_on)
+    (row,) = Catalog(store, other).query(question("overlap").sql(going_on, {"round": "1"})).to_pylist()
+    assert (row["unfinished"], row["not_stored"], row["trained_overlap_ratio"]) == (unfinished, None, None)
+    assert (row["overlap_ratio"] is None) == (row["tokens"] is None) == (unfinished == "supervise")
 
 
 def test_entropies_by_position_leave_out_what_is_not_finite(made, ask):

@@ -14,7 +14,7 @@ import pytest
 from places import PLUGINS
 
 from storage.errors import ConfigError, InputError
-from tasks.engines.verifier_process import ENDING_SECONDS, REASON_LENGTH, NoVerdict, VerifierProcess, reason_of
+from tasks.engines.verifier_process import CUT, ENDING_SECONDS, REASON_LENGTH, NoVerdict, VerifierProcess, reason_of
 from tasks.inputs.judging import JudgeConfig, Outcome
 from tasks.judge import sources_of
 
@@ -107,6 +107,12 @@ def test_output_goes_to_this_process_without_secrets(named: VerifierProcess, cap
     assert [line.split(" ***")[0] for line in text.splitlines()] == ["printed", "to stderr", "by the system"]
     assert SECRET not in text
     assert reason_of(str(failed.value)) == "'mine': ValueError: no score, key *** second line"
+
+
+def test_no_half_of_a_secret_is_passed_on(named: VerifierProcess, capfd: pytest.CaptureFixture[str]) -> None:
+    assert ask(named, "halves") == Outcome(1.0)
+    named.close()
+    assert capfd.readouterr().out.splitlines() == [CUT, "between", CUT]
 
 
 def test_reasons_are_short_and_can_be_stored() -> None:

@@ -81,7 +81,7 @@ class Nodes:
 def nodes(*cpus: int, addresses: tuple[str, ...] = (), gpus: int = 0) -> Iterator[Nodes]:
     """A cluster with a node of so many CPUs each, the head first."""
     folder = tempfile.mkdtemp(prefix="opd-ray-", dir="/tmp")  # short: sockets are below it
-    path = os.pathsep.join([str(CHECKOUT), str(PLUGINS)])
+    path = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "tests" / "support"), str(PLUGINS)])
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (QUIET | {"PYTHONPATH": path}).items():
             patch.setenv(name, value)

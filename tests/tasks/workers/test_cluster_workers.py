@@ -13,7 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 from places import PLUGINS
-from ray_nodes import Nodes, left, nodes
+from ray_nodes import QUIET, Nodes, left, nodes
+from registries import plugin_path
+from scripted_run import CLUSTER, Trial, prepare_root
 
 from storage.errors import ConfigError, InputError
 from tasks.workers.cluster import require
@@ -127,3 +129,14 @@ def test_a_killed_run_leaves_no_actor(two, tmp_path):
     # its place and its name are free again
     with pool(two, tmp_path) as workers:
         assert workers.run("scorer", ScriptedJob(do="echo", value=3)).value == 3
+
+
+def test_a_whole_run_gives_the_result_of_one_machine(two, tmp_path):
+    with plugin_path():
+        template = prepare_root(tmp_path / "template")
+        here = Trial.of(template, tmp_path / "here")
+        assert here.run() == 0, here.output
+        there = Trial.of(template, tmp_path / "there", **QUIET, **{CLUSTER: two.address})
+        assert there.run() == 0, there.output
+        assert there.result() == here.result()
+        assert there.orphans(30) == [] and there.leftovers() == []

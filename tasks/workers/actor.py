@@ -61,7 +61,8 @@ class Host:
         """Start the worker; returns the GPUs that Ray has given to it, as CUDA names them."""
         mine = os.environ.get("CUDA_VISIBLE_DEVICES", "") if gpus else ""
         known = machine_environment(plugin_path) | dict(env) | {"CUDA_VISIBLE_DEVICES": mine}
-        self._worker = Guarded(title, [sys.executable, *argv], known, Path(log))
+        # Ray kills a process together with its children, so the guard that sees to what is below must not be one
+        self._worker = Guarded(title, [sys.executable, *argv], known, Path(log), twice=True)
         threading.Thread(target=self._read, daemon=True, name="worker-output").start()
         return mine
 

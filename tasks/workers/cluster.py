@@ -238,7 +238,7 @@ def _answer(question: Mapping[str, Any], cluster: RayCluster) -> dict[str, Any]:
     found = asked.stdout.strip().splitlines()
     if asked.returncode or not found:
         said = (asked.stderr.strip().splitlines() or ["no answer"])[-1]
-        raise ConfigError(f"runtime.cluster: {said}")
+        raise ConfigError(said if said.startswith("runtime.") else f"runtime.cluster: {said}")
     answer: dict[str, Any] = json.loads(found[-1])
     if not answer["nodes"]:
         raise ConfigError(

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from storage.disk.files import explain_full_disk, temporary_name
+from tasks.workers.guard import SELF
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 SOCKET = "OPD_WORKER_SOCKET"
@@ -33,10 +34,16 @@ _SOCKET_NAME = len("/5ff1b2c0-0b6c-4f1e-9d6a-0123456789ab")
 
 class Guarded:
     """A running command, and the socket `listener` for `connections` of its processes. Its output is added to `log`, below a line
-    with `title` and the command."""
+    with `title` and the command. `twice`: under two guards, where something else may kill this process and its children."""
 
     def __init__(
-        self, title: str, argv: Sequence[str], env: Mapping[str, str], log: Path, connections: int = 1
+        self,
+        title: str,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        log: Path,
+        connections: int = 1,
+        twice: bool = False,
     ) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -54,7 +61,7 @@ class Guarded:
                 out.write(f"--- {title}: {' '.join(argv)}\n".encode())
                 out.flush()
                 self.process = subprocess.Popen(
-                    [*_guard(self.folder), *argv],
+                    [*_guard(self.folder, twice), *argv],
                     env={**env, SOCKET: self._socket, "TMPDIR": str(self.folder)},
                     stdin=subprocess.DEVNULL,
                     stdout=out,
@@ -135,8 +142,13 @@ def _end_all_with(path: str) -> None:
                     found = True
 
 
-def _guard(folder: Path) -> list[str]:
+def _guard(folder: Path, twice: bool) -> list[str]:
     """The command before a worker's own: see `guard.py`."""
     if sys.platform != "linux":
         return []
-    return [sys.executable, "-I", "-S", str(_GUARD), str(os.getpid()), str(folder)]
+    supervisors = [str(os.getpid()), *([SELF] if twice else [])]
+    return [
+        part
+        for supervisor in supervisors
+        for part in (sys.executable, "-I", "-S", str(_GUARD), supervisor, str(folder))
+    ]

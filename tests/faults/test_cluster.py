@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def undisturbed(template: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The result of one machine."""
-    trial = Trial.of(template, tmp_path_factory.mktemp("undisturbed") / "trial")
+    trial = Trial.of(template, tmp_path_factory.mktemp("undisturbed") / "trial", rounds=1)
     assert trial.run() == 0, trial.output
     return trial.result()
 
@@ -48,27 +49,25 @@ def workers(trial: Trial) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.parametrize("what", LOST)
 @both_forms(1, 12)
-def test_what_is_lost_costs_no_result(count, template, undisturbed, tmp_path, trials: Trials):
-    for what in LOST:
+def test_what_is_lost_costs_no_result(count, what, template, undisturbed, tmp_path, trials: Trials):
+    def attempt(name: str) -> None:
+        lose(what, name, template, undisturbed, tmp_path / name.replace(" ", "-"))
 
-        def attempt(name: str, what: str = what) -> None:
-            lose(what, name, template, undisturbed, tmp_path / name.replace(" ", "-"))
-
-        fault = f"SIGKILL of {what} of a Ray cluster"
-        trials(1, fault, [f"{what} {number}" for number in range(count)], attempt)
+    trials(1, f"SIGKILL of {what} of a Ray cluster", [f"{what} {number}" for number in range(count)], attempt)
 
 
 def lose(what: str, name: str, template: Path, undisturbed: dict[str, Any], folder: Path) -> None:
     seed = random.Random(name)
     with nodes(1, 1, 1) as cluster:
-        trial = Trial.of(template, folder, **QUIET, **{CLUSTER: cluster.address})
+        trial = Trial.of(template, folder, rounds=1, **QUIET, **{CLUSTER: cluster.address})
         process = trial.start()
-        victim = at_work(trial, process, seed)
+        actor = at_work(trial, process, seed)
         if what == "an actor":
-            os.kill(victim.parent().ppid(), signal.SIGKILL)  # type: ignore[union-attr]  # worker, guard, actor
+            os.kill(actor, signal.SIGKILL)
         elif what == "a node":
-            cluster.kill(seed.randrange(len(cluster.workers)))
+            cluster.kill(seed.randrange(cluster.workers))
         elif what == "the run":
             trial.kill(process)
         else:
@@ -80,23 +79,27 @@ def lose(what: str, name: str, template: Path, undisturbed: dict[str, Any], fold
     if code != 0:
         with nodes(1, 1, 1) as cluster:
             trial.environment[CLUSTER] = cluster.address
-            assert trial.run() == 0, trial.output
+            assert ended(trial.start()) == 0, trial.output
     assert trial.orphans(60) == []
     assert trial.result() == undisturbed and trial.leftovers() == []
     trial.remove()
 
 
-def at_work(trial: Trial, process: Any, seed: random.Random) -> psutil.Process:
-    """A worker of the run, at some moment after one has begun."""
-    deadline = time.monotonic() + 180
-    while not (found := workers(trial)):
+def at_work(trial: Trial, process: Any, seed: random.Random) -> int:
+    """Waits until the run has a worker, and for some seconds more. The process of an actor that has one."""
+    deadline, later = time.monotonic() + 180, seed.uniform(0, 4)
+    while True:
         assert process.exitcode is None and time.monotonic() < deadline, trial.output
+        with suppress(psutil.Error, IndexError):
+            actor = workers(trial)[0].parents()[2].pid  # two guards, then the actor
+            if later <= 0:
+                return int(actor)
+            time.sleep(later)
+            later = 0
         time.sleep(0.05)
-    time.sleep(seed.uniform(0, 8))
-    return seed.choice(workers(trial) or found)
 
 
 def ended(process: Any) -> int | None:
-    process.join(300)
+    process.join(500)
     code: int | None = process.exitcode
     return code

@@ -1,13 +1,17 @@
-"""A Ray cluster of several nodes on this machine for tests. Imports Ray only where one is started. A node has the machine's own
-address or one of the loopback device (Ray replaces 127.0.0.1): no packet leaves the machine.
+"""A Ray cluster of several nodes on this machine for tests. A node has the machine's own address or one of the loopback device
+(Ray replaces 127.0.0.1): no packet leaves the machine. `python ray_nodes.py FOLDER` starts and kills the nodes, because Ray
+takes the signals of the process that does, and its main thread.
 
 Everything of Ray that these tests do not need is off, and its time limits are raised: it ends a node whose helpers take longer
 than 15 seconds, which a busy machine makes them do."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 from places import CHECKOUT, PLUGINS
 
 QUIET = {
@@ -36,78 +39,111 @@ STORE = 80 * 2**20
 
 
 class Nodes:
-    """A running cluster. The run's bridges are on the head's machine, as all nodes are here."""
+    """A running cluster. A run's bridges are on the head's machine, as all nodes are here."""
 
     def __init__(self, folder: str) -> None:
-        from ray.cluster_utils import Cluster
+        path = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "tests" / "support"), str(PLUGINS)])
+        self._keeper = subprocess.Popen(
+            [sys.executable, __file__, folder],
+            env={**os.environ, **QUIET, "PYTHONPATH": path, "RAY_TMPDIR": folder},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.workers = 0
+        """Nodes beside the head."""
+        self.address = ""
 
-        self.folder, self._cluster = folder, Cluster()
-        self.workers: list[Any] = []
+    def _ask(self, what: str, *arguments: object) -> Any:
+        assert self._keeper.stdin is not None and self._keeper.stdout is not None
+        self._keeper.stdin.write(json.dumps([what, *arguments]) + "\n")
+        self._keeper.stdin.flush()
+        line = self._keeper.stdout.readline()
+        assert line, f"the keeper of the cluster has ended at {what}"
+        return json.loads(line)
 
     def start(self, cpus: int = 1, gpus: int = 0, address: str | None = None) -> None:
         """Start a node, the first time the head. Nodes of different addresses count as different machines."""
-        head = self._cluster.head_node is None
-        node = self._cluster.add_node(
-            num_cpus=cpus,
-            num_gpus=gpus,
-            object_store_memory=STORE,
-            **({} if address is None else {"node_ip_address": address}),
-            include_dashboard=False,
-            include_log_monitor=False,
-            no_monitor=True,
-        )
-        if not head:
-            self.workers.append(node)
-
-    @property
-    def address(self) -> str:
-        return str(self._cluster.address)
+        self.workers += bool(self.address)
+        self.address = self._ask("start", cpus, gpus, address)
 
     def kill(self, number: int) -> None:
         """SIGKILL to a node (not the head) and all its processes."""
-        self._cluster.remove_node(self.workers.pop(number), allow_graceful=False)
+        self.workers -= 1
+        self._ask("kill", number)
 
     def kill_head(self) -> None:
         """SIGKILL to the head and all its processes; the other nodes stay, without one."""
-        self._cluster.remove_node(self._cluster.head_node, allow_graceful=False)
+        self._ask("kill_head")
 
     def end(self) -> None:
-        for node in [*self._cluster.worker_nodes]:
-            self._cluster.remove_node(node, allow_graceful=False)
-        if self._cluster.head_node is not None:
-            self._cluster.remove_node(self._cluster.head_node, allow_graceful=False)
+        """SIGKILL to everything that is left."""
+        family = [self._keeper]
+        with suppress(psutil.Error):
+            family = psutil.Process(self._keeper.pid).children(recursive=True)
+        with suppress(AssertionError, BrokenPipeError):
+            self._ask("end")
+        self._keeper.kill()
+        self._keeper.wait()
+        for process in family:  # helpers of a node look after it now and then only
+            with suppress(psutil.Error):
+                process.kill()
 
 
 @contextmanager
 def nodes(*cpus: int, addresses: tuple[str | None, ...] = (), gpus: int = 0) -> Iterator[Nodes]:
     """A cluster with a node of so many CPUs each, the head first."""
     folder = tempfile.mkdtemp(prefix="opd-ray-", dir="/tmp")  # short: sockets are below it
-    path = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "tests" / "support"), str(PLUGINS)])
     (Path(folder) / "ray").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (QUIET | {"PYTHONPATH": path, "RAY_TMPDIR": folder}).items():
-            patch.setenv(name, value)
-        cluster = Nodes(folder)
-        try:
-            for number, count in enumerate(cpus):
-                cluster.start(count, gpus, addresses[number] if addresses else None)
-            yield cluster
-        finally:
-            family = _of_ray(folder)
-            cluster.end()
-            _, slow = psutil.wait_procs(family, 5)
-            for process in slow:  # helpers of a node that was killed look after it now and then
-                with suppress(psutil.Error):
-                    process.kill()
-            shutil.rmtree(folder, ignore_errors=True)
+    before = {name: os.environ.get(name) for name in QUIET}
+    cluster = Nodes(folder)
+    try:
+        os.environ.update(QUIET)  # bridges read it too
+        for number, count in enumerate(cpus):
+            cluster.start(count, gpus, addresses[number] if addresses else None)
+        yield cluster
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        cluster.end()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _of_ray(folder: str) -> list[psutil.Process]:
-    """Processes below this one that are of Ray: by the cluster's folder in their command, or by the title that Ray gives them."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            command = " ".join(process.cmdline())
-            if folder in command or command.startswith("ray::"):
-                found.append(process)
-    return found
+def keep() -> None:
+    """Does what the lines of standard input say, and answers each with a line; ends with it."""
+    from ray.cluster_utils import Cluster
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # Ray prints
+    cluster = Cluster()
+    workers: list[Any] = []
+    for line in sys.stdin:
+        what, *arguments = json.loads(line)
+        if what == "start":
+            cpus, gpus, address = arguments
+            first = cluster.head_node is None
+            node = cluster.add_node(
+                wait=False,
+                num_cpus=cpus,
+                num_gpus=gpus,
+                object_store_memory=STORE,
+                include_dashboard=False,
+                include_log_monitor=False,
+                no_monitor=True,
+                **({} if address is None else {"node_ip_address": address}),
+            )
+            cluster._wait_for_node(node, 300)  # its own wait is of 30 seconds
+            workers += [] if first else [node]
+        elif what == "kill":
+            cluster.remove_node(workers.pop(arguments[0]), allow_graceful=False)
+        elif what == "kill_head":
+            cluster.remove_node(cluster.head_node, allow_graceful=False)
+        else:
+            for node in cluster.list_all_nodes():
+                cluster.remove_node(node, allow_graceful=False)
+        print(json.dumps(str(cluster.address)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    keep()

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -151,8 +152,9 @@ def child(setting: Setting) -> None:
     stored = {artifact.stage: [ArtifactRef.of(artifact)] for artifact in store.list()}
     needed = {need.name for need in objective.needs().signals}
     job = train_job(store.root, stored["rollout"][0], {name: stored[name] for name in needed}, objective)
-    samples = shared(
-        store.root, lambda where: collect_round(job, objective.needs(), [], setting.vocabulary, store, where)
+    until = ExitStack()
+    samples = until.enter_context(
+        shared(store.root, lambda where: collect_round(job, objective.needs(), [], setting.vocabulary, store, where))
     )
     gc.collect()
     before = memory("VmRSS")

@@ -94,8 +94,77 @@ def test_the_slurm_script_calls_opd_run_once_and_passes_its_exit_code_on(tmp_pat
     assert wrong.returncode != 0 and "usage" in wrong.stderr
 
 
-def test_every_command_of_the_page_is_one_of_the_programs() -> None:
-    page = (CHECKOUT / "docs" / "deploy.md").read_text()
+def test_the_slurm_script_starts_a_ray_node_on_each_machine_and_one_run(tmp_path: Path) -> None:
+    script = FOLDER / "slurm-ray.sh"
+    assert subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True).stderr == ""
+    programs = {
+        # Ray's nodes stay until the script ends them; the run ends with a code
+        "srun": 'echo "srun $*"; case "$*" in *"opd run"*) sleep 0.3; exit "$CODE";; *) exec sleep 60;; esac',
+        "scontrol": 'if [ "$1" = show ]; then echo one; echo two; echo three; else echo "scontrol $*"; fi',
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "x", "RAY_WAIT": "0.2"}
+    for code in ("0", "2", "130"):
+        environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CODE": code}
+        done = subprocess.run(
+            ["bash", str(script), "e.yaml", "demo"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            timeout=30,
+        )
+        assert done.returncode == int(code)
+        head, others, run = done.stdout.splitlines()
+        assert head.startswith("srun --nodes=1 --ntasks=1 --nodelist=one --overlap ray start --head --port=6379 ")
+        assert others.startswith("srun --nodes=2 --ntasks=2 --exclude=one --overlap ray start --address=one:6379 ")
+        assert run == "srun --nodes=1 --ntasks=1 --nodelist=one --overlap opd run e.yaml --name demo --no-prefect"
+        assert options_are_known(run.partition("opd ")[2].split())
+
+
+def test_the_line_for_ray_job_submit_calls_opd_with_absolute_paths(tmp_path: Path) -> None:
+    script = FOLDER / "ray-submit.sh"
+    assert subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True).stderr == ""
+    (tmp_path / "ray").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "ray").chmod(0o755)
+    environment = os.environ | {"RAY": str(tmp_path / "ray"), "OPD_ROOT": "/shared/store"}
+    command = ["bash", str(script), "http://head:8265", "e.yaml", "demo"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    words = done.stdout.splitlines()
+    assert words[:4] == ["job", "submit", "--address", "http://head:8265"]
+    called = words[words.index("--") + 1 :]
+    assert called[:3] == ["opd", "run", str(tmp_path / "e.yaml")] and options_are_known(called[1:])
+    assert called[called.index("--root") + 1] == "/shared/store" and "runtime.cluster=ray" in called
+
+
+def test_the_files_for_ray_on_kubernetes_call_what_exists() -> None:
+    claims = {d["metadata"]["name"] for d in documents("kubernetes-job.yaml") if d["kind"] == "PersistentVolumeClaim"}
+    pinned = re.search(r"^ray==(\S+)$", (CHECKOUT / "requirements" / "ray.txt").read_text(), re.MULTILINE)
+    [job] = documents("kuberay-job.yaml")
+    assert job["kind"] == "RayJob" and pinned is not None
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["rayVersion"] == pinned[1]
+    program, *words = job["spec"]["entrypoint"].split()
+    assert program == "opd" and options_are_known(words)
+    [deployment] = documents("prefect-ray.yaml")
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"] == labels
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"], deployment["spec"]]
+    for pod in (group["template"]["spec"] for group in groups):
+        (container,) = pod["containers"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} == volumes.keys()
+        assert volumes["store"]["persistentVolumeClaim"]["claimName"] in claims
+        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == 1000
+        for line in container.get("args", ()):
+            assert subprocess.run(["bash", "-n", "-c", line], capture_output=True, text=True).stderr == ""
+
+
+@pytest.mark.parametrize("name", ["deploy.md", "cluster.md"])
+def test_every_command_of_the_page_is_one_of_the_programs(name: str) -> None:
+    page = (CHECKOUT / "docs" / name).read_text()
     called = re.findall(r"^(?:\S+=\S+ )*(?:kubectl exec \S+ -- )?opd (.+?)(?:  +#.*)?$", page, re.MULTILINE)
     assert called
     for words in called:

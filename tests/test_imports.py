@@ -27,7 +27,7 @@ def test_stage_modules_import_no_engine():
     """`opd run` shows its errors in a second because nothing heavy is imported until a worker starts."""
     script = (
         "import sys, flows.experiment, flows.run.runner\n"
-        "heavy = {'torch', 'vllm', 'transformers', 'deepspeed', 'prefect', 'datasets'} & set(sys.modules)\n"
+        "heavy = {'torch', 'vllm', 'transformers', 'deepspeed', 'prefect', 'datasets', 'ray'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, check=True)

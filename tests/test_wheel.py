@@ -119,6 +119,7 @@ def test_a_wheel_has_recipes_and_checks_one(tmp_path):
         "quickstart.yaml",
         "deploy/Dockerfile.gpu",
         "deploy/slurm.sh",
+        "deploy/kuberay-job.yaml",
     ):
         assert (installed / file).is_file(), file
     assert "opdflow" in opd("version")

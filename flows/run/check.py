@@ -39,6 +39,7 @@ from tasks.plugins import source_place
 from tasks.prepare import audited, require_audit
 from tasks.routing import teacher_field
 from tasks.stage import Context, same_models
+from tasks.workers.cluster import require as require_cluster
 from tasks.workers.metrics import StageProgress
 from tasks.workers.pool import WorkerPool
 
@@ -60,6 +61,8 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
         experiment.runtime.require_gpus()
     except ConfigError as error:  # a config may be checked on another machine than it will run on
         yield f"warning: not on this machine: {error}"
+    if (cluster := require_cluster(experiment.runtime, root)) is not None:
+        yield f"cluster: {cluster}"
     _require_files(experiment)
     for plugin in experiment.plugins:
         yield f"plugin: {plugin} ({source_place(plugin)})"

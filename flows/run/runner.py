@@ -47,6 +47,8 @@ from storage.upkeep.retention import Retention, evicted_of, rebuild_cost
 from tasks.inputs.models import CheckpointModel, parameter_count
 from tasks.stage import Context
 from tasks.trainer.dispatch import training_bytes
+from tasks.workers.cluster import RayCluster
+from tasks.workers.cluster import require as require_cluster
 from tasks.workers.metrics import StageProgress
 from tasks.workers.one_machine import refuse_launchers
 from tasks.workers.pool import WorkerPool
@@ -110,12 +112,18 @@ def open_run(experiment: Experiment, name: str, root: str | Path) -> Run:
     return Run.create(root, name, experiment.model_dump(mode="json"), experiment.identity())
 
 
+def require_machines(experiment: Experiment, root: str | Path) -> None:
+    """ConfigError where this machine, or the cluster of `runtime.cluster`, cannot run the experiment's workers."""
+    refuse_launchers(os.environ, isinstance(experiment.runtime.cluster, RayCluster))
+    experiment.runtime.require_gpus()
+    require_cluster(experiment.runtime, root)
+
+
 def refuse_early(experiment: Experiment, name: str, root: str | Path) -> RunState | None:
     """Raises what `run_experiment` raises before it starts anything, for a caller that starts something else first.
 
     Returns the state of the run `name`; None where there is none, or it is damaged."""
-    refuse_launchers(os.environ)
-    experiment.runtime.require_gpus()
+    require_machines(experiment, root)
     require_trackers(experiment.trackers)
     run = existing_run(name, root)
     if run is None:
@@ -151,9 +159,8 @@ def run_experiment(
     Returns the state and the number of stages built.
     Raises RunBusy when another process holds the name, IdentityMismatch when the name belongs to another experiment, and
     any error of a stage."""
-    refuse_launchers(os.environ)
+    require_machines(experiment, root)
     experiment.runtime.tell_libraries()
-    experiment.runtime.require_gpus()
     require_trackers(experiment.trackers)
     experiment = with_policy_of(name, root, experiment)
     notes = [line for line in [dtype_warning(experiment)] if line]

@@ -115,9 +115,14 @@ def _secret_values() -> set[str]:
     return {value for name, value in os.environ.items() if _is_secret(name, value)}
 
 
+def names_secret(variable: str) -> bool:
+    """Whether an environment variable of this name holds a secret (HF_TOKEN, OPD_TEACHER_API_KEY)."""
+    return _ENVIRONMENT.search(variable) is not None
+
+
 def _is_secret(name: str, value: str) -> bool:
     """Paths are not secrets, although they may lead to some (SSH_KEY_PATH)."""
-    return len(value) >= _SHORTEST and not value.startswith("/") and _ENVIRONMENT.search(name) is not None
+    return len(value) >= _SHORTEST and not value.startswith("/") and names_secret(name)
 
 
 @functools.lru_cache(maxsize=4)

@@ -7,6 +7,7 @@ group. So the shards are read once, in order, before the first step."""
 from __future__ import annotations
 
 import mmap
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ import torch.distributed as dist
 
 from storage.disk.files import temporary_name
 from tasks.trainer.data import Ragged, Samples
+from tasks.trainer.launch import NODES
 from tasks.trainer.topk_lists import lists_of, support_of
 
 _OF_LISTS = ("starts", "counts", "ids", "teacher", "student", "teacher_tail")
@@ -72,35 +74,34 @@ def collect(parts: Iterable[Samples], folder: Path) -> Collected:
     return Collected(folder, kinds, _joined(kept))
 
 
-def shared(root: Path, make: Callable[[Path], Collected]) -> Samples:
+@contextmanager
+def shared(root: Path, make: Callable[[Path], Collected]) -> Iterator[Samples]:
     """What `make`, called on rank 0 with an empty folder under `root`, has collected, mapped on every rank. Collective.
 
-    The folder is removed as soon as all have opened its files: the system frees them when the last rank drops its maps or is
-    killed."""
+    Where all ranks are on one node, the folder is removed as soon as they have opened its files: the system frees them when the
+    last rank drops its maps or is killed. A file system of several nodes need not keep a removed file for another node, so there
+    the folder stays to the end of the block; all ranks must have read all they need by then."""
     found: list[Collected | None] = [None]
-    with _folder(root) if dist.get_rank() == 0 else _elsewhere() as folder:
-        if folder is not None:
-            found = [make(folder)]
+    with ExitStack() as until:
+        if dist.get_rank() == 0:
+            found = [make(until.enter_context(_folder(root)))]
         dist.broadcast_object_list(found, src=0)
         assert found[0] is not None
         samples = found[0].mapped()
         dist.barrier()
-    return samples
+        if int(os.environ.get(NODES, "1")) == 1:
+            until.close()
+        yield samples
 
 
 @contextmanager
-def _folder(root: Path) -> Iterator[Path | None]:
+def _folder(root: Path) -> Iterator[Path]:
     folder = root / temporary_name("round")
     try:
         folder.mkdir()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _elsewhere() -> Iterator[Path | None]:
-    yield None
 
 
 def _file(column: str) -> str:

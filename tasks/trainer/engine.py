@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -31,7 +32,9 @@ from tasks.trainer.config import OptimizerSettings
 from tasks.trainer.data import Forward
 from tasks.trainer.deepspeed_file import deepspeed_config
 from tasks.trainer.ema import Ema
+from tasks.trainer.launch import MEETING
 from tasks.trainer.model import TrainModule, load_model
+from tasks.workers.guarded import SOCKET
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -39,8 +42,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def start() -> torch.device:
     """Joins this process to the other ranks (once per process) and returns its device.
 
-    Ranks meet through a file in the folder of the supervisor's socket: no port is opened beyond gloo's or NCCL's own on
-    the loopback device."""
+    Ranks of one machine meet through a file in the folder of the supervisor's socket: no port is opened beyond gloo's or NCCL's
+    own on the loopback device. Ranks of a cluster meet at a store that rank 0 opens on its node."""
     cuda = get_accelerator().device_name() == "cuda"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
@@ -52,12 +55,10 @@ def start() -> torch.device:
         # compiled with g++ at the first start and used by inference alone
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         world = int(os.environ["WORLD_SIZE"])
-        # a store, not a file:// URL: the folder's name may have characters that a URL ends at
-        meeting = dist.FileStore(str(Path(os.environ["OPD_WORKER_SOCKET"]).parent / "ranks"), world)  # type: ignore[attr-defined]
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(
             backend,
-            store=meeting,
+            store=_meeting(world),
             rank=int(os.environ["RANK"]),
             world_size=world,
             timeout=default_pg_timeout,
@@ -68,6 +69,14 @@ def start() -> torch.device:
     # torch replaces the module by an object with this property
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return device
+
+
+def _meeting(world: int) -> Any:
+    if world > 1 and (place := os.environ.get(MEETING)):
+        host, _, port = place.rpartition(":")
+        return dist.TCPStore(host, int(port), world, is_master=os.environ["RANK"] == "0", timeout=default_pg_timeout)  # type: ignore[attr-defined]
+    # a store, not a file:// URL: the folder's name may have characters that a URL ends at
+    return dist.FileStore(str(Path(os.environ[SOCKET]).parent / "ranks"), world)  # type: ignore[attr-defined]
 
 
 def _import_muon() -> None:

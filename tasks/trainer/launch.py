@@ -1,4 +1,5 @@
-"""Starts the trainer with DeepSpeed's per-node launcher, one process per rank. Imports no engine.
+"""Starts the trainer: on one machine with DeepSpeed's per-node launcher, one process per rank; on a cluster an actor starts each
+rank (`tasks/workers/bridge.py`), with the variables that the launcher would set. Imports no engine.
 
 The launcher puts RANK, WORLD_SIZE, LOCAL_RANK and the visible devices into each rank's environment; the ranks stay in
 the launcher's process group, so killing the group ends all of them. If a rank fails the launcher terminates the
@@ -36,14 +37,41 @@ def launch_command(
         "tasks.workers.main",
         "trainer",
     ]
-    loopback = "lo" if sys.platform == "linux" else "lo0"
-    env = {
+    return argv, _libraries(device, "lo" if sys.platform == "linux" else "lo0")
+
+
+MEETING = "OPD_MEETING"
+"""Variable with HOST:PORT of rank 0's store, where ranks of a cluster find each other."""
+NODES = "OPD_NODES"
+"""Variable with the number of nodes that the ranks are on."""
+
+
+def rank_environment(
+    rank: int, world: int, device: str, meeting: str, interface: str, nodes: int = 1
+) -> dict[str, str]:
+    """The additional environment of a rank that is started alone on its node, where it sees one GPU.
+
+    `meeting`: HOST:PORT on rank 0's node; `interface`: the network interface to the other ranks; `nodes`: of all ranks."""
+    host, _, port = meeting.rpartition(":")
+    return _libraries(device, interface) | {
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",
+        "LOCAL_SIZE": "1",
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": port,
+        MEETING: meeting,
+        NODES: str(nodes),
+    }
+
+
+def _libraries(device: str, interface: str) -> dict[str, str]:
+    return {
         "DS_ACCELERATOR": device,
-        "GLOO_SOCKET_IFNAME": loopback,
-        "NCCL_SOCKET_IFNAME": loopback,
+        "GLOO_SOCKET_IFNAME": interface,
+        "NCCL_SOCKET_IFNAME": interface,
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic cuBLAS
     }
-    return argv, env
 
 
 def free_port() -> int:

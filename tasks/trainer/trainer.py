@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,18 +77,20 @@ class Trainer:
 
     def handle(self, job: TrainJob | WarmupJob, link: Link) -> TrainResult:
         """Collective: every rank gets the same job; rank 0's result counts."""
-        with pinned(int(self.settings["threads"])):
-            return self._train(job, self.settings, link.progress)
+        with pinned(int(self.settings["threads"])), ExitStack() as until:
+            return self._train(job, self.settings, link.progress, until)
 
     def close(self) -> None:
         """Leaves the process group of the ranks."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _train(self, job: TrainJob | WarmupJob, runtime: dict[str, Any], progress: Progress) -> TrainResult:
+    def _train(
+        self, job: TrainJob | WarmupJob, runtime: dict[str, Any], progress: Progress, until: ExitStack
+    ) -> TrainResult:
         torch.manual_seed(derive_seed(job.seed, "train", job.round))
         store = Store(job.store)
-        training = _train_job(job, store) if isinstance(job, TrainJob) else _warmup_job(job, store)
+        training = _train_job(job, store, until) if isinstance(job, TrainJob) else _warmup_job(job, store, until)
         settings = training.settings
         student = Path(job.model)
         resumed = Path(job.state) if job.state else None
@@ -230,15 +233,14 @@ class Trainer:
         return metrics
 
 
-def _train_job(job: TrainJob, store: Store) -> TrainingJob:
+def _train_job(job: TrainJob, store: Store, until: ExitStack) -> TrainingJob:
     config = TrainConfig.model_validate_json(bytes(job.config))
     objective = _OBJECTIVE.validate_json(bytes(job.objective))
     reasons = [MaskReason[name.upper()] for name in config.mask_reasons]
     rows = model_rows(Path(job.model))
     apart = objective.estimator == "credit"  # it has terms for samples with and without a context
-    samples = shared(
-        store.root, partial(collect_round, job, objective.needs(), reasons, rows, store, every_context=apart)
-    )
+    collected = partial(collect_round, job, objective.needs(), reasons, rows, store, every_context=apart)
+    samples = until.enter_context(shared(store.root, collected))
     correction, weights = config.importance_correction, None
     if not isinstance(correction, NoCorrection):
         over: Literal["behaviour_logprobs", "student_logprobs"]
@@ -264,10 +266,10 @@ def _train_job(job: TrainJob, store: Store) -> TrainingJob:
     )
 
 
-def _warmup_job(job: WarmupJob, store: Store) -> TrainingJob:
+def _warmup_job(job: WarmupJob, store: Store, until: ExitStack) -> TrainingJob:
     config = WarmupConfig.model_validate_json(bytes(job.config))
     rows = model_rows(Path(job.model))
-    samples = shared(store.root, partial(collect_targets, job, rows, store))
+    samples = until.enter_context(shared(store.root, partial(collect_targets, job, rows, store)))
     return TrainingJob(
         settings=config,
         objective=_OBJECTIVE.validate_json(bytes(job.objective)),

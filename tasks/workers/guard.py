@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 
+SELF = "{guard}"
 POLL_SECONDS = 0.25
 PATIENCE_SECONDS = 8.0
 """Seconds to wait for killed processes to end; one in an uninterruptible kernel call may not."""
@@ -25,7 +26,9 @@ _STOPPING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
 def main(supervisor: int, folder: str, command: list[str]) -> None:
-    """Exits with the command's code or by its signal, and with 128 + SIGTERM after a SIGTERM."""
+    """Exits with the command's code or by its signal, and with 128 + SIGTERM after a SIGTERM. A part `SELF` of the command stands
+    for this process's id: the supervisor of a guard below."""
+    command = [str(os.getpid()) if part == SELF else part for part in command]
     _adopt_orphans()
     signal.pthread_sigmask(signal.SIG_BLOCK, {*_STOPPING, signal.SIGCHLD})
     worker = os.posix_spawnp(command[0], command, os.environ, setpgroup=0, setsigmask=())

@@ -1,5 +1,6 @@
-"""A run is one process on one machine, which starts its workers and ranks itself. A launcher that starts it several times, or on
-several machines, is refused: the copies would wait for each other's locks, and the other machines would stand idle."""
+"""A run is one process, which starts its workers and ranks itself, on its machine or on a Ray cluster. A launcher that starts it
+several times, or on several machines, is refused: the copies would wait for each other's locks, and without a cluster the other
+machines would stand idle."""
 
 from __future__ import annotations
 
@@ -17,19 +18,21 @@ _SIZES = {
 }
 """Variables in which launchers tell a process how many they start, or on how many machines."""
 _HOW = (
-    "opd runs on one machine and starts its ranks itself: call `opd run` once, without a launcher (with Slurm: one node, srun"
-    " --nodes=1 --ntasks=1), and set runtime.trainer.processes, runtime.sampler.workers and runtime.scorer.workers"
+    "opd starts its workers and ranks itself: call `opd run` once, without a launcher (with Slurm: srun --nodes=1 --ntasks=1),"
+    " and set runtime.trainer.processes, runtime.sampler.workers and runtime.scorer.workers; for several machines start Ray on"
+    " them and set runtime.cluster: ray (docs/cluster.md)"
 )
 
 
-def refuse_launchers(environment: Mapping[str, str]) -> None:
-    """ConfigError, with what was found, where this process is one of several, or was started on one of several machines."""
+def refuse_launchers(environment: Mapping[str, str], cluster: bool = False) -> None:
+    """ConfigError, with what was found, where this process is one of several, or was started on one of several machines that
+    no `cluster` uses."""
     for variable, launcher in _SIZES.items():
         count = _number(environment.get(variable))
         if count > 1:
             raise ConfigError(f"{variable}={count}: started by {launcher} as one of {count}. {_HOW}")
     in_step = "SLURM_STEP_NUM_NODES" in environment  # a step on one node of a larger allocation is fine
-    for variable in () if in_step else ("SLURM_JOB_NUM_NODES", "SLURM_NNODES"):
+    for variable in () if in_step or cluster else ("SLURM_JOB_NUM_NODES", "SLURM_NNODES"):
         count = _number(environment.get(variable))
         if count > 1:
             raise ConfigError(

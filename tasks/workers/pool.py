@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -21,14 +20,14 @@ import storage.errors
 from storage.disk.files import remove_leftovers
 from tasks.plugins import loaded_digests
 from tasks.workers import jobs
+from tasks.workers.cluster import RayCluster, bridge_command
 from tasks.workers.devices import Role
+from tasks.workers.guarded import CHECKOUT, machine_environment, temporary_folders
 from tasks.workers.metrics import Metrics, Progress, silent
-from tasks.workers.process import Items, Worker, WorkerDied, WorkerFailed, temporary_folders
+from tasks.workers.process import Items, Worker, WorkerDied, WorkerFailed
 from tasks.workers.runtime import RuntimeConfig
 
-__all__ = ["Worker", "WorkerDied", "WorkerFailed", "WorkerPool"]
-
-CHECKOUT = Path(__file__).resolve().parent.parent.parent
+__all__ = ["CHECKOUT", "Worker", "WorkerDied", "WorkerFailed", "WorkerPool"]
 
 _SHOWN = 8
 LOADS = {
@@ -324,11 +323,7 @@ class WorkerPool:
         }
 
     def _command(self, role: str, number: int, settings: dict[str, Any]) -> tuple[list[str], dict[str, str], int]:
-        path = os.pathsep.join(filter(None, [str(CHECKOUT), self.plugin_path, os.environ.get("PYTHONPATH")]))
-        tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        env = dict(os.environ) | {
-            "PATH": tools,  # ninja is beside the interpreter; DeepSpeed compiles with it
-            "PYTHONPATH": path,
+        env = {
             "PYTHONSAFEPATH": "1",  # a folder from which `opd` is called brings no modules along (-m would put it first)
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": str(self.runtime.threads),
@@ -341,10 +336,16 @@ class WorkerPool:
             "HF_HUB_OFFLINE": "1",  # workers read local folders; nothing is downloaded unasked
             "USE_HUB_KERNELS": "NO",  # a config may name kernels of the Hub: compiled code that nobody has checked
             "DO_NOT_TRACK": "1",
-            # a worker's temporary files are removed with it; this cache, by default among them, must stay
-            "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", _inductor_cache()),
             "OPD_WORKER_SETTINGS": json.dumps(settings),
         }
+        argv = [sys.executable, "-m", "tasks.workers.main", role]
+        here = machine_environment(self.plugin_path)
+        if isinstance(self.runtime.cluster, RayCluster):
+            cluster, group = self.runtime.cluster, self.runtime.group(cast(Role, role))
+            log = self._log(role, number).absolute()
+            argv, more = bridge_command(cluster, group, self.runtime.device, log, argv[1:], env, self.plugin_path)
+            # a bridge needs no module of the user's, and must not import one in place of Ray's
+            return argv, here | {"PYTHONSAFEPATH": "1"} | more, group.world
         gpus = self.runtime.gpus(cast(Role, role))
         mine = [gpu for rank in gpus for gpu in rank] if role == "trainer" else gpus[number]
         env["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
@@ -352,8 +353,8 @@ class WorkerPool:
             from tasks.trainer.launch import free_port, launch_command
 
             argv, more = launch_command(len(gpus), self.runtime.device, free_port(), mine)
-            return argv, env | more, len(gpus)
-        return [sys.executable, "-m", "tasks.workers.main", role], env, 1
+            return argv, here | env | more, len(gpus)
+        return argv, here | env, 1
 
 
 class _Shared:
@@ -462,7 +463,3 @@ class _Part:
                 self._shared.deaths[index] += 1
                 self._shared.queue.appendleft(index)
             return lost
-
-
-def _inductor_cache() -> str:
-    return os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")

@@ -5,42 +5,24 @@ worker holds a socket; when it closes, the supervisor is gone. Its output goes t
 
 from __future__ import annotations
 
-import os
 import selectors
-import shutil
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import time
-import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import storage.errors
-from storage.disk.files import explain_full_disk, temporary_name
 from storage.errors import OpdError
 from tasks.workers import jobs
+from tasks.workers.guarded import STOP_TIMEOUT, Guarded
 from tasks.workers.logs import attempt_begins, last_lines
 from tasks.workers.metrics import Progress
 
 START_TIMEOUT = 600.0
 """Seconds until a worker must be ready: importing an engine on a cold, busy machine takes a minute or more."""
-STOP_TIMEOUT = 5.0
-"""Seconds that a worker has to end by itself before it is killed, with every process that it started."""
-SOCKET = "OPD_WORKER_SOCKET"
-"""Variable with the path of a worker's socket. Every process that the worker starts inherits it."""
-_GUARD = Path(__file__).with_name("guard.py")
-_SOCKET_PATH = 107
-"""Longest socket path on Linux, in bytes."""
-_SOCKET_NAME = len("/5ff1b2c0-0b6c-4f1e-9d6a-0123456789ab")
-"""Room below a worker's folder: engines with several processes name their sockets so."""
 
 
 class WorkerFailed(OpdError):
@@ -77,33 +59,13 @@ class Worker:
 
     def __init__(self, role: str, argv: list[str], env: dict[str, str], log: Path, world: int = 1) -> None:
         self.role, self.log, self.world = role, log, world
-        self.process: subprocess.Popen[bytes] | None = None
         self._ranks: dict[int, socket.socket] = {}
         self._names: dict[int, str] = {}
         self._buffers: dict[int, bytes] = {}
         self._jobs = 0
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._folder = _new_folder()
-        self._socket = str(self._folder / "s")
-        # also when an interruption loses this object; a killed supervisor's folder is removed by the guard
-        self._remove_folder = weakref.finalize(self, _remove, self._folder, os.getpid())
+        self._command = Guarded(role, argv, env, log, world)
+        self._folder = self._command.folder
         try:
-            self._folder.mkdir(0o700)
-            self._listener.bind(self._socket)
-            self._listener.listen(world)
-            self._listener.settimeout(0.5)
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with explain_full_disk(log):
-                attempt_begins(log, f"{role}: {' '.join(argv)}")
-                with log.open("ab") as out:
-                    self.process = subprocess.Popen(
-                        [*_guard(self._folder), *argv],
-                        env=env | {SOCKET: self._socket, "TMPDIR": str(self._folder)},
-                        stdin=subprocess.DEVNULL,
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
             self._handshake()
         except BaseException:
             self.kill()
@@ -114,7 +76,7 @@ class Worker:
         waiting: list[socket.socket] = []
         while len(waiting) < self.world:
             try:
-                connection, _ = self._listener.accept()
+                connection, _ = self._command.listener.accept()
                 waiting.append(connection)
             except TimeoutError:
                 if not self.alive:
@@ -226,10 +188,7 @@ class Worker:
         return messages
 
     def _died(self, when: str, name: str = "") -> WorkerDied:
-        try:
-            code = self.process.wait(1) if self.process is not None else None
-        except subprocess.TimeoutExpired:
-            code = None
+        code = self._command.code(1)
         how = "" if code is None else f" (exit {code})" if code >= 0 else f" (killed by signal {-code})"
         return WorkerDied(f"{self.role} worker{name} ended {when}{how}", last_lines(self.log))
 
@@ -254,67 +213,17 @@ class Worker:
         """Ask the worker to end, then kill whatever is left below it."""
         try:
             self._send(jobs.Stop())
-            if self.process is not None:
-                self.process.wait(STOP_TIMEOUT)
-        except (OSError, subprocess.TimeoutExpired):
+            self._command.code(STOP_TIMEOUT)
+        except OSError:
             pass
         self.kill()
 
     def kill(self) -> None:
         """Kill the worker and every process that it started."""
-        if self.process is not None:
-            self.process.terminate()  # its guard ends all below and itself
-            try:
-                self.process.wait(STOP_TIMEOUT)
-            except subprocess.TimeoutExpired:
-                pass
-            try:
-                os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            if self.process.wait() == -signal.SIGKILL:
-                _end_all_with(self._socket)  # the guard itself was killed, so it has ended nothing
+        self._command.kill()
         for connection in self._ranks.values():
             connection.close()
-        self._listener.close()
-        self._remove_folder()
 
     @property
     def alive(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
-
-def temporary_folders() -> list[Path]:
-    """Candidates for workers' folders: the folder for temporary files, and /tmp where its path is too long."""
-    return [Path(tempfile.gettempdir()), Path("/tmp")]
-
-
-def _new_folder() -> Path:
-    """Path of a new worker's folder, not created yet; short enough for sockets however long TMPDIR is."""
-    name = temporary_name()
-    folders = (folder / name for folder in temporary_folders())
-    return next(path for path in folders if len(os.fsencode(path)) + _SOCKET_NAME <= _SOCKET_PATH)
-
-
-def _remove(folder: Path, owner: int) -> None:
-    if os.getpid() == owner:  # a forked child must not remove it
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _end_all_with(path: str) -> None:
-    """SIGKILL to every process whose environment names this socket, until there is none."""
-    found = True
-    while found:
-        found = False
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if process.environ().get(SOCKET) == path and process.status() != psutil.STATUS_ZOMBIE:
-                    process.kill()
-                    found = True
-
-
-def _guard(folder: Path) -> list[str]:
-    """The command before a worker's own: see `tasks/workers/guard.py`."""
-    if sys.platform != "linux":
-        return []
-    return [sys.executable, "-I", "-S", str(_GUARD), str(os.getpid()), str(folder)]
+        return self._command.alive

@@ -6,13 +6,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from storage.errors import ConfigError
 from storage.identity import Runtime
+from tasks.workers.cluster import Cluster, Group, LocalCluster, RayCluster
 from tasks.workers.devices import Role, assign, gpu_count, visible_gpus
 
 Devices = list[int | str] | None
@@ -167,6 +168,9 @@ class RuntimeConfig(Runtime):
     """Everything about the machine. Changing it never changes a key; `numerics` of it are recorded."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA when an NVIDIA GPU is visible")
+    cluster: Annotated[Cluster, Field(discriminator="kind")] = Field(
+        LocalCluster(), description="where workers and the trainer's ranks run (docs/cluster.md)"
+    )
     threads: int = Field(2, ge=1, description="CPU threads per worker; pins the order of floating-point sums")
     keep_warm: bool | None = Field(
         None, description="keep workers between stages; null means: on CPU only (on GPUs stages need the memory)"
@@ -201,6 +205,8 @@ class RuntimeConfig(Runtime):
 
     @model_validator(mode="after")
     def _resolve_auto(self) -> RuntimeConfig:
+        if isinstance(self.cluster, RayCluster):
+            self._refuse_choices_of_one_machine()
         if self.device == "auto":
             self.device = "cuda" if gpu_visible() else "cpu"
         if self.keep_warm is None:
@@ -212,6 +218,34 @@ class RuntimeConfig(Runtime):
                 "sampler.batch_invariant: vLLM has such kernels for GPUs only, and runtime.device is cpu; set it false"
             )
         return self
+
+    def _refuse_choices_of_one_machine(self) -> None:
+        if self.device == "auto":
+            raise ValueError(
+                "device: auto looks at this machine, and with runtime.cluster: ray the workers are on others; set it cpu or cuda"
+            )
+        for role in ("sampler", "scorer", "trainer"):
+            if getattr(self, role).devices is not None:
+                raise ValueError(
+                    f"{role}.devices: with runtime.cluster: ray Ray chooses the GPUs; leave this field out"
+                )
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """By field the files and folders of this config that workers read."""
+        own = {f"runtime.modules.{number}": folder for number, folder in enumerate(self.modules)}
+        return own if self.trainer.deepspeed is None else own | {"runtime.trainer.deepspeed": self.trainer.deepspeed}
+
+    def group(self, role: Role) -> Group:
+        """What a worker of a role needs of a cluster, or the ranks of the trainer together."""
+        if role == "judge":
+            return Group(role, self.judge.workers)
+        gpus = {"sampler": self.sampler.tensor_parallel_size, "trainer": 1}.get(role, self.scorer.devices_per_worker)
+        gpus = gpus if self.device == "cuda" else 0
+        if role == "trainer":
+            return Group(role, 1, self.threads, gpus, self.trainer.processes)
+        workers = 1 if role == "harness" else getattr(self, role).workers
+        return Group(role, workers, self.threads, gpus)
 
     def gpus(self, role: Role) -> list[list[str]]:
         """The GPUs of each worker of a role (for the trainer: of each rank), as its CUDA_VISIBLE_DEVICES names them. ConfigError
@@ -226,7 +260,9 @@ class RuntimeConfig(Runtime):
         return assign(role, getattr(self, role).devices, workers, width, visible)
 
     def require_gpus(self) -> None:
-        """ConfigError where this machine has fewer GPUs than a role needs."""
+        """ConfigError where this machine has fewer GPUs than a role needs. A cluster is asked by `cluster.require`."""
+        if isinstance(self.cluster, RayCluster):
+            return
         for role in ("sampler", "scorer", "trainer"):
             self.gpus(role)
 

@@ -39,6 +39,8 @@ class Scripted:
                 return ScriptedAnswer()
             case "shards":
                 return self.shards(job, link)
+            case "burn":
+                return self.burn(job, link)
             case "die_once":
                 marker = Path(job.path)
                 if not marker.exists():
@@ -69,6 +71,17 @@ class Scripted:
                 Path(job.path).write_text(f"{os.getpid()} {child.pid}")
                 time.sleep(600)
         raise ValueError(job.do)
+
+    def burn(self, job: ScriptedJob, link) -> ScriptedAnswer:
+        """Items of `pause` seconds of CPU each (benchmarks/cluster.py)."""
+        count = 0
+        while (item := link.next()) is not None:
+            end = time.thread_time() + job.pause
+            while time.thread_time() < end:
+                pass
+            count += 1
+            link.done(ScriptedDone(item.shard, os.getpid()))
+        return ScriptedAnswer(count, self.served, os.getpid())
 
     def shards(self, job: ScriptedJob, link) -> ScriptedAnswer:
         """Takes two items at a time. A file `<path>/die-N` kills it once when it has taken the item N, `kill-N` each time, and

@@ -44,6 +44,10 @@ NAME = "trial"
 MARK = "OPD_FAULT_TRIAL"
 OWN_PLUGINS = "OPD_FAULT_PLUGINS"
 """Environment variable: a folder of plugins of a trial's own."""
+CLUSTER = "OPD_TEST_CLUSTER"
+"""Environment variable: the address of a Ray cluster that a trial's workers are on."""
+WARM = "OPD_TEST_WARM"
+"""Environment variable: 1 where the cluster has room for the workers of all roles side by side."""
 ROUNDS = 2
 ROWS = 264
 
@@ -185,6 +189,10 @@ def _main(root: str, rounds: int, variant: str, environment: dict[str, str]) -> 
     with exit_codes():
         started = (Path(root) / "runs" / NAME / "state.json").exists()
         e = resume_experiment(NAME, root, [f"policy.rounds={rounds}"]) if started else experiment(rounds, variant)
+        if address := os.environ.get(CLUSTER):
+            on_ray = {"cluster": {"kind": "ray", "address": address}, "keep_warm": os.environ.get(WARM) == "1"}
+            runtime = type(e.runtime).model_validate(e.runtime.model_dump() | on_ray)
+            e = e.model_copy(update={"runtime": runtime})
         run_experiment(e, name=NAME, root=root, prefect=False)
     sys.stdout.flush()
 

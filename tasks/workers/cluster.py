@@ -1,0 +1,306 @@
+"""A Ray cluster from the run's side: its config, what workers need of it, and the checks before a run. Imports no Ray: another
+process (`bridge.py`) connects to the cluster, so that a cluster that is lost takes no run down with it."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import msgspec
+from pydantic import Field, field_validator
+
+from storage.disk.files import temporary_name, unique
+from storage.disk.redact import names_secret
+from storage.errors import ConfigError
+from storage.identity import Runtime
+from tasks.workers.devices import Role
+from tasks.workers.guarded import machine_environment
+
+LAUNCH = "OPD_BRIDGE_LAUNCH"
+"""Variable with what a bridge has to start, a `Launch` in JSON."""
+_FORWARDED = ("OPD_", "VLLM_", "NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_")
+"""Variables of the run that its workers on other nodes get too; everything else there is the node's own."""
+_SAME_FOR = 600.0
+"""Seconds for which a cluster that passed the checks is not asked again by one process."""
+_passed: dict[str, float] = {}
+
+
+class LocalCluster(Runtime):
+    """This machine alone: workers and ranks are its processes."""
+
+    kind: Literal["local"] = "local"
+
+
+class RayCluster(Runtime):
+    """A Ray cluster: workers and ranks are actors, placed by the CPUs (`threads`) and GPUs that they need (docs/cluster.md)."""
+
+    kind: Literal["ray"] = "ray"
+    address: str = Field(
+        "auto",
+        description="HOST:PORT of the cluster's head; auto: RAY_ADDRESS, else the cluster that this machine belongs to",
+    )
+    placement_timeout: float = Field(
+        120, gt=0, description="seconds that a worker waits for a node with free CPUs and GPUs; then it counts as died"
+    )
+    interface: str | None = Field(
+        None,
+        description="network interface of gloo and NCCL between the trainer's ranks, on every node; null: the one that has the"
+        " node's address in the cluster, or the loopback device where all ranks are on one node",
+    )
+
+    @field_validator("address")
+    @classmethod
+    def _head(cls, address: str) -> str:
+        host, _, port = address.rpartition(":")
+        if address != "auto" and not (host and port.isdecimal() and "/" not in address):
+            raise ValueError(
+                f"{address!r} is no address of a Ray head; write auto or HOST:PORT (a ray:// address is of Ray's client, whose"
+                " machine is no node: call opd on a node)"
+            )
+        return address
+
+
+Cluster = LocalCluster | RayCluster
+
+
+@dataclass(frozen=True)
+class Group:
+    """What a role needs of a cluster: `workers` times, `world` processes of so many CPUs and GPUs each."""
+
+    role: Role
+    workers: int
+    cpus: int = 0
+    gpus: int = 0
+    world: int = 1
+
+    @property
+    def field(self) -> str:
+        return "runtime.trainer.processes" if self.role == "trainer" else f"runtime.{self.role}.workers"
+
+    def __str__(self) -> str:
+        each = [f"{self.cpus} CPUs (runtime.threads)", *([f"{self.gpus} GPUs"] if self.gpus else [])]
+        return f"{self.field} {self.workers * self.world} x {' and '.join(each)}"
+
+
+class Launch(msgspec.Struct, frozen=True):
+    """What a bridge starts: `world` processes `python ARGV` with the variables `env`, placed by CPUs and GPUs. `name`: of the
+    actors, equal for the same worker of the same run, so that two never write at once. `log`: where their output goes."""
+
+    cluster: dict[str, Any]
+    role: str
+    name: str
+    cpus: int
+    gpus: int
+    world: int
+    device: str
+    log: str
+    argv: list[str]
+    env: dict[str, str]
+    plugin_path: str | None
+
+
+def bridge_command(
+    cluster: RayCluster,
+    group: Group,
+    device: str,
+    log: Path,
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    plugin_path: str | None,
+) -> tuple[list[str], dict[str, str]]:
+    """The command of the bridge to one worker of a group, and its additional environment."""
+    forwarded = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(_FORWARDED) and not names_secret(name) and name != LAUNCH
+    }
+    launch = Launch(
+        cluster=cluster.model_dump(),
+        role=group.role,
+        name=f"opd-{hashlib.sha256(str(log).encode()).hexdigest()[:16]}",
+        cpus=group.cpus,
+        gpus=group.gpus,
+        world=group.world,
+        device=device,
+        log=str(log),
+        argv=list(argv),
+        env=forwarded | dict(env),
+        plugin_path=plugin_path,
+    )
+    return _bridge("serve"), {LAUNCH: msgspec.json.encode(launch).decode()}
+
+
+def _bridge(command: str) -> list[str]:
+    return [sys.executable, "-m", "tasks.workers.bridge", command]
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of a cluster. `versions`: of Python and packages; `problem`: why the node could not be asked; `root`: what is wrong
+    with the store's folder there; `missing`: fields whose files it does not see."""
+
+    name: str
+    cpus: float
+    gpus: float
+    versions: dict[str, str | None]
+    problem: str | None = None
+    root: str | None = None
+    missing: tuple[str, ...] = ()
+
+
+class Settings(Protocol):
+    """The part of a RuntimeConfig that is read here."""
+
+    @property
+    def cluster(self) -> Cluster: ...
+    @property
+    def keep_warm(self) -> bool | None: ...
+    @property
+    def files(self) -> Mapping[str, Path]: ...
+    def group(self, role: Role) -> Group: ...
+
+
+def require(runtime: Settings, root: Path | str) -> str | None:
+    """Asks every node of the runtime's cluster whether a run with its store in `root` can work there; None for one machine.
+
+    Returns a line about the cluster. ConfigError with a line for everything that is wrong, by field and node."""
+    cluster = runtime.cluster
+    if not isinstance(cluster, RayCluster):
+        return None
+    groups = [runtime.group(role) for role in ("sampler", "scorer", "trainer")]
+    question = json.dumps([cluster.model_dump(), str(groups), runtime.keep_warm, str(root)])
+    if time.monotonic() - _passed.get(question, -_SAME_FOR) < _SAME_FOR:
+        return None
+    mine, nodes = ask(cluster, Path(root), runtime.files)
+    problems = [*differences(mine, nodes), *shortages(groups, nodes, bool(runtime.keep_warm))]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    _passed[question] = time.monotonic()
+    cpus, gpus = (sum(getattr(node, kind) for node in nodes) for kind in ("cpus", "gpus"))
+    return f"{len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs: {', '.join(node.name for node in nodes)}"
+
+
+def ask(cluster: RayCluster, root: Path, files: Mapping[str, Path]) -> tuple[dict[str, str | None], list[Node]]:
+    """Versions here, and what every node says of itself. ConfigError where there is no Ray, no cluster, or no place for a store.
+
+    The nodes look for a file that is made in `root` (or in the nearest folder above it that exists) and locked here: whoever
+    reads another content sees another folder, and whoever can lock it has no locks."""
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(
+            "runtime.cluster: ray is not installed on this machine; pip install 'opdflow[ray]' on every node"
+        )
+    root = root.expanduser().absolute()
+    folder = next(place for place in (root, *root.parents) if place.is_dir())
+    path, token = folder / temporary_name("cluster"), unique()
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise ConfigError(f"root: {folder} cannot be written ({error.strerror}); choose another --root") from None
+    try:
+        os.write(descriptor, token.encode())
+        os.fsync(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        question = {
+            "cluster": cluster.model_dump(),
+            "path": str(path),
+            "token": token,
+            "files": {field: str(file) for field, file in files.items()},
+        }
+        answer = _answer(question, cluster)
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+    nodes = [Node(**(node | {"missing": tuple(node.get("missing", ()))})) for node in answer["nodes"]]
+    return answer["versions"], nodes
+
+
+def _answer(question: Mapping[str, Any], cluster: RayCluster) -> dict[str, Any]:
+    asked = subprocess.run(
+        _bridge("ask"),
+        input=json.dumps(question),
+        capture_output=True,
+        text=True,
+        env=machine_environment(None) | {"PYTHONSAFEPATH": "1"},
+    )
+    found = asked.stdout.strip().splitlines()
+    if asked.returncode or not found:
+        said = (asked.stderr.strip().splitlines() or ["no answer"])[-1]
+        raise ConfigError(said if said.startswith("runtime.") else f"runtime.cluster: {said}")
+    answer: dict[str, Any] = json.loads(found[-1])
+    if not answer["nodes"]:
+        raise ConfigError(
+            f"runtime.cluster.address: the cluster at {cluster.address} has no node; start one: ray start"
+        )
+    return answer
+
+
+def differences(mine: Mapping[str, str | None], nodes: Sequence[Node]) -> list[str]:
+    """A line for everything in which a node differs from this machine, or that it does not see."""
+    found = []
+    for node in nodes:
+        if node.problem is not None:
+            found.append(f"runtime.cluster: node {node.name}: {node.problem}")
+            continue
+        found += [
+            f"runtime.cluster: node {node.name} has {package} {node.versions.get(package) or '(none)'}, this machine"
+            f" {version or '(none)'}; install the same version on every node"
+            for package, version in mine.items()
+            if node.versions.get(package) != version
+        ]
+        if node.root is not None:
+            found.append(f"root: node {node.name}: {node.root}; give a --root on a file system that all nodes share")
+        found += [
+            f"{field}: node {node.name} does not see this file or folder; put it on a file system that all nodes share"
+            for field in node.missing
+        ]
+    return found
+
+
+def shortages(groups: Sequence[Group], nodes: Sequence[Node], together: bool) -> list[str]:
+    """A line for every group that all nodes together have no room for; `together`: the groups keep their places side by side."""
+    found = []
+    for group in groups:
+        if (fits := _placed([group], nodes)) < group.workers * group.world:
+            found.append(
+                f"{group.field}: {group.workers * group.world} are asked for, but {_have(nodes)} have room for {fits}"
+                f" ({group}); start more nodes, or lower it" + (", or runtime.threads" if group.cpus > 1 else "")
+            )
+    wanted = sum(group.workers * group.world for group in groups)
+    if not found and together and _placed(groups, nodes) < wanted:
+        found.append(
+            f"runtime.keep_warm: true keeps {', '.join(map(str, groups))} side by side, but {_have(nodes)}; set it false, start"
+            " more nodes, or lower runtime.threads"
+        )
+    return found
+
+
+def _have(nodes: Sequence[Node]) -> str:
+    return "the nodes (" + "; ".join(f"{n.name}: {n.cpus:g} CPUs, {n.gpus:g} GPUs" for n in nodes) + ")"
+
+
+def _placed(groups: Sequence[Group], nodes: Sequence[Node]) -> int:
+    """How many processes of the groups find a place, the largest first."""
+    free = [[node.cpus, node.gpus] for node in nodes]
+    placed = 0
+    for group in sorted(groups, key=lambda group: (-group.gpus, -group.cpus)):
+        for _ in range(group.workers * group.world):
+            place = next((node for node in free if node[0] >= group.cpus and node[1] >= group.gpus), None)
+            if place is None:
+                break
+            place[0] -= group.cpus
+            place[1] -= group.gpus
+            placed += 1
+    return placed

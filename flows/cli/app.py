@@ -12,7 +12,20 @@ import typer
 
 from flows.cli.errors import exit_codes
 
-GROUPS = ("init", "run", "study", "schedule", "deploy", "inspect", "show", "page", "objectives", "export", "store")
+GROUPS = (
+    "init",
+    "run",
+    "study",
+    "schedule",
+    "deploy",
+    "inspect",
+    "show",
+    "page",
+    "objectives",
+    "export",
+    "store",
+    "remote",
+)
 """Modules of this folder, in the order in which help lists their commands."""
 
 EPILOG = "Exit codes: 0 done, 1 failed, 2 bad config, input or usage, 75 held by another process, 130 interrupted."

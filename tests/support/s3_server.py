@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -16,8 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+_PDEATHSIG = 1
 WEED = Path(sys.executable).parent / "weed"
-KEY, SECRET = "AKOPDTESTKEY00000001", "a-secret-of-the-test-server-0001"
+BUCKET = "lab"
+MAKER, KEY, SECRET = "AKOPDTESTMAKER000001", "AKOPDTESTKEY00000001", "a-secret-of-the-test-server-0001"
+"""The maker may make buckets; the key is of a user of one bucket."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +62,20 @@ def free_ports(count: int) -> list[int]:
     raise AssertionError("no free ports")
 
 
+def _ends_with_us() -> None:
+    ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
+
+
 @contextlib.contextmanager
 def s3_server(folder: Path) -> Iterator[S3Server]:
     """The server, with its data and log in `folder`; ended with all its processes."""
     master, volume, filer, s3 = free_ports(4)
-    identity = {
-        "name": "tests",
-        "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    rights = {"maker": ["Admin"], "user": [f"{action}:{BUCKET}" for action in ("Read", "Write", "List")]}
+    identities = [
+        {"name": name, "credentials": [{"accessKey": key, "secretKey": SECRET}], "actions": rights[name]}
+        for name, key in (("maker", MAKER), ("user", KEY))
+    ]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     (folder / "data").mkdir()
     command = [
         str(WEED), "-logtostderr=true", "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
@@ -75,7 +83,9 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
         "-master.volumeSizeLimitMB=64", "-volume.max=40", "-filer", "-s3", f"-s3.port={s3}", f"-s3.config={folder / 's3.json'}",
     ]  # fmt: skip
     with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, start_new_session=True, cwd=folder, preexec_fn=_ends_with_us
+        )
     try:
         server = S3Server(s3)
         for _ in range(600):

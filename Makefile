@@ -56,7 +56,7 @@ test: setup  ## the test suite in two processes, without the long tests
 	@$(BIN)/python -m pytest -n 2
 
 test-full: setup  ## the test suite with the long tests; needs Chromium and PostgreSQL (Debian: apt-get install chromium postgresql)
-	@$(PIP) install --no-deps -r requirements/lm-eval.txt
+	@$(PIP) install --no-deps -r requirements/lm-eval.txt -r requirements/remote.txt -r requirements/s3-server.txt
 	@$(BIN)/python -m pytest -m "not faults"
 
 faults: setup  ## all fault tests in full (docs/reliability.md); takes hours, can be stopped and continued

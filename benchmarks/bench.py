@@ -51,7 +51,11 @@ BENCHMARKS = (
     Benchmark("training.py", ["--quick"], []),
     Benchmark("overhead.py", ["--rounds", "10", "--repeats", "5"], ["--rounds", "10", "--repeats", "5"]),
     Benchmark("questions.py", ["{tmp}/questions", "2000000"], ["{tmp}/questions"]),
-    Benchmark("scale.py", ["--prompts", "1000", "10000", "100000", "--shards", "250", "1000", "4000"], []),
+    Benchmark(
+        "scale.py",
+        ["--prompts", "1000", "10000", "100000", "--shards", "250", "1000", "4000", "--catalogue", "10000", "100000"],
+        [],
+    ),
     Benchmark("cache.py", [], ["{pair}"], True),
     Benchmark("blending.py", ["--repeats", "1", "--epsilons", "0.01"], []),
     Benchmark("beside_trl.py", None, ["{pair}", "{trl}", "--trl-steps", "7", "--rounds", "3"]),

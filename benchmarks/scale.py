@@ -2,6 +2,7 @@
 
     prompts     of a run: read, rendered, tokenised, chosen, planned; per prompt
     shards      of an artifact: written, found again, committed, read, queried; per shard
+    catalogue   of a run with many rounds, 10,000 shards each: planned, resumed, listed, queried; per shard of the run
     lengths     of completions, at equal numbers of tokens: a round is read by the trainer and made into micro-batches; per token
     lists       entries K of a teacher's list: the same; per entry
     vocabulary  rows of logits to answers: top 64, nucleus 0.9, entropy; per logit
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -30,9 +32,15 @@ import pyarrow as pa
 from record import record
 
 from storage.artifacts import shards as shard_files
+from storage.artifacts.artifact import MANIFEST, Manifest, artifact_directory, load_manifest
 from storage.artifacts.batches import BATCHES, BatchLog
+from storage.artifacts.digests import combine_digests
+from storage.artifacts.shards import SIDECAR
+from storage.disk.files import seal
 from storage.query.catalog import Catalog
-from storage.store import ArtifactSpec, Store
+from storage.runs import RoundState, Run, StageState
+from storage.schemas import schema_for
+from storage.store import Artifact, ArtifactSpec, Store
 
 ROWS, TOKENS = 2, 8
 """Samples of a shard, and tokens of a sample: small, so that what is paid per shard shows."""
@@ -50,13 +58,18 @@ class Table:
 
     def step(self, name: str, do: Callable[[], Any]) -> Any:
         """Do it, and print what it took."""
-        peak, begun, wall = _peak(), time.process_time(), time.perf_counter()
+        peak, begun, wall = _peak(), _cpu(), time.perf_counter()
         result = do()
-        took, lasted = time.process_time() - begun, time.perf_counter() - wall
+        took, lasted = _cpu() - begun, time.perf_counter() - wall
         micro = 1e6 * took / self.items
         grown = _peak() - peak
         print(f"{self.what},{self.count},{name},{took:.3f},{micro:.3g},{lasted:.2f},{grown:.0f}", flush=True)
         return result
+
+
+def _cpu() -> float:
+    """CPU seconds of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
 
 
 def _peak() -> float:
@@ -123,6 +136,105 @@ def of_shards(count: int, folder: Path) -> None:
     assert rows.num_rows == ROWS * count
     found = table.step("query", lambda: Catalog(store).query("SELECT count(*) AS n FROM supervision", 600))
     assert found.num_rows == 1
+
+
+def of_catalogue(count: int, folder: Path) -> None:
+    """A store with a run of `count` shards: names and manifests as they are, and files that share a few contents. It is planned,
+    continued, listed and queried as by a new process, first without and then with what the store remembers of its manifests."""
+    root = folder / "store"
+    rounds = max(1, count // (len(STAGES) * SHARDS_OF_AN_ARTIFACT))
+    table = Table("catalogue", rounds * len(STAGES) * SHARDS_OF_AN_ARTIFACT)
+    table.step("make it", lambda: make_catalogue(root, rounds))
+    time.sleep(2.1)  # what is younger than two seconds is not remembered
+    names = [
+        name for r in Run.open(root, "big").state.rounds for s in r.stages.values() for name in s.artifacts.items()
+    ]
+    for when in ("for the first time", "again"):
+        found = table.step(f"plan: find all that is done, {when}", lambda: [Store(root).get(*name) for name in names])
+        assert None not in found
+    for words in (("ls",), ("status", "big", "--json")):
+        command = [sys.executable, "-m", "flows.cli.app", *words, "--root", str(root)]
+        table.step(f"opd {' '.join(words)}", lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))  # noqa: B023
+    for what, sql, rows in (
+        ("bytes by stage", "SELECT stage, sum(bytes) FROM artifacts GROUP BY ALL", len(STAGES)),
+        ("rounds", "SELECT round FROM rounds", rounds + 1),
+        (
+            "tokens of a round",
+            f"SELECT sum(len(mask_reasons)) FROM supervision WHERE round = {rounds} AND run = 'big'",
+            1,
+        ),
+    ):
+        answer = table.step(f"query: {what}", lambda: Catalog(Store(root)).query(sql, 600))  # noqa: B023
+        assert answer.num_rows == rows
+    unfinished(root, names[-1])
+    with Store(root).building(spec_of(rounds, STAGES[-1])) as builder:
+        lost = table.step(
+            "resume: find what an unfinished artifact lacks", lambda: builder.missing("mask", SHARDS_OF_AN_ARTIFACT)
+        )
+        assert lost == [7]
+
+
+STAGES = ("rollout", "sampled", "teacher_topk", "mask")
+SHARDS_OF_AN_ARTIFACT = 2_500
+
+
+def spec_of(round: int, stage: str) -> ArtifactSpec:
+    return ArtifactSpec.of(stage, 1, {"catalogue": round}, {})
+
+
+def make_catalogue(root: Path, rounds: int) -> None:
+    """Round 0 and `rounds` rounds of four artifacts."""
+    store, states = Store(root), [RoundState(round=0, student_sha256="00" * 32)]
+    for round in range(1, rounds + 1):
+        made = {}
+        for stage in STAGES:
+            table = "rollouts" if stage == "rollout" else stage
+            spec = spec_of(round, stage)
+            with store.building(spec) as builder:
+                first = builder.write_shard(table, 0, rows_of(table, ROWS, TOKENS))
+                records, source = [first], builder.path / first.file
+                for shard in range(1, SHARDS_OF_AN_ARTIFACT):
+                    name = f"{table}-{shard:05d}-{shard:012x}.parquet"
+                    os.link(source, builder.path / name)
+                    records.append(first.model_copy(update={"shard": shard, "file": name}))
+                content = {table: combine_digests([(r.rows, r.row_digest) for r in records])}
+                artifact = Artifact(
+                    stage=stage, key=spec.key, content=content, rows={table: ROWS * len(records)}, identity=spec.identity,
+                    inputs={}, created=f"2026-01-01T00:00:{round % 60:02d}Z", seconds=1.0,
+                )  # fmt: skip
+                (builder.path / MANIFEST).write_bytes(Manifest(artifact=artifact, shards=tuple(records)).dump())
+            made[stage] = StageState(key=spec.key, state="done", seconds=1.0, artifacts={stage: spec.key})
+        states.append(RoundState(round=round, student_sha256=f"{round:064x}", stages=made))
+    run = Run.create(root, "big", {"seed": 0}, {"seed": 0})
+    with run.lock():
+        state = run.state
+        state.status, state.rounds = "stopped", states
+        run.save(state)
+
+
+def rows_of(table: str, rows: int, tokens: int) -> pa.Table:
+    """Rows with the values 1 in every column, lists of `tokens` entries; sample_id counts."""
+    schema = schema_for(table)
+
+    def value(kind: pa.DataType) -> Any:
+        if pa.types.is_list(kind):
+            return [value(kind.value_type)] * tokens
+        return "1" if pa.types.is_string(kind) else kind.to_pandas_dtype()(1)
+
+    columns = {field.name: [value(field.type)] * rows for field in schema}
+    columns["sample_id"] = [f"p{row}/1/0" for row in range(rows)]
+    return pa.table(columns, schema)
+
+
+def unfinished(root: Path, name: tuple[str, str]) -> None:
+    """Takes an artifact back to where a kill left it: shards with sidecars, one of them missing."""
+    folder = artifact_directory(root, *name)
+    manifest = load_manifest(folder)
+    assert manifest is not None
+    for shard in manifest.shards:
+        (folder / f"{shard.file}{SIDECAR}").write_bytes(seal(shard.model_dump(mode="json")))
+    (folder / manifest.shards[7].file).unlink()
+    (folder / MANIFEST).unlink()
 
 
 def of_lengths(length: int, folder: Path) -> None:
@@ -210,6 +322,7 @@ def of_weights(mib: int, folder: Path) -> None:
 SIZES: dict[str, tuple[Callable[[int, Path], None], list[int]]] = {
     "prompts": (of_prompts, [1_000, 10_000, 100_000, 1_000_000]),
     "shards": (of_shards, [250, 1_000, 4_000, 16_000]),
+    "catalogue": (of_catalogue, [10_000, 100_000, 1_000_000]),
     "lengths": (of_lengths, [128, 1_024, 4_096, 16_384]),
     "lists": (of_lists, [16, 64, 256]),
     "vocabulary": (of_vocabulary, [8_192, 32_768, 151_936]),

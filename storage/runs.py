@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -28,6 +28,7 @@ from storage.disk.files import (
     seal,
     temporary_name,
     unseal,
+    unsealed,
     utc_now,
 )
 from storage.disk.yaml_text import Dumper
@@ -174,16 +175,7 @@ class Run:
         """The resolved config as last saved. CorruptArtifact if the file is damaged."""
         path = self.directory / _EXPERIMENT
         try:
-            data = path.read_bytes()
-            *_, last = data.splitlines(keepends=True) or [b""]
-            body = data.removesuffix(last)
-            if not last.startswith(_MARK):
-                raise ValueError(
-                    "its last line is not a checksum: it was truncated, edited or written by an earlier version"
-                )
-            if last != _checksum(self.name, body):
-                raise ValueError("its checksum does not match: it is damaged, edited or another run's")
-            return dict(yaml.safe_load(body))
+            return _experiment_of(self.name, path.read_bytes())
         except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
             raise CorruptArtifact(
                 f"{path}: {error}. Restore it with `opd run CONFIG --name {self.name}` and the original config (or this file,"
@@ -242,6 +234,54 @@ class Run:
         return folder / f"{stage}.log"
 
 
+def run_directory(root: Path | str, name: str) -> Path:
+    """The folder of a run. InputError for a name that no run can have, or a folder that is a link."""
+    return _directory(root, name)
+
+
+def read_records(name: str, files: Mapping[str, bytes], where: str) -> tuple[RunState, dict[str, Any]]:
+    """State and identity in the `RECORDS` of a run, as bytes by file name. CorruptArtifact, with `where` they are from, if one is
+    damaged or of another run."""
+    found = {}
+    try:
+        _experiment_of(name, files[_EXPERIMENT])
+        for file in (_IDENTITY, _STATE):
+            found[file] = unsealed(f"{where}/{file}", files[file])
+            if found[file].get("name") != name:
+                raise CorruptArtifact(f"{where}/{file}: it belongs to the run {found[file].get('name')!r}")
+        return RunState.model_validate(found[_STATE]), dict(found[_IDENTITY]["identity"])
+    except (KeyError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise CorruptArtifact(f"{where}: the records of the run are damaged: {str(error).splitlines()[0]}") from error
+
+
+def publish_records(root: Path | str, name: str, files: Mapping[str, bytes]) -> bool:
+    """A new run of these records, complete at once; False if there is a run of that name."""
+    directory = _directory(root, name)
+    return not directory.exists() and _publish(directory, files)
+
+
+def replace_records(run: Run, files: Mapping[str, bytes]) -> None:
+    """Replaces the records of a run, the state last. Call with the lock held."""
+    for file in RECORDS:
+        if files[file] != (run.directory / file).read_bytes():
+            replace_atomically(run.directory / file, files[file])
+
+
+def missing_from(state: RunState, other: RunState) -> str | None:
+    """The first result of `other` that `state` does not have; None where `state` is equal or goes on from it."""
+    rounds = {round.round: round for round in state.rounds}
+    for round in other.rounds:
+        mine = rounds.get(round.round)
+        if round.student_sha256 and (mine is None or mine.student_sha256 != round.student_sha256):
+            return f"the student of round {round.round}"
+        for label, stage in round.stages.items():
+            if stage.state in ("done", "cached"):
+                here = mine.stages.get(label) if mine is not None else None
+                if here is None or here.artifacts != stage.artifacts:
+                    return f"{label} of round {round.round}"
+    return None
+
+
 def find_use(root: Path | str, stage: str, key: str) -> tuple[str, int] | None:
     """A run and a round that used an artifact; None if there is none."""
     for run in Run.list(root):
@@ -267,15 +307,21 @@ def _directory(root: Path | str, name: str) -> Path:
 
 
 def _make(directory: Path, name: str, experiment: dict[str, Any], identity: dict[str, Any]) -> bool:
+    state = _state(RunState(name=name, updated=utc_now()))
+    return _publish(
+        directory, {_EXPERIMENT: _experiment(name, experiment), _IDENTITY: _identity(name, identity), _STATE: state}
+    )
+
+
+def _publish(directory: Path, files: Mapping[str, bytes]) -> bool:
     """Publishes a complete run directory, or returns False if another process did so first."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.parent / temporary_name()
     with explain_full_disk(directory):
         try:
             (temporary / "logs").mkdir(parents=True)
-            replace_atomically(temporary / _EXPERIMENT, _experiment(name, experiment))
-            replace_atomically(temporary / _IDENTITY, _identity(name, identity))
-            replace_atomically(temporary / _STATE, _state(RunState(name=name, updated=utc_now())))
+            for file in RECORDS:
+                replace_atomically(temporary / file, files[file])
             failpoint("run.before_publish")
             os.rename(temporary, directory)
         except BaseException as error:
@@ -295,6 +341,17 @@ def _is_run(directory: Path) -> bool:
 def _experiment(name: str, experiment: dict[str, Any]) -> bytes:
     body = bytes(yaml.dump(experiment, Dumper=Dumper, sort_keys=False, allow_unicode=True, encoding="utf-8"))
     return body + _checksum(name, body)
+
+
+def _experiment_of(name: str, data: bytes) -> dict[str, Any]:
+    """The config of the run `name` in an experiment's file. ValueError if it is damaged."""
+    *_, last = data.splitlines(keepends=True) or [b""]
+    body = data.removesuffix(last)
+    if not last.startswith(_MARK):
+        raise ValueError("its last line is not a checksum: it was truncated, edited or written by an earlier version")
+    if last != _checksum(name, body):
+        raise ValueError("its checksum does not match: it is damaged, edited or another run's")
+    return dict(yaml.safe_load(body))
 
 
 def _checksum(name: str, body: bytes) -> bytes:

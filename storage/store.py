@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 
@@ -24,7 +24,9 @@ from storage.artifacts.artifact import (
     load_manifest,
 )
 from storage.artifacts.builder import Builder, unfinished_work
-from storage.artifacts.shards import ShardWriter, check_file, footer_sha256, read_parquet
+from storage.artifacts.digests import in_threads
+from storage.artifacts.shards import ShardWriter, check_file, read_parquet
+from storage.artifacts.summary import Summary, summary
 from storage.artifacts.trees import added_files, damaged, damaged_by_stat, tree_directory
 from storage.artifacts.verify import Verified, move_damaged, verify_artifact
 from storage.disk.files import (
@@ -36,9 +38,9 @@ from storage.disk.files import (
     remove_leftovers,
     require_space,
     scheme,
-    unreadable,
 )
 from storage.disk.locks import alone, build_lock, locked, probe, shared, use_lock
+from storage.disk.remote import Remote, mirrored
 from storage.errors import CorruptArtifact, Evicted, InputError, OpdError, StoreError
 from storage.runs import find_use
 from storage.schemas import TableSchema
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["Artifact", "ArtifactSpec", "Builder", "ShardRecord", "ShardWriter", "Store"]
 
 Shards = list[ShardRecord]
+_Found = TypeVar("_Found", Manifest, Summary)
 Problems = list[str]
 _AGAIN = "run again; only the damaged part is rebuilt"
 
@@ -70,6 +73,8 @@ class Store:
             raise StoreError(f"{self.root}: cannot create a store here ({error.strerror}: {error.filename})") from error
         probe(self.root)
         self._memo = self.memo = self.root / "memo"
+        self.remote: Remote | None = mirrored(self.root)
+        """Where the files are, if this folder only mirrors the records of a remote; it is then only read."""
 
     # --- planning ----------------------------------------------------------------------------------------------------
 
@@ -79,13 +84,18 @@ class Store:
         An evicted artifact is returned too: its content is known, and only readers need its data (see `evicted`). A file with
         another time stamp (a copied store) is hashed. Nothing is moved. Trees outside the store are not checked here;
         `materialize` checks them."""
+        directory = artifact_directory(self.root, stage, key)
         try:
-            manifest = load_manifest(artifact_directory(self.root, stage, key))
+            found = summary(directory, self._memo)
+            if found is None:
+                return None
+            if found.evicted is None and self.remote is None and not found.unchanged(directory):
+                manifest = found.manifest or load_manifest(directory)
+                if manifest is None or self._damage(manifest) is not None:
+                    return None
         except CorruptArtifact:
             return None
-        if manifest is None or (manifest.evicted is None and self._damage(manifest) is not None):
-            return None
-        return manifest.artifact
+        return found.artifact
 
     def require(self, stage: str, key: str) -> Artifact:
         """The same. CorruptArtifact where it is not committed, or damaged."""
@@ -96,15 +106,15 @@ class Store:
 
     def evicted(self, artifact: Artifact) -> str | None:
         """Time at which `opd gc` removed its data; None if the data is there. CorruptArtifact if it is not committed."""
-        return self._manifest(artifact).evicted
+        return self._summary(artifact).evicted
 
     def size(self, artifact: Artifact) -> int:
         """Bytes of its files in the store: none of a user's own folder, or once `opd gc` removed its data."""
-        manifest = self._manifest(artifact)
-        if manifest.evicted is not None:
-            return 0
-        files = [file.bytes for tree in manifest.trees.values() if not tree.external for file in tree.files]
-        return sum(files) + sum(record.bytes for record in manifest.shards)
+        return self._summary(artifact).bytes
+
+    def shard_count(self, artifact: Artifact) -> int:
+        """Shards of all its tables."""
+        return self._summary(artifact).shards
 
     def list(self, stage: str | None = None) -> list[Artifact]:
         """All committed and undamaged artifacts, evicted ones included, oldest first."""
@@ -156,6 +166,8 @@ class Store:
 
         To build several artifacts at once, enter them in sorted (stage, key) order, otherwise two runs may wait for each
         other. An exception leaves the artifact unfinished; its finished shards are used next time."""
+        if self.remote is not None:
+            raise InputError(f"{self.remote}: is only read here; pull its runs into a store to go on with them")
         directory = artifact_directory(self.root, spec.stage, spec.key)
         with locked(build_lock(self.root, spec.stage, spec.key), waiting or (lambda holder: None)):
             builder = self._builder(spec, directory)
@@ -193,12 +205,15 @@ class Store:
     def shard_files(self, artifact: Artifact, table: str) -> Sequence[Path]:
         """The files of a table's shards, in order; nothing is verified. Evicted where `opd gc` removed the data."""
         self.require_data(artifact)
-        return [self._directory(artifact) / record.file for record in self.shards(artifact, table)]
+        records = self.shards(artifact, table)
+        for record in records:
+            self._fetch(artifact, record)
+        return [self._directory(artifact) / record.file for record in records]
 
     def table_schemas(self, artifact: Artifact) -> dict[str, TableSchema]:
         """The declarations of its tables, those of plugins from its manifest."""
-        manifest = self._manifest(artifact)
-        return {table: manifest.table_schema(table) for table in manifest.artifact.rows}
+        found = self._summary(artifact)
+        return {table: found.table_schema(table) for table in found.artifact.rows}
 
     def read_table(self, artifact: Artifact, table: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of a table in shard order. Each file's full hash is verified the first time in this process, page
@@ -236,8 +251,9 @@ class Store:
         return [partial(self._read, artifact, record) for record in records]
 
     def arrow_dataset(self, artifact: Artifact, table: str) -> Dataset:
-        """A lazy dataset for queries. Footers are verified now, page checksums during the scan. Scanning evicted shards raises
-        FileNotFoundError; shards that a filter excludes are not opened."""
+        """A lazy dataset for queries. A shard's footer is verified when a scan opens it, page checksums as they are read: OSError
+        from the scan where they differ. Scanning evicted shards raises FileNotFoundError; shards that a filter excludes are not
+        opened."""
         from storage.artifacts.datasets import absent_dataset, dataset
 
         directory = self._directory(artifact)
@@ -245,19 +261,9 @@ class Store:
         records, schema = self._shards(manifest, table), manifest.table_schema(table).arrow
         if manifest.evicted is not None:
             return absent_dataset([directory / f"{r.file} (evicted)" for r in records], schema)
-        for record in records:
-            path = directory / record.file
-            try:
-                problem = None if footer_sha256(path) == record.footer_sha256 else "its footer differs"
-            except FileNotFoundError:
-                problem = "missing"
-            except CorruptArtifact as error:
-                problem = str(error)
-            except OSError as error:
-                problem = unreadable(error)
-            if problem is not None:
-                self._bad_file(artifact, path, problem)
-        return dataset([directory / record.file for record in records], schema)
+        folder = str(directory) if self.remote is None else self.remote.at(f"artifacts/{artifact.stage}/{artifact.key}")
+        footers = {f"{folder}/{record.file}": record.footer_sha256 for record in records}
+        return dataset(footers, schema, self.remote.fs if self.remote is not None else None)
 
     # --- trees -------------------------------------------------------------------------------------------------------
 
@@ -268,12 +274,14 @@ class Store:
         Raises CorruptArtifact for a damaged file of the store, after moving it to quarantine; InputError for a changed or
         added file in a user's own folder; Evicted if `opd gc` removed the tree. Added files in the store's tree move to
         quarantine, because engines would read them."""
+        if self.remote is not None:
+            raise InputError(f"{self.remote}: is only read here; to use its models: opd pull NAME {self.remote}")
         self.require_data(artifact)
         tree = self._tree(self._manifest(artifact), name)
-        directory = tree_directory(self._directory(artifact), tree)
-        for record in tree.files:
-            path = directory / record.path
-            problem = damaged(path, record, self._memo if tree.external else None)
+        directory, memo = tree_directory(self._directory(artifact), tree), self._memo if tree.external else None
+        size = sum(record.bytes for record in tree.files)
+        problems = in_threads(lambda record: damaged(directory / record.path, record, memo), tree.files, size)
+        for record, problem in zip(tree.files, problems, strict=True):
             if problem is None:
                 continue
             if tree.external:
@@ -334,8 +342,16 @@ class Store:
         where = f"moved to {moved}; " if moved else ""
         raise CorruptArtifact(f"{path}: {problem}; {where}{_AGAIN}")
 
-    def _read(self, artifact: Artifact, record: ShardRecord, columns: Sequence[str] | None) -> pa.Table:
+    def _fetch(self, artifact: Artifact, record: ShardRecord) -> Path:
+        """The shard's file; of a mirrored remote it is fetched first."""
         path = self._directory(artifact) / record.file
+        if self.remote is not None and not path.exists():
+            name = f"artifacts/{artifact.stage}/{artifact.key}/{record.file}"
+            self.remote.download(name, path, path.parent, record.bytes, record.sha256)
+        return path
+
+    def _read(self, artifact: Artifact, record: ShardRecord, columns: Sequence[str] | None) -> pa.Table:
+        path = self._fetch(artifact, record)
         problem = check_file(path, record.bytes, record.sha256)
         if problem is None:
             try:
@@ -354,12 +370,17 @@ class Store:
         return artifact_directory(self.root, artifact.stage, artifact.key)
 
     def _manifest(self, artifact: Artifact) -> Manifest:
-        manifest = load_manifest(self._directory(artifact))
-        if manifest is None:
+        return self._as_planned(artifact, load_manifest(self._directory(artifact)))
+
+    def _summary(self, artifact: Artifact) -> Summary:
+        return self._as_planned(artifact, summary(self._directory(artifact), self._memo))
+
+    def _as_planned(self, artifact: Artifact, found: _Found | None) -> _Found:
+        if found is None:
             raise CorruptArtifact(f"{artifact}: not committed in {self.root}, or in quarantine; {_AGAIN}")
-        if manifest.artifact.content != artifact.content:
+        if found.artifact.content != artifact.content:
             raise CorruptArtifact(f"{artifact}: was rebuilt with other content after planning; run again")
-        return manifest
+        return found
 
     def require_data(self, artifact: Artifact) -> None:
         """Raises Evicted, with the command that rebuilds it, if `opd gc` removed the data."""

@@ -40,4 +40,5 @@ def test_every_dependency_of_the_project_is_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = {re.match(r"[A-Za-z0-9-]+", line)[0].lower() for line in project["dependencies"]}
     assert needed <= pins("cpu.txt").keys() and needed <= pins("gpu.txt").keys()
+    assert {"s3fs"} <= pins("remote.txt").keys() and pins("remote.txt").keys().isdisjoint(pins("cpu.txt"))
     assert project["optional-dependencies"]["gpu"] == [f"vllm=={pins('gpu.txt')['vllm']}"]

@@ -25,6 +25,7 @@ GROUPS = (
     "objectives",
     "export",
     "store",
+    "remote",
 )
 """Modules of this folder, in the order in which help lists their commands."""
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.options import SLIM, Json, Root, RunName, console, example, existing_root, fitting, grid
+from flows.cli.options import SLIM, Json, ReadRoot, Root, RunName, console, example, existing_root, fitting, grid
 from flows.run.hints import DEFAULT_ROOT, opd_command
 from storage.errors import InputError
 from storage.runs import RoundState, Run, RunState
@@ -39,7 +39,7 @@ def register(app: typer.Typer) -> None:
 def status(
     name: Annotated[str | None, typer.Argument(help="a run's name (default: the run that changed last)")] = None,
     json_: Json = False,
-    root: Root = DEFAULT_ROOT,
+    root: ReadRoot = DEFAULT_ROOT,
 ) -> None:
     """Show a run: metrics per round, failures, the student's folder, and commands to continue.
 
@@ -76,7 +76,7 @@ def watch(
         raise typer.Exit(1)
 
 
-def list_runs(json_: Json = False, root: Root = DEFAULT_ROOT) -> None:
+def list_runs(json_: Json = False, root: ReadRoot = DEFAULT_ROOT) -> None:
     """List the runs of a store, the most recently changed last.
 
     Exit codes: 0, also when there is no run."""
@@ -134,7 +134,7 @@ def compare(
         list[str] | None, typer.Argument(metavar="NAME[@ROUND]...", help="what to compare with it", show_default=False)
     ] = None,
     json_: Json = False,
-    root: Root = DEFAULT_ROOT,
+    root: ReadRoot = DEFAULT_ROOT,
 ) -> None:
     """Paired differences between evaluations, on the prompts that both have, with standard errors clustered by prompt.
 
@@ -219,7 +219,7 @@ def query(
     memory: Annotated[
         str | None, typer.Option("--memory", help="DuckDB's memory limit (default: half of what is free)")
     ] = None,
-    root: Root = DEFAULT_ROOT,
+    root: ReadRoot = DEFAULT_ROOT,
 ) -> None:
     """Query the committed artifacts: a named question (--list), or SQL (DuckDB). Without SQL: list the views; with a view's name:
     its columns.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,15 +28,35 @@ def local(path: Path | None) -> Path | None:
     return path
 
 
+def readable(path: Path) -> Path:
+    """A store's folder, or for a URL a folder with the records of the store there. RemoteError where that cannot be read."""
+    if re.match(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is None:
+        local(path)
+        return path
+    from storage.disk.remote import remote_of
+    from storage.upkeep.mirror import mirror
+
+    return mirror(remote_of(path))
+
+
+_TO_BUCKET = (
+    "`opd push` and `opd pull` copy runs to and from a bucket; query, ls, status, report, show and compare read there"
+)
 INSTEAD = {
-    "s3:": "mount the bucket, or copy the finished folder there (aws s3 cp --recursive)",
-    "gs:": "mount the bucket, or copy the finished folder there (gcloud storage cp -r)",
+    "s3:": _TO_BUCKET,
+    "gs:": _TO_BUCKET,
     "hub:": "give a folder; `opd export` uploads one with --push OWNER/NAME",
     "hf:": "give a folder; `opd export` uploads one with --push OWNER/NAME",
     "file:": "leave out the scheme",
 }
 OTHERWISE = "give a folder (a name with a colon: as an absolute path)"
 Root = Annotated[Path, typer.Option("--root", envvar="OPD_ROOT", help="the store's folder", callback=local)]
+ReadRoot = Annotated[
+    Path,
+    typer.Option(
+        "--root", envvar="OPD_ROOT", help="the store's folder, or s3://... where runs were pushed to", callback=readable
+    ),
+]
 Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="override a field, e.g. train.lr=1e-4")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
 SetOfRun = Annotated[

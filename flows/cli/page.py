@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import Root, RunName, example, existing_root, local
+from flows.cli.options import ReadRoot, RunName, example, existing_root, local
 from flows.run.hints import DEFAULT_ROOT
 from storage.errors import InputError
 
@@ -34,7 +34,7 @@ def report(
         typer.Option("--output", "-o", help="the page (default: report-NAME.html)", show_default=False, callback=local),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace a file that is no such page")] = False,
-    root: Root = DEFAULT_ROOT,
+    root: ReadRoot = DEFAULT_ROOT,
 ) -> None:
     """Write a run as one HTML page that needs no network: figures and training curves, time per stage, keys, config differences,
     prompts before and after, and completions token by token, coloured by how far student and teacher are apart.

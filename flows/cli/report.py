@@ -13,7 +13,7 @@ from flows.cli.of_sets import sets_table, tasks_table
 from flows.cli.options import SLIM, console, fitting, grid
 from flows.run.earlier import outdated
 from flows.run.figures import DIAGNOSED
-from flows.run.hints import opd_command
+from flows.run.hints import DEFAULT_ROOT, opd_command
 from flows.run.shown import (
     BY_ROUND,
     by_teacher,
@@ -26,7 +26,9 @@ from flows.run.shown import (
 )
 from flows.run.warnings import run_warnings
 from storage.artifacts.artifact import Artifact, TreeRecord, artifact_directory, load_manifest
+from storage.artifacts.summary import summary
 from storage.artifacts.trees import tree_directory
+from storage.disk.remote import address
 from storage.errors import CorruptArtifact, StoreError
 from storage.query.figures import FIGURES, completed
 from storage.runs import RoundState, RunState, StageState
@@ -61,10 +63,10 @@ def evicted(state: RunState, root: Path) -> dict[tuple[int, str], list[str]]:
         for label, record in round.stages.items():
             for stage, key in record.artifacts.items():
                 try:
-                    manifest = load_manifest(artifact_directory(root, stage, key))
+                    made = summary(artifact_directory(root, stage, key), root / "memo")
                 except (StoreError, CorruptArtifact):
                     continue
-                if manifest is not None and manifest.evicted is not None:
+                if made is not None and made.evicted is not None:
                     found.setdefault((round.round, label), []).append(f"{stage}/{key}")
     return found
 
@@ -151,6 +153,11 @@ def tree_of(store: Store, artifact: Artifact, name: str = "model") -> tuple[Path
 def next_commands(state: RunState, root: Path) -> list[str]:
     """Up to three useful commands."""
     name, last = state.name, state.last_trained
+    if (there := address(root)) != str(root):
+        return [
+            opd_command(root, "query", name, _question(last.round if last else 0)),
+            opd_command(DEFAULT_ROOT, "pull", name, there),
+        ]
     failed = [label for _, label, _ in failed_stages(state)]
     if state.status == "running":
         watch = [("watch", name), ("logs", name, "--follow"), ("stop", name)]
@@ -254,5 +261,8 @@ def _student(state: RunState, root: Path, round: RoundState) -> Text:
     if store.evicted(artifact) is not None:
         again = opd_command(root, "restore", state.name, "--round", str(round.round))
         return line.append(f"evicted; rebuild it with: {again}", style="yellow")
-    line.append(str(tree_of(store, artifact)[0]), style="bold")
+    if store.remote is not None:
+        line.append(f"at {store.remote}", style="bold")
+    else:
+        line.append(str(tree_of(store, artifact)[0]), style="bold")
     return line.append(f"  (sha256 {(round.student_sha256 or '')[:16]})", style="dim")

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.cells import harmless, visible
-from flows.cli.options import AtRound, Json, Root, at_round, console, example, existing_root
+from flows.cli.options import AtRound, Json, ReadRoot, at_round, console, example, existing_root
 from flows.run.hints import DEFAULT_ROOT
 from storage.errors import InputError, did_you_mean
 from storage.runs import Run
@@ -49,7 +49,7 @@ def show(
     ] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="alternatives shown for each token")] = 3,
     json_: Json = False,
-    root: Root = DEFAULT_ROOT,
+    root: ReadRoot = DEFAULT_ROOT,
 ) -> None:
     """Show a completion: coloured by how far student and teacher are apart, then token by token with both models' probabilities,
     their likeliest alternatives where the run stored them, and the reasons to mask it.

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from storage.disk.remote import address
 from storage.errors import IdentityMismatch, OpdError, RunBusy
 from storage.runs import Run
 
@@ -38,7 +39,7 @@ def resume_hint(error: BaseException, name: str, root: Path) -> list[str]:
 def opd_command(root: Path, *words: str) -> str:
     """A command line to paste: with the path of `opd` where the shell would not find it, with --root where the store is not the
     default one."""
-    given = () if root.absolute() == DEFAULT_ROOT.absolute() else ("--root", str(root))
+    given = () if root.absolute() == DEFAULT_ROOT.absolute() else ("--root", address(root))
     return shlex.join((program("opd"), *words, *given))
 
 

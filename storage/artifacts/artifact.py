@@ -9,13 +9,13 @@ import platform
 import re
 import socket
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
-from storage.disk.files import seal, unseal
+from storage.disk.files import seal, unseal, unsealed
 from storage.errors import CorruptArtifact, StoreError
 from storage.identity import Identity, artifact_key, canonical_json
 from storage.schemas import TABLES, Column, TableSchema, declared, type_name, type_of
@@ -207,6 +207,18 @@ class Manifest(_Record):
         """The declaration of one of its tables: its own, or this program's. StoreError where there is neither."""
         return self.tables[table].schema_of(table) if table in self.tables else declared(table)
 
+    def own_files(self) -> Iterator[FileRecord]:
+        """Its files in the store, by their paths in the artifact's folder: shards, and trees that are not a user's own folder.
+        None of an evicted artifact."""
+        if self.evicted is not None:
+            return
+        for shard in self.shards:
+            yield FileRecord(path=shard.file, sha256=shard.sha256, bytes=shard.bytes, mtime_ns=shard.mtime_ns)
+        for tree in self.trees.values():
+            if not tree.external:
+                for file in tree.files:
+                    yield file.model_copy(update={"path": f"{tree.directory}/{file.path}"})
+
     @property
     def evictable(self) -> bool:
         """Whether it has data in the store; a user's own folder is never removed."""
@@ -234,6 +246,16 @@ def load_manifest(directory: Path) -> Manifest | None:
         content = unseal(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    return _manifest(content, path, (directory.parent.name, directory.name))
+
+
+def read_manifest(data: bytes, path: str, name: tuple[str, str]) -> Manifest:
+    """The manifest of the artifact `name` (stage, key) from its file's bytes. CorruptArtifact if they are not a valid one;
+    StoreError for a newer format."""
+    return _manifest(unsealed(path, data), path, name)
+
+
+def _manifest(content: dict[str, Any], path: Path | str, name: tuple[str, str]) -> Manifest:
     found = content.get("format")
     if isinstance(found, int) and found > MANIFEST_FORMAT:
         raise StoreError(f"{path}: format {found} is newer than this program's {MANIFEST_FORMAT}; update the program")
@@ -241,7 +263,7 @@ def load_manifest(directory: Path) -> Manifest | None:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
         raise CorruptArtifact(f"{path}: {error}") from error
-    if (manifest.artifact.stage, manifest.artifact.key) != (directory.parent.name, directory.name):
+    if (manifest.artifact.stage, manifest.artifact.key) != name:
         raise CorruptArtifact(f"{path}: belongs to {manifest.artifact.stage}/{manifest.artifact.key}")
     return manifest
 

@@ -72,6 +72,7 @@ class Builder(ShardWriter):
         self.spec = spec
         self.committed = committed
         self._recorded = recorded
+        self._recorded_shards = frozenset(recorded.shards) if recorded is not None else frozenset()
         self._memo = root / "memo"
         self._temporary: dict[str, Path] = {}
         self._external: dict[str, Path] = {}
@@ -269,7 +270,7 @@ class Builder(ShardWriter):
         return sorted(found.items())
 
     def _is_recorded(self, record: ShardRecord) -> bool:
-        return self._recorded is not None and record in self._recorded.shards
+        return record in self._recorded_shards
 
     def _distrust(self, path: Path, reason: str) -> None:
         quarantine(self.root, path, reason)

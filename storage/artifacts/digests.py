@@ -7,10 +7,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,8 @@ from storage.errors import CorruptArtifact, InputError
 from storage.identity import canonical_json
 
 _BLOCK = 1 << 20
+_THREADS = 8
+_WORTH_THREADS = 64 << 20
 _RACY_SECONDS = 2.0  # a file written this recently may be written again within one tick of its mtime
 _HEX = 64
 _ITEM_BITS = {
@@ -35,6 +38,10 @@ _TOKENIZER_FILES = (
 _UNESSENTIAL_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+
 class _Hash(Protocol):
     def update(self, data: Any, /) -> None: ...
 
@@ -43,6 +50,14 @@ def file_sha256(path: Path | str, memo: Path | None = None) -> str:
     """sha256 of a file. With `memo` (a directory) it is remembered by (path, inode, size, mtime)."""
     path = Path(path)
     return _remembered(memo, "file", [path], lambda: _hash_file(path))
+
+
+def in_threads(do: Callable[[T], R], items: Sequence[T], size: int) -> list[R]:
+    """`do` of each, in order; several at the same time where they are many bytes altogether: hashing holds no lock."""
+    if len(items) < 2 or size < _WORTH_THREADS:
+        return [do(item) for item in items]
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "digest") as pool:
+        return list(pool.map(do, items))
 
 
 def weights_digest(directory: Path | str, memo: Path | None = None) -> str:
@@ -195,9 +210,11 @@ def _tensors(files: Sequence[Path]) -> dict[str, tuple[str, _Tensor]]:
 
 
 def _weights(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for name, (kind, place) in _tensors(files).items():
-        digest.update(canonical_json([name, kind, _hash_tensor(*place)]).encode("ascii"))
+    digest, tensors = hashlib.sha256(), _tensors(files)
+    places = [place for _, place in tensors.values()]
+    hashes = in_threads(lambda place: _hash_tensor(*place), places, sum(length for _, _, length in places))
+    for (name, (kind, _)), value in zip(tensors.items(), hashes, strict=True):
+        digest.update(canonical_json([name, kind, value]).encode("ascii"))
     return digest.hexdigest()
 
 

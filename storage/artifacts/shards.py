@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -230,11 +230,16 @@ def check_file(path: Path, size: int, sha256: str) -> str | None:
 def footer_sha256(path: Path) -> str:
     """sha256 of a Parquet file's footer: what page checksums do not cover. CorruptArtifact where there is none."""
     with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 8))
-        tail = file.read(8)
-        length = int.from_bytes(tail[:4], "little")
-        if len(tail) < 8 or tail[4:] != _MAGIC or length + 12 > size:
-            raise CorruptArtifact(f"{path}: truncated, or not a Parquet file ({size} bytes)")
-        file.seek(size - 8 - length)
-        return hashlib.sha256(file.read(length + 8)).hexdigest()
+        return footer_sha256_of(file, path)
+
+
+def footer_sha256_of(file: BinaryIO | pa.NativeFile, path: Path | str) -> str:
+    """The same of an open file; `path` is for the message."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 8))
+    tail = file.read(8)
+    length = int.from_bytes(tail[:4], "little")
+    if len(tail) < 8 or tail[4:] != _MAGIC or length + 12 > size:
+        raise CorruptArtifact(f"{path}: truncated, or not a Parquet file ({size} bytes)")
+    file.seek(size - 8 - length)
+    return hashlib.sha256(file.read(length + 8)).hexdigest()

@@ -8,7 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from storage.artifacts.artifact import FileRecord, TreeRecord
-from storage.artifacts.digests import architecture_digest, file_sha256, files_digest, tokenizer_digest, weights_digest
+from storage.artifacts.digests import (
+    architecture_digest,
+    file_sha256,
+    files_digest,
+    in_threads,
+    tokenizer_digest,
+    weights_digest,
+)
 from storage.disk.failpoints import failpoint
 from storage.disk.files import fsync_directory, fsync_file, unreadable
 from storage.errors import InputError, StoreError
@@ -47,18 +54,16 @@ def external_files(directory: Path) -> list[Path]:
 
 
 def record_files(directory: Path, files: list[Path], memo: Path | None) -> tuple[FileRecord, ...]:
-    records = []
-    for path in files:
+    def record(path: Path) -> FileRecord:
         stat = path.stat()
-        records.append(
-            FileRecord(
-                path=path.relative_to(directory).as_posix(),
-                sha256=file_sha256(path, memo),
-                bytes=stat.st_size,
-                mtime_ns=stat.st_mtime_ns,
-            )
+        return FileRecord(
+            path=path.relative_to(directory).as_posix(),
+            sha256=file_sha256(path, memo),
+            bytes=stat.st_size,
+            mtime_ns=stat.st_mtime_ns,
         )
-    return tuple(records)
+
+    return tuple(in_threads(record, files, sum(path.stat().st_size for path in files)))
 
 
 def fsync_tree(directory: Path, files: list[Path]) -> None:

@@ -72,6 +72,15 @@ NAMES: dict[str, str] = {
     "checkpoint.before_rename": "a checkpoint is whole and durable under its temporary name",
     "checkpoint.after_rename": "a checkpoint has its name, its directory is not fsynced",
     "checkpoint.before_sweep": "a checkpoint is durable, one too many of the older ones is still there",
+    "push.before_file": "a push is about to send a file",
+    "push.after_file": "a push has sent a file and read it back, no manifest names it there",
+    "push.before_manifest": "a push has sent all files of an artifact, not its manifest",
+    "push.after_manifest": "an artifact is committed at the remote, no run there names it",
+    "push.before_record": "all that a run needs is at the remote, not all of its records",
+    "pull.before_file": "a pull is about to fetch a file",
+    "pull.after_file": "a pull has fetched a file, durably, no manifest names it",
+    "pull.before_manifest": "a pull has fetched all files of an artifact, not committed it",
+    "pull.before_run": "all that a run needs is here, the run is not",
     "train.after_step": "an optimizer step is done, nothing of it is written",
 }
 """Every failpoint there is, and what is true at it. Tests go through all of them; a new one is declared here."""

@@ -262,16 +262,16 @@ def unreadable(error: OSError) -> str:
 
 def unseal(path: Path) -> dict[str, Any]:
     """Content of a sealed JSON file. FileNotFoundError if missing, CorruptArtifact if damaged."""
-    return _unsealed(path, _read(path))
+    return unsealed(path, _read(path))
 
 
 def unseal_lines(path: Path) -> list[dict[str, Any]]:
     """Contents of the lines of `seal_line`. A last line that is not whole was being written when its writer ended: it is left
     out. FileNotFoundError if the file is missing, CorruptArtifact for any other damaged line."""
     lines = _read(path).split(b"\n")
-    found = [_unsealed(path, line) for line in lines[:-2]]
+    found = [unsealed(path, line) for line in lines[:-2]]
     with suppress(CorruptArtifact):
-        found += [_unsealed(path, line) for line in lines[-2:-1]]
+        found += [unsealed(path, line) for line in lines[-2:-1]]
     return found
 
 
@@ -282,7 +282,8 @@ def _read(path: Path) -> bytes:
         raise CorruptArtifact(f"{path}: {unreadable(error)}") from error
 
 
-def _unsealed(path: Path, data: bytes) -> dict[str, Any]:
+def unsealed(path: Path | str, data: bytes) -> dict[str, Any]:
+    """Content of a sealed JSON file's bytes; `path` is for the message. CorruptArtifact if they are damaged."""
     try:
         content = json.loads(data)
         checksum = content.pop("checksum")

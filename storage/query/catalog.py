@@ -11,7 +11,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from storage.errors import CorruptArtifact, Evicted, OpdError, did_you_mean
 from storage.query.figures import completed
 from storage.query.limits import default_memory
 from storage.query.places import PLACED, Pieces, part_names, places_of
+from storage.query.pruning import LEAST_SHARDS, uses_by_table
 from storage.query.sql import unpack_functions
 from storage.query.statements import Views
 from storage.query.uses import Use, missing_of, used_dataset, uses_of
@@ -72,11 +73,13 @@ class Catalog:
             raise QueryRefused(f"a statement of {len(sql):,} characters; at most {_MAX_SQL_CHARACTERS:,} are read")
         if limit_seconds <= 0:
             raise QueryRefused(f"limit of {limit_seconds} seconds: must be above 0")
-        views, memory = self.views(), memory or default_memory()
+        memory = memory or default_memory()
+        committed = self.store.list()
+        views, others = self._views(committed)
         try:
             with duckdb.connect(":memory:") as connection:
                 statement = _one_select(connection, sql)
-                views = self._create_views(connection, sql)
+                self._create_views(connection, sql, committed, views, others)
                 # Scans of Arrow data have no row counts to choose by: the right side of a join is the smaller one, as written.
                 connection.execute("SET disabled_optimizers = 'build_side_probe_side'")
                 _seal(connection, memory)
@@ -145,15 +148,21 @@ class Catalog:
         )
         return f"evicted are the {table} of {places}{narrow}"
 
-    def _create_views(self, connection: duckdb.DuckDBPyConnection, sql: str) -> Views:
-        """All views exist; those that the statement cannot mean have no rows, and nothing is opened for them."""
-        committed = self.store.list()
-        views, others = self._views(committed)
+    def _create_views(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        sql: str,
+        committed: Sequence[Artifact],
+        views: Views,
+        others: set[str],
+    ) -> None:
+        """All views exist; those that the statement cannot mean have no rows, and nothing is opened for them. `others`: keys of
+        artifacts that are left out."""
         wanted = views.wanted(sql)
         if not wanted:
             for name in views.all:
                 connection.execute(views.sql(name, rows_wanted=False))
-            return views
+            return
         states = self._states()
         columns = _columns_used(views, "tokens", sql) if "tokens" in wanted else None
         tables = {table for name in wanted for table in views.tables(name, columns)}
@@ -164,10 +173,12 @@ class Catalog:
                 " of that run rebuilds just what is damaged. `opd query NAME` reads only the run NAME"
             )
         uses = uses_of(states, committed, with_unused=not self.runs)
+        unpacking = unpack_functions(views.schemas[table] for table in tables)
+        shown = [use for use in uses if use.artifact.key not in others]
+        read = self._read(views, tables, sql, shown, unpacking)
         for table in sorted(tables):
             open_one = functools.partial(self.store.arrow_dataset, table=table)
-            shown = [use for use in uses if use.artifact.key not in others]
-            connection.register(f"{table}@", used_dataset(views.schemas[table], shown, open_one))
+            connection.register(f"{table}@", used_dataset(views.schemas[table], read[table], open_one))
         if "artifacts" in wanted:
             used = {use.artifact.key: use.artifact for use in uses}
             connection.register("artifacts@", _artifacts_table(used.values(), self.store))
@@ -175,14 +186,30 @@ class Catalog:
             connection.register("rounds@", _rounds_table(completed(self.store, state) for state in states))
         if "stages" in wanted:
             connection.register("stages@", _stages_table(states))
-        unpacking = unpack_functions(views.schemas[table] for table in tables)
         for name, (function, arguments, result) in unpacking.items():
             _add_function(connection, name, function, (arguments, result))
         if "tokens" in wanted:
             _add_text_functions(connection, functools.cache(self._pieces))
         for name in views.all:
             connection.execute(views.sql(name, rows_wanted=name in wanted, used=columns))
-        return views
+
+    def _read(
+        self, views: Views, tables: set[str], sql: str, uses: Sequence[Use], functions: Mapping[str, Any]
+    ) -> Mapping[str, Sequence[Use]]:
+        """The uses that a statement can read, by table."""
+        held = {use.artifact.key: use.artifact for use in uses if tables & use.artifact.rows.keys()}
+        if sum(self.store.shard_count(artifact) for artifact in held.values()) < LEAST_SHARDS:
+            return dict.fromkeys(tables, uses)
+
+        def prepare(connection: duckdb.DuckDBPyConnection) -> None:
+            _seal(connection, _PLAN_MEMORY)
+
+        def add_functions(connection: duckdb.DuckDBPyConnection) -> None:
+            for name, (function, arguments, result) in functions.items():
+                _add_function(connection, name, function, (arguments, result))
+            _add_text_functions(connection, lambda run: Pieces([], [], [], []))
+
+        return uses_by_table(views, tables, sql, uses, add_functions, prepare)
 
 
 def _one_select(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:

@@ -33,7 +33,7 @@ _TABLES_OF = {
 }
 """By stage: the tables of artifacts that have another name than their table."""
 
-_USE = (
+USE = (
     pa.field("use_run", pa.string()),
     pa.field("use_round", pa.int32()),
     pa.field("use_stage", pa.string()),
@@ -93,16 +93,17 @@ def used_dataset(schema: TableSchema, uses: Sequence[Use], dataset: Callable[[Ar
         key = use.artifact.key
         if key not in opened:
             opened[key] = list(dataset(use.artifact).get_fragments()) if use.artifact.rows[table] else []
+        partition = _partition(use)
         for shard in opened[key]:
-            fragments.append(shard.format.make_fragment(shard.path, shard.filesystem, _partition(use)))
-    columns = pa.schema([*_USE, *_either_layout(schema)])
+            fragments.append(shard.format.make_fragment(shard.path, shard.filesystem, partition))
+    columns = pa.schema([*USE, *columns_of_table(schema)])
     if not fragments:
         return pads.dataset(columns.empty_table())
     return pads.FileSystemDataset(fragments, columns, fragments[0].format, fragments[0].filesystem)
 
 
-def _either_layout(schema: TableSchema) -> list[pa.Field]:
-    """A table's columns; where it may be packed, those of both layouts, of which a file has one."""
+def columns_of_table(schema: TableSchema) -> list[pa.Field]:
+    """A table's columns as files have them; where it may be packed, those of both layouts, of which a file has one."""
     layout = packed_schema(schema)
     if layout is None:
         return list(schema.arrow)
@@ -115,6 +116,6 @@ def _partition(use: Use) -> pads.Expression:
     values = (use.run, use.round, use.stage, use.artifact.key) if use.run else (None, None, use.stage, use.artifact.key)
     terms = [
         pads.field(field.name).is_null() if value is None else pads.field(field.name) == pa.scalar(value, field.type)
-        for field, value in zip(_USE, values, strict=True)
+        for field, value in zip(USE, values, strict=True)
     ]
     return functools.reduce(operator.and_, terms)

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 
 from storage.artifacts import shards
@@ -77,3 +78,10 @@ def build_student(store: Store, value: bytes = b"w") -> Artifact:
         if builder.needs_tree():
             model(builder.directory(), value)
         return builder.commit()
+
+
+def forget_memory() -> None:
+    """Empties fsspec's file system in memory, which a process has once."""
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    memory.pseudo_dirs[:] = [""]

@@ -11,10 +11,14 @@ from small_store import SHARDS, STUDENT, build, model, rows
 
 from storage.artifacts.batches import BatchLog
 from storage.artifacts.checkpoints import write_file
+from storage.artifacts.shards import SIDECAR
 from storage.disk import failpoints
 from storage.disk.failpoints import failpoint
+from storage.disk.remote import Remote
 from storage.runs import RoundState, Run, StageState
 from storage.store import Artifact, ArtifactSpec, Store
+from storage.upkeep.pull import pull
+from storage.upkeep.push import push
 
 STEPS = 4
 OLD = ArtifactSpec.of("mask", 1, {"policy": "old"}, {"rollouts": "cd" * 32})
@@ -31,7 +35,7 @@ def before(root: Path) -> None:
 
 
 def story(root: Path) -> None:
-    """A run that makes three artifacts and repairs a fourth."""
+    """A run that makes three artifacts and repairs a fourth, is pushed to a folder, and pulled into another store."""
     store = Store(root)
     run = Run.create(root, "story", {"seed": 0}, {"seed": 0})
     with run.lock():
@@ -44,6 +48,13 @@ def story(root: Path) -> None:
         state.rounds[0].stages["all"] = StageState(state="done", artifacts=keys)
         state.status = "finished"
         run.save(state)
+    remote = Remote(f"file://{_beside(root, 'remote')}")
+    push(store, remote, [run])
+    pull(Store(_beside(root, "pulled")), remote, [run.name])
+
+
+def _beside(root: Path, what: str) -> Path:
+    return root.with_name(f"{root.name}-{what}")
 
 
 def learn(store: Store) -> Artifact:
@@ -82,7 +93,18 @@ def _write(value: bytes, path: Path) -> None:
 
 
 def told(root: Path) -> dict[str, Any]:
-    """How it must end, whatever happened on the way."""
+    """How it must end, whatever happened on the way: in the store, and in the one that was pulled."""
+    here, there = _told(root), _told(_beside(root, "pulled"))
+    assert here == there
+    for path in (root / "artifacts").rglob("*"):
+        if path.is_file() and not path.name.endswith(SIDECAR):
+            for other in ("remote", "pulled"):
+                assert (_beside(root, other) / path.relative_to(root)).read_bytes() == path.read_bytes()
+    assert [*_beside(root, "remote").rglob(".tmp-*"), *_beside(root, "pulled").rglob(".tmp-*")] == []
+    return here
+
+
+def _told(root: Path) -> dict[str, Any]:
     store, state = Store(root), Run.open(root, "story").state
     artifacts = store.list()
     assert [store.verify(artifact) for artifact in artifacts] == [[]] * len(artifacts)

@@ -372,14 +372,15 @@ def test_a_views_name_where_sql_is_expected_lists_its_columns(opd):
 @pytest.mark.parametrize(
     ("args", "root", "instead"),
     [
-        (["ls"], "s3://bucket/x", "mount the bucket"),
-        (["run", "c.yaml"], "gs://bucket/x", "mount the bucket"),
-        (["query", "select 1"], "hdfs://x/y", "absolute path"),
+        (["ls"], "nothing://bucket/x", "unknown protocol 'nothing'"),
+        (["ls"], "gs://bucket/x", "pip install 'opdflow[gcs]'"),
+        (["run", "c.yaml"], "gs://bucket/x", "`opd push`"),
+        (["query", "select 1"], "hub:x/y", "give a folder"),
         (["status"], "file:///tmp/x", "leave out the scheme"),
         (["export", "demo", "hub:me/x"], None, "--push OWNER/NAME"),
         (["export", "demo", "hf://me/x"], None, "--push OWNER/NAME"),
         (["export", "demo", "https://x/y"], None, "absolute path"),
-        (["study", "s.yaml", "--out", "s3://b/x"], None, "mount the bucket"),
+        (["study", "s.yaml", "--out", "s3://b/x"], None, "`opd push`"),
     ],
 )
 def test_what_looks_like_a_url_makes_no_folder(opd, tmp_path, args, root, instead):
@@ -390,7 +391,7 @@ def test_what_looks_like_a_url_makes_no_folder(opd, tmp_path, args, root, instea
 
 def test_a_root_with_a_scheme_is_refused_from_the_environment_and_from_python_too(opd, tmp_path, monkeypatch):
     monkeypatch.setenv("OPD_ROOT", "s3://bucket/x")
-    assert opd("ls", root=None).code == 2
+    assert opd("gc", root=None).code == 2
     with pytest.raises(InputError, match="s3:"):
         Store("s3://bucket/x")
     assert list(tmp_path.iterdir()) == []

@@ -26,7 +26,8 @@ COMPLETIONS_PER_STEP = 32
 
 def run(root: Path, per_round: int, seed: int, options: argparse.Namespace) -> str:
     """Runs to the end, or goes on; the name of the run."""
-    name = f"steps{per_round}-seed{seed}" + f"-generations{options.generations}" * (options.generations != 2)
+    other = "" if options.generations == 2 else f"-generations{options.generations}"
+    name = f"steps{per_round}-seed{seed}{other}"
     fields = {
         "seed": seed,
         "rollout.num_generations": options.generations,

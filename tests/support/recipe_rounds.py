@@ -133,7 +133,9 @@ class Round:
     def of_sample(self, name: str, sample: str, row: dict[str, Any]) -> None:
         tokens = len(self.rollouts[sample]["completion_token_ids"])
         if name == "sampled":
-            given = ["teacher_logprobs", *(["student_logprobs"] if self.e.supervise.student == "full" else [])]
+            of = {"teacher": self.e.supervise.teacher.kind != "none", "student": self.e.supervise.student == "full"}
+            given = [f"{model}_logprobs" for model, asked in of.items() if asked]
+            assert given and all(row[f"{model}_logprobs"] is None for model, asked in of.items() if not asked)
             assert all(len(row[column]) == tokens and all(map(math.isfinite, row[column])) for column in given)
         elif name in ("teacher_topk", "student_topk"):
             assert len(row["ids"]) == tokens and all(count >= 1 for count in row["valid"])

@@ -75,12 +75,12 @@ def lose(what: str, name: str, template: Path, undisturbed: dict[str, Any], fold
         code = process.exitcode if what == "the run" else ended(process)
         if what == "the head":
             assert code not in (0, None) and "runtime.cluster.address: no Ray cluster answers" in trial.output
-            assert trial.orphans(60) == []
+            assert trial.orphans(90) == []
     if code != 0:
         with nodes(1, 1, 1) as cluster:
             trial.environment[CLUSTER] = cluster.address
             assert ended(trial.start()) == 0, trial.output
-    assert trial.orphans(60) == []
+    assert trial.orphans(90) == []
     assert trial.result() == undisturbed and trial.leftovers() == []
     trial.remove()
 

@@ -43,7 +43,7 @@ def pool(cluster: Nodes, folder: Path, **fields) -> WorkerPool:
     return WorkerPool(config(cluster, **fields), folder / "logs", ("scripted_worker",), str(PLUGINS))
 
 
-def gone(*pids: int, patience: float = 30.0) -> bool:
+def gone(*pids: int, patience: float = 90.0) -> bool:
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
@@ -139,4 +139,4 @@ def test_a_whole_run_gives_the_result_of_one_machine(two, tmp_path):
         there = Trial.of(template, tmp_path / "there", rounds=1, **QUIET, **{CLUSTER: two.address, WARM: "1"})
         assert forked.exit_code(there.start(), 400) == 0, there.output  # minutes on a busy machine
         assert there.result() == here.result()
-        assert there.orphans(30) == [] and there.leftovers() == []
+        assert there.orphans(90) == [] and there.leftovers() == []

@@ -108,7 +108,7 @@ def locked(path: Path, on_busy: Callable[[str], None]) -> Iterator[None]:
     """Holds the exclusive lock `path`. If another process holds it, `on_busy` is called once with the holder's description; it
     raises to give up, or returns to wait."""
     thread = threading.get_ident()
-    if any(held == (str(path), thread) for held in _held.values()):
+    if any(held == (str(path), thread) for held in list(_held.values())):
         raise StoreError(f"{path}: this thread already holds this lock and would wait for itself")
     path.parent.mkdir(parents=True, exist_ok=True)
     owner = os.getpid()

@@ -175,7 +175,7 @@ class Catalog:
         uses = uses_of(states, committed, with_unused=not self.runs)
         unpacking = unpack_functions(views.schemas[table] for table in tables)
         shown = [use for use in uses if use.artifact.key not in others]
-        read = self._read(views, tables, sql, shown, unpacking)
+        read = self._read(views, tables, columns, sql, shown, unpacking)
         for table in sorted(tables):
             open_one = functools.partial(self.store.arrow_dataset, table=table)
             connection.register(f"{table}@", used_dataset(views.schemas[table], read[table], open_one))
@@ -194,7 +194,13 @@ class Catalog:
             connection.execute(views.sql(name, rows_wanted=name in wanted, used=columns))
 
     def _read(
-        self, views: Views, tables: set[str], sql: str, uses: Sequence[Use], functions: Mapping[str, Any]
+        self,
+        views: Views,
+        tables: set[str],
+        columns: set[str] | None,
+        sql: str,
+        uses: Sequence[Use],
+        functions: Mapping[str, Any],
     ) -> Mapping[str, Sequence[Use]]:
         """The uses that a statement can read, by table."""
         held = {use.artifact.key: use.artifact for use in uses if tables & use.artifact.rows.keys()}
@@ -209,7 +215,7 @@ class Catalog:
                 _add_function(connection, name, function, (arguments, result))
             _add_text_functions(connection, lambda run: Pieces([], [], [], []))
 
-        return uses_by_table(views, tables, sql, uses, add_functions, prepare)
+        return uses_by_table(views, tables, columns, sql, uses, add_functions, prepare)
 
 
 def _one_select(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:

@@ -27,14 +27,17 @@ _NOT_USED = "statistics_propagation,empty_result_pullup,build_side_probe_side"
 def uses_by_table(
     views: Views,
     tables: Collection[str],
+    columns: Collection[str] | None,
     sql: str,
     uses: Sequence[Use],
     functions: Callable[[duckdb.DuckDBPyConnection], None],
     seal: Callable[[duckdb.DuckDBPyConnection], None],
 ) -> dict[str, Sequence[Use]]:
-    """The uses whose artifacts a statement can read, by table. `functions` adds to a connection what the views call, `seal` takes
-    from it what a statement may not do."""
+    """The uses whose artifacts a statement can read, by table. `tables`: behind the views that it names; `columns`: those of
+    `tokens` that it reads. `functions` adds to a connection what the views call, `seal` takes from it what a statement may not
+    do."""
     everything: dict[str, Sequence[Use]] = dict.fromkeys(tables, uses)
+    wanted = views.wanted(sql)
     with duckdb.connect(":memory:") as connection:
         for table in tables:
             empty = pa.schema([*USE, *columns_of_table(views.schemas[table])]).empty_table()
@@ -50,8 +53,8 @@ def uses_by_table(
         connection.execute("CREATE TABLE uses AS SELECT * FROM listed")
         functions(connection)
         for name in views.all:
-            known = set(views.all[name].tables) <= set(tables) and name not in ("artifacts", "rounds", "stages")
-            connection.execute(views.sql(name, rows_wanted=known))
+            known = name in wanted and name not in ("artifacts", "rounds", "stages")
+            connection.execute(views.sql(name, rows_wanted=known, used=columns))
         connection.execute(f"SET disabled_optimizers = '{_NOT_USED}'")
         seal(connection)
         try:

@@ -44,8 +44,10 @@ def story(root: Path) -> None:
         state.status, state.rounds = "running", [RoundState(round=0)]
         run.save(state)
         made = [build(store)[0], learn(store), sample(store), build(store, OLD, salt=3)[0]]
-        keys = {f"{number} {artifact.stage}": artifact.key for number, artifact in enumerate(made)}
-        state.rounds[0].stages["all"] = StageState(state="done", artifacts=keys)
+        for number, artifact in enumerate(made):
+            state.rounds[0].stages[f"stage_{number}"] = StageState(
+                state="done", artifacts={artifact.stage: artifact.key}
+            )
         state.status = "finished"
         run.save(state)
     remote = Remote(f"file://{_beside(root, 'remote')}")

@@ -194,7 +194,7 @@ def _heading(state: RunState, root: Path, holder: str | None) -> Text:
 
 
 def _rounds(state: RunState, gone: dict[tuple[int, str], list[str]], out: Console) -> list[Table | Text]:
-    """The table of rounds. Where it is wider than `out`, the seconds of the stages follow it, a line per round; if it still
+    """The table of rounds. Where it is wider than `out`, the seconds of the stages follow it, round by round; if it still
     is, it has fewer lines, then length and clipped without their errors."""
     rounds = sorted(state.rounds, key=lambda r: r.round)
     shown, rows = cells(rounds, BY_ROUND)
@@ -215,8 +215,11 @@ def _rounds(state: RunState, gone: dict[tuple[int, str], list[str]], out: Consol
             table.add_row(str(round.round), *metrics)
     if fitting(out, whole, narrow) is whole:
         return [whole]
-    lines = [Text.assemble(f"  round {round.round}: ", time) for round, time in zip(rounds, times, strict=True)]
-    return [fitting(out, narrow, slim, brief), Text("seconds per stage:"), *lines]
+    seconds = Table.grid(padding=(0, 1))
+    seconds.add_column(no_wrap=True)
+    for round, time in zip(rounds, times, strict=True):
+        seconds.add_row(f"  round {round.round}:", time)
+    return [fitting(out, narrow, slim, brief), Text("seconds per stage:"), seconds]
 
 
 def _diagnosed(state: RunState) -> Table | None:

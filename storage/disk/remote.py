@@ -59,8 +59,8 @@ class Remote:
         """RemoteError for a protocol that is not known or whose package is not installed. Nothing is connected to yet."""
         import fsspec
 
-        self.url = url.rstrip("/")
         found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", url)
+        self.url = url if found and found.end() == len(url) else url.rstrip("/")
         self.protocol = found[1] if found else "file"
         try:
             kind = fsspec.get_filesystem_class(self.protocol)
@@ -78,7 +78,7 @@ class Remote:
         self.base = str(kind._strip_protocol(self.url)).rstrip("/")
         self.folder = Path(self.base) if self.protocol == "file" else None
         """The remote as a folder of this machine, where it is one."""
-        if self.protocol not in ("file", "memory") and not self.base:
+        if not self.base:
             raise RemoteError(f"{self}: names no bucket or folder")
 
     def __str__(self) -> str:

@@ -337,6 +337,7 @@ def test_addresses() -> None:
     assert remote_of("file:/tmp/x").folder == Path("/tmp/x")
     for address, said in (
         ("nothing://x/y", "unknown protocol 'nothing'; use s3://"),
+        ("memory://", "names no bucket or folder"),
         ("gs://bucket/x", r"pip install 'opdflow\[gcs\]'"),
     ):
         with pytest.raises(RemoteError, match=said) as caught:

@@ -25,7 +25,7 @@ from storage.artifacts.artifact import (
 )
 from storage.artifacts.builder import Builder, unfinished_work
 from storage.artifacts.digests import in_threads
-from storage.artifacts.shards import ShardWriter, check_file, read_parquet
+from storage.artifacts.shards import ShardWriter, check_file, footer_problem, read_parquet
 from storage.artifacts.summary import Summary, summary
 from storage.artifacts.trees import added_files, damaged, damaged_by_stat, tree_directory
 from storage.artifacts.verify import Verified, move_damaged, verify_artifact
@@ -251,9 +251,8 @@ class Store:
         return [partial(self._read, artifact, record) for record in records]
 
     def arrow_dataset(self, artifact: Artifact, table: str) -> Dataset:
-        """A lazy dataset for queries. A shard's footer is verified when a scan opens it, page checksums as they are read: OSError
-        from the scan where they differ. Scanning evicted shards raises FileNotFoundError; shards that a filter excludes are not
-        opened."""
+        """A lazy dataset for queries. Footers are verified now, those of a remote when a scan opens their file; page checksums
+        during the scan. Scanning evicted shards raises FileNotFoundError; shards that a filter excludes are not opened."""
         from storage.artifacts.datasets import absent_dataset, dataset
 
         directory = self._directory(artifact)
@@ -263,6 +262,10 @@ class Store:
             return absent_dataset([directory / f"{r.file} (evicted)" for r in records], schema)
         folder = str(directory) if self.remote is None else self.remote.at(f"artifacts/{artifact.stage}/{artifact.key}")
         footers = {f"{folder}/{record.file}": record.footer_sha256 for record in records}
+        if self.remote is None:
+            for path, recorded in footers.items():
+                if (problem := footer_problem(Path(path), recorded)) is not None:
+                    self._bad_file(artifact, Path(path), problem)
         return dataset(footers, schema, self.remote.fs if self.remote is not None else None)
 
     # --- trees -------------------------------------------------------------------------------------------------------

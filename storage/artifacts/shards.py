@@ -233,6 +233,18 @@ def footer_sha256(path: Path) -> str:
         return footer_sha256_of(file, path)
 
 
+def footer_problem(path: Path, recorded: str) -> str | None:
+    """What is wrong with a Parquet file whose footer must have the sha256 `recorded`; None: nothing."""
+    try:
+        return None if footer_sha256(path) == recorded else "its footer differs"
+    except FileNotFoundError:
+        return "missing"
+    except CorruptArtifact as error:
+        return str(error)
+    except OSError as error:
+        return unreadable(error)
+
+
 def footer_sha256_of(file: BinaryIO | pa.NativeFile, path: Path | str) -> str:
     """The same of an open file; `path` is for the message."""
     size = file.seek(0, os.SEEK_END)

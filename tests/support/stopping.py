@@ -154,5 +154,6 @@ def one_stop(run: StoppedRun, role: str, how: str, prefect: bool = False) -> Non
     if status == "stopped":
         assert "opd resume" in run.output and run.leftovers() == []
     if status == "failed":
-        assert f"{role} worker" in run.output and "last lines of" in run.output and "opd resume" in run.output
+        assert f"{role} worker" in run.output and "opd resume" in run.output
+        assert "last lines of" in run.output or "this attempt wrote nothing to" in run.output
         assert run.leftovers() == []

@@ -8,7 +8,7 @@ WITH worst AS (
     coalesce(student_logprob, sampling_logprob) AS student_logprob
   FROM tokens
   WHERE round = $round AND isfinite(gap)
-  ORDER BY gap DESC
+  ORDER BY gap DESC, run, sample_id, position
   LIMIT $limit
 ), placed AS (
   SELECT *, places(run, completion_token_ids, completion_text) AS place
@@ -25,4 +25,4 @@ SELECT
   position,
   sample_id
 FROM placed
-ORDER BY gap DESC
+ORDER BY gap DESC, run, sample_id, position

@@ -4,6 +4,7 @@ engines in `make test`, with the real ones in `make test-full`."""
 from __future__ import annotations
 
 import json
+import re
 
 import pyarrow.parquet
 import pytest
@@ -75,7 +76,8 @@ def test_engines_start_once_and_every_run_has_its_own_logs(studied):
     root, *_ = studied
     logs = {path: path.read_text(errors="replace") for path in (root / "runs").glob("*/logs/*.log")}
     for role in ("sampler", "scorer", "trainer"):
-        assert sum(text.count(f" {role}: ") for text in logs.values()) == 1
+        started = rf"^--- \S+ {role}: (?!next job)"
+        assert sum(len(re.findall(started, text, re.MULTILINE)) for text in logs.values()) == 1
     assert root / "runs" / "study-small-sampled-s0" / "logs" / "trainer.log" in logs
 
 

@@ -38,6 +38,7 @@ from storage.upkeep.remote_layout import (
     folder_of,
     manifest_at,
     require_run,
+    require_same,
     require_store,
     run_at,
     run_names,
@@ -190,12 +191,8 @@ class _Fetcher:
                 remove(path)
 
     def _same(self, name: Name, ours: dict[str, str], theirs: dict[str, str]) -> None:
-        if ours != theirs:
-            what = ", ".join(sorted(part for part in ours.keys() | theirs.keys() if ours.get(part) != theirs.get(part)))
-            raise RemoteError(
-                f"{'/'.join(name)}: has other content here than at {self.remote} ({what}), and a committed artifact is never"
-                " replaced; pull into another --root"
-            )
+        here = f"{'/'.join(name)}: has other content here than at {self.remote}"
+        require_same(ours, theirs, here, "pull into another --root")
 
 
 def _allow_files(artifacts: int) -> None:

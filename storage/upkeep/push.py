@@ -12,7 +12,7 @@ from pathlib import Path
 from storage.artifacts.artifact import MANIFEST, Artifact, FileRecord, Manifest, artifact_directory, read_manifest
 from storage.disk.failpoints import failpoint
 from storage.disk.locks import shared, use_lock
-from storage.disk.remote import Moved, Remote, RemoteError
+from storage.disk.remote import Moved, Remote
 from storage.errors import CorruptArtifact, IdentityMismatch, InputError, RunBusy
 from storage.runs import RECORDS, Run, RunState, missing_from
 from storage.store import Store
@@ -28,6 +28,7 @@ from storage.upkeep.remote_layout import (
     manifest_at,
     mark,
     marked,
+    require_same,
     run_at,
 )
 from storage.upkeep.retention import used
@@ -179,12 +180,8 @@ class _Sender:
         return read_manifest(data, str(path), name), data
 
     def _same(self, name: Name, ours: dict[str, str], theirs: dict[str, str]) -> None:
-        if ours != theirs:
-            what = ", ".join(sorted(part for part in ours.keys() | theirs.keys() if ours.get(part) != theirs.get(part)))
-            raise RemoteError(
-                f"{self.remote}/{folder_of(name)}: is there with other content ({what}), and a committed artifact is never"
-                " replaced; push to another prefix"
-            )
+        there = f"{self.remote}/{folder_of(name)}: is there with other content"
+        require_same(ours, theirs, there, "push to another prefix")
 
 
 def _all_of(state: RunState, held: dict[Name, Artifact], makers: dict[str, Name], run: Run) -> set[Name]:

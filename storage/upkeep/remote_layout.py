@@ -139,6 +139,13 @@ def manifest_at(remote: Remote, name: Name) -> Manifest | None:
         raise RemoteError(str(error)) from error
 
 
+def require_same(ours: Mapping[str, str], theirs: Mapping[str, str], where: str, instead: str) -> None:
+    """RemoteError, which begins with `where` and ends with `instead`, unless an artifact has the same content on both sides."""
+    if ours != theirs:
+        what = ", ".join(sorted(part for part in ours.keys() | theirs.keys() if ours.get(part) != theirs.get(part)))
+        raise RemoteError(f"{where} ({what}), and a committed artifact is never replaced; {instead}")
+
+
 def run_names(remote: Remote) -> list[str]:
     """Names under which there are runs, whole or not."""
     return [name for name in remote.names("runs") if RUN_NAME.fullmatch(name)]

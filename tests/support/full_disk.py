@@ -46,8 +46,7 @@ class Stages:
 
         def shrink(stage: str) -> None:
             if stage == full:
-                left = int(share * growth) * small_disk.PAGE
-                small_disk.resize(self.disk, small_disk.used(self.disk) + left)
+                small_disk.leave(self.disk, int(share * growth) * small_disk.PAGE)
 
         def enter(stage: str) -> None:
             nonlocal before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import forked
 _NEWNS, _NEWUSER = 0x00020000, 0x10000000
 _PRIVATE, _REMOUNT = (1 << 18) | (1 << 14), 32
 PAGE = 4096
+_ATTEMPTS = 1000
 
 
 def _call(name: str, *arguments: object) -> None:
@@ -39,6 +41,17 @@ def mount(path: Path, size: int) -> None:
 def resize(path: Path, size: int) -> None:
     """Gives a disk made by `mount` another size."""
     _call("mount", b"tmpfs", os.fsencode(path), b"tmpfs", ctypes.c_ulong(_REMOUNT), f"size={size}".encode())
+
+
+def leave(path: Path, free: int) -> None:
+    """Resizes it to what is used and `free` bytes more. The kernel refuses a size below what is used (EINVAL), so it is asked
+    again where another process, such as Prefect's server, wrote in between."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return resize(path, used(path) + free)
+        except OSError as error:
+            if error.errno != errno.EINVAL or attempt == _ATTEMPTS - 1:
+                raise
 
 
 def used(path: Path) -> int:

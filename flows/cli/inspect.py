@@ -95,15 +95,11 @@ def list_runs(json_: Json = False, root: ReadRoot = DEFAULT_ROOT) -> None:
         typer.echo(f"no runs in {root}; start one with: opd run CONFIG")
         return
     out = console()
-    headings = (
-        "run",
-        "status",
-        "round",
-        *(figure.heading for figure in MAIN),
-        *(["evicted"] if any(gone.values()) else []),
-    )
-    wide, slim = grid(*headings), grid(*headings, **SLIM)
+    headings = ("run", "status", "round", *(figure.heading for figure in MAIN))
+    some_gone = any(gone.values())
+    wide, slim = grid(*headings, *(["evicted"] if some_gone else [])), grid(*headings, **SLIM)
     for table in (wide, slim):
+        table.columns[1].min_width = len("finished")  # no state breaks within a word
         table.add_column("changed (UTC)")
         for column in table.columns[3:]:
             column.no_wrap = True  # a figure and a time are read on one line
@@ -122,9 +118,10 @@ def list_runs(json_: Json = False, root: ReadRoot = DEFAULT_ROOT) -> None:
             ", ".join(filter(None, (status_text(state, root), pace_text(state, root)))),
             str(last.round) if last else "",
         )
-        more = (*([lost] if any(gone.values()) else []), state.updated[:16].replace("T", " "))
-        wide.add_row(*first, *(f"{cell}{size}" for cell, size in zip(cells, sizes, strict=True)), *more)
-        slim.add_row(*first, *cells, *more)
+        changed = state.updated[:16].replace("T", " ")
+        sized = (f"{cell}{size}" for cell, size in zip(cells, sizes, strict=True))
+        wide.add_row(*first, *sized, *([lost] if some_gone else []), changed)
+        slim.add_row(*first, *cells, changed)
     out.print(fitting(out, wide, slim))
 
 

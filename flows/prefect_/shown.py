@@ -189,7 +189,7 @@ def show_summary(session: Session, state: RunState, root: Path, student: Artifac
         from prefect.artifacts import create_markdown_artifact
 
         text = summary(state, root, student, configured)
-        create_markdown_artifact(text, _key(state.name, "summary"), f"{state.name}: what it came to")
+        create_markdown_artifact(text, _key(state.name, "summary"), f"{state.name}: results and where they are")
 
     session.attempt(show)
 

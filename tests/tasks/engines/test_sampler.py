@@ -27,7 +27,7 @@ from storage.identity import derive_seed
 from storage.schemas import schema_for
 from storage.store import Store
 from tasks.engines import distributions
-from tasks.engines.hf_folder import stop_token_ids
+from tasks.engines.hf_folder import read_config, stop_token_ids
 from tasks.engines.sampler import Sampler
 from tasks.engines.vllm_engine import SamplingFailed
 from tasks.engines.weight_proof import StaleWeights, compare_weights, judge_probes
@@ -330,6 +330,23 @@ def test_a_reload_warns_of_weights_and_not_of_tables(sampler, checkpoints):
     finally:
         logger.removeHandler(handler)
     assert result.proof["change"] == "reloaded" and said == ["RoutedExperts: Failed to load weights"]
+
+
+def test_no_process_is_started_to_examine_the_model_on_a_cpu(checkpoints, tmp_path, monkeypatch):
+    from vllm import ModelRegistry
+    from vllm.model_executor.models import registry
+
+    def started(_):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(registry._LazyRegisteredModel, "_get_cache_dir", staticmethod(lambda: tmp_path))
+    monkeypatch.setattr(registry, "_run_in_subprocess", started)
+    monkeypatch.setattr(ModelRegistry, "models", ModelRegistry.models.copy())
+    ModelRegistry.register_model("Qwen3ForCausalLM", "vllm.model_executor.models.qwen3:Qwen3ForCausalLM")
+    with pytest.raises(AssertionError, match="a process was started"):
+        ModelRegistry.models["Qwen3ForCausalLM"].inspect_model_cls()
+    tasks.engines.vllm_engine.import_model(read_config(checkpoints["one"]))
+    assert ModelRegistry.models["Qwen3ForCausalLM"].inspect_model_cls().is_text_generation_model
 
 
 def test_head_sizes_that_the_preflight_knows_are_vllms(sampler):

@@ -1,9 +1,10 @@
 """What `make demo-text` shows at its end: the reverse KL by round, and greedy completions before and after distillation.
 
-python benchmarks/demo_text.py NAME [ROOT]"""
+python benchmarks/demo_text.py NAME [ROOT]    (ROOT: as of `opd --root`)"""
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 
@@ -22,8 +23,8 @@ ORDER BY id
 """
 
 
-def main(name: str, root: str = "opd-store") -> None:
-    run = opdflow.open(root).run(name)
+def main(name: str, root: str | None = None) -> None:
+    run = opdflow.open(root or os.environ.get("OPD_ROOT", "opd-store")).run(name)
     for row in run.sql(
         "SELECT round, reverse_kl, reverse_kl_se FROM rounds WHERE reverse_kl IS NOT NULL ORDER BY round"
     ):

@@ -30,11 +30,3 @@ def harmless(text: str) -> str:
 def visible(token: str | None) -> str:
     """A token's text with its white space shown."""
     return cell(token).replace(" ", "␣")
-
-
-def size(count: int) -> str:
-    """Bytes for a person."""
-    for unit, one in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= one:
-            return f"{count / one:,.1f} {unit}"
-    return f"{count} B"

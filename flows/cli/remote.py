@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from flows.cli.cells import size
 from flows.cli.options import Json, Root, console, example, existing_root
 from flows.run.hints import DEFAULT_ROOT
+from storage.disk.files import size_text
 from storage.errors import InputError, RunBusy
 from storage.runs import Run
 
@@ -143,7 +143,9 @@ def _progress(doing: str, quiet: bool) -> Iterator[tuple[Any, Moved]]:
             if (now := time.monotonic()) - last >= LINE_SECONDS:
                 last = now
                 speed = counts["done"] / (now - began)
-                err.print(f"{doing}: {size(counts['done'])} of {size(counts['total'])} ({size(int(speed))}/s)")
+                err.print(
+                    f"{doing}: {size_text(counts['done'])} of {size_text(counts['total'])} ({size_text(int(speed))}/s)"
+                )
 
         yield (lambda plan: counts.update(total=plan.bytes)), moved
 
@@ -158,7 +160,7 @@ def _report(command: str, plan: Plan, remote: str, dry_run: bool, seconds: float
     else:
         done = {"push": "pushed", "pull": "pulled"}[command]
         gone = f" ({evicted:,} of them evicted: records only)" if evicted else ""
-        what = f"{len(plan.artifacts):,} artifacts{gone}, {plan.files:,} files, {size(plan.bytes)}"
+        what = f"{len(plan.artifacts):,} artifacts{gone}, {plan.files:,} files, {size_text(plan.bytes)}"
         already = f"; {plan.present:,} artifacts were there already" if plan.present else ""
         runs = ", ".join(plan.runs) or "no run's state"
         way = f"{'to' if command == 'push' else 'from'} {remote}"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from flows.cli.cells import size
 from flows.cli.options import Json, Root, RunName, console, example, existing_root, grid
 from flows.run.hints import DEFAULT_ROOT, opd_command
+from storage.disk.files import size_text
 from storage.errors import ConfigError, InputError, OpdError
 from storage.runs import Run
 
@@ -67,7 +67,7 @@ def verify(
         what = f"run {name!r}" if name else f"the store {root}"
         gone = f" ({found.evicted:,} of them evicted: no data to read)" if found.evicted else ""
         out.print(
-            f"verified {what}: {found.artifacts:,} artifacts{gone}, {found.files:,} files, {size(found.bytes)} in"
+            f"verified {what}: {found.artifacts:,} artifacts{gone}, {found.files:,} files, {size_text(found.bytes)} in"
             f" {seconds:.1f} s, every byte hashed",
             soft_wrap=True,
         )
@@ -123,7 +123,8 @@ def gc(
     if apply:
         left = len(plan.items) - len(removed)
         out.print(
-            f"removed {size(sum(item.bytes for item in removed))}" + (f"; {left} kept, in use by now" if left else "")
+            f"removed {size_text(sum(item.bytes for item in removed))}"
+            + (f"; {left} kept, in use by now" if left else "")
         )
     elif plan.items:
         words = [word for text in keep for word in ("--keep", text)]
@@ -280,11 +281,11 @@ def _print_plan(plan: Plan, root: Path) -> None:
     else:
         table = grid("kind", "what", "bytes", title="removable", title_justify="left")
         for item in sorted(plan.items, key=lambda item: (list(MEANING).index(item.kind), item.path)):
-            table.add_row(item.kind, str(item.path.relative_to(root)), size(item.bytes))
+            table.add_row(item.kind, str(item.path.relative_to(root)), size_text(item.bytes))
         out.print(table)
         for kind, meaning in MEANING.items():
             if items := [item for item in plan.items if item.kind == kind]:
-                out.print(f"{kind}: {len(items):,}, {size(plan.bytes(kind))} ({meaning})", soft_wrap=True)
-        out.print(f"total {size(plan.bytes())}")
+                out.print(f"{kind}: {len(items):,}, {size_text(plan.bytes(kind))} ({meaning})", soft_wrap=True)
+        out.print(f"total {size_text(plan.bytes())}")
     for name, who in plan.busy.items():
         out.print(f"run {name!r} is running; everything it uses is kept ({who})", soft_wrap=True)

@@ -21,6 +21,7 @@ from flows.run.further_set import check_rows
 from flows.run.preflight import findings, require
 from flows.run.progress import SilentReporter
 from flows.run.runner import bytes_of_run, bytes_per_round
+from storage.disk.files import size_text
 from storage.errors import RELATIVE, ConfigError, InputError, OpdError
 from storage.runs import Run
 from storage.store import Artifact, Store
@@ -108,7 +109,7 @@ def check_experiment(experiment: Experiment, root: str | Path) -> Iterator[str]:
             require(found)
     yield (
         f"a round: {experiment.rollout.prompts_per_round * experiment.rollout.num_generations:,} completions,"
-        f" {experiment.steps_per_round:,} optimizer steps, at most {bytes_per_round(experiment) / 2**20:,.1f} MiB of"
+        f" {experiment.steps_per_round:,} optimizer steps, at most {size_text(bytes_per_round(experiment))} of"
         " rollouts and signals before compression"
     )
     yield from _disk(experiment, parameters, Path(root))
@@ -305,18 +306,14 @@ def _disk(experiment: Experiment, parameters: int, root: Path) -> Iterator[str]:
     place = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     yield (
-        f"disk: at most {_size(needed)} for {experiment.policy.rounds} rounds (students, optimizer states, rollouts, signals);"
-        f" {_size(free)} free at {place}"
+        f"disk: at most {size_text(needed)} for {experiment.policy.rounds} rounds (students, optimizer states, rollouts,"
+        f" signals); {size_text(free)} free at {place}"
     )
     if needed > free:
         yield (
             "warning: all rounds may not fit on this disk; set policy.retain and policy.collect (what is kept of earlier"
             " rounds), or another --root"
         )
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def maker_model(experiment: Experiment, maker: Maker, side: str, source: ModelSource) -> Artifact:

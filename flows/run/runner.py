@@ -37,7 +37,7 @@ from flows.run.stopping import terminating
 from flows.run.tracking import tracking
 from flows.trackers import require_trackers
 from storage.artifacts.checkpoints import KEPT
-from storage.disk.files import explain_full_disk
+from storage.disk.files import explain_full_disk, size_text
 from storage.disk.redact import redact
 from storage.errors import ConfigError, CorruptArtifact, OpdError
 from storage.runs import Run, RunState
@@ -286,7 +286,7 @@ def collected(store: Store, run: Run, state: RunState) -> list[str]:
                 if name in {item.artifact for item in removed}:
                     kinds.setdefault(name[0], []).append(round.round)
     what = "; ".join(f"{stage} of round {', '.join(map(str, sorted(set(at))))}" for stage, at in sorted(kinds.items()))
-    lines = [f"collected {sum(item.bytes for item in removed) / 2**20:,.1f} MiB: {what} (policy.retain)"]
+    lines = [f"collected {size_text(sum(item.bytes for item in removed))}: {what} (policy.retain)"]
     last = max((number for at in kinds.values() for number in at), default=0)
     rounds, seconds = rebuild_cost(state, gone, last)
     if (note := unrepeatable_note(plan.unrepeatable)) is not None:

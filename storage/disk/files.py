@@ -132,7 +132,7 @@ def explain_full_disk(path: Path) -> Iterator[None]:
             left = ""
             with suppress(OSError):
                 free = shutil.disk_usage(path if path.is_dir() else path.parent).free
-                left = f" ({_gib(free)} free)"
+                left = f" ({size_text(free)} free)"
             raise NotEnoughSpace(
                 f"the disk is full: could not write {path}{left}. Nothing committed is lost: free space, then resume"
             ) from error
@@ -145,13 +145,17 @@ def require_space(path: Path, bytes_needed: int, purpose: str = "") -> None:
     if free < bytes_needed:
         for_what = f" for {purpose}" if purpose else ""
         raise NotEnoughSpace(
-            f"{path}: {_gib(bytes_needed)} needed{for_what}, {_gib(free)} free. Free some space or choose another root"
+            f"{path}: {size_text(bytes_needed)} needed{for_what}, {size_text(free)} free. Free some space or choose another root"
             " (--root, OPD_ROOT)"
         )
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**20 else f"{size} bytes"
+def size_text(count: float) -> str:
+    """Bytes for a person."""
+    for unit, one in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= one:
+            return f"{count / one:,.1f} {unit}"
+    return f"{count:.0f} B"
 
 
 def write_durably(directory: Path, data: bytes) -> Path:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
 from flows.distill import distill
 from flows.experiment import Experiment
 from flows.prefect_.failure import failure
+from flows.prefect_.notify import require_blocks
+from flows.prefect_.server import ServerUnavailable
 from flows.prefect_.session import Session, prefect_session
 from flows.prefect_.shown import InPrefect, show_failure, show_summary
 from flows.run.executor import Maker
@@ -32,6 +34,8 @@ def distill_in_prefect(
     """The main path as a Prefect flow; without a usable Prefect, the main path."""
     with prefect_session(maker.store.root) as session:
         if session.active:
+            with suppress(ServerUnavailable):  # a server that fails is no reason to refuse a run
+                require_blocks(experiment.hooks)
             maker.run_task = partial(run_stage, session)
             maker.reporter = InPrefect(session, maker.run, maker.state, maker.reporter)
         name, root = maker.run.name, maker.store.root

@@ -6,11 +6,12 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from flows.experiment import Hooks
+from flows.experiment import Hooks, PrefectBlock
 from storage.disk.redact import redact
 from storage.runs import Run, RunState
 
@@ -44,13 +45,15 @@ def _variables(state: RunState, root: Path, round: int) -> dict[str, str]:
 
 def _call(
     name: str,
-    command: Sequence[str] | str,
+    command: Sequence[str] | str | PrefectBlock,
     timeout: float,
     run: Run,
     variables: Mapping[str, str],
     metrics: Mapping[str, float | None],
 ) -> str | None:
     log = run.log_path("hooks")
+    if isinstance(command, PrefectBlock):
+        command = [sys.executable, "-P", "-m", "flows.prefect_.notify", command.block]
     try:
         with log.open("ab") as out:
             out.write(f"--- {name} after round {variables['OPD_ROUND']}\n".encode())

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from places import TINY
+from shared_prefect import eventually
 
 from flows.experiment import Hooks, load_experiment
 from flows.run import runner
@@ -72,7 +73,7 @@ def test_a_command_that_takes_too_long_ends_with_its_children(run: Run, tmp_path
     warning = after_round(hooks, run, STATE, 1, tmp_path)
     assert warning is not None and "hooks.timeout" in warning
     child = int(pid.read_text())
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    eventually(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
 
 
 def test_an_empty_command_is_refused() -> None:

@@ -38,10 +38,10 @@ $(VENV)/.installed-gpu: requirements/gpu.txt requirements/dev.txt pyproject.toml
 	@touch $@
 	@echo "Installed. Next: make demo, or with models of yours: . $(VENV)/bin/activate && opd init --help"
 
-demo: setup  ## distil a small model on this machine's CPU; two to two and a half minutes on two idle cores
+demo: setup  ## distil a small model on this machine's CPU; two to two and a half about ten minutes of CPU time
 	@$(BIN)/opd run configs/demo.yaml --name demo
 
-demo-text: setup  ## SmolLM2-135M teaches itself without four of its 30 layers; minutes on two idle cores
+demo-text: setup  ## SmolLM2-135M teaches itself without four of its 30 layers; about ten minutes of CPU time
 	@test -e smollm2/student-26/config.json || $(BIN)/python benchmarks/smollm2.py smollm2
 	@$(BIN)/opd run configs/demo-text.yaml --name demo-text
 	@$(BIN)/python benchmarks/demo_text.py demo-text
@@ -63,7 +63,7 @@ faults: setup  ## all fault tests in full (docs/reliability.md); takes hours, ca
 	@$(BIN)/python -m pytest -m "faults or promise"; code=$$?; \
 	  $(BIN)/python tests/support/fault_table.py docs/reliability.md; exit $$code
 
-bench: setup  ## measure speed and memory, and write the table of docs/performance.md; about 20 minutes on two idle cores
+bench: setup  ## measure speed and memory, and write the table of docs/performance.md; about 20 about ten minutes of CPU time
 	@$(BIN)/python benchmarks/bench.py
 
 bench-full: setup  ## the same with the long ones (hours): PAIR and TRL are folders, see benchmarks/bench.py --help

@@ -210,7 +210,7 @@ class Scorer(Engine):
     def top(self, models: dict, rollouts: pa.Table, k: int) -> dict[str, list[np.ndarray]]:
         """A teacher whose K candidates are equally likely: ids in order, nothing in the tail."""
         samples = self.samples(rollouts)
-        first = [draw(models, "top", ids).integers(0, 256 - k, n) for ids, n in samples]
+        first = [draw(models, "top", ids).integers(0, max(1, 256 - k), n) for ids, n in samples]
         return {
             f"teacher_top{k}_ids": [starts[:, None] + np.arange(k) for starts in first],
             f"teacher_top{k}_logprobs": [np.full((n, k), -np.log(k), np.float32) for _, n in samples],

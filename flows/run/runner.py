@@ -183,8 +183,10 @@ def run_experiment(
                 goal = min(goal, state.rounds_done + further)
                 evaluated = evaluated or partial(experiment.policy.evaluates, last=experiment.policy.rounds)
             refuse_full_disk(store, experiment)
-            state.status, state.error, state.ended = "running", None, None
-            run.save(state)
+            idle = restore is None and nothing_to_do(experiment, store, goal, evaluated, on_set)
+            if not (idle and state.status == "finished"):  # that one stays finished also where this call is killed
+                state.status, state.error, state.ended = "running", None, None
+                run.save(state)
             reporter.begins(state, goal)
             with ExitStack() as stack:
                 pool = stack.enter_context(workers_for(experiment, run.log_path("run").parent, workers))
@@ -209,7 +211,6 @@ def run_experiment(
                 stop = experiment.policy.stop if restore is None else None
                 maker = Maker(store, run, state, context, reporter, restore=restore, after_round=then, stop=stop)
                 pool.say = lambda text: reporter.note(maker.number, "start", text)
-                idle = restore is None and nothing_to_do(experiment, store, goal, evaluated, on_set)
                 maker.reporter = stack.enter_context(
                     tracking(experiment, store, run, OnlyWork(reporter) if idle else reporter, log)
                 )

@@ -1,4 +1,4 @@
-"""A call that finds everything in the store: it starts no Prefect, writes the state at its begin and end, and prints one line."""
+"""A call that finds everything in the store: it starts no Prefect, writes the state at its end alone, and prints one line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,16 @@ def test_one_line_and_no_prefect(finished: StoppedRun, command: str) -> None:
     assert "rollout " not in output.split("seconds per stage")[0], "no line of a stage before the report"
     after = Run.open(finished.root, NAME).state
     assert (after.rounds, after.status) == (state.rounds, "finished") and finished.result() == before
-    assert saves(finished) - count == 2, "once as running, once as finished"
+    assert saves(finished) - count == 1, "as finished: where such a call is killed, the run is finished still"
+
+
+def test_one_that_is_interrupted_leaves_the_run_finished(finished: StoppedRun) -> None:
+    before = len(finished.output)
+    armed = NO_SERVER | {failpoints.SPEC: "run.before_save=raise:KeyboardInterrupt@1"}
+    process = finished.opd("resume", NAME, "--no-prefect", **armed)
+    process.join(PATIENCE)
+    assert finished.ended(process) != 0, finished.output[before:]
+    assert Run.open(finished.root, NAME).state.status == "finished"
 
 
 def test_a_damaged_artifact_is_work(finished: StoppedRun) -> None:

@@ -64,7 +64,7 @@ def as_metadata_says(site: Path) -> None:
     python = SpecifierSet(found.metadata["Requires-Python"])
     assert [minor for minor in range(9, 16) if f"3.{minor}" in python] == [11, 12, 13]
     requirements = [Requirement(text) for text in found.requires or ()]
-    extras = {"gpu", "lm-eval", "mlflow", "tensorboard", "trackers", "trackio", "wandb"}
+    extras = {"gcs", "gpu", "lm-eval", "mlflow", "ray", "remote", "tensorboard", "trackers", "trackio", "wandb"}
     assert set(found.metadata.get_all("Provides-Extra")) == extras
     # what samples is asked for by one extra alone: elsewhere `opd check` says how to install it
     assert [str(r) for r in requirements if r.name.startswith("vllm")] == ['vllm==0.32.0; extra == "gpu"']

@@ -1,5 +1,6 @@
 # make demo: install, then distil a small model on this machine.  make test: the test suite.  make help: all targets.
-PYTHON ?= python3.11
+# The first of these that runs; the suite is run on 3.11.
+PYTHON ?= $(or $(shell for p in python3.11 python3.12 python3.13; do $$p -c '' 2>/dev/null && echo $$p && break; done),python3.11)
 EXTRA ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +19,7 @@ setup: $(VENV)/.installed-$(EXTRA)  ## create the environment in .venv (EXTRA=gp
 # The pinned lists are complete and are installed without the resolver. torch's CPU build comes from the configured package
 # index, or from PyTorch's own index if that has none.
 $(VENV)/.installed-cpu: requirements/cpu.txt requirements/dev.txt pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11, 3.12 or 3.13 is needed; set PYTHON=/path/to/python"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing pinned dependencies into $(VENV) (a few minutes, about 3.5 GB) ..."
 	@$(PIP) install --no-deps -r requirements/cpu.txt 2>/dev/null \
@@ -29,7 +30,7 @@ $(VENV)/.installed-cpu: requirements/cpu.txt requirements/dev.txt pyproject.toml
 	@echo "Installed. Next: make demo, or with models of yours: . $(VENV)/bin/activate && opd init --help"
 
 $(VENV)/.installed-gpu: requirements/gpu.txt requirements/dev.txt pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11, 3.12 or 3.13 is needed; set PYTHON=/path/to/python"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing pinned dependencies with CUDA builds into $(VENV) (several GB) ..."
 	@$(PIP) install --no-deps -r requirements/gpu.txt

@@ -54,7 +54,7 @@ def test_a_path_of_the_documentation_names_the_installed_config_unless_it_exists
 def pinned(name: str) -> dict[str, str]:
     """Package -> version of a list of requirements/."""
     lines = (CHECKOUT / "requirements" / name).read_text().splitlines()
-    found = (line.split("#")[0].strip().partition("==") for line in lines if "==" in line)
+    found = (line.split("#")[0].split(";")[0].strip().partition("==") for line in lines if "==" in line)
     return {canonicalize_name(package): version for package, _, version in found}
 
 
@@ -62,9 +62,9 @@ def as_metadata_says(site: Path) -> None:
     """What pip reads of the installed package is what the documents and the pinned lists say."""
     (found,) = importlib.metadata.distributions(path=[str(site)])
     python = SpecifierSet(found.metadata["Requires-Python"])
-    assert [minor for minor in range(9, 16) if f"3.{minor}" in python] == [11, 12]
+    assert [minor for minor in range(9, 16) if f"3.{minor}" in python] == [11, 12, 13]
     requirements = [Requirement(text) for text in found.requires or ()]
-    extras = {"gpu", "lm-eval", "mlflow", "tensorboard", "trackers", "trackio", "wandb"}
+    extras = {"gcs", "gpu", "lm-eval", "mlflow", "ray", "remote", "tensorboard", "trackers", "trackio", "wandb"}
     assert set(found.metadata.get_all("Provides-Extra")) == extras
     # what samples is asked for by one extra alone: elsewhere `opd check` says how to install it
     assert [str(r) for r in requirements if r.name.startswith("vllm")] == ['vllm==0.32.0; extra == "gpu"']

@@ -289,8 +289,8 @@ class Experiment(BaseModel):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The part that determines results, as JSON."""
-        return self.model_dump(mode="json", exclude={"runtime", *CHANGEABLE})
+        """The part that determines results, as JSON; of a fork's parent too."""
+        return _determining(self.model_dump(mode="json"))
 
     def at(self, round: int) -> Experiment:
         """The experiment that applies to a round: the parent's for rounds up to a fork, and with the behaviour that holds at the
@@ -535,6 +535,14 @@ def _functions(data: dict[str, Any]) -> list[str]:
 def _names(data: dict[str, Any]) -> list[str]:
     names = data.get("plugins")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list | tuple) else []
+
+
+def _determining(data: dict[str, Any]) -> dict[str, Any]:
+    """A config without the sections that may change between two calls, its own and those of the runs it was forked from."""
+    kept = {name: value for name, value in data.items() if name not in ("runtime", *CHANGEABLE)}
+    if kept.get("fork"):
+        kept["fork"] = kept["fork"] | {"experiment": _determining(kept["fork"]["experiment"])}
+    return kept
 
 
 def as_stored(data: dict[str, Any]) -> dict[str, Any]:

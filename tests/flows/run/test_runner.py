@@ -62,6 +62,20 @@ def test_a_fork_changes_nothing_that_round_0_made(tmp_path, change, field):
     fork_experiment("base", 0, tmp_path, ["train.lr=0.5", "evaluate.prompts=3"])
 
 
+def test_a_fork_goes_on_whatever_its_parents_rounds_and_runtime_became(tmp_path):
+    open_run(load_experiment(TINY), "base", tmp_path)
+    open_run(fork_experiment("base", 0, tmp_path, ["train.lr=0.5"]), "fork", tmp_path)
+    open_run(fork_experiment("fork", 0, tmp_path, ["train.lr=0.25"]), "second", tmp_path)
+    for name in ("base", "fork"):
+        changed = resume_experiment(name, tmp_path, ["policy.rounds=7", "runtime.threads=2", "hooks.on_round=date"])
+        Run.open(tmp_path, name).save_experiment(changed.model_dump(mode="json"))
+    open_run(fork_experiment("base", 0, tmp_path, ["train.lr=0.5"]), "fork", tmp_path)
+    open_run(fork_experiment("fork", 0, tmp_path, ["train.lr=0.25"]), "second", tmp_path)
+    with pytest.raises(IdentityMismatch) as refused:
+        open_run(fork_experiment("base", 0, tmp_path, ["train.lr=0.75"]), "fork", tmp_path)
+    assert "policy" not in str(refused.value)
+
+
 SDPO, UNREAD = CHECKOUT / "configs/recipes/sdpo.yaml", "objective.ratio=none"
 
 

@@ -87,6 +87,9 @@ def report(state: RunState, root: Path, holder: str | None, out: Console) -> lis
     if (why := failure(state)) is not None:
         parts.append(Text(f"failed at {state.updated}: {why}", style="red"))
         parts.append(Text(f"after fixing the cause, continue with: {resume}"))
+        if state.failed_at_start:
+            changed = opd_command(root, "run", "CONFIG", "--name", state.name)
+            parts.append(Text(f"where the config has to change: {changed}"))
     parts += [
         Text(
             f"made otherwise by an earlier version: {reason}. {resume} makes this, and all that follows, again",

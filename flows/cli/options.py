@@ -23,9 +23,14 @@ def local(path: Path | None) -> Path | None:
     """A path of this machine. InputError for what looks like a URL or another scheme: it would become a folder of that name."""
     if path is not None and (found := scheme(path)):
         raise InputError(
-            f"{path}: a path on this machine is needed, and this looks like {found}; {INSTEAD.get(found, OTHERWISE)}"
+            f"{_as_typed(path)}: a path on this machine is needed, and this looks like {found}; {INSTEAD.get(found, OTHERWISE)}"
         )
     return path
+
+
+def _as_typed(path: Path) -> str:
+    """`s3://b/x` for the Path of it, which has lost a slash."""
+    return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]+:)/(?!/)", r"\1//", str(path))
 
 
 def readable(path: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from flows.config_file import Settled, merge, parse_override, read_layers, refuse_secrets, validate
+from flows.config_file import Settled, merge, parse_override, read_layers, refusal, refuse_secrets, validate
 from flows.cross_checks import WITH_DTYPE, cross_problems, without_effect
 from flows.trackers import AnyTracker, TrackerConfig
 from storage.disk.yaml_text import dump
@@ -285,7 +285,7 @@ class Experiment(BaseModel):
     def _cross_checks(self) -> Experiment:
         problems = list(cross_problems(self))
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
     def identity(self) -> dict[str, Any]:
@@ -460,7 +460,7 @@ def refuse_without_effect(experiment: Experiment, where: str, begun: Begun) -> N
     accepted = () if experiment.parent is None else without_effect(experiment.parent)
     unread = [line for line in without_effect(experiment) if line not in accepted]
     if unread and not begun(experiment):
-        raise ConfigError(f"{where}: {len(unread)} problem(s) in the config\n  " + "\n  ".join(unread))
+        raise ConfigError(refusal(where, unread))
 
 
 def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

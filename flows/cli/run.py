@@ -202,7 +202,10 @@ def _dry_run(experiment: Experiment, name: str, root: Path, rounds: int | None, 
     if experiment.judge is not None and not needs_judge(experiment):
         out.print(f"note: {NOT_JUDGED}", soft_wrap=True)
     if left:
-        out.print(takes or f"{len(left)} rounds to train; how long one takes is known after the first")
+        out.print(
+            takes
+            or f"{len(left)} round{'s' if len(left) > 1 else ''} to train; how long one takes is known after the first"
+        )
     if verbose:
         out.print(experiment.to_yaml(), markup=False)
     else:

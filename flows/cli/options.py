@@ -66,7 +66,9 @@ Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="ov
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
 SetOfRun = Annotated[
     list[str],
-    typer.Option("--set", metavar="FIELD=VALUE", help="a field of runtime or policy, e.g. policy.rounds=8"),
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", help="a field of runtime, policy, trackers or hooks, e.g. policy.rounds=8"
+    ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="a line per stage, with its metrics")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print warnings and errors only")]

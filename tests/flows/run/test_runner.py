@@ -183,3 +183,22 @@ def test_a_run_of_an_earlier_version_keeps_its_estimator_of_drift(tmp_path):
     assert fork_experiment("old", 0, tmp_path, []).at(0).train == resumed.train
     with pytest.raises(IdentityMismatch, match=r'train\.drift_estimator: absent in the run, "k3" now'):
         open_run(new, "old", tmp_path)
+
+
+def test_figures_that_a_round_did_not_measure_are_explained(tmp_path, capsys):
+    run = open_run(load_experiment(TINY), "base", tmp_path)
+    measured = {"train_student_entropy_last": 2.5, "train_teacher_entropy_last": 2.0}
+    state = run.state
+    state.rounds = [
+        RoundState(round=0, student_sha256="0" * 64),
+        RoundState(round=1, student_sha256="1" * 64, metrics=measured),
+        RoundState(round=2, student_sha256="2" * 64, metrics=measured | {"train_student_entropy_last": None}),
+    ]
+
+    def shown():
+        print_report(state, tmp_path)
+        return capsys.readouterr().out
+
+    assert "overlap and entropy: measured every train.metrics_every steps" in shown()
+    state.rounds.pop()
+    assert "2.500" in shown() and "metrics_every" not in shown()

@@ -186,7 +186,15 @@ def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
     found = error.get("input")
     if unknown:
         known = _fields_at(model, location[:-1])
-        hint = did_you_mean(str(location[-1]), known, f"known here: {', '.join(sorted(known))}")
+        inside = [
+            f"{name}.{location[-1]}" for name in known if location[-1] in _fields_at(model, (*location[:-1], name))
+        ]
+        otherwise = f"known here: {', '.join(sorted(known))}"
+        if inside:
+            section = field.rpartition(".")[0]
+            hint = f"did you mean {' or '.join(f'{section}.{name}'.strip('.') for name in inside)}?"
+        else:
+            hint = did_you_mean(str(location[-1]), known, otherwise)
         return f"{field}: unknown field; {hint}"
     if error["type"] == "missing":
         hint = ""

@@ -229,6 +229,11 @@ def test_every_problem_is_listed_at_once():
     assert "2 problems in the config" in message and "rollout.top_p" in message and "train.lr" in message
 
 
+def test_a_field_without_its_section_is_answered_with_it():
+    assert "lr: unknown field; did you mean train.lr?" in refused("lr=1e-4")
+    assert "did you mean train.schedule.warmup_steps?" in refused("train.warmup_steps=4")
+
+
 def test_fields_that_do_not_fit_together_are_a_line_each():
     credit = "objective={estimator: credit, reward: {kind: group}}"
     message = refused("train.samples_per_step=7", credit, "judge=null", "rollout.num_generations=1")

@@ -280,6 +280,14 @@ def test_query_without_a_name_covers_all_runs(opd):
     assert out.split() == ["run", "demo", "other"]
 
 
+def test_parts_of_characters_have_names_over_the_vocabulary_too(opd):
+    """`where-they-part` calls it, and reads no tokens."""
+    out = opd("query", "demo", "select part_name('\u0143') as name from vocabulary limit 1", "--csv").out
+    assert out.splitlines() == ["name", "<0xAD>"]
+    assert "part_name" in opd("query", "demo", "where-they-part", "other=other", "--sql").out
+    assert opd("query", "demo", "where-they-part", "other=other").code == 0
+
+
 def test_query_json_is_json_for_every_type(opd):
     sql = (
         "select 'nan'::float as a, '-inf'::double as b, [[0.5::double, 'inf'::double]] as c, map {'k': 1} as d,"

@@ -8,6 +8,7 @@ import os
 import re
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -76,7 +77,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = load(path.read_bytes())
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
+        beside = [near.name for near in path.absolute().parent.glob("*.y*ml")]
+        hint = did_you_mean(path.name, beside, f"here are {', '.join(sorted(beside)[:10])}" if beside else "")
+        raise ConfigError(f"{path}: no such config file{'; ' + hint if hint else ''}") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder, not a config file") from None
     except UnicodeDecodeError as error:
@@ -127,19 +130,24 @@ def validate(model: type[Model], data: dict[str, Any], where: str) -> Model:
     """The validated model, or ConfigError listing every bad field with what was found and what is allowed."""
     refuse_secrets(data, where)
     if found := [f"{field}: {what}" for field, what in _unwritable(data)]:
-        raise ConfigError(f"{where}: {len(found)} problem(s) in the config\n  " + "\n  ".join(found))
+        raise ConfigError(refusal(where, found))
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(model, dict(e)) for e in error.errors(include_url=False)]
-        raise ConfigError(f"{where}: {len(lines)} problem(s) in the config\n  " + "\n  ".join(lines)) from None
+        lines = [line for e in error.errors(include_url=False) for line in _explained(model, dict(e))]
+        raise ConfigError(refusal(where, lines)) from None
+
+
+def refusal(where: str, problems: Sequence[str]) -> str:
+    """A message with one problem of a config per line."""
+    return "\n  ".join([f"{where}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the config", *problems])
 
 
 def refuse_secrets(data: dict[str, Any], where: str) -> None:
     """ConfigError, without repeating it, for a config that contains a secret: configs are stored with every run."""
     if found := [f"{field}: {what}" for field, what in secrets_in(data)]:
         raise ConfigError(
-            f"{where}: {len(found)} secret(s) in the config, which would be stored with every run\n  "
+            f"{where}: {len(found)} secret{'s' if len(found) > 1 else ''} in the config, which would be stored with every run\n  "
             + "\n  ".join(found)
             + "\n  remove it and use the environment instead: HF_TOKEN (or `hf auth login`) for the Hub,"
             " PREFECT_API_KEY for Prefect, a variable that your plugin reads for anything else"
@@ -163,6 +171,13 @@ def _unwritable(value: Any, where: str = "") -> typing.Iterator[tuple[str, str]]
             yield where, f"character {error.start} is U+{ord(value[error.start]):04X}, which is not valid Unicode text"
 
 
+def _explained(model: type[BaseModel], error: dict[str, Any]) -> list[str]:
+    """What is wrong, a line each: fields that do not fit together are checked at once, and each line names them itself."""
+    if error["type"] == "value_error" and not error["loc"]:
+        return str(error["msg"].removeprefix("Value error, ")).split("\n")
+    return [_explain(model, error)]
+
+
 def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
     location = tuple(error["loc"])
     unknown = error["type"] == "extra_forbidden"
@@ -171,7 +186,15 @@ def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
     found = error.get("input")
     if unknown:
         known = _fields_at(model, location[:-1])
-        hint = did_you_mean(str(location[-1]), known, f"known here: {', '.join(sorted(known))}")
+        inside = [
+            f"{name}.{location[-1]}" for name in known if location[-1] in _fields_at(model, (*location[:-1], name))
+        ]
+        otherwise = f"known here: {', '.join(sorted(known))}"
+        if inside:
+            section = field.rpartition(".")[0]
+            hint = f"did you mean {' or '.join(f'{section}.{name}'.strip('.') for name in inside)}?"
+        else:
+            hint = did_you_mean(str(location[-1]), known, otherwise)
         return f"{field}: unknown field; {hint}"
     if error["type"] == "missing":
         hint = ""

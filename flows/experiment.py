@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from flows.config_file import Settled, merge, parse_override, read_layers, refuse_secrets, validate
+from flows.config_file import Settled, merge, parse_override, read_layers, refusal, refuse_secrets, validate
 from flows.cross_checks import WITH_DTYPE, cross_problems, without_effect
 from flows.trackers import AnyTracker, TrackerConfig
 from storage.disk.yaml_text import dump
@@ -296,12 +296,12 @@ class Experiment(BaseModel):
     def _cross_checks(self) -> Experiment:
         problems = list(cross_problems(self))
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The part that determines results, as JSON."""
-        return self.model_dump(mode="json", exclude={"runtime", *CHANGEABLE})
+        """The part that determines results, as JSON; of a fork's parent too."""
+        return _determining(self.model_dump(mode="json"))
 
     def at(self, round: int) -> Experiment:
         """The experiment that applies to a round: the parent's for rounds up to a fork, and with the behaviour that holds at the
@@ -471,7 +471,7 @@ def refuse_without_effect(experiment: Experiment, where: str, begun: Begun) -> N
     accepted = () if experiment.parent is None else without_effect(experiment.parent)
     unread = [line for line in without_effect(experiment) if line not in accepted]
     if unread and not begun(experiment):
-        raise ConfigError(f"{where}: {len(unread)} problem(s) in the config\n  " + "\n  ".join(unread))
+        raise ConfigError(refusal(where, unread))
 
 
 def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -546,6 +546,14 @@ def _functions(data: dict[str, Any]) -> list[str]:
 def _names(data: dict[str, Any]) -> list[str]:
     names = data.get("plugins")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list | tuple) else []
+
+
+def _determining(data: dict[str, Any]) -> dict[str, Any]:
+    """A config without the sections that may change between two calls, its own and those of the runs it was forked from."""
+    kept = {name: value for name, value in data.items() if name not in ("runtime", *CHANGEABLE)}
+    if kept.get("fork"):
+        kept["fork"] = kept["fork"] | {"experiment": _determining(kept["fork"]["experiment"])}
+    return kept
 
 
 def as_stored(data: dict[str, Any]) -> dict[str, Any]:

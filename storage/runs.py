@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -99,6 +99,12 @@ class RunState(_State):
         return max(done, default=0)
 
     @property
+    def failed_at_start(self) -> bool:
+        """Whether it failed before a stage past `prepare` was done."""
+        made = [name for r in self.rounds for name, stage in r.stages.items() if stage.state in ("done", "cached")]
+        return self.status == "failed" and all(name.startswith(("model", "prepare")) for name in made)
+
+    @property
     def last_trained(self) -> RoundState | None:
         """The last round whose student is known, evaluated or not."""
         return max((r for r in self.rounds if r.student_sha256), key=lambda r: r.round, default=None)
@@ -113,7 +119,8 @@ class Run:
 
     @classmethod
     def create(cls, root: Path | str, name: str, experiment: dict[str, Any], identity: dict[str, Any]) -> Run:
-        """A new run, or the existing one of this name with the same identity (its files are left alone).
+        """A new run, or the existing one of this name with the same identity (its files are left alone). One that failed at its
+        start takes the new config: what failed there was most often the config.
 
         `experiment`: the resolved config as plain YAML values. `identity`: the part that determines results.
         Raises IdentityMismatch, listing the differences, if the existing run has another identity."""
@@ -122,12 +129,22 @@ class Run:
         if not directory.exists() and _make(directory, name, experiment, plain):
             return cls(directory)
         run = cls.open(root, name)
-        if run.identity != plain:
+        if run.identity != plain and not run._begun_anew(experiment, plain):
             raise IdentityMismatch(
                 f"run {name!r} exists with another identity; choose another --name, or fork it. Differences:\n"
                 + "\n".join(_difference(run.identity, plain))
             )
         return run
+
+    def _begun_anew(self, experiment: dict[str, Any], identity: dict[str, Any]) -> bool:
+        """Replaces the records of a run that failed at its start; False for any other."""
+        with suppress(CorruptArtifact):
+            if self.state.failed_at_start:
+                with self.lock():
+                    if self.state.failed_at_start:  # nobody was faster
+                        replace_records(self, _records(self.name, experiment, identity))
+                        return True
+        return False
 
     @classmethod
     def open(cls, root: Path | str, name: str) -> Run:
@@ -307,10 +324,13 @@ def _directory(root: Path | str, name: str) -> Path:
 
 
 def _make(directory: Path, name: str, experiment: dict[str, Any], identity: dict[str, Any]) -> bool:
+    return _publish(directory, _records(name, experiment, identity))
+
+
+def _records(name: str, experiment: dict[str, Any], identity: dict[str, Any]) -> dict[str, bytes]:
+    """The files of a new run."""
     state = _state(RunState(name=name, updated=utc_now()))
-    return _publish(
-        directory, {_EXPERIMENT: _experiment(name, experiment), _IDENTITY: _identity(name, identity), _STATE: state}
-    )
+    return {_EXPERIMENT: _experiment(name, experiment), _IDENTITY: _identity(name, identity), _STATE: state}
 
 
 def _publish(directory: Path, files: Mapping[str, bytes]) -> bool:

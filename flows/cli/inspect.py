@@ -247,12 +247,14 @@ def query(
         )
         tables.print_views(views, json_, csv, sys.stdout, commands)
         return
-    questions.check_run_given(root, name_or_sql)
-    runs = [Run.open(root, name)] if name is not None else []
     named = questions.is_name(statement)
+    known = Catalog(Store(root)).views().all if named and (root / "artifacts").is_dir() else Views().all
+    a_view = named and statement.casefold() in known
+    if name is not None or not a_view:
+        questions.check_run_given(root, name_or_sql)
+    runs = [Run.open(root, name)] if name is not None else []
     if named:
-        known = Catalog(Store(root)).views().all if (root / "artifacts").is_dir() else Views().all
-        if statement.casefold() in known:
+        if a_view and not (runs and statement in questions.names()):
             return tables.print_columns(known[statement.casefold()], json_, csv, sys.stdout)
         given = [*(parameters or []), *([f"round={number}"] if number is not None else [])]
         statement, runs = questions.statement(root, runs, statement, given, known)

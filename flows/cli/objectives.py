@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,7 +14,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.cli.options import Json, console, example
+from storage.disk.yaml_text import plain
 from storage.errors import ConfigError, did_you_mean
+
+_TASK = ("demo", "quickstart")
+"""Configs of the demo task, over which the recipes stand."""
+_OF_THE_TASK = {
+    "rollout": ("prompts_per_round", "max_completion_length"),
+    "teacher": ("warmup",),
+    "train": ("lr", "samples_per_step", "schedule"),
+}
+"""By section the fields that fit the demo task alone."""
 
 if TYPE_CHECKING:
     from flows.reference.catalogue import Entry
@@ -111,4 +123,53 @@ def _show(out: Console, entry: Entry) -> None:
             table.add_row(field.name, escape(field.default), escape(field.meaning))
         out.print()
         out.print(table)
+    if entry.axis == "recipe":
+        out.print("\nin a config of your own:\n")
+        for line in config_lines(entry.name):
+            out.print(f"    {escape(line)}", soft_wrap=True)
+        out.print("\nrollout and teacher: beside what is there; k, verifiers, columns, steps and caps are the demo's")
     out.print()
+
+
+def own_part(recipe: str) -> dict[str, Any]:
+    """What a recipe sets that does not belong to the demo's task: no models, prompts, lengths, learning rate."""
+    from flows.config_file import RECIPE, merge, read_layers
+
+    whole: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    for file, data in read_layers(Path(f"{RECIPE}{recipe}")):
+        whole = merge(whole, data)
+        own = own if file.stem in _TASK else merge(own, data)
+    found = {name: dict(whole[name]) for name in ("objective", "supervise", "judge", "mixture") if whole.get(name)}
+    beside = found["objective"].get("beside")
+    for place in (found["objective"], beside if isinstance(beside, dict) else {}):
+        if "support" in place and place["support"].get("kind") == "full":
+            place["support"] = {"kind": "full"}  # its k is the demo's vocabulary; left out it is the models' own
+    for section, left_out in _OF_THE_TASK.items():
+        if kept := {name: value for name, value in (own.get(section) or {}).items() if name not in left_out}:
+            found[section] = kept
+    return dict(plain(found))
+
+
+def config_lines(recipe: str) -> list[str]:
+    """`own_part` as YAML, a field per line."""
+    return [
+        line
+        for section, fields in own_part(recipe).items()
+        for line in (f"{section}:", *(f"  {field}: {_flow(value)}" for field, value in fields.items()))
+    ]
+
+
+def _flow(value: Any) -> str:
+    """A value of a config on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_flow(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    if (
+        isinstance(value, str)
+        and re.fullmatch(r"[a-z_]+", value)
+        and value not in ("null", "true", "false", "yes", "no", "on", "off")
+    ):
+        return value
+    return json.dumps(value, ensure_ascii=False)

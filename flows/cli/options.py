@@ -23,9 +23,14 @@ def local(path: Path | None) -> Path | None:
     """A path of this machine. InputError for what looks like a URL or another scheme: it would become a folder of that name."""
     if path is not None and (found := scheme(path)):
         raise InputError(
-            f"{path}: a path on this machine is needed, and this looks like {found}; {INSTEAD.get(found, OTHERWISE)}"
+            f"{_as_typed(path)}: a path on this machine is needed, and this looks like {found}; {INSTEAD.get(found, OTHERWISE)}"
         )
     return path
+
+
+def _as_typed(path: Path) -> str:
+    """`s3://b/x` for the Path of it, which has lost a slash."""
+    return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]+:)/(?!/)", r"\1//", str(path))
 
 
 def readable(path: Path) -> Path:
@@ -61,7 +66,9 @@ Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="ov
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
 SetOfRun = Annotated[
     list[str],
-    typer.Option("--set", metavar="FIELD=VALUE", help="a field of runtime or policy, e.g. policy.rounds=8"),
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", help="a field of runtime, policy, trackers or hooks, e.g. policy.rounds=8"
+    ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="a line per stage, with its metrics")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print warnings and errors only")]

@@ -35,6 +35,11 @@ _TOKENS = ("token", "other_token")
 """Columns whose white space is shown."""
 
 
+def names() -> list[str]:
+    """The names of all questions. `groups` is also a view: of a run the question is asked, without one the columns are listed."""
+    return list(questions())
+
+
 def is_name(text: str) -> bool:
     """Whether it is one word: the name of a question or view, not SQL."""
     return _NAME.fullmatch(text) is not None

@@ -38,6 +38,7 @@ _LEGEND = (
     "round 0 is the student before distillation; reverse KL is to the teacher, on fresh rollouts; ± is one standard error"
     " over prompts"
 )
+_NOW_AND_THEN = ("train_overlap_ratio_last", "train_student_entropy_last")
 _COLOURS = {"new": "dim", "running": "cyan", "stopped": "yellow", "failed": "red", "finished": "green"}
 _STUDENT_STAGES = (("train", "student"), ("warmup", "student"), ("model", "model"))
 """(stage of a round, artifact) that can hold its student, in order of preference."""
@@ -87,6 +88,9 @@ def report(state: RunState, root: Path, holder: str | None, out: Console) -> lis
     if (why := failure(state)) is not None:
         parts.append(Text(f"failed at {state.updated}: {why}", style="red"))
         parts.append(Text(f"after fixing the cause, continue with: {resume}"))
+        if state.failed_at_start:
+            changed = opd_command(root, "run", "CONFIG", "--name", state.name)
+            parts.append(Text(f"where the config has to change: {changed}"))
     parts += [
         Text(
             f"made otherwise by an earlier version: {reason}. {resume} makes this, and all that follows, again",
@@ -98,7 +102,7 @@ def report(state: RunState, root: Path, holder: str | None, out: Console) -> lis
         gone = evicted(state, root)
         state = completed(Store(root), state)
         parts += _rounds(state, gone, out)
-        parts += [table] if (table := _diagnosed(state)) is not None else []
+        parts += _diagnosed(state)
         headings, rows = by_teacher(state.rounds)
         if rows:
             table = grid(*headings)
@@ -222,18 +226,23 @@ def _rounds(state: RunState, gone: dict[tuple[int, str], list[str]], out: Consol
     return [fitting(out, narrow, slim, brief), Text("seconds per stage:"), seconds]
 
 
-def _diagnosed(state: RunState) -> Table | None:
-    """What the rounds' rewards and trainings are like; None before the first."""
+def _diagnosed(state: RunState) -> list[Table | Text]:
+    """What the rounds' rewards and trainings are like; nothing before the first."""
     rounds = [r for r in sorted(state.rounds, key=lambda r: r.round) if r.round]
     shown, rows = cells(rounds, DIAGNOSED)
     if not shown:
-        return None
+        return []
     table = grid("round", title="rollouts and training", title_justify="left")
     for figure in shown:
         table.add_column(figure.heading, justify="right", overflow="fold")
     for round, row in zip(rounds, rows, strict=True):
         table.add_row(str(round.round), *row)
-    return table
+    now_and_then = [figure.metric for figure in shown if figure.metric in _NOW_AND_THEN]
+    trained = [round for round in rounds if round.student_sha256]
+    if any(round.metrics.get(metric) is None for round in trained for metric in now_and_then):
+        note = "overlap and entropy: measured every train.metrics_every steps; empty where a round has no such step"
+        return [table, Text(note, style="dim")]
+    return [table]
 
 
 def _stages(round: RoundState, gone: set[str]) -> Text:

@@ -96,7 +96,7 @@ def resume(
     json_: RunJson = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Continue a run where it stopped. Only fields of `runtime` and `policy` can be set.
+    """Continue a run where it stopped. Only fields of `runtime`, `policy`, `trackers` and `hooks` can be set.
 
     Exit codes: as for `opd run`."""
     from flows.run.runner import resume_experiment
@@ -202,7 +202,10 @@ def _dry_run(experiment: Experiment, name: str, root: Path, rounds: int | None, 
     if experiment.judge is not None and not needs_judge(experiment):
         out.print(f"note: {NOT_JUDGED}", soft_wrap=True)
     if left:
-        out.print(takes or f"{len(left)} rounds to train; how long one takes is known after the first")
+        out.print(
+            takes
+            or f"{len(left)} round{'s' if len(left) > 1 else ''} to train; how long one takes is known after the first"
+        )
     if verbose:
         out.print(experiment.to_yaml(), markup=False)
     else:
@@ -300,4 +303,6 @@ def go(
         )
     elif built == 0:
         done = max((round.round for round in state.rounds), default=0) if rounds is None else rounds
-        out.print(f"nothing to do: {f'rounds 0 to {done}' if done else 'round 0'} of {name!r} are in the store")
+        out.print(
+            f"nothing to do: {f'rounds 0 to {done}' if done else 'round 0'} of {name!r} {'are' if done else 'is'} in the store"
+        )

@@ -124,7 +124,9 @@ def times(every: str | None, cron: str | None, timezone: str | None) -> Schedule
     try:
         return Cron(str(cron), timezone=zone)
     except ValueError as error:
-        raise ConfigError(f"--cron {cron!r} is refused: {error}") from error
+        raise ConfigError(
+            f"--cron {cron!r} is refused; write five fields, as '0 2 * * *' for 02:00 every day: {error}"
+        ) from error
 
 
 def parse_every(text: str) -> timedelta:

@@ -161,7 +161,10 @@ def _table(tokens: list[dict[str, Any]]) -> Table:
 
 
 def _alternatives(entries: list[tuple[str, float]] | None) -> Text:
-    parts = [Text.assemble(visible(token), (f" {share:.0%}", "dim")) for token, share in entries or ()]
+    parts = [
+        Text.assemble(visible(token), (f" {share:.0%}" if share >= 0.005 else " <1%", "dim"))
+        for token, share in entries or ()
+    ]
     return Text("  ").join(parts)
 
 

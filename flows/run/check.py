@@ -305,8 +305,9 @@ def _disk(experiment: Experiment, parameters: int, root: Path) -> Iterator[str]:
     needed = sum(bytes_of_run(experiment, parameters).values())
     place = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
+    rounds = experiment.policy.rounds
     yield (
-        f"disk: at most {size_text(needed)} for {experiment.policy.rounds} rounds (students, optimizer states, rollouts,"
+        f"disk: at most {size_text(needed)} for {rounds} round{'s' if rounds != 1 else ''} (students, optimizer states, rollouts,"
         f" signals); {size_text(free)} free at {place}"
     )
     if needed > free:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from storage.disk.remote import address
-from storage.errors import IdentityMismatch, OpdError, RunBusy
+from storage.errors import CorruptArtifact, IdentityMismatch, OpdError, RunBusy
 from storage.runs import Run
 
 DEFAULT_ROOT = Path("opd-store")
@@ -27,13 +28,18 @@ def with_resume_hint(error: BaseException, name: str, root: Path) -> str:
 
 
 def resume_hint(error: BaseException, name: str, root: Path) -> list[str]:
-    """The line with the command that continues the run after an error.
+    """The line with the command that continues the run after an error; of one that failed at its start also the command that
+    gives it another config.
 
     None where no run exists yet, another process holds it, or the name belongs to another run."""
     begun = any(run.name == name for run in Run.list(root))
     if not begun or isinstance(error, RunBusy | IdentityMismatch):
         return []
-    return [f"committed results are kept; after fixing the cause: {opd_command(root, 'resume', name)}"]
+    lines = [f"committed results are kept; after fixing the cause: {opd_command(root, 'resume', name)}"]
+    with suppress(CorruptArtifact):
+        if Run.open(root, name).state.failed_at_start:
+            lines.append(f"where the config has to change: {opd_command(root, 'run', 'CONFIG', '--name', name)}")
+    return lines
 
 
 def opd_command(root: Path, *words: str) -> str:

@@ -364,7 +364,9 @@ def fork_experiment(
     run = Run.open(root, name)
     done = run.state.rounds_done
     if round > done:
-        raise ConfigError(f"run {name!r} has finished {done} round(s); it cannot be forked at round {round}")
+        raise ConfigError(
+            f"run {name!r} has finished {done} round{'s' if done != 1 else ''}; it cannot be forked at round {round}"
+        )
     # its own rounds use the current plugins, the shared rounds keep theirs
     own = as_stored(run.experiment)
     parent = {

@@ -96,7 +96,13 @@ def with_error(metrics: Mapping[str, float | None], name: str, form: str) -> str
     value, error = metrics.get(name), metrics.get(f"{name}_se")
     if value is None:
         return ""
-    return form.format(value) + (f" ± {form.format(error)}" if error is not None else "")
+    return form.format(value) + (f" ± {_error(error, form)}" if error is not None else "")
+
+
+def _error(error: float, form: str) -> str:
+    """As the value; an error that would read 0.0000 without being 0 has its own digit: 2e-05."""
+    text = form.format(error)
+    return f"{error:.0e}" if text == "0.0000" and error > 0 else text
 
 
 def samples(metrics: Mapping[str, float | None], name: str) -> str:
@@ -122,7 +128,7 @@ def apart(found: Figure, form: str) -> str:
     """A paired difference: `-0.0155 ± 0.0040`, and whether the two are told apart."""
     if found.value is None:
         return "no prompt in common"
-    sign, error = "+" if found.value >= 0 else "-", "" if found.se is None else f" ± {form.format(found.se)}"
+    sign, error = "+" if found.value >= 0 else "-", "" if found.se is None else f" ± {_error(found.se, form)}"
     text = f"{sign}{form.format(abs(found.value))}{error}"
     return text if found.told_apart else f"{text}, not told apart"
 

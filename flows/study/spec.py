@@ -86,7 +86,7 @@ class Study(_Part):
         if len(set(self.seeds)) < len(self.seeds):
             problems.append("seeds: a value is repeated; it would be the same run")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
     def _reference_problems(self) -> Iterator[str]:

@@ -169,6 +169,8 @@ def _safetensors_files(directory: Path) -> list[Path]:
             raise InputError(f"{index}: names missing files: {', '.join(missing)}")
         return files
     files = sorted(directory.glob("*.safetensors"))
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such folder; a checkpoint's folder is needed")
     if not files:
         raise InputError(f"{directory}: no *.safetensors; convert the checkpoint to safetensors first")
     return files

@@ -62,6 +62,10 @@ class Remote:
         found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", url)
         self.url = url if found and found.end() == len(url) else url.rstrip("/")
         self.protocol = found[1] if found else "file"
+        if self.protocol in ("http", "https"):
+            raise RemoteError(
+                f"{self}: a web address holds no store; use s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or a folder"
+            )
         try:
             kind = fsspec.get_filesystem_class(self.protocol)
             # listings are not cached: what was read a moment ago may have changed
@@ -268,7 +272,9 @@ class Remote:
             if isinstance(error, PermissionError):
                 raise RemoteError(f"{where}: refused ({first}); {_credentials(self.protocol)}") from error
             if _any_of(_UNREACHABLE, kinds):
-                raise RemoteError(f"{self}: not reachable ({first}); what was sent is kept, run it again") from error
+                raise RemoteError(
+                    f"{self}: not reachable ({first}); check address and network, then run it again: what was sent is kept"
+                ) from error
             if isinstance(error, FileNotFoundError):
                 if not writes and "bucket" not in first.lower():
                     raise

@@ -188,7 +188,7 @@ class Catalog:
             connection.register("stages@", _stages_table(states))
         for name, (function, arguments, result) in unpacking.items():
             _add_function(connection, name, function, (arguments, result))
-        if "tokens" in wanted:
+        if "tokens" in wanted or "vocabulary" in wanted:
             _add_text_functions(connection, functools.cache(self._pieces))
         for name in views.all:
             connection.execute(views.sql(name, rows_wanted=name in wanted, used=columns))
@@ -242,7 +242,7 @@ def _add_function(
 
 
 def _add_text_functions(connection: duckdb.DuckDBPyConnection, pieces: Callable[[str], Pieces]) -> None:
-    """What `tokens` calls, and a statement over it may."""
+    """What `tokens` and a question over `vocabulary` call, and a statement over these may."""
     _add_function(connection, "places", places_of(pieces), PLACED)
     _add_function(connection, "part_name", part_names, (["VARCHAR"], "VARCHAR"))
 

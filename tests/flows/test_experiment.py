@@ -226,7 +226,30 @@ def test_full_support_below_the_vocabulary_is_refused():
 
 def test_every_problem_is_listed_at_once():
     message = refused("rollout.top_p=0", "train.lr=-1")
-    assert "2 problem(s)" in message and "rollout.top_p" in message and "train.lr" in message
+    assert "2 problems in the config" in message and "rollout.top_p" in message and "train.lr" in message
+
+
+def test_a_field_without_its_section_is_answered_with_it():
+    assert "lr: unknown field; did you mean train.lr?" in refused("lr=1e-4")
+    assert "did you mean train.schedule.warmup_steps?" in refused("train.warmup_steps=4")
+
+
+def test_fields_that_do_not_fit_together_are_a_line_each():
+    credit = "objective={estimator: credit, reward: {kind: group}}"
+    message = refused("train.samples_per_step=7", credit, "judge=null", "rollout.num_generations=1")
+    first, *lines = message.splitlines()
+    assert first.endswith(f": {len(lines)} problems in the config") and len(lines) > 2
+    for field in ("train.samples_per_step: 7 does not", "judge: ", "rollout.num_generations: 1"):
+        assert any(line.startswith(f"  {field}") for line in lines), field
+    assert refused("train.samples_per_step=7").splitlines()[0].endswith(": 1 problem in the config")
+
+
+def test_a_config_that_is_not_there_is_answered_with_the_nearest(tmp_path):
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(ConfigError, match=r"no such config file; did you mean 'mine.yaml'\?"):
+        load_experiment(tmp_path / "mine.yml", [])
+    with pytest.raises(ConfigError, match=r"no such config file$"):
+        load_experiment(tmp_path / "elsewhere" / "mine.yml", [])
 
 
 @pytest.mark.parametrize("text", ["seed", "=3", "a..b=1"])

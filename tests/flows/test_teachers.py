@@ -71,7 +71,7 @@ def mixture(**weights: float) -> dict[str, Any]:
         ({"mixture": mixture(add=1.0)}, "at least two teachers"),
         ({"mixture": mixture(add=0.5, subtract=0.6)}, "sum is 1.1"),
         ({"mixture": mixture(add=1.5, subtract=-0.5)}, "is not above 0"),
-        ({"mixture": mixture(add=0.5, divide=0.5)}, "`teachers` has no 'divide'; mixture.weights: teachers.subtract"),
+        ({"mixture": mixture(add=0.5, divide=0.5)}, "`teachers` has no 'divide'\nmixture.weights: teachers.subtract"),
         (
             {"mixture": mixture(), "supervise": {"teacher": {"kind": "vllm"}}},
             "mixture: averages the teachers' whole distributions, which supervise.teacher: kind vllm does not give",

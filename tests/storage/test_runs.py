@@ -80,6 +80,35 @@ def test_names_that_could_leave_the_folder_are_refused(tmp_path: Path, name: str
     assert list(tmp_path.iterdir()) == []
 
 
+def failed_run(root: Path, made: dict[str, str]) -> Run:
+    run = Run.create(root, "demo", EXPERIMENT, IDENTITY)
+    state = run.state
+    state.rounds = [RoundState(round=0, stages={name: StageState(state=how) for name, how in made.items()})]
+    state.status, state.error = "failed", "no such file"
+    run.save(state)
+    return run
+
+
+def test_a_run_that_failed_at_its_start_takes_another_config(tmp_path: Path) -> None:
+    """A path that does not exist is in the config: with the name taken, the correction would need another one."""
+    run = failed_run(tmp_path, {"model": "done", "model_teacher": "cached", "prepare": "failed"})
+    Run.create(tmp_path, "demo", EXPERIMENT | {"seed": 2}, IDENTITY | {"seed": 2})
+    assert (run.experiment["seed"], run.identity["seed"]) == (2, 2)
+    assert (run.state.status, run.state.error, run.state.rounds) == ("new", None, [])
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_run_that_made_something_or_goes_on_keeps_its_config(tmp_path: Path, held: bool) -> None:
+    run = failed_run(tmp_path, {"model": "done", "prepare": "done", "warmup": "failed" if held else "done"})
+    if held:
+        state = run.state
+        state.status = "running"
+        run.save(state)
+    with pytest.raises(IdentityMismatch, match="seed: 1 in the run, 2 now"):
+        Run.create(tmp_path, "demo", EXPERIMENT | {"seed": 2}, IDENTITY | {"seed": 2})
+    assert run.experiment == EXPERIMENT
+
+
 @pytest.mark.parametrize("name", ["a", "A.b_c-9", "9", "a..b", "a" * 64])
 def test_ordinary_names_work(tmp_path: Path, name: str) -> None:
     Run.create(tmp_path, name, EXPERIMENT, IDENTITY)

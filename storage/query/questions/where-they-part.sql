@@ -19,7 +19,10 @@ WITH pairs AS (
   FROM pairs
   WHERE ids <> other_ids
 ), words AS (
-  SELECT run, id, any_value(coalesce(text, token)) AS token FROM vocabulary WHERE tokenizer = 'student' GROUP BY ALL
+  SELECT run, id, any_value(CASE WHEN text IS NULL THEN part_name(token) ELSE text END) AS token
+  FROM vocabulary
+  WHERE tokenizer = 'student'
+  GROUP BY ALL
 )
 SELECT
   prompt_id,

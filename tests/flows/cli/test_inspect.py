@@ -280,6 +280,14 @@ def test_query_without_a_name_covers_all_runs(opd):
     assert out.split() == ["run", "demo", "other"]
 
 
+def test_parts_of_characters_have_names_over_the_vocabulary_too(opd):
+    """`where-they-part` calls it, and reads no tokens."""
+    out = opd("query", "demo", "select part_name('\u0143') as name from vocabulary limit 1", "--csv").out
+    assert out.splitlines() == ["name", "<0xAD>"]
+    assert "part_name" in opd("query", "demo", "where-they-part", "other=other", "--sql").out
+    assert opd("query", "demo", "where-they-part", "other=other").code == 0
+
+
 def test_query_json_is_json_for_every_type(opd):
     sql = (
         "select 'nan'::float as a, '-inf'::double as b, [[0.5::double, 'inf'::double]] as c, map {'k': 1} as d,"
@@ -355,6 +363,13 @@ def test_unexpected_errors_keep_their_traceback(example_store):
     assert damaged.returncode == 1 and damaged.stderr.startswith("error: ") and "Traceback" not in damaged.stderr
 
 
+def test_of_a_run_the_question_groups_is_asked_though_a_view_has_the_name(opd):
+    assert "all_equal" in opd("query", "groups").out
+    for args in (("demo", "groups"), ("demo", "groups", "round=1")):
+        assert "all_equal" not in opd("query", *args).out, args
+    assert "FROM" in opd("query", "demo", "groups", "--sql").out
+
+
 def test_a_views_name_where_sql_is_expected_lists_its_columns(opd):
     for args in (("demo", "tokens"), ("tokens",), ("demo", "TOKENS")):
         text = opd("query", *args).out
@@ -373,7 +388,9 @@ def test_a_views_name_where_sql_is_expected_lists_its_columns(opd):
     ("args", "root", "instead"),
     [
         (["ls"], "nothing://bucket/x", "unknown protocol 'nothing'"),
+        (["ls"], "https://host/x", "a web address holds no store"),
         (["ls"], "gs://bucket/x", "pip install 'opdflow[gcs]'"),
+        (["run", "c.yaml"], "gs://bucket/x", "error: gs://bucket/x: a path on this machine"),
         (["run", "c.yaml"], "gs://bucket/x", "`opd push`"),
         (["query", "select 1"], "hub:x/y", "give a folder"),
         (["status"], "file:///tmp/x", "leave out the scheme"),

@@ -36,7 +36,7 @@ def test_what_is_no_duration_is_refused_naming_it(text: str) -> None:
     [
         ((None, None, None), "exactly one"),
         (("1h", "0 2 * * *", None), "exactly one"),
-        ((None, "every day", None), "--cron 'every day'"),
+        ((None, "every day", None), "--cron 'every day'.*five fields, as '0 2"),
         ((None, "0 2 * * *", "Europe/Nowhere"), "--timezone 'Europe/Nowhere'"),
         ((None, "0 2 * * *", "europe/berlin"), "--timezone 'europe/berlin'.*did you mean 'Europe/Berlin'"),
         ((None, "0 2 * * *", "UTC+2"), "--timezone 'UTC.2'"),

@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
+import yaml
 from places import CHECKOUT
 from typer.testing import CliRunner
 
 from flows.cli.app import make_app
+from flows.cli.objectives import config_lines
+from flows.experiment import load_experiment
 from flows.reference.catalogue import catalogue
 from flows.reference.pages import objectives
 from storage.errors import ConfigError
@@ -61,10 +65,30 @@ def test_the_list_and_one_method() -> None:
     shown = run("tropd")
     assert "min(q(y)/p(y), 1)" in shown and "2606.01249" in shown and "logprob_min" in shown
     assert "tasks/losses/trust_regions.py, TrOPD" in shown and "configs/recipes/tropd.yaml" in shown
+    assert "    objective:\n      estimator: policy_gradient\n" in shown
     found = json.loads(run("forward_kl", "--json"))
     assert [(entry["axis"], entry["equations"][0]) for entry in found] == [
         ("divergence", REGISTRY["forward_kl"].equation)
     ]
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (CHECKOUT / "configs" / "recipes").glob("*.yaml")))
+def test_the_lines_that_a_recipe_shows_make_a_config_of_another_task_valid(recipe: str, tmp_path: Path) -> None:
+    text = "\n".join(config_lines(recipe))
+    shown = yaml.safe_load(text)
+    assert "objective" in shown and not {"student", "prompts"} & shown.keys() and "264" not in text
+    config = yaml.safe_load((CHECKOUT / "configs/demo.yaml").read_text())
+    del config["objective"], config["supervise"]
+    config["rollout"]["max_completion_length"] = 48
+    if recipe == "multi-teacher":
+        config |= {"teachers": {"one": config["teacher"]}, "teacher": None}
+    if (shown.get("teacher") or {}).get("source"):
+        config["teacher"] = {"warmup": None}
+    for name, value in shown.items():
+        config[name] = config.get(name, {}) | value if name in ("teacher", "rollout", "train") else value
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
+    objective = load_experiment(tmp_path / "mine.yaml", []).objective
+    assert objective.estimator == load_experiment(Path(f"recipe:{recipe}"), []).objective.estimator
 
 
 def test_a_support_has_the_fields_of_its_own_estimator() -> None:

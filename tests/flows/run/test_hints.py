@@ -24,6 +24,16 @@ def test_whatever_its_exit_code_an_error_of_a_run_says_how_to_go_on(tmp_path: Pa
     assert message.startswith(f"the tokenizer has changed\n{KEPT}") and "opd resume base --root" in message
 
 
+def test_a_run_that_failed_at_its_start_may_take_another_config(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "base", {}, {})
+    state = run.state
+    state.status = "failed"
+    run.save(state)
+    first, resume, again = with_resume_hint(InputError("no such file"), "base", tmp_path).splitlines()
+    assert (first, resume.startswith(KEPT)) == ("no such file", True)
+    assert again.startswith("where the config has to change: ") and "opd run CONFIG --name base" in again
+
+
 @pytest.mark.parametrize("error", [RunBusy("held by another"), IdentityMismatch("another experiment's")])
 def test_what_resuming_would_not_cure_says_nothing_of_it(tmp_path: Path, error: OpdError) -> None:
     Run.create(tmp_path, "base", {}, {})

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from flows.run import progress
 from flows.run.progress import LineReporter, OnlyWork, TerminalReporter, round_line
-from flows.run.shown import sample_sizes
+from flows.run.shown import apart, sample_sizes, with_error
+from storage.query.figures import Figure
 from storage.runs import RoundState, StageState
 from tasks.workers.metrics import short_words, summarised, summary, words
 
@@ -170,3 +171,11 @@ def test_sizes_are_told_once_where_they_are_equal() -> None:
     found = sample_sizes([state(accuracy_greedy=200, reverse_kl=64), state(accuracy_greedy=200, reverse_kl=63)], names)
     assert found == "accuracy n 200; reverse KL n 64 or n 63"
     assert sample_sizes([state()], names) == ""
+
+
+def test_an_error_that_is_not_0_does_not_read_so():
+    kl = {"reverse_kl": 0.0302, "reverse_kl_se": 0.00002}
+    assert with_error(kl, "reverse_kl", "{:.4f}") == "0.0302 ± 2e-05"
+    assert with_error(kl | {"reverse_kl_se": 0.0}, "reverse_kl", "{:.4f}") == "0.0302 ± 0.0000"
+    assert with_error({"mean_length": 15.9, "mean_length_se": 0.04}, "mean_length", "{:.1f}") == "15.9 ± 0.0"
+    assert apart(Figure(-0.0002, 0.00002, 20, 20), "{:.4f}") == "-0.0002 ± 2e-05"

@@ -62,6 +62,20 @@ def test_a_fork_changes_nothing_that_round_0_made(tmp_path, change, field):
     fork_experiment("base", 0, tmp_path, ["train.lr=0.5", "evaluate.prompts=3"])
 
 
+def test_a_fork_goes_on_whatever_its_parents_rounds_and_runtime_became(tmp_path):
+    open_run(load_experiment(TINY), "base", tmp_path)
+    open_run(fork_experiment("base", 0, tmp_path, ["train.lr=0.5"]), "fork", tmp_path)
+    open_run(fork_experiment("fork", 0, tmp_path, ["train.lr=0.25"]), "second", tmp_path)
+    for name in ("base", "fork"):
+        changed = resume_experiment(name, tmp_path, ["policy.rounds=7", "runtime.threads=2", "hooks.on_round=date"])
+        Run.open(tmp_path, name).save_experiment(changed.model_dump(mode="json"))
+    open_run(fork_experiment("base", 0, tmp_path, ["train.lr=0.5"]), "fork", tmp_path)
+    open_run(fork_experiment("fork", 0, tmp_path, ["train.lr=0.25"]), "second", tmp_path)
+    with pytest.raises(IdentityMismatch) as refused:
+        open_run(fork_experiment("base", 0, tmp_path, ["train.lr=0.75"]), "fork", tmp_path)
+    assert "policy" not in str(refused.value)
+
+
 SDPO, UNREAD = CHECKOUT / "configs/recipes/sdpo.yaml", "objective.ratio=none"
 
 
@@ -169,3 +183,22 @@ def test_a_run_of_an_earlier_version_keeps_its_estimator_of_drift(tmp_path):
     assert fork_experiment("old", 0, tmp_path, []).at(0).train == resumed.train
     with pytest.raises(IdentityMismatch, match=r'train\.drift_estimator: absent in the run, "k3" now'):
         open_run(new, "old", tmp_path)
+
+
+def test_figures_that_a_round_did_not_measure_are_explained(tmp_path, capsys):
+    run = open_run(load_experiment(TINY), "base", tmp_path)
+    measured = {"train_student_entropy_last": 2.5, "train_teacher_entropy_last": 2.0}
+    state = run.state
+    state.rounds = [
+        RoundState(round=0, student_sha256="0" * 64),
+        RoundState(round=1, student_sha256="1" * 64, metrics=measured),
+        RoundState(round=2, student_sha256="2" * 64, metrics=measured | {"train_student_entropy_last": None}),
+    ]
+
+    def shown():
+        print_report(state, tmp_path)
+        return capsys.readouterr().out
+
+    assert "overlap and entropy: measured every train.metrics_every steps" in shown()
+    state.rounds.pop()
+    assert "2.500" in shown() and "metrics_every" not in shown()

@@ -168,6 +168,8 @@ def test_index_says_which_files_count(tmp_path: Path) -> None:
 def test_malformed_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="safetensors"):
         weights_digest(tmp_path)
+    with pytest.raises(InputError, match="gone: no such folder"):
+        weights_digest(tmp_path / "gone")
     twice = save(tmp_path / "twice", ["a"], ["a", "b"])
     with pytest.raises(CorruptArtifact, match="'a'"):
         weights_digest(twice)

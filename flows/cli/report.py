@@ -159,7 +159,7 @@ def next_commands(state: RunState, root: Path) -> list[str]:
     name, last = state.name, state.last_trained
     if (there := address(root)) != str(root):
         return [
-            opd_command(root, "query", name, _question(last.round if last else 0)),
+            opd_command(root, "query", name, _question(last)),
             opd_command(DEFAULT_ROOT, "pull", name, there),
         ]
     failed = [label for _, label, _ in failed_stages(state)]
@@ -174,15 +174,16 @@ def next_commands(state: RunState, root: Path) -> list[str]:
     if last is None:
         commands += [("status", name, "--json"), ("ls",)]
     else:
-        commands += [("export", name, f"{name}-student"), ("query", name, _question(last.round))]
+        commands += [("export", name, f"{name}-student"), ("query", name, _question(last))]
         commands.append(("fork", f"{name}@{max(last.round - 1, 0)}", "--name", f"{name}-2", "--set", "train.lr=1e-4"))
     return [opd_command(root, *words) for words in commands[:3]]
 
 
-def _question(round: int) -> str:
-    if round == 0:
+def _question(last: RoundState | None) -> str:
+    """One that has an answer: a run with rewards may have no teacher, and so no worst tokens."""
+    if last is None or last.round == 0:
         return "SELECT prompt_id, completion_text, correct FROM evaluations LIMIT 10"
-    return "worst-tokens"
+    return "groups" if "judge" in last.stages else "worst-tokens"
 
 
 def _heading(state: RunState, root: Path, holder: str | None) -> Text:

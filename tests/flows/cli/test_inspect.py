@@ -21,8 +21,9 @@ from places import CHECKOUT
 
 from flows.cli.app import make_app
 from flows.cli.errors import exit_codes
+from flows.cli.report import next_commands
 from storage.errors import ConfigError, InputError, RunBusy, StoreError
-from storage.runs import RoundState, Run, StageState
+from storage.runs import RoundState, Run, RunState, StageState
 from storage.store import Store
 from tasks.workers.logs import CUT
 
@@ -148,6 +149,14 @@ def test_the_commands_that_status_proposes_work(opd, tmp_path):
     assert opd(*by_name["export"], root=None).code == 0
     assert opd(*by_name["query"], root=None).code == 0
     assert (tmp_path / "demo-student" / "config.json").is_file()
+
+
+def test_a_run_with_rewards_is_asked_for_its_groups(tmp_path):
+    """It may have no teacher, and so no worst tokens."""
+    for stages, question in (({}, "worst-tokens"), ({"judge": StageState(state="done")}, "groups")):
+        round = RoundState(round=2, stages=stages, student_sha256="a")
+        proposed = next_commands(RunState(name="demo", status="finished", rounds=[round]), tmp_path)
+        assert any(f" query demo {question} " in command for command in proposed), proposed
 
 
 def test_status_without_a_name_is_the_run_that_changed_last(opd, example_store):

@@ -71,7 +71,7 @@ def objectives(
         raise ConfigError(f"objectives: no recipe or choice named {name!r}; {hint}")
     if name is None or json_:
         return _print(chosen, json_)
-    for entry in chosen:
+    for entry in sorted(chosen, key=lambda entry: entry.axis == "recipe"):  # what to write into a config comes last
         _show(console(), entry)
 
 

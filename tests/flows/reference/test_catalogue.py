@@ -66,6 +66,7 @@ def test_the_list_and_one_method() -> None:
     assert "min(q(y)/p(y), 1)" in shown and "2606.01249" in shown and "logprob_min" in shown
     assert "tasks/losses/trust_regions.py, TrOPD" in shown and "configs/recipes/tropd.yaml" in shown
     assert "    objective:\n      estimator: policy_gradient\n" in shown
+    assert run("srpo").rstrip().endswith("are the demo's"), "a route has the name too; the recipe's lines come last"
     found = json.loads(run("forward_kl", "--json"))
     assert [(entry["axis"], entry["equations"][0]) for entry in found] == [
         ("divergence", REGISTRY["forward_kl"].equation)

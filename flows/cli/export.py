@@ -17,6 +17,7 @@ from storage.errors import CorruptArtifact, InputError
 from storage.runs import RoundState, Run
 
 if TYPE_CHECKING:
+    from flows.run.gguf import Converter
     from flows.run.hub import Destination
     from storage.artifacts.artifact import TreeRecord
     from storage.store import Store
@@ -56,6 +57,10 @@ def export(
     private: Annotated[
         bool, typer.Option("--private", help="with --push: a private repository, never a public one")
     ] = False,
+    gguf: Annotated[
+        str | None,
+        typer.Option("--gguf", metavar="TYPE", help="also DIR/DIR-TYPE.gguf: f32, f16, bf16, q8_0", show_default=False),
+    ] = None,
     json_: Json = False,
     root: Root = DEFAULT_ROOT,
 ) -> None:
@@ -63,10 +68,11 @@ def export(
     --teacher: the run's teacher, for example to serve it; of several that with --teacher-name.
 
     The hash of every file and of the weights is verified; the hash of the weights is printed. DIR appears complete or not at
-    all. --push uploads it afterwards, with the token of HF_TOKEN or `hf auth login`.
+    all. --gguf calls llama.cpp's convert_hf_to_gguf.py, which must be on PATH. --push uploads all of it afterwards, with the
+    token of HF_TOKEN or `hf auth login`.
 
-    Exit codes: 0 done, 1 the store is damaged, the disk full, or the upload failed, 2 no such run or round, DIR is not empty, no
-    token, or a public repository with --private."""
+    Exit codes: 0 done, 1 the store is damaged, the disk full, or converter or upload failed, 2 no such run or round, DIR is not
+    empty, no token, no converter, or a public repository with --private."""
     from flows.cli.report import student_of, tree_of
     from flows.run.card import card
     from storage.store import Store
@@ -77,7 +83,7 @@ def export(
     if private and push is None:
         raise InputError("--private: goes with --push")
     if teacher or teacher_name is not None:
-        _export_teacher(run, store, directory, teacher_name, json_, push, private)
+        _export_teacher(run, store, directory, teacher_name, json_, push, private, gguf)
         return
     if best and round is not None:
         raise InputError("--best and a round: both are given; give one of them")
@@ -88,7 +94,7 @@ def export(
             f"the student of {name!r} round {chosen.round} is damaged or missing; rebuild it with:"
             f" {opd_command(root, 'resume', name)}"
         )
-    hub = _destination(directory, push, private)
+    hub, converter = _destination(directory, push, private), _converter(gguf)
     source = store.materialize(artifact)
     sha256 = str(chosen.student_sha256)
     sha = _copy(source, tree_of(store, artifact)[1], directory, sha256, card(run, store, chosen.round, sha256))
@@ -99,7 +105,15 @@ def export(
         "directory": str(directory),
         "student_sha256": sha,
     }
-    _report(what, said, sha, directory, hub, json_)
+    _report(what, said, sha, directory, hub, converter, json_)
+
+
+def _converter(gguf: str | None) -> Converter | None:
+    if gguf is None:
+        return None
+    from flows.run.gguf import Converter
+
+    return Converter(gguf)
 
 
 def _destination(directory: Path, push: str | None, private: bool) -> Destination | None:
@@ -113,11 +127,21 @@ def _destination(directory: Path, push: str | None, private: bool) -> Destinatio
 
 
 def _report(
-    what: str, said: dict[str, str | int], sha: str, directory: Path, hub: Destination | None, json_: bool
-) -> None:  # fmt: skip
-    """Say where the export is; upload it where that was asked for, and say where that is."""
+    what: str,
+    said: dict[str, str | int],
+    sha: str,
+    directory: Path,
+    hub: Destination | None,
+    converter: Converter | None,
+    json_: bool,
+) -> None:
+    """Say where the export is; convert and upload it where that was asked for, and say where that is."""
     if not json_:
         typer.echo(f"{what} is in {directory}\nweights sha256: {sha}")
+    if converter is not None:
+        said["gguf"] = str(converter.convert(directory))
+        if not json_:
+            typer.echo(f"and in {said['gguf']}")
     if hub is not None:
         said["hub"] = hub.upload(directory, what, sha)
         if not json_:
@@ -127,7 +151,14 @@ def _report(
 
 
 def _export_teacher(
-    run: Run, store: Store, directory: Path, name: str | None, json_: bool, push: str | None, private: bool
+    run: Run,
+    store: Store,
+    directory: Path,
+    name: str | None,
+    json_: bool,
+    push: str | None,
+    private: bool,
+    gguf: str | None,
 ) -> None:
     from flows.cli.report import tree_of
     from tasks.inputs.teachers import SELF_TEACHERS
@@ -158,11 +189,11 @@ def _export_teacher(
     artifact = store.get(*found[0]) if found else None
     if artifact is None or "weights" not in artifact.content:
         raise InputError(f"run {run.name!r} has made no teacher yet; see: opd status {run.name}")
-    hub = _destination(directory, push, private)
+    hub, converter = _destination(directory, push, private), _converter(gguf)
     sha = _copy(store.materialize(artifact), tree_of(store, artifact)[1], directory, artifact.content["weights"])
     who = "teacher" if name is None else f"teacher {name}"
     said: dict[str, str | int] = {"run": run.name, "directory": str(directory), "teacher_sha256": sha}
-    _report(f"{who} of {run.name!r}", said, sha, directory, hub, json_)
+    _report(f"{who} of {run.name!r}", said, sha, directory, hub, converter, json_)
 
 
 def _round(run: Run, number: int | None) -> RoundState:

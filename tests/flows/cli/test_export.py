@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -154,3 +155,49 @@ def test_best_is_the_round_of_the_highest_accuracy(export, example_store, tmp_pa
     assert code == 0 and recorded(example_store, expected) in out
     code, _, err = export("demo", tmp_path / "other", "--best", "--round", 1)
     assert code == 2 and "both are given" in err
+
+
+CONVERTER = """#!/usr/bin/env python
+import sys, pathlib
+folder, _, out, _, kind = sys.argv[1:]
+if (pathlib.Path(folder) / "broken").exists():
+    sys.exit("reading\\nBPE pre-tokenizer was not recognized")
+pathlib.Path(out).write_text(f"{kind} of {sorted(p.name for p in pathlib.Path(folder).iterdir())[0]}")
+"""
+
+
+@pytest.fixture
+def converter(tmp_path, monkeypatch):
+    """In the place of llama.cpp's, which is not installed here."""
+    place = tmp_path / "llama.cpp"
+    place.mkdir()
+    script = place / "convert_hf_to_gguf.py"
+    script.write_text(CONVERTER)
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(place), prepend=os.pathsep)
+    return script
+
+
+def test_gguf_is_written_by_the_converter_on_path(export, example_store, tmp_path, converter):
+    target = tmp_path / "student"
+    code, out, err = export("demo", target, "--gguf", "q8_0")
+    assert (code, err) == (0, "") and out.endswith(f"and in {target / 'student-q8_0.gguf'}\n")
+    assert (target / "student-q8_0.gguf").read_text() == "q8_0 of README.md"
+    assert weights_digest(target) == recorded(example_store, 2)
+    assert json.loads(export("demo", tmp_path / "b", "--gguf", "f16", "--json")[1])["gguf"].endswith("b-f16.gguf")
+
+
+def test_a_converter_that_fails_leaves_the_checkpoint_and_its_last_line(export, example_store, tmp_path, converter):
+    converter.write_text(CONVERTER.replace('(pathlib.Path(folder) / "broken").exists()', "True"))
+    target = tmp_path / "student"
+    code, _, err = export("demo", target, "--gguf", "f16")
+    assert code == 1 and "BPE pre-tokenizer was not recognized" in err and "Traceback" not in err
+    assert weights_digest(target) == recorded(example_store, 2)
+    assert files(target) == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
+
+
+@pytest.mark.parametrize(("kind", "why"), [("q4_0", "choose one of f32"), ("f16", "is not on PATH")])
+def test_gguf_is_refused_before_anything_is_copied(export, tmp_path, monkeypatch, kind, why):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, err = export("demo", tmp_path / "student", "--gguf", kind)
+    assert code == 2 and "--gguf" in err and why in err and not (tmp_path / "student").exists()

@@ -36,7 +36,8 @@ def unique() -> str:
 
 def temporary_name(suffix: str = "") -> str:
     """A name for a temporary file or directory. It identifies this process, so that `remove_leftovers` can remove it later."""
-    owner = f"{_machine()}-{os.getpid()}.{_started(os.getpid()) or 0}"
+    known = _state_and_start(os.getpid())
+    owner = f"{_machine()}-{os.getpid()}.{known[1] if known is not None else 0}"
     return f"{TEMPORARY}{owner}-{unique()}" + (f"-{suffix}" if suffix else "")
 
 
@@ -74,20 +75,24 @@ def remove_leftovers(root: Path, places: Sequence[str] = STORE_PLACES, mine: boo
 
 
 def _alive(pid: int, started: int) -> bool:
-    """Whether the process that started then is alive: another may have its id by now. An unknown start (0) matches any."""
+    """Whether the process that started then is alive: another may have its id by now. An unknown start (0) matches any. One that
+    has ended and that its parent has not asked for yet (a zombie) is dead: where process 1 asks for none, as in many
+    containers, it stays in the table."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return not started or _started(pid) in (None, started)
+    known = _state_and_start(pid)
+    return known is None or (known[0] not in "ZX" and started in (0, known[1]))
 
 
-def _started(pid: int) -> int | None:
-    """Start time of a process in clock ticks since boot; None if unknown."""
+def _state_and_start(pid: int) -> tuple[str, int] | None:
+    """A process's state (a letter) and start time in clock ticks since boot; None if unknown."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], int(fields[19])
     except (OSError, ValueError, IndexError):
         return None
 

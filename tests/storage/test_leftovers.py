@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+from shared_prefect import eventually
 from small_store import STUDENT, build_student, contents, model, rows
 
 from storage.artifacts.batches import BatchLog
@@ -41,6 +43,17 @@ def test_an_id_that_another_process_has_by_now_protects_nothing(tmp_path: Path) 
     unknown.write_text("where the kernel told no start")
     assert remove_leftovers(tmp_path, places=("",)) == [old]
     assert unknown.exists()
+
+
+def test_a_process_that_ended_and_that_nobody_waited_for_protects_nothing(tmp_path: Path) -> None:
+    """A zombie has its id and its start still."""
+    code = "import storage.disk.files; print(storage.disk.files.temporary_name(), flush=True)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        left = tmp_path / process.stdout.read().strip()  # to its end: the process has closed it
+        left.write_text("half")
+        eventually(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
+        assert remove_leftovers(tmp_path, places=("",)) == [left]
 
 
 def keep_work(builder: Builder) -> None:

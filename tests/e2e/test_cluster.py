@@ -28,5 +28,8 @@ def test_every_student_is_that_of_one_machine(finished, tmp_path):
         status = json.loads(opd("run", TINY, "--name", "ray", "--no-prefect", "--json", *changes, root=root).stdout)
     assert [entry["student_sha256"] for entry in status["rounds"]] == [finished.sha(round) for round in range(3)]
     logs = root / "runs" / "ray"
-    found = ["(127.0.0.2)" in path.read_text() for path in logs.rglob("sampler*.log")]
-    assert sorted(found) == [False, True]
+    # a stage has a sampler on each node; of two stages the first may be on either
+    placed = [
+        line for path in logs.rglob("sampler*.log") for line in path.read_text().splitlines() if "on node" in line
+    ]
+    assert 2 * sum("(127.0.0.2)" in line for line in placed) == len(placed) >= 4

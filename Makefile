@@ -12,7 +12,7 @@ export DO_NOT_TRACK := 1
 .PHONY: help setup demo demo-text study study-rewards test test-full faults bench bench-full lint clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 15
 
 setup: $(VENV)/.installed-$(EXTRA)  ## create the environment in .venv (EXTRA=gpu for a machine with NVIDIA GPUs)
 

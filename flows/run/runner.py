@@ -296,9 +296,10 @@ def collected(store: Store, run: Run, state: RunState) -> list[str]:
         cost = (
             f" (about {seconds:,.0f} s)" if seconds >= 0.5 else ""
         )  # stages found in the store have no time in this run
+        which = f"rounds {rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else f"round {rounds[0]}"
         lines.append(
-            f"a fork at round {last}, or a replay of the training of round {last + 1}, now repeats the training of round"
-            f"{'s' if len(rounds) > 1 else ''} {', '.join(map(str, rounds))} first{cost}; policy.keep_rounds keeps a round"
+            f"a fork at round {last}, or a replay of the training of round {last + 1}, now repeats the training of {which}"
+            f" first{cost}; policy.keep_rounds keeps a round"
         )
     return lines
 

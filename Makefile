@@ -64,7 +64,7 @@ faults: setup  ## all fault tests in full (docs/reliability.md); takes hours, ca
 	@$(BIN)/python -m pytest -m "faults or promise"; code=$$?; \
 	  $(BIN)/python tests/support/fault_table.py docs/reliability.md; exit $$code
 
-bench: setup  ## measure speed and memory, and write the table of docs/performance.md; about 20 about ten minutes of CPU time
+bench: setup  ## measure speed and memory, and write the table of docs/performance.md; about 20 minutes on two idle cores
 	@$(BIN)/python benchmarks/bench.py
 
 bench-full: setup  ## the same with the long ones (hours): PAIR and TRL are folders, see benchmarks/bench.py --help

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from flows.config_file import Settled, merge, parse_override, read_layers, refusal, refuse_secrets, validate
 from flows.cross_checks import WITH_DTYPE, cross_problems, without_effect
+from flows.hooks import Hooks
 from flows.trackers import AnyTracker, TrackerConfig
 from storage.disk.yaml_text import dump
 from storage.errors import ConfigError, IdentityMismatch
@@ -166,38 +167,6 @@ class Policy(RunPolicy):
     def evaluates(self, round: int, last: int) -> bool:
         """Whether a round is evaluated in a call that ends with the round `last`."""
         return round % self.evaluate_every == 0 or round in (last, self.rounds)
-
-
-class PrefectBlock(RunPolicy):
-    """A notification block of Prefect (Slack, e-mail, PagerDuty, a webhook, ...), at PREFECT_API_URL or in the store's own
-    server, where `opd ui` makes one."""
-
-    block: str = Field(
-        pattern=r"^[^/\s]+/\S+$", description="TYPE/NAME, as `prefect block ls` lists it: slack-webhook/lab"
-    )
-
-
-class Hooks(RunPolicy):
-    """Commands of yours, called on the machine of the run: a list of words, or one line for the shell. They get OPD_RUN,
-    OPD_ROUND, OPD_STATUS and OPD_ROOT in the environment and the round's metrics as JSON on standard input. One that fails is a
-    warning. Or a notification block of Prefect, which gets the round's line, or the error."""
-
-    on_round: tuple[str, ...] | str | PrefectBlock | None = Field(
-        None, description="called after every round in which something was made"
-    )
-    on_failure: tuple[str, ...] | str | PrefectBlock | None = Field(
-        None, description="called when the run fails; OPD_ERROR has the reason. Not when it is stopped"
-    )
-    timeout: float = Field(60, gt=0, description="seconds after which a command is ended, with all its processes")
-
-    @field_validator("on_round", "on_failure")
-    @classmethod
-    def _words(cls, value: tuple[str, ...] | str | PrefectBlock | None) -> tuple[str, ...] | str | PrefectBlock | None:
-        if value is None or isinstance(value, PrefectBlock):
-            return value
-        if not (value.strip() if isinstance(value, str) else value and value[0].strip()):
-            raise ValueError("it has no command; write a list of words or a line for the shell, or null")
-        return value
 
 
 class Fork(BaseModel):

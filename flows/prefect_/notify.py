@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from flows.experiment import Hooks, PrefectBlock
+from flows.hooks import Hooks, PrefectBlock
 from flows.prefect_.session import asking, first_line, prefect_session
 from flows.run.progress import round_line
 from storage.disk.redact import redact

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from flows.experiment import Hooks, PrefectBlock
+from flows.hooks import Hooks, PrefectBlock
 from storage.disk.redact import redact
 from storage.runs import Run, RunState
 

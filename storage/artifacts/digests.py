@@ -168,9 +168,9 @@ def _safetensors_files(directory: Path) -> list[Path]:
         if missing:
             raise InputError(f"{index}: names missing files: {', '.join(missing)}")
         return files
-    files = sorted(directory.glob("*.safetensors"))
     if not directory.is_dir():
         raise InputError(f"{directory}: no such folder; a checkpoint's folder is needed")
+    files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise InputError(f"{directory}: no *.safetensors; convert the checkpoint to safetensors first")
     return files

@@ -232,7 +232,8 @@ class VllmEngine:
             raise ConfigError("runtime.device: cuda, but the installed vllm is built for CPU; see make setup EXTRA=gpu")
         setting = self.settings.get
         length = max(32, 1 << (length - 1).bit_length())  # room, so that a later job seldom needs a rebuild
-        length = min(length, positions(read_config(path)) or length)
+        config = read_config(path)
+        length = min(length, positions(config) or length)
         sequences = int(setting("max_num_seqs", 256))
         machine: dict[str, Any]
         if self.on_cpu:
@@ -246,10 +247,10 @@ class VllmEngine:
                 "gpu_memory_utilization": float(setting("gpu_memory_utilization", 0.85)),
                 "tensor_parallel_size": int(setting("tensor_parallel_size", 1)),
             }
-        if name := other_architecture(read_config(path)):
+        if name := other_architecture(config):
             machine["hf_overrides"] = {"architectures": [name]}
         elif self.on_cpu:
-            import_model(read_config(path))
+            import_model(config)
         self.llm = LLM(
             model=str(path),
             skip_tokenizer_init=True,

@@ -36,17 +36,22 @@ class Story:
         self.api_url, self.deployment, self.root, self.alive = api_url, deployment, root, alive
         self.retried = self.killed = ""
 
+    def all(self) -> list[dict[str, Any]]:
+        """Also those that are still to come."""
+        found: list[dict[str, Any]] = ask(
+            self.api_url, "flow_runs/filter", {"deployments": {"name": self.deployment}, "limit": 200}
+        )
+        return found
+
     def flow_runs(self, *states: str) -> list[dict[str, Any]]:
         """By their start, those in one of the states; not those that are still to come."""
-        found = ask(self.api_url, "flow_runs/filter", {"deployments": {"name": self.deployment}, "limit": 200})
-        begun = [run for run in found if run["state_type"] not in ("SCHEDULED", "PENDING")]
+        begun = [run for run in self.all() if run["state_type"] not in ("SCHEDULED", "PENDING")]
         chosen = [run for run in begun if not states or run["state_type"] in states]
         return sorted(chosen, key=lambda run: run["start_time"] or "")
 
     def under_way(self) -> list[dict[str, Any]]:
         """Those that the worker or the schedule has taken, and that have not ended."""
-        found = ask(self.api_url, "flow_runs/filter", {"deployments": {"name": self.deployment}, "limit": 200})
-        return [run for run in found if run["state_type"] in ("PENDING", "RUNNING", "CANCELLING")]
+        return [run for run in self.all() if run["state_type"] in ("PENDING", "RUNNING", "CANCELLING")]
 
     def state_of(self, flow_run: str) -> dict[str, Any]:
         return next(run for run in self.flow_runs() if run["id"] == flow_run)["state"]

@@ -14,7 +14,8 @@ import pytest
 import scripted_run
 from places import TINY
 
-from flows.experiment import Hooks, load_experiment
+from flows.experiment import load_experiment
+from flows.hooks import Hooks
 from flows.prefect_.notify import message
 from flows.prefect_.server import StoreServer
 from flows.prefect_.session import prefect_session

@@ -11,7 +11,8 @@ import pytest
 from places import TINY
 from shared_prefect import eventually
 
-from flows.experiment import Hooks, load_experiment
+from flows.experiment import load_experiment
+from flows.hooks import Hooks
 from flows.run import runner
 from flows.run.hooks import after_failure, after_round
 from storage.errors import ConfigError, StoreError

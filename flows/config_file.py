@@ -35,6 +35,19 @@ HUB = "a model of the Hub is {kind: hub, repo: OWNER/NAME, revision: COMMIT}, an
 DISCRIMINATORS = ("kind", "estimator")
 """Keys that choose a variant: an override that changes one replaces the whole mapping of the base."""
 _KEY = re.compile(r'"([^"]+)"|([^."=]+)')
+_ELSEWHERE = {
+    "clip_grad": "max_grad_norm",
+    "gradient_clipping": "max_grad_norm",
+    "learning_rate": "lr",
+    "max_new_tokens": "max_completion_length",
+    "max_response_length": "max_completion_length",
+    "max_tokens": "max_completion_length",
+    "n": "num_generations",
+    "num_train_epochs": "epochs_per_round",
+    "per_device_train_batch_size": "samples_per_step",
+    "train_batch_size": "samples_per_step",
+}
+"""What TRL, verl, transformers and vLLM call a field -> its name here; for the message about an unknown field."""
 _OVERRIDE = re.compile(rf"\s*(?P<path>(?:{_KEY.pattern})(?:\.(?:{_KEY.pattern}))*)=(?P<value>.*)", re.DOTALL)
 
 
@@ -186,15 +199,14 @@ def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
     found = error.get("input")
     if unknown:
         known = _fields_at(model, location[:-1])
-        inside = [
-            f"{name}.{location[-1]}" for name in known if location[-1] in _fields_at(model, (*location[:-1], name))
-        ]
+        meant = _ELSEWHERE.get(str(location[-1]), location[-1])
+        inside = [f"{name}.{meant}" for name in known if meant in _fields_at(model, (*location[:-1], name))]
         otherwise = f"known here: {', '.join(sorted(known))}"
         if inside:
             section = field.rpartition(".")[0]
             hint = f"did you mean {' or '.join(f'{section}.{name}'.strip('.') for name in inside)}?"
         else:
-            hint = did_you_mean(str(location[-1]), known, otherwise)
+            hint = did_you_mean(str(meant), known, otherwise)
         return f"{field}: unknown field; {hint}"
     if error["type"] == "missing":
         hint = ""

@@ -31,6 +31,9 @@ def refused(*changes: str) -> str:
     ("change", "field", "says"),
     [
         ("rollout.top_pp=0.9", "rollout.top_pp", "did you mean 'top_p'"),
+        ("train.learning_rate=1e-4", "train.learning_rate", "did you mean 'lr'"),
+        ("rollout.max_new_tokens=9", "rollout.max_new_tokens", "did you mean 'max_completion_length'"),
+        ("learning_rate=1e-4", "learning_rate", "did you mean train.lr?"),
         ("trian.lr=1e-4", "trian", "did you mean 'train'"),
         ("objective.support.kk=3", "objective.support.kk", "did you mean 'k'"),
         ("teacher.source.confg={}", "teacher.source.confg", "did you mean 'config'"),

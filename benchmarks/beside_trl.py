@@ -30,6 +30,8 @@ from record import record
 
 ROOT = Path(__file__).resolve().parent.parent
 LR = 1e-4
+TRAINED = "trained"
+"""Folder of the trained student."""
 
 
 class Peak:
@@ -80,7 +82,7 @@ def watched(command: list[str], environment: dict[str, str], see: Callable[[floa
 
 
 def ours(options: argparse.Namespace, folder: Path) -> tuple[list[float], Peak]:
-    """Seconds per round of rounds 2 and later, and the peak of memory."""
+    """Seconds per round of rounds 2 and later, and the peak of memory. The student goes to `folder / TRAINED`."""
     config = {
         "student": {"source": str((options.pair / "student").absolute())},
         "teacher": {"source": str((options.pair / "teacher").absolute())},
@@ -129,11 +131,14 @@ def ours(options: argparse.Namespace, folder: Path) -> tuple[list[float], Peak]:
 
     command = [str(Path(sys.executable).parent / "opd"), "run", str(folder / "config.yaml"), "--name", "beside-trl"]
     peak = watched([*command, "--root", str(folder / "store"), "--no-prefect", "--json"], {}, see)
+    if options.evaluate:
+        export = [command[0], "export", "beside-trl", str(folder / TRAINED), "--root", str(folder / "store")]
+        subprocess.run(export, check=True, capture_output=True)
     return [starts[r + 1] - starts[r] for r in range(2, options.rounds + 1)], peak
 
 
 def trl(options: argparse.Namespace, folder: Path) -> tuple[list[float], Peak]:
-    """Seconds per step of steps 2 and later, and the peak of memory."""
+    """Seconds per step of steps 2 and later, and the peak of memory. The student goes to `folder / TRAINED`."""
     steps = []
 
     def see(seconds: float, line: str) -> None:
@@ -143,12 +148,12 @@ def trl(options: argparse.Namespace, folder: Path) -> tuple[list[float], Peak]:
             steps.append(float(found[2]))
 
     environment = {"PYTHONPATH": str(options.trl), "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
-    peak = watched([sys.executable, __file__, *sys.argv[1:], "--child"], environment, see)
+    peak = watched([sys.executable, __file__, *sys.argv[1:], "--child", str(folder)], environment, see)
     return steps[1:], peak
 
 
-def train_with_trl(options: argparse.Namespace) -> None:
-    """The child process: TRL's trainer, with a line per step."""
+def train_with_trl(options: argparse.Namespace, folder: Path) -> None:
+    """The child process: TRL's trainer, with a line per step. The student goes to `folder / TRAINED`."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -199,6 +204,32 @@ def train_with_trl(options: argparse.Namespace) -> None:
             ),
         )
         trainer.train()
+    if options.evaluate:
+        models[0].save_pretrained(folder / TRAINED)
+
+
+def reverse_kl(options: argparse.Namespace, student: Path) -> tuple[float, float]:
+    """Reverse KL of a student to the teacher in nats per token of its own completions, and the standard error over prompts."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.pair / "student")
+    models = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (student, options.pair / "teacher")
+    ]
+    rows = [json.loads(line)["prompt"] for line in (options.pair / "eval.jsonl").read_text().splitlines()]
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    found = []
+    for row in rows[: options.evaluate]:
+        turn = [{"role": "user", "content": row}]
+        text = row if options.plain else tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=options.plain).input_ids
+        with torch.inference_mode():
+            whole = models[0].generate(ids, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=options.tokens)  # type: ignore[misc]
+            p, q = (model(whole).logits[0, ids.shape[1] - 1 : -1].log_softmax(-1) for model in models)
+        found.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    return statistics.mean(found), statistics.stdev(found) / len(found) ** 0.5
 
 
 def addition(pair: Path) -> None:
@@ -233,27 +264,34 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--only", choices=("ours", "trl"))
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--evaluate", type=int, default=0, help="held-out prompts of the reverse KL; 0: none")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        train_with_trl(options)
+        train_with_trl(options, options.child)
         return
     if options.addition:
         addition(options.pair)
         return
-    speeds, memory = {}, {}
+    speeds, memory, values = {}, {}, {}
+    if options.evaluate:
+        values["before"] = reverse_kl(options, options.pair / "student")
     print("who,seconds_per_step,spread,tokens_per_s,peak_gb,parts")
     for who, half, steps in (("trl", trl, 1), ("ours", ours, options.steps)):
         if options.only not in (None, who):
             continue
         with tempfile.TemporaryDirectory() as folder:
             seconds, peak = half(options, Path(folder))
+            if options.evaluate:
+                values[who] = reverse_kl(options, Path(folder) / TRAINED)
         each = [s / steps for s in seconds]
         middle = statistics.median(each)
         speeds[who] = options.samples * options.tokens / middle
         memory[who] = peak.gb
         parts = " ".join(f"{name} {gb:.2f}" for name, gb in sorted(peak.parts.items()))
         print(f"{who},{middle:.3f},{min(each):.3f}-{max(each):.3f},{speeds[who]:.1f},{peak.gb:.2f},{parts}", flush=True)
+    for who, (mean, error) in values.items():
+        print(f"reverse KL, {who}: {mean:.4f} +- {error:.4f} nats per token, {options.evaluate} prompts")
     if len(speeds) == 2:
         print(f"ratio,{speeds['ours'] / speeds['trl']:.3f}")
         what = f"whole loop, {options.tokens} tokens, {options.dtype}, rounds of {options.steps} steps, of TRL"

@@ -57,7 +57,7 @@ class Rollouts:
     def __init__(self, prompts: int, root: Path) -> None:
         sizes = argparse.Namespace(prompts=prompts, slots=64, hidden=256, layers=4)
         self.e = experiment(sizes)
-        self.e.rollout.shard_prompts = 16
+        self.config = self.e.rollout.model_copy(update={"shard_prompts": 16})
         self.store, self.root, self.seed = Store(root), root, 0
         with WorkerPool(self.e.runtime, root / "logs") as pool:
             self.student, _, self.prompts = inputs(self.e.at(0), Building(self._context(self.e.runtime, pool)))  # type: ignore[arg-type]
@@ -76,22 +76,22 @@ class Rollouts:
         with WorkerPool(runtime, self.root / "logs") as pool:
             self._sampled(self._context(runtime, pool), 64)
             begun = time.perf_counter()
-            made = self._sampled(self._context(runtime, pool), self.e.rollout.prompts_per_round)
+            made = self._sampled(self._context(runtime, pool), self.config.prompts_per_round)
             seconds = time.perf_counter() - begun
         table = self.store.read_table(made, "rollouts", columns=["completion_token_ids"])
         return sum(map(len, table["completion_token_ids"].to_pylist())) / seconds
 
     def _sampled(self, context: Context, prompts: int) -> Artifact:
         self.seed += 1
-        config = self.e.rollout.model_copy(update={"prompts_per_round": prompts})
+        config = self.config.model_copy(update={"prompts_per_round": prompts})
         work = rollout_work(config, Student(self.student), Prompts(self.prompts), self.seed, 1)
         return built(context, work)["rollout"]
 
     def bare(self, count: int, engines: Sequence[Bare]) -> float:
         """Completion tokens per second of `count` of these engines, side by side, each with its part of the prompts."""
         self.seed += 1
-        chosen = prompts_for_round(list(self.ids), self.seed, 1, self.e.rollout.prompts_per_round)
-        plan = plan_samples(chosen, self.e.rollout, self.seed, 1)
+        chosen = prompts_for_round(list(self.ids), self.seed, 1, self.config.prompts_per_round)
+        plan = plan_samples(chosen, self.config, self.seed, 1)
         requests = [(self.ids[request.prompt_id], request.seed) for shard in plan for request in shard]
         begun = time.perf_counter()
         with ThreadPoolExecutor(count) as threads:

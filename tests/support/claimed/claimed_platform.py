@@ -1,0 +1,10 @@
+"""vLLM's CPU platform on nodes of Ray that claim GPUs. vLLM asks a platform for the name of its devices in Ray, and the CPU's has
+none; with one, the engine's workers are placed by claimed GPUs and compute on CPU, with gloo between them."""
+
+from __future__ import annotations
+
+from vllm.platforms.cpu import CpuPlatform
+
+
+class ClaimedGpus(CpuPlatform):
+    ray_device_key = "GPU"

@@ -7,16 +7,11 @@ from __future__ import annotations
 
 import os
 
-import msgspec
-import ray
-from ray import PlacementGroupID
-from ray.util.placement_group import PlacementGroup
 from vllm.ray.ray_env import RAY_NON_CARRY_OVER_ENV_VARS
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 
 from storage.disk.redact import names_secret
-from storage.errors import ConfigError
-from tasks.workers.span import ENGINE, Place
+from tasks.workers.reserve import join
 
 _OF_THIS_PROCESS = ("OPD_", "RAY_", "CUDA_VISIBLE_DEVICES")
 _OF_THIS_MACHINE = {"TMPDIR", "HOME", "PWD", "OLDPWD", "HOSTNAME", "PATH", "PYTHONPATH", "LD_LIBRARY_PATH"}
@@ -26,14 +21,8 @@ class OverNodes(RayExecutorV2):
     """`distributed_executor_backend` of an engine over several nodes."""
 
     def _init_executor(self) -> None:
-        if (text := os.environ.get(ENGINE)) is None:
-            raise ConfigError("runtime.cluster: an engine over several nodes was started without its bridge")
-        place = msgspec.json.decode(text, type=Place)
-        if not ray.is_initialized():
-            # the address chooses the node where a machine has several; output of the engine's workers comes to this log
-            ray.init(place.address, _node_ip_address=place.node, logging_level="ERROR", configure_logging=False)
         config = self.vllm_config.parallel_config
-        config.placement_group = PlacementGroup(PlacementGroupID.from_hex(place.group))
+        config.placement_group = join()
         # vLLM's workers check the number of GPUs of their node unless this is the text (vllm/v1/worker/gpu_worker.py)
         config.distributed_executor_backend = "ray"
         # vLLM gives all variables of this process to workers on other nodes that do not have them

@@ -1,16 +1,19 @@
-"""The GPUs of an engine over several nodes, as the bridge reserves them: a placement group of Ray, which belongs to the bridge's
-job. However the bridge ends, the group ends, and with it all actors in it."""
+"""The GPUs of an engine over several nodes: the bridge reserves them as a placement group of Ray, which the worker joins. The
+group belongs to the bridge's job: however the bridge ends, the group ends, and with it all actors in it."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import ray
+from ray import PlacementGroupID
 from ray._private.state import available_resources_per_node
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
+from storage.errors import ConfigError
 from tasks.workers.span import ENGINE, Place, Room, Span, choose
 
 _WAIT = 10.0
@@ -54,3 +57,14 @@ def reserve(span: Span, cpus: int, gpus: int, patience: float) -> Reserved | Non
         return Reserved(group, on)
     remove_placement_group(group)  # something else was faster
     return None
+
+
+def join() -> PlacementGroup:
+    """The group of this worker, whose process becomes a driver of the cluster; its actors end with it."""
+    if (text := os.environ.get(ENGINE)) is None:
+        raise ConfigError("runtime.cluster: an engine over several nodes was started without its bridge")
+    place = msgspec.json.decode(text, type=Place)
+    if not ray.is_initialized():
+        # the address chooses the node where a machine has several; output of the engine's workers comes to this process's
+        ray.init(place.address, _node_ip_address=place.node, logging_level="ERROR", configure_logging=False)
+    return PlacementGroup(PlacementGroupID.from_hex(place.group))

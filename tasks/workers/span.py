@@ -21,7 +21,7 @@ class Span(msgspec.Struct, frozen=True):
     gpus: int
 
     def __str__(self) -> str:
-        return f"an engine of {self.gpus} GPUs on each of {self.nodes} nodes"
+        return f"an engine of {self.gpus} GPU{'s' if self.gpus > 1 else ''} on each of {self.nodes} nodes"
 
 
 class Place(msgspec.Struct, frozen=True):

@@ -8,3 +8,7 @@ from vllm.platforms.cpu import CpuPlatform
 
 class ClaimedGpus(CpuPlatform):
     ray_device_key = "GPU"
+
+    @classmethod
+    def get_device_communicator_cls(cls) -> str:
+        return "claimed_sockets.Sockets"  # as if the nodes shared no memory: gloo

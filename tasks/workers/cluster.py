@@ -57,8 +57,9 @@ class RayCluster(Runtime):
     )
     interface: str | None = Field(
         None,
-        description="network interface of gloo and NCCL between the trainer's ranks, on every node; null: the one that has the"
-        " node's address in the cluster, or the loopback device where all ranks are on one node",
+        description="network interface of gloo and NCCL between the trainer's ranks, and in engines over several nodes, on"
+        " every node; null: for ranks the one that has the node's address in the cluster, or the loopback device where all are on"
+        " one node; for engines what gloo and NCCL choose",
     )
 
     @field_validator("address")

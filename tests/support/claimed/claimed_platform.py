@@ -3,6 +3,8 @@ none; with one, the engine's workers are placed by claimed GPUs and compute on C
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.platforms.cpu import CpuPlatform
 
 
@@ -12,3 +14,8 @@ class ClaimedGpus(CpuPlatform):
     @classmethod
     def get_device_communicator_cls(cls) -> str:
         return "claimed_sockets.Sockets"  # as if the nodes shared no memory: gloo
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        super().check_and_update_config(vllm_config)
+        vllm_config.parallel_config.worker_cls = "claimed_worker.Warmed"

@@ -18,4 +18,4 @@ class ClaimedGpus(CpuPlatform):
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
         super().check_and_update_config(vllm_config)
-        vllm_config.parallel_config.worker_cls = "claimed_worker.Warmed"
+        vllm_config.parallel_config.worker_cls = "claimed_worker.Profiled"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from flows.run import machine_checks, model_checks, prompt_checks
+from flows.run import engine_checks, machine_checks, model_checks, prompt_checks
 from flows.run.checked import Finding, Found, Known, ours
 from storage.errors import InputError
 from tasks.workers import jobs
@@ -17,6 +17,8 @@ CHECKS: tuple[tuple[Callable[[Known], Found], str], ...] = (
     (machine_checks.teacher_server, "scorer"),
     (machine_checks.programs, "sampler"),
     (machine_checks.beside_sampler, "sampler"),
+    (engine_checks.spread, "sampler"),
+    (engine_checks.over_nodes, "sampler"),
     (machine_checks.deepspeed_file, "trainer"),
     (model_checks.architecture, "scorer"),
     (model_checks.weights, "scorer"),

@@ -41,9 +41,9 @@ class SamplingFailed(OpdError):
 
 
 class VllmEngine:
-    """Settings: device (cpu|cuda), threads, tensor_parallel_size, gpu_memory_utilization, kv_cache_gib (CPU), enforce_eager
-    (null: on CPU only), max_num_seqs, verify_weights (full|checksums), batched_tokens, in_process (null: on CPU only),
-    batch_invariant, number (of this worker)."""
+    """Settings: device (cpu|cuda), threads, tensor_parallel_size, pipeline_parallel_size, engine_nodes, gpu_memory_utilization,
+    kv_cache_gib (CPU), enforce_eager (null: on CPU only), max_num_seqs, verify_weights (full|checksums), batched_tokens,
+    in_process (null: on CPU only), batch_invariant, number (of this worker)."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -235,18 +235,7 @@ class VllmEngine:
         config = read_config(path)
         length = min(length, positions(config) or length)
         sequences = int(setting("max_num_seqs", 256))
-        machine: dict[str, Any]
-        if self.on_cpu:
-            # on CPU a seeded prompt that is prefilled in chunks crashes: never split one
-            machine = {
-                "kv_cache_memory_bytes": int(float(setting("kv_cache_gib", 1)) * 2**30),
-                "enable_chunked_prefill": False,
-            }
-        else:
-            machine = {
-                "gpu_memory_utilization": float(setting("gpu_memory_utilization", 0.85)),
-                "tensor_parallel_size": int(setting("tensor_parallel_size", 1)),
-            }
+        machine = self._machine()
         if name := other_architecture(config):
             machine["hf_overrides"] = {"architectures": [name]}
         elif self.on_cpu:
@@ -270,6 +259,28 @@ class VllmEngine:
             use_tqdm_on_load=False,
             **machine,
         )
+
+    def _machine(self) -> dict[str, Any]:
+        """The part of vLLM's arguments that depends on the device."""
+        setting = self.settings.get
+        if self.on_cpu:
+            # on CPU a seeded prompt that is prefilled in chunks crashes: never split one
+            return {
+                "kv_cache_memory_bytes": int(float(setting("kv_cache_gib", 1)) * 2**30),
+                "enable_chunked_prefill": False,
+            }
+        over = (setting(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size", "engine_nodes"))
+        return {"gpu_memory_utilization": float(setting("gpu_memory_utilization", 0.85)), **spread(*over)}
+
+
+def spread(tensor: int, pipeline: int, nodes: int) -> dict[str, Any]:
+    """What tells vLLM over which GPUs an engine is spread."""
+    found = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
+    if nodes == 1:
+        return found
+    from tasks.engines.over_nodes import OverNodes
+
+    return found | {"distributed_executor_backend": OverNodes}
 
 
 def import_model(config: PretrainedConfig) -> None:

@@ -14,7 +14,7 @@ from storage.errors import ConfigError, OpdError
 from tasks.engines.hf_folder import model_rows, other_architecture, positions, read_config
 from tasks.engines.listed import Listed, candidates, readable, refuse_unreadable, unfold, values_of
 from tasks.engines.teacher import Host, Passage, Vocabulary
-from tasks.engines.vllm_engine import prepare_environment, quieten
+from tasks.engines.vllm_engine import prepare_environment, quieten, spread
 from tasks.engines.weight_proof import judge_weights
 from tasks.rollout_config import Dtype
 from tasks.signals import Ask, Values
@@ -95,12 +95,7 @@ class VllmModel:
         quieten()
         length = max(32, 1 << (longest - 1).bit_length())  # room, so that later passages seldom need another engine
         length = min(length, self._limit or length)
-        machine: dict[str, Any] = {"kv_cache_memory_bytes": _KV_CACHE_BYTES}
-        if not self._on_cpu:
-            machine = {
-                "gpu_memory_utilization": float(self._host.settings.get("teacher_memory_utilization", 0.5)),
-                "tensor_parallel_size": self._host.devices,
-            }
+        machine = self._machine()
         if name := other_architecture(read_config(self.folder)):
             machine["hf_overrides"] = {"architectures": [name]}
         self._llm = LLM(
@@ -128,6 +123,21 @@ class VllmModel:
         reports = self._llm.collective_rpc("opd_compare_weights", args=(str(self.folder),))
         judge_weights(reports, self.folder, need_all=False)
         self._length = length
+
+    def _machine(self) -> dict[str, Any]:
+        """The part of vLLM's arguments that depends on the device."""
+        if self._on_cpu:
+            return {"kv_cache_memory_bytes": _KV_CACHE_BYTES}
+        settings = self._host.settings
+        engine = settings.get("teacher_engine", {})
+        return {
+            "gpu_memory_utilization": float(settings.get("teacher_memory_utilization", 0.5)),
+            **spread(
+                engine.get("tensor_parallel_size") or self._host.devices,
+                engine.get("pipeline_parallel_size", 1),
+                engine.get("nodes", 1),
+            ),
+        }
 
 
 def _listed(flat: Any, ids: Sequence[int], count: int, k: int) -> Listed:

@@ -283,7 +283,9 @@ def judge_weights(reports: list[dict[str, Any]], path: Path, need_all: bool) -> 
             f"the engine holds other weights than {path}: {len(differing)} parameters differ, e.g."
             f" {'; '.join(differing[:_SHOWN])}"
         )
-    unproven = sorted({name for report in reports for name in (*report["unproven"], *report["unread"])})
+    # a part of a pipeline reads its own layers only
+    unread = set[str].intersection(*(set(report["unread"]) for report in reports))
+    unproven = sorted(unread.union(*(report["unproven"] for report in reports)))
     compared = sum(report["compared"] for report in reports)
     if (need_all and unproven) or not compared:
         raise StaleWeights(

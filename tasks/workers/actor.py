@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from tasks.workers.devices import gpu_memory
 from tasks.workers.guarded import CHECKOUT, Guarded, machine_environment
 
 SILENCE = 120.0
@@ -149,9 +150,11 @@ def _version(package: str) -> str | None:
 
 
 def look(path: str, token: str, files: Mapping[str, str]) -> dict[str, object]:
-    """A node's versions, what is wrong with the folder of `path`, and the fields whose files are missing here."""
+    """A node's versions, what is wrong with the folder of `path`, the fields whose files are missing here, and the bytes of its
+    smallest GPU (0: none, or not known)."""
     missing = [field for field, file in files.items() if not Path(file).exists()]
-    return {"versions": versions(), "root": _folder_problem(Path(path), token), "missing": missing}
+    root, memory = _folder_problem(Path(path), token), min(gpu_memory(), default=0)
+    return {"versions": versions(), "root": root, "missing": missing, "gpu_memory": memory}
 
 
 def _folder_problem(path: Path, token: str) -> str | None:

@@ -29,6 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from tasks.workers.actor import Host, look, loopback, versions
 from tasks.workers.cluster import LAUNCH, Launch, RayCluster
 from tasks.workers.guarded import SOCKET
+from tasks.workers.reserve import Reserved, reserve
 
 CONNECT_TIMEOUT = 90.0
 """Seconds to connect to a cluster. Ray itself would wait longer, and ends the process without a reason."""
@@ -179,8 +180,14 @@ def _serve() -> None:
     launch = msgspec.json.decode(os.environ.pop(LAUNCH), type=Launch)
     cluster = RayCluster(**launch.cluster)
     connect(cluster)
-    ranks = _place(launch, cluster)
+    reserved = _reserve(launch, cluster)
+    ranks = _place(launch, cluster, reserved)
     variables = _meeting(launch, cluster, ranks)
+    if reserved is not None:
+        variables[0] |= reserved.variables(cluster.interface)
+        named = ", ".join(_named(node) for node in reserved.nodes)
+        print(f"{launch.role}: {launch.engine} ({named})", flush=True)
+        threading.Thread(target=_watch, args=(launch, reserved), daemon=True).start()
     for rank in ranks:
         title = f"{launch.role} on node {rank.node}"
         gpus = rank.call(
@@ -245,10 +252,31 @@ def _leave(ranks: list[_Rank], code: int) -> None:
     os._exit(abs(code))
 
 
-def _place(launch: Launch, cluster: RayCluster) -> list[_Rank]:
+def _reserve(launch: Launch, cluster: RayCluster) -> Reserved | None:
+    """The GPUs of an engine over several nodes. Refused where there is no room within `placement_timeout`."""
+    if launch.engine is None:
+        return None
+    deadline = time.monotonic() + cluster.placement_timeout
+    while (found := reserve(launch.engine, launch.cpus, launch.gpus, deadline - time.monotonic())) is None:
+        if time.monotonic() > deadline:
+            raise Refused(_no_room(launch, cluster))
+        time.sleep(0.5)
+    return found
+
+
+def _watch(launch: Launch, reserved: Reserved) -> None:
+    """Ends the worker when its engine has lost a node: vLLM would wait for the GPUs of that one."""
+    while reserved.whole():
+        time.sleep(_PATIENCE)
+    _exit(f"{launch.role}: {launch.engine} has lost a node")
+
+
+def _place(launch: Launch, cluster: RayCluster, reserved: Reserved | None) -> list[_Rank]:
     """An actor per process of the worker, each on a node. Refused where there is no room within `placement_timeout`."""
     deadline = time.monotonic() + cluster.placement_timeout
     strategy: Any = "SPREAD"
+    if reserved is not None:
+        strategy = NodeAffinitySchedulingStrategy(reserved.nodes[0]["NodeID"], soft=False)
     if launch.world > 1:
         bundle = {"CPU": float(launch.cpus)} | ({"GPU": float(launch.gpus)} if launch.gpus else {})
         group = placement_group([bundle] * launch.world, strategy="PACK")
@@ -296,6 +324,7 @@ def _no_room(launch: Launch, cluster: RayCluster) -> str:
     free = ray.available_resources()
     many = f"{launch.world} x " if launch.world > 1 else ""
     needs = f"{many}{launch.cpus} CPUs" + (f" and {launch.gpus} GPUs" if launch.gpus else "")
+    needs += f" and {launch.engine}" if launch.engine else ""
     return (
         f"runtime.{launch.role}: no room for {needs} within {cluster.placement_timeout:g} s"
         f" (runtime.cluster.placement_timeout): {len(_nodes())} nodes have {free.get('CPU', 0):g} CPUs and"

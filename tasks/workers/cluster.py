@@ -23,8 +23,9 @@ from storage.disk.files import temporary_name, unique
 from storage.disk.redact import names_secret
 from storage.errors import ConfigError
 from storage.identity import Runtime
-from tasks.workers.devices import Role
+from tasks.workers.devices import Role, gpu_memory
 from tasks.workers.guarded import machine_environment
+from tasks.workers.span import Room, Span, choose
 
 LAUNCH = "OPD_BRIDGE_LAUNCH"
 """Variable with what a bridge has to start, a `Launch` in JSON."""
@@ -33,6 +34,8 @@ _FORWARDED = ("OPD_", "VLLM_", "NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_")
 _SAME_FOR = 600.0
 """Seconds for which a cluster that passed the checks is not asked again by one process."""
 _passed: dict[str, float] = {}
+_memory: dict[str, int] = {}
+"""By address of a cluster that passed the checks: bytes of its smallest GPU."""
 
 
 class LocalCluster(Runtime):
@@ -54,8 +57,9 @@ class RayCluster(Runtime):
     )
     interface: str | None = Field(
         None,
-        description="network interface of gloo and NCCL between the trainer's ranks, on every node; null: the one that has the"
-        " node's address in the cluster, or the loopback device where all ranks are on one node",
+        description="network interface of gloo and NCCL between the trainer's ranks, and in engines over several nodes, on"
+        " every node; null: for ranks the one that has the node's address in the cluster, or the loopback device where all are on"
+        " one node; for engines what gloo and NCCL choose",
     )
 
     @field_validator("address")
@@ -75,13 +79,15 @@ Cluster = LocalCluster | RayCluster
 
 @dataclass(frozen=True)
 class Group:
-    """What a role needs of a cluster: `workers` times, `world` processes of so many CPUs and GPUs each."""
+    """What a role needs of a cluster: `workers` times, `world` processes of so many CPUs and GPUs each. `engine`: what the
+    engine of each worker has beside these, on several nodes."""
 
     role: Role
     workers: int
     cpus: int = 0
     gpus: int = 0
     world: int = 1
+    engine: Span | None = None
 
     @property
     def field(self) -> str:
@@ -89,12 +95,14 @@ class Group:
 
     def __str__(self) -> str:
         each = [f"{self.cpus} CPUs (runtime.threads)", *([f"{self.gpus} GPUs"] if self.gpus else [])]
+        each += [str(self.engine)] if self.engine else []
         return f"{self.field} {self.workers * self.world} x {' and '.join(each)}"
 
 
 class Launch(msgspec.Struct, frozen=True):
     """What a bridge starts: `world` processes `python ARGV` with the variables `env`, placed by CPUs and GPUs. `name`: of the
-    actors, equal for the same worker of the same run, so that two never write at once. `log`: where their output goes."""
+    actors, equal for the same worker of the same run, so that two never write at once. `log`: where their output goes.
+    `engine`: what the worker's engine has beside these, on several nodes."""
 
     cluster: dict[str, Any]
     role: str
@@ -107,6 +115,7 @@ class Launch(msgspec.Struct, frozen=True):
     argv: list[str]
     env: dict[str, str]
     plugin_path: str | None
+    engine: Span | None = None
 
 
 def bridge_command(
@@ -136,6 +145,7 @@ def bridge_command(
         argv=list(argv),
         env=forwarded | dict(env),
         plugin_path=plugin_path,
+        engine=group.engine,
     )
     return _bridge("serve"), {LAUNCH: msgspec.json.encode(launch).decode()}
 
@@ -159,6 +169,8 @@ class Node:
     problem: str | None = None
     root: str | None = None
     missing: tuple[str, ...] = ()
+    gpu_memory: int = 0
+    """Bytes of its smallest GPU; 0: not known."""
 
 
 class Settings(Protocol):
@@ -189,8 +201,18 @@ def require(runtime: Settings, root: Path | str) -> str | None:
     if problems:
         raise ConfigError("\n".join(problems))
     _passed[question] = time.monotonic()
+    if memory := [node.gpu_memory for node in nodes if node.gpu_memory]:
+        _memory[cluster.address] = min(memory)
     cpus, gpus = (sum(getattr(node, kind) for node in nodes) for kind in ("cpus", "gpus"))
-    return f"{len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs: {', '.join(node.name for node in nodes)}"
+    found = f"{len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs: {', '.join(node.name for node in nodes)}"
+    return "; ".join([found, *plan(groups, nodes, bool(runtime.keep_warm))])
+
+
+def smallest_gpu(runtime: Settings) -> int | None:
+    """Bytes of the smallest GPU of this machine, or of the runtime's cluster after `require`; None where it is not known."""
+    if isinstance(runtime.cluster, RayCluster):
+        return _memory.get(runtime.cluster.address)
+    return min(gpu_memory(), default=None)
 
 
 def ask(cluster: RayCluster, root: Path, files: Mapping[str, Path]) -> tuple[dict[str, str | None], list[Node]]:
@@ -273,13 +295,13 @@ def shortages(groups: Sequence[Group], nodes: Sequence[Node], together: bool) ->
     """A line for every group that all nodes together have no room for; `together`: the groups keep their places side by side."""
     found = []
     for group in groups:
-        if (fits := _placed([group], nodes)) < group.workers * group.world:
+        if (fits := len(_placed([group], nodes))) < group.workers * group.world:
             found.append(
                 f"{group.field}: {group.workers * group.world} are asked for, but {_have(nodes)} have room for {fits}"
                 f" ({group}); start more nodes, or lower it" + (", or runtime.threads" if group.cpus > 1 else "")
             )
     wanted = sum(group.workers * group.world for group in groups)
-    if not found and together and _placed(groups, nodes) < wanted:
+    if not found and together and len(_placed(groups, nodes)) < wanted:
         found.append(
             f"runtime.keep_warm: true keeps {', '.join(map(str, groups))} side by side, but {_have(nodes)}; set it false, start"
             " more nodes, or lower runtime.threads"
@@ -291,16 +313,23 @@ def _have(nodes: Sequence[Node]) -> str:
     return "the nodes (" + "; ".join(f"{n.name}: {n.cpus:g} CPUs, {n.gpus:g} GPUs" for n in nodes) + ")"
 
 
-def _placed(groups: Sequence[Group], nodes: Sequence[Node]) -> int:
-    """How many processes of the groups find a place, the largest first."""
-    free = [[node.cpus, node.gpus] for node in nodes]
-    placed = 0
-    for group in sorted(groups, key=lambda group: (-group.gpus, -group.cpus)):
+def plan(groups: Sequence[Group], nodes: Sequence[Node], together: bool) -> list[str]:
+    """A line for every engine over several nodes: where it fits. It gets these nodes unless something else takes their GPUs."""
+    placed = _placed(groups, nodes) if together else [one for group in groups for one in _placed([group], nodes)]
+    return [
+        f"{group.role}: {group.engine} ({', '.join(nodes[index].name for index in where)})"
+        for group, where in placed
+        if group.engine is not None
+    ]
+
+
+def _placed(groups: Sequence[Group], nodes: Sequence[Node]) -> list[tuple[Group, list[int]]]:
+    """The processes of the groups that find a place, the largest first, and the nodes of each."""
+    free = [Room(node.cpus, node.gpus) for node in nodes]
+    found = []
+    for group in sorted(groups, key=lambda group: (group.engine is None, -group.gpus, -group.cpus)):
         for _ in range(group.workers * group.world):
-            place = next((node for node in free if node[0] >= group.cpus and node[1] >= group.gpus), None)
-            if place is None:
+            if (where := choose(free, group.cpus, group.gpus, group.engine)) is None:
                 break
-            place[0] -= group.cpus
-            place[1] -= group.gpus
-            placed += 1
-    return placed
+            found.append((group, where))
+    return found

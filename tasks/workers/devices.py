@@ -14,7 +14,7 @@ from storage.errors import ConfigError
 
 Role = Literal["sampler", "scorer", "trainer", "judge", "harness"]
 _COUNT_FIELD = {"sampler": "workers", "scorer": "workers", "trainer": "processes"}
-_WIDTH_FIELD = {"sampler": "tensor_parallel_size", "scorer": "devices_per_worker"}
+_WIDTH_FIELD = {"sampler": "tensor_parallel_size x pipeline_parallel_size", "scorer": "devices_per_worker"}
 _UUIDS = ("GPU-", "MIG-")
 
 

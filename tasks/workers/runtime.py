@@ -15,6 +15,7 @@ from storage.errors import ConfigError
 from storage.identity import Runtime
 from tasks.workers.cluster import Cluster, Group, LocalCluster, RayCluster
 from tasks.workers.devices import Role, assign, gpu_count, visible_gpus
+from tasks.workers.span import Span
 
 Devices = list[int | str] | None
 """Of `devices`: places in the list of GPUs that this process may use (its CUDA_VISIBLE_DEVICES), or entries of it."""
@@ -26,9 +27,17 @@ _DEVICES = (
 class SamplerRuntime(Runtime):
     """vLLM workers, which write completions."""
 
-    devices: Devices = Field(None, description=f"{_DEVICES} null means the first workers x tensor_parallel_size")
+    devices: Devices = Field(None, description=f"{_DEVICES} null means the first workers x an engine's GPUs")
     workers: int = Field(1, ge=1, description="data-parallel engines")
-    tensor_parallel_size: int = Field(1, ge=1, description="GPUs per engine")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share every layer of an engine")
+    pipeline_parallel_size: int = Field(
+        1, ge=1, description="parts of an engine's layers that follow each other, each on tensor_parallel_size GPUs"
+    )
+    engine_nodes: int = Field(
+        1,
+        ge=1,
+        description="nodes over which an engine's GPUs are spread evenly; more than 1 needs runtime.cluster: ray",
+    )
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="fraction of a GPU's memory an engine may take")
     kv_cache_gib: float = Field(1, gt=0, description="key-value cache on CPU, GiB")
     enforce_eager: bool | None = Field(None, description="no CUDA graphs; null means: on CPU only")
@@ -66,6 +75,25 @@ class SamplerRuntime(Runtime):
         4,
         gt=0,
         description="key-value caches of these two together, GiB; completions that do not fit are read again from the start",
+    )
+
+    @property
+    def engine_gpus(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+
+class TeacherEngineRuntime(Runtime):
+    """The engine of `supervise.teacher: {kind: vllm}`. On one node it is on the scorer's GPUs, beside the student; over several
+    it has GPUs of its own."""
+
+    tensor_parallel_size: int | None = Field(
+        None, ge=1, description="GPUs that share every layer; null: as many as devices_per_worker"
+    )
+    pipeline_parallel_size: int = Field(
+        1, ge=1, description="parts of the layers that follow each other, each on tensor_parallel_size GPUs"
+    )
+    nodes: int = Field(
+        1, ge=1, description="nodes over which its GPUs are spread evenly; more than 1 needs runtime.cluster: ray"
     )
 
 
@@ -120,6 +148,7 @@ class ScorerRuntime(Runtime):
     teacher_memory_utilization: float = Field(
         0.5, gt=0, le=1, description="fraction of a GPU's memory for the engine of supervise.teacher: {kind: vllm}"
     )
+    teacher_engine: TeacherEngineRuntime = TeacherEngineRuntime()
     server: TeacherServerRuntime = TeacherServerRuntime()
     max_invalid: float = Field(
         0.01,
@@ -128,6 +157,12 @@ class ScorerRuntime(Runtime):
         description="largest share of a round's tokens without usable values of teacher, student or sampler (NaN, infinite,"
         " out of range); above it supervision and training are refused",
     )
+
+    @property
+    def engine_gpus(self) -> int:
+        """GPUs of the engine of a teacher in vLLM."""
+        engine = self.teacher_engine
+        return (engine.tensor_parallel_size or self.devices_per_worker) * engine.pipeline_parallel_size
 
 
 class TrainerRuntime(Runtime):
@@ -217,7 +252,40 @@ class RuntimeConfig(Runtime):
             raise ValueError(
                 "sampler.batch_invariant: vLLM has such kernels for GPUs only, and runtime.device is cpu; set it false"
             )
+        self._refuse_engines()
         return self
+
+    def _refuse_engines(self) -> None:
+        """Engines that no node, or no even share of the nodes, could hold."""
+        for role, field, nodes, gpus in self._engines():
+            if nodes > 1 and not isinstance(self.cluster, RayCluster):
+                raise ValueError(
+                    f"{field}: {nodes} nodes are of a Ray cluster, and runtime.cluster is {self.cluster.kind}; set"
+                    " runtime.cluster: ray, or 1 node"
+                )
+            if nodes > 1 and self.device == "cpu":
+                raise ValueError(
+                    f"{field}: vLLM has no engine over several nodes for CPUs, and runtime.device is cpu; set it 1"
+                )
+            if gpus % nodes:
+                raise ValueError(
+                    f"{field}: {nodes} nodes cannot share the {gpus} GPUs of an engine evenly (tensor_parallel_size x"
+                    " pipeline_parallel_size)"
+                )
+            if role == "scorer" and nodes == 1 and gpus > self.scorer.devices_per_worker:
+                raise ValueError(
+                    f"scorer.teacher_engine: on one node the engine is on the scorer's own {self.scorer.devices_per_worker}"
+                    f" GPUs (scorer.devices_per_worker), but has {gpus} (tensor_parallel_size x pipeline_parallel_size); lower"
+                    " these, or set more nodes"
+                )
+
+    def _engines(self) -> tuple[tuple[Role, str, int, int], ...]:
+        """By role: the field that says over how many nodes its engine is, these, and the engine's GPUs."""
+        sampler, scorer = self.sampler, self.scorer
+        return (
+            ("sampler", "sampler.engine_nodes", sampler.engine_nodes, sampler.engine_gpus),
+            ("scorer", "scorer.teacher_engine.nodes", scorer.teacher_engine.nodes, scorer.engine_gpus),
+        )
 
     def _refuse_choices_of_one_machine(self) -> None:
         if self.device == "auto":
@@ -240,12 +308,16 @@ class RuntimeConfig(Runtime):
         """What a worker of a role needs of a cluster, or the ranks of the trainer together."""
         if role == "judge":
             return Group(role, self.judge.workers)
-        gpus = {"sampler": self.sampler.tensor_parallel_size, "trainer": 1}.get(role, self.scorer.devices_per_worker)
+        engine = next(
+            (Span(nodes, gpus // nodes) for of, _, nodes, gpus in self._engines() if of == role and nodes > 1), None
+        )
+        own = self.sampler.engine_gpus if engine is None else 0
+        gpus = {"sampler": own, "trainer": 1}.get(role, self.scorer.devices_per_worker)
         gpus = gpus if self.device == "cuda" else 0
         if role == "trainer":
             return Group(role, 1, self.threads, gpus, self.trainer.processes)
         workers = 1 if role == "harness" else getattr(self, role).workers
-        return Group(role, workers, self.threads, gpus)
+        return Group(role, workers, self.threads, gpus, engine=engine)
 
     def gpus(self, role: Role) -> list[list[str]]:
         """The GPUs of each worker of a role (for the trainer: of each rank), as its CUDA_VISIBLE_DEVICES names them. ConfigError
@@ -253,7 +325,7 @@ class RuntimeConfig(Runtime):
         if role == "harness":
             return self.gpus("scorer")[:1]
         workers = self.trainer.processes if role == "trainer" else getattr(self, role).workers
-        width = {"sampler": self.sampler.tensor_parallel_size, "scorer": self.scorer.devices_per_worker}.get(role, 1)
+        width = {"sampler": self.sampler.engine_gpus, "scorer": self.scorer.devices_per_worker}.get(role, 1)
         if self.device == "cpu" or role == "judge":
             return [[] for _ in range(workers)]
         visible = visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), gpu_count())
@@ -292,12 +364,17 @@ class RuntimeConfig(Runtime):
                 "scorer_batch_tokens": self.scorer.batch_tokens,
                 "scorer_head_chunk_tokens": self.scorer.head_chunk_tokens,
             }
+            if self.scorer.teacher_engine != TeacherEngineRuntime():  # old records lack it
+                found["scorer_teacher_engine"] = self.scorer.teacher_engine.model_dump()
         if not roles or "sampler" in roles:
             found |= {
                 "sampler_max_num_seqs": self.sampler.max_num_seqs,
                 "sampler_tensor_parallel_size": self.sampler.tensor_parallel_size,
                 "sampler_enforce_eager": self.sampler.enforce_eager,
                 "sampler_kv_cache_gib": self.sampler.kv_cache_gib,
+            }
+            found |= {  # old records lack both
+                f"sampler_{name}": value for name in _SPREAD if (value := getattr(self.sampler, name)) > 1
             }
             if self.device == "cuda":  # on CPU the engine is in process, and old records lack both
                 found |= {
@@ -322,6 +399,10 @@ class RuntimeConfig(Runtime):
         data = self.model_dump()
         if recorded.get("device", self.device) != self.device:
             data["sampler"] |= {"in_process": None, "batch_invariant": False}  # those of the other device
+        if "sampler_tensor_parallel_size" in recorded:
+            data["sampler"] |= dict.fromkeys(_SPREAD, 1)  # recorded where they are larger
+        if "scorer_batch_tokens" in recorded:
+            data["scorer"]["teacher_engine"] = {}  # the same
         for name, path in _FIELDS.items():
             if name in recorded and name != "deepspeed_config":
                 place = data
@@ -352,6 +433,8 @@ class RuntimeConfig(Runtime):
         ]
 
 
+_SPREAD = ("pipeline_parallel_size", "engine_nodes")
+"""Of a sampler's engine, and recorded among its numerics where they are more than 1."""
 _FIELDS = {
     "device": ("device",),
     "threads": ("threads",),
@@ -362,8 +445,11 @@ _FIELDS = {
     "deepspeed_config": ("trainer", "deepspeed"),
     "scorer_batch_tokens": ("scorer", "batch_tokens"),
     "scorer_head_chunk_tokens": ("scorer", "head_chunk_tokens"),
+    "scorer_teacher_engine": ("scorer", "teacher_engine"),
     "sampler_max_num_seqs": ("sampler", "max_num_seqs"),
     "sampler_tensor_parallel_size": ("sampler", "tensor_parallel_size"),
+    "sampler_pipeline_parallel_size": ("sampler", "pipeline_parallel_size"),
+    "sampler_engine_nodes": ("sampler", "engine_nodes"),
     "sampler_enforce_eager": ("sampler", "enforce_eager"),
     "sampler_kv_cache_gib": ("sampler", "kv_cache_gib"),
     "sampler_in_process": ("sampler", "in_process"),

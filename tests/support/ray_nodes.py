@@ -41,8 +41,8 @@ STORE = 80 * 2**20
 class Nodes:
     """A running cluster. A run's bridges are on the head's machine, as all nodes are here."""
 
-    def __init__(self, folder: str) -> None:
-        path = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "tests" / "support"), str(PLUGINS)])
+    def __init__(self, folder: str, also: tuple[Path, ...] = ()) -> None:
+        path = os.pathsep.join(map(str, [CHECKOUT, CHECKOUT / "tests" / "support", PLUGINS, *also]))
         self._keeper = subprocess.Popen(
             [sys.executable, __file__, folder],
             env={**os.environ, **QUIET, "PYTHONPATH": path, "RAY_TMPDIR": folder},
@@ -92,12 +92,14 @@ class Nodes:
 
 
 @contextmanager
-def nodes(*cpus: int, addresses: tuple[str | None, ...] = (), gpus: int = 0) -> Iterator[Nodes]:
-    """A cluster with a node of so many CPUs each, the head first."""
+def nodes(
+    *cpus: int, addresses: tuple[str | None, ...] = (), gpus: int = 0, also: tuple[Path, ...] = ()
+) -> Iterator[Nodes]:
+    """A cluster with a node of so many CPUs each, the head first. `also`: folders with modules that the nodes find."""
     folder = tempfile.mkdtemp(prefix="opd-ray-", dir="/tmp")  # short: sockets are below it
     (Path(folder) / "ray").mkdir()
     before = {name: os.environ.get(name) for name in QUIET}
-    cluster = Nodes(folder)
+    cluster = Nodes(folder, also)
     try:
         os.environ.update(QUIET)  # bridges read it too
         for number, count in enumerate(cpus):

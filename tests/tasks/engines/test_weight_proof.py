@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tasks.engines.vllm_engine import VllmEngine
-from tasks.engines.weight_proof import StaleWeights
+from tasks.engines.weight_proof import StaleWeights, judge_weights
 
 
 def make_experts(folder: Path, inner: int) -> Path:
@@ -22,6 +22,18 @@ def make_experts(folder: Path, inner: int) -> Path:
     )  # fmt: skip
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def test_parts_of_a_pipeline_prove_a_checkpoint_together(tmp_path):
+    """Each reads its own layers; what none has read is unproven."""
+
+    def report(*unread: str) -> dict:
+        return {"compared": 2, "elements": 8, "differing": [], "unproven": [], "unread": list(unread)}
+
+    both = [report("layers.1", "extra"), report("layers.0", "extra")]
+    assert judge_weights(both, tmp_path, need_all=False)["params_unproven"] == 1
+    with pytest.raises(StaleWeights, match="1 of unknown layout"):
+        judge_weights(both, tmp_path, need_all=True)
 
 
 @pytest.mark.slow

@@ -14,9 +14,10 @@ from pydantic import ValidationError
 
 from storage.errors import ConfigError
 from tasks.workers.actor import look
-from tasks.workers.cluster import Group, Node, bridge_command, differences, require, shortages
+from tasks.workers.cluster import Group, Node, bridge_command, differences, plan, require, shortages
 from tasks.workers.one_machine import refuse_launchers
 from tasks.workers.runtime import RuntimeConfig
+from tasks.workers.span import Span
 
 RAY = {"device": "cpu", "threads": 2, "cluster": {"kind": "ray", "address": "127.0.0.1:1"}}
 
@@ -33,10 +34,22 @@ def runtime(**fields) -> RuntimeConfig:
         ({"cluster": {"kind": "ray", "address": "ray://head:10001"}}, "is no address of a Ray head"),
         ({"cluster": {"kind": "ray", "address": "head"}}, "write auto or HOST:PORT"),
         ({"cluster": {"kind": "slurm"}}, "'local', 'ray'"),
+        (
+            {"sampler": {"engine_nodes": 2, "tensor_parallel_size": 2}},
+            "sampler.engine_nodes: vLLM has no engine over several",
+        ),
+        (
+            {"device": "cuda", "sampler": {"engine_nodes": 2, "tensor_parallel_size": 3}},
+            "cannot share the 3 GPUs of an engine",
+        ),
+        (
+            {"device": "cuda", "scorer": {"teacher_engine": {"nodes": 2}}},
+            "scorer.teacher_engine.nodes: 2 nodes cannot share the 1",
+        ),
     ],
 )
 def test_fields_that_mean_nothing_on_a_cluster_are_refused(fields, found):
-    with pytest.raises(ValidationError, match=r"cluster|devices") as error:
+    with pytest.raises(ValidationError, match=r"cluster|devices|nodes") as error:
         runtime(**fields)
     assert found in str(error.value)
 
@@ -47,6 +60,28 @@ def test_what_a_role_needs_of_a_cluster():
     assert on_gpus.group("trainer") == Group("trainer", 1, cpus=2, gpus=1, world=8)
     assert runtime(scorer={"workers": 2}).group("scorer") == Group("scorer", 2, cpus=2)
     assert runtime().group("judge") == Group("judge", 1)
+
+
+def test_an_engine_over_nodes_has_its_gpus_beside_the_worker():
+    found = runtime(
+        device="cuda",
+        sampler={"workers": 2, "tensor_parallel_size": 8, "pipeline_parallel_size": 2, "engine_nodes": 2},
+        scorer={"devices_per_worker": 2, "teacher_engine": {"tensor_parallel_size": 4, "nodes": 4}},
+    )
+    assert found.group("sampler") == Group("sampler", 2, cpus=2, engine=Span(2, 8))
+    assert found.group("scorer") == Group("scorer", 1, cpus=2, gpus=2, engine=Span(4, 1))
+    assert found.group("harness") == Group("harness", 1, cpus=2, gpus=2)
+    # a pipeline of one node is of its GPUs alone
+    assert runtime(device="cuda", sampler={"pipeline_parallel_size": 4}).group("sampler") == Group("sampler", 1, 2, 4)
+
+
+def test_an_engine_over_nodes_needs_a_cluster():
+    with pytest.raises(ValidationError, match=r"sampler\.engine_nodes: 2 nodes are of a Ray cluster, and .* is local"):
+        RuntimeConfig.model_validate({"device": "cuda", "sampler": {"engine_nodes": 2, "tensor_parallel_size": 2}})
+    with pytest.raises(
+        ValidationError, match=r"scorer\.teacher_engine: on one node the engine is on the scorer's own 1"
+    ):
+        RuntimeConfig.model_validate({"device": "cuda", "scorer": {"teacher_engine": {"tensor_parallel_size": 2}}})
 
 
 def node(name: str, cpus: float = 4, gpus: float = 0, **more) -> Node:
@@ -66,6 +101,22 @@ def test_groups_that_nodes_have_no_room_for_are_named_with_the_room_that_there_i
     # one after the other they fit; side by side not
     [warm] = shortages([samplers, ranks], both, together=True)
     assert warm.startswith("runtime.keep_warm: true") and "runtime.trainer.processes 8 x" in warm
+
+
+def test_the_plan_says_on_which_nodes_engines_fit():
+    engines = Group("sampler", 2, cpus=1, engine=Span(2, 4))
+    three = [node("a", gpus=4), node("b", gpus=8), node("c", gpus=4)]
+    assert shortages([engines], three, together=True) == []
+    assert plan([engines], three, together=True) == [
+        "sampler: an engine of 4 GPUs on each of 2 nodes (b, a)",
+        "sampler: an engine of 4 GPUs on each of 2 nodes (b, c)",
+    ]
+    # sixteen GPUs, and no second node with four
+    [line] = shortages([engines], [node("a", gpus=14), node("b", gpus=2)], together=False)
+    assert line.startswith("runtime.sampler.workers: 2 are asked for") and "have room for 0 (" in line
+    assert "an engine of 4 GPUs on each of 2 nodes" in line
+    # the worker itself needs a CPU on a node of its engine
+    assert shortages([engines], [node("a", cpus=0, gpus=8), node("b", cpus=0, gpus=8)], together=False)
 
 
 def test_nodes_that_differ_are_named_with_both_versions():

@@ -32,6 +32,20 @@ def test_sizes_of_the_models_beside_a_sampler_are_recorded_where_these_are_read(
     assert RuntimeConfig(device="cpu").with_numerics(recorded, tmp_path).sampler == runtime.sampler
 
 
+def test_how_an_engine_is_spread_is_recorded_where_it_is_not_the_default(tmp_path):
+    ray = {"device": "cuda", "cluster": {"kind": "ray"}}
+    plain = RuntimeConfig.model_validate(ray | {"sampler": {"tensor_parallel_size": 4}})
+    new = ("sampler_pipeline_parallel_size", "sampler_engine_nodes", "scorer_teacher_engine")
+    assert not any(name in plain.numerics() for name in new)
+    spread = {"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "engine_nodes": 2}
+    teacher = {"teacher_engine": {"tensor_parallel_size": 2, "nodes": 2}}
+    wide = RuntimeConfig.model_validate(ray | {"sampler": spread, "scorer": teacher})
+    assert [wide.numerics()[name] for name in new[:2]] == [2, 2]
+    assert plain.with_numerics(wide.numerics(), tmp_path) == wide
+    assert wide.with_numerics(plain.numerics(), tmp_path) == plain  # a record without them is of one node
+    assert wide.with_numerics({"device": "cuda", "threads": 2}, tmp_path) == wide
+
+
 def test_batch_invariance_without_a_gpu_is_refused():
     with pytest.raises(ValidationError, match="batch_invariant"):
         RuntimeConfig.model_validate({"device": "cpu", "sampler": {"batch_invariant": True}})

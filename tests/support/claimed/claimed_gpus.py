@@ -1,0 +1,5 @@
+"""A platform plugin of vLLM for tests, found by whoever has this folder on its path (`entry_points.txt`)."""
+
+
+def found() -> str:
+    return "claimed_platform.ClaimedGpus"

@@ -261,6 +261,11 @@ class Sampler:
             disk.check()
         return SampleResult(self._stopped_by, self.engine.proof)
 
+    def rest(self) -> None:
+        """Free the models beside the engine, and what the engine does not need for the next student."""
+        self._free_pair()
+        self.engine.rest()
+
     def close(self) -> None:
         """Shut the engine down, and free the models beside it."""
         self._free_pair()

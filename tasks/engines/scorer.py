@@ -113,6 +113,10 @@ class Scorer:
                 link.done(writing.result())
         return ScoreResult()
 
+    def rest(self) -> None:
+        """Free the student."""
+        self.models.rest()
+
     def close(self) -> None:
         """Free the models."""
         self.models.free()

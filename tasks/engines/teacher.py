@@ -312,6 +312,7 @@ class WarmModels:
     def __init__(self, host: Host) -> None:
         self.host = host
         self._models: dict[tuple[str, ...], Teacher] = {}
+        self._teacher: tuple[str, ...] = ()
         self.loads = 0
 
     def get(
@@ -319,6 +320,7 @@ class WarmModels:
     ) -> dict[str, Teacher]:
         """Those of a job's models that are named. Opened models that the job does not describe are closed first."""
         keys = self._keys(models, dtype, teacher)
+        self._teacher = keys.get("teacher", ())
         self.free(keep=list(keys.values()))
         for name in names:
             if keys[name] not in self._models:
@@ -344,6 +346,10 @@ class WarmModels:
             )
             for name, model in models.items()
         }
+
+    def rest(self) -> None:
+        """Close all but the teacher of the last job."""
+        self.free(keep=[self._teacher])
 
     def close(self, model: Teacher) -> None:
         """Close one model."""

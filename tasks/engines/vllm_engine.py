@@ -63,6 +63,8 @@ class VllmEngine:
         self._shape: dict[str, Any] = {}
         self._reloads = True
         """Whether weights of this architecture can be reloaded in place, as far as is known."""
+        self._tied = False
+        """Whether the loaded checkpoint's output head is its embeddings; then they cannot."""
         prepare_environment(self.on_cpu, self.eager, int(settings.get("threads", 1)))
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not self.in_process))
         os.environ["VLLM_BATCH_INVARIANT"] = str(int(bool(settings.get("batch_invariant"))))
@@ -74,6 +76,16 @@ class VllmEngine:
             llm.llm_engine.engine_core.shutdown()
             del llm
             gc.collect()
+
+    def rest(self) -> None:
+        """Give memory back before other weights come: the engine where they need a new one, else the pages of its cache."""
+        if self.llm is None:
+            return
+        if self._tied or not self._reloads:
+            self.close()
+        elif self.on_cpu:
+            self.clear_cache()
+            self.llm.collective_rpc("opd_drop_cache")
 
     def abandon(self) -> None:
         """Discard an engine that failed; the next `load` builds another."""
@@ -155,8 +167,8 @@ class VllmEngine:
         self.vocabulary = model_rows(path)
         self._reloads = self._reloads or self._shape != shape
         # an output head tied to the embeddings keeps the old weights when vLLM reloads them in place
-        tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, text_config(config)))
-        reloaded = same_shape and not tied and self._reloads and self._reload(path, dtype)
+        self._tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, text_config(config)))
+        reloaded = same_shape and not self._tied and self._reloads and self._reload(path, dtype)
         if not reloaded:
             self.close()
             self._build(path, dtype, length)

@@ -26,6 +26,7 @@ from torch import nn
 from storage.artifacts.digests import weight_files
 from storage.errors import OpdError
 from tasks.engines.hf_folder import load_causal_lm
+from tasks.workers.memory import drop_pages
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
@@ -60,6 +61,13 @@ class EngineWeights:
         model = self.model_runner.get_model()  # type: ignore[attr-defined]  # the worker's, which extends this class
         with torch.inference_mode():
             return compare_weights(model, Path(path))
+
+    def opd_drop_cache(self) -> None:
+        """Give the pages of the key-value cache back to the system; they read as zeros, as in a new engine. On a CPU, and while
+        the cache holds nothing that is needed."""
+        for layer in self.model_runner.kv_caches:  # type: ignore[attr-defined]
+            if isinstance(layer, torch.Tensor):
+                drop_pages(layer.untyped_storage().data_ptr(), layer.untyped_storage().nbytes())
 
 
 def compare_weights(model: nn.Module, path: Path) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""Starts the trainer: on one machine with DeepSpeed's per-node launcher, one process per rank; on a cluster an actor starts each
-rank (`tasks/workers/bridge.py`), with the variables that the launcher would set. Imports no engine.
+"""Starts the trainer: on one machine with DeepSpeed's per-node launcher, one process per rank; a single rank without it. On a
+cluster an actor starts each rank (`tasks/workers/bridge.py`), with the variables that the launcher would set. Imports no engine.
 
 The launcher puts RANK, WORLD_SIZE, LOCAL_RANK and the visible devices into each rank's environment; the ranks stay in
 the launcher's process group, so killing the group ends all of them. If a rank fails the launcher terminates the
@@ -18,9 +18,15 @@ from collections.abc import Sequence
 def launch_command(
     processes: int, device: str, port: int, gpus: Sequence[str] = ()
 ) -> tuple[list[str], dict[str, str]]:
-    """The command line and the additional environment that start a trainer of `processes` ranks.
+    """The command line and the additional environment that start a trainer of `processes` ranks; a single one without the
+    launcher, whose imports take seconds and memory.
 
     `device` is "cpu" or "cuda"; `gpus` (cuda): the GPU of each rank, as CUDA_VISIBLE_DEVICES names it."""
+    own = ["tasks.workers.main", "trainer"]
+    if processes == 1:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "WORLD_SIZE": "1"}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return [sys.executable, "-m", *own], _libraries(device, _loopback()) | alone | place
     # the launcher takes the number of ranks from this list, also on CPU, and makes CUDA_VISIBLE_DEVICES of it
     visible = list(range(processes)) if device == "cpu" else list(gpus)
     world = base64.urlsafe_b64encode(json.dumps({"localhost": visible}).encode()).decode()
@@ -34,10 +40,13 @@ def launch_command(
         "--log_level=warning",
         "--no_local_rank",
         "--module",
-        "tasks.workers.main",
-        "trainer",
+        *own,
     ]
-    return argv, _libraries(device, "lo" if sys.platform == "linux" else "lo0")
+    return argv, _libraries(device, _loopback())
+
+
+def _loopback() -> str:
+    return "lo" if sys.platform == "linux" else "lo0"
 
 
 MEETING = "OPD_MEETING"

@@ -43,6 +43,7 @@ from tasks.trainer.planning import planner_of
 from tasks.trainer.reading import collect_round, collect_targets
 from tasks.workers.jobs import TrainJob, TrainResult, WarmupJob
 from tasks.workers.main import Link
+from tasks.workers.memory import give_back
 from tasks.workers.metrics import Progress, summarised
 
 _OBJECTIVE: TypeAdapter[Any] = TypeAdapter(ObjectiveConfig)
@@ -140,6 +141,7 @@ class Trainer:
                 engine.average(average)
             if tensors is not None:
                 state.load(tensors, engine, midway.state.step if midway is not None else first_step)
+                tensors = None  # unmaps the files: as large as the state
             else:
                 engine.make_moments(0)
             plan = Plan(
@@ -167,12 +169,13 @@ class Trainer:
                 midway.rows if midway is not None else [],
                 partial(keeper.step_done, engine, own),
             )
+            give_back()  # the activations, before the weights are copied to be written
             memory = {} if planner is None else planner.memory
             exported = self._write(job, engine, model, rows, settings, base, student, training.samples, memory)
         finally:
             engine.close()
             del engine, module, model, parameters
-            gc.collect()
+            give_back()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         return _summary(rows, training.samples, exported, {} if planner is None else planner.metrics)

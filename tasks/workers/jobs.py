@@ -447,6 +447,11 @@ class Give(Schema):
     item: msgspec.Raw
 
 
+class Rest(Schema):
+    """To the worker, between two jobs: a training begins, which replaces the student. The worker frees what it holds of that one,
+    and memory that it does not use."""
+
+
 class Stop(Schema):
     """To the worker: end."""
 
@@ -519,7 +524,7 @@ class Stopped(Schema):
     rank: int
 
 
-ToWorker = Do | Give | Stop
+ToWorker = Do | Give | Rest | Stop
 FromWorker = Ready | Failed | Progress | Want | Done | Result | Error | Stopped
 _to_worker: msgspec.json.Decoder[ToWorker] = msgspec.json.Decoder(ToWorker)
 _from_worker: msgspec.json.Decoder[FromWorker] = msgspec.json.Decoder(FromWorker)

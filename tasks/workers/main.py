@@ -25,6 +25,7 @@ from storage.disk.redact import redact, redact_output
 from storage.errors import OpdError
 from tasks.plugins import load_plugins, refuse_changed, search_in
 from tasks.workers import jobs
+from tasks.workers.memory import give_back
 from tasks.workers.metrics import Metrics
 
 PROGRESS_INTERVAL = 0.2
@@ -33,7 +34,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Handler(Protocol):
-    """Serves a role's jobs. `settings` describe the machine and do not change while the worker lives."""
+    """Serves a role's jobs. `settings` describe the machine and do not change while the worker lives. A method `rest()`, where
+    there is one, frees what the next job will not use: see `jobs.Rest`."""
 
     def handle(self, job: Any, link: Link) -> jobs.Schema:
         """Do one job (a schema of `jobs`) and return its result."""
@@ -122,6 +124,8 @@ def main(role: str) -> None:
             continue
         if isinstance(message, jobs.Do):
             _serve(handler, channel, message, rank)
+        elif isinstance(message, jobs.Rest):
+            _rest(handler)
         elif isinstance(message, jobs.Stop):
             handler.close()
             channel.send(jobs.Stopped(rank))
@@ -143,6 +147,17 @@ def _serve(handler: Handler, channel: Channel, message: jobs.Do, rank: int) -> N
         channel.send(jobs.Error(message.id, rank, _describe(error)))
         return
     channel.send(jobs.Result(message.id, rank, result if rank == 0 else jobs.raw(None)))
+
+
+def _rest(handler: Handler) -> None:
+    """Nothing depends on it: an error is logged, and the next job decides."""
+    try:
+        if hasattr(handler, "rest"):
+            handler.rest()
+        give_back(maps=True)
+    except Exception:
+        with suppress(OSError):
+            traceback.print_exc()
 
 
 def _write_to(log: str) -> None:

@@ -215,6 +215,10 @@ class WorkerPool:
         began = time.monotonic()
         with self._lock:
             known = set(self._workers.values())
+        if role == "trainer":  # the others' student is replaced by what it makes
+            for other in known:
+                if other.role != role:
+                    other.rest()
         worker, runtime = self._worker(role, number), self.runtime
         log = self._log(role, number)
         if worker not in known and number == 0:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import selectors
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -63,6 +64,8 @@ class Worker:
         self._names: dict[int, str] = {}
         self._buffers: dict[int, bytes] = {}
         self._jobs = 0
+        self._at_work = threading.Lock()
+        self._rested = True
         self._command = Guarded(role, argv, env, log, world)
         self._folder = self._command.folder
         try:
@@ -112,12 +115,24 @@ class Worker:
         raised, WorkerDied when it ended without an answer, did not finish within `timeout` seconds or sent nothing for
         `stall_timeout` seconds. The worker outlives only an OpdError that it raised itself: after any other error it may
         still be at its job."""
+        with self._at_work:
+            return self._run(job, progress, timeout, log, stall_timeout, items or Items())
+
+    def _run(
+        self,
+        job: jobs.Schema,
+        progress: Progress,
+        timeout: float | None,
+        log: Path | None,
+        stall_timeout: float | None,
+        items: Items,
+    ) -> Any:
         self._jobs += 1
+        self._rested = False
         self.log, started_in = log or self.log, self.log
         if self._jobs > 1 or self.log != started_in:  # what it wrote while it started belongs to its first job
             with suppress(OSError):  # on a full disk the worker reports it, or does its job without a log
                 attempt_begins(self.log, f"{self.role}: next job, {type(job).__name__}")
-        items = items or Items()
         started = heard = time.monotonic()
         result: Any = None
         finished = 0
@@ -159,6 +174,19 @@ class Worker:
                 self.kill()
             raise
         return result
+
+    def rest(self) -> None:
+        """Ask the worker to give back memory (`jobs.Rest`), once after a job. Nothing where it is at a job."""
+        if not self._at_work.acquire(blocking=False):
+            return
+        try:
+            if not self._rested:
+                self._rested = True
+                self._send(jobs.Rest())
+        except OSError:  # it is gone, as its next job will find
+            pass
+        finally:
+            self._at_work.release()
 
     @staticmethod
     def _forward(message: jobs.Progress, progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""A plugin that takes the scorer's place and does what a job tells it to: real worker code, faults on demand."""
+"""A plugin that takes the scorer's and the trainer's place and does what a job says: real worker code, faults on demand."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from opdflow.plugin import register_role
 from storage.errors import InputError
 from tasks.workers import jobs
 
-register_role("scorer", f"{__name__}:Scripted")
+for role in ("scorer", "trainer"):
+    register_role(role, f"{__name__}:Scripted")
 
 
 class Scripted:
     def __init__(self, settings: dict) -> None:
         self.settings = settings
         self.served = 0
+        self.rests = 0
 
     def handle(self, job: ScriptedJob, link) -> ScriptedAnswer:
         self.served += 1
@@ -32,6 +34,8 @@ class Scripted:
             case "echo":
                 link.progress(1, 1)
                 return ScriptedAnswer(job.value, self.served, os.getpid())
+            case "rests":
+                return ScriptedAnswer(self.rests, self.served, os.getpid())
             case "train":
                 for step, metrics in enumerate(job.metrics, 1):
                     link.progress(step, len(job.metrics), metrics)
@@ -104,5 +108,10 @@ class Scripted:
                 os.kill(os.getpid(), signal.SIGKILL)
             link.progress(count, 0)
             link.done(ScriptedDone(item.shard, os.getpid()))
+
+    def rest(self) -> None:
+        self.rests += 1
+        if self.rests == 2:
+            raise ZeroDivisionError("a bug")
 
     def close(self) -> None: ...

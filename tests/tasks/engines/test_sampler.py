@@ -534,6 +534,23 @@ def test_tied_embeddings_get_a_new_engine(sampler, checkpoints):
     sampler.engine._weights = None
 
 
+@pytest.mark.parametrize(("kind", "change"), [("one", None), ("tied_one", "built")])
+def test_a_sampler_that_rested_gives_the_same_completions(sampler, checkpoints, kind, change):
+    """An engine whose weights can be replaced stays, with an empty cache; another one is freed."""
+    ids, seeds = [prompt(number, 20) for number in range(3)], [1, 2, 3]
+    before, _ = make(sampler, checkpoints[kind], ids, seeds)
+    sampler.rest()
+    engine = sampler.engine.llm
+    if change is None:
+        caches = engine.llm_engine.model_executor.driver_worker.worker.model_runner.kv_caches
+        assert caches and not any(layer.any() for layer in caches)
+    else:
+        assert engine is None
+    after, result = make(sampler, checkpoints[kind], ids, seeds)
+    assert after == before and (change is None) == (sampler.engine.llm is engine)
+    assert change is None or result.proof["change"] == change
+
+
 def test_stop_ids_come_from_tokenizer_and_generation_config(checkpoints, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(checkpoints["one"], folder)

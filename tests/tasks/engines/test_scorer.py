@@ -265,6 +265,17 @@ def test_models_stay_warm_until_a_job_names_others(models, samples):
     assert scorer.models.loads == 4  # the student is not needed for it
 
 
+def test_a_scorer_that_rested_has_its_teacher_and_no_student(models, samples):
+    scorer = Scorer({"threads": 1})
+    before = scorer.score(job(models), samples[:1], SAMPLED, lambda *_: None)
+    scorer.rest()
+    scorer.score(job(models), samples[:1], lists(2), lambda *_: None)
+    assert scorer.models.loads == 2
+    after = scorer.score(job(models), samples[:1], SAMPLED, lambda *_: None)
+    assert scorer.models.loads == 3
+    assert all(np.array_equal(after[name][0], before[name][0]) for name in before)
+
+
 def test_half_precision_is_scored_in_float32(models, samples):
     exact, rough = (score(models, samples, SAMPLED, dtype=dtype) for dtype in ("float32", "bfloat16"))
     gap = np.abs(np.concatenate(exact["student_logprobs"]) - np.concatenate(rough["student_logprobs"]))

@@ -132,3 +132,9 @@ def test_launch_gives_every_rank_its_gpu_in_order() -> None:
 
     assert visible(launch_command(2, "cuda", 1, ["GPU-1f", "5"])[0]) == ["GPU-1f", "5"]
     assert visible(launch_command(2, "cpu", 1)[0]) == [0, 1]
+
+
+def test_a_single_rank_needs_no_launcher() -> None:
+    argv, environment = launch_command(1, "cuda", 7, ["GPU-1f"])
+    assert argv[1:] == ["-m", "tasks.workers.main", "trainer"]
+    assert {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "7"}.items() <= environment.items()

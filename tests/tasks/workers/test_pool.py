@@ -51,6 +51,30 @@ def test_one_warm_worker_serves_a_stream_of_jobs(tmp_path):
     assert not alive(first[0].pid)
 
 
+def test_warm_workers_rest_once_before_a_training(tmp_path):
+    """And go on after one that failed. The trainer itself, and a worker that is at a job, do not."""
+    with pool(tmp_path) as workers:
+        first = workers.run("scorer", ScriptedJob(do="rests"))
+        for _ in range(2):
+            assert workers.run("trainer", ScriptedJob(do="rests")).value == 0
+        second = workers.run("scorer", ScriptedJob(do="rests"))
+        workers.run("trainer", ScriptedJob(do="rests"))
+        third = workers.run("scorer", ScriptedJob(do="rests"))
+        items = [ScriptedItem(shard) for shard in range(4)]
+        share = threading.Thread(
+            target=workers.share, args=("scorer", ScriptedJob(do="shards", path=str(tmp_path), pause=0.5), items)
+        )
+        share.start()
+        while not (tmp_path / "there-0").exists():
+            time.sleep(0.01)
+        workers.run("trainer", ScriptedJob(do="rests"))
+        assert share.is_alive()
+        share.join()
+        last = workers.run("scorer", ScriptedJob(do="rests"))
+    assert [found.value for found in (first, second, third, last)] == [0, 1, 2, 2]
+    assert first.pid == last.pid and last.served == 5
+
+
 @pytest.mark.parametrize(("length", "there"), [(20, True), (60, False), (200, False)])
 def test_a_long_folder_for_temporary_files_leaves_room_for_sockets(tmp_path, monkeypatch, length, there):
     """A socket's path has at most 107 characters. Nothing stays in either place, also of a run that was killed."""

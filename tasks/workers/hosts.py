@@ -1,0 +1,181 @@
+"""The relay between a run and the trainer's ranks on the hosts of a hostfile: `python -m tasks.workers.hosts`.
+
+It stands where the launcher stands on one machine, below the same guard. It calls DeepSpeed's runner, which starts `on_host.py`
+on each host by pdsh and ssh. Each rank connects over TCP and proves that it knows the secret of this relay; then the relay
+connects to the supervisor's socket for it, and passes bytes both ways. However the relay ends, these connections end, and with
+them the ranks.
+
+The runner is never sent SIGTERM or SIGINT: it answers with `pkill -f` on all hosts, which ends every launcher of this Python
+there, also those of other runs. It is killed instead. Hosts do not notice that, but the connections of the ranks end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from storage.disk.files import temporary_name
+from storage.errors import ConfigError
+from tasks.workers.actor import loopback
+from tasks.workers.cluster import HostfileCluster
+from tasks.workers.guard import end_with_parent
+from tasks.workers.guarded import CHECKOUT, SOCKET
+from tasks.workers.hostfile import LAUNCH, RelayLaunch, own_address, placed, runner_command, runner_environment
+from tasks.workers.wire import (
+    GREETING_TIMEOUT,
+    SILENCE_HERE,
+    Hello,
+    Order,
+    Start,
+    Stranger,
+    new_secret,
+    pass_on,
+    proof,
+    proves,
+    read_line,
+    send,
+    watch,
+)
+
+
+@dataclass(frozen=True)
+class _Rank:
+    hello: Hello
+    connection: socket.socket
+
+
+def main() -> None:
+    """Ends with the runner's exit code, or with 1 where that hides that ranks are left."""
+    end_with_parent()  # also where the guard or the run is killed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    launch = msgspec.json.decode(os.environ.pop(LAUNCH), type=RelayLaunch)
+    cluster = HostfileCluster(**launch.cluster)
+    try:
+        taken = placed(cluster, launch.world)
+        address = own_address(cluster, list(taken))
+    except ConfigError as error:  # the file was changed since the checks
+        _exit(1, str(error))
+    secret = new_secret()
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, 0), family=family, backlog=launch.world + 16) as listener:
+        where = (address, int(listener.getsockname()[1]))
+        order = Order(where, secret, launch.argv, launch.env, launch.plugin_path, launch.log)
+        with _written(order) as path:
+            runner = subprocess.Popen(
+                runner_command(cluster, taken, path),
+                env=runner_environment(os.environ),
+                cwd=CHECKOUT,  # the launchers on the hosts change to it
+                stdin=subprocess.DEVNULL,
+                preexec_fn=end_with_parent,
+            )
+            ranks = _gather(listener, secret, launch.world, runner)
+    variables = _meeting(launch, cluster, ranks, len(taken))
+    for rank, env in zip(ranks, variables, strict=True):
+        print(f"trainer rank {rank.hello.rank} on host {rank.hello.node} ({rank.hello.address})", flush=True)
+        with suppress(OSError):  # one that has ended meanwhile is seen below
+            send(rank.connection, Start(proof(secret, "relay", rank.hello.challenge), env))
+    ups = [_serve(rank) for rank in ranks]
+    code = runner.wait()
+    for up in ups:
+        up.join(1.0)
+    left = any(up.is_alive() for up in ups)
+    _exit(code if code > 0 else int(left or code < 0), "DeepSpeed's runner has ended before the ranks" if left else "")
+
+
+def _exit(code: int, why: str = "") -> NoReturn:
+    """Ends the process at once; its guard ends what is left below it."""
+    if why:
+        print(why, file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+@contextmanager
+def _written(order: Order) -> Iterator[Path]:
+    """The order as a file that this user alone can read, beside the worker's log: there the hosts see it."""
+    path = Path(order.log).parent / temporary_name("hosts")
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(msgspec.json.encode(order))
+            file.flush()
+            os.fsync(file.fileno())
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _gather(listener: socket.socket, secret: str, world: int, runner: subprocess.Popen[bytes]) -> list[_Rank]:
+    """All ranks, in order. Ends the process where the runner ends before they are there."""
+    found: dict[int, _Rank] = {}
+    listener.settimeout(0.5)
+
+    def greet(connection: socket.socket) -> None:
+        with suppress(Stranger, OSError, msgspec.MsgspecError):
+            hello = _hello(connection, secret)
+            if hello.world == world and 0 <= hello.rank < world:
+                found.setdefault(hello.rank, _Rank(hello, connection))
+                return
+        connection.close()
+
+    while len(found) < world:
+        with suppress(TimeoutError):
+            connection, _ = listener.accept()
+            threading.Thread(target=greet, args=(connection,), daemon=True).start()
+        if len(found) < world and (code := runner.poll()) is not None:
+            _exit(max(code, 1), f"DeepSpeed's runner has ended, and {len(found)} of {world} ranks were there")
+    return [found[rank] for rank in range(world)]
+
+
+def _hello(connection: socket.socket, secret: str) -> Hello:
+    """Who has connected; Stranger where it does not know the secret."""
+    challenge = new_secret()
+    connection.settimeout(GREETING_TIMEOUT)
+    send(connection, challenge)
+    hello = msgspec.json.decode(read_line(connection, GREETING_TIMEOUT), type=Hello)
+    if not proves(hello.proof, secret, "rank", challenge):
+        raise Stranger
+    watch(connection, SILENCE_HERE)
+    return hello
+
+
+def _meeting(launch: RelayLaunch, cluster: HostfileCluster, ranks: list[_Rank], hosts: int) -> list[dict[str, str]]:
+    """Per rank the variables by which the ranks find each other: at a store that rank 0 opens on its host."""
+    from tasks.trainer.launch import meeting_environment
+
+    first = ranks[0].hello
+    meeting = f"{'127.0.0.1' if hosts == 1 else first.address}:{first.port}"
+    return [
+        meeting_environment(
+            launch.device,
+            meeting,
+            loopback() if hosts == 1 else cluster.interface or rank.hello.interface,
+            nodes=hosts,
+        )
+        for rank in ranks
+    ]
+
+
+def _serve(rank: _Rank) -> threading.Thread:
+    """Passes bytes between a rank and the supervisor; the thread ends when the rank has.
+
+    A rank that ends closes its socket to the supervisor, which then ends the worker, as with ranks on one machine."""
+    supervisor = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    supervisor.connect(os.environ[SOCKET])
+    up = threading.Thread(target=pass_on, args=(rank.connection, supervisor), daemon=True)
+    down = threading.Thread(target=pass_on, args=(supervisor, rank.connection), daemon=True)
+    up.start()
+    down.start()
+    return up
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,6 @@ the checks before a run. Imports no DeepSpeed; the relay that calls its runner i
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import re
@@ -238,9 +237,9 @@ def _require_plain(paths: Mapping[str, Path]) -> None:
 
 
 def ssh_command(host: str, command: str) -> list[str]:
-    """The command that pdsh gives to ssh, which asks nobody for a password."""
+    """ssh with what pdsh gives to it, asking nobody for a password."""
     more = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
-    return ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-l", getpass.getuser(), *more, host, command]
+    return ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", *more, host, command]
 
 
 def _ask(
@@ -254,6 +253,11 @@ def _ask(
         if (why := answer.pop("unreached", None)) is not None:
             unreached[host] = why
         missing = tuple(answer.pop("missing", ()))
+        if (user := answer.pop("user", os.getuid())) != os.getuid():
+            answer["problem"] = (
+                f"ssh logs in as the user {user}, and the run is of the user {os.getuid()}: the ranks could not read its files; set"
+                f" User for {host} in ~/.ssh/config"
+            )
         known = {name: version for name, version in answer.pop("versions", {}).items() if name in _COMPARED}
         return Node(host, 0, answer.pop("gpus", 0), known, missing=missing, **answer)
 

@@ -15,6 +15,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -59,10 +60,10 @@ def _exit(why: str) -> None:
     os._exit(1)
 
 
-def _look(question: dict[str, object]) -> None:
-    """Prints what `actor.look` finds, the GPUs, and why the run's machine cannot be reached."""
-    host, port = question.pop("address")  # type: ignore[misc]
-    found = look(**question) | {"gpus": gpu_count()}  # type: ignore[arg-type]
+def _look(question: dict[str, Any]) -> None:
+    """Prints what `actor.look` finds, the user, the GPUs, and why the run's machine cannot be reached."""
+    host, port = question.pop("address")
+    found = look(**question) | {"user": os.getuid(), "gpus": gpu_count()}
     try:
         socket.create_connection((host, port), 15).close()
     except OSError as error:

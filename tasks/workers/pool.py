@@ -342,11 +342,14 @@ class WorkerPool:
         argv = [sys.executable, "-m", "tasks.workers.main", role]
         here = machine_environment(self.plugin_path)
         cluster, group = self.runtime.cluster, self.runtime.group(cast(Role, role))
-        if isinstance(cluster, RayCluster) or (isinstance(cluster, HostfileCluster) and role == "trainer"):
-            log = self._log(role, number).absolute()
-            given = (group, self.runtime.device, log, argv[1:], env, self.plugin_path)
-            on_ray = isinstance(cluster, RayCluster)
-            argv, more = bridge_command(cluster, *given) if on_ray else relay_command(cluster, *given)
+        given = (group, self.runtime.device, self._log(role, number).absolute(), argv[1:], env, self.plugin_path)
+        between = None
+        if isinstance(cluster, RayCluster):
+            between = bridge_command(cluster, *given)
+        elif isinstance(cluster, HostfileCluster) and role == "trainer":
+            between = relay_command(cluster, *given)
+        if between is not None:
+            argv, more = between
             # neither needs a module of the user's, and must not import one in place of Ray's or DeepSpeed's
             return argv, here | {"PYTHONSAFEPATH": "1"} | more, group.world
         gpus = self.runtime.gpus(cast(Role, role))

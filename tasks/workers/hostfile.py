@@ -255,8 +255,8 @@ def _ask(
         missing = tuple(answer.pop("missing", ()))
         if (user := answer.pop("user", os.getuid())) != os.getuid():
             answer["problem"] = (
-                f"ssh logs in as the user {user}, and the run is of the user {os.getuid()}: the ranks could not read its files; set"
-                f" User for {host} in ~/.ssh/config"
+                f"ssh logs in as the user {user}, and the run is of the user {os.getuid()}: the ranks could not read its files;"
+                f" set User for {host} in ~/.ssh/config"
             )
         known = {name: version for name, version in answer.pop("versions", {}).items() if name in _COMPARED}
         return Node(host, 0, answer.pop("gpus", 0), known, missing=missing, **answer)

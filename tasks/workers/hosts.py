@@ -54,17 +54,34 @@ class _Rank:
     connection: socket.socket
 
 
+class Ended(Exception):
+    """The relay ends with `code`; the text says why, where the log does not have it."""
+
+    def __init__(self, code: int, why: str = "") -> None:
+        super().__init__(why)
+        self.code = code
+
+
 def main() -> None:
-    """Ends with the runner's exit code, or with 1 where that hides that ranks are left."""
+    """Ends at once where the runner has ended; the guard ends what is left below."""
     end_with_parent()  # also where the guard or the run is killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    launch = msgspec.json.decode(os.environ.pop(LAUNCH), type=RelayLaunch)
+    try:
+        relay(msgspec.json.decode(os.environ.pop(LAUNCH), type=RelayLaunch))
+    except Ended as end:
+        if str(end):
+            print(end, file=sys.stderr, flush=True)
+        os._exit(end.code)
+
+
+def relay(launch: RelayLaunch) -> NoReturn:
+    """Raises Ended with the runner's exit code, or with 1 where that hides that ranks are left."""
     cluster = HostfileCluster(**launch.cluster)
     try:
         taken = placed(cluster, launch.world)
         address = own_address(cluster, list(taken))
     except ConfigError as error:  # the file was changed since the checks
-        _exit(1, str(error))
+        raise Ended(1, str(error)) from None
     secret = new_secret()
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.create_server((address, 0), family=family, backlog=launch.world + 16) as listener:
@@ -81,7 +98,6 @@ def main() -> None:
             ranks = _gather(listener, secret, launch.world, runner)
     variables = _meeting(launch, cluster, ranks, len(taken))
     for rank, env in zip(ranks, variables, strict=True):
-        print(f"trainer rank {rank.hello.rank} on host {rank.hello.node} ({rank.hello.address})", flush=True)
         with suppress(OSError):  # one that has ended meanwhile is seen below
             send(rank.connection, Start(proof(secret, "relay", rank.hello.challenge), env))
     ups = [_serve(rank) for rank in ranks]
@@ -89,14 +105,9 @@ def main() -> None:
     for up in ups:
         up.join(1.0)
     left = any(up.is_alive() for up in ups)
-    _exit(code if code > 0 else int(left or code < 0), "DeepSpeed's runner has ended before the ranks" if left else "")
-
-
-def _exit(code: int, why: str = "") -> NoReturn:
-    """Ends the process at once; its guard ends what is left below it."""
-    if why:
-        print(why, file=sys.stderr, flush=True)
-    os._exit(code)
+    raise Ended(
+        code if code > 0 else int(left or code < 0), "DeepSpeed's runner has ended before the ranks" if left else ""
+    )
 
 
 @contextmanager
@@ -114,7 +125,7 @@ def _written(order: Order) -> Iterator[Path]:
 
 
 def _gather(listener: socket.socket, secret: str, world: int, runner: subprocess.Popen[bytes]) -> list[_Rank]:
-    """All ranks, in order. Ends the process where the runner ends before they are there."""
+    """All ranks, in order. Ended where the runner ends before they are there."""
     found: dict[int, _Rank] = {}
     listener.settimeout(0.5)
 
@@ -131,7 +142,7 @@ def _gather(listener: socket.socket, secret: str, world: int, runner: subprocess
             connection, _ = listener.accept()
             threading.Thread(target=greet, args=(connection,), daemon=True).start()
         if len(found) < world and (code := runner.poll()) is not None:
-            _exit(max(code, 1), f"DeepSpeed's runner has ended, and {len(found)} of {world} ranks were there")
+            raise Ended(max(code, 1), f"DeepSpeed's runner has ended, and {len(found)} of {world} ranks were there")
     return [found[rank] for rank in range(world)]
 
 

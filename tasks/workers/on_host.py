@@ -104,7 +104,6 @@ def _greet(connection: socket.socket, order: Order, rank: int, own: str) -> dict
         challenge=mine,
         rank=rank,
         world=int(os.environ["WORLD_SIZE"]),
-        node=platform.node(),
         address=own,
         interface=interface_of(own),
         port=free_port(),

@@ -44,7 +44,6 @@ class Hello(msgspec.Struct, frozen=True):
     challenge: str
     rank: int
     world: int
-    node: str
     address: str
     interface: str
     port: int

@@ -202,6 +202,15 @@ def test_everything_that_is_wrong_on_a_host_is_told_by_field(two: Hosts, tmp_pat
     assert "Permission denied" in shut and "ssh-copy-id 127.0.0.3" in shut
 
 
+def test_another_user_on_a_host_is_refused(two: Hosts, tmp_path, monkeypatch):
+    other = os.getuid() + 1
+    monkeypatch.setattr("os.getuid", lambda: other)
+    with pytest.raises(
+        ConfigError, match=rf"^runtime\.cluster: host 127\.0\.0\.1: ssh logs in as .* of the user {other}"
+    ):
+        require(runtime(two.file), tmp_path)
+
+
 def test_a_host_that_does_not_reach_this_machine_is_told(two: Hosts, tmp_path, monkeypatch):
     closed = socket.create_server(("127.0.0.1", 0))
     port = closed.getsockname()[1]
@@ -242,7 +251,7 @@ def test_a_path_that_no_shell_would_leave_alone_is_refused(two: Hosts, tmp_path)
 def rank(port: int, number: int, secret: str, answer: str = "rank") -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", port))
     challenge = json.loads(read_line(connection, 5))
-    send(connection, Hello(proof(secret, answer, challenge), new_secret(), number, 2, "n", "127.0.0.1", "lo", 1))
+    send(connection, Hello(proof(secret, answer, challenge), new_secret(), number, 2, "127.0.0.1", "lo", 1))
     return connection
 
 

@@ -96,6 +96,7 @@ def serve(folder: Path) -> None:
     ctypes.CDLL(None).prctl(
         36, 1, 0, 0, 0
     )  # PR_SET_CHILD_SUBREAPER: what loses its parent on a host is still on that host
+    threading.Thread(target=_reap, daemon=True).start()
     listener = socket.socket(socket.AF_UNIX)
     os.chdir(folder)  # the socket's path is short, however long that of the folder is
     listener.bind("s")
@@ -106,6 +107,21 @@ def serve(folder: Path) -> None:
         threading.Thread(target=_run, args=(connection, known, folder / ASKED), daemon=True).start()
 
 
+_own: set[int] = set()
+_starting = threading.Lock()
+
+
+def _reap() -> None:
+    """As process 1 of a host does: who waits for the end of a process that has lost its parent would wait forever otherwise."""
+    while True:
+        with _starting:
+            for process in psutil.Process().children():
+                with suppress(psutil.Error):
+                    if process.pid not in _own and process.status() == psutil.STATUS_ZOMBIE:
+                        os.waitpid(process.pid, os.WNOHANG)
+        time.sleep(0.1)
+
+
 def _run(connection: socket.socket, known: list[str], asked: Path) -> None:
     lines = connection.makefile("rw")
     host, command, given = json.loads(lines.readline())
@@ -114,16 +130,18 @@ def _run(connection: socket.socket, known: list[str], asked: Path) -> None:
     if host not in known:
         print(json.dumps(["", f"{host}: Permission denied (publickey).\n", 255]), file=lines, flush=True)
         return
-    remote = subprocess.Popen(
-        ["/bin/sh", "-c", command],
-        env={"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(asked.parent)},
-        cwd="/",
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    with _starting:
+        remote = subprocess.Popen(
+            ["/bin/sh", "-c", command],
+            env={"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(asked.parent)},
+            cwd="/",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        _own.add(remote.pid)
     assert remote.stdin is not None and remote.stdout is not None
     remote.stdin.write(given)
     remote.stdin.close()

@@ -98,14 +98,15 @@ def test_nothing_is_left_on_a_host(two, tmp_path, lost):
     on_hosts = {process.pid for process in two.processes()}
     assert on_hosts >= set(pids)
 
-    def one(words: str, among: list[psutil.Process]) -> int:
-        return next(process.pid for process in among if words in " ".join(process.cmdline()))
+    def one(place: int, word: str, among: list[psutil.Process]) -> int:
+        """The process whose command line has this word there (those of guards and shells have others before it)."""
+        return next(process.pid for process in among if process.cmdline()[place : place + 1] == [word])
 
     victims = {
         "run": lambda: run.pid,
-        "relay": lambda: one("-m tasks.workers.hosts", [p for p in here if "guard.py" not in " ".join(p.cmdline())]),
-        "launcher": lambda: one("-u -m deepspeed.launcher.launch", two.running("launcher.launch")),
-        "ssh": lambda: one("pretend_hosts.py pdsh", here),
+        "relay": lambda: one(2, "tasks.workers.hosts", here),
+        "launcher": lambda: one(3, "deepspeed.launcher.launch", two.processes()),
+        "ssh": lambda: one(2, "pdsh", here),
     }
     os.kill(victims[lost](), signal.SIGKILL)
     assert two.empty(60), two.processes()

@@ -25,6 +25,23 @@ ASKED = "asked"
 """File in the folder with a line per command: the host and the command."""
 
 
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def with_word(place: int, word: str, among: list[psutil.Process]) -> list[psutil.Process]:
+    """Those whose command line has this word there: those of guards and shells have others before it."""
+    found = []
+    for process in among:
+        with suppress(psutil.Error):
+            if process.cmdline()[place : place + 1] == [word]:
+                found.append(process)
+    return found
+
+
 class Hosts:
     """The running hosts, and a hostfile of them."""
 
@@ -45,17 +62,7 @@ class Hosts:
 
     def processes(self) -> list[psutil.Process]:
         """All that is left on the hosts."""
-        family = psutil.Process(self._sshd.pid).children(recursive=True)
-        return [process for process in family if process.status() != psutil.STATUS_ZOMBIE]
-
-    def running(self, words: str) -> list[psutil.Process]:
-        """The processes of the hosts whose command line has these words."""
-        found = []
-        for process in self.processes():
-            with suppress(psutil.Error):
-                if words in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+        return [process for process in psutil.Process(self._sshd.pid).children(recursive=True) if alive(process)]
 
     def asked(self) -> list[tuple[str, str]]:
         """(host, command) of everything that was run."""

@@ -4,9 +4,7 @@ them is left on a host. The hosts are on this machine, and so are stand-ins for 
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from places import PLUGINS
-from pretend_hosts import Hosts, hosts
+from pretend_hosts import Hosts, alive, hosts, with_word
 
 from tasks.workers.pool import WorkerDied, WorkerPool
 from tasks.workers.runtime import RuntimeConfig
@@ -50,9 +48,9 @@ def test_every_rank_does_the_job_and_no_secret_is_shown(two, tmp_path, monkeypat
         assert workers.run("trainer", ScriptedJob(do="tell", path=str(tmp_path), value=7)).value == 7
         assert workers.run("trainer", ScriptedJob(do="tell", path=str(tmp_path), value=8)).value == 8
         assert list((tmp_path / "logs").iterdir()) == [tmp_path / "logs" / "trainer.log"]  # no order is left
-        relay = next(p for p in psutil.Process().children(recursive=True) if "tasks.workers.hosts" in p.cmdline())
-        folders = {Path(p.environ()["TMPDIR"]) for p in two.running("tasks.workers.main")}
-    assert two.empty() and not relay.is_running() and not any(folder.exists() for folder in folders)
+        [relay] = with_word(2, "tasks.workers.hosts", psutil.Process().children(recursive=True))
+        folders = {Path(p.environ()["TMPDIR"]) for p in with_word(2, "tasks.workers.main", two.processes())}
+    assert two.empty() and not alive(relay) and len(folders) == 3 and not any(folder.exists() for folder in folders)
     told = [json.loads((tmp_path / f"rank-{number}").read_text()) for number in range(3)]
     assert [(of["LOCAL_RANK"], of["CUDA_VISIBLE_DEVICES"]) for of in told] == [("0", "0,1"), ("1", "0,1"), ("0", "0")]
     assert {(of["WORLD_SIZE"], of["OPD_NODES"], of["GLOO_SOCKET_IFNAME"], of["OMP_NUM_THREADS"]) for of in told} == {
@@ -98,22 +96,18 @@ def test_nothing_is_left_on_a_host(two, tmp_path, lost):
     on_hosts = {process.pid for process in two.processes()}
     assert on_hosts >= set(pids)
 
-    def one(place: int, word: str, among: list[psutil.Process]) -> int:
-        """The process whose command line has this word there (those of guards and shells have others before it)."""
-        return next(process.pid for process in among if process.cmdline()[place : place + 1] == [word])
-
     victims = {
-        "run": lambda: run.pid,
-        "relay": lambda: one(2, "tasks.workers.hosts", here),
-        "launcher": lambda: one(3, "deepspeed.launcher.launch", two.processes()),
-        "ssh": lambda: one(2, "pdsh", here),
+        "run": [psutil.Process(run.pid)],
+        "relay": with_word(2, "tasks.workers.hosts", here),
+        "launcher": with_word(3, "deepspeed.launcher.launch", two.processes()),
+        "ssh": with_word(2, "pdsh", here),
     }
-    os.kill(victims[lost](), signal.SIGKILL)
+    victims[lost][0].kill()
     assert two.empty(60), two.processes()
     said = run.communicate(timeout=60)[1]
     assert lost == "run" or "WorkerDied: trainer worker" in said
     deadline = time.monotonic() + 20
-    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in here):
+    while any(map(alive, here)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert [path.name for path in (tmp_path / "logs").iterdir()] == ["trainer.log"]

@@ -52,7 +52,8 @@ _PROGRAMS = {"pdsh": "pdsh", "ssh": "openssh-client"}
 
 
 class RelayLaunch(msgspec.Struct, frozen=True):
-    """What a relay starts: `world` ranks `python ARGV` with the variables `env`. `log`: where their output goes."""
+    """What a relay starts: `world` ranks `python ARGV` with the variables `env`. `modules`: folders of modules, as in
+    PYTHONPATH; `log`: where their output goes."""
 
     cluster: dict[str, Any]
     world: int
@@ -60,7 +61,7 @@ class RelayLaunch(msgspec.Struct, frozen=True):
     log: str
     argv: list[str]
     env: dict[str, str]
-    plugin_path: str | None
+    modules: str
 
 
 def relay_command(
@@ -80,7 +81,8 @@ def relay_command(
         log=str(log),
         argv=list(argv),
         env=forwarded() | dict(env),
-        plugin_path=plugin_path,
+        # the hosts see the same folders, and workers here have those of the run too
+        modules=os.pathsep.join(filter(None, [plugin_path, os.environ.get("PYTHONPATH")])),
     )
     return [sys.executable, "-m", "tasks.workers.hosts"], {LAUNCH: msgspec.json.encode(launch).decode()}
 

@@ -86,7 +86,7 @@ def relay(launch: RelayLaunch) -> NoReturn:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.create_server((address, 0), family=family, backlog=launch.world + 16) as listener:
         where = (address, int(listener.getsockname()[1]))
-        order = Order(where, secret, launch.argv, launch.env, launch.plugin_path, launch.log)
+        order = Order(where, secret, launch.argv, launch.env, launch.modules, launch.log)
         with _written(order) as path:
             runner = subprocess.Popen(
                 runner_command(cluster, taken, path),

@@ -80,7 +80,7 @@ def _rank(path: Path) -> None:
     title = f"trainer rank {rank} on host {platform.node()} ({own})"
     env = _greet(connection, order, rank, own)
     # what the launcher has set (the rank, its GPUs) is in this process's environment
-    known = machine_environment(order.plugin_path) | order.env | env
+    known = machine_environment(order.modules) | order.env | env
     worker = Guarded(title, [sys.executable, *order.argv], known, Path(order.log))
     served = _accept(worker)
     if served is not None:

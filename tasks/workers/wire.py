@@ -27,13 +27,14 @@ _LONGEST = 1 << 16
 
 
 class Order(msgspec.Struct, frozen=True):
-    """The file, for all ranks of a worker. `address`: of the relay; `env`: variables of the worker; `log`: where it writes."""
+    """The file, for all ranks of a worker. `address`: of the relay; `env`: variables of the worker; `modules`: folders that
+    it finds modules in, as in PYTHONPATH; `log`: where it writes."""
 
     address: tuple[str, int]
     secret: str
     argv: list[str]
     env: dict[str, str]
-    plugin_path: str | None
+    modules: str
     log: str
 
 

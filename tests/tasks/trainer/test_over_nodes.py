@@ -44,7 +44,8 @@ def pool_of(cluster: dict[str, str], ranks: int, folder: Path) -> WorkerPool:
 def on_hosts(slots: tuple[int, ...], folder: Path) -> Iterator[Worker]:
     """A trainer whose ranks fill hosts with so many slots; nothing is left of it on them."""
     names = {f"127.0.0.{number}": count for number, count in enumerate(slots, 1)}
-    with hosts(folder / "hosts", names) as running:
+    with hosts(folder / "hosts", names) as running, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(CHECKOUT / "tests" / "support"))
         with pool_of({"kind": "hostfile", "hostfile": str(running.file)}, sum(slots), folder) as pool:
             yield pool._worker("trainer", 0)
         assert running.empty() and len(running.asked()) == len(slots)

@@ -11,12 +11,12 @@ there, also those of other runs. It is killed instead. Hosts do not notice that,
 from __future__ import annotations
 
 import os
-import signal
+import re
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,9 @@ from tasks.workers.wire import (
     watch,
 )
 
+_HOST_ENDED = re.compile(rb"pdsh@\S+: (\S+): \S+ exited with exit code (\d+)")
+"""What pdsh writes when a command on a host fails. It waits for the other hosts, whose ranks would wait for those of this one."""
+
 
 @dataclass(frozen=True)
 class _Rank:
@@ -65,7 +68,6 @@ class Ended(Exception):
 def main() -> None:
     """Ends at once where the runner has ended; the guard ends what is left below."""
     end_with_parent()  # also where the guard or the run is killed
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         relay(msgspec.json.decode(os.environ.pop(LAUNCH), type=RelayLaunch))
     except Ended as end:
@@ -93,21 +95,48 @@ def relay(launch: RelayLaunch) -> NoReturn:
                 env=runner_environment(os.environ),
                 cwd=CHECKOUT,  # the launchers on the hosts change to it
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 preexec_fn=end_with_parent,
             )
-            ranks = _gather(listener, secret, launch.world, runner)
+            output = _Output(runner)
+            ranks = _gather(listener, secret, launch.world, output.failure)
     variables = _meeting(launch, cluster, ranks, len(taken))
     for rank, env in zip(ranks, variables, strict=True):
         with suppress(OSError):  # one that has ended meanwhile is seen below
             send(rank.connection, Start(proof(secret, "relay", rank.hello.challenge), env))
     ups = [_serve(rank) for rank in ranks]
     code = runner.wait()
-    for up in ups:
-        up.join(1.0)
+    for thread in (*ups, output.thread):
+        thread.join(1.0)
     left = any(up.is_alive() for up in ups)
     raise Ended(
         code if code > 0 else int(left or code < 0), "DeepSpeed's runner has ended before the ranks" if left else ""
     )
+
+
+class _Output:
+    """Copies the runner's output to this process's own, which is the worker's log."""
+
+    def __init__(self, runner: subprocess.Popen[bytes]) -> None:
+        self._runner, self._failed = runner, list[tuple[int, str]]()
+        self.thread = threading.Thread(target=self._copy, daemon=True)
+        self.thread.start()
+
+    def _copy(self) -> None:
+        assert self._runner.stdout is not None
+        for line in self._runner.stdout:
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
+            if found := _HOST_ENDED.match(line):
+                self._failed.append((int(found[2]), f"the launcher on host {found[1].decode()} has ended"))
+
+    def failure(self) -> tuple[int, str] | None:
+        """An exit code other than 0, and what has ended: a host's launcher, or the runner; None where neither has."""
+        if not self._failed and (code := self._runner.poll()) is not None:
+            self.thread.join(1.0)
+            return max(code, 1), "DeepSpeed's runner has ended"
+        return self._failed[0] if self._failed else None
 
 
 @contextmanager
@@ -124,8 +153,10 @@ def _written(order: Order) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _gather(listener: socket.socket, secret: str, world: int, runner: subprocess.Popen[bytes]) -> list[_Rank]:
-    """All ranks, in order. Ended where the runner ends before they are there."""
+def _gather(
+    listener: socket.socket, secret: str, world: int, failure: Callable[[], tuple[int, str] | None]
+) -> list[_Rank]:
+    """All ranks, in order. Ended where there is a failure before they are there."""
     found: dict[int, _Rank] = {}
     listener.settimeout(0.5)
 
@@ -141,8 +172,8 @@ def _gather(listener: socket.socket, secret: str, world: int, runner: subprocess
         with suppress(TimeoutError):
             connection, _ = listener.accept()
             threading.Thread(target=greet, args=(connection,), daemon=True).start()
-        if len(found) < world and (code := runner.poll()) is not None:
-            raise Ended(max(code, 1), f"DeepSpeed's runner has ended, and {len(found)} of {world} ranks were there")
+        if len(found) < world and (failed := failure()) is not None:
+            raise Ended(failed[0], f"{failed[1]}, and {len(found)} of {world} ranks were there")
     return [found[rank] for rank in range(world)]
 
 

@@ -108,9 +108,9 @@ def serve(folder: Path) -> None:
     os.chdir(folder)  # the socket's path is short, however long that of the folder is
     listener.bind("s")
     listener.listen(64)
-    known = (folder / "hosts").read_text().split()
     while True:
         connection, _ = listener.accept()
+        known = (folder / "hosts").read_text().split()
         threading.Thread(target=_run, args=(connection, known, folder / ASKED), daemon=True).start()
 
 
@@ -194,7 +194,9 @@ def pdsh(folder: Path, arguments: list[str]) -> int:
 
     def one(number: int, host: str) -> None:
         own = command.replace("%n", str(number)).replace("%h", host)
-        codes[host] = _ask(folder, host, own, "", f"{host}: ")
+        if code := _ask(folder, host, own, "", f"{host}: "):
+            print(f"pdsh@here: {host}: ssh exited with exit code {code}", file=sys.stderr, flush=True)
+        codes[host] = code
 
     threads = [threading.Thread(target=one, args=item) for item in enumerate(names)]
     for thread in threads:

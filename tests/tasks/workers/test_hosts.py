@@ -74,6 +74,14 @@ def test_a_rank_that_dies_ends_the_others_and_another_trainer_goes_on(two, tmp_p
         assert workers.run("trainer", ScriptedJob(do="die_once", path=str(tmp_path), value=2)).value == 2
 
 
+def test_a_host_that_is_lost_at_the_start_ends_the_others(two, tmp_path):
+    (two.folder / "hosts").write_text("127.0.0.2")
+    with pool(two, tmp_path, retries=0) as workers, pytest.raises(WorkerDied, match=r"\(exit 255\)") as error:
+        workers.run("trainer", ScriptedJob(do="tell", path=str(tmp_path)))
+    assert "the launcher on host 127.0.0.1 has ended, and " in str(error.value)
+    assert two.empty() and [path.name for path in (tmp_path / "logs").iterdir()] == ["trainer.log"]
+
+
 @pytest.mark.parametrize("lost", ["run", "relay", "launcher", "ssh"])
 def test_nothing_is_left_on_a_host(two, tmp_path, lost):
     """The last rank is stopped (SIGSTOP), so it can do nothing; each has started a process in a session of its own."""
@@ -105,6 +113,7 @@ def test_nothing_is_left_on_a_host(two, tmp_path, lost):
     victims[lost][0].kill()
     assert two.empty(60), two.processes()
     said = run.communicate(timeout=60)[1]
+    assert not any("pkill" in command for _, command in two.asked())  # it would end launchers of other runs
     assert lost == "run" or "WorkerDied: trainer worker" in said
     deadline = time.monotonic() + 20
     while any(map(alive, here)):

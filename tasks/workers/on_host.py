@@ -83,9 +83,14 @@ def _rank(path: Path) -> None:
     known = machine_environment(order.modules) | order.env | env
     worker = Guarded(title, [sys.executable, *order.argv], known, Path(order.log))
     served = _accept(worker)
+    ended = threading.Event()
     if served is not None:
-        threading.Thread(target=_down, args=(connection, served, worker), daemon=True).start()
+        threading.Thread(target=_down, args=(connection, served, worker, ended), daemon=True).start()
         _up(served, connection, worker)
+    # at once: an error of another rank, whose connection to this one is lost, must not come first and count as the reason
+    ended.set()
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_WR)
     code = worker.code(_END_TIMEOUT)
     if code != 0:
         worker.kill()
@@ -126,7 +131,7 @@ def _accept(worker: Guarded) -> socket.socket | None:
 
 
 def _up(served: socket.socket, connection: socket.socket, worker: Guarded) -> None:
-    """From the worker to the relay, until the worker ends. The connection stays open until its end is in the log."""
+    """From the worker to the relay, until the worker ends."""
     with suppress(ConnectionResetError):
         while data := served.recv(1 << 20):
             try:
@@ -135,13 +140,14 @@ def _up(served: socket.socket, connection: socket.socket, worker: Guarded) -> No
                 _lost(worker)
 
 
-def _down(connection: socket.socket, served: socket.socket, worker: Guarded) -> None:
+def _down(connection: socket.socket, served: socket.socket, worker: Guarded, ended: threading.Event) -> None:
     """From the relay to the worker, until the relay is gone. What a worker that has ended does not take is dropped."""
     with suppress(OSError):
         while data := connection.recv(1 << 20):
             with suppress(OSError):
                 served.sendall(data)
-    _lost(worker)
+    if not ended.is_set():
+        _lost(worker)
 
 
 def _lost(worker: Guarded) -> None:

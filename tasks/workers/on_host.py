@@ -87,7 +87,7 @@ def _rank(path: Path) -> None:
     if served is not None:
         threading.Thread(target=_down, args=(connection, served, worker, ended), daemon=True).start()
         _up(served, connection, worker)
-    # at once: an error of another rank, whose connection to this one is lost, must not come first and count as the reason
+    # at once: the error of another rank, which has lost its connection to this one, would come first and count as the reason
     ended.set()
     with suppress(OSError):
         connection.shutdown(socket.SHUT_WR)

@@ -47,7 +47,7 @@ from storage.upkeep.retention import Retention, evicted_of, rebuild_cost
 from tasks.inputs.models import CheckpointModel, parameter_count
 from tasks.stage import Context
 from tasks.trainer.dispatch import training_bytes
-from tasks.workers.cluster import RayCluster
+from tasks.workers.cluster import LocalCluster
 from tasks.workers.cluster import require as require_cluster
 from tasks.workers.metrics import StageProgress
 from tasks.workers.one_machine import refuse_launchers
@@ -114,7 +114,7 @@ def open_run(experiment: Experiment, name: str, root: str | Path) -> Run:
 
 def require_machines(experiment: Experiment, root: str | Path) -> None:
     """ConfigError where this machine, or the cluster of `runtime.cluster`, cannot run the experiment's workers."""
-    refuse_launchers(os.environ, isinstance(experiment.runtime.cluster, RayCluster))
+    refuse_launchers(os.environ, not isinstance(experiment.runtime.cluster, LocalCluster))
     experiment.runtime.require_gpus()
     require_cluster(experiment.runtime, root)
 

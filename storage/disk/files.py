@@ -22,7 +22,7 @@ from storage.errors import CorruptArtifact, NotEnoughSpace, OpdError, StoreError
 from storage.identity import canonical_json
 
 TEMPORARY = ".tmp-"
-STORE_PLACES = ("", "artifacts/*/*/", "runs/", "runs/*/", "quarantine/", "memo/")
+STORE_PLACES = ("", "artifacts/*/*/", "runs/", "runs/*/", "runs/*/logs/", "quarantine/", "memo/")
 """Folders of a store with temporary files, as prefixes of glob patterns."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _BROKEN = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)

@@ -1,5 +1,6 @@
-"""Starts the trainer: on one machine with DeepSpeed's per-node launcher, one process per rank; a single rank without it. On a
-cluster an actor starts each rank (`tasks/workers/bridge.py`), with the variables that the launcher would set. Imports no engine.
+"""Starts the trainer: on one machine with DeepSpeed's per-node launcher, one process per rank; a single rank without it. On a Ray
+cluster an actor starts each rank (`tasks/workers/bridge.py`), with the variables that the launcher would set; on hosts of a hostfile
+DeepSpeed's runner starts the launchers (`tasks/workers/hosts.py`). Imports no engine.
 
 The launcher puts RANK, WORLD_SIZE, LOCAL_RANK and the visible devices into each rank's environment; the ranks stay in
 the launcher's process group, so killing the group ends all of them. If a rank fails the launcher terminates the
@@ -50,7 +51,7 @@ def _loopback() -> str:
 
 
 MEETING = "OPD_MEETING"
-"""Variable with HOST:PORT of rank 0's store, where ranks of a cluster find each other."""
+"""Variable with HOST:PORT of rank 0's store, where ranks on several machines find each other."""
 NODES = "OPD_NODES"
 """Variable with the number of nodes that the ranks are on."""
 
@@ -61,12 +62,14 @@ def rank_environment(
     """The additional environment of a rank that is started alone on its node, where it sees one GPU.
 
     `meeting`: HOST:PORT on rank 0's node; `interface`: the network interface to the other ranks; `nodes`: of all ranks."""
+    alone = {"RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "WORLD_SIZE": str(world)}
+    return alone | meeting_environment(device, meeting, interface, nodes)
+
+
+def meeting_environment(device: str, meeting: str, interface: str, nodes: int) -> dict[str, str]:
+    """Of that, what a launcher on a rank's node does not set."""
     host, _, port = meeting.rpartition(":")
     return _libraries(device, interface) | {
-        "RANK": str(rank),
-        "LOCAL_RANK": "0",
-        "LOCAL_SIZE": "1",
-        "WORLD_SIZE": str(world),
         "MASTER_ADDR": host,
         "MASTER_PORT": port,
         MEETING: meeting,

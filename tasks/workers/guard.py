@@ -21,6 +21,7 @@ SELF = "{guard}"
 POLL_SECONDS = 0.25
 PATIENCE_SECONDS = 8.0
 """Seconds to wait for killed processes to end; one in an uninterruptible kernel call may not."""
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _STOPPING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
@@ -56,6 +57,12 @@ def _wait(worker: int, supervisor: int) -> int | None:
         got = signal.sigtimedwait({*_STOPPING, signal.SIGCHLD}, POLL_SECONDS)
         if got is not None and got.si_signo in _STOPPING:
             return None
+
+
+def end_with_parent() -> None:
+    """Ends this process, by SIGKILL, together with the one that started it, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _adopt_orphans() -> None:

@@ -5,7 +5,6 @@ The supervisor (`tasks/workers/pool.py`) passes the socket's path and the settin
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
@@ -25,12 +24,12 @@ from storage.disk.redact import redact, redact_output
 from storage.errors import OpdError
 from tasks.plugins import load_plugins, refuse_changed, search_in
 from tasks.workers import jobs
+from tasks.workers.guard import end_with_parent
 from tasks.workers.memory import give_back
 from tasks.workers.metrics import Metrics
 
 PROGRESS_INTERVAL = 0.2
 """Shortest time in seconds between two progress messages."""
-_PR_SET_PDEATHSIG = 1
 
 
 class Handler(Protocol):
@@ -99,8 +98,7 @@ class Link:
 def main(role: str) -> None:
     """Serve jobs until told to stop. Every rank of a multi-process worker runs this and gets every job."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides; a terminal's Ctrl-C reaches it alone
-    if sys.platform == "linux":  # ends with its guard or its launcher, should one of these be killed
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    end_with_parent()  # its guard or its launcher, should one of these be killed
     redact_output("stdout", "stderr")  # both go to the log, which is kept
     rank = int(os.environ.get("RANK", "0"))
     settings = json.loads(os.environ["OPD_WORKER_SETTINGS"])

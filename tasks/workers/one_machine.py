@@ -1,6 +1,6 @@
-"""A run is one process, which starts its workers and ranks itself, on its machine or on a Ray cluster. A launcher that starts it
-several times, or on several machines, is refused: the copies would wait for each other's locks, and without a cluster the other
-machines would stand idle."""
+"""A run is one process, which starts its workers and ranks itself: on its machine, on a Ray cluster, or the ranks on hosts of a
+hostfile. A launcher that starts it several times, or on several machines, is refused: the copies would wait for each other's
+locks, and without a cluster the other machines would stand idle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SIZES = {
 _HOW = (
     "opd starts its workers and ranks itself: call `opd run` once, without a launcher (with Slurm: srun --nodes=1 --ntasks=1),"
     " and set runtime.trainer.processes, runtime.sampler.workers and runtime.scorer.workers; for several machines start Ray on"
-    " them and set runtime.cluster: ray (docs/cluster.md)"
+    " them and set runtime.cluster: ray, or give DeepSpeed's hostfile (docs/cluster.md)"
 )
 
 

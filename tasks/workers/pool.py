@@ -20,9 +20,10 @@ import storage.errors
 from storage.disk.files import remove_leftovers
 from tasks.plugins import loaded_digests
 from tasks.workers import jobs
-from tasks.workers.cluster import RayCluster, bridge_command
+from tasks.workers.cluster import HostfileCluster, RayCluster, bridge_command
 from tasks.workers.devices import Role
 from tasks.workers.guarded import CHECKOUT, machine_environment, temporary_folders
+from tasks.workers.hostfile import relay_command
 from tasks.workers.metrics import Metrics, Progress, silent
 from tasks.workers.process import Items, Worker, WorkerDied, WorkerFailed
 from tasks.workers.runtime import RuntimeConfig
@@ -344,11 +345,16 @@ class WorkerPool:
         }
         argv = [sys.executable, "-m", "tasks.workers.main", role]
         here = machine_environment(self.plugin_path)
-        if isinstance(self.runtime.cluster, RayCluster):
-            cluster, group = self.runtime.cluster, self.runtime.group(cast(Role, role))
-            log = self._log(role, number).absolute()
-            argv, more = bridge_command(cluster, group, self.runtime.device, log, argv[1:], env, self.plugin_path)
-            # a bridge needs no module of the user's, and must not import one in place of Ray's
+        cluster, group = self.runtime.cluster, self.runtime.group(cast(Role, role))
+        given = (group, self.runtime.device, self._log(role, number).absolute(), argv[1:], env, self.plugin_path)
+        between = None
+        if isinstance(cluster, RayCluster):
+            between = bridge_command(cluster, *given)
+        elif isinstance(cluster, HostfileCluster) and role == "trainer":
+            between = relay_command(cluster, *given)
+        if between is not None:
+            argv, more = between
+            # neither needs a module of the user's, and must not import one in place of Ray's or DeepSpeed's
             return argv, here | {"PYTHONSAFEPATH": "1"} | more, group.world
         gpus = self.runtime.gpus(cast(Role, role))
         mine = [gpu for rank in gpus for gpu in rank] if role == "trainer" else gpus[number]

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from storage.errors import ConfigError
 from storage.identity import Runtime
-from tasks.workers.cluster import Cluster, Group, LocalCluster, RayCluster
+from tasks.workers.cluster import Cluster, Group, HostfileCluster, LocalCluster, RayCluster
 from tasks.workers.devices import Role, assign, gpu_count, visible_gpus
 from tasks.workers.span import Span
 
@@ -242,6 +242,10 @@ class RuntimeConfig(Runtime):
     def _resolve_auto(self) -> RuntimeConfig:
         if isinstance(self.cluster, RayCluster):
             self._refuse_choices_of_one_machine()
+        if isinstance(self.cluster, HostfileCluster) and self.trainer.devices is not None:
+            raise ValueError(
+                "trainer.devices: with runtime.cluster: hostfile ranks fill the slots of each host; leave this field out"
+            )
         if self.device == "auto":
             self.device = "cuda" if gpu_visible() else "cpu"
         if self.keep_warm is None:
@@ -332,10 +336,13 @@ class RuntimeConfig(Runtime):
         return assign(role, getattr(self, role).devices, workers, width, visible)
 
     def require_gpus(self) -> None:
-        """ConfigError where this machine has fewer GPUs than a role needs. A cluster is asked by `cluster.require`."""
+        """ConfigError where this machine has fewer GPUs than a role needs here. Others are asked by `cluster.require`."""
+        here: tuple[Role, ...] = ("sampler", "scorer", "trainer")
         if isinstance(self.cluster, RayCluster):
-            return
-        for role in ("sampler", "scorer", "trainer"):
+            here = ()
+        elif isinstance(self.cluster, HostfileCluster):
+            here = ("sampler", "scorer")
+        for role in here:
             self.gpus(role)
 
     def tell_libraries(self) -> None:

@@ -1,6 +1,6 @@
-"""Starts the trainer: on one machine with DeepSpeed's per-node launcher, one process per rank; a single rank without it. On a Ray
-cluster an actor starts each rank (`tasks/workers/bridge.py`), with the variables that the launcher would set; on hosts of a hostfile
-DeepSpeed's runner starts the launchers (`tasks/workers/hosts.py`). Imports no engine.
+"""Starts the trainer: on one machine with DeepSpeed's per-node launcher, one process per rank; a single rank without it. On a
+Ray cluster an actor starts each rank (`tasks/workers/bridge.py`), with the variables that the launcher would set; on hosts of a
+hostfile DeepSpeed's runner starts the launchers (`tasks/workers/hosts.py`). Imports no engine.
 
 The launcher puts RANK, WORLD_SIZE, LOCAL_RANK and the visible devices into each rank's environment; the ranks stay in
 the launcher's process group, so killing the group ends all of them. If a rank fails the launcher terminates the

@@ -158,8 +158,8 @@ def _ask() -> None:
 class _Rank:
     """One process of the worker: its actor, and a connection to the supervisor."""
 
-    def __init__(self, number: int, actor: Any) -> None:
-        self.number, self.actor = number, actor
+    def __init__(self, number: int, actor: Any, has_others: bool) -> None:
+        self.number, self.actor, self.has_others = number, actor, has_others
         self.node = "a node"
         """Where it runs."""
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -221,6 +221,9 @@ def _up(rank: _Rank) -> bool:
     """From the worker to the supervisor, until the worker ends in order. Another end ends the bridge in the same way."""
     while (data := rank.call("receive", _PATIENCE)) is not None:
         rank.socket.sendall(data)
+    if rank.has_others:
+        # before its guard has ended what it started: else what the others say of their lost connection is taken for the reason
+        rank.socket.shutdown(socket.SHUT_WR)
     deadline = time.monotonic() + _END_TIMEOUT
     while (code := rank.call("code")) is None and time.monotonic() < deadline:
         pass  # its guard ends what the worker has started
@@ -293,7 +296,7 @@ def _place(launch: Launch, cluster: RayCluster, reserved: Reserved | None) -> li
         }
         if launch.world > 1:
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number)
-        ranks.append(_Rank(number, _create(options | {"scheduling_strategy": strategy}, deadline)))
+        ranks.append(_Rank(number, _create(options | {"scheduling_strategy": strategy}, deadline), launch.world > 1))
     nodes = {node["NodeID"]: node for node in _nodes()}
     for rank in ranks:
         try:

@@ -94,6 +94,7 @@ def test_an_engine_has_its_gpus_on_the_nodes_that_the_log_names(three, tmp_path)
     assert gone(*(pid for _, _, pid in found["parts"]))
 
 
+@pytest.mark.slow
 def test_an_engine_ends_with_its_worker_and_another_takes_its_place(three, tmp_path):
     with pool(three, tmp_path) as workers:
         path = tmp_path / "found"
@@ -106,6 +107,7 @@ def test_an_engine_ends_with_its_worker_and_another_takes_its_place(three, tmp_p
         assert not asked.is_alive() and written(path)["pid"] != before["pid"]
 
 
+@pytest.mark.slow
 def test_an_engine_that_loses_a_node_is_placed_on_others(three, tmp_path):
     with pool(three, tmp_path) as workers:
         path = tmp_path / "found"

@@ -50,7 +50,7 @@ def workers(trial: Trial) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("what", LOST)
-@both_forms(1, 12)
+@both_forms(1, 13)
 def test_what_is_lost_costs_no_result(count, what, template, undisturbed, tmp_path, trials: Trials):
     def attempt(name: str) -> None:
         lose(what, name, template, undisturbed, tmp_path / name.replace(" ", "-"))

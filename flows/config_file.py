@@ -423,9 +423,10 @@ def _walk(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[list
             named = False
             continue
         below = _step(candidates, part)
-        if below is None:
+        tagged = _tagged(candidates, part)
+        if below is None or len(tagged) < len(candidates):  # a kind may have the name of one of its fields
             tags.append(part)
-            candidates = _tagged(candidates, part)
+            candidates = tagged
         else:
             named = any(_is_mapping(c.model_fields[str(part)].annotation) for c in candidates if part in c.model_fields)
             candidates = below

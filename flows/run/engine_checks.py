@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from flows.run.checked import Finding, Found, Known, Model
 from storage.errors import InputError
-from tasks.engines.hf_folder import text_config
+from tasks.engines.hf_folder import quantized, text_config
 from tasks.engines.teacher import VllmTeacher
 from tasks.inputs.models import parameter_count
-from tasks.workers.cluster import smallest_gpu
+from tasks.workers.cluster import largest_gpu
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Engine:
     dtype: str
     share: float
     """of a GPU's memory that it takes"""
+    share_field: str
 
     @property
     def gpus(self) -> int:
@@ -35,13 +36,15 @@ def engines(known: Known) -> Iterator[Engine]:
     e = known.experiment
     sampler, scorer = e.runtime.sampler, e.runtime.scorer
     over = (sampler.tensor_parallel_size, sampler.pipeline_parallel_size)
-    yield Engine(known.student, "runtime.sampler", *over, e.rollout.dtype, sampler.gpu_memory_utilization)
+    share = sampler.gpu_memory_utilization
+    field = "runtime.sampler.gpu_memory_utilization"
+    yield Engine(known.student, "runtime.sampler", *over, e.rollout.dtype, share, field)
     if isinstance(e.supervise.teacher, VllmTeacher):
         engine = scorer.teacher_engine
         over = (engine.tensor_parallel_size or scorer.devices_per_worker, engine.pipeline_parallel_size)
-        share = scorer.teacher_memory_utilization
+        share, field = scorer.teacher_memory_utilization, "runtime.scorer.teacher_memory_utilization"
         for teacher in known.teachers:
-            yield Engine(teacher, "runtime.scorer.teacher_engine", *over, e.supervise.dtype, share)
+            yield Engine(teacher, "runtime.scorer.teacher_engine", *over, e.supervise.dtype, share, field)
 
 
 def spread(known: Known) -> Found:
@@ -49,16 +52,19 @@ def spread(known: Known) -> Found:
     runtime = known.experiment.runtime
     if runtime.device != "cuda":
         return
-    memory = smallest_gpu(runtime)
+    memory = largest_gpu(runtime)
     for engine in engines(known):
         yield from _cut(engine)
+        if quantized(engine.model.config):
+            continue  # its bytes are another matter
         needed = _bytes_of(engine.dtype) * parameter_count(engine.model.path) / engine.gpus
         where = f"{engine.model.side} in {engine.dtype} over {engine.gpus} GPUs, {needed / 2**30:.1f} GiB of weights on each"
         if memory is not None and needed > engine.share * memory:
             fits = math.ceil(engine.gpus * needed / (engine.share * memory))
             yield Finding(
-                f"{engine.section}: {where}, but an engine takes {engine.share:.0%} of the {memory / 2**30:.0f} GiB of a GPU;"
-                f" spread it over {fits} GPUs or more (tensor_parallel_size, pipeline_parallel_size; docs/cluster.md)",
+                f"{engine.section}: {where}, but an engine takes {engine.share:.0%} ({engine.share_field}) of the"
+                f" {memory / 2**30:.0f} GiB of the largest GPU; spread it over {fits} GPUs or more (tensor_parallel_size,"
+                " pipeline_parallel_size; docs/cluster.md)",
                 refused=True,
             )
         elif engine.gpus > 1:

@@ -238,7 +238,7 @@ def _replayed(label: str, recorded: Artifact, found: Differences, seconds: float
 
 
 def _runtime(recorded: dict[str, Any], runtime: RuntimeConfig, overrides: list[str], folder: Path) -> RuntimeConfig:
-    data: dict[str, Any] = {"runtime": runtime.with_numerics(recorded, folder).model_dump(mode="json")}
+    data: dict[str, Any] = {"runtime": runtime.with_numerics(recorded, folder)}
     for text in overrides:
         if text.split(".")[0] != "runtime":
             raise ConfigError(f"--set {text}: a replay repeats the recorded experiment; only runtime.* can be set")

@@ -257,6 +257,11 @@ class Pair:
         for _, model in self._models.values():
             model.forget(place)
 
+    def rest(self) -> None:
+        """Free the student, and what was read."""
+        self._models.pop("student", None)
+        self.begin()
+
     def close(self) -> None:
         """Free both models."""
         self._models.clear()

@@ -262,8 +262,10 @@ class Sampler:
         return SampleResult(self._stopped_by, self.engine.proof)
 
     def rest(self) -> None:
-        """Free the models beside the engine, and what the engine does not need for the next student."""
-        self._free_pair()
+        """Free the student beside the engine, and what the engine does not need for the next one."""
+        self._scores = None
+        if self._pair is not None:
+            self._pair.rest()
         self.engine.rest()
 
     def close(self) -> None:

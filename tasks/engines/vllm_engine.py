@@ -83,8 +83,7 @@ class VllmEngine:
             return
         if self._tied or not self._reloads:
             self.close()
-        elif self.on_cpu:
-            self.clear_cache()
+        elif self.on_cpu and self.clear_cache():
             self.llm.collective_rpc("opd_drop_cache")
 
     def abandon(self) -> None:
@@ -96,9 +95,9 @@ class VllmEngine:
 
     # --- requests --------------------------------------------------------------------------------------------------
 
-    def clear_cache(self) -> None:
-        """Forget cached prefixes."""
-        self.llm.reset_prefix_cache()
+    def clear_cache(self) -> bool:
+        """Forget cached prefixes. False where vLLM keeps them, because a request is not finished."""
+        return bool(self.llm.reset_prefix_cache())
 
     def enqueue(self, asks: Sequence[Draw], sampling: Sampling, stop_ids: Sequence[int]) -> list[str]:
         """Give the engine these requests. Returns its name of each."""

@@ -63,8 +63,8 @@ class EngineWeights:
             return compare_weights(model, Path(path))
 
     def opd_drop_cache(self) -> None:
-        """Give the pages of the key-value cache back to the system; they read as zeros, as in a new engine. On a CPU, and while
-        the cache holds nothing that is needed."""
+        """Give the pages of the key-value cache back to the system; whole pages read as zeros, as in a new engine. On a CPU, and
+        while the cache holds nothing that is needed."""
         for layer in self.model_runner.kv_caches:  # type: ignore[attr-defined]
             if isinstance(layer, torch.Tensor):
                 drop_pages(layer.untyped_storage().data_ptr(), layer.untyped_storage().nbytes())
@@ -292,7 +292,7 @@ def judge_weights(reports: list[dict[str, Any]], path: Path, need_all: bool) -> 
             f" {'; '.join(differing[:_SHOWN])}"
         )
     # a part of a pipeline reads its own layers only
-    unread = set[str].intersection(*(set(report["unread"]) for report in reports))
+    unread = set[str].intersection(*(set(report["unread"]) for report in reports)) if reports else set[str]()
     unproven = sorted(unread.union(*(report["unproven"] for report in reports)))
     compared = sum(report["compared"] for report in reports)
     if (need_all and unproven) or not compared:

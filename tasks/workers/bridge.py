@@ -228,6 +228,14 @@ def _up(rank: _Rank) -> bool:
     while (code := rank.call("code")) is None and time.monotonic() < deadline:
         pass  # its guard ends what the worker has started
     if code != 0:
+        how = (
+            "is still there"
+            if code is None
+            else f"has ended (exit {code})"
+            if code > 0
+            else f"was ended by signal {-code}"
+        )
+        print(f"rank {rank.number} on node {rank.node} {how}", flush=True)
         _leave([rank], 1 if code is None else code)
     return True
 

@@ -196,7 +196,7 @@ class Node:
     root: str | None = None
     missing: tuple[str, ...] = ()
     gpu_memory: int = 0
-    """Bytes of its smallest GPU; 0: not known."""
+    """Bytes of its largest GPU; 0: not known."""
 
 
 class Settings(Protocol):
@@ -233,18 +233,19 @@ def require(runtime: Settings, root: Path | str) -> str | None:
     if problems:
         raise ConfigError("\n".join(problems))
     has_passed(question)
-    if memory := [node.gpu_memory for node in nodes if node.gpu_memory]:
-        _memory[cluster.address] = min(memory)
+    if memory := [node.gpu_memory for node in nodes if node.gpu_memory and node.gpus]:
+        _memory[cluster.address] = max(memory)
     cpus, gpus = (sum(getattr(node, kind) for node in nodes) for kind in ("cpus", "gpus"))
     found = f"{len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs: {', '.join(node.name for node in nodes)}"
     return "; ".join([found, *plan(groups, nodes, bool(runtime.keep_warm))])
 
 
-def smallest_gpu(runtime: Settings) -> int | None:
-    """Bytes of the smallest GPU of this machine, or of the runtime's cluster after `require`; None where it is not known."""
+def largest_gpu(runtime: Settings) -> int | None:
+    """Bytes of the largest GPU of this machine, or of the runtime's cluster after `require`; None where it is not known. What
+    does not fit this one fits none; smaller ones may be for a display, and a run may be told to leave them alone."""
     if isinstance(runtime.cluster, RayCluster):
         return _memory.get(runtime.cluster.address)
-    return min(gpu_memory(), default=None)
+    return max(gpu_memory(), default=None)
 
 
 def passed_lately(question: str) -> bool:

@@ -160,7 +160,7 @@ def own_address(cluster: HostfileCluster, hosts: Sequence[str]) -> str:
     """The address of this machine at which the hosts find it. ConfigError where a name says nothing here."""
     if cluster.address is not None:
         return cluster.address
-    mine = {known.address for all_of in psutil.net_if_addrs().values() for known in all_of}
+    mine = _addresses()
     for host in hosts:
         try:
             family, _, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
@@ -191,6 +191,7 @@ def require_hosts(cluster: HostfileCluster, runtime: Settings, root: Path | str)
     _require_programs()
     _require_plain({"root": Path(root).absolute(), "the path of opdflow": CHECKOUT, "Python": Path(sys.executable)})
     address = own_address(cluster, list(taken))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     nodes, unreached = _ask(taken, address, Path(root), runtime.files)
     mine = {name: version for name, version in versions().items() if name in _COMPARED}
     problems = differences(mine, nodes, "host")
@@ -198,6 +199,12 @@ def require_hosts(cluster: HostfileCluster, runtime: Settings, root: Path | str)
         f"runtime.cluster.address: host {host} does not reach this machine at {address} ({why}); open its firewall to the"
         " hosts, or give another address"
         for host, why in unreached.items()
+    ]
+    problems += [
+        f"runtime.cluster.hostfile: host {host} is this machine, where DeepSpeed's launcher takes the first {len(slots)} GPUs,"
+        f" but CUDA_VISIBLE_DEVICES is {visible}; leave this host out, or unset the variable"
+        for host, slots in taken.items()
+        if runtime.device == "cuda" and visible and not _begins(visible, slots) and _is_this_machine(host)
     ]
     problems += [
         f"runtime.cluster.hostfile: host {node.name} gets {len(taken[node.name])} ranks and has {node.gpus:g} GPUs; lower its"
@@ -209,6 +216,23 @@ def require_hosts(cluster: HostfileCluster, runtime: Settings, root: Path | str)
         raise ConfigError("\n".join(problems))
     has_passed(question)
     return f"ranks of the trainer: {_ranks(taken)}; all other workers on this machine ({address})"
+
+
+def _begins(visible: str, slots: Sequence[int]) -> bool:
+    """Whether a CUDA_VISIBLE_DEVICES begins with the GPUs of these slots."""
+    return visible.split(",")[: len(slots)] == list(map(str, slots))
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        address = str(socket.getaddrinfo(host, 9)[0][4][0])
+    except OSError:  # a name of ssh's own
+        return False
+    return address.startswith("127.") or address in _addresses()
+
+
+def _addresses() -> set[str]:
+    return {known.address for all_of in psutil.net_if_addrs().values() for known in all_of}
 
 
 def _ranks(taken: Mapping[str, Sequence[int]]) -> str:
@@ -263,18 +287,18 @@ def _ask(
         known = {name: version for name, version in answer.pop("versions", {}).items() if name in _COMPARED}
         return Node(host, 0, answer.pop("gpus", 0), known, missing=missing, **answer)
 
-    with asking(root, files) as question, _open(address) as port, ThreadPoolExecutor(32) as pool:
+    with asking(root, files) as question, _open(address, len(hosts)) as port, ThreadPoolExecutor(32) as pool:
         text = json.dumps({**question, "address": [address, port]})
         nodes = list(pool.map(one, hosts))
     return nodes, unreached
 
 
 @contextmanager
-def _open(address: str) -> Iterator[int]:
-    """A port at which hosts can see whether they reach this machine."""
+def _open(address: str, hosts: int) -> Iterator[int]:
+    """A port at which so many hosts can see whether they reach this machine; nobody accepts their connections."""
     try:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        with socket.create_server((address, 0), family=family, backlog=128) as listener:
+        with socket.create_server((address, 0), family=family, backlog=hosts + 16) as listener:
             yield int(listener.getsockname()[1])
     except OSError as error:
         raise ConfigError(
@@ -301,8 +325,8 @@ def _answer(host: str, question: str) -> dict[str, Any]:
             "problem": f"ssh does not reach it without a password ({said}); see `ssh {host} true` (ssh-copy-id {host})"
         }
     try:
-        found: dict[str, Any] = json.loads(asked.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError):
+        found: dict[str, Any] = dict(json.loads(asked.stdout.strip().splitlines()[-1]))
+    except (ValueError, TypeError, IndexError):
         return {
             "problem": f"cannot run opdflow ({said}); {CHECKOUT} and {sys.executable} must be there under the same paths"
         }

@@ -19,7 +19,7 @@ from storage.store import Artifact, Store
 from tasks.plugins import note_role
 from tasks.rollout_config import Dtype
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Increased when a schema changes: a worker refuses a supervisor with another number."""
 
 

@@ -150,9 +150,11 @@ def _serve(handler: Handler, channel: Channel, message: jobs.Do, rank: int) -> N
 def _rest(handler: Handler) -> None:
     """Nothing depends on it: an error is logged, and the next job decides."""
     try:
-        if hasattr(handler, "rest"):
-            handler.rest()
-        give_back(maps=True)
+        try:
+            if hasattr(handler, "rest"):
+                handler.rest()
+        finally:
+            give_back(maps=True)
     except Exception:
         with suppress(OSError):
             traceback.print_exc()

@@ -8,7 +8,7 @@ import mmap
 import sys
 from collections.abc import Iterator
 
-_WEIGHTS = ".safetensors"
+_WEIGHTS = b".safetensors"
 
 
 def give_back(maps: bool = False) -> None:
@@ -36,15 +36,17 @@ def drop_pages(start: int, size: int) -> None:
 
 
 def _clean_maps() -> Iterator[tuple[int, int]]:
-    """(address, bytes) of this process's mappings of weight files whose pages are all the file's: none was written to, so none is
-    lost when they are dropped."""
-    with open("/proc/self/smaps") as file:
-        lines = file.read().splitlines()
+    """(address, bytes) of this process's mappings of weight files whose pages are all the file's: none was written to, in memory
+    or in swap, so none is lost when they are dropped."""
+    with open("/proc/self/smaps", "rb") as file:
+        lines = file.read().split(b"\n")
     found: tuple[int, int] | None = None
     for line in lines:
-        name, _, rest = line.partition(" ")
-        if not name.endswith(":"):  # ADDRESSES PERMISSIONS OFFSET DEVICE INODE PATH
-            start, end = (int(address, 16) for address in name.split("-"))
+        name, _, rest = line.partition(b" ")
+        if b"-" in name:  # ADDRESSES PERMISSIONS OFFSET DEVICE INODE PATH
+            start, end = (int(address, 16) for address in name.split(b"-"))
             found = (start, end - start) if rest.endswith(_WEIGHTS) else None
-        elif name == "Anonymous:" and found is not None and int(rest.split()[0]) == 0:
+        elif name == b"Anonymous:" and int(rest.split()[0]) > 0:
+            found = None
+        elif name == b"Swap:" and found is not None and int(rest.split()[0]) == 0:
             yield found

@@ -398,12 +398,13 @@ class RuntimeConfig(Runtime):
             }
         return found
 
-    def with_numerics(self, recorded: Mapping[str, Any], folder: Path) -> RuntimeConfig:
-        """This runtime at recorded numerics; settings that an old record lacks keep their present values.
+    def with_numerics(self, recorded: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """This runtime at recorded numerics, as a mapping that is not validated yet: recorded settings may need others, of GPUs
+        and nodes, that the caller adds. Settings that an old record lacks keep their present values.
 
         A DeepSpeed configuration is written to `folder`. Raises ConfigError for one that was recorded by name alone and
         is not the one of this runtime."""
-        data = self.model_dump()
+        data = self.model_dump(mode="json")
         if recorded.get("device", self.device) != self.device:
             data["sampler"] |= {"in_process": None, "batch_invariant": False}  # those of the other device
         if "sampler_tensor_parallel_size" in recorded:
@@ -419,8 +420,9 @@ class RuntimeConfig(Runtime):
         named, content = recorded.get("deepspeed"), recorded.get("deepspeed_config")
         own = self.trainer.deepspeed
         if content is not None:
-            data["trainer"]["deepspeed"] = folder / "deepspeed.json"
-            data["trainer"]["deepspeed"].write_text(json.dumps(content))
+            file = folder / "deepspeed.json"
+            file.write_text(json.dumps(content))
+            data["trainer"]["deepspeed"] = str(file)
         elif named is not None and (own is None or own.name != named):
             raise ConfigError(
                 f"the record has the name of the DeepSpeed file {named!r} but not its content; give the file with"
@@ -428,7 +430,7 @@ class RuntimeConfig(Runtime):
             )
         elif "deepspeed" in recorded and named is None:
             data["trainer"]["deepspeed"] = None
-        return RuntimeConfig.model_validate(data)
+        return data
 
     def training_differs(self, recorded: Mapping[str, Any]) -> list[str]:
         """Settings that change a training's floating-point results and differ from `recorded` (some `numerics`), each with

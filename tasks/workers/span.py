@@ -45,13 +45,17 @@ def choose(rooms: Sequence[Room], cpus: int, gpus: int, span: Span | None) -> li
     """The nodes of a worker with `cpus` and `gpus` of one node, and of its engine: its own first. Takes what it needs of `rooms`;
     None, and nothing taken, where there is no room.
 
-    A worker alone gets the first node with room. Engines get the nodes with most free GPUs: by this rule as many fit as can."""
+    A worker alone gets the first node with room. An engine's worker gets the node with most free GPUs; the engine's other nodes
+    are first those that have no room for such a worker, then the fullest. Workers choose one after the other; another choice
+    for all of them may hold more."""
     if span is None:
         found = [index for index, room in enumerate(rooms) if room.cpus >= cpus and room.gpus >= gpus][:1]
     else:
         fullest = sorted(range(len(rooms)), key=lambda index: -rooms[index].gpus)
         own = [i for i in fullest if rooms[i].cpus >= cpus and rooms[i].gpus >= gpus + span.gpus][:1]
-        found = own + [i for i in fullest if i not in own and rooms[i].gpus >= span.gpus][: span.nodes - 1]
+        hosts = {i for i in fullest if rooms[i].cpus >= cpus and rooms[i].gpus >= gpus + span.gpus}
+        others = [i for i in fullest if i not in own and rooms[i].gpus >= span.gpus]
+        found = own + sorted(others, key=lambda i: i in hosts)[: span.nodes - 1]
         found = found if own and len(found) == span.nodes else []
     if not found:
         return None

@@ -234,6 +234,9 @@ def test_every_problem_is_listed_at_once():
 
 def test_a_field_without_its_section_is_answered_with_it():
     assert "lr: unknown field; did you mean train.lr?" in refused("lr=1e-4")
+    # a kind with the name of one of its fields
+    assert "runtime.cluster.hostfile: required" in refused("runtime.cluster={kind: hostfile}")
+    assert "did you mean 'address'?" in refused("runtime.cluster={kind: hostfile, hostfile: a, adress: x}")
     assert "did you mean train.schedule.warmup_steps?" in refused("train.warmup_steps=4")
 
 

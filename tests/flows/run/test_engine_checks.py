@@ -42,9 +42,9 @@ def known(folder: Path, runtime: dict[str, Any], backend: str = "local", **secti
     ],
 )
 def test_an_engine_must_hold_its_share_of_the_weights(tmp_path, monkeypatch, sampler, gpu, found):
-    """`gpu`: memory of the smallest GPU, in weights of the student."""
+    """`gpu`: memory of the largest GPU, in weights of the student."""
     given = known(tmp_path, {"sampler": {"gpu_memory_utilization": 0.75, **sampler}})
-    monkeypatch.setattr(engine_checks, "smallest_gpu", lambda _: int(4 * parameter_count(given.student.path) * gpu))
+    monkeypatch.setattr(engine_checks, "largest_gpu", lambda _: int(4 * parameter_count(given.student.path) * gpu))
     findings = list(engine_checks.spread(given))
     refused = [finding.text for finding in findings if finding.refused]
     if found in (None, "note"):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import mmap
 import shutil
 import tempfile
 from pathlib import Path
@@ -543,7 +544,9 @@ def test_a_sampler_that_rested_gives_the_same_completions(sampler, checkpoints, 
     engine = sampler.engine.llm
     if change is None:
         caches = engine.llm_engine.model_executor.driver_worker.worker.model_runner.kv_caches
-        assert caches and not any(layer.any() for layer in caches)
+        # whole pages are given back: what shares the first and the last one with other data stays
+        bytes_of = [torch.empty(0, dtype=torch.uint8).set_(layer.untyped_storage()) for layer in caches]
+        assert caches and not any(each[mmap.PAGESIZE : -mmap.PAGESIZE].any() for each in bytes_of)
     else:
         assert engine is None
     after, result = make(sampler, checkpoints[kind], ids, seeds)

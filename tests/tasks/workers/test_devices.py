@@ -109,8 +109,11 @@ def environments(tmp_path, monkeypatch, variable, runtime):
             for number in range(workers):
                 argv, env, _ = pool._command(role, number, {})
                 found[role, number] = env["CUDA_VISIBLE_DEVICES"]
-        [world] = [item.removeprefix("--world_info=") for item in argv if item.startswith("--world_info=")]
-        found["ranks", 0] = ",".join(json.loads(base64.urlsafe_b64decode(world))["localhost"])
+        world = [item.removeprefix("--world_info=") for item in argv if item.startswith("--world_info=")]
+        # a single rank has no launcher, and what the worker has
+        ranks = json.loads(base64.urlsafe_b64decode(world[0]))["localhost"] if world else [env["CUDA_VISIBLE_DEVICES"]]
+        assert bool(world) == (config.trainer.processes > 1)
+        found["ranks", 0] = ",".join(ranks)
     return found
 
 

@@ -200,6 +200,19 @@ def test_everything_that_is_wrong_on_a_host_is_told_by_field(two: Hosts, tmp_pat
     assert "Permission denied" in shut and "ssh-copy-id 127.0.0.3" in shut
 
 
+def test_gpus_that_the_launcher_would_not_leave_alone_are_refused(two: Hosts, tmp_path, monkeypatch):
+    on_gpus = runtime(two.file, device="cuda", trainer={"processes": 2})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with pytest.raises(
+        ConfigError, match=r"is this machine, where .* the first 1 GPUs, but CUDA_VISIBLE_DEVICES is 4,5"
+    ):
+        require(on_gpus, tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,5")
+    with pytest.raises(ConfigError, match="has 0 GPUs; lower its slots") as error:
+        require(on_gpus, tmp_path)
+    assert "CUDA_VISIBLE_DEVICES" not in str(error.value)
+
+
 def test_another_user_on_a_host_is_refused(two: Hosts, tmp_path, monkeypatch):
     other = os.getuid() + 1
     monkeypatch.setattr("os.getuid", lambda: other)
@@ -220,7 +233,7 @@ def test_a_host_that_does_not_reach_this_machine_is_told(two: Hosts, tmp_path, m
 
         def __exit__(self, *_: object) -> None: ...
 
-    monkeypatch.setattr("tasks.workers.hostfile._open", lambda address: Shut())
+    monkeypatch.setattr("tasks.workers.hostfile._open", lambda address, _: Shut())
     with pytest.raises(ConfigError, match=r"^runtime\.cluster\.address: host 127\.0\.0\.1 does not reach this machine"):
         require(runtime(two.file), tmp_path)
 

@@ -11,6 +11,11 @@ from tasks.engines.vllm_engine import VllmEngine
 from tasks.workers.runtime import RuntimeConfig
 
 
+def at(runtime: RuntimeConfig, recorded: dict, folder) -> RuntimeConfig:
+    """As `opd replay` has it: at recorded numerics, then validated."""
+    return RuntimeConfig.model_validate(runtime.with_numerics(recorded, folder))
+
+
 def test_they_are_recorded_on_a_gpu_alone(tmp_path):
     names = {"sampler_in_process", "sampler_batch_invariant"}
     assert not names & RuntimeConfig(device="cpu").numerics().keys()
@@ -18,9 +23,9 @@ def test_they_are_recorded_on_a_gpu_alone(tmp_path):
     assert all(gpu.numerics("sampler")[name] is True for name in names)
     assert not names & gpu.numerics("trainer", "scorer").keys()
     assert RuntimeConfig(device="cuda").numerics("sampler")["sampler_in_process"] is False
-    again = RuntimeConfig(device="cuda").with_numerics(gpu.numerics(), tmp_path)
+    again = at(RuntimeConfig(device="cuda"), gpu.numerics(), tmp_path)
     assert again.sampler == gpu.sampler
-    assert RuntimeConfig(device="cuda").with_numerics({"device": "cpu"}, tmp_path).sampler.in_process is True
+    assert at(RuntimeConfig(device="cuda"), {"device": "cpu"}, tmp_path).sampler.in_process is True
 
 
 def test_sizes_of_the_models_beside_a_sampler_are_recorded_where_these_are_read(tmp_path):
@@ -29,7 +34,7 @@ def test_sizes_of_the_models_beside_a_sampler_are_recorded_where_these_are_read(
     recorded = runtime.numerics("sampler", "pair")
     assert {name: recorded[f"sampler_{name}"] for name in sizes} == sizes
     assert not any("score_" in name for name in runtime.numerics("sampler"))
-    assert RuntimeConfig(device="cpu").with_numerics(recorded, tmp_path).sampler == runtime.sampler
+    assert at(RuntimeConfig(device="cpu"), recorded, tmp_path).sampler == runtime.sampler
 
 
 def test_how_an_engine_is_spread_is_recorded_where_it_is_not_the_default(tmp_path):
@@ -41,9 +46,9 @@ def test_how_an_engine_is_spread_is_recorded_where_it_is_not_the_default(tmp_pat
     teacher = {"teacher_engine": {"tensor_parallel_size": 2, "nodes": 2}}
     wide = RuntimeConfig.model_validate(ray | {"sampler": spread, "scorer": teacher})
     assert [wide.numerics()[name] for name in new[:2]] == [2, 2]
-    assert plain.with_numerics(wide.numerics(), tmp_path) == wide
-    assert wide.with_numerics(plain.numerics(), tmp_path) == plain  # a record without them is of one node
-    assert wide.with_numerics({"device": "cuda", "threads": 2}, tmp_path) == wide
+    assert at(plain, wide.numerics(), tmp_path) == wide
+    assert at(wide, plain.numerics(), tmp_path) == plain  # a record without them is of one node
+    assert at(wide, {"device": "cuda", "threads": 2}, tmp_path) == wide
 
 
 def test_batch_invariance_without_a_gpu_is_refused():

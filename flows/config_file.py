@@ -195,7 +195,8 @@ def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
     location = tuple(error["loc"])
     unknown = error["type"] == "extra_forbidden"
     tags = _walk(model, location[:-1] if unknown else location)[1]
-    field = ".".join(str(part) for part in location if isinstance(part, int) or part not in tags) or "(whole config)"
+    written = [str(part) for place, part in enumerate(location) if isinstance(part, int) or place not in tags]
+    field = ".".join(written) or "(whole config)"
     found = error.get("input")
     if unknown:
         known = _fields_at(model, location[:-1])
@@ -415,17 +416,18 @@ def _tagged(candidates: list[type[BaseModel]], tag: str | int) -> list[type[Base
     return chosen or candidates
 
 
-def _walk(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[list[type[BaseModel]], list[str | int]]:
-    candidates, tags = [model], []
+def _walk(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[list[type[BaseModel]], list[int]]:
+    """The models at a location, and the places in it that name a variant, not a field."""
+    candidates, tags = [model], list[int]()
     named = False
-    for part in location:
+    for place, part in enumerate(location):
         if named:  # a key chosen by the user, in a mapping of models
             named = False
             continue
         below = _step(candidates, part)
         tagged = _tagged(candidates, part)
         if below is None or len(tagged) < len(candidates):  # a kind may have the name of one of its fields
-            tags.append(part)
+            tags.append(place)
             candidates = tagged
         else:
             named = any(_is_mapping(c.model_fields[str(part)].annotation) for c in candidates if part in c.model_fields)

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -110,6 +111,23 @@ def nodes(
             os.environ.pop(name) if value is None else os.environ.update({name: value})
         cluster.end()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def gone(*pids: int, patience: float = 90.0) -> bool:
+    """Whether all of these processes end in this time."""
+    deadline = time.monotonic() + patience
+    while any(_runs(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def keep() -> None:

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import forked
-import psutil
 import pytest
 from places import PLUGINS
-from ray_nodes import QUIET, Nodes, nodes
+from ray_nodes import QUIET, Nodes, gone, nodes
 from registries import plugin_path
 from scripted_run import CLUSTER, WARM, Trial, prepare_root
 
@@ -41,15 +40,6 @@ def config(cluster: Nodes, **fields) -> RuntimeConfig:
 
 def pool(cluster: Nodes, folder: Path, **fields) -> WorkerPool:
     return WorkerPool(config(cluster, **fields), folder / "logs", ("scripted_worker",), str(PLUGINS))
-
-
-def gone(*pids: int, patience: float = 90.0) -> bool:
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def test_workers_on_both_nodes_share_a_queue(two, tmp_path):

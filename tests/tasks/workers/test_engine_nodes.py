@@ -12,10 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from places import PLUGINS
-from ray_nodes import Nodes, nodes
+from ray_nodes import Nodes, gone, nodes
 
 from storage.errors import ConfigError
 from tasks.workers.cluster import require
@@ -46,15 +45,6 @@ def config(cluster: Nodes, **sampler) -> RuntimeConfig:
 
 def pool(cluster: Nodes, folder: Path, **sampler) -> WorkerPool:
     return WorkerPool(config(cluster, **sampler), folder / "logs", ("scripted_engine",), str(PLUGINS))
-
-
-def gone(*pids: int, patience: float = 90.0) -> bool:
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def written(path: Path) -> dict:

@@ -15,6 +15,8 @@ import socket
 import sys
 from collections.abc import Sequence
 
+from tasks.workers.actor import loopback
+
 
 def launch_command(
     processes: int, device: str, port: int, gpus: Sequence[str] = ()
@@ -27,7 +29,7 @@ def launch_command(
     if processes == 1:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "WORLD_SIZE": "1"}
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        return [sys.executable, "-m", *own], _libraries(device, _loopback()) | alone | place
+        return [sys.executable, "-m", *own], _libraries(device, loopback()) | alone | place
     # the launcher takes the number of ranks from this list, also on CPU, and makes CUDA_VISIBLE_DEVICES of it
     visible = list(range(processes)) if device == "cpu" else list(gpus)
     world = base64.urlsafe_b64encode(json.dumps({"localhost": visible}).encode()).decode()
@@ -43,11 +45,7 @@ def launch_command(
         "--module",
         *own,
     ]
-    return argv, _libraries(device, _loopback())
-
-
-def _loopback() -> str:
-    return "lo" if sys.platform == "linux" else "lo0"
+    return argv, _libraries(device, loopback())
 
 
 MEETING = "OPD_MEETING"

@@ -161,7 +161,7 @@ def _version(package: str) -> str | None:
 
 def look(path: str, token: str, files: Mapping[str, str]) -> dict[str, object]:
     """A node's versions, what is wrong with the folder of `path`, the fields whose files are missing here, and the bytes of its
-    smallest GPU (0: none, or not known)."""
+    largest GPU (0: none, or not known)."""
     missing = [field for field, file in files.items() if not Path(file).exists()]
     root, memory = _folder_problem(Path(path), token), max(gpu_memory(), default=0)
     return {"versions": versions(), "root": root, "missing": missing, "gpu_memory": memory}

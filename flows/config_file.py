@@ -20,6 +20,7 @@ from storage.disk.files import scheme
 from storage.disk.redact import secrets_in
 from storage.disk.yaml_text import WrittenFloat, WrittenInt, load, plain
 from storage.errors import ConfigError, did_you_mean
+from storage.text import counted
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -153,14 +154,14 @@ def validate(model: type[Model], data: dict[str, Any], where: str) -> Model:
 
 def refusal(where: str, problems: Sequence[str]) -> str:
     """A message with one problem of a config per line."""
-    return "\n  ".join([f"{where}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the config", *problems])
+    return "\n  ".join([f"{where}: {counted(len(problems), 'problem')} in the config", *problems])
 
 
 def refuse_secrets(data: dict[str, Any], where: str) -> None:
     """ConfigError, without repeating it, for a config that contains a secret: configs are stored with every run."""
     if found := [f"{field}: {what}" for field, what in secrets_in(data)]:
         raise ConfigError(
-            f"{where}: {len(found)} secret{'s' if len(found) > 1 else ''} in the config, which would be stored with every run\n  "
+            f"{where}: {counted(len(found), 'secret')} in the config, which would be stored with every run\n  "
             + "\n  ".join(found)
             + "\n  remove it and use the environment instead: HF_TOKEN (or `hf auth login`) for the Hub,"
             " PREFECT_API_KEY for Prefect, a variable that your plugin reads for anything else"

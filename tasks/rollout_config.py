@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -24,6 +25,9 @@ StopTokenIds = Annotated[Literal["eos"] | tuple[int, ...], AfterValidator(_sorte
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 """Of the weights and arithmetic of an engine or a scorer."""
+
+BYTES_OF: Mapping[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number."""
 
 
 class RolloutConfig(Identity):

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from flows.cli.options import Json, Root, console, example, existing_root
 from flows.run.hints import DEFAULT_ROOT
-from storage.disk.files import size_text
 from storage.errors import InputError, RunBusy
 from storage.runs import Run
+from storage.text import size_text
 
 if TYPE_CHECKING:
     from storage.disk.remote import Moved

@@ -33,6 +33,7 @@ from flows.cli.options import (
 from flows.run.hints import DEFAULT_ROOT, opd_command, with_resume_hint
 from storage.errors import ConfigError, InputError, OpdError
 from storage.runs import Run
+from storage.text import counted
 
 if TYPE_CHECKING:
     from flows.distill import Further
@@ -202,10 +203,7 @@ def _dry_run(experiment: Experiment, name: str, root: Path, rounds: int | None, 
     if experiment.judge is not None and not needs_judge(experiment):
         out.print(f"note: {NOT_JUDGED}", soft_wrap=True)
     if left:
-        out.print(
-            takes
-            or f"{len(left)} round{'s' if len(left) > 1 else ''} to train; how long one takes is known after the first"
-        )
+        out.print(takes or f"{counted(len(left), 'round')} to train; how long one takes is known after the first")
     if verbose:
         out.print(experiment.to_yaml(), markup=False)
     else:

@@ -48,7 +48,7 @@ def schedule(
     set_: Set = [],  # noqa: B006  typer copies it
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Let a run go on by itself: every tick runs its next round(s), until the configured rounds are done.
+    """Let a run go on by itself: every tick runs its next rounds (`--rounds`), until all are done.
 
     Stays in the foreground. With --every the first tick comes at once. A tick that comes while one is busy is skipped, one
     that fails is tried again by the next. Uses PREFECT_API_URL, else starts a Prefect server on the store's own database.

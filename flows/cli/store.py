@@ -14,9 +14,9 @@ from rich.console import Console
 
 from flows.cli.options import Json, Root, RunName, console, example, existing_root, grid
 from flows.run.hints import DEFAULT_ROOT, opd_command
-from storage.disk.files import size_text
 from storage.errors import ConfigError, InputError, OpdError
 from storage.runs import Run
+from storage.text import counted, size_text
 
 if TYPE_CHECKING:
     from flows.run.executor import Reporter
@@ -170,7 +170,7 @@ def restore(
     if json_:
         print(json.dumps({"run": name, "round": round, "stages_built": built, "evicted": left}, indent=2))
     else:
-        out.print(f"round {round} of {name!r} is complete; {built} stage(s) were rebuilt")
+        out.print(f"round {round} of {name!r} is complete; {counted(built, 'stage')} rebuilt")
 
 
 def replay(
@@ -247,9 +247,9 @@ def _damage(found: Verified, moved: int, root: Path, name: str | None) -> str:
     """The problems, what was quarantined, and the command that repairs."""
     from storage.runs import find_use
 
-    lines = [f"{len(found.problems)} problem(s)", *(f"{p.artifact}: {p}" for p in found.problems)]
+    lines = [f"{counted(len(found.problems), 'problem')}", *(f"{p.artifact}: {p}" for p in found.problems)]
     if moved:
-        lines.append(f"{moved} damaged piece(s) moved to {root / 'quarantine'}, each with its reason")
+        lines.append(f"{counted(moved, 'damaged piece')} moved to {root / 'quarantine'}, each with its reason")
     if any(not p.ours and not p.artifact.startswith("run ") for p in found.problems):
         lines.append("files in your own folders were not touched: restore the old ones")
     uses = {find_use(root, *p.artifact.split("/")) for p in found.problems if "/" in p.artifact}

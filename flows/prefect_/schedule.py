@@ -37,6 +37,7 @@ from storage.disk import locks
 from storage.disk.redact import redact
 from storage.errors import InputError, RunBusy
 from storage.runs import RUN_NAME, RunState
+from storage.text import counted
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
@@ -89,7 +90,7 @@ def serve(
     def attempt(contact: Contact) -> int:
         with prefect_session(root, warn=say, required=True) as session:
             seen = f"; seen at {session.server.ui_url}" if session.server else ""
-            say(f"{name}: {rounds} round(s) {times}; Ctrl-C stops it{seen}")
+            say(f"{name}: {counted(rounds, 'round')} {times}; Ctrl-C stops it{seen}")
             try:
                 # Prefect's loops print the tracebacks of failed requests; the cause comes with `ServerUnavailable`
                 with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), asking("the schedule"):
@@ -163,7 +164,7 @@ async def _serve(what: dict[str, Any], when: Schedule, say: Callable[[str], None
         schedule=when,
         parameters=what,
         concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
-        description=f"Every tick runs the next {what['rounds']} round(s) of `{what['name']}`.",
+        description=f"Every tick runs the next {counted(what['rounds'], 'round')} of `{what['name']}`.",
         tags=[what["name"]],
     )
     stopping, others = asyncio.Event(), set(multiprocessing.active_children())
@@ -328,7 +329,7 @@ async def _end_old_ticks(client: PrefectClient, deployment: UUID) -> None:
 
 
 def tick(config_path: str, name: str, root: str, rounds: int, overrides: list[str]) -> Any:
-    """Run the next `rounds` round(s) of run `name` from where it stands; its last state says how it went (`outcome`). After a
+    """Run the next `rounds` rounds of run `name` from where it stands; its last state says how it went (`outcome`). After a
     failure that is not REFUSED the next tick tries again."""
     from flows.run.runner import run_rounds
 

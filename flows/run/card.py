@@ -14,6 +14,7 @@ from storage.disk.yaml_text import dump
 from storage.query.figures import completed
 from storage.runs import RoundState, Run
 from storage.store import Store
+from storage.text import counted
 
 _SECTIONS = ("objective", "rollout", "judge", "supervise", "train", "evaluate")
 
@@ -33,7 +34,7 @@ def card(run: Run, store: Store, round: int, sha256: str) -> str:
     lines = ["---", dump(front).strip(), "---", "", f"# {run.name}, round {round}", ""]
     lines += [
         "A student of on-policy distillation: in each round it wrote completions, the teacher scored every token of them, and the"
-        f" student was trained on that; {round} round{'s' if round != 1 else ''}."
+        f" student was trained on that; {counted(round, 'round')}."
         f" Made with opdflow {importlib.metadata.version('opdflow')}.",
         "",
         "| | |",

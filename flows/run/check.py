@@ -21,10 +21,10 @@ from flows.run.further_set import check_rows
 from flows.run.preflight import findings, require
 from flows.run.progress import SilentReporter
 from flows.run.runner import bytes_of_run, bytes_per_round
-from storage.disk.files import size_text
 from storage.errors import RELATIVE, ConfigError, InputError, OpdError
 from storage.runs import Run
 from storage.store import Artifact, Store
+from storage.text import counted, size_text
 from tasks.context import examples
 from tasks.engines.verifier_process import NoVerdict, VerifierProcess, reason_of
 from tasks.evaluate import Prompt, plan_shards
@@ -307,7 +307,7 @@ def _disk(experiment: Experiment, parameters: int, root: Path) -> Iterator[str]:
     free = shutil.disk_usage(place).free
     rounds = experiment.policy.rounds
     yield (
-        f"disk: at most {size_text(needed)} for {rounds} round{'s' if rounds != 1 else ''} (students, optimizer states, rollouts,"
+        f"disk: at most {size_text(needed)} for {counted(rounds, 'round')} (students, optimizer states, rollouts,"
         f" signals); {size_text(free)} free at {place}"
     )
     if needed > free:

@@ -11,6 +11,7 @@ from storage.errors import InputError
 from tasks.engines.hf_folder import quantized, text_config
 from tasks.engines.teacher import VllmTeacher
 from tasks.inputs.models import parameter_count
+from tasks.rollout_config import BYTES_OF, Dtype
 from tasks.workers.cluster import largest_gpu
 
 
@@ -22,7 +23,7 @@ class Engine:
     section: str
     tensor: int
     pipeline: int
-    dtype: str
+    dtype: Dtype
     share: float
     """of a GPU's memory that it takes"""
     share_field: str
@@ -57,7 +58,7 @@ def spread(known: Known) -> Found:
         yield from _cut(engine)
         if quantized(engine.model.config):
             continue  # its bytes are another matter
-        needed = _bytes_of(engine.dtype) * parameter_count(engine.model.path) / engine.gpus
+        needed = BYTES_OF[engine.dtype] * parameter_count(engine.model.path) / engine.gpus
         where = f"{engine.model.side} in {engine.dtype} over {engine.gpus} GPUs, {needed / 2**30:.1f} GiB of weights on each"
         if memory is not None and needed > engine.share * memory:
             fits = math.ceil(engine.gpus * needed / (engine.share * memory))
@@ -107,7 +108,3 @@ def over_nodes(known: Known) -> Found:
             " behaviour",
             refused=True,
         )
-
-
-def _bytes_of(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2

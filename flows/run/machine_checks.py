@@ -14,6 +14,7 @@ from flows.run.checked import Finding, Found, Known, ours, prompt_lengths
 from storage.errors import ConfigError, OpdError
 from tasks.engines.teacher import QUANTIZATION_NEEDS, ServerTeacher
 from tasks.inputs.models import parameter_count
+from tasks.rollout_config import BYTES_OF
 from tasks.signals import signal_named
 from tasks.trainer.deepspeed_file import deepspeed_config
 from tasks.workers.devices import gpu_memory
@@ -98,8 +99,7 @@ def beside_sampler(known: Known) -> Found:
     memory = min(gpu_memory(), default=None)
     if memory is None:
         return
-    width = 4 if e.rollout.dtype == "float32" else 2
-    needed = width * sum(parameter_count(model.path) for model in (known.student, *known.teachers))
+    needed = BYTES_OF[e.rollout.dtype] * sum(parameter_count(model.path) for model in (known.student, *known.teachers))
     left = memory * (1 - e.runtime.sampler.gpu_memory_utilization)
     if needed > _WEIGHTS_SHARE * left:
         fits = max(0.0, 1 - needed / _WEIGHTS_SHARE / memory)

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 
 from storage.errors import CorruptArtifact
 from storage.runs import RoundState, Run, RunState
+from storage.text import counted
 
 
 def round_seconds(rounds: Iterable[RoundState]) -> list[float]:
@@ -106,6 +107,6 @@ def estimate(rounds: int, known: Iterable[float]) -> str | None:
         return None
     median = statistics.median(seconds)
     return (
-        f"about {duration(rounds * median)} for {rounds} round{'s' if rounds != 1 else ''} (median of {len(seconds)} finished"
-        f" round{'s' if len(seconds) != 1 else ''}: {duration(median)})"
+        f"about {duration(rounds * median)} for {counted(rounds, 'round')} (median of {counted(len(seconds), 'finished round')}"
+        f": {duration(median)})"
     )

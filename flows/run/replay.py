@@ -18,7 +18,7 @@ from flows.experiment import Experiment, overridden, with_plugins
 from flows.run.executor import Planner
 from flows.run.hints import opd_command
 from flows.run.lineage import Origin, Rebuild, rebuild
-from flows.run.runner import logger, stored_experiment
+from flows.run.runner import logger, require_machines, stored_experiment
 from flows.run.stopping import terminating
 from storage.artifacts.artifact import provenance
 from storage.artifacts.numerics import NUMERICS, several
@@ -77,7 +77,7 @@ def replay_round(
     """Repeats each stage from its recorded inputs, at the recorded numerics changed by `overrides` (runtime.*).
 
     Raises InputError for an unfinished round or an unknown stage, Evicted or CorruptArtifact if an input is missing or
-    damaged."""
+    damaged, ConfigError where this machine or the cluster cannot run the workers."""
     unknown = sorted(set(stages) - set(STAGES))
     if unknown or not stages:
         raise InputError(f"--stages {','.join(stages)!r}: choose of {', '.join(STAGES)}")
@@ -197,6 +197,7 @@ def _replay(
         place = folder / str(number)
         place.mkdir()
         runtime = _runtime(json.loads(recorded), experiment.runtime, overrides, place)
+        require_machines(experiment.model_copy(update={"runtime": runtime}), store.root)
         tell(f"{origin.label} of round {origin.round}: {_numerics(runtime)}")
         results += _make(origin, artifacts, runtime, experiment, (store, scratch), place / "logs")
     return results

@@ -37,11 +37,12 @@ from flows.run.stopping import terminating
 from flows.run.tracking import tracking
 from flows.trackers import require_trackers
 from storage.artifacts.checkpoints import KEPT
-from storage.disk.files import explain_full_disk, size_text
+from storage.disk.files import explain_full_disk
 from storage.disk.redact import redact
 from storage.errors import ConfigError, CorruptArtifact, OpdError
 from storage.runs import Run, RunState
 from storage.store import Store
+from storage.text import counted, size_text
 from storage.upkeep.gc import Collector, unrepeatable_note
 from storage.upkeep.retention import Retention, evicted_of, rebuild_cost
 from tasks.inputs.models import CheckpointModel, parameter_count
@@ -365,9 +366,7 @@ def fork_experiment(
     run = Run.open(root, name)
     done = run.state.rounds_done
     if round > done:
-        raise ConfigError(
-            f"run {name!r} has finished {done} round{'s' if done != 1 else ''}; it cannot be forked at round {round}"
-        )
+        raise ConfigError(f"run {name!r} has finished {counted(done, 'round')}; it cannot be forked at round {round}")
     # its own rounds use the current plugins, the shared rounds keep theirs
     own = as_stored(run.experiment)
     parent = {

@@ -20,6 +20,7 @@ from typing import Any
 from storage.disk.failpoints import failpoint
 from storage.errors import CorruptArtifact, NotEnoughSpace, OpdError, StoreError
 from storage.identity import canonical_json
+from storage.text import size_text
 
 TEMPORARY = ".tmp-"
 STORE_PLACES = ("", "artifacts/*/*/", "runs/", "runs/*/", "runs/*/logs/", "quarantine/", "memo/")
@@ -153,14 +154,6 @@ def require_space(path: Path, bytes_needed: int, purpose: str = "") -> None:
             f"{path}: {size_text(bytes_needed)} needed{for_what}, {size_text(free)} free. Free some space or choose another root"
             " (--root, OPD_ROOT)"
         )
-
-
-def size_text(count: float) -> str:
-    """Bytes for a person."""
-    for unit, one in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= one:
-            return f"{count / one:,.1f} {unit}"
-    return f"{count:.0f} B"
 
 
 def write_durably(directory: Path, data: bytes) -> Path:

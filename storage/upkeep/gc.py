@@ -24,6 +24,7 @@ from storage.disk.locks import alone, build_lock, holder, locked, use_lock
 from storage.errors import CorruptArtifact, RunBusy, StoreError
 from storage.runs import Run, RunState
 from storage.store import Store
+from storage.text import counted
 from storage.upkeep.retention import Name, Retention, droppable, role_of_stage, used
 
 TEMPORARY_SECONDS = 3600.0
@@ -310,9 +311,9 @@ def unrepeatable_note(names: Collection[Name]) -> str | None:
     if not rollouts:
         return None
     return (
-        f"warning: {len(rollouts)} rollout(s) were sampled on a GPU with neither runtime.sampler.in_process nor batch_invariant"
-        f" ({', '.join(rollouts[:3])}{', ...' if len(rollouts) > 3 else ''}): once removed they cannot be restored or replayed"
-        " bit for bit; --keep rollouts=all (or policy.retain.rollouts: null) keeps them"
+        f"warning: {counted(len(rollouts), 'rollout')} sampled on a GPU with neither runtime.sampler.in_process nor"
+        f" batch_invariant ({', '.join(rollouts[:3])}{', ...' if len(rollouts) > 3 else ''}) cannot be restored or replayed bit"
+        " for bit once removed; --keep rollouts=all (or policy.retain.rollouts: null) keeps them"
     )
 
 

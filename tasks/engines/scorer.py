@@ -40,7 +40,7 @@ from tasks.engines.teacher import (
     backend_of,
 )
 from tasks.inputs.models import parameter_count
-from tasks.rollout_config import Dtype
+from tasks.rollout_config import BYTES_OF, Dtype
 from tasks.routing import teacher_of_prompts
 from tasks.signals import Shard, Values, Wanted, signal_named
 from tasks.signals.stop_ids import counted
@@ -288,7 +288,7 @@ class Scorer:
 
 def fit_together(parameters: Sequence[int], dtype: Dtype, memory: int) -> bool:
     """Whether models of these sizes leave a quarter of `memory` (bytes) for activations and logits."""
-    return sum(parameters) * (4 if dtype == "float32" else 2) <= _WEIGHTS_SHARE * memory
+    return sum(parameters) * BYTES_OF[dtype] <= _WEIGHTS_SHARE * memory
 
 
 def _report(link: Link, before: int, done: int) -> None:

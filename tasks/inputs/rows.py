@@ -86,7 +86,16 @@ def refuse_duplicate_keys(where: str, place: str, value: Any) -> None:
             refuse_duplicate_keys(where, f"{place}[{index}]", item)
 
 
-def row_of(where: str, values: Mapping[str, Any], found: tuple[str, ...] = (), split_last: bool = False) -> Row:
+def row_of(
+    where: str,
+    values: Mapping[str, Any],
+    found: tuple[str, ...] = (),
+    split_last: bool = False,
+    columns: Mapping[str, str] = {},
+) -> Row:
+    """A row from the values of our columns. `found`: the names that the file's row has; `columns`: names of the file for ours.
+
+    Raises InputError, naming `where` and column, for a row without a prompt and for values of a wrong kind."""
     values = {column: None if _is_nan(value) else value for column, value in values.items()}
     for column, value in values.items():
         _refuse_undecodable(where, column, value)
@@ -96,10 +105,8 @@ def row_of(where: str, values: Mapping[str, Any], found: tuple[str, ...] = (), s
     prompt, messages = values.get("prompt"), values.get("messages")
     if prompt is not None and messages is not None:
         raise InputError(f"{where}: has both a prompt and messages; keep one of them")
-    if prompt is None and messages is None and {"prompt", "messages"} & set(found):
-        raise InputError(f"{where}: its prompt is null; remove this row")
     if prompt is None and messages is None:
-        raise InputError(f"{where}: neither a prompt nor messages; found {names_of(found)}{_way_out(found)}")
+        raise InputError(f"{where}: {_without_prompt(found, columns)}")
     if prompt is not None and not isinstance(prompt, (str, list)):
         raise InputError(f"{where}: prompt must be text or a list of messages, found {shown(prompt)}")
     completion = _completion(where, values.get("completion"))
@@ -149,6 +156,15 @@ def _refuse_undecodable(where: str, column: str, value: Any) -> None:
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             _refuse_undecodable(where, f"{column}[{index}]", item)
+
+
+def _without_prompt(found: tuple[str, ...], columns: Mapping[str, str]) -> str:
+    theirs = {columns.get(name, name): name for name in ("prompt", "messages")}
+    if null := next((name for name in theirs if name in found), None):
+        return f"its {null} is null; remove this row"
+    if named := next((name for name, ours in theirs.items() if ours in columns), None):
+        return f"it has no column {named!r} (columns.{theirs[named]}); found {names_of(found)}"
+    return f"neither a prompt nor messages; found {names_of(found)}{_way_out(found)}"
 
 
 def _way_out(found: tuple[str, ...]) -> str:

@@ -121,10 +121,10 @@ def read_rows(source: FileSource | AdditionSource, privileged: Sequence[str] = (
         if isinstance(values, DuplicateKeys) and values.keys_twice & tops:
             refuse_duplicate_keys(where, "", values)
         row = {column: _lookup(values, theirs) for column, theirs in ours.items()}
-        rows.append(row_of(where, row, tuple(names), source.last_turn_is_completion))
+        rows.append(row_of(where, row, tuple(names), source.last_turn_is_completion, source.columns))
         notes.look(rows[-1])
     if not rows:
-        raise InputError(f"{source.path}: no rows")
+        raise InputError(f"{source.path}: no rows; it needs at least one, with a prompt or messages")
     for column, theirs in source.columns.items():
         if theirs not in seen and theirs.split(".")[0] not in seen:
             raise InputError(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import json
-import socket
 import sys
 from collections.abc import Sequence
 
@@ -82,10 +81,3 @@ def _libraries(device: str, interface: str) -> dict[str, str]:
         "NCCL_SOCKET_IFNAME": interface,
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic cuBLAS
     }
-
-
-def free_port() -> int:
-    """A TCP port on the loopback device that is free now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -360,7 +360,8 @@ class WorkerPool:
         mine = [gpu for rank in gpus for gpu in rank] if role == "trainer" else gpus[number]
         env["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
         if role == "trainer":
-            from tasks.trainer.launch import free_port, launch_command
+            from tasks.trainer.launch import launch_command
+            from tasks.workers.actor import free_port
 
             argv, more = launch_command(len(gpus), self.runtime.device, free_port(), mine)
             return argv, here | env | more, len(gpus)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from storage.text import counted
+
 ENGINE = "OPD_ENGINE"
 """Variable with a `Place` in JSON, for a worker whose engine spans nodes."""
 
@@ -21,7 +23,7 @@ class Span(msgspec.Struct, frozen=True):
     gpus: int
 
     def __str__(self) -> str:
-        return f"an engine of {self.gpus} GPU{'s' if self.gpus > 1 else ''} on each of {self.nodes} nodes"
+        return f"an engine of {counted(self.gpus, 'GPU')} on each of {self.nodes} nodes"
 
 
 class Place(msgspec.Struct, frozen=True):

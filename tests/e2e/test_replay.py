@@ -61,6 +61,16 @@ def test_what_a_replay_needs_and_no_longer_has_is_named(finished, tmp_path):
     assert replay(root, "--round", 1, "--stages", "prepare")[0] == 2
 
 
+def test_hosts_that_are_not_there_are_refused_before_anything_starts(finished, tmp_path):
+    (tmp_path / "hosts").write_text("nowhere.invalid slots=1\n")
+    there = {"kind": "hostfile", "hostfile": tmp_path / "hosts"}
+    fields = [word for field, value in there.items() for word in ("--set", f"runtime.cluster.{field}={value}")]
+    before = {path: path.stat().st_mtime_ns for path in finished.root.rglob("*")}
+    code, out, err = replay(finished.root, "--round", 2, *fields)
+    assert code == 2 and out == "" and "runtime.cluster" in err
+    assert {path: path.stat().st_mtime_ns for path in finished.root.rglob("*")} == before
+
+
 @pytest.mark.slow
 def test_every_stage_replays_in_another_environment(finished, tmp_path):
     root = shutil.copytree(finished.root, tmp_path / "moved")

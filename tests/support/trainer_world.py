@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwe
 from storage.schemas import MaskReason, schema_for
 from storage.store import Artifact, ArtifactSpec, Store
 from tasks.stage import Context, Work
-from tasks.trainer.launch import free_port, launch_command
+from tasks.trainer.launch import launch_command
+from tasks.workers.actor import free_port
 from tasks.workers.jobs import TrainJob, TrainResult, WarmupJob
 from tasks.workers.metrics import Metrics
 from tasks.workers.pool import CHECKOUT, Worker

@@ -40,7 +40,7 @@ def test_verify_names_the_damage_moves_it_and_names_the_command(opd, example_sto
     flip(path, 300)
     result = opd("verify", "demo")
     assert result.code == 1
-    assert f"{path}: sha256 differs" in result.err and "1 damaged piece(s) moved to" in result.err
+    assert f"{path}: sha256 differs" in result.err and "1 damaged piece moved to" in result.err
     assert "opd resume demo --root" in result.err
     assert not path.exists() and len(list((example_store / "quarantine").glob("*.reason.json"))) == 1
     again = opd("verify", "--all")

@@ -303,5 +303,11 @@ def test_no_tool_calls_may_be_an_empty_list_and_a_null_prompt_is_called_one(tmp_
     file = lines(tmp_path / "a.jsonl", {"messages": [*ASK, turn]}, {"prompt": "b", "completion": [turn]})
     assert [row.completion for row in rows(file, last_turn_is_completion=True)] == ["a", "a"]
     assert "b.jsonl:2: its prompt is null" in refusal(lines(tmp_path / "b.jsonl", {"prompt": "a"}, {"prompt": None}))
+    file = lines(tmp_path / "d.jsonl", {"question": "a"}, {"question": None})
+    assert "d.jsonl:2: its question is null; remove" in refusal(file, columns={"prompt": "question"})
+    other = lines(tmp_path / "e.jsonl", {"question": "a"}, {"q": "b"})
+    assert "e.jsonl:2: it has no column 'question' (columns.prompt); found q" in refusal(
+        other, columns={"prompt": "question"}
+    )
     table = pa.table({"prompt": pa.array([b"a"], pa.binary())})
     assert "prompt is bytes" in refusal(parquet(tmp_path / "c.parquet", table))

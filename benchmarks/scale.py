@@ -32,7 +32,7 @@ import pyarrow as pa
 from record import record
 
 from storage.artifacts import shards as shard_files
-from storage.artifacts.artifact import MANIFEST, Manifest, artifact_directory, load_manifest
+from storage.artifacts.artifact import MANIFEST, Manifest, ShardRecord, artifact_directory, load_manifest
 from storage.artifacts.batches import BATCHES, BatchLog
 from storage.artifacts.digests import combine_digests
 from storage.artifacts.shards import SIDECAR
@@ -139,8 +139,9 @@ def of_shards(count: int, folder: Path) -> None:
 
 
 def of_catalogue(count: int, folder: Path) -> None:
-    """A store with a run of `count` shards: names and manifests as they are, and files that share a few contents. It is planned,
-    continued, listed and queried as by a new process, first without and then with what the store remembers of its manifests."""
+    """A store with a run of `count` shards: names, manifests as they are, files that share their contents between rounds. It is
+    planned, continued, listed and queried as by a new process, first without and then with what the store remembers of its
+    manifests."""
     root = folder / "store"
     rounds = max(1, count // (len(STAGES) * SHARDS_OF_AN_ARTIFACT))
     table = Table("catalogue", rounds * len(STAGES) * SHARDS_OF_AN_ARTIFACT)
@@ -183,20 +184,27 @@ def spec_of(round: int, stage: str) -> ArtifactSpec:
 
 
 def make_catalogue(root: Path, rounds: int) -> None:
-    """Round 0 and `rounds` rounds of four artifacts."""
+    """Round 0 and `rounds` rounds of four artifacts; the files of later rounds are links to those of round 1."""
     store, states = Store(root), [RoundState(round=0, student_sha256="00" * 32)]
+    written: dict[str, list[tuple[ShardRecord, Path]]] = {}
     for round in range(1, rounds + 1):
         made = {}
         for stage in STAGES:
             table = "rollouts" if stage == "rollout" else stage
             spec = spec_of(round, stage)
             with store.building(spec) as builder:
-                first = builder.write_shard(table, 0, rows_of(table, ROWS, TOKENS))
-                records, source = [first], builder.path / first.file
-                for shard in range(1, SHARDS_OF_AN_ARTIFACT):
-                    name = f"{table}-{shard:05d}-{shard:012x}.parquet"
-                    os.link(source, builder.path / name)
-                    records.append(first.model_copy(update={"shard": shard, "file": name}))
+                if round == 1:
+                    records = [
+                        builder.write_shard(table, shard, rows_of(table, shard, ROWS, TOKENS))
+                        for shard in range(SHARDS_OF_AN_ARTIFACT)
+                    ]
+                    for sidecar in builder.path.glob(f"*{SIDECAR}"):
+                        sidecar.unlink()
+                    written[stage] = [(record, builder.path / record.file) for record in records]
+                else:
+                    records = [record for record, _ in written[stage]]
+                    for record, source in written[stage]:
+                        os.link(source, builder.path / record.file)
                 content = {table: combine_digests([(r.rows, r.row_digest) for r in records])}
                 artifact = Artifact(
                     stage=stage, key=spec.key, content=content, rows={table: ROWS * len(records)}, identity=spec.identity,
@@ -212,8 +220,8 @@ def make_catalogue(root: Path, rounds: int) -> None:
         run.save(state)
 
 
-def rows_of(table: str, rows: int, tokens: int) -> pa.Table:
-    """Rows with the values 1 in every column, lists of `tokens` entries; sample_id counts."""
+def rows_of(table: str, shard: int, rows: int, tokens: int) -> pa.Table:
+    """A shard's rows: the values 1 in every column, lists of `tokens` entries; sample_ids of its own."""
     schema = schema_for(table)
 
     def value(kind: pa.DataType) -> Any:
@@ -222,7 +230,7 @@ def rows_of(table: str, rows: int, tokens: int) -> pa.Table:
         return "1" if pa.types.is_string(kind) else kind.to_pandas_dtype()(1)
 
     columns = {field.name: [value(field.type)] * rows for field in schema}
-    columns["sample_id"] = [f"p{row}/1/0" for row in range(rows)]
+    columns["sample_id"] = [f"p{shard * rows + row}/1/0" for row in range(rows)]
     return pa.table(columns, schema)
 
 

@@ -39,7 +39,7 @@ $(VENV)/.installed-gpu: requirements/gpu.txt requirements/dev.txt pyproject.toml
 	@touch $@
 	@echo "Installed. Next: make demo, or with models of yours: . $(VENV)/bin/activate && opd init --help"
 
-demo: setup  ## distil a small model on this machine's CPU; less than two minutes on two idle cores
+demo: setup  ## distil a small model on this machine's CPU; about two minutes on two idle cores with AVX-512
 	@$(BIN)/opd run configs/demo.yaml --name demo
 
 demo-text: setup  ## SmolLM2-135M teaches itself without four of its 30 layers; about ten minutes of CPU time

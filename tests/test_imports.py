@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from places import CHECKOUT
+from places import CHECKOUT, PLUGINS
 
 
 @pytest.mark.parametrize("name", ["flows", "tasks", "storage"])
@@ -31,3 +32,10 @@ def test_stage_modules_import_no_engine():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, check=True)
+
+
+def test_the_scripted_engines_import_no_torch():
+    """Fault tests start thousands of their processes; torch would take most of each one's time."""
+    script = "import sys, tasks.workers.main, scripted_engines; assert 'torch' not in sys.modules"
+    environment = os.environ | {"PYTHONPATH": str(PLUGINS)}
+    subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, env=environment, check=True)

@@ -247,7 +247,7 @@ def _damage(found: Verified, moved: int, root: Path, name: str | None) -> str:
     """The problems, what was quarantined, and the command that repairs."""
     from storage.runs import find_use
 
-    lines = [f"{counted(len(found.problems), 'problem')}", *(f"{p.artifact}: {p}" for p in found.problems)]
+    lines = [counted(len(found.problems), "problem"), *(f"{p.artifact}: {p}" for p in found.problems)]
     if moved:
         lines.append(f"{counted(moved, 'damaged piece')} moved to {root / 'quarantine'}, each with its reason")
     if any(not p.ours and not p.artifact.startswith("run ") for p in found.problems):

@@ -43,7 +43,7 @@ from tasks.inputs.models import parameter_count
 from tasks.rollout_config import BYTES_OF, Dtype
 from tasks.routing import teacher_of_prompts
 from tasks.signals import Shard, Values, Wanted, signal_named
-from tasks.signals.stop_ids import counted
+from tasks.signals.stop_ids import merge_stop_ids
 from tasks.signals.tables import arrays_of
 from tasks.workers.jobs import ArtifactRef, KLJob, KLShard, ModelRef, ScoreJob, ScoreResult, ScoreShard, ShardDone
 from tasks.workers.main import Link
@@ -147,7 +147,7 @@ class Scorer:
         if job.flags is not None:
             flags = store.read_shard(store.require(job.flags.stage, job.flags.key), "sampled", item.shard)
         rules = msgspec.structs.asdict(job.mask) if job.mask is not None else {}
-        rollouts = counted(rollouts, job.stop_ids)
+        rollouts = merge_stop_ids(rollouts, job.stop_ids)
 
         def write() -> ShardDone:
             for output in item.outputs:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from storage.errors import InputError
 
 
-def counted(rollouts: pa.Table, stop_ids: Sequence[int]) -> pa.Table:
+def merge_stop_ids(rollouts: pa.Table, stop_ids: Sequence[int]) -> pa.Table:
     """The rollouts with the first of `stop_ids` in place of any of them at a completion's end; the table itself where fewer than
     two are given.
 

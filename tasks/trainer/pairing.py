@@ -1,37 +1,12 @@
-"""Pairs of completions, one of the teacher's and one of the student's: which samples they are, and what is planned of them."""
+"""What is planned of pairs of completions, one of the teacher's and one of the student's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pyarrow as pa
 
-from storage.errors import InputError
-from tasks.behaviours import pair_of
 from tasks.trainer.data import Planned, Samples
-
-
-def pairs_of(rollouts: pa.Table) -> np.ndarray:
-    """int64 [samples / 2, 2]: by pair the rows of the teacher's and of the student's completion, in the order of the rollouts,
-    from their columns `sample_id`, `prompt_id`, `sample_index` and `behaviour`. Each sample is in one pair.
-
-    InputError, naming a sample, where the rollouts are not such pairs."""
-    found: dict[tuple[str, int], list[int]] = {}
-    for row, (prompt, index) in enumerate(
-        zip(rollouts["prompt_id"].to_pylist(), rollouts["sample_index"].to_pylist(), strict=True)
-    ):
-        found.setdefault((prompt, pair_of(index)), []).append(row)
-    writers = rollouts["behaviour"].to_pylist()
-    for rows in found.values():
-        by = [writers[row] for row in rows]
-        if sorted(by) != ["student", "teacher"]:
-            alone = "no partner" if len(rows) == 1 else f"partners written by {' and '.join(by)}"
-            raise InputError(
-                f"rollouts: sample {rollouts['sample_id'][rows[0]].as_py()!r} (written by {by[0]}) has {alone}; the objective"
-                " compares a completion of the teacher with one of the student, which rollout.behaviour: pairs writes"
-            )
-    return np.array([sorted(rows, key=lambda row: writers[row] == "student") for rows in found.values()], np.int64)
 
 
 class PairPlanner:

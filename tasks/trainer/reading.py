@@ -17,7 +17,8 @@ from storage.store import Store
 from tasks.losses.needs import Needs
 from tasks.routing import teacher_of_prompts
 from tasks.signals import signal_named
-from tasks.signals.stop_ids import counted
+from tasks.signals.stop_ids import merge_stop_ids
+from tasks.trainer.batching import pairs_of
 from tasks.trainer.columns import Collected, collect
 from tasks.trainer.data import (
     Samples,
@@ -32,7 +33,6 @@ from tasks.trainer.data import (
     with_width,
     without_those_that_lack,
 )
-from tasks.trainer.pairing import pairs_of
 from tasks.workers.jobs import ArtifactRef, TrainJob, WarmupJob
 
 WARMUP = "warmup"
@@ -66,7 +66,7 @@ def collect_round(
     def parts() -> Iterator[Samples]:
         start = 0
         for read in rollouts.shards:
-            shard = counted(read(None), job.stop_ids)
+            shard = merge_stop_ids(read(None), job.stop_ids)
             own = np.arange(start, start + len(shard))
             given = {name: signal.rows_of(own) for name, signal in signals.items()}
             part = part_of_round(shard, given, needs, mask_reasons, job.seed, rows)

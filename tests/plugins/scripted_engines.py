@@ -28,8 +28,7 @@ from tasks.engines.drafts import draft_of, load_drafts
 from tasks.engines.writing import Writing, rollout_rows
 from tasks.routing import teacher_of_prompts
 from tasks.signals import Shard, signal_named
-from tasks.trainer.batching import plan_steps
-from tasks.trainer.pairing import pairs_of
+from tasks.trainer.batching import pairs_of, plan_steps
 from tasks.workers.jobs import KLJob, SampleResult, ScoreResult, ShardDone, TrainResult, register_role
 
 for role in ("sampler", "scorer", "trainer"):

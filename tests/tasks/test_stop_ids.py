@@ -25,7 +25,7 @@ from tasks.prepare import prepare_work
 from tasks.rollout import rollout_work
 from tasks.rollout_config import RolloutConfig
 from tasks.signals import Wanted
-from tasks.signals.stop_ids import counted
+from tasks.signals.stop_ids import merge_stop_ids
 from tasks.stage import merged_stop_ids
 from tasks.supervise import SuperviseConfig, supervise_work
 from tasks.train import TrainConfig, train_work
@@ -168,12 +168,12 @@ def test_an_evaluation_s_kl_is_of_merged_distributions(world):
 def test_rollouts_keep_the_sampled_id_and_training_counts_the_category(world):
     table = world.bench.store.read_table(world.rollouts, "rollouts")
     assert [row[-1] for row in table["completion_token_ids"].to_pylist()] == [OWN, OTHER, 65]
-    found = counted(table, [OWN, OTHER, FAR])
+    found = merge_stop_ids(table, [OWN, OTHER, FAR])
     assert [row[-1] for row in found["completion_token_ids"].to_pylist()] == [OWN, OWN, 65]
     assert found.schema == table.schema and found.drop(["completion_token_ids"]) == table.drop(["completion_token_ids"])
-    assert counted(table, []) is table and counted(table, [OWN]) is table
+    assert merge_stop_ids(table, []) is table and merge_stop_ids(table, [OWN]) is table
     part = table.slice(1, 1)
-    assert counted(part, [OWN, OTHER])["completion_token_ids"].to_pylist() == [[*world.completions[1][:-1], OWN]]
+    assert merge_stop_ids(part, [OWN, OTHER])["completion_token_ids"].to_pylist() == [[*world.completions[1][:-1], OWN]]
 
 
 def test_a_stop_id_inside_of_a_completion_is_refused_by_sample(world):

@@ -10,8 +10,9 @@ import pytest
 
 from storage.errors import InputError
 from tasks.losses.config import PairsConfig
+from tasks.trainer.batching import pairs_of
 from tasks.trainer.data import Ragged, Samples, loss_denominators
-from tasks.trainer.pairing import PairPlanner, pairs_of
+from tasks.trainer.pairing import PairPlanner
 from tasks.trainer.planning import planner_of
 
 

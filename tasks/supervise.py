@@ -4,10 +4,12 @@ exist, and commits; workers run the models. One pass of the models writes all mi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
+from storage.artifacts.shards import read_parquet
 from storage.errors import ConfigError, InputError
 from storage.identity import Identity, omit_at
 from storage.store import Artifact, ArtifactSpec, Builder, Store
@@ -221,8 +223,11 @@ def _require_usable(ctx: Context, builders: Mapping[str, Builder], shards: int) 
     if ctx.recorded:
         return
     try:
-        files = {name: builder.finished(name, shards) for name, builder in made.items()}
-        require_usable("supervise", files, ctx.runtime.scorer.max_invalid)
+        readers = {
+            name: [partial(read_parquet, path) for path in builder.finished(name, shards)]
+            for name, builder in made.items()
+        }
+        require_usable("supervise", readers, ctx.runtime.scorer.max_invalid)
     except InputError:
         for name, builder in made.items():
             builder.forget(name)

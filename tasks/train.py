@@ -116,8 +116,8 @@ def train_work(
             # of another run that accepts more, or of a version that did not ask
             for name, parts in used.items():  # each teacher alone: a broken one is not to hide behind the others
                 for part in parts:
-                    files = {name: context.store.shard_files(part, name)}
-                    require_usable("train", files, context.runtime.scorer.max_invalid)
+                    readers = {name: context.store.shard_readers(part, name)}  # a damaged shard moves to quarantine
+                    require_usable("train", readers, context.runtime.scorer.max_invalid)
         if (warning := mismatch_warning(config, objective, given.get("sampled", []))) is not None:
             context.say("train", f"warning: {warning}")
         job = TrainJob(

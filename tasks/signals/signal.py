@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -24,6 +24,7 @@ from tasks.rollout_config import Dtype
 from tasks.routing import combined, own_prompts
 from tasks.signals.wanted import Ask, Values, Wanted
 
+Read = Callable[[Sequence[str] | None], pa.Table]
 SPLIT = "train"
 """The split of the prompts that rollouts answer."""
 STOP_IDS = "stop_ids"
@@ -236,14 +237,14 @@ LARGEST_K = 2**15 - 1
 SIGNALS: dict[str, Signal] = {}
 
 
-def require_usable(stage: str, signals: Mapping[str, Sequence[Path]], limit: float) -> None:
-    """`signals`: name -> its shards. InputError if the share of tokens without a usable value of student, teacher or sampler is
-    above `limit`: a broken model would train on nothing, or on what little is left."""
-    for name, files in sorted(signals.items()):
+def require_usable(stage: str, signals: Mapping[str, Sequence[Read]], limit: float) -> None:
+    """`signals`: name -> a function per shard that reads the given columns. InputError if the share of tokens without a usable
+    value of student, teacher or sampler is above `limit`: a broken model would train on nothing, or on what little is left."""
+    for name, readers in sorted(signals.items()):
         kind = signal_named(name)
-        if not kind.checked or not files:
+        if not kind.checked or not readers:
             continue
-        counts = [kind.unusable(read_parquet(path, kind.checked)) for path in files]
+        counts = [kind.unusable(read(kind.checked)) for read in readers]
         lost, tokens = (sum(count) for count in zip(*counts, strict=True))
         if tokens and lost / tokens > limit:
             raise InputError(

@@ -162,6 +162,21 @@ def warm(root: Path) -> None:
             load_manifest(root / "artifacts" / stage / artifact.key)
 
 
+@pytest.mark.promise(2, "a shard without its footer")
+@pytest.mark.parametrize("table", ["rollout", "teacher_topk", "mask"])
+def test_a_shard_without_its_footer_is_made_again(world: World, tmp_path: Path, table: str) -> None:
+    """Whatever reads it first, a check before the training included, moves it away, so that the next start can go on."""
+    root = tmp_path / "store"
+    shutil.copytree(world.root, root)
+    path = next(path for path in world.targets["shard"] if path.parts[1] == table)
+    rewrite(root / path, (root / path).read_bytes()[:-8] + bytes(8))
+    with pytest.raises(CorruptArtifact):
+        in_process.run(root)
+    assert path.as_posix() in notes(root)
+    in_process.run(root)
+    assert Trial(tmp_path, tmp_path).result() == world.expected
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 @both_forms(short=6, full=200)
 def test_damage_is_noticed_before_use(world: World, trials: Trials, tmp_path: Path, damage: str, count: int) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 from opdflow.plugin import register_role
@@ -22,8 +23,10 @@ class Faulty(Sampler):
 
     def _step(self, waiting):
         answers = super()._step(waiting)
+        ended = Counter()  # by shard: most samples of a shard end in one step, and are its completions only after it
         for shard, _, output in answers:
-            if self.is_due(shard):
+            ended[shard.item.shard] += 1
+            if self.is_due(shard, ended[shard.item.shard]):
                 kind = json.loads(self.fault.read_text())["kind"]
                 self.fault.with_name("fault-met").touch()
                 if kind == "kill":
@@ -35,8 +38,8 @@ class Faulty(Sampler):
                 output.finish_reason = "abort"
         return answers
 
-    def is_due(self, shard) -> bool:
+    def is_due(self, shard, ended: int) -> bool:
         if not self.fault.exists() or self.fault.with_name("fault-met").exists():
             return False
         wanted = json.loads(self.fault.read_text())
-        return wanted["shard"] == shard.item.shard and len(shard.completions) + 1 > wanted["at"]
+        return wanted["shard"] == shard.item.shard and len(shard.completions) + ended > wanted["at"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 import pytest
 
 from storage.errors import InputError
@@ -29,23 +28,22 @@ TRUNCATED, UNMAPPED, INVALID = 2, 8, 16
         ([[0] * 99 + [INVALID]], 0.0, True),
     ],
 )
-def test_the_share_of_unusable_values(tmp_path, masks, limit, refused) -> None:
+def test_the_share_of_unusable_values(masks, limit, refused) -> None:
     rows = pa.table({"sample_id": ["a"], "mask_reasons": pa.array(masks, pa.list_(pa.int32()))})
-    pa.parquet.write_table(rows, tmp_path / "mask.parquet")
     if refused:
         with pytest.raises(InputError, match=r"runtime\.scorer\.max_invalid"):
-            require_usable("supervise", {"mask": [tmp_path / "mask.parquet"]}, limit)
+            require_usable("supervise", {"mask": [rows.select]}, limit)
     else:
-        require_usable("supervise", {"mask": [tmp_path / "mask.parquet"]}, limit)
+        require_usable("supervise", {"mask": [rows.select]}, limit)
 
 
-def test_lists_are_counted_too(tmp_path) -> None:
+def test_lists_are_counted_too() -> None:
     valid = pa.array([[4] * 9 + [0]], pa.list_(pa.int16()))
-    pa.parquet.write_table(pa.table({"sample_id": ["a"], "valid": valid}), tmp_path / "lists.parquet")
+    rows = pa.table({"sample_id": ["a"], "valid": valid})
     for name in ("teacher_topk", "student_topk"):
         with pytest.raises(InputError, match=f"1 of 10 tokens .*{name}"):
-            require_usable("train", {name: [tmp_path / "lists.parquet"]}, 0.09)
-        require_usable("train", {name: [tmp_path / "lists.parquet"]}, 0.1)
+            require_usable("train", {name: [rows.select]}, 0.09)
+        require_usable("train", {name: [rows.select]}, 0.1)
 
 
 def row(loss: float, tokens: int, masked: int = 0) -> dict:

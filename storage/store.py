@@ -48,8 +48,10 @@ from storage.schemas import TableSchema
 if TYPE_CHECKING:
     from pyarrow.dataset import Dataset
 
-__all__ = ["Artifact", "ArtifactSpec", "Builder", "ShardRecord", "ShardWriter", "Store"]
+__all__ = ["Artifact", "ArtifactSpec", "Builder", "ReadShard", "ShardRecord", "ShardWriter", "Store"]
 
+ReadShard = Callable[[Sequence[str] | None], pa.Table]
+"""Reads the named columns of one shard (None: all)."""
 Shards = list[ShardRecord]
 _Found = TypeVar("_Found", Manifest, Summary)
 Problems = list[str]
@@ -240,9 +242,9 @@ class Store:
         self.require_data(artifact)
         return self._read(artifact, records[shard], None)
 
-    def shard_readers(self, artifact: Artifact, table: str) -> Sequence[Callable[[Sequence[str] | None], pa.Table]]:
-        """A function per shard of a table, in order, that reads the given columns (None: all), verified like `read_table`. A
-        table without shards has one function, for no rows. Evicted where `opd gc` removed the data."""
+    def shard_readers(self, artifact: Artifact, table: str) -> Sequence[ReadShard]:
+        """A function per shard of a table, in order, that reads it, verified like `read_table`. A table without shards has one
+        function, for no rows. Evicted where `opd gc` removed the data."""
         manifest = self._manifest(artifact)
         records, empty = self._shards(manifest, table), manifest.table_schema(table).arrow.empty_table()
         self.require_data(artifact)

@@ -161,5 +161,10 @@ def _settle(session: Session) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message, without secrets; its type if it has none."""
+    """Of its message, without secrets; its type if it has none. With that of its cause, which Prefect's messages leave out."""
+    line, cause = _first_line(error), error.__cause__ and _first_line(error.__cause__)
+    return f"{line}: {cause}" if cause and cause not in line else line
+
+
+def _first_line(error: BaseException) -> str:
     return next(iter(redact(str(error)).strip().splitlines()), type(error).__name__)

@@ -89,9 +89,27 @@ def replay_round(
     lineage = _recall(run, store, experiment, round, [stage for stage in STAGES if stage in stages])
     results: list[Replayed] = []
     with _scratch(store, keep, tell) as folder, terminating():
+        at: dict[str, Experiment] = {}
+        for numerics in (numerics for origin in lineage for numerics in _by_numerics(origin)):
+            if numerics not in at:
+                (place := folder / f"numerics-{len(at)}").mkdir()
+                runtime = _runtime(json.loads(numerics), experiment.runtime, overrides, place)
+                at[numerics] = experiment.model_copy(update={"runtime": runtime})
+        for known in at.values():  # all before the first stage, which may take hours
+            require_machines(known, store.root)
         for origin in lineage:
-            results += _replay(origin, experiment, overrides, run, store, folder / origin.label, tell)
+            results += _replay(origin, at, run, store, folder / origin.label, tell)
     return results
+
+
+def _by_numerics(origin: Origin) -> dict[str, dict[str, Artifact]]:
+    """What can be repeated of what a stage made, by the recorded numerics as JSON: signals may have been made at different
+    ones. By name."""
+    sets = dict[str, dict[str, Artifact]]()
+    for name, artifact in sorted(origin.made.items()):
+        if not several(artifact.provenance):
+            sets.setdefault(canonical_json(artifact.provenance.get(NUMERICS) or {}), {})[name] = artifact
+    return sets
 
 
 def _recall(run: Run, store: Store, experiment: Experiment, round: int, stages: list[str]) -> list[Origin]:
@@ -166,14 +184,9 @@ def _scratch(store: Store, keep: bool, tell: Callable[[str], None]) -> Iterator[
 
 
 def _replay(
-    origin: Origin,
-    experiment: Experiment,
-    overrides: list[str],
-    run: Run,
-    store: Store,
-    folder: Path,
-    tell: Callable[[str], None],
+    origin: Origin, at: Mapping[str, Experiment], run: Run, store: Store, folder: Path, tell: Callable[[str], None]
 ) -> list[Replayed]:
+    """One stage again; `at` has the experiment at every set of numerics of `_by_numerics`."""
     scratch = Store(folder / "store")
     with store.using(origin.inputs):
         members = [store.require(*part[:2]) for a in origin.inputs for part in a.meta.get("members", ())]
@@ -186,27 +199,20 @@ def _replay(
                     "\n".join(map(str, verified.problems)) + f"\nto rebuild only this: opd resume {run.name}"
                 )
             lend(store, artifact, scratch)
-    results, sets = [], dict[str, dict[str, Artifact]]()
-    for name, artifact in sorted(origin.made.items()):
+    results = []
+    for artifact in (artifact for _, artifact in sorted(origin.made.items())):
         if why := several(artifact.provenance):
             tell(f"{origin.label} of round {origin.round}: {artifact.stage}/{artifact.key} cannot be replayed: {why}")
             results.append(Replayed(origin.label, f"{artifact.stage}/{artifact.key}", (), 0.0, unrepeatable=why))
-        else:
-            sets.setdefault(canonical_json(artifact.provenance.get(NUMERICS) or {}), {})[name] = artifact
-    for number, (recorded, artifacts) in enumerate(sets.items()):  # signals may have been made at different numerics
-        place = folder / str(number)
-        place.mkdir()
-        runtime = _runtime(json.loads(recorded), experiment.runtime, overrides, place)
-        require_machines(experiment.model_copy(update={"runtime": runtime}), store.root)
-        tell(f"{origin.label} of round {origin.round}: {_numerics(runtime)}")
-        results += _make(origin, artifacts, runtime, experiment, (store, scratch), place / "logs")
+    for number, (numerics, artifacts) in enumerate(_by_numerics(origin).items()):
+        tell(f"{origin.label} of round {origin.round}: {_numerics(at[numerics].runtime)}")
+        results += _make(origin, artifacts, at[numerics], (store, scratch), folder / f"logs-{number}")
     return results
 
 
 def _make(
     origin: Origin,
     artifacts: Mapping[str, Artifact],
-    runtime: RuntimeConfig,
     experiment: Experiment,
     stores: tuple[Store, Store],
     logs: Path,
@@ -214,11 +220,11 @@ def _make(
     store, scratch = stores
     started = time.monotonic()
     logs.mkdir()
-    with WorkerPool(runtime, logs, experiment.plugins) as workers:
+    with WorkerPool(experiment.runtime, logs, experiment.plugins) as workers:
         recorded = {(artifact.stage, artifact.key): artifact.provenance for artifact in artifacts.values()}
         context = Context(
             scratch,
-            runtime,
+            experiment.runtime,
             workers,
             lambda *_, **__: None,
             logger(logs / "replay.log"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -17,14 +17,13 @@ from storage.artifacts.shards import read_parquet
 from storage.errors import ConfigError, InputError
 from storage.identity import canonical_json
 from storage.schemas import TABLES, TableSchema
-from storage.store import Artifact, ArtifactSpec, Store
+from storage.store import Artifact, ArtifactSpec, ReadShard, Store
 from tasks.losses.registry import require_methods
 from tasks.plugins import used_plugins
 from tasks.rollout_config import Dtype
 from tasks.routing import combined, own_prompts
 from tasks.signals.wanted import Ask, Values, Wanted
 
-Read = Callable[[Sequence[str] | None], pa.Table]
 SPLIT = "train"
 """The split of the prompts that rollouts answer."""
 STOP_IDS = "stop_ids"
@@ -237,7 +236,7 @@ LARGEST_K = 2**15 - 1
 SIGNALS: dict[str, Signal] = {}
 
 
-def require_usable(stage: str, signals: Mapping[str, Sequence[Read]], limit: float) -> None:
+def require_usable(stage: str, signals: Mapping[str, Sequence[ReadShard]], limit: float) -> None:
     """`signals`: name -> a function per shard that reads the given columns. InputError if the share of tokens without a usable
     value of student, teacher or sampler is above `limit`: a broken model would train on nothing, or on what little is left."""
     for name, readers in sorted(signals.items()):

@@ -1,4 +1,5 @@
-"""The samples of each optimizer step, and the split of a step over ranks and micro-batches.
+"""The samples of each optimizer step, their pairs where an objective compares two completions of a prompt, and the split of a
+step over ranks and micro-batches.
 
 All functions are pure: the samples of a step depend on (seed, round, step) alone, the split on their lengths, the world
 size and the token budget. Every rank computes the whole plan and takes its part."""

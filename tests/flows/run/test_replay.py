@@ -1,4 +1,5 @@
-"""What a replay leaves: nothing, or, when asked to, a scratch store that stays until it is collected."""
+"""What a replay refuses first, and what it leaves: nothing, or, when asked to, a scratch store that stays until it is
+collected."""
 
 from __future__ import annotations
 
@@ -7,13 +8,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import in_process
 import pytest
+import scripted_run
 from places import CHECKOUT
 
-from flows.run.replay import _scratch
+from flows.run import replay
+from flows.run.replay import _scratch, replay_round
+from storage.errors import ConfigError
+from storage.runs import Run
 from storage.store import Store
 from storage.upkeep.gc import Collector
+from tasks.workers.runtime import RuntimeConfig
 
 SCRIPT = """
 import sys
@@ -51,3 +59,22 @@ def test_one_under_way_is_not_collected(tmp_path: Path) -> None:
         for path in folder.iterdir():
             os.utime(path, (0, 0))
         assert Collector(store).plan().items == []
+
+
+def test_the_machines_of_all_stages_are_asked_for_before_the_first_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training was made on more GPUs than this machine has: the rollout is not repeated in vain."""
+    root = scripted_run.prepare_root(tmp_path / "store")
+    in_process.run(root, 1)
+    runtime_of = replay._runtime
+
+    def on_gpus(numerics: dict[str, Any], *more: Any) -> RuntimeConfig:
+        trained = "processes" in numerics  # recorded of a training alone
+        return runtime_of(numerics | ({"device": "cuda", "processes": 999} if trained else {}), *more)
+
+    monkeypatch.setattr(replay, "_runtime", on_gpus)
+    told: list[str] = []
+    with pytest.raises(ConfigError, match="GPU"):
+        replay_round(Run.open(root, scripted_run.NAME), root, 1, ("rollout", "train"), [], False, told.append)
+    assert told == []

@@ -63,13 +63,14 @@ class Table:
         took, lasted = _cpu() - begun, time.perf_counter() - wall
         micro = 1e6 * took / self.items
         grown = _peak() - peak
-        print(f"{self.what},{self.count},{name},{took:.3f},{micro:.3g},{lasted:.2f},{grown:.0f}", flush=True)
+        print(f"{self.what},{self.count},{name},{took:.4f},{micro:.3g},{lasted:.2f},{grown:.0f}", flush=True)
         return result
 
 
 def _cpu() -> float:
     """CPU seconds of this process and of those that it has waited for."""
-    return sum(os.times()[:4])
+    waited = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + waited.ru_utime + waited.ru_stime  # os.times() counts in steps of 10 ms
 
 
 def _peak() -> float:

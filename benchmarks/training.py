@@ -196,7 +196,7 @@ def child(setting: Setting) -> None:
     if setting.speed:
         bare = module()
         wrapped: Any = torch.nn.parallel.DistributedDataParallel(bare) if setting.ranks > 1 else bare
-        optimizer = torch.optim.AdamW(bare.parameters(), lr=1e-4, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(bare.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
         ready = []
         for step in planned:
             weights = loss_denominators(samples, step.rows, "token", None)

@@ -168,15 +168,8 @@ class Engine:
             for group, decay in ((matrices, settings.weight_decay), (others, 0.0))
             if group
         ]
-        fused = device.type == "cuda"
-        self.adamw = torch.optim.AdamW(
-            groups,
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            foreach=False if not fused else None,
-            fused=fused,
-        )
+        # one pass over weights, gradients and moments, where the other forms make one for each operation
+        self.adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=self.adamw, config=config, dist_init_required=False
         )

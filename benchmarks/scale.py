@@ -152,7 +152,7 @@ def of_catalogue(count: int, folder: Path) -> None:
         name for r in Run.open(root, "big").state.rounds for s in r.stages.values() for name in s.artifacts.items()
     ]
     for when in ("for the first time", "again"):
-        found = table.step(f"plan: find all that is done, {when}", lambda: [Store(root).get(*name) for name in names])
+        found = table.step(f"plan: find all that is done {when}", lambda: [Store(root).get(*name) for name in names])
         assert None not in found
     for words in (("ls",), ("status", "big", "--json")):
         command = [sys.executable, "-m", "flows.cli.app", *words, "--root", str(root)]

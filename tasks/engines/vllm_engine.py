@@ -63,8 +63,6 @@ class VllmEngine:
         self._shape: dict[str, Any] = {}
         self._reloads = True
         """Whether weights of this architecture can be reloaded in place, as far as is known."""
-        self._tied = False
-        """Whether the loaded checkpoint's output head is its embeddings; then they cannot."""
         prepare_environment(self.on_cpu, self.eager, int(settings.get("threads", 1)))
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not self.in_process))
         os.environ["VLLM_BATCH_INVARIANT"] = str(int(bool(settings.get("batch_invariant"))))
@@ -78,13 +76,15 @@ class VllmEngine:
             gc.collect()
 
     def rest(self) -> None:
-        """Give memory back before other weights come: the engine where they need a new one, else the pages of its cache."""
+        """Give memory back before other weights come: the engine where they need a new one, else its weights and the pages of its
+        cache."""
         if self.llm is None:
             return
-        if self._tied or not self._reloads:
+        if not self._reloads:
             self.close()
         elif self.on_cpu and self.clear_cache():
-            self.llm.collective_rpc("opd_drop_cache")
+            self._weights = None
+            self.llm.collective_rpc("opd_give_back")
 
     def abandon(self) -> None:
         """Discard an engine that failed; the next `load` builds another."""
@@ -165,9 +165,8 @@ class VllmEngine:
         self._weights = None
         self.vocabulary = model_rows(path)
         self._reloads = self._reloads or self._shape != shape
-        # an output head tied to the embeddings keeps the old weights when vLLM reloads them in place
-        self._tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, text_config(config)))
-        reloaded = same_shape and not self._tied and self._reloads and self._reload(path, dtype)
+        tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, text_config(config)))
+        reloaded = same_shape and self._reloads and self._reload(path, dtype, tied)
         if not reloaded:
             self.close()
             self._build(path, dtype, length)
@@ -177,11 +176,11 @@ class VllmEngine:
         self.proof = {"weights": weights, "change": "reloaded" if reloaded else "built", **self.proof}
         self._weights = weights
 
-    def _reload(self, path: Path, dtype: Dtype) -> bool:
+    def _reload(self, path: Path, dtype: Dtype, tied: bool) -> bool:
         """Reload the weights in place and prove them. False where the engine then does not hold the checkpoint, now and for later
         weights of this architecture: vLLM keeps packed copies of some layers (experts, for example)."""
         try:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+            self.llm.collective_rpc("opd_reload_weights", args=(str(path), tied))
             self.prove(path, dtype)
         except InputError:
             raise

@@ -50,7 +50,21 @@ class StaleWeights(OpdError):
 
 
 class EngineWeights:
-    """Extension of vLLM's worker class (`worker_extension_cls`): compares its weights with a checkpoint."""
+    """Extension of vLLM's worker class (`worker_extension_cls`): reloads its weights, and compares them with a checkpoint."""
+
+    def opd_reload_weights(self, path: str, tied: bool) -> None:
+        """Replace the weights by those of the checkpoint in the directory `path`, in place. vLLM does not reload an output head
+        that is `tied` to the embeddings: it gets them here. On a CPU it would multiply with a packed copy of the old ones."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+        self.reload_weights(weights_path=path)  # type: ignore[attr-defined]
+        modules = list(self.model_runner.get_model().modules())  # type: ignore[attr-defined]
+        heads = [module for module in modules if isinstance(module, ParallelLMHead)]
+        embeddings = [module for module in modules if type(module) is VocabParallelEmbedding]
+        if tied and len(heads) == len(embeddings) == 1:  # others are left to the comparison
+            with torch.inference_mode():
+                heads[0].tie_weights(embeddings[0])
+                heads[0].quant_method.process_weights_after_loading(heads[0])
 
     def opd_compare_weights(self, path: str) -> dict[str, Any]:
         """Compare this worker's parameters with the checkpoint in the directory `path`.
@@ -62,9 +76,12 @@ class EngineWeights:
         with torch.inference_mode():
             return compare_weights(model, Path(path))
 
-    def opd_drop_cache(self) -> None:
-        """Give the pages of the key-value cache back to the system; whole pages read as zeros, as in a new engine. On a CPU, and
-        while the cache holds nothing that is needed."""
+    def opd_give_back(self) -> None:
+        """Give memory back to the system: packed weights, which the next reload makes anew, and the pages of the key-value cache;
+        whole pages read as zeros, as in a new engine. On a CPU, and while the cache holds nothing that is needed."""
+        for module in self.model_runner.get_model().modules():  # type: ignore[attr-defined]
+            if hasattr(module, "cpu_linear"):
+                module.cpu_linear = None
         for layer in self.model_runner.kv_caches:  # type: ignore[attr-defined]
             if isinstance(layer, torch.Tensor):
                 drop_pages(layer.untyped_storage().data_ptr(), layer.untyped_storage().nbytes())

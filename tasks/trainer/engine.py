@@ -168,8 +168,9 @@ class Engine:
             for group, decay in ((matrices, settings.weight_decay), (others, 0.0))
             if group
         ]
-        # one pass over weights, gradients and moments, where the other forms make one for each operation
-        self.adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+        # one pass over weights, gradients and moments, where the other forms make one for each operation; it knows no strides
+        fused = all(parameter.is_contiguous() for parameter in parameters.values())
+        self.adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=self.adamw, config=config, dist_init_required=False
         )

@@ -317,16 +317,18 @@ def test_a_job_after_a_failed_load_does_not_sample(sampler, checkpoints, monkeyp
     assert result.proof["change"] == "reloaded" and rows[0]["completion_token_ids"] == fresh[0]["token_ids"]
 
 
-def test_a_reload_warns_of_weights_and_not_of_tables(sampler, checkpoints):
-    """vLLM says of every layer that got no weights that it failed to load them; rotary tables are computed, no file has any."""
-    ask(sampler, checkpoints["one"], [prompt(0)], [0])
+@pytest.mark.parametrize("kind", ["", "tied_"])
+def test_a_reload_warns_of_weights_and_not_of_tables(sampler, checkpoints, kind):
+    """vLLM says of every layer that got no weights that it failed to load them; rotary tables are computed, no file has any,
+    and a tied head has none of its own."""
+    ask(sampler, checkpoints[f"{kind}one"], [prompt(0)], [0])
     logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     logger.addHandler(handler)
     try:
-        _, result = make(sampler, checkpoints["two"], [prompt(0)], [0])
+        _, result = make(sampler, checkpoints[f"{kind}two"], [prompt(0)], [0])
         logger.warning("%s: Failed to load weights", "RoutedExperts")
     finally:
         logger.removeHandler(handler)

@@ -297,7 +297,6 @@ def test_the_engine_runs_nothing_that_lies_beside_a_checkpoint(poisoned, canary,
     assert row["completion_token_ids"] and canary.alive
 
 
-@pytest.mark.faults
 def test_a_trainer_state_that_holds_pickles_is_refused(tmp_path, canary):
     from tasks.trainer import state
 
@@ -305,7 +304,7 @@ def test_a_trainer_state_that_holds_pickles_is_refused(tmp_path, canary):
         (tmp_path / f"{kind}.safetensors").write_bytes(canary.pickled)
     (tmp_path / "trainer.json").write_text(state.TrainerState(step=1, round=1, lr=0.1, lora=None).model_dump_json())
     with pytest.raises(CorruptArtifact, match=r"master\.safetensors"):
-        state.Tensors(state.files(tmp_path), {"w": torch.nn.Parameter(torch.zeros(1))})
+        state.Tensors(state.files(tmp_path, averaged=False), {"w": torch.nn.Parameter(torch.zeros(1))})
     (tmp_path / "trainer.json").write_bytes(canary.pickled)
     with pytest.raises(CorruptArtifact, match=r"trainer\.json"):
         state.read(tmp_path, None)
